@@ -1,0 +1,119 @@
+"""A barrier, and a board on which each rank pins a note that all others read at that barrier.
+
+Each rank owns one page in shared memory that only it writes: a counter of barriers it has come to,
+and two places for notes that take turns.
+
+    rank 0   pin note n ── counter = n ── wait for all counters ≥ n ── read all notes n
+    rank 1        pin note n ── counter = n ── wait …                ── read all notes n
+
+Two places are enough: rank 0 overwrites its note n at turn n+2, and it gets there only after
+every rank has come to turn n+1, which is after reading the notes of turn n.
+
+Memory ordering: what a rank wrote before its counter must be visible to whoever sees the counter.
+x86 keeps that order by itself; arm64 does not, and plain Python stores have no release semantics.
+`fence()` therefore releases and takes back a lock that is never contended. Both are atomic
+operations, release first and acquire second, and a load-acquire is never moved before an earlier
+store-release (Arm's RCsc rule; on x86 both are locked instructions). So everything before the fence
+is ordered before everything after it, on both machines. The counters are aligned 8-byte words,
+which both machines load and store whole.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from cpkit.rendezvous import Rendezvous, deadline_s
+from cpkit.shm import make_segment
+
+PAGE_BYTES = 16384
+NOTE_BYTES = 7168
+_NOTES = (1024, 1024 + 7680)
+_SPINS_BETWEEN_CLOCKS = 256
+_YIELD_S = 0.02
+_NAP_S = 0.0002
+
+_lock = threading.Lock()
+_lock.acquire()
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+class BarrierTimeout(TimeoutError):
+    """A rank did not come to a barrier in time."""
+
+
+def fence() -> None:
+    """Order all memory accesses before it before all accesses after it."""
+    _lock.release()
+    _lock.acquire()
+
+
+class Board:
+    """Barriers and notes between the ranks of one machine. Every rank calls the same, in order."""
+
+    def __init__(self, rendezvous: Rendezvous, purpose: str) -> None:
+        self.rank, self.size, self._name = rendezvous.rank, rendezvous.size, rendezvous.name
+        segment = make_segment(rendezvous, PAGE_BYTES, purpose)
+        self._pages = [memoryview(page) for page in segment.maps]
+        self._counters = [page.cast("Q") for page in self._pages]
+        self._turn = 0
+        self._broken = ""
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Raises BarrierTimeout naming those that did not come."""
+        if self._broken:
+            raise BarrierTimeout(f"{self._broken} The group is out of step since then.")
+        self._turn += 1
+        turn = self._turn
+        fence()
+        self._counters[self.rank][0] = turn
+        for counter in self._counters:
+            if counter[0] < turn:
+                self._wait(counter, turn)
+        fence()
+
+    def exchange(self, note: bytes) -> list[bytes]:
+        """A barrier at which everybody reads everybody's note (at most NOTE_BYTES bytes)."""
+        if len(note) > NOTE_BYTES:
+            raise ValueError(f"a note has {len(note)} bytes; at most {NOTE_BYTES} fit on the board")
+        place = _NOTES[(self._turn + 1) % 2]
+        mine = self._pages[self.rank]
+        mine[place : place + 8] = len(note).to_bytes(8, "little")
+        mine[place + 8 : place + 8 + len(note)] = note
+        self.barrier()
+        return [self._read(page, place) for page in self._pages]
+
+    @staticmethod
+    def _read(page: memoryview, place: int) -> bytes:
+        length = int.from_bytes(page[place : place + 8], "little")
+        return bytes(page[place + 8 : place + 8 + length])
+
+    def _wait(self, counter: memoryview, turn: int) -> None:
+        """Yield the core at every poll: the rank waited for may need this very core.
+
+        After 20 ms the wait is not a short one any more, and naps leave the core alone.
+        """
+        start = time.monotonic()
+        while True:
+            for _ in range(_SPINS_BETWEEN_CLOCKS):
+                if counter[0] >= turn:
+                    return
+                _yield()
+            waited = time.monotonic() - start
+            if waited > deadline_s():
+                raise self._timeout(turn)
+            while waited > _YIELD_S and counter[0] < turn and waited <= deadline_s():
+                time.sleep(_NAP_S)
+                waited = time.monotonic() - start
+
+    def _timeout(self, turn: int) -> BarrierTimeout:
+        late = [str(rank) for rank, counter in enumerate(self._counters) if counter[0] < turn]
+        self._broken = (
+            f"{self._name}: rank {self.rank} waited {deadline_s():g} s for rank(s) "
+            f"{', '.join(late)} at barrier {turn}."
+        )
+        return BarrierTimeout(
+            f"{self._broken} They died, hang, or took another way through the program."
+        )
