@@ -1,0 +1,270 @@
+"""The context-parallel process groups: the world is cut into world/cp_size of them.
+
+Groups are made once per cp_size and kept, so changing cp_size is a look-up. Ranks of one machine
+get a board (cpkit.board) and may use symmetric memory; a group that spans machines does everything
+through torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from cpkit.board import NOTE_BYTES, Board
+from cpkit.notes import explain_disagreement, pack_note
+from cpkit.path import PathReport
+from cpkit.rendezvous import Rendezvous, deadline_s
+from cpkit.shm import shm_dir
+
+NO_POOL = PathReport(
+    "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
+)
+
+
+class Transport(Protocol):
+    """What symmetric memory adds to a group (see cpkit.symm)."""
+
+    def meet(self, call: str, problem: str = "", extra: bytes = b"") -> list[bytes]:
+        """As CPGroup.meet, and settle the books of the pool."""
+
+    def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        """Collective: gather by the best path that the buffers of all ranks allow."""
+
+
+@dataclass(eq=False)
+class CPGroup:
+    """One context-parallel group, seen from one of its ranks."""
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    index: int
+    spans_hosts: bool
+    process_group: dist.ProcessGroup
+    rendezvous: Rendezvous
+    board: Board | None
+    transport: Transport | None = field(default=None, repr=False)
+    last_path: PathReport | None = field(default=None, repr=False)
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the group. Raises TimeoutError naming those that did not come."""
+        if self.board:
+            self.board.barrier()
+        else:
+            self.exchange(b"")
+
+    def exchange(self, note: bytes) -> list[bytes]:
+        """Everybody's note (at most NOTE_BYTES bytes), by rank; also a barrier."""
+        if self.board:
+            return self.board.exchange(note)
+        return _exchange_over(self.process_group, note, self.size)
+
+    def meet(self, call: str, problem: str = "", extra: bytes = b"") -> list[bytes]:
+        """Synchronize before a collective; returns everybody's `extra`.
+
+        `call` describes the call in words that must be equal on all ranks; `problem` is this rank's
+        complaint about its arguments (empty: none). Raises ValueError on every rank if one has a
+        problem or is in another call.
+        """
+        note = pack_note(problem, call)
+        answers = self.exchange(len(note).to_bytes(4, "little") + note + extra)
+        stops = [4 + int.from_bytes(answer[:4], "little") for answer in answers]
+        notes = [answer[4:stop] for answer, stop in zip(answers, stops, strict=True)]
+        if problem or any(other != note for other in notes):
+            raise ValueError(explain_disagreement(notes))
+        return [answer[stop:] for answer, stop in zip(answers, stops, strict=True)]
+
+    def cp_all_gather_into_tensor_async(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,  # noqa: ARG002 - CPU tensors have none
+    ) -> None:
+        """Gather equal shards into `output`: `[size · rows, …]` from `[rows, …]` on each rank.
+
+        Complete on return for CPU tensors; `stream` is for CUDA tensors. Raises ValueError on every
+        rank when shapes or dtypes do not fit. Source: SGLang's GroupCoordinator, same name.
+        """
+        if self.transport:
+            self.transport.all_gather_into_tensor(output, input)
+        else:
+            call = f"gather {describe(output, input)}"
+            self.meet(call, gather_problem(output, input, self.size))
+            plain_all_gather(output, input, self)
+            self.last_path = NO_POOL
+
+
+def init_context_parallel(cp_size: int) -> CPGroup:
+    """This rank's context-parallel group of `cp_size` ranks; collective over the whole world.
+
+    Global ranks 0 … cp_size-1 are the first group, the next cp_size the second. Groups are kept:
+    asking again is cheap. Raises ValueError on every rank when cp_size does not divide the world or
+    differs between ranks, RuntimeError before `dist.init_process_group`.
+    """
+    world = _world()
+    _agree_on_size(world, cp_size)
+    group = world.groups.get(cp_size)
+    if group is None:
+        group = world.groups[cp_size] = _make_group(world, cp_size)
+    world.current = group
+    return group
+
+
+def get_attention_cp_group() -> CPGroup:
+    """The group that `init_context_parallel` returned last."""
+    if _state and _state.current:
+        return _state.current
+    raise RuntimeError(
+        "there is no context-parallel group yet: call init_context_parallel(cp_size)"
+    )
+
+
+def forget_groups() -> None:
+    """Drop all groups and their symmetric memory, so that the next ones start clean.
+
+    For recovery: after a rank failed inside a collective, its group is out of step. Every rank
+    calls it; tensors in symmetric memory stay valid for whoever holds them.
+    """
+    global _state, _generation
+    _generation += 1
+    if _state:
+        for group in _state.groups.values():
+            group.transport = None
+            dist.destroy_process_group(group.process_group)
+    _state = None
+
+
+# ------------------------------------------------------- the plain collective
+
+
+def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
+    """Why `output` can't take `size` shards like `input`; empty when it can."""
+    want = [input.shape[0] * size, *input.shape[1:]] if input.ndim else None
+    if input.ndim < 1 or list(output.shape) != want or output.dtype != input.dtype:
+        return (
+            f"cannot gather {size} shards of {describe(input)} into {describe(output)}: "
+            f"output must be {want} of the same dtype"
+        )
+    if not output.is_contiguous():
+        return f"output {describe(output)} must be contiguous; make it with torch.empty"
+    return ""
+
+
+def describe(*tensors: torch.Tensor) -> str:
+    """Shapes and dtypes in words: `[8, 128] bfloat16`."""
+    return " <- ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+
+
+def plain_all_gather(output: torch.Tensor, input: torch.Tensor, group: CPGroup) -> None:
+    """The collective of torch.distributed, on bytes: not every dtype is known to every backend."""
+    if output.numel() == 0:
+        return
+    out, shard = (t.contiguous().reshape(-1).view(torch.uint8) for t in (output, input))
+    _all_gather_single(out, shard, group.process_group)
+
+
+def _all_gather_single(
+    output: torch.Tensor, input: torch.Tensor, process_group: dist.ProcessGroup
+) -> None:
+    # torch 2.13 renamed the collective and deprecates the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, input, group=process_group)
+
+
+def _exchange_over(process_group: dist.ProcessGroup, note: bytes, size: int) -> list[bytes]:
+    """The board's exchange for ranks without one: notes of one fixed size, through the backend."""
+    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8)
+    data = len(note).to_bytes(8, "little") + note
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everybody = torch.empty(size * len(mine), dtype=torch.uint8)
+    _all_gather_single(everybody, mine, process_group)
+    pages = [bytes(page.numpy()) for page in everybody.view(size, -1)]
+    return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]
+
+
+# ------------------------------------------------------------------------ the world
+
+
+@dataclass
+class _World:
+    rank: int
+    size: int
+    hosts: list[str]
+    store: dist.Store
+    rendezvous: Rendezvous
+    board: Board | None
+    groups: dict[int, CPGroup] = field(default_factory=dict)
+    current: CPGroup | None = None
+
+    def exchange(self, note: bytes, purpose: str) -> list[bytes]:
+        return self.board.exchange(note) if self.board else self.rendezvous.exchange(note, purpose)
+
+
+_state: _World | None = None
+_generation = 0
+
+
+def _world() -> _World:
+    global _state
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "there is no process group: start with torchrun and call "
+            'torch.distributed.init_process_group("gloo") first'
+        )
+    store = dist.distributed_c10d._get_default_store()
+    if _state is None or _state.store is not store:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        meeting = Rendezvous(store, f"world{_generation}", rank, size)
+        hosts = [name.decode() for name in meeting.exchange(host_id().encode(), "find each other")]
+        board = Board(meeting, "make the world's board") if len(set(hosts)) == 1 else None
+        _state = _World(rank, size, hosts, store, meeting, board)
+    return _state
+
+
+@cache
+def host_id() -> str:
+    """Equal for ranks that can share memory: the machine's boot and its shared-memory directory.
+
+    `CPKIT_HOST_ID` replaces it, which makes one machine play several.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text().strip() if boot.exists() else platform.node()
+    return os.environ.get("CPKIT_HOST_ID") or f"{machine}/{shm_dir().stat().st_dev}"
+
+
+def _agree_on_size(world: _World, cp_size: int) -> None:
+    problem = ""
+    whole = isinstance(cp_size, int) and not isinstance(cp_size, bool) and cp_size > 0
+    if not whole or world.size % cp_size:
+        divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        problem = (
+            f"cp_size is {cp_size!r}, and it must divide the {world.size} ranks of this job: "
+            f"use one of {', '.join(map(str, divisors))}, or start another number of ranks"
+        )
+    notes = world.exchange(
+        pack_note(problem, f"init_context_parallel({cp_size!r})"), "agree on cp_size"
+    )
+    if any(note != notes[0] for note in notes) or problem:
+        raise ValueError(explain_disagreement(notes))
+
+
+def _make_group(world: _World, cp_size: int) -> CPGroup:
+    everybody = [tuple(range(first, first + cp_size)) for first in range(0, world.size, cp_size)]
+    made = [
+        dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=deadline_s()))
+        for ranks in everybody
+    ]
+    index, rank = divmod(world.rank, cp_size)
+    ranks = everybody[index]
+    spans_hosts = len({world.hosts[r] for r in ranks}) > 1
+    meeting = Rendezvous(world.store, f"cp{cp_size}.{index}.{_generation}", rank, cp_size)
+    board = None if spans_hosts else Board(meeting, f"make the board of cp_size {cp_size}")
+    return CPGroup(rank, cp_size, ranks, index, spans_hosts, made[index], meeting, board)
