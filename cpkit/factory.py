@@ -1,0 +1,82 @@
+"""Redirect torch's factory functions, such as torch.empty, to another allocator.
+
+On CUDA, torch can swap the allocator itself (torch.cuda.MemPool). On CPU it can't, so a torch
+function mode catches the factories by name: it asks torch for the geometry on the meta device, gets
+memory from the given allocator, and fills it as the factory would have done. Results of other
+operations (cat, clone, arithmetic) stay where torch puts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+_UNFILLED = {
+    torch.empty,
+    torch.empty_like,
+    torch.empty_strided,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_empty_strided,
+}
+_ZEROS = {torch.zeros, torch.zeros_like, torch.Tensor.new_zeros}
+_ONES = {torch.ones, torch.ones_like, torch.Tensor.new_ones}
+_FULL = {torch.full: 1, torch.full_like: 1, torch.Tensor.new_full: 2}
+FACTORIES = frozenset(_UNFILLED | _ZEROS | _ONES | set(_FULL))
+
+
+class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a with statement
+    """Within it, the factories take their memory from `allocate(shape, dtype)`."""
+
+    def __init__(self, allocate: Allocate) -> None:
+        super().__init__()
+        self._allocate = allocate
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in FACTORIES or kwargs.get("out") is not None or not _on_cpu(args, kwargs):
+            return func(*args, **kwargs)
+        kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+        geometry = func(*args, **kept, device="meta")
+        if geometry.layout is not torch.strided:
+            return func(*args, **kwargs)
+        return self._place(geometry, _fill_value(func, args, kwargs))
+
+    def _place(self, geometry: torch.Tensor, fill: Any) -> torch.Tensor:
+        """Memory for this geometry, dense whatever the strides are."""
+        shape, stride = geometry.shape, geometry.stride()
+        extent = 0
+        if geometry.numel():
+            extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        result = self._allocate([extent], geometry.dtype).as_strided(shape, stride)
+        if fill is not None:
+            result.fill_(fill)
+        return result.requires_grad_(geometry.requires_grad)
+
+
+def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    if device is None and args and isinstance(args[0], torch.Tensor):
+        device = args[0].device
+    return torch.device(device or torch.get_default_device()).type == "cpu"
+
+
+def _fill_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _ZEROS:
+        return 0
+    if func in _ONES:
+        return 1
+    if func in _FULL:
+        place = _FULL[func]
+        return kwargs["fill_value"] if "fill_value" in kwargs else args[place]
+    return None
