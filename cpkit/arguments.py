@@ -1,0 +1,119 @@
+"""What a gather accepts, and how it says no: got, allowed, what to call instead.
+
+Nothing here raises. A rank that raised alone would leave its peers waiting in the collective, so a
+problem is words that the ranks exchange when they meet, and then all of them raise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from cpkit.group import CPGroup, describe
+from cpkit.layout import ContextParallelMetadata
+
+ALGORITHMS = ("padded", "padded_symm_recv", "padded_symm", "direct")
+_NO_METADATA = (
+    "the metadata is {0!r}; pass what prepare_context_parallel_metadata(lengths, cp_size) returned"
+)
+
+
+def problem(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+) -> str:
+    """Why all_gather_kv refuses these arguments; empty when it doesn't."""
+    if algorithm not in ALGORITHMS:
+        return f"algorithm is {algorithm!r}; it must be one of {', '.join(ALGORITHMS)}"
+    if not isinstance(metadata, ContextParallelMetadata):
+        return _NO_METADATA.format(metadata)
+    if metadata.cp_size != group.size:
+        return (
+            f"the metadata is for cp_size {metadata.cp_size} and the group has {group.size} ranks; "
+            f"use init_context_parallel({metadata.cp_size})"
+        )
+    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
+        return "tensors must be a list of at least one tensor, for example [k, v]"
+    for number, x in enumerate(tensors):
+        fault = _rows_problem(x, metadata, group, f"tensors[{number}]")
+        if fault:
+            return fault
+    return ""
+
+
+def _rows_problem(
+    x: torch.Tensor, metadata: ContextParallelMetadata, group: CPGroup, name: str
+) -> str:
+    rows = metadata.per_rank_actual_token[group.rank]
+    if not isinstance(x, torch.Tensor):
+        return f"{name} is {x!r}; it must be a tensor of this rank's rows"
+    if x.device.type != "cpu":
+        return f"{name} is on {x.device}; this build gathers CPU tensors only"
+    if x.ndim < 1 or x.shape[0] != rows:
+        return (
+            f"{name} is {describe(x)}, and rank {group.rank} holds {rows} rows of this batch "
+            f"(per_rank_actual_token); use layout.shard(x, metadata, {group.rank})"
+        )
+    return ""
+
+
+def seed_problem(
+    x: torch.Tensor,
+    total_len: int,
+    cp_size: int,
+    metadata: ContextParallelMetadata | None,
+    group: CPGroup,
+) -> str:
+    """Why the seed's functions refuse these arguments; empty when they don't."""
+    if not isinstance(metadata, ContextParallelMetadata):
+        return _NO_METADATA.format(metadata)
+    if cp_size != group.size or cp_size != metadata.cp_size:
+        return (
+            f"cp_size is {cp_size}; the metadata is for {metadata.cp_size} and the current group "
+            f"has {group.size} ranks. All three must be equal: call init_context_parallel first"
+        )
+    max_len, needed = -(-total_len // cp_size), metadata.max_rank_len[0]
+    if max_len < needed:
+        return (
+            f"total_len={total_len} over {cp_size} ranks pads to {max_len} rows, but a rank holds "
+            f"{needed} (rows by rank: {metadata.per_rank_actual_token}): rows would be cut off. "
+            f"ceil(total_len / cp_size) fits one sequence only; pass total_len={needed * cp_size} "
+            f"(max_rank_len · cp_size), or call all_gather_kv"
+        )
+    return _rows_problem(x, metadata, group, "input_tensor")
+
+
+def describe_call(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    algorithm: str,
+    symmetric: bool,
+) -> str:
+    """An all_gather_kv call in words: equal on all ranks exactly when they may go on together."""
+    shapes = ", ".join(f"{list(x.shape[1:])} {x.dtype}" for x in tensors)
+    layout = _describe_layout(metadata)
+    return f"all_gather_kv(rows of {shapes}; {layout}, {algorithm=!s}, {symmetric=})"
+
+
+def describe_seed(
+    x: torch.Tensor, total_len: int, metadata: ContextParallelMetadata, symmetric: bool
+) -> str:
+    """A call of the seed's functions in words."""
+    return (
+        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype}; "
+        f"{total_len=}, {_describe_layout(metadata)}, {symmetric=})"
+    )
+
+
+@lru_cache(maxsize=256)
+def _describe_layout(metadata: ContextParallelMetadata) -> str:
+    """Words for a layout, short for large batches, different for different ones."""
+    lengths = list(metadata.lengths)
+    shown = str(lengths) if len(lengths) <= 16 else f"[{lengths[0]}, … {len(lengths)} sequences]"
+    check = zlib.crc32(repr(lengths).encode())
+    return f"{metadata.strategy}, cp_size={metadata.cp_size}, lengths={shown} ({check:08x})"
