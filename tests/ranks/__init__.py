@@ -1,0 +1,1 @@
+"""Code that the multi-process tests run inside each rank."""

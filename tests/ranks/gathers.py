@@ -1,0 +1,186 @@
+"""Gathers, bit for bit: level 4 of the ladder (provenance, poison, rounds, random batches)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from cpkit import provenance, stages
+from cpkit.gather import (
+    ALGORITHMS,
+    all_gather_kv,
+    cp_all_gather_reorganized_into_tensor_kv_cache,
+    cp_all_gather_rerange_kv_cache,
+    last_path,
+)
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.reference import all_gather_kv_reference
+from cpkit.symm import batch_symmetry, symmetric_pool
+
+DTYPES = (
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.int8,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
+TRAILING = ((8, 16), (1, 5), (3,), (), (24,))
+
+
+def cp_sizes() -> list[int]:
+    world = dist.get_world_size()
+    return [n for n in range(1, world + 1) if world % n == 0]
+
+
+def batches(
+    seed: str, count: int
+) -> Iterator[tuple[CPGroup, ContextParallelMetadata, random.Random]]:
+    """Random ragged batches of every cp_size and strategy, the same on all ranks."""
+    for cp_size in cp_sizes():
+        group = init_context_parallel(cp_size)
+        for strategy in STRATEGIES:
+            rng = random.Random(f"{seed} {cp_size} {strategy}")
+            for _ in range(count):
+                shortest = 2 * cp_size if strategy == "zigzag" else 1
+                lengths = [rng.randint(shortest, shortest + 60) for _ in range(rng.randint(1, 5))]
+                metadata = prepare_context_parallel_metadata(lengths, cp_size, strategy)
+                yield group, metadata, rng
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values, every second element of a wider tensor."""
+    wide = torch.empty(*x.shape, 2, dtype=x.dtype)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def poison(group: CPGroup) -> None:
+    """All memory that a result could land in: the pool, and torch's own uninitialised memory."""
+    symmetric_pool(group).poison_free()
+    group.barrier()
+
+
+def check_every_algorithm_is_bit_exact() -> None:
+    torch.use_deterministic_algorithms(True)  # torch.empty is filled with a known pattern
+    for round, (group, metadata, rng) in enumerate(batches("algorithms", 2)):
+        kinds = [(rng.choice(DTYPES), rng.choice(TRAILING)) for _ in range(rng.randint(1, 3))]
+        for algorithm in ALGORITHMS:
+            shards = [
+                provenance.shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i)
+                for i, (dtype, shape) in enumerate(kinds)
+            ]
+            if rng.random() < 0.5:
+                shards[0] = strided(shards[0])
+            poison(group)
+            for i, got in enumerate(all_gather_kv(shards, metadata, group, algorithm=algorithm)):
+                provenance.check(got, metadata, round=round, tensor=i)
+            del got
+    torch.use_deterministic_algorithms(False)
+
+
+def check_many_rounds_back_to_back() -> None:
+    """Without a pause between rounds: a missing barrier shows as a stale or torn row."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    for round in range(1, 201):
+        algorithm = ALGORITHMS[round % 4] if round % 3 else "direct"
+        rows = provenance.shard_rows(metadata, group.rank, (16,), torch.float32, round=round)
+        (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+        provenance.check(got, metadata, round=round)
+
+
+def check_results_that_are_kept_stay_valid() -> None:
+    """Ranks keep different results for different times: offsets must not drift apart."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([50], group.size)
+    kept: dict[int, torch.Tensor] = {}
+    rng = random.Random(dist.get_rank())
+    for round in range(1, 60):
+        rows = provenance.shard_rows(metadata, group.rank, (32,), torch.int32, round=round)
+        (got,) = all_gather_kv([rows], metadata, group)
+        kept[round] = got
+        for other, result in kept.items():
+            provenance.check(result, metadata, round=other)
+        while kept and rng.random() < 0.5:
+            kept.pop(rng.choice(list(kept)))
+
+
+def check_the_seeds_functions() -> None:
+    for round, (group, metadata, _) in enumerate(batches("seed", 2)):
+        rows = provenance.shard_rows(metadata, group.rank, (2, 8), torch.bfloat16, round=round)
+        batch = SimpleNamespace(attn_cp_metadata=metadata)
+        total_len = metadata.max_rank_len[0] * group.size
+        poison(group)
+        got = cp_all_gather_reorganized_into_tensor_kv_cache(rows, total_len, group.size, batch)
+        provenance.check(got[metadata.token_order], metadata, round=round)
+        got = cp_all_gather_rerange_kv_cache(rows, total_len, group.size, batch, None)
+        provenance.check(got, metadata, round=round)
+
+
+def check_one_sequence_takes_the_seeds_own_total_len() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([101], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (4,), torch.float32, round=1)
+    batch = SimpleNamespace(attn_cp_metadata=metadata)
+    got = cp_all_gather_rerange_kv_cache(rows, 101, group.size, batch)
+    provenance.check(got, metadata, round=1)
+
+
+def check_ranks_without_rows_and_rows_without_bytes() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    for strategy in ("interleave", "contiguous"):
+        metadata = prepare_context_parallel_metadata([1], group.size, strategy)
+        for algorithm in ALGORITHMS:
+            rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+            empty = torch.empty(rows.shape[0], 0, 4)
+            got, nothing = all_gather_kv([rows, empty], metadata, group, algorithm=algorithm)
+            provenance.check(got, metadata, round=1)
+            assert nothing.shape == (1, 0, 4)
+
+
+def check_the_reference_agrees() -> None:
+    for round, (group, metadata, _) in enumerate(batches("reference", 1)):
+        rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float64, round=round)
+        for gather in (all_gather_kv, all_gather_kv_reference):
+            (got,) = gather([rows], metadata, group, algorithm="direct")
+            provenance.check(got, metadata, round=round)
+
+
+def check_an_asymmetric_batch_falls_back_and_says_so() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+    for algorithm in ALGORITHMS:
+        with batch_symmetry(False):
+            (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+        provenance.check(got, metadata, round=1)
+        report = last_path(group)
+        assert report is not None
+        assert report.path == "fallback"
+        assert "is_allocation_symmetric() is false" in report.reason
+        all_gather_kv([rows], metadata, group, algorithm=algorithm)
+        report = last_path(group)
+        assert report is not None
+        assert report.path == ("fallback" if algorithm == "padded" else "symmetric")
+
+
+def check_stages_are_recorded() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([67, 50], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=4)
+    with stages.record(keep_arrays=True) as recorder:
+        all_gather_kv([rows], metadata, group, algorithm="padded_symm")
+    assert list(recorder.total_us()) == ["agree", "pad", "wire", "exit", "strip", "reorder"]
+    assert recorder.arrays["pad"].shape[0] == metadata.max_rank_len[0]
+    assert recorder.arrays["wire"].shape[0] == metadata.max_rank_len[0] * group.size
+    in_rank_order = provenance.decode_rows(recorder.arrays["strip"])
+    starts = torch.tensor(metadata.starts)[in_rank_order[:, 2]]
+    assert torch.equal(starts + in_rank_order[:, 3], metadata.rank_order)
+    provenance.check(recorder.arrays["reorder"].view(torch.float32), metadata, round=4)

@@ -1,0 +1,151 @@
+"""Groups: every divisor, no restart, and one answer on all ranks."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from cpkit import provenance
+from cpkit.board import BarrierTimeout
+from cpkit.gather import (
+    all_gather_kv,
+    cp_all_gather_reorganized_into_tensor_kv_cache,
+    get_attention_cp_group,
+)
+from cpkit.group import forget_groups, init_context_parallel
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.rendezvous import RendezvousTimeout
+from tests.ranks.gathers import cp_sizes
+
+
+def error_of(call: object, *args: object, **kwargs: object) -> str:
+    """The ValueError that a call raises; that it raises is part of the check."""
+    try:
+        call(*args, **kwargs)  # type: ignore[operator]
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{call} accepted {args} {kwargs}")
+
+
+def gather_works() -> None:
+    """The ranks are still in step: a gather goes through, bit-exact."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([40], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=9)
+    provenance.check(all_gather_kv([rows], metadata, group)[0], metadata, round=9)
+
+
+def check_every_divisor_makes_groups_of_neighbours() -> None:
+    rank = dist.get_rank()
+    for cp_size in [*cp_sizes(), *reversed(cp_sizes())]:
+        group = init_context_parallel(cp_size)
+        first = rank // cp_size * cp_size
+        assert group.ranks == tuple(range(first, first + cp_size))
+        assert (group.rank, group.size) == (rank - first, cp_size)
+        assert get_attention_cp_group() is group
+        notes = group.exchange(bytes([rank]))
+        assert notes == [bytes([other]) for other in group.ranks]
+
+
+def check_groups_are_kept() -> None:
+    groups = {n: init_context_parallel(n) for n in cp_sizes()}
+    assert all(init_context_parallel(n) is groups[n] for n in cp_sizes())
+
+
+def check_a_bad_cp_size_is_refused_on_every_rank() -> None:
+    for bad in (0, -1, 3, 8, 2.0, True, "2"):
+        said = error_of(init_context_parallel, bad)
+        assert f"cp_size is {bad!r}" in said
+        assert "1, 2, 4" in said
+    gather_works()
+
+
+def check_different_cp_sizes_are_named_by_rank() -> None:
+    said = error_of(init_context_parallel, 2 if dist.get_rank() == 1 else 4)
+    assert "rank(s) 1: init_context_parallel(2)" in said
+    assert "rank(s) 0, 2, 3: init_context_parallel(4)" in said
+    gather_works()
+
+
+def check_one_ranks_bad_argument_is_everybodys_error() -> None:
+    group = init_context_parallel(4)
+    metadata = prepare_context_parallel_metadata([40], 4)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
+    one = group.rank == 2
+    cases = [
+        (([rows[:3] if one else rows], metadata, group), {}, "rank(s) 2: tensors[0] is [3, 8]"),
+        (([rows.double() if one else rows], metadata, group), {}, "torch.float64"),
+        (([rows[:, :4] if one else rows], metadata, group), {}, "rows of [4]"),
+        (([rows, rows] if one else [rows], metadata, group), {}, "different collectives"),
+        (([], metadata, group), {}, "at least one tensor"),
+        (([rows], metadata, group), {"algorithm": "fast"}, "padded, padded_symm_recv"),
+        (([rows], metadata, group), {"algorithm": "padded" if one else "direct"}, "rank(s) 2"),
+        (([rows], None, group), {}, "prepare_context_parallel_metadata"),
+        ((["rows"], metadata, group), {}, "list of at least one tensor"),
+    ]
+    for args, kwargs, words in cases:
+        assert words in error_of(all_gather_kv, *args, **kwargs)
+    other = prepare_context_parallel_metadata([41, 9] if one else [40, 10], 4)
+    rows = torch.zeros(other.per_rank_actual_token[group.rank], 8)
+    assert "lengths=[41, 9]" in error_of(all_gather_kv, [rows], other, group)
+    gather_works()
+
+
+def check_metadata_for_another_cp_size() -> None:
+    group = init_context_parallel(2)
+    metadata = prepare_context_parallel_metadata([40], 4)
+    said = error_of(all_gather_kv, [torch.zeros(10, 2)], metadata, group)
+    assert "metadata is for cp_size 4" in said
+    assert "init_context_parallel(4)" in said
+
+
+def check_the_seed_says_when_it_would_cut_rows_off() -> None:
+    group = init_context_parallel(4)
+    metadata = prepare_context_parallel_metadata([4097] * 16, 4)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 2)
+    batch = SimpleNamespace(attn_cp_metadata=metadata)
+    gather = cp_all_gather_reorganized_into_tensor_kv_cache
+    said = error_of(gather, rows, metadata.total_tokens, 4, batch)
+    for words in ("pads to 16388 rows", "holds 16400", "cut off", "65600", "all_gather_kv"):
+        assert words in said
+    assert "All three must be equal" in error_of(gather, rows, metadata.total_tokens, 2, batch)
+    assert "metadata is None" in error_of(gather, rows, 4, 4, SimpleNamespace())
+
+
+def check_the_plain_collective_checks_its_buffers() -> None:
+    group = init_context_parallel(4)
+    shard = torch.full((3, 2), float(group.rank))
+    output = torch.empty(12, 2)
+    group.cp_all_gather_into_tensor_async(output, shard)
+    assert output[:, 0].tolist() == [float(rank) for rank in range(4) for _ in range(3)]
+    said = error_of(group.cp_all_gather_into_tensor_async, output[:9], shard)
+    assert "output must be [12, 2]" in said
+    one = shard.double() if group.rank == 0 else shard
+    assert "rank(s) 0" in error_of(group.cp_all_gather_into_tensor_async, output, one)
+
+
+def check_a_rank_that_never_comes_is_named() -> None:
+    """The last rank stays away: the others wait for the deadline only, and say for whom."""
+    init_context_parallel(4).exchange(b"")
+    os.environ["CPKIT_DEADLINE_S"] = "0.5"
+    try:
+        group = init_context_parallel(4)
+        if group.rank != 3:
+            try:
+                group.barrier()
+            except BarrierTimeout as error:
+                assert "waited 0.5 s for rank(s) 3" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError("the barrier did not wait for rank 3")
+            try:
+                group.rendezvous.exchange(b"", "grow the symmetric pool")
+            except RendezvousTimeout as error:
+                assert "rank(s) 3 to grow the symmetric pool" in str(error)  # noqa: PT017
+    finally:
+        del os.environ["CPKIT_DEADLINE_S"]
+    dist.barrier()
+    forget_groups()
+    gather_works()

@@ -1,0 +1,144 @@
+"""Gathers with one planted bug each. The provenance check must see every one of them.
+
+Every function `check_*` plants a bug on some rank and passes when some rank found a wrong row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cpkit import provenance, steps
+from cpkit.board import Board
+from cpkit.gather import all_gather_kv
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.symm import symmetric_pool
+
+
+@contextmanager
+def planted(owner: object, name: str, bug: Any) -> Iterator[Any]:
+    """Replace a function by a broken one, which gets the original as its first argument."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: bug(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def complaints(algorithm: str) -> list[str]:
+    """What each rank's check says of two gathers by this algorithm, the first one unharmed."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([40, 33], group.size)
+    said = ""
+    for round in (1, 2):
+        rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=round)
+        symmetric_pool(group).poison_free()
+        group.barrier()
+        (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+        said = said or provenance.explain_mismatch(got, metadata, round=round) or ""
+        group.exchange(b"checked")
+    return [note.decode() for note in group.exchange(said[:500].encode())]
+
+
+def expect(algorithm: str, words: str) -> None:
+    said = complaints(algorithm)
+    assert any(words in each for each in said), f"nobody said {words!r}: {said}"
+
+
+def check_control_without_a_bug_nobody_complains() -> None:
+    for algorithm in ("direct", "padded", "padded_symm", "padded_symm_recv"):
+        assert not any(complaints(algorithm))
+
+
+def check_a_peer_that_is_left_out() -> None:
+    def view_of_self(real: Any, pool: Any, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        last = pool.group.size - 1
+        return real(pool, tensor, pool.group.rank if rank == last else rank)
+
+    pool_class = type(symmetric_pool(init_context_parallel(dist.get_world_size())))
+    with planted(pool_class, "peer_view", view_of_self):
+        expect("direct", "poison (nobody wrote here)")
+
+
+def check_rows_at_the_neighbours_place() -> None:
+    def shifted(real: Any, rows: torch.Tensor, *args: Any) -> None:
+        real(rows.roll(1, 0), *args)
+
+    with planted(steps, "push_rows", shifted):
+        expect("direct", "wanted round 1, rank")
+
+
+def check_no_barrier_after_the_wire() -> None:
+    """Rank 0 stores late; whoever does not wait for it reads what was there before."""
+
+    def late(real: Any, *args: Any) -> None:
+        if dist.get_rank() == 0:
+            time.sleep(0.2)
+        real(*args)
+
+    def no_wait(real: Any, group: CPGroup) -> None:
+        if not waiting:
+            real(group)
+
+    waiting = [True]
+    group = init_context_parallel(dist.get_world_size())
+    symmetric_pool(group).poison_free()
+    metadata = prepare_context_parallel_metadata([40], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+    with planted(steps, "push_rows", late), planted(CPGroup, "barrier", no_wait):
+        group.exchange(b"poisoned")
+        (got,) = all_gather_kv([rows], metadata, group)
+        said = provenance.explain_mismatch(got, metadata, round=1) or ""
+    everybody = [note.decode() for note in group.exchange(said.encode())]
+    assert any("poison (nobody wrote here)" in each for each in everybody), everybody
+
+
+def check_no_reorder() -> None:
+    with planted(steps, "reorder_tokens", lambda real, rank_order, metadata: rank_order):
+        expect("padded", "wanted")
+
+
+def check_the_wrong_end_stripped() -> None:
+    def tail(real: Any, gathered: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        chunks = gathered.chunk(len(rows))
+        return torch.cat([c[len(c) - n :] for c, n in zip(chunks, rows, strict=True)])
+
+    with planted(steps, "strip_padding", tail):
+        expect("padded", "token 1, lane 0, tensor 0; wanted round 1, rank 0, sequence 0, token 0")
+
+
+def check_a_round_that_was_not_sent() -> None:
+    """The second round hands out the first one's result."""
+    kept: list[torch.Tensor] = []
+
+    def first_again(real: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = real(*args, **kwargs)
+        kept.append(fresh.clone())
+        return kept[0]
+
+    with planted(steps, "gather_shards", first_again):
+        expect("padded_symm", "holds round 1")
+
+
+def check_a_barrier_that_lets_everybody_through() -> None:
+    """Board.barrier itself is broken: notes are read before they are pinned."""
+
+    def through(real: Any, board: Board) -> None:
+        board._turn += 1
+
+    group = init_context_parallel(dist.get_world_size())
+    if group.rank == 0:
+        time.sleep(0.2)
+    with planted(Board, "barrier", through):
+        notes = group.exchange(b"here %d" % group.rank)
+    wrong = notes != [b"here %d" % rank for rank in range(group.size)]
+    found = torch.tensor(int(wrong))
+    dist.all_reduce(found)
+    assert found

@@ -1,0 +1,40 @@
+"""What torchrun starts for a multi-process test: every `check_*` of a module, on every rank.
+
+    torchrun … -m tests.ranks.runner MODULE RESULTS_DIR
+
+Each rank writes one JSON file: check → "" when it passed, else the traceback. A check that fails on
+one rank must not disturb the next, so groups are forgotten in between, by all ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cpkit.group import forget_groups
+
+
+def main() -> None:
+    module = importlib.import_module(sys.argv[1])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results: dict[str, str] = {}
+    for name in [name for name in vars(module) if name.startswith("check_")]:
+        try:
+            getattr(module, name)()
+            results[name] = ""
+        except BaseException:  # noqa: BLE001 - whatever it is, it goes into the report
+            results[name] = traceback.format_exc()
+        forget_groups()
+        dist.barrier()
+    (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

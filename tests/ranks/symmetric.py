@@ -1,0 +1,226 @@
+"""Symmetric memory: the same offset means the same block on every rank, or it is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+import torch.distributed as dist
+
+from cpkit.gather import all_gather_kv, last_path
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.shm import free_bytes, reap_dead_files, shm_dir
+from cpkit.symm import (
+    SymmetricMemoryError,
+    SymmetricPool,
+    explain_path,
+    is_allocation_symmetric,
+    symmetric_pool,
+    use_symmetric_memory,
+)
+from tests.ranks.gathers import cp_sizes
+from tests.ranks.groups import error_of, gather_works
+
+MIB = 1 << 20
+
+
+def world_group() -> CPGroup:
+    return init_context_parallel(dist.get_world_size())
+
+
+def own_files() -> list[Path]:
+    return list(shm_dir().glob(f"cpkit-{os.getuid()}-{os.getpid()}-*"))
+
+
+def check_peers_write_into_each_others_memory() -> None:
+    group = world_group()
+    with use_symmetric_memory(group):
+        inbox = torch.zeros(group.size, 5, dtype=torch.int64)
+    group.barrier()
+    for peer in range(group.size):
+        symmetric_pool(group).peer_view(inbox, peer)[group.rank] = 100 * group.rank + peer
+    group.barrier()
+    assert inbox[:, 0].tolist() == [100 * sender + group.rank for sender in range(group.size)]
+
+
+def check_offsets_agree_and_memory_is_reused() -> None:
+    group = world_group()
+    pool = symmetric_pool(group)
+    seen = set()
+    for size in (1, 300, 4096, 70000) * 5:
+        with use_symmetric_memory(group):
+            x = torch.empty(size, dtype=torch.uint8)
+        place = pool.locate(x)
+        assert place is not None
+        assert len(set(group.exchange(repr(place).encode()))) == 1
+        seen.add(place)
+        del x
+        pool.meet("settle")
+    assert len(seen) == 1
+    assert pool.stats().used_bytes == 0
+
+
+def check_nothing_has_a_name_once_it_is_mapped() -> None:
+    group = world_group()
+    symmetric_pool(group)
+    group.barrier()
+    assert own_files() == []
+
+
+def check_disabled_means_ordinary_memory() -> None:
+    group = world_group()
+    with use_symmetric_memory(group, disabled=True):
+        x = torch.empty(10)
+    with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
+        y = torch.empty(10)
+    assert symmetric_pool(group).locate(x) is None
+    assert symmetric_pool(group).locate(y) is not None
+
+
+def check_spills_are_counted_and_warm_up_prevents_them() -> None:
+    group = world_group()
+    pool = symmetric_pool(group).configure(MIB)
+    with use_symmetric_memory(group):
+        small = torch.empty(MIB // 2, dtype=torch.uint8)
+    assert pool.stats().spills == 0
+    with use_symmetric_memory(group):
+        large = torch.empty(3 * MIB, dtype=torch.uint8)
+    stats = pool.stats()
+    assert (stats.spills, stats.segments, stats.arena_bytes) == (1, 2, MIB)
+    assert stats.spill_bytes == 4 * MIB
+    assert stats.registering_ms > 0
+    assert stats.peak_bytes >= small.numel() + large.numel()
+
+    pool = symmetric_pool(group).configure(MIB)
+    pool.warm_up(20000, (8, 16), torch.float32, tensors=2)
+    metadata = prepare_context_parallel_metadata([20000], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8, 16)
+    for algorithm in ("direct", "padded_symm", "padded_symm_recv") * 2:
+        all_gather_kv([rows, rows], metadata, group, algorithm=algorithm)
+    assert pool.stats().spills == 0
+
+
+def check_allocations_that_differ_are_an_error_not_corruption() -> None:
+    group = world_group()
+    size = 4096 if group.rank == 0 else 8192
+    with use_symmetric_memory(group):
+        torch.empty(size, dtype=torch.uint8)
+    try:
+        group.transport.meet("anything")  # type: ignore[union-attr]
+    except SymmetricMemoryError as error:
+        said = str(error)
+    assert "rank 0: [4096]" in said
+    assert "rank 1: [8192]" in said
+    assert "max_rank_len" in said
+
+
+def check_spills_that_differ_in_size_are_refused_with_the_sizes() -> None:
+    group = world_group()
+    symmetric_pool(group).configure(MIB)
+    try:
+        with use_symmetric_memory(group):
+            torch.empty((4 + 2 * group.rank) * MIB, dtype=torch.uint8)
+    except ValueError as error:
+        said = str(error)
+    assert f"allocate {4 * MIB} symmetric bytes" in said
+    assert f"allocate {6 * MIB} symmetric bytes" in said
+
+
+def check_an_allocation_against_a_gather_is_an_error_on_both_sides() -> None:
+    group = world_group()
+    symmetric_pool(group).configure(MIB)
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
+    if group.rank == 0:
+        said = error_of(symmetric_pool(group).empty, [5 * MIB], torch.uint8)
+    else:
+        said = error_of(all_gather_kv, [rows], metadata, group)
+    assert "rank(s) 0: allocate" in said
+    assert "all_gather_kv" in said
+    gather_works()
+
+
+def check_full_shared_memory_is_a_clear_error_on_every_rank() -> None:
+    """Once by asking for more than there is, once when just one rank has no room."""
+    group = world_group()
+    symmetric_pool(group)
+    too_much = free_bytes() * 2
+    try:
+        symmetric_pool(group).configure(too_much)
+    except SymmetricMemoryError as error:
+        said = str(error)
+    assert "is full" in said
+    assert str(too_much) in said
+    assert "--shm-size" in said
+    group.barrier()
+    if group.rank == 1:
+        os.environ["CPKIT_SHM_DIR"] = "/proc"  # nobody can create files there
+    try:
+        symmetric_pool(group).configure(MIB)
+    except SymmetricMemoryError as error:
+        said = str(error)
+    finally:
+        os.environ.pop("CPKIT_SHM_DIR", None)
+    assert said.startswith("cannot preallocate the symmetric pool. rank 1: cannot create")
+    assert "rank 0" not in said
+    assert own_files() == []
+    gather_works()
+
+
+def check_files_of_killed_processes_are_reaped() -> None:
+    if dist.get_rank() == 0:
+        directory = mkdtemp()
+        os.environ["CPKIT_SHM_DIR"] = directory
+        code = "import os, cpkit.shm as s; s._create(4096, 1); os.kill(os.getpid(), 9)"
+        subprocess.run([sys.executable, "-c", code], check=False)
+        left = list(Path(directory).iterdir())
+        assert len(left) == 1
+        assert left[0].stat().st_mode & 0o777 == 0o600
+        assert reap_dead_files() == left
+        Path(directory).rmdir()
+        del os.environ["CPKIT_SHM_DIR"]
+
+
+def check_paths_are_what_really_happens() -> None:
+    group = world_group()
+    with use_symmetric_memory(group):
+        symm_send = torch.full((4, 4), float(group.rank))
+        symm_recv = torch.empty(4 * group.size, 4)
+    send, recv = torch.full((4, 4), float(group.rank)), torch.empty(4 * group.size, 4)
+    cases = [
+        (symm_send, symm_recv, "symmetric"),
+        (send, symm_recv, "symmetric"),
+        (symm_send, recv, "staged"),
+        (send, recv, "fallback"),
+    ]
+    for source, target, path in cases:
+        target.fill_(-1)
+        report = explain_path(source, target, group)
+        group.cp_all_gather_into_tensor_async(target, source)
+        assert target[:, 1].tolist() == [float(r) for r in range(group.size) for _ in range(4)]
+        assert report.path == path
+        assert last_path(group) == report
+
+
+def check_a_buffer_of_another_group_is_told_apart() -> None:
+    wide, narrow = world_group(), init_context_parallel(cp_sizes()[0])
+    with use_symmetric_memory(narrow):
+        send = torch.zeros(4, 4)
+    report = explain_path(send, send, wide)
+    assert report.path == "fallback"
+    assert "pool of another group" in report.recv
+
+
+def check_bad_pools_are_refused() -> None:
+    group = world_group()
+    assert "prealloc is 0 bytes" in error_of(SymmetricPool, group, 0)
+    assert "init_context_parallel" in error_of(symmetric_pool, None)
+    pool = symmetric_pool(group)
+    assert "max_tokens is 0" in error_of(pool.warm_up, 0)
+    assert "use_symmetric_memory" in error_of(pool.peer_view, torch.zeros(3), 0)
+    gather_works()
