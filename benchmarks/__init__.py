@@ -1,0 +1,1 @@
+"""Measurements with opponents in the same run; `make bench` runs them all."""
