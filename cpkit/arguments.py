@@ -95,7 +95,18 @@ def describe_call(
     symmetric: bool,
 ) -> str:
     """An all_gather_kv call in words: equal on all ranks exactly when they may go on together."""
-    shapes = ", ".join(f"{list(x.shape[1:])} {x.dtype}" for x in tensors)
+    rows = tuple((x.shape[1:], x.dtype) for x in tensors)
+    return _describe(rows, metadata, algorithm, symmetric)
+
+
+@lru_cache(maxsize=256)
+def _describe(
+    rows: tuple[tuple[torch.Size, torch.dtype], ...],
+    metadata: ContextParallelMetadata,
+    algorithm: str,
+    symmetric: bool,
+) -> str:
+    shapes = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in rows)
     layout = _describe_layout(metadata)
     return f"all_gather_kv(rows of {shapes}; {layout}, {algorithm=!s}, {symmetric=})"
 

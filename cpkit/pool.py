@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import time
@@ -72,6 +71,7 @@ class SymmetricPool:
         self.group = group
         self._ledger = Ledger()
         self._segments: list[Segment] = []
+        self._bases: list[int] = []
         self._spills = 0
         self._registering_s = 0.0
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc)
@@ -92,7 +92,8 @@ class SymmetricPool:
         nbytes = count * dtype.itemsize
         block = self._ledger.place(nbytes) or self._place_after_meeting(nbytes)
         own = self._segments[block.segment].maps[self.group.rank]
-        memory = (ctypes.c_char * nbytes).from_buffer(own, block.offset)
+        # The tensor's storage keeps this view alive; when the view goes, the last tensor has gone.
+        memory = memoryview(own)[block.offset : block.offset + nbytes]
         weakref.finalize(memory, self._ledger.release, block.slot).atexit = False
         return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
 
@@ -112,8 +113,7 @@ class SymmetricPool:
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """(segment, byte offset) of a tensor's first element, or None when it lives elsewhere."""
         address = tensor.data_ptr()
-        for number, segment in enumerate(self._segments):
-            base = _address(segment.maps[self.group.rank])
+        for number, (base, segment) in enumerate(zip(self._bases, self._segments, strict=True)):
             if base <= address < base + segment.nbytes:
                 return number, address - base
         return None
@@ -135,7 +135,9 @@ class SymmetricPool:
 
     def _grow(self, nbytes: int, purpose: str) -> None:
         start = time.perf_counter()
-        self._segments.append(make_segment(self.group.rendezvous, nbytes, purpose))
+        segment = make_segment(self.group.rendezvous, nbytes, purpose)
+        self._segments.append(segment)
+        self._bases.append(_address(segment.maps[self.group.rank]))
         self._ledger.add_segment(nbytes)
         self._registering_s += time.perf_counter() - start
 
@@ -287,4 +289,4 @@ def locate(tensor: torch.Tensor, group: CPGroup) -> Where:
 
 
 def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()

@@ -13,11 +13,12 @@ from cpkit.board import BarrierTimeout
 from cpkit.gather import (
     all_gather_kv,
     cp_all_gather_reorganized_into_tensor_kv_cache,
-    get_attention_cp_group,
+    last_path,
 )
-from cpkit.group import forget_groups, init_context_parallel
+from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.rendezvous import RendezvousTimeout
+from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
 from tests.ranks.gathers import cp_sizes
 
 
@@ -148,4 +149,35 @@ def check_a_rank_that_never_comes_is_named() -> None:
         del os.environ["CPKIT_DEADLINE_S"]
     dist.barrier()
     forget_groups()
+    gather_works()
+
+
+def check_groups_that_span_machines_fall_back_and_say_so() -> None:
+    """Two ranks each play another machine: cp 2 shares memory, cp 4 can't."""
+    os.environ["CPKIT_HOST_ID"] = f"machine {dist.get_rank() // 2}"
+    host_id.cache_clear()
+    forget_groups()
+    try:
+        for cp_size, path in ((2, "symmetric"), (4, "fallback")):
+            group = init_context_parallel(cp_size)
+            assert group.spans_hosts is (cp_size == 4)
+            metadata = prepare_context_parallel_metadata([40, 23], cp_size)
+            rows = provenance.shard_rows(metadata, group.rank, (8,), torch.bfloat16, round=3)
+            for algorithm in ("direct", "padded_symm"):
+                (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+                provenance.check(got, metadata, round=3)
+                report = last_path(group)
+                assert report is not None
+                assert report.path == path
+            with use_symmetric_memory(group):
+                x = torch.empty(5)
+            assert (explain_path(x, x, group).path == "symmetric") is (cp_size == 2)
+            assert "rank(s) 1" in error_of(
+                all_gather_kv, [rows[:1] if group.rank == 1 else rows], metadata, group
+            )
+        assert "spans machines" in error_of(SymmetricPool, init_context_parallel(4))
+    finally:
+        del os.environ["CPKIT_HOST_ID"]
+        host_id.cache_clear()
+        forget_groups()
     gather_works()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -223,4 +224,23 @@ def check_bad_pools_are_refused() -> None:
     pool = symmetric_pool(group)
     assert "max_tokens is 0" in error_of(pool.warm_up, 0)
     assert "use_symmetric_memory" in error_of(pool.peer_view, torch.zeros(3), 0)
+    gather_works()
+
+
+def check_a_file_that_cannot_be_reserved_is_a_clear_error() -> None:
+    """The room was there when we looked, and the system says no all the same."""
+    group = world_group()
+    symmetric_pool(group)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if group.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB // 2, limits[1]))
+    try:
+        symmetric_pool(group).configure(MIB)
+    except SymmetricMemoryError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "rank 0: " in said
+    assert f"{MIB} bytes each" in said
+    assert own_files() == []
     gather_works()
