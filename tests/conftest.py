@@ -5,7 +5,15 @@ A test's layer is the dearest of its markers in `LAYERS`; one without any is pur
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+import cpkit
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
@@ -31,3 +39,25 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 def layer(item: pytest.Item) -> int:
     """The index into LAYERS of the dearest layer that the test is marked with."""
     return max(n for n, name in enumerate(LAYERS) if n == 0 or item.get_closest_marker(name))
+
+
+@pytest.fixture(scope="session")
+def runtime_dir() -> Iterator[Path]:
+    """A Jupyter runtime directory of this test session's own, so that no user's workers are met."""
+    directory = Path(tempfile.mkdtemp(prefix="cpkit-test-"))
+    before = os.environ.get("JUPYTER_RUNTIME_DIR")
+    os.environ["JUPYTER_RUNTIME_DIR"] = str(directory)
+    yield directory
+    if before is None:
+        del os.environ["JUPYTER_RUNTIME_DIR"]
+    else:
+        os.environ["JUPYTER_RUNTIME_DIR"] = before
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
+    """Four real ranks, shared by all tests that leave them usable."""
+    with cpkit.connect("tests", nproc=4) as connected:
+        yield connected
+        connected.stop()

@@ -1,0 +1,63 @@
+"""cpkit: see, measure and write the context-parallel all-gather of a KV cache.
+
+`cpkit.connect()` gives a notebook its workers. Code that runs inside a rank imports `cpkit.layout`,
+`cpkit.group`, `cpkit.symm` and `cpkit.gather`. Importing `cpkit` itself loads neither torch nor
+pandas.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cpkit.control.errors import (
+        BadRequest,
+        Cancelled,
+        ControlError,
+        NoAnswer,
+        NoWorkers,
+        RequestFailed,
+        WorkersBusy,
+        WorkersDied,
+    )
+    from cpkit.lab import Lab, connect
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Lab": "cpkit.lab",
+    "connect": "cpkit.lab",
+    "BadRequest": "cpkit.control.errors",
+    "Cancelled": "cpkit.control.errors",
+    "ControlError": "cpkit.control.errors",
+    "NoAnswer": "cpkit.control.errors",
+    "NoWorkers": "cpkit.control.errors",
+    "RequestFailed": "cpkit.control.errors",
+    "WorkersBusy": "cpkit.control.errors",
+    "WorkersDied": "cpkit.control.errors",
+}
+
+__all__ = [
+    "BadRequest",
+    "Cancelled",
+    "ControlError",
+    "Lab",
+    "NoAnswer",
+    "NoWorkers",
+    "RequestFailed",
+    "WorkersBusy",
+    "WorkersDied",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cpkit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

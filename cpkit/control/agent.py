@@ -1,0 +1,162 @@
+"""The agent: torchrun in a process of its own session, which tidies up and says who died of what.
+
+It holds the lock of its name for as long as it lives. `python -m cpkit.control.agent <settings>` is
+started by `cpkit.control.launch`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from cpkit.control.obituary import describe_exit, last_lines
+from cpkit.control.place import (
+    NAME_TAKEN_CODE,
+    SOCKET_DIR_PREFIX,
+    Agent,
+    Death,
+    NameTaken,
+    Place,
+    PostMortem,
+    write_private,
+)
+from cpkit.control.settings import Launch, from_json, loopback
+from cpkit.processes import process_id
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_log = logging.getLogger("cpkit.agent")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one set of workers to its end; the exit code."""
+    launch = from_json(arguments[0])
+    place = Place(launch.place_name)
+    try:
+        lock = place.hold()
+    except NameTaken as taken:
+        _log.error("%s", taken)
+        return NAME_TAKEN_CODE
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun has its own handlers
+    _start_afresh(place)
+    report = PostMortem((), "the agent ended before the workers were there")
+    try:
+        _introduce(lock, _make_socket_dir())
+        report = _run(launch, place)
+    finally:
+        write_private(place.post_mortem_file, report)
+        place.clean()
+    _log.warning("%s", report.text)
+    return 1 if report.deaths else 0
+
+
+def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
+    """What `torchrun` would be called with."""
+    if launch.nnodes == 1:
+        meeting = ["--standalone", "--local-addr=127.0.0.1"]
+    else:
+        meeting = [
+            "--rdzv-backend=static",
+            f"--nnodes={launch.nnodes}",
+            f"--node-rank={launch.node_rank}",
+            f"--rdzv-endpoint={launch.rdzv_endpoint}",
+            f"--rdzv-id={launch.name}",
+        ]
+    return [
+        *meeting,
+        f"--nproc-per-node={launch.nproc}",
+        f"--max-restarts={launch.max_restarts}",
+        "--monitor-interval=0.05",
+        "--shutdown-timeout=5",
+        f"--log-dir={place.log_dir}",
+        "--redirects=3",
+        "--module",
+        "cpkit.worker",
+    ]
+
+
+def _run(launch: Launch, place: Place) -> PostMortem:
+    """torchrun, from start to end, with the reason of its end."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    launch.export()
+    _prepare_environment(launch)
+    try:
+        torchrun.run(torchrun.parse_args(torchrun_arguments(launch, place)))
+    except ChildFailedError as failed:
+        return _post_mortem(failed, place)
+    except SignalException as signalled:
+        return PostMortem((), f"the workers were ended by {signalled.sigval.name} to their agent")
+    return PostMortem((), "the workers were told to end, or their owner is gone")
+
+
+def _prepare_environment(launch: Launch) -> None:
+    """What the ranks inherit. A user's own settings win."""
+    threads = max(1, (os.cpu_count() or 1) // launch.nproc)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # Ranks that are started again must not find the addresses of the dead ones in a shared store.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    interface = launch.interface or (loopback() if launch.nnodes == 1 else "")
+    if interface and not interface[0].isdigit():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _start_afresh(place: Place) -> None:
+    """Remove what a killed agent left; keep the last logs beside the new ones."""
+    if place.agent_log.exists():
+        os.truncate(place.agent_log, 0)
+    place.clean()
+    place.post_mortem_file.unlink(missing_ok=True)
+    previous = place.log_dir.with_name("logs.previous")
+    if place.log_dir.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        place.log_dir.rename(previous)
+
+
+def _make_socket_dir() -> str:
+    """A fresh private directory whose path is short enough for a socket."""
+    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
+        room = zmq.IPC_PATH_MAX_LEN - len(parent) - len(f"/{SOCKET_DIR_PREFIX}12345678/control")
+        if room > 0:
+            return tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent)
+    raise OSError(f"no temporary directory has a path short enough for a socket: {parent}")
+
+
+def _introduce(lock: int, socket_dir: str) -> None:
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, msgspec.json.encode(Agent(process_id(), socket_dir)), 0)
+
+
+def _post_mortem(failed: ChildFailedError, place: Place) -> PostMortem:
+    deaths = [_death(rank, failure, place) for rank, failure in failed.failures.items()]
+    deaths.sort(key=_was_consequence)
+    first = deaths[0]
+    return PostMortem(tuple(deaths), f"rank {first.rank} died: {describe_exit(first.exit_code)}")
+
+
+def _was_consequence(death: Death) -> bool:
+    """A rank that lost a peer ends by SIGTERM or with an exit code; a killed one is the cause."""
+    return death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
+
+
+def _death(rank: int, failure: Any, place: Place) -> Death:
+    logs = sorted(place.log_dir.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"))
+    newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
+    lines = last_lines(str(newest)) if newest else ()
+    return Death(rank, failure.pid, failure.exitcode, "", lines)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
+    sys.exit(main(sys.argv[1:]))

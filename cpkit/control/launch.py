@@ -1,0 +1,219 @@
+"""Starting, finding and ending sets of workers. Needs no torch: the agent does the heavy part."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cpkit.control.client import Client
+from cpkit.control.errors import ControlError, NoAnswer, NoWorkers
+from cpkit.control.messages import Done, Shutdown, Status, StatusResult
+from cpkit.control.obituary import dead_workers, last_lines
+from cpkit.control.place import NAME_TAKEN_CODE, Connection, NameTaken, Place
+from cpkit.control.settings import Launch
+
+READY_S = 90.0
+_ENDING_S = 10.0
+_PERIOD_S = 0.05
+_log = logging.getLogger("cpkit")
+
+
+def running(name: str) -> Connection | None:
+    """The connection of the living workers of this name; None when there are none.
+
+    Waits for workers that are still starting, and for those that are ending; cleans up after dead
+    ones, with a word. Raises ControlError when the connection file is not to be trusted.
+    """
+    place = Place(name)
+    give_up = time.monotonic() + READY_S
+    while time.monotonic() < give_up:
+        connection = place.connection()
+        if connection and connection.host != socket.gethostname():
+            return _of_another_host(connection)
+        if not place.is_held():
+            if connection:
+                _clean_up_after(place, connection)
+            return None
+        if connection and not _is_ending(connection):
+            return connection
+        time.sleep(_PERIOD_S)
+    raise NoAnswer(
+        f"the workers {name!r} hold their name but were not ready within {READY_S:g} s; "
+        f"see {place.agent_log} and {place.log_dir}"
+    )
+
+
+def attach(name: str) -> Client | None:
+    """A client of the living workers of this name, which have answered; None without any."""
+    connection = running(name)
+    if connection is None:
+        return None
+    client = Client(connection)
+    try:
+        client.call(Status(), StatusResult)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def start(launch: Launch) -> subprocess.Popen[bytes]:
+    """Start an agent in its own session, and return at once.
+
+    It gets no signal of ours, so an interrupt of the notebook does not end the workers. Raises
+    ValueError for bad settings, NameTaken when workers of this name run.
+    """
+    launch.check()
+    place = Place(launch.place_name)
+    place.make()
+    if place.is_held():
+        raise NameTaken(launch.name)
+    with place.agent_log.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cpkit.control.agent", launch.to_json()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=_environment(),
+        )
+
+
+def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
+    """Return when the workers can be asked. Raises NameTaken, or ControlError with what went wrong.
+
+    On a node without rank 0 it returns as soon as the agent has taken its name.
+    """
+    place = Place(launch.place_name)
+    give_up = time.monotonic() + READY_S
+    while time.monotonic() < give_up:
+        code = agent.poll()
+        if code is not None:
+            raise _did_not_start(code, place)
+        holder = place.agent() if place.is_held() else None
+        is_ready = launch.node_rank > 0 or place.connection() is not None
+        if holder and holder.process.pid == agent.pid and is_ready:
+            return
+        time.sleep(_PERIOD_S)
+    agent.terminate()
+    raise NoAnswer(
+        f"the workers were not ready within {READY_S:g} s and were told to end; "
+        f"see {place.agent_log} and {place.log_dir}"
+    )
+
+
+def stop(name: str) -> bool:
+    """End the workers of this name and wait until they are gone; False when there were none.
+
+    Asks through the agent, by its pid and start time; kills the agent if that does not help.
+    """
+    place = Place(name)
+    if not place.is_held():
+        connection = place.connection()
+        if connection:
+            _clean_up_after(place, connection)
+        return False
+    for order in (signal.SIGTERM, signal.SIGKILL):
+        agent = place.agent()
+        if agent and agent.process.is_alive():
+            os.kill(agent.process.pid, order)
+        if wait_for(lambda: not place.is_held(), _ENDING_S):
+            return True
+    raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
+
+
+def shut_down(client: Client) -> None:
+    """Ask the workers over the socket to end, and wait until they are gone."""
+    place = Place(client.connection.name)
+    try:
+        client.call(Shutdown(), Done)
+    except ControlError:
+        _log.warning("the workers did not take the order to end; ending their agent instead")
+    if client.connection.host == socket.gethostname():
+        wait_for(lambda: not place.is_held(), _ENDING_S)
+        if place.agent() and place.is_held():
+            stop(client.connection.name)
+
+
+def names() -> list[str]:
+    """Names under which workers run on this machine."""
+    root = Place("default").directory.parent
+    found = sorted(path.parent.name for path in root.glob("*/lock")) if root.exists() else []
+    return [name for name in found if Place(name).is_held()]
+
+
+def log_files(name: str) -> list[Path]:
+    """The agent's log and those of the ranks' last attempt, which may be empty."""
+    place = Place(name)
+    ranks = sorted(place.log_dir.glob("*/attempt_*/*/stderr.log"))
+    return [path for path in (place.agent_log, *ranks) if path.exists()]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true in time."""
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(_PERIOD_S)
+    return True
+
+
+def require(name: str) -> Client:
+    """A client of the living workers of this name. Raises NoWorkers when there are none."""
+    client = attach(name)
+    if client is None:
+        raise NoWorkers(
+            f"no workers named {name!r} run on this machine: start them with "
+            f"`./launch_workers.sh --name {name}`, or let cpkit.connect(launch=True) do it"
+        )
+    return client
+
+
+def _is_ending(connection: Connection) -> bool:
+    """The owner is gone, or a rank died: the rest will follow in a moment."""
+    owner_is_gone = connection.owner is not None and not connection.owner.is_alive()
+    return owner_is_gone or bool(dead_workers(connection))
+
+
+def _clean_up_after(place: Place, connection: Connection) -> None:
+    _log.warning(
+        "removed %s: its workers (agent %d) are dead", place.connection_file, connection.agent.pid
+    )
+    wait_for(lambda: len(dead_workers(connection)) == connection.world_size, 2.0)
+    place.clean()
+
+
+def _of_another_host(connection: Connection) -> Connection:
+    if connection.endpoint.startswith("ipc:"):
+        raise ControlError(
+            f"the workers {connection.name!r} run on {connection.host} and listen there only: "
+            f"start them with --interface to reach them from here, or choose another name"
+        )
+    return connection
+
+
+def _environment() -> dict[str, str]:
+    """Ours, so that the agent finds the same runtime directory and the same cpkit."""
+    home = str(Path(__file__).parents[2])
+    paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _did_not_start(code: int, place: Place) -> ControlError:
+    lines = "\n".join(f"  {line}" for line in last_lines(str(place.agent_log)))
+    if code == NAME_TAKEN_CODE:
+        return NameTaken(place.name)
+    report = place.post_mortem()
+    if report and report.deaths:
+        first = report.deaths[0]
+        lines = "\n".join(f"  {line}" for line in first.log_lines)
+        return ControlError(f"the workers did not start: {report.text}\n{lines}")
+    return ControlError(f"the workers did not start (agent's exit code {code}):\n{lines}")

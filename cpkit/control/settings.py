@@ -1,0 +1,106 @@
+"""How a set of workers is started: what the launcher tells the agent, and the agent the ranks."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from typing import Literal
+
+import msgspec
+import psutil
+
+from cpkit.control.requests import Message
+from cpkit.processes import ProcessId
+
+_VARIABLE = "CPKIT_LAUNCH"
+
+
+class Launch(Message, frozen=True):
+    """One set of workers. Holds no secrets: it travels in arguments and environment."""
+
+    name: str = "default"
+    nproc: int = 4
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = ""
+    interface: str = ""
+    max_restarts: int = 0
+    owner: ProcessId | None = None
+
+    @property
+    def place_name(self) -> str:
+        """The name of this node's directory: nodes may share one home directory."""
+        return self.name if self.node_rank == 0 else f"{self.name}.node{self.node_rank}"
+
+    def check(self) -> None:
+        """Raise ValueError, in words, for settings that cannot work."""
+        if self.nproc < 1:
+            raise ValueError(f"--nproc is {self.nproc}; it must be 1 or more ranks on this machine")
+        if self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"--nnodes is {self.nnodes} and --node-rank is {self.node_rank}; "
+                f"node ranks go from 0 to nnodes-1"
+            )
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts is {self.max_restarts}; it must be 0 or more")
+        if self.nnodes > 1 and not _is_host_and_port(self.rdzv_endpoint):
+            raise ValueError(
+                f"--rdzv-endpoint is {self.rdzv_endpoint!r}; with --nnodes {self.nnodes} all nodes "
+                f"must name the same host:port of node 0, for example node0:29500"
+            )
+        if self.device == "cuda":
+            raise ValueError(
+                "--device is cuda, and this version of cpkit has CPU workers only: use cpu or auto"
+            )
+        if self.interface:
+            address_of(self.interface)
+
+    def to_json(self) -> str:
+        """For an argument or the environment."""
+        return msgspec.json.encode(self).decode()
+
+    def export(self) -> None:
+        """Put it in the environment, where the ranks find it."""
+        os.environ[_VARIABLE] = self.to_json()
+
+
+def from_json(text: str) -> Launch:
+    """The inverse of `to_json`."""
+    return msgspec.json.decode(text, type=Launch)
+
+
+def from_environment() -> Launch | None:
+    """What the agent exported; None in a process that no agent started."""
+    text = os.environ.get(_VARIABLE)
+    return from_json(text) if text else None
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface; an address stands for itself. Raises ValueError."""
+    try:
+        return str(ipaddress.ip_address(interface))
+    except ValueError:
+        pass
+    interfaces = psutil.net_if_addrs()
+    for address in interfaces.get(interface, []):
+        if address.family == socket.AF_INET:
+            return str(address.address)
+    raise ValueError(
+        f"--interface is {interface!r}; this machine has {', '.join(sorted(interfaces))}. "
+        f"Name one that has an IPv4 address, or give the address itself."
+    )
+
+
+def loopback() -> str:
+    """The name of the interface of 127.0.0.1; empty when there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    return ""
+
+
+def _is_host_and_port(endpoint: str) -> bool:
+    host, _, port = endpoint.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536

@@ -1,0 +1,307 @@
+"""Every operation of a `Lab` on four real ranks; and after each bad request they still work."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cpkit
+from cpkit.control import launch as launcher
+from cpkit.control.messages import Measure, Put, PutResult
+from cpkit.lab import ALGORITHMS, Lab
+from cpkit.layout import prepare_context_parallel_metadata
+
+pytestmark = pytest.mark.workers
+STRATEGIES = ("zigzag", "interleave", "contiguous")
+
+
+@pytest.fixture(autouse=True)
+def the_workers_stay_usable(lab: Lab) -> Iterator[None]:
+    """After every test: nothing waits, and a gather is right."""
+    yield
+    give_up = time.monotonic() + 5
+    while lab.status().state == "busy":
+        assert time.monotonic() < give_up, "something was left behind in the line"
+        time.sleep(0.02)
+    assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
+
+
+def test_status_says_who_and_where(lab: Lab) -> None:
+    status = lab.status()
+    assert (status.world_size, status.cp_sizes, status.device) == (4, (1, 2, 4), "cpu")
+    assert lab.cp_sizes == (1, 2, 4)
+    assert lab.owned
+    assert list(status.table["rank"]) == [0, 1, 2, 3]
+    assert all(Path(log).is_file() for log in status.table["log"])
+    assert status.log_dir in repr(status)
+    assert "<table" in status._repr_html_()
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gathers_are_verified_and_shown_by_every_algorithm(
+    lab: Lab, cp_size: int, strategy: str
+) -> None:
+    layout = prepare_context_parallel_metadata([11, 16, 9], cp_size, strategy)
+    for algorithm in ALGORITHMS:
+        got = lab.gather(
+            [11, 16, 9], cp_size, strategy=strategy, algorithm=algorithm, round=7, head_dim=16
+        )
+        assert got.verified
+        assert got.checked_rows == 36 * 2 * cp_size
+        assert got.per_rank_actual_token == tuple(layout.per_rank_actual_token)
+        assert got.max_rank_len == layout.max_rank_len[0]
+        assert len(got.per_rank_us) == cp_size
+        shard = got.stage("shard", cp_size - 1)
+        last = got.stage(got.stages[-1], 0)
+        assert (shard[:, :2] == (7, cp_size - 1)).all()
+        assert np.array_equal(last[:, 1], layout.owners().numpy())
+        assert list(last[:, 3]) == [*range(11), *range(16), *range(9)]
+
+
+def test_the_stages_of_the_padded_gather_show_padding_and_order(lab: Lab) -> None:
+    got = lab.gather([10], 4, algorithm="padded", strategy="contiguous")
+    assert got.stages == ("shard", "pad", "wire", "strip", "reorder")
+    assert got.per_rank_actual_token == (2, 3, 2, 3)
+    wire = got.stage("wire", 2)
+    assert wire.shape == (12, 4)
+    assert [int(row[1]) for row in wire] == [0, 0, -1, 1, 1, 1, 2, 2, -1, 3, 3, 3]
+    assert got.stage("strip", 2).shape == (10, 4)
+    assert got.path == "fallback"
+    with pytest.raises(ValueError, match=r"no stage 'exit'.*shard, pad"):
+        got.stage("exit", 0)
+
+
+def test_large_gathers_bring_no_arrays_but_are_verified(lab: Lab) -> None:
+    got = lab.gather(20_000, 2, heads=1, head_dim=8)
+    assert got.stages == ()
+    assert got.checked_rows == 20_000 * 2 * 2
+    with pytest.raises(ValueError, match="too many"):
+        got.stage("shard", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bool", "float32", "int64"])
+def test_any_dtype(lab: Lab, dtype: str) -> None:
+    assert lab.gather([33], 4, dtype=dtype, heads=3, head_dim=5).verified
+
+
+def test_without_symmetric_memory_the_path_says_why(lab: Lab) -> None:
+    got = lab.gather([40], 4, symmetric=False)
+    assert got.path == "fallback"
+    assert "is_allocation_symmetric" in got.path_reason
+    table = lab.explain([40], 4)
+    assert list(table.columns) == ["rank", "path", "reason", "send", "recv"]
+    assert set(table["path"]) == {"symmetric"}
+
+
+def test_measuring_streams_samples_at_its_interval(lab: Lab) -> None:
+    started = time.monotonic()
+    samples = list(lab.measure([512], 2, samples=4, interval_s=0.1))
+    assert [sample.sequence for sample in samples] == [0, 1, 2, 3]
+    assert time.monotonic() - started >= 0.3
+    for sample in samples:
+        assert len(sample.per_rank_us) == 2
+        assert all(
+            0 < least <= middle <= p95
+            for least, middle, p95 in zip(
+                sample.per_rank_min_us, sample.per_rank_us, sample.per_rank_p95_us, strict=True
+            )
+        )
+        assert {"agree", "wire", "exit"} <= sample.stage_us.keys()
+        assert sample.total_bytes == 512 * 8 * 128 * 2 * 2
+
+
+def test_sweep_has_nccl_tests_columns_and_one_row_a_workload(lab: Lab) -> None:
+    table = lab.sweep(sizes_bytes=[1 << 14, 1 << 16], cp_sizes=[2, 4], iterations=3)
+    assert len(table) == 2 * 2 * 4
+    assert list(table.columns[:4]) == ["size_bytes", "count", "type", "algorithm"]
+    assert list(table["algorithm"][:4]) == list(ALGORITHMS)
+    assert set(table["cp_size"]) == {2, 4}
+    assert (table["iterations"] == 3).all()
+    assert (table["size_bytes"] >= 1 << 14).all()
+    expected = table["size_bytes"] / table["time_us"] / 1e3
+    assert np.allclose(table["algbw_gbps"], expected)
+    assert np.allclose(table["busbw_gbps"], expected * (table["cp_size"] - 1) / table["cp_size"])
+
+
+def test_trace_puts_all_ranks_on_one_clock(lab: Lab) -> None:
+    table = lab.trace([64], 4, algorithm="padded_symm").table
+    assert set(table["rank"]) == {0, 1, 2, 3}
+    assert {"agree", "pad", "wire", "exit", "strip", "reorder"} == set(table["stage"])
+    assert table["start_us"].min() == 0
+    assert (table["duration_us"] > 0).all()
+    # Nobody leaves the exit barrier before everybody's rows are on their way.
+    exits, wires = (table[table["stage"] == stage] for stage in ("exit", "wire"))
+    assert exits["stop_us"].min() >= wires["stop_us"].max() - 1
+
+
+def test_the_pool_fills_spills_and_is_warmed_up(lab: Lab) -> None:
+    fresh = lab.pool.configure(4 << 20, 2)
+    assert list(fresh["rank"]) == [0, 1]
+    assert (fresh["arena_bytes"] == 4 << 20).all()
+    fits = lab.pool.allocate(1 << 20, 2)
+    assert fits.attrs["note"] == "fit the pool"
+    assert (fits["used_bytes"] >= 1 << 20).all()
+    spilled = lab.pool.allocate(8 << 20, 2)
+    assert "spilled" in spilled.attrs["note"]
+    assert (spilled["spills"] == 1).all()
+    released = lab.pool.release(2)
+    assert "2 block" in released.attrs["note"]
+    assert (released["used_bytes"] == 0).all()
+    warm = lab.pool.warm_up(4096, 2)
+    assert (warm["segments"] == spilled["segments"] + 1).all()
+    assert lab.gather(4096, 2).verified
+    assert (lab.pool.stats(2)["spills"] == 1).all(), "a gather that was warmed up for spilled"
+    lab.pool.configure(None, 2)
+
+
+def test_a_barrier_makes_putting_safe(lab: Lab) -> None:
+    safe = lab.put(4, rounds=700)
+    assert (safe.stale, safe.ahead) == (0, 0)
+    assert safe.reads == 700 * 4 * 4
+    assert (safe.matrix == 700).all()
+    assert (safe.writers == [0, 1, 2, 3]).all()
+    assert len(set(safe.offsets)) == 1, "symmetric: one offset on all ranks"
+    hasty = lab.put(4, rounds=2000, barrier=False)
+    assert hasty.stale > 0
+    assert hasty.examples
+
+
+# ------------------------------------------------------------------ what is refused
+
+BAD = [
+    (lambda lab: lab.gather([64], 3), r"cp_size is 3.*divide the 4 ranks.*1, 2, 4"),
+    (lambda lab: lab.gather([64], 0), "cp_size is 0"),
+    (lambda lab: lab.gather([64], -2), "cp_size is -2"),
+    (lambda lab: lab.gather([64], 8), "cp_size is 8"),
+    (lambda lab: lab.put(3), "cp_size is 3"),
+    (lambda lab: lab.pool.stats(3), "cp_size is 3"),
+    (lambda lab: lab.gather([]), "number of sequences is 0"),
+    (lambda lab: lab.gather([0]), "at least one token"),
+    (lambda lab: lab.gather([64, -1]), "at least one token"),
+    (lambda lab: lab.gather(["64"]), "lengths is"),
+    (lambda lab: lab.gather([6.5]), "lengths is"),
+    (lambda lab: lab.gather([7], 4), "8 blocks.*falls back to no split"),
+    (lambda lab: lab.gather([64], algorithm="magic"), "magic"),
+    (lambda lab: lab.gather([64], strategy="spiral"), "spiral"),
+    (lambda lab: lab.gather([64], dtype="float31"), "float31"),
+    (lambda lab: lab.gather([64], heads=0), "heads is 0"),
+    (lambda lab: lab.gather([64], tensors=17), "tensors is 17"),
+    (lambda lab: lab.gather([64], colour="red"), "colour"),
+    (lambda lab: lab.gather([1 << 40]), r"needs about \d+ bytes.*limit is \d+ bytes"),
+    (lambda lab: next(lab.measure([64], samples=0)), "samples is 0"),
+    (lambda lab: next(lab.measure([64], interval_s=-1.0)), "interval_s is -1.0"),
+    (lambda lab: lab.sweep(), "either sizes_bytes or lengths"),
+    (lambda lab: lab.sweep(lengths=[]), "number of workloads is 0"),
+    (lambda lab: lab.sweep(lengths=[64], iterations=0), "iterations is 0"),
+    (lambda lab: lab.pool.allocate(0), "nbytes is 0"),
+    (lambda lab: lab.pool.allocate(1 << 50), "nbytes is"),
+    (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
+    (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
+    (lambda lab: lab.put(rounds=0), "rounds is 0"),
+]
+
+
+@pytest.mark.parametrize(("ask", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_refused_in_words(lab: Lab, ask: Callable[[Lab], object], words: str) -> None:
+    with pytest.raises(cpkit.BadRequest, match=words):
+        ask(lab)
+
+
+def test_a_refused_gather_is_refused_before_anything_is_allocated(lab: Lab) -> None:
+    before = lab.pool.stats()
+    started = time.monotonic()
+    with pytest.raises(cpkit.BadRequest, match="limit"):
+        lab.gather([1 << 30] * 64)
+    assert time.monotonic() - started < 1
+    assert lab.pool.stats().equals(before)
+
+
+# ------------------------------------------------------------- cancel, wait, take turns
+
+
+def test_closing_a_measurement_cancels_it_within_moments(lab: Lab) -> None:
+    stream = lab.measure([256], 4)
+    next(stream)
+    assert lab.status().state == "busy"
+    stream.close()
+    give_up = time.monotonic() + 1
+    while lab.status().state == "busy":
+        assert time.monotonic() < give_up
+
+
+def test_an_interrupt_cancels_and_keeps_the_workers(lab: Lab) -> None:
+    threading.Timer(0.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in lab.measure([256], 4):
+            pass
+    workers = {worker.pid for worker in lab.status().workers}
+    assert lab.gather([64], 4).verified
+    assert workers == {worker.pid for worker in lab.status().workers}
+
+
+def test_a_second_notebook_is_told_how_many_are_ahead(lab: Lab) -> None:
+    sweep = threading.Thread(target=lab.sweep, kwargs={"lengths": [2048], "iterations": 20})
+    sweep.start()
+    while lab.status().state == "idle":
+        time.sleep(0.005)
+    with launcher.require(lab.name) as client:
+        told: list[int] = []
+        client.on_wait = told.append
+        assert client.call(Put(4, 10), PutResult).reads > 0
+    sweep.join()
+    assert told == [1]
+
+
+def test_an_endless_measurement_does_not_lock_others_out(lab: Lab) -> None:
+    stream = lab.measure([256], 2)
+    next(stream)
+    with cpkit.connect(lab.name, launch=False) as other:
+        for cp_size in (1, 2, 4):
+            assert other.gather([64], cp_size).verified
+        mine, theirs = next(stream), next(other.measure([64], 4, samples=1))
+    assert (mine.workload.cp_size, theirs.workload.cp_size) == (2, 4)
+    assert next(stream).sequence >= 2
+    stream.close()
+
+
+def test_many_threads_may_ask_at_once(lab: Lab) -> None:
+    results: list[object] = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(lab.gather([32 + n], 4)))
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.lengths[0] for result in results) == [32 + n for n in range(6)]
+
+
+def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> None:
+    client = launcher.require(lab.name)
+    stream = client.stream(Measure(lab.workload([256], 4)))
+    next(stream)
+    client._closing = True  # the socket goes without a word, as with a killed kernel
+    client._outbox.clear()
+    client._ring()
+    client._thread.join()
+    give_up = time.monotonic() + 5
+    while lab.status().state == "busy":
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def test_connect_attaches_to_who_runs(lab: Lab) -> None:
+    started = time.monotonic()
+    with cpkit.connect(lab.name, nproc=7) as other:
+        assert other.world_size == 4
+    assert time.monotonic() - started < 1
+    with pytest.raises(cpkit.NoWorkers, match=r"launch_workers\.sh --name nobody"):
+        cpkit.connect("nobody", launch=False)

@@ -1,0 +1,135 @@
+"""The wire: what is packed comes back, and nothing else gets in."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpkit.control import messages
+from cpkit.control.messages import (
+    Cancel,
+    Envelope,
+    Gather,
+    Measure,
+    Reply,
+    Request,
+    Sample,
+    Status,
+    Workload,
+    decode,
+    encode,
+)
+
+WORKLOAD = Workload(cp_size=4, lengths=(4097, 812))
+BAD_WORKLOAD = {"cp_size": 2, "lengths": [8], "algorithm": "magic"}
+GOOD = {"id": "a", "deadline_s": 1.0, "version": 1, "body": {"op": "status"}}
+
+
+def pack(value: object) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_are_a_message(data: bytes) -> None:
+    for kind in (Request, Reply, Envelope):
+        with contextlib.suppress(msgspec.DecodeError):
+            assert isinstance(decode(data, kind), kind)
+
+
+@given(st.data())
+def test_a_damaged_request_never_becomes_another_kind_of_thing(data: st.DataObject) -> None:
+    whole = bytearray(encode(Request("id", 1.0, Measure(WORKLOAD, samples=3))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        request = decode(bytes(whole), Request)
+    except (msgspec.DecodeError, ValueError):
+        return
+    assert isinstance(request.body, msgspec.Struct)
+
+
+bodies = st.one_of(
+    st.builds(Status),
+    st.builds(Cancel, target=st.text(max_size=20)),
+    st.builds(
+        Gather,
+        workload=st.builds(
+            Workload,
+            cp_size=st.integers(-5, 64),
+            lengths=st.lists(st.integers(-3, 1 << 40)).map(tuple),
+            strategy=st.sampled_from(["zigzag", "interleave", "contiguous"]),
+            dtype=st.text(max_size=12),
+        ),
+        round=st.integers(0, 1000),
+        show=st.booleans(),
+    ),
+)
+
+
+@given(bodies)
+def test_requests_come_back_as_they_were_sent(body: messages.Body) -> None:
+    request = Request("0" * 32, 30.0, body)
+    assert decode(encode(request), Request) == request
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"body": {"op": "exec"}}, "exec"),
+        ({"body": {"op": "status", "code": "import os"}}, "code"),
+        ({"body": {}}, "op"),
+        ({"id": 7}, "$.id"),
+        ({"deadline_s": "soon"}, "$.deadline_s"),
+        ({"body": {"op": "cancel"}}, "target"),
+        ({"body": {"op": "gather", "workload": BAD_WORKLOAD}}, "$.body.workload.algorithm"),
+    ],
+)
+def test_what_is_not_in_the_closed_set_is_refused_by_name(
+    change: dict[str, object], place: str
+) -> None:
+    assert decode(pack(GOOD), Request).body == Status()
+    with pytest.raises(msgspec.ValidationError) as caught:
+        decode(pack({**GOOD, **change}), Request)
+    assert place in str(caught.value)
+
+
+def test_another_versions_fields_still_tell_who_asks_and_in_which_version() -> None:
+    theirs = {"id": "a", "version": 9, "body": {"op": "teleport"}, "new": True}
+    assert decode(pack(theirs), Envelope) == Envelope("a", 9)
+
+
+def test_messages_have_a_largest_size() -> None:
+    huge = Cancel("x" * messages.MAX_MESSAGE_BYTES)
+    with pytest.raises(ValueError, match="at most"):
+        encode(Request("a", 1.0, huge))
+    with pytest.raises(msgspec.DecodeError, match="at most"):
+        decode(bytes(messages.MAX_MESSAGE_BYTES + 1), Request)
+
+
+def test_bandwidths_follow_nccl_tests_definitions() -> None:
+    sample = Sample(
+        workload=WORKLOAD,
+        sequence=0,
+        iterations=3,
+        total_bytes=8_000_000,
+        per_rank_us=(900.0, 1000.0, 950.0, 800.0),
+        per_rank_min_us=(1.0,) * 4,
+        per_rank_p95_us=(1.0,) * 4,
+        stage_us={},
+        path="symmetric",
+        path_reason="",
+    )
+    assert sample.time_us == 1000.0
+    assert sample.algbw_gbps == pytest.approx(8.0)
+    assert sample.busbw_gbps == pytest.approx(6.0)
+
+
+def test_a_workload_knows_its_bytes() -> None:
+    assert WORKLOAD.total_bytes == (4097 + 812) * 8 * 128 * 2 * 2
+    with pytest.raises(ValueError, match="float31"):
+        _ = msgspec.structs.replace(WORKLOAD, dtype="float31").row_bytes
