@@ -1,0 +1,172 @@
+"""What each torchrun rank runs: `python -m cpkit.worker`, started by the agent.
+
+Rank 0 serves the control socket; the other ranks follow its orders. A rank that loses a peer waits
+to be ended by the agent, which knows who died first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import NoReturn
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+
+from cpkit import __version__
+from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
+from cpkit.control.place import Agent, Connection, Place, Worker, write_private
+from cpkit.control.server import Server
+from cpkit.control.settings import Launch, address_of, from_environment
+from cpkit.control.watch import forget, watch
+from cpkit.ops.limits import memory_limit_bytes
+from cpkit.ops.loop import Conductor, Performer
+from cpkit.ops.orders import Orders
+from cpkit.processes import process_id
+
+_LOST_PEER_PATIENCE_S = 10.0
+_log = logging.getLogger("cpkit")
+
+
+def main() -> None:
+    """Join the job, then serve or follow until told to leave."""
+    _log_to_one_file()
+    launch, place, agent = _surroundings()
+    watch(place, agent, launch.owner)
+    memory_limit_bytes()  # what is available now, not once requests have taken some of it
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    orders = Orders()
+    workers = _introduce(orders, place)
+    try:
+        if orders.rank == 0:
+            _serve(launch, place, agent, workers, orders)
+        else:
+            Performer(orders).follow()
+    except RuntimeError as error:  # so does gloo report a closed connection
+        _wait_for_the_end(error)
+    dist.destroy_process_group()
+
+
+def _serve(
+    launch: Launch, place: Place, agent: Agent, workers: tuple[Worker, ...], orders: Orders
+) -> None:
+    """Rank 0: bind the socket, write the connection file, conduct."""
+    server_public, server_secret = zmq.curve_keypair()
+    client_public, client_secret = zmq.curve_keypair()
+    started = time.monotonic()
+
+    def status(ahead: int) -> StatusResult:
+        return _status(launch, place, workers, server.endpoint, ahead, time.monotonic() - started)
+
+    server = Server(_endpoint(launch, agent), server_secret, client_public, status)
+    connection = Connection(
+        name=launch.name,
+        endpoint=server.endpoint,
+        server_public_key=server_public.decode(),
+        client_public_key=client_public.decode(),
+        client_secret_key=client_secret.decode(),
+        protocol=PROTOCOL_VERSION,
+        version=__version__,
+        host=socket.gethostname(),
+        agent=agent.process,
+        owner=launch.owner,
+        workers=workers,
+        log_dir=str(place.log_dir),
+    )
+    write_private(place.connection_file, connection)
+    server.start()
+    _log.warning("ready: %d ranks at %s", len(workers), server.endpoint)
+    Conductor(server, orders).conduct()
+    server.close()
+    forget(place, agent)
+
+
+def _status(
+    launch: Launch,
+    place: Place,
+    workers: tuple[Worker, ...],
+    endpoint: str,
+    ahead: int,
+    uptime_s: float,
+) -> StatusResult:
+    world_size = len(workers)
+    return StatusResult(
+        name=launch.name,
+        version=__version__,
+        torch_version=str(torch.__version__),
+        world_size=world_size,
+        cp_sizes=tuple(n for n in range(1, world_size + 1) if world_size % n == 0),
+        device="cpu",
+        state="busy" if ahead else "idle",
+        ahead=ahead,
+        uptime_s=uptime_s,
+        endpoint=endpoint,
+        log_dir=str(place.log_dir),
+        owner_pid=launch.owner.pid if launch.owner else None,
+        symmetric_backend="POSIX shared memory",
+        memory_limit_bytes=memory_limit_bytes(),
+        workers=tuple(WorkerInfo(w.rank, w.process.pid, w.host, "cpu", w.log) for w in workers),
+    )
+
+
+def _endpoint(launch: Launch, agent: Agent) -> str:
+    """A socket in the agent's private directory; TCP when an interface is named."""
+    if launch.interface:
+        return f"tcp://{address_of(launch.interface)}:*"
+    return f"ipc://{agent.socket_dir}/control"
+
+
+def _introduce(orders: Orders, place: Place) -> tuple[Worker, ...]:
+    """Everybody's process, for the connection file. Collective."""
+    me = Worker(orders.rank, socket.gethostname(), process_id(), _my_log(place))
+    answers = orders.gather_bytes(msgspec.msgpack.encode(me))
+    return tuple(msgspec.msgpack.decode(answer, type=Worker) for answer in answers)
+
+
+def _surroundings() -> tuple[Launch, Place, Agent]:
+    launch = from_environment()
+    place = Place(launch.place_name) if launch else None
+    agent = place.agent() if place else None
+    if not (launch and place and agent):
+        sys.exit("cpkit.worker is started by an agent: use ./launch_workers.sh or cpkit.connect()")
+    return launch, place, agent
+
+
+def _my_log(place: Place) -> str:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    rank = os.environ.get("LOCAL_RANK", "0")
+    found = sorted(place.log_dir.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))
+    return str(found[-1]) if found else ""
+
+
+def _log_to_one_file() -> None:
+    """All output in the order in which it came; an error in any thread ends the process."""
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    logging.basicConfig(format=f"%(asctime)s rank {os.environ.get('RANK')} %(message)s")
+    threading.excepthook = _die_with_thread
+
+
+def _die_with_thread(failure: threading.ExceptHookArgs) -> None:
+    sys.excepthook(failure.exc_type, failure.exc_value or failure.exc_type(), failure.exc_traceback)
+    sys.stderr.flush()
+    os._exit(70)
+
+
+def _wait_for_the_end(error: Exception) -> NoReturn:
+    """A peer is gone. The agent ends this rank in a moment, and must not take it for the cause."""
+    _log.warning("lost a peer, or the way to it", exc_info=error)
+    time.sleep(_LOST_PEER_PATIENCE_S)
+    _log.error("nobody ended this rank, so it leaves by itself: %s", error)
+    os._exit(1)  # tearing down a broken process group may wait for ever
+
+
+if __name__ == "__main__":
+    main()
