@@ -34,7 +34,8 @@ def as_text(record: Record) -> str:
         f"GB = 1e9 bytes."
     )
     gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
-    control = table(["control path", "p50", "goal"], control_lines(record["control"]))
+    header = ["control path", "p50 (ms)", "p95 (ms)", "goal (ms)"]
+    control = table(header, control_lines(record["control"]))
     return f"{head}\n\n{gather}\n\n{control}"
 
 
@@ -54,7 +55,8 @@ def gather_lines(rows: list[Record]) -> list[list[str]]:
 
 def control_lines(control: Record) -> list[list[str]]:
     """One line a figure of the control path."""
-    return [[f["what"], f"{f['p50']:.3g} {f['unit']}", f["goal"]] for f in control["figures"]]
+    columns = ("what", "p50_ms", "p95_ms", "goal_ms")
+    return [[cell(row[name]) for name in columns] for row in control["rows"]]
 
 
 def cell(value: object) -> str:

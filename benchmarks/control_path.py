@@ -1,0 +1,137 @@
+"""How long a notebook waits for its workers: `python -m benchmarks.control_path [--json PATH]`.
+
+Starts workers of its own, in a runtime directory of its own, and ends them. Prints one row a
+figure: median, 95th percentile, and the goal for two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from pathlib import Path
+
+import cpkit
+from cpkit.control import launch as launcher
+from cpkit.control.settings import Launch
+from cpkit.processes import process_id
+
+ROOT = Path(__file__).parents[1]
+GOALS_MS = {
+    "launch to ready, 4 workers": 15_000,
+    "connect to running workers": 1_000,
+    "the same in a fresh process": 1_000,
+    "status round trip": 2,
+    "cp_size change to first sample": 150,
+}
+
+
+def timed_ms(action: Callable[[], object]) -> float:
+    """Milliseconds that a call takes."""
+    start = time.perf_counter()
+    action()
+    return (time.perf_counter() - start) * 1e3
+
+
+def launch_ms() -> float:
+    """From the start of the agent to an answer of the workers, which then stay."""
+
+    def start_and_ask() -> None:
+        settings = Launch(name="bench", nproc=4, owner=process_id())
+        launcher.wait_until_ready(launcher.start(settings), settings)
+        launcher.require("bench").close()
+
+    return timed_ms(start_and_ask)
+
+
+def connect_ms() -> float:
+    """One `connect` and `close` in this process."""
+    return timed_ms(lambda: cpkit.connect("bench", launch=False).close())
+
+
+def fresh_connect_ms() -> float:
+    """What `connect` takes in a process that has not imported anything yet, imports included."""
+    code = "import time; t = time.perf_counter(); import cpkit; "
+    code += "cpkit.connect('bench', launch=False); print((time.perf_counter() - t) * 1e3)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def first_sample_ms(lab: cpkit.Lab, cp_size: int, tokens: int) -> float:
+    """From asking for another cp_size to its first sample, as a slider does."""
+    stream = lab.measure([tokens], cp_size)
+    took_ms = timed_ms(lambda: next(stream))
+    stream.close()
+    return took_ms
+
+
+def measure(rounds: int, tokens: int) -> Iterator[tuple[str, list[float]]]:
+    """All figures, with all their samples in milliseconds."""
+    names = iter(GOALS_MS)
+    yield next(names), [launch_ms()]
+    with cpkit.connect("bench", launch=False) as lab:
+        yield next(names), [connect_ms() for _ in range(20)]
+        yield next(names), [fresh_connect_ms() for _ in range(5)]
+        yield next(names), [timed_ms(lab.status) for _ in range(50 * rounds)]
+        for cp_size in lab.cp_sizes:  # groups are made once, at the first use of each cp_size
+            first_sample_ms(lab, cp_size, tokens)
+        sizes = islice(cycle(lab.cp_sizes), rounds * len(lab.cp_sizes))
+        yield next(names), [first_sample_ms(lab, cp_size, tokens) for cp_size in sizes]
+        lab.stop()
+
+
+def row(name: str, samples_ms: list[float]) -> dict[str, object]:
+    """One figure."""
+    ordered = sorted(samples_ms)
+    p50_ms = statistics.median(ordered)
+    return {
+        "what": name,
+        "p50_ms": round(p50_ms, 3),
+        "p95_ms": round(ordered[round(0.95 * (len(ordered) - 1))], 3),
+        "goal_ms": GOALS_MS[name],
+        "reached": p50_ms <= GOALS_MS[name],
+        "samples": len(ordered),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="repetitions of each figure (10)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the slider's workload (4096)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the table here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cpkit-bench-") as directory:
+        os.environ["JUPYTER_RUNTIME_DIR"] = directory
+        rows = [row(*figure) for figure in measure(options.rounds, options.tokens)]
+    print(f"{'what':34} {'p50 ms':>10} {'p95 ms':>10} {'goal ms':>10} {'samples':>8}")
+    for r in rows:
+        mark = "" if r["reached"] else "  MISSED"
+        print(
+            f"{r['what']:34} {r['p50_ms']:>10} {r['p95_ms']:>10} {r['goal_ms']:>10} "
+            f"{r['samples']:>8}{mark}"
+        )
+    if options.json:
+        report = {
+            "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+            "cpkit": cpkit.__version__,
+            "workload": f"{options.tokens} tokens, 8 heads of 128 bfloat16, K and V, direct",
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The command line: `python -m cpkit start|status|logs|stop|doctor|lab`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from cpkit.control import launch as launcher
+from cpkit.control.errors import ControlError
+from cpkit.control.settings import Launch
+from cpkit.processes import ProcessId, process_id
+
+_FIRST_NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_padding_and_reorg.ipynb"
+_NOT_RUNNING = 3  # exit code of `status`, as of init scripts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.command != "lab":
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _COMMANDS[options.command](options, rest)
+    except (ControlError, ValueError) as error:
+        print(f"cpkit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def start(options: argparse.Namespace, _: list[str]) -> int:
+    """Start workers that stay until they are stopped, or until --owner ends."""
+    settings = Launch(
+        name=options.name,
+        nproc=options.nproc,
+        device=options.device,
+        nnodes=options.nnodes,
+        node_rank=options.node_rank,
+        rdzv_endpoint=options.rdzv_endpoint,
+        interface=options.interface,
+        max_restarts=options.max_restarts,
+        owner=_owner(options.owner),
+    )
+    settings.check()
+    if options.foreground:
+        command = [sys.executable, "-m", "cpkit.control.agent", settings.to_json()]
+        os.execv(sys.executable, command)  # noqa: S606 - no shell is what we want
+    print(_start(settings))
+    return 0
+
+
+def status(options: argparse.Namespace, _: list[str]) -> int:
+    """Print what the workers are; exit code 3 when there are none."""
+    client = launcher.attach(options.name)
+    if client is None:
+        others = [name for name in launcher.names() if name != options.name]
+        hint = f" Running: {', '.join(others)}." if others else ""
+        print(f"no workers named {options.name!r} run on this machine.{hint}")
+        return _NOT_RUNNING
+    from cpkit.lab import Lab
+
+    with Lab(client) as lab:
+        print(lab.status())
+    return 0
+
+
+def logs(options: argparse.Namespace, _: list[str]) -> int:
+    """Print the end of the agent's and the ranks' logs."""
+    files = launcher.log_files(options.name)
+    if not files:
+        print(f"there are no logs of workers named {options.name!r}", file=sys.stderr)
+        return 1
+    if options.follow:
+        sys.stdout.flush()
+        command = ["tail", f"-n{options.lines}", "-F", *map(str, files)]
+        os.execvp("tail", command)  # noqa: S606 - no shell is what we want
+    for file in files:
+        print(f"==> {file} <==")
+        with file.open(errors="replace") as lines:
+            print("".join(deque(lines, maxlen=options.lines)))
+    return 0
+
+
+def stop(options: argparse.Namespace, _: list[str]) -> int:
+    """End the workers, and return when they are gone."""
+    stopped = launcher.stop(options.name)
+    print(f"workers {options.name!r} {'are stopped' if stopped else 'were not running'}")
+    return 0
+
+
+def doctor(_: argparse.Namespace, __: list[str]) -> int:
+    """Print what this machine can do, and why not more."""
+    from cpkit.doctor import report
+
+    print(report())
+    return 0
+
+
+def lab(options: argparse.Namespace, rest: list[str]) -> int:
+    """Start workers, open JupyterLab on the first notebook, and end both together."""
+    settings = Launch(
+        name=options.name, nproc=options.nproc, device=options.device, owner=process_id()
+    )
+    if launcher.running(options.name):
+        print(f"workers {options.name!r} run already and will be used; they stay afterwards")
+    else:
+        print(_start(settings))
+    command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
+    jupyter = subprocess.Popen(command, env={**os.environ, "CPKIT_NAME": options.name})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab gets it as well, and asks
+    signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
+    code = jupyter.wait()
+    connection = launcher.running(options.name)
+    if connection and connection.owner == process_id():
+        launcher.stop(options.name)
+    return code
+
+
+def _lab_options() -> list[str]:
+    """Show the first notebook, and run as root too, which is who one is in most containers."""
+    page = f"/lab/tree/{_FIRST_NOTEBOOK.parent.name}/{_FIRST_NOTEBOOK.name}"
+    options = [
+        f"--ServerApp.root_dir={_FIRST_NOTEBOOK.parents[1]}",
+        f"--LabApp.default_url={page}",
+    ]
+    return [*options, "--allow-root"] if os.geteuid() == 0 else options
+
+
+def _start(settings: Launch) -> str:
+    """Start workers and wait until they are ready; what to tell the user."""
+    began = time.monotonic()
+    agent = launcher.start(settings)
+    try:
+        launcher.wait_until_ready(agent, settings)
+    except KeyboardInterrupt:
+        agent.terminate()
+        raise
+    took_s = time.monotonic() - began
+    if settings.node_rank > 0:
+        return (
+            f"node {settings.node_rank} of {settings.nnodes} has started its {settings.nproc} ranks"
+        )
+    return (
+        f"{settings.nproc * settings.nnodes} workers {settings.name!r} are ready after "
+        f"{took_s:.1f} s. In a notebook: cpkit.connect({settings.name!r})"
+    )
+
+
+def _owner(pid: int | None) -> ProcessId | None:
+    import psutil
+
+    try:
+        return process_id(pid) if pid is not None else None
+    except psutil.NoSuchProcess:
+        raise ValueError(f"--owner is {pid}, and there is no such process") from None
+
+
+_COMMANDS = {
+    "start": start,
+    "status": status,
+    "logs": logs,
+    "stop": stop,
+    "doctor": doctor,
+    "lab": lab,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cpkit", description="Workers that gather a KV cache."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {
+        name: commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        for name, command in _COMMANDS.items()
+    }
+    for name in ("start", "status", "logs", "stop", "lab"):
+        parsers[name].add_argument(
+            "--name", default="default", help="which set of workers (default)"
+        )
+    for name in ("start", "lab"):
+        _add_size(parsers[name])
+    _add_start(parsers["start"])
+    parsers["logs"].add_argument("--lines", type=int, default=40, help="of each log (40)")
+    parsers["logs"].add_argument("--follow", action="store_true", help="go on until interrupted")
+    parsers[
+        "lab"
+    ].epilog = "Other arguments go to JupyterLab, for example --port 8889 --no-browser."
+    return parser
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, default=4, help="ranks on this machine (4)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--nnodes", type=int, default=1, help="machines in the job (1)")
+    add("--node-rank", type=int, default=0, help="which of them this is; 0 serves the socket (0)")
+    add("--rdzv-endpoint", default="", metavar="HOST:PORT", help="of node 0, the same on all nodes")
+    add("--interface", default="", help="serve TCP here, by name or address (a private ipc socket)")
+    add("--max-restarts", type=int, default=0, help="start ranks again that died, so often (0)")
+    add("--owner", type=int, metavar="PID", help="end when this process does (stay until stopped)")
+    add("--foreground", action="store_true", help="stay in this terminal, for srun or a container")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""`Lab`: a notebook's view of a set of workers. Each call is one request over the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator, Sequence
+from itertools import product
+from operator import index
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+import msgspec
+
+from cpkit.control import launch as launcher
+from cpkit.control.client import DEADLINE_S, Client
+from cpkit.control.errors import BadRequest
+from cpkit.control.messages import (
+    Algorithm,
+    Explain,
+    ExplainResult,
+    Gather,
+    GatherResult,
+    Measure,
+    Put,
+    PutResult,
+    Sample,
+    Status,
+    StatusResult,
+    Strategy,
+    Sweep,
+    SweepResult,
+    Trace,
+    TraceResult,
+    Workload,
+)
+from cpkit.control.place import NameTaken
+from cpkit.control.settings import Launch
+from cpkit.pool_lab import PoolLab
+from cpkit.processes import process_id
+from cpkit.results import (
+    Gathered,
+    LabStatus,
+    PutReport,
+    Timeline,
+    explain_table,
+    sweep_table,
+)
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack
+
+    import pandas as pd
+
+ALGORITHMS: tuple[Algorithm, ...] = ("padded", "padded_symm_recv", "padded_symm", "direct")
+Lengths = int | Sequence[int]
+_log = logging.getLogger("cpkit")
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every workload, with the defaults of `Workload`."""
+
+    strategy: Strategy
+    algorithm: Algorithm
+    symmetric: bool
+    heads: int
+    head_dim: int
+    dtype: str
+    tensors: int
+
+
+def connect(
+    name: str = "default",
+    *,
+    launch: bool = True,
+    nproc: int = 4,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Lab:
+    """Attach to the running workers of this name, or start `nproc` of them.
+
+    Workers started here end with this process. "default" is the name in CPKIT_NAME where `make lab`
+    has set one. Raises NoWorkers when there are none and `launch` is false, ControlError when they
+    can't be reached or started, ValueError for bad arguments.
+    """
+    if name == "default":
+        name = os.environ.get("CPKIT_NAME", name)
+    client = launcher.attach(name)
+    if client is not None:
+        return Lab(client)
+    if launch:
+        _launch(Launch(name=name, nproc=nproc, device=device, owner=process_id()))
+    return Lab(launcher.require(name))
+
+
+def _launch(settings: Launch) -> None:
+    try:
+        agent = launcher.start(settings)
+    except NameTaken:
+        return  # somebody else starts them at this very moment
+    try:
+        launcher.wait_until_ready(agent, settings)
+    except NameTaken:
+        return
+    except BaseException:  # also an interrupt: half-started workers must not stay
+        agent.terminate()
+        raise
+
+
+class Lab:
+    """Orders for one set of workers. Thread-safe; a context manager that closes.
+
+    Workload options of every method: `strategy`, `algorithm`, `symmetric`, `heads`, `head_dim`,
+    `dtype`, `tensors`. `lengths` are tokens per sequence; `cp_size` defaults to all ranks. All
+    methods raise BadRequest (a ValueError) for bad input, WorkersDied, WorkersBusy, NoAnswer,
+    Cancelled, RequestFailed.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._client.on_wait = _say_how_many
+        self.pool = PoolLab(client, self.world_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Lab({self.name!r}, world_size={self.world_size})"
+
+    @property
+    def name(self) -> str:
+        """The name of the workers."""
+        return self._client.connection.name
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._client.connection.world_size
+
+    @property
+    def cp_sizes(self) -> tuple[int, ...]:
+        """What cp_size may be: the divisors of the world size."""
+        world_size = self.world_size
+        return tuple(n for n in range(1, world_size + 1) if world_size % n == 0)
+
+    @property
+    def owned(self) -> bool:
+        """Whether the workers end with this process, because it started them."""
+        return self._client.connection.owner == process_id()
+
+    def status(self) -> LabStatus:
+        """What the workers are, and how they are; answered at once, also while they are busy."""
+        return LabStatus(self._client.call(Status(), StatusResult))
+
+    def gather(
+        self,
+        lengths: Lengths,
+        cp_size: int | None = None,
+        *,
+        round: int = 1,
+        show: bool = True,
+        **options: Unpack[Options],
+    ) -> Gathered:
+        """One gather, verified bit by bit, with its stages when it is small."""
+        body = Gather(self.workload(lengths, cp_size, **options), round, show)
+        return Gathered(self._client.call(body, GatherResult))
+
+    def measure(
+        self,
+        lengths: Lengths,
+        cp_size: int | None = None,
+        *,
+        samples: int | None = None,
+        interval_s: float = 0.1,
+        **options: Unpack[Options],
+    ) -> Generator[Sample, None, None]:
+        """Samples as they come, `samples` of them or without end. Closing the iterator cancels."""
+        body = Measure(self.workload(lengths, cp_size, **options), samples, interval_s)
+        with contextlib.closing(self._client.stream(body, DEADLINE_S + interval_s)) as replies:
+            for reply in replies:
+                if isinstance(reply, Sample):
+                    yield reply
+
+    def sweep(
+        self,
+        *,
+        sizes_bytes: Sequence[int] | None = None,
+        lengths: Sequence[Lengths] | None = None,
+        cp_sizes: Sequence[int] | None = None,
+        algorithms: Sequence[Algorithm] | None = None,
+        iterations: int = 20,
+        **options: Unpack[Options],
+    ) -> pd.DataFrame:
+        """A table in nccl-tests' columns, one row for each size, cp_size and algorithm.
+
+        Sizes are `sizes_bytes`, the total gathered bytes of one sequence (rounded up to whole
+        tokens, and to the 2·cp of them that zigzag needs), or `lengths`, a list of batches.
+        Algorithms of one size are measured interleaved.
+        """
+        if (sizes_bytes is None) == (lengths is None):
+            raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
+        sizes = cp_sizes or (self.world_size,)
+        batches = lengths or [_tokens(n, max(sizes), options) for n in sizes_bytes or ()]
+        workloads = [
+            msgspec.structs.replace(self.workload(batch, cp_size, **options), algorithm=algorithm)
+            for batch, cp_size, algorithm in product(batches, sizes, algorithms or ALGORITHMS)
+        ]
+        result = self._client.call(Sweep(tuple(workloads), iterations), SweepResult)
+        return sweep_table(result.rows)
+
+    def trace(
+        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
+    ) -> Timeline:
+        """When each rank was in which stage of one gather."""
+        body = Trace(self.workload(lengths, cp_size, **options))
+        return Timeline(self._client.call(body, TraceResult))
+
+    def explain(
+        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
+    ) -> pd.DataFrame:
+        """Which path the gather takes on each rank, and why: rank, path, reason, send, recv."""
+        body = Explain(self.workload(lengths, cp_size, **options))
+        return explain_table(self._client.call(body, ExplainResult))
+
+    def put(
+        self, cp_size: int | None = None, *, rounds: int = 1000, barrier: bool = True
+    ) -> PutReport:
+        """Let every rank write into its peers' memory, with or without a barrier before reading."""
+        size = self.world_size if cp_size is None else cp_size
+        return PutReport(self._client.call(Put(size, rounds, barrier), PutResult))
+
+    def close(self) -> None:
+        """Stop talking to the workers; they stay, unless this process started them and ends."""
+        self._client.close()
+
+    def stop(self) -> None:
+        """End the workers, and return when they are gone."""
+        launcher.shut_down(self._client)
+        self.close()
+
+    def workload(
+        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
+    ) -> Workload:
+        """The workload that the other methods make of their arguments. Raises BadRequest."""
+        size = self.world_size if cp_size is None else cp_size
+        try:
+            return msgspec.convert(
+                {"cp_size": size, "lengths": _whole(lengths), **options}, Workload, strict=True
+            )
+        except msgspec.ValidationError as error:
+            raise BadRequest(f"{error}") from error
+
+
+def _tokens(total_bytes: int, cp_size: int, options: Options) -> int:
+    """Tokens of one sequence, enough for this many gathered bytes and to be cut for zigzag."""
+    one = msgspec.convert({"cp_size": 1, "lengths": (1,), **options}, Workload)
+    return max(2 * cp_size, -(-total_bytes // one.total_bytes))
+
+
+def _whole(lengths: Lengths) -> tuple[int, ...]:
+    """Lengths as plain integers; those of numpy are welcome."""
+    try:
+        return (lengths,) if isinstance(lengths, int) else tuple(map(index, lengths))
+    except TypeError:
+        raise BadRequest(
+            f"lengths is {lengths!r}; it must be a number of tokens, or a list with one number for "
+            f"each sequence, for example [4097, 812]"
+        ) from None
+
+
+def _say_how_many(ahead: int) -> None:
+    _log.warning("the workers are busy: %d request(s) ahead of this one", ahead)
