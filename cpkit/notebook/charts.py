@@ -1,0 +1,185 @@
+"""Pictures of measured times: latency, bandwidth, stages and timelines.
+
+All take what a `Lab` returns and draw what is in it; nothing is smoothed or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from cpkit.control.messages import Sample
+from cpkit.notebook import style
+
+
+def latency_bandwidth(table: pd.DataFrame) -> go.Figure:
+    """Time and bus bandwidth over size, one line an algorithm; takes `lab.sweep`'s table."""
+    figure = make_subplots(cols=2, horizontal_spacing=0.11)
+    table = table.sort_values("size_bytes")
+    for algorithm in [name for name in style.ALGORITHM_LINES if name in set(table["algorithm"])]:
+        rows = table[table["algorithm"] == algorithm]
+        for column, values in enumerate(("time_us", "busbw_gbps"), start=1):
+            figure.add_trace(_sweep_line(algorithm, rows, values, column == 1), 1, column)
+    sizes = sorted(int(size) for size in table["size_bytes"].unique())
+    ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes], "type": "log"}
+    size_axis = style.axis("size: all gathered bytes", **ticks)
+    figure.update_xaxes(size_axis)
+    figure.update_yaxes(style.axis("time (µs, slowest rank)", type="log", dtick=1), col=1)
+    figure.update_yaxes(style.axis("busbw (GB/s)", rangemode="tozero"), col=2)
+    figure.update_layout(
+        legend=style.legend_below(238, gap=60),
+        margin={"l": 66, "r": 16, "t": 66, "b": 96},
+    )
+    cp_sizes = ", ".join(str(cp) for cp in sorted(table["cp_size"].unique()))
+    return style.finish(
+        figure,
+        title="Time and bandwidth of each algorithm",
+        subtitle=f"cp_size {cp_sizes}; median; busbw = size / time · (cp−1) / cp",
+        alt=_sweep_words(table),
+        height=400,
+    )
+
+
+def stage_split(samples: Sequence[Sample]) -> go.Figure:
+    """Where the time of each sample goes: one bar a sample, its stages side by side (rank mean)."""
+    figure = go.Figure()
+    splits = [(s.workload.algorithm, _mean_stages(s)) for s in samples]
+    for stage in _ordered({stage for _, split in splits for stage in split}):
+        figure.add_trace(_stage_bar(stage, splits))
+    figure.update_layout(
+        barmode="stack",
+        bargap=0.35,
+        legend=style.legend_below(12 + 50 * len(splits)),
+        margin={"l": 8, "r": 16, "t": 66, "b": 92},
+        uniformtext={"mode": "hide", "minsize": 9},
+        xaxis=style.axis("time (µs, mean over ranks)"),
+        yaxis=style.axis("", autorange="reversed", automargin=True, ticks=""),
+    )
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{stage} {us:.0f} µs" for stage, us in split.items())
+        for name, split in splits
+    )
+    return style.finish(
+        figure,
+        title="Where the time goes",
+        subtitle=f"cp_size {samples[0].workload.cp_size}; stages of one gather",
+        alt=words + ".",
+        height=170 + 50 * len(splits),
+    )
+
+
+def timeline(table: pd.DataFrame, label: str) -> go.Figure:
+    """Every stage of every rank on one clock; `table` as `lab.trace(...).table`."""
+    figure = go.Figure()
+    for stage in _ordered(set(table["stage"])):
+        figure.add_trace(_timeline_bars(stage, table[table["stage"] == stage]))
+    ranks = sorted(int(rank) for rank in table["rank"].unique())
+    figure.update_layout(
+        barmode="overlay",
+        bargap=0.3,
+        legend=style.legend_below(12 + 40 * len(ranks)),
+        margin={"l": 8, "r": 16, "t": 66, "b": 92},
+        uniformtext={"mode": "hide", "minsize": 9},
+        xaxis=style.axis("time since the first rank entered (µs)", rangemode="tozero"),
+        yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", showgrid=False),
+    )
+    chips = [f'<span style="color: {style.rank_color(r)}">■</span> rank {r}' for r in ranks]
+    figure.update_yaxes(tickvals=ranks, ticktext=chips)
+    ends = table.groupby("rank")["stop_us"].max()
+    words = f"Stages {', '.join(_ordered(set(table['stage'])))}. "
+    words += ", ".join(f"rank {rank} ends at {ends[rank]:.0f} µs" for rank in ranks)
+    return style.finish(
+        figure,
+        title=f"{label}: one gather, rank by rank",
+        subtitle="all ranks read the same clock",
+        alt=words + ".",
+        height=170 + 40 * len(ranks),
+    )
+
+
+def byte_words(count: float) -> str:
+    """A byte count with a decimal unit: `33.6 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _sweep_line(algorithm: str, rows: pd.DataFrame, column: str, legend: bool) -> go.Scatter:
+    color, dash, marker = style.algorithm_line(algorithm)
+    return go.Scatter(
+        name=algorithm,
+        legendgroup=algorithm,
+        showlegend=legend,
+        mode="lines+markers",
+        x=rows["size_bytes"].tolist(),
+        y=rows[column].tolist(),
+        line={"color": color, "dash": dash},
+        marker={"color": color, "symbol": marker, "size": 8},
+        hovertemplate=f"{algorithm}<br>%{{x:,}} B: %{{y:.4g}}<extra></extra>",
+    )
+
+
+def _sweep_words(table: pd.DataFrame) -> str:
+    largest = table[table["size_bytes"] == table["size_bytes"].max()]
+    words = ", ".join(
+        f"{row.algorithm} {row.time_us:.0f} µs ({row.busbw_gbps:.2f} GB/s busbw)"
+        for row in largest.itertuples()
+    )
+    return f"At {byte_words(float(largest['size_bytes'].iloc[0]))}: {words}."
+
+
+def _mean_stages(sample: Sample) -> dict[str, float]:
+    means = {stage: float(np.mean(times)) for stage, times in sample.stage_us.items()}
+    return {stage: means[stage] for stage in _ordered(set(means))}
+
+
+def _ordered(stages: set[str]) -> list[str]:
+    known = [stage for stage in style.STAGE_STYLES if stage in stages]
+    return known + sorted(stages - set(known))
+
+
+def _stage_marker(stage: str) -> dict[str, Any]:
+    color, hatch = style.stage_style(stage)
+    line = {"color": "#57606a", "width": 0.6}
+    return {"color": color, "line": line, "pattern": style.hatch(hatch)}
+
+
+def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go.Bar:
+    values = [split.get(stage, 0.0) for _, split in splits]
+    meaning = style.STAGE_MEANINGS.get(stage, "")
+    return go.Bar(
+        name=stage,
+        orientation="h",
+        y=[name for name, _ in splits],
+        x=values,
+        text=[f"{stage} {value:,.0f}" if value else "" for value in values],
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        textfont={"color": style.text_color(style.stage_style(stage)[0])},
+        marker=_stage_marker(stage),
+        hovertemplate=f"{stage}: %{{x:.1f}} µs<br>{meaning}<extra></extra>",
+    )
+
+
+def _timeline_bars(stage: str, rows: pd.DataFrame) -> go.Bar:
+    return go.Bar(
+        name=stage,
+        orientation="h",
+        y=rows["rank"].tolist(),
+        x=(rows["stop_us"] - rows["start_us"]).tolist(),
+        base=rows["start_us"].tolist(),
+        text=[stage] * len(rows),
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        textfont={"color": style.text_color(style.stage_style(stage)[0])},
+        marker=_stage_marker(stage),
+        hovertemplate=f"rank %{{y}}, {stage}: %{{x:.1f}} µs from %{{base:.1f}} µs<extra></extra>",
+    )

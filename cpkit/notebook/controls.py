@@ -1,0 +1,120 @@
+"""The live panel's controls: what may be chosen, and the workload that is chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import ipywidgets as widgets
+
+from cpkit.control.messages import Algorithm, Workload
+from cpkit.layout import STRATEGIES
+
+PRESETS: dict[str, str] = {
+    "one sequence of 4096 tokens": "4096",
+    "one long sequence: 32768": "32768",
+    "ragged batch: 4097, 812, 95": "4097, 812, 95",
+    "16 sequences of 4097 tokens": "16*4097",
+    "small: 64 tokens": "64",
+}
+HEADS = (1, 2, 4, 8, 16, 32)
+HEAD_DIMS = (64, 128, 192, 256, 576)
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+_MAX_SEQUENCES = 4096
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Read sequence lengths: `4096`, `4097, 812` or `16*4097`; else ValueError with an example."""
+    lengths: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\d{1,6})\s*[*×x]\s*)?(\d{1,9})\s*", part)
+        if not match:
+            raise ValueError(
+                f"lengths {text!r}: can't read {part.strip()!r}; write tokens of each sequence, "
+                f"for example 4097, 812 or 16*4097"
+            )
+        count = int(match[1] or 1)
+        if len(lengths) + count > _MAX_SEQUENCES:
+            raise ValueError(f"lengths {text!r}: at most {_MAX_SEQUENCES} sequences")
+        lengths += [int(match[2])] * count
+    return tuple(lengths)
+
+
+class Controls:
+    """Widgets for one workload. `on_change` is called after every change, and must not block."""
+
+    def __init__(self, cp_sizes: Sequence[int], start: Workload) -> None:
+        self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequence")
+        self.heads = _slider("heads", HEADS, start.heads, "heads of a row")
+        self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements of a head")
+        self.dtype = _choice("dtype", DTYPES, start.dtype)
+        self.algorithm = _choice("algorithm", get_args(Algorithm), start.algorithm)
+        self.strategy = _choice("strategy", STRATEGIES, start.strategy)
+        self.preset = _choice("preset", ["own lengths", *PRESETS], "own lengths")
+        self.lengths = widgets.Text(
+            value=", ".join(str(length) for length in start.lengths),
+            description="lengths",
+            tooltip="tokens of each sequence: 4097, 812 or 16*4097",
+            continuous_update=False,
+        )
+        self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
+        self._tensors = start.tensors
+        for name in ("cp_size", "heads", "head_dim", "dtype", "algorithm", "strategy", "lengths"):
+            getattr(self, name).add_class(name.replace("_", "-"))
+        self.preset.observe(self._take_preset, "value")
+
+    def workload(self) -> Workload:
+        """What is chosen now. Raises ValueError when the lengths can't be read."""
+        return Workload(
+            cp_size=self.cp_size.value,
+            lengths=parse_lengths(self.lengths.value),
+            strategy=self.strategy.value,
+            algorithm=self.algorithm.value,
+            symmetric=self.symmetric.value,
+            heads=self.heads.value,
+            head_dim=self.head_dim.value,
+            dtype=self.dtype.value,
+            tensors=self._tensors,
+        )
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Call `call` after any control has changed."""
+
+        def changed(_: object) -> None:
+            call()
+
+        for widget in self._watched():
+            widget.observe(changed, "value")
+
+    def box(self) -> widgets.Widget:
+        """All controls, in three short columns."""
+        columns = (
+            (self.cp_size, self.algorithm, self.symmetric),
+            (self.lengths, self.preset, self.strategy),
+            (self.heads, self.head_dim, self.dtype),
+        )
+        return widgets.HBox(
+            [widgets.VBox(column) for column in columns], layout={"flex_flow": "row wrap"}
+        )
+
+    def _watched(self) -> tuple[Any, ...]:
+        first = (self.cp_size, self.heads, self.head_dim, self.dtype)
+        return (*first, self.algorithm, self.strategy, self.lengths, self.symmetric)
+
+    def _take_preset(self, change: dict[str, Any]) -> None:
+        if change["new"] in PRESETS:
+            self.lengths.value = PRESETS[change["new"]]
+
+
+def _slider(name: str, options: Sequence[int], value: int, tip: str) -> widgets.SelectionSlider:
+    chosen = sorted({*options, value})
+    return widgets.SelectionSlider(
+        options=chosen, value=value, description=name, tooltip=tip, continuous_update=False
+    )
+
+
+def _choice(name: str, options: Sequence[str], value: str) -> widgets.Dropdown:
+    return widgets.Dropdown(
+        options=list(dict.fromkeys([*options, value])), value=value, description=name
+    )

@@ -1,0 +1,226 @@
+"""The live panel: change a control, and real workers are measured anew while you watch.
+
+    controls ──▶ wish (the newest one counts) ──▶ thread: lab.measure(wish) ──▶ panel, 5-10 Hz
+
+A control's callback only leaves a wish and returns: a slow measurement never blocks the kernel, and
+ten quick changes cost one restart. One thread owns the picture; it looks for a newer wish between
+two samples. Measuring pauses by itself when nobody has touched a control for a while.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple, Protocol, Self
+
+import ipywidgets as widgets
+import msgspec
+
+from cpkit.control.messages import Sample, Workload
+from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.notebook import style
+from cpkit.notebook.charts import byte_words
+from cpkit.notebook.controls import Controls
+from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.panel import Panel
+
+DRAW_EVERY_S = 0.1
+
+
+class MeasuringLab(Protocol):
+    """What the panel needs of a `Lab`."""
+
+    @property
+    def cp_sizes(self) -> tuple[int, ...]:
+        """Divisors of the world size."""
+
+    def measure(
+        self, lengths: Sequence[int], cp_size: int | None = None, **options: Any
+    ) -> Generator[Sample]:
+        """Samples without end; closing the generator cancels on the workers."""
+
+
+class Wish(NamedTuple):
+    """What the controls ask for, and the samples that came of it."""
+
+    workload: Workload
+    measure: bool
+    samples: list[Sample]
+
+
+class Explorer:
+    """One live panel: display it as the last line of a cell, then `start()`.
+
+    `options` are the first values of the controls: `cp_size`, `algorithm`, `strategy`, `symmetric`,
+    `heads`, `head_dim`, `dtype`.
+    """
+
+    def __init__(
+        self,
+        lab: MeasuringLab,
+        lengths: Sequence[int] = (4096,),
+        *,
+        interval_s: float = 0.12,
+        pause_after_s: float = 120.0,
+        **options: Any,
+    ) -> None:
+        first: dict[str, Any] = {"cp_size": max(lab.cp_sizes), "lengths": tuple(lengths)} | options
+        self.controls = Controls(lab.cp_sizes, Workload(**first))
+        self.panel = Panel()
+        self._lab, self._interval_s, self._pause_after_s = lab, interval_s, pause_after_s
+        self._summary, self._table, self._status = (widgets.HTML() for _ in range(3))
+        self._box = self._build()
+        self._arrived = threading.Condition()
+        self._running = False
+        self._samples: list[Sample] = []  # of the newest wish
+        self._error: Exception | None = None
+        self._worker = LatestWins("cpkit-explorer", self._follow, self._fail)
+        self.controls.on_change(self._ask)
+        self._ask()
+
+    def start(self) -> Self:
+        """Measure what the controls say, until `stop`; returns the panel."""
+        self._running = True
+        self._ask()
+        return self
+
+    def stop(self) -> None:
+        """End the measurement. The workers stay; the controls go on drawing layouts."""
+        self._running = False
+        self._ask()
+
+    def close(self) -> None:
+        """End the measurement and its thread, and free the widgets."""
+        self._worker.close()
+        self.panel.close()
+        self._box.close()
+
+    def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
+        """Wait until the newest wish has so many samples; returns the latest.
+
+        Raises what the measurement raised, and TimeoutError.
+        """
+        with self._arrived:
+            done = self._arrived.wait_for(
+                lambda: self._error or len(self._samples) >= samples, timeout_s
+            )
+            if self._error:
+                raise self._error
+            if not done:
+                raise TimeoutError(
+                    f"{len(self._samples)} of {samples} samples came in {timeout_s} s; "
+                    f"is the panel started?"
+                )
+            return self._samples[-1]
+
+    @property
+    def status_html(self) -> str:
+        """What the status line says: measuring, paused, stopped, or what is wrong."""
+        return str(self._status.value)
+
+    @property
+    def summary_html(self) -> str:
+        """The latest sample in one line; empty before the first."""
+        return str(self._summary.value)
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        data: dict[str, Any] = self._box._repr_mimebundle_()
+        return data | {"text/plain": "Live panel: controls, and a plot of what the workers do now"}
+
+    # ------------------------------------------------- the kernel's thread: callbacks only
+
+    def _build(self) -> widgets.Widget:
+        start = widgets.Button(description="Start", icon="play", tooltip="measure and redraw")
+        stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers stay")
+        start.add_class("start").on_click(lambda _: self.start())
+        stop.add_class("stop").on_click(lambda _: self.stop())
+        self._status.add_class("cpkit-status")
+        buttons = widgets.HBox([start, stop, self._status])
+        picture = widgets.HBox([self.panel.widget, self._table], layout={"flex_flow": "row wrap"})
+        return widgets.VBox([self.controls.box(), buttons, self._summary, picture])
+
+    def _ask(self) -> None:
+        """Leave a wish; never waits."""
+        try:
+            workload = self.controls.workload()
+        except ValueError as problem:
+            self._status.value = _wrong(problem)
+            return
+        with self._arrived:
+            self._samples, self._error = [], None
+            wish = Wish(workload, self._running, self._samples)
+        self._worker.ask(wish)
+
+    # --------------------------------------------------------- the panel's own thread
+
+    def _follow(self, wish: Wish, is_newest: Callable[[], bool]) -> None:
+        """Draw the layout of a wish and, if it says so, measure until there is a newer one."""
+        work = wish.workload
+        metadata = prepare_context_parallel_metadata(work.lengths, work.cp_size, work.strategy)
+        self.panel.show_layout(work, metadata)
+        self._table.value = self._summary.value = ""
+        self._status.value = "● measuring" if wish.measure else "○ stopped"
+        if not wish.measure:
+            return
+        stop_at = time.monotonic() + self._pause_after_s
+        drawn_at = 0.0
+        options = msgspec.structs.asdict(work) | {"interval_s": self._interval_s}
+        with closing(self._lab.measure(**options)) as samples:
+            for sample in samples:
+                if not is_newest():
+                    return
+                self._keep(wish, sample)
+                if time.monotonic() - drawn_at >= DRAW_EVERY_S:
+                    drawn_at = time.monotonic()
+                    self._draw(sample, metadata)
+                if drawn_at > stop_at:
+                    break
+        self._status.value = "○ paused: no control was touched for a while; Start goes on"
+
+    def _keep(self, wish: Wish, sample: Sample) -> None:
+        self.panel.note(sample)
+        with self._arrived:
+            wish.samples.append(sample)
+            self._arrived.notify_all()
+
+    def _draw(self, sample: Sample, metadata: ContextParallelMetadata) -> None:
+        self.panel.show_sample(sample)
+        self._summary.value = _summary(sample)
+        self._table.value = _table(sample, metadata)
+
+    def _fail(self, problem: Exception) -> None:
+        with self._arrived:
+            self._error = problem
+            self._arrived.notify_all()
+        self._status.value = _wrong(problem)
+
+
+def _wrong(problem: Exception) -> str:
+    words = html.escape(f"{type(problem).__name__}: {problem}")
+    return f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {words}</span>'
+
+
+def _summary(sample: Sample) -> str:
+    slowest = sample.per_rank_us.index(max(sample.per_rank_us))
+    return (
+        f"<b>{sample.time_us:,.0f} µs</b>, slowest is rank {slowest} · "
+        f"{byte_words(sample.total_bytes)} gathered · algbw {sample.algbw_gbps:.2f} GB/s · "
+        f"busbw {sample.busbw_gbps:.2f} GB/s · path <b>{sample.path}</b>: "
+        f"{html.escape(sample.path_reason)}"
+    )
+
+
+def _table(sample: Sample, metadata: ContextParallelMetadata) -> str:
+    """The plot as a table, for readers who can't see it."""
+    head = ("rank", "rows", "padding rows", "median µs", "min µs", "p95 µs")
+    longest = metadata.max_rank_len[0]
+    lines = ["<tr>" + "".join(f'<th scope="col">{name}</th>' for name in head) + "</tr>"]
+    for rank, rows in enumerate(metadata.per_rank_actual_token):
+        times = (sample.per_rank_us, sample.per_rank_min_us, sample.per_rank_p95_us)
+        cells = [str(rank), str(rows), str(longest - rows), *(f"{t[rank]:,.0f}" for t in times)]
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    caption = f"<caption>{sample.iterations} gathers in this sample</caption>"
+    return f'<table class="cpkit-ranks">{caption}{"".join(lines)}</table>'

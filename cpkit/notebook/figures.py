@@ -1,0 +1,37 @@
+"""All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
+
+from cpkit.notebook.charts import latency_bandwidth, stage_split, timeline
+from cpkit.notebook.grids import (
+    Line,
+    draw_lines,
+    in_words,
+    ownership_strip,
+    pad_rows,
+    padding_grid,
+    rows_of,
+    stage_grid,
+    token_line,
+)
+from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.show import show
+from cpkit.notebook.style import text_alternative
+
+__all__ = [
+    "Line",
+    "draw_lines",
+    "in_words",
+    "latency_bandwidth",
+    "ownership_strip",
+    "pad_rows",
+    "padding_grid",
+    "pool_fill",
+    "rows_of",
+    "show",
+    "stage_grid",
+    "stage_split",
+    "text_alternative",
+    "timeline",
+    "token_line",
+    "waste_map",
+    "who_wrote_where",
+]

@@ -1,0 +1,140 @@
+"""Pictures of memory: the pool filling, who wrote where, how much is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import plotly.graph_objects as go
+
+from cpkit.layout import can_cp_split, prepare_context_parallel_metadata
+from cpkit.notebook import style
+
+MB = 1e6
+
+
+def pool_fill(history: Sequence[tuple[str, pd.DataFrame]], rank: int = 0) -> go.Figure:
+    """One rank's pool after each step: what is reserved, what is used, what spilled."""
+    steps = [step for step, _ in history]
+    stats = [table[table["rank"] == rank].to_dict("records")[0] for _, table in history]
+    figure = go.Figure()
+    reserved = (("arena", "arena_bytes", "#d8dee4"), ("spilled segments", "spill_bytes", "#6e7781"))
+    for name, column, color in reserved:
+        values = [float(row[column]) / MB for row in stats]
+        figure.add_trace(go.Bar(name=name, x=steps, y=values, marker={"color": color}))
+    used = [float(row["used_bytes"]) / MB for row in stats]
+    marks: dict[str, Any] = {"symbol": "diamond", "size": 9, "color": style.rank_color(rank)}
+    figure.add_trace(go.Scatter(name="in use", x=steps, y=used, marker=marks, line={"dash": "dot"}))
+    figure.update_layout(
+        barmode="stack",
+        bargap=0.45,
+        legend=style.legend_below(210, gap=40),
+        margin={"l": 66, "r": 16, "t": 66, "b": 84},
+        xaxis=style.axis("", type="category"),
+        yaxis=style.axis("symmetric memory (MB)", rangemode="tozero"),
+    )
+    words = "; ".join(
+        f"{step}: {row['used_bytes'] / MB:.1f} MB in use, {int(row['spills'])} spills, "
+        f"{int(row['segments'])} segments"
+        for step, row in zip(steps, stats, strict=True)
+    )
+    title = f"The symmetric pool of rank {rank}, step by step"
+    return style.finish(figure, title=title, alt=words + ".", height=360)
+
+
+def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
+    """What each rank found in its memory: stamps `[reader, slot]`; those of other rounds are red.
+
+    A stamp is `writer << 32 | round`.
+    """
+    size = len(matrix)
+    writers, found = matrix >> 32, matrix & 0xFFFF_FFFF
+    wrong = found != rounds
+    colors = [*(style.rank_color(writer) for writer in range(size)), style.WRONG]
+    kinds = np.where(wrong, size, writers)
+    steps = [(edge / len(colors), c) for i, c in enumerate(colors) for edge in (i, i + 1)]
+    text = [[f"{'✗ ' if value != rounds else ''}{value}" for value in row] for row in found]
+    figure = go.Figure(
+        go.Heatmap(
+            x=[f"rank {writer}" for writer in range(size)],
+            y=[f"rank {reader}" for reader in range(size)],
+            z=kinds.tolist(),
+            zmin=-0.5,
+            zmax=size + 0.5,
+            colorscale=steps,
+            showscale=False,
+            text=text,
+            texttemplate="%{text}",
+            xgap=3,
+            ygap=3,
+            hovertemplate="memory of %{y}, written by %{x}: round %{text}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        margin={"l": 8, "r": 16, "t": 66, "b": 56},
+        xaxis=style.axis("slot, written by", ticks="", showgrid=False),
+        yaxis=style.axis("memory of", autorange="reversed", automargin=True, ticks=""),
+    )
+    words = f"{int(wrong.sum())} of {size * size} cells are not of round {rounds}"
+    return style.finish(
+        figure,
+        title="Who wrote where",
+        subtitle=f"a cell shows the round it holds; {words}",
+        alt=f"A {size} by {size} matrix of reader and writer: {words}.",
+        height=140 + 44 * size,
+        width=140 + 110 * size if size > 3 else 520,
+    )
+
+
+def waste_map(
+    length_sets: Sequence[Sequence[int]], cp_sizes: Sequence[int], strategy: str = "zigzag"
+) -> go.Figure:
+    """Share of padding over batches and cp sizes; empty where the batch can't be split."""
+    shares = [[_waste(lengths, cp, strategy) for cp in cp_sizes] for lengths in length_sets]
+    names = [_short(lengths) for lengths in length_sets]
+    figure = go.Figure(
+        go.Heatmap(
+            x=[f"cp {cp}" for cp in cp_sizes],
+            y=names,
+            z=shares,
+            text=[["no split" if v is None else f"{v:.1%}" for v in row] for row in shares],
+            texttemplate="%{text}",
+            colorscale=[(0, "#ffffff"), (1, "#57606a")],
+            colorbar={"title": {"text": "padding"}, "tickformat": ".0%"},
+            xgap=3,
+            ygap=3,
+            hoverinfo="text",
+        )
+    )
+    figure.update_layout(
+        margin={"l": 8, "r": 16, "t": 66, "b": 44},
+        xaxis=style.axis("", type="category", ticks="", showgrid=False),
+        yaxis=style.axis(
+            "", type="category", autorange="reversed", automargin=True, ticks="", showgrid=False
+        ),
+    )
+    known = [value for row in shares for value in row if value is not None]
+    return style.finish(
+        figure,
+        title="Share of the gathered slots that is padding",
+        subtitle=f"{strategy}; rows: tokens of each sequence",
+        alt=f"Padding between {min(known):.1%} and {max(known):.1%} over {len(names)} batches.",
+        height=130 + 34 * len(names),
+    )
+
+
+def _waste(lengths: Sequence[int], cp_size: int, strategy: str) -> float | None:
+    if not can_cp_split(lengths, cp_size, strategy):
+        return None
+    metadata = prepare_context_parallel_metadata(lengths, cp_size, strategy)
+    slots = sum(metadata.max_rank_len)
+    return (slots - metadata.total_tokens) / slots
+
+
+def _short(lengths: Sequence[int]) -> str:
+    if len(lengths) > 4 and len(set(lengths)) == 1:
+        return f"{len(lengths)} × {lengths[0]}"
+    return ", ".join(str(n) for n in lengths[:6]) + (", …" if len(lengths) > 6 else "")

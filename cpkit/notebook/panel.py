@@ -1,0 +1,139 @@
+"""The live panel's picture: one FigureWidget whose traces are made once and then only updated.
+
+A FigureWidget brings 5 MB of JavaScript with it, so there is one, with four plots, and a new sample
+is one batched update: a handful of messages, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from cpkit.control.messages import Sample, Workload
+from cpkit.layout import ContextParallelMetadata
+from cpkit.notebook import style
+
+HISTORY = 120  # samples the history plot remembers
+# Not an empty list: plotly.js hides a trace without points, and stumbles when its axes come back.
+_NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
+_TITLES = ("Rows of each rank", "Time of each rank", "Stages (mean over ranks)", "History")
+
+
+class Panel:
+    """Four plots of one workload: rows, time per rank, stages, history."""
+
+    def __init__(self) -> None:
+        self.widget = go.FigureWidget(_empty_figure())
+        self._rows, self._padding, self._times, self._history, *stages = self.widget.data
+        self._stages = dict(zip(style.STAGE_STYLES, stages, strict=True))
+        self._times_us: deque[float] = deque(maxlen=HISTORY)
+        self._taken = 0
+
+    def show_layout(self, workload: Workload, metadata: ContextParallelMetadata) -> None:
+        """Draw what is known before anything is measured, and begin a new history."""
+        self._times_us.clear()
+        self._taken = 0
+        ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
+        rows = metadata.per_rank_actual_token
+        padding = [metadata.max_rank_len[0] - count for count in rows]
+        colors = [style.rank_color(rank) for rank in range(metadata.cp_size)]
+        with self.widget.batch_update():
+            self.widget.layout.title.text = describe(workload)
+            self._rows.update(x=ranks, y=rows, marker={"color": colors})
+            self._padding.update(x=ranks, y=padding)
+            nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
+            self._times.update(
+                x=ranks, y=nothing, error_y={"array": nothing}, marker={"color": colors}
+            )
+            self._history.update(**_NO_HISTORY)
+
+    def show_sample(self, sample: Sample) -> None:
+        """Draw one sample. Samples that came since the last drawing are kept by `note`."""
+        late = [
+            p95 - us for us, p95 in zip(sample.per_rank_us, sample.per_rank_p95_us, strict=True)
+        ]
+        first = self._taken - len(self._times_us)
+        with self.widget.batch_update():
+            self._times.y = list(sample.per_rank_us)
+            self._times.error_y.array = [max(0.0, us) for us in late]
+            self._history.update(x=list(range(first, self._taken)), y=list(self._times_us))
+            for stage, bar in self._stages.items():
+                times_us = sample.stage_us.get(stage, ())
+                bar.x = [sum(times_us) / len(times_us)] if times_us else [0]
+
+    def note(self, sample: Sample) -> None:
+        """Remember a sample for the history, drawn or not."""
+        self._times_us.append(max(sample.per_rank_us))
+        self._taken += 1
+
+    def still(self) -> go.Figure:
+        """The picture as it is now, as a plain figure: to show where no JavaScript runs."""
+        figure = go.Figure(self.widget.to_dict())
+        for trace in figure.data:
+            trace.uid = None
+        slowest = f"{self._times_us[-1]:.0f} µs" if self._times_us else "nothing measured yet"
+        return style.finish(
+            figure,
+            title=figure.layout.title.text,
+            alt=f"The live panel: rows, times, stages and history. Slowest rank: {slowest}.",
+            height=560,
+        )
+
+    def close(self) -> None:
+        """Free the widget's memory in the page."""
+        self.widget.close()
+
+
+def describe(workload: Workload) -> str:
+    """A workload in one line."""
+    lengths = ", ".join(str(length) for length in workload.lengths[:4])
+    more = f", … ({len(workload.lengths)} sequences)" if len(workload.lengths) > 4 else ""
+    memory = "symmetric memory" if workload.symmetric else "ordinary memory"
+    return (
+        f"cp_size {workload.cp_size} · {workload.algorithm} · {memory} · {workload.strategy} · "
+        f"lengths {lengths}{more} · {workload.heads}×{workload.head_dim} {workload.dtype}"
+    )
+
+
+def _empty_figure() -> go.Figure:
+    figure = make_subplots(
+        rows=2, cols=2, subplot_titles=_TITLES, vertical_spacing=0.24, horizontal_spacing=0.14
+    )
+    figure.update_annotations(font={"size": 13})
+    _add_traces(figure)
+    names = (("", "rows"), ("", "time (µs)"), ("time (µs)", ""), ("sample", "slowest rank (µs)"))
+    for place, (x_title, y_title) in enumerate(names):
+        where = {"row": place // 2 + 1, "col": place % 2 + 1}
+        figure.update_xaxes(style.axis(x_title), **where)
+        figure.update_yaxes(style.axis(y_title, rangemode="tozero"), **where)
+    figure.update_layout(
+        barmode="stack",
+        bargap=0.35,
+        uirevision="live",  # zooming by hand survives the next sample
+        legend=style.legend_below(392, gap=56),
+        margin={"l": 60, "r": 16, "t": 84, "b": 84},
+        uniformtext={"mode": "hide", "minsize": 9},
+    )
+    alt = "Live: rows of each rank, time of each rank, stages, history of the slowest rank."
+    return style.finish(figure, title="Not measured yet", alt=alt, height=560)
+
+
+def _add_traces(figure: go.Figure) -> None:
+    padding: dict[str, Any] = {"color": style.PADDING, "pattern": style.hatch()}
+    padding["line"] = {"color": "#8c959f", "width": 1}
+    tip = "%{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
+    empty: dict[str, Any] = {"x": ["rank 0"], "y": [0], "hovertemplate": tip}
+    figure.add_bar(row=1, col=1, name="rows", showlegend=False, **empty)
+    figure.add_bar(row=1, col=1, name="padding", marker=padding, **empty)
+    late = {"type": "data", "array": [0], "symmetric": False, "color": style.INK, "thickness": 1}
+    figure.add_bar(row=1, col=2, name="median, to p95", showlegend=False, error_y=late, **empty)
+    line = {"color": style.INK, "width": 1.5}
+    figure.add_scatter(row=2, col=2, mode="lines+markers", line=line, marker={"size": 4})
+    figure.data[-1].update(name="slowest rank", showlegend=False, **_NO_HISTORY)
+    for stage, (color, shape) in style.STAGE_STYLES.items():
+        figure.add_bar(row=2, col=1, name=stage, orientation="h", y=["gather"], x=[0])
+        edge = {"color": "#57606a", "width": 0.6}
+        figure.data[-1].marker = {"color": color, "line": edge, "pattern": style.hatch(shape)}
