@@ -1,0 +1,259 @@
+"""What a newcomer does: open JupyterLab, run the three notebooks, move the slider.
+
+A real JupyterLab, a real kernel, real workers, a real Chromium. The page is looked at through its
+DOM and plotly's own data, not through screenshots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cpkit.notebook.build import NOTEBOOKS
+from cpkit.notebook.show import find_browser
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = find_browser()
+
+pytestmark = [
+    pytest.mark.workers,
+    pytest.mark.notebook,
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome: apt-get install chromium"),
+]
+RUN_TIMEOUT_MS = 180_000
+CHROMIUM_FLAGS = [
+    "--no-sandbox",  # a container's root may not make one; the page is our own
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
+}
+LIVE_PLOT = "[...document.querySelectorAll('.js-plotly-plot')].find(p => p.layout.uirevision)"
+
+NO_CELL_RUNS = """() =>
+    ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))"""
+
+
+class JupyterLab:
+    """A server of its own: private directories, random token, copies of the notebooks."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.token, self.port = home, secrets.token_hex(16), _free_port()
+        self.notebooks = home / "notebooks"
+        self.notebooks.mkdir()
+        for path in NOTEBOOKS.glob("*.ipynb"):
+            _copy_unrun(path, self.notebooks / path.name)
+        for name, values in SETTINGS.items():
+            file = home / "settings" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
+        self.log = (home / "lab.log").open("w+")
+        self.process = subprocess.Popen(
+            self._command(), env=os.environ | self._environment(), stdout=self.log, stderr=self.log
+        )
+
+    def _command(self) -> list[str]:
+        options = {
+            "ServerApp.port": self.port,
+            "ServerApp.port_retries": 0,
+            "ServerApp.root_dir": self.notebooks,
+            "IdentityProvider.token": self.token,
+        }
+        flags = ["--no-browser", "--ip=127.0.0.1", "--allow-root"]
+        flags += [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "jupyterlab", *flags]
+
+    def _environment(self) -> dict[str, str]:
+        names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+        private = {name: str(self.home / name.lower()) for name in names}
+        private["JUPYTERLAB_SETTINGS_DIR"] = str(self.home / "settings")
+        private["JUPYTERLAB_WORKSPACES_DIR"] = str(self.home / "workspaces")
+        return private
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}?token={self.token}"
+
+    def wait(self, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.text()
+            try:
+                with urllib.request.urlopen(self.url("api/status"), timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        pytest.fail(f"JupyterLab did not start in {timeout_s} s:\n{self.text()}")
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def left_behind(self, timeout_s: float = 10.0) -> list[str]:
+        """Processes with our runtime directory in their environment that do not end in time."""
+        deadline = time.monotonic() + timeout_s
+        ours = self._environment()["JUPYTER_RUNTIME_DIR"]
+        while True:
+            processes = psutil.process_iter(["pid", "cmdline", "environ"])
+            environs = [
+                (p, (p.info["environ"] or {}).get("JUPYTER_RUNTIME_DIR")) for p in processes
+            ]
+            left = [f"{p.pid}: {p.info['cmdline']}" for p, found in environs if found == ours]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[JupyterLab]:
+    home = Path(tempfile.mkdtemp(prefix="lab-"))
+    server = JupyterLab(home)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+        left = server.left_behind()
+        shutil.rmtree(home, ignore_errors=True)
+    assert not left, "kernels and workers end with the server"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator[object]:
+    """A page; every error that it reports fails the test."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    fresh = context.new_page()
+    errors: list[str] = []
+    fresh.on("pageerror", lambda error: errors.append(f"uncaught: {error}"))
+    fresh.on(
+        "console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else None
+    )
+    yield fresh
+    context.close()
+    assert not errors, "\n".join(errors)
+
+
+@pytest.mark.parametrize("name", ["01_padding_and_reorg", "02_symmetric_memory"])
+def test_a_notebook_runs_from_top_to_bottom(lab: JupyterLab, page, name: str) -> None:
+    run_all(lab, page, name)
+    plots = page.locator(".js-plotly-plot")
+    assert plots.count() >= 3, "figures are live in the page"
+    shut_down_kernel(page)
+
+
+def test_the_slider_changes_the_plot(lab: JupyterLab, page) -> None:
+    run_all(lab, page, "03_allgather_perf")
+    page.wait_for_function(f"() => {LIVE_PLOT}?.data[2].y.length === 4", timeout=20_000)
+    before = page.evaluate(f"{LIVE_PLOT}.layout.title.text")
+    handle = page.locator(".cp-size .noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    page.keyboard.press("ArrowLeft")
+    measured = (
+        f"() => {{ const y = {LIVE_PLOT}.data[2].y; return y.length === 2 && y.every(t => t > 0) }}"
+    )
+    page.wait_for_function(measured, timeout=20_000)
+    after = page.evaluate(f"{LIVE_PLOT}.layout.title.text")
+    assert before.startswith("cp_size 4"), before
+    assert after.startswith("cp_size 2"), after
+    assert page.locator(".cpkit-ranks tr").count() == 3, "the table beside the plot says the same"
+    times = page.evaluate(f"[...{LIVE_PLOT}.data[3].y]")
+    page.wait_for_function(f"() => {LIVE_PLOT}.data[3].y.length > {len(times) + 3}", timeout=10_000)
+    page.locator(".stop").click()
+    page.get_by_text("○ stopped").wait_for(timeout=10_000)
+    shut_down_kernel(page)
+
+
+def run_all(lab: JupyterLab, page, name: str) -> None:
+    """Open a notebook, run all cells by the menu, save, and look for errors in what was saved."""
+    page.goto(lab.url(f"lab/tree/{name}.ipynb") + "&reset")
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.locator(".jp-Notebook .jp-Cell").first.click()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(timeout=10_000)
+    page.wait_for_function(NO_CELL_RUNS, timeout=RUN_TIMEOUT_MS)
+    page.keyboard.press("Control+s")
+    cells = _saved(lab.notebooks / f"{name}.ipynb")
+    failed = [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error"]
+    assert not failed, json.dumps(failed, indent=1)
+    assert page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
+
+
+def shut_down_kernel(page) -> None:
+    """End the kernel by the menu; its workers end with it, and the next notebook starts its own."""
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
+    page.get_by_text("| No Kernel").or_(page.get_by_text("No Kernel")).first.wait_for(
+        timeout=20_000
+    )
+
+
+def _saved(path: Path, timeout_s: float = 20.0) -> list[dict]:
+    """The code cells of a notebook once it was saved after a full run."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(json.JSONDecodeError):  # it is being written
+            cells = _code_cells(json.loads(path.read_text()))
+            if [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1)):
+                return cells
+        time.sleep(0.1)
+    pytest.fail(f"{path.name} was not saved with all cells run; see its execution counts")
+
+
+def _code_cells(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def _copy_unrun(source: Path, target: Path) -> None:
+    """A notebook without outputs, so that every output is of this run."""
+    notebook = json.loads(source.read_text())
+    for cell in _code_cells(notebook):
+        cell.update(outputs=[], execution_count=None)
+    target.write_text(json.dumps(notebook))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,170 @@
+"""The committed notebooks: in canonical form, seen without JavaScript, and true when run again.
+
+nbval runs each of them from top to bottom in a real kernel with real workers, and compares every
+output that is not tagged `nbval-ignore-output`. It ends its kernel by SIGKILL, so what is left
+afterwards shows whether workers really end with their owner.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from cpkit.notebook.build import MAX_BYTES, NOTEBOOKS, canonical
+from cpkit.notebook.show import PLOTLY_MIME
+
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+CELL_TIMEOUT_S = 60
+RUN_TIMEOUT_S = 300
+each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def test_there_are_three() -> None:
+    assert [path.stem[:3] for path in PATHS] == ["01_", "02_", "03_"]
+
+
+@each_notebook
+def test_it_is_canonical(path: Path) -> None:
+    text = path.read_text()
+    assert text == canonical(nbformat.reads(text, as_version=4)), "run `make notebooks`"
+    nbformat.validate(nbformat.reads(text, as_version=4))
+    assert len(text.encode()) <= MAX_BYTES
+
+
+@each_notebook
+def test_it_holds_no_widget_state_and_no_machine_path(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert "widget-view" not in path.read_text()
+    assert str(NOTEBOOKS) not in path.read_text()
+
+
+@each_notebook
+def test_every_figure_has_a_picture_and_words(path: Path) -> None:
+    shown = [o.data for o in _outputs(path) if PLOTLY_MIME in o.get("data", {})]
+    assert len(shown) >= 3
+    for data in shown:
+        assert len(data["image/png"]) > 5000, "GitHub shows no plotly"
+        assert data["text/plain"].startswith("Figure: ")
+
+
+@each_notebook
+def test_it_ran_in_order_without_error(path: Path) -> None:
+    cells = _code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {(o.output_type, o.get("name")) for o in _outputs(path)}
+    assert not {kind for kind in kinds if kind[0] == "error" or kind[1] == "stderr"}
+
+
+@each_notebook
+def test_it_reads_well(path: Path) -> None:
+    cells = _code_cells(path)
+    assert "lab = cpkit.connect()" in cells[0].source
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 15
+    assert sum("assert " in cell.source for cell in cells) >= 6
+    panels = sum(cell.source.count(name) for cell in cells for name in ("Stepper(", "Explorer("))
+    assert panels <= 1, "a FigureWidget brings 5 MB to the page"
+
+
+@pytest.fixture
+def surroundings() -> Iterator[dict[str, str]]:
+    """An environment in which all that a run leaves behind can be found. Checks it afterwards."""
+    home = Path(tempfile.mkdtemp(prefix="nb-"))
+    shm = Path(
+        tempfile.mkdtemp(prefix="nb-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    )
+    (home / "tmp").mkdir()
+    private = {
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "IPYTHONDIR": str(home / "ipython"),
+        "TMPDIR": str(home / "tmp"),
+        "CPKIT_SHM_DIR": str(shm),
+    }
+    try:
+        yield os.environ | private
+        left = _wait_for_end(home, shm)
+    finally:
+        for process in _processes_of(home):
+            process.kill()
+        shutil.rmtree(home)
+        shutil.rmtree(shm)
+    assert not left
+
+
+@pytest.mark.workers
+@pytest.mark.notebook
+@pytest.mark.slow
+@pytest.mark.timeout(RUN_TIMEOUT_S + 60)
+@each_notebook
+def test_it_is_true_when_run_again(path: Path, surroundings: dict[str, str]) -> None:
+    options = ["--nbval", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT_S}"]
+    quiet = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--timeout=0"]
+    command = [sys.executable, "-m", "pytest", *options, *quiet, str(path)]
+    code, text = _run(command, surroundings)
+    assert code == 0, text
+    assert f"{len(_code_cells(path))} passed" in text
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run in a session of its own, at most RUN_TIMEOUT_S; the exit code and all output."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=NOTEBOOKS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text = process.communicate()[0] + f"\nnot done after {RUN_TIMEOUT_S} s"
+    return process.returncode, text
+
+
+def _wait_for_end(home: Path, shm: Path, timeout_s: float = 10.0) -> list[str]:
+    """What is still there after a while: processes, shared memory, sockets and connection files."""
+    deadline = time.monotonic() + timeout_s
+    while (left := _left_behind(home, shm)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _left_behind(home: Path, shm: Path) -> list[str]:
+    processes = [f"process {p.pid}: {' '.join(p.cmdline())}" for p in _processes_of(home)]
+    sockets = [str(path) for path in (home / "tmp").glob("cpkit-*")]
+    connections = [str(path) for path in (home / "runtime").rglob("connection.json")]
+    return processes + sockets + connections + [str(path) for path in shm.iterdir()]
+
+
+def _processes_of(home: Path) -> list[psutil.Process]:
+    """Processes that were started with our runtime directory in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("JUPYTER_RUNTIME_DIR") == str(home / "runtime"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def _outputs(path: Path) -> list[nbformat.NotebookNode]:
+    return [output for cell in _code_cells(path) for output in cell.outputs]
