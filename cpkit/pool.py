@@ -53,7 +53,7 @@ class PoolStatistics:
 
 
 class SymmetricPool:
-    """The symmetric memory of one group on the ranks of one machine.
+    """The symmetric memory of one group on the ranks of one machine; becomes the group's pool.
 
     `prealloc` is the arena in bytes; by default a fraction of the free shared memory, at most 64
     MiB, or `CPKIT_SYMM_PREALLOC_GB`. Making a pool is collective. Raises SymmetricMemoryError on
@@ -77,6 +77,7 @@ class SymmetricPool:
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc)
         self._grow(self._arena_bytes, "preallocate the symmetric pool")
         _pools.add(self)
+        group.transport = self
 
     # -------------------------------------------------------------------- allocation
 
@@ -220,9 +221,7 @@ class SymmetricPool:
 
         Tensors of the old pool stay valid until they are dropped, but are ordinary to this group.
         """
-        pool = SymmetricPool(self.group, prealloc)
-        self.group.transport = pool
-        return pool
+        return SymmetricPool(self.group, prealloc)
 
     def warm_up(
         self,

@@ -20,10 +20,13 @@ def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None) -> int:
     shared out among the ranks, at most 64 MiB. Ranks read that at different moments, so the least
     of their figures counts. Raises ValueError on every rank for a size below 1.
     """
-    problem = ""
-    if prealloc is not None and prealloc < 1:
-        problem = f"prealloc is {prealloc} bytes; it must be 1 or more, or None for the default"
-    offer = _default(rendezvous.size) if prealloc is None else rounded(prealloc)
+    problem, offer = "", 0
+    if prealloc is None:
+        offer = _default(rendezvous.size)
+    elif isinstance(prealloc, int) and prealloc > 0:
+        offer = rounded(prealloc)
+    else:
+        problem = f"prealloc is {prealloc!r} bytes; it must be 1 or more, or None for the default"
     note = msgspec.msgpack.encode((problem, offer))
     answers = rendezvous.exchange(note, "agree on the pool's size")
     said = [msgspec.msgpack.decode(answer, type=tuple[str, int]) for answer in answers]

@@ -77,9 +77,8 @@ def symmetric_pool(group: CPGroup) -> SymmetricPool:
     """The group's pool, made at the first call; that call is collective over the group."""
     if not isinstance(group, CPGroup):
         raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")
-    if not isinstance(group.transport, SymmetricPool):
-        group.transport = SymmetricPool(group)
-    return group.transport
+    pool = group.transport
+    return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group)
 
 
 def explain_path(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> PathReport:

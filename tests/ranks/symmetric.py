@@ -220,6 +220,7 @@ def check_a_buffer_of_another_group_is_told_apart() -> None:
 def check_bad_pools_are_refused() -> None:
     group = world_group()
     assert "prealloc is 0 bytes" in error_of(SymmetricPool, group, 0)
+    assert "prealloc is '4G' bytes" in error_of(SymmetricPool, group, "4G")
     assert "init_context_parallel" in error_of(symmetric_pool, None)
     pool = symmetric_pool(group)
     assert "max_tokens is 0" in error_of(pool.warm_up, 0)
