@@ -157,7 +157,7 @@ def _owner(pid: int | None) -> ProcessId | None:
 
     try:
         return process_id(pid) if pid is not None else None
-    except psutil.NoSuchProcess:
+    except ProcessLookupError:
         raise ValueError(f"--owner is {pid}, and there is no such process") from None
 
 

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 
 class ProcessId(NamedTuple):
-    """A process for as long as the machine is up. `start_time` is psutil's, in seconds."""
+    """A process for as long as the machine is up.
+
+    `start_ticks` counts from the boot where the system tells so: unlike a time of day, it stays
+    the same when somebody sets the clock.
+    """
 
     pid: int
-    start_time: float
+    start_ticks: int
 
     def is_alive(self) -> bool:
         """Whether that very process still runs; a zombie does not."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.start_time) < 0.05
-            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.Error:
-            return False
+        return _start_ticks(self.pid) == self.start_ticks
 
 
 def process_id(pid: int | None = None) -> ProcessId:
-    """The identity of a running process (default: this one). Raises psutil.NoSuchProcess."""
+    """The identity of a running process (default: this one). Raises ProcessLookupError."""
     pid = os.getpid() if pid is None else pid
-    return ProcessId(pid, psutil.Process(pid).create_time())
+    ticks = _start_ticks(pid)
+    if ticks is None:
+        raise ProcessLookupError(f"there is no running process {pid}")
+    return ProcessId(pid, ticks)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started; None when it does not run."""
+    try:
+        if Path("/proc/self/stat").exists():
+            # "pid (name) state …": the name may hold blanks and brackets, so count from its end.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[19]) if fields[0] not in "ZX" else None
+        process = psutil.Process(pid)
+        alive = process.status() != psutil.STATUS_ZOMBIE
+        return round(process.create_time() * 100) if alive else None
+    except (OSError, psutil.Error):
+        return None

@@ -82,7 +82,7 @@ def reap_dead_files() -> list[Path]:
     removed = []
     for path in shm_dir().glob(f"{_PREFIX}-{os.getuid()}-*"):
         _, _, pid, start, _ = path.name.split("-")
-        if not ProcessId(int(pid), int(start) / 100).is_alive():
+        if not ProcessId(int(pid), int(start)).is_alive():
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
@@ -91,7 +91,7 @@ def reap_dead_files() -> list[Path]:
 def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
     """Create, reserve and map this rank's file. Returns a problem instead of raising."""
     me = process_id()
-    name = f"{_PREFIX}-{os.getuid()}-{me.pid}-{round(me.start_time * 100)}-{secrets.token_hex(8)}"
+    name = f"{_PREFIX}-{os.getuid()}-{me.pid}-{me.start_ticks}-{secrets.token_hex(8)}"
     path = shm_dir() / name
     try:
         reap_dead_files()
