@@ -39,7 +39,7 @@ format: $(VENV)/.has-dev ## let ruff mend what it can
 bench: $(VENV)/.has-test ## measure the algorithms side by side and fill README's figures
 	$(PY) -m benchmarks.run $(ARGS)
 
-notebooks: $(VENV)/.has-notebooks ## write notebooks/*.ipynb from their sources, outputs included
+notebooks: $(VENV)/.has-test ## run the notebooks and write them back in canonical form, pictures included
 	$(PY) -m cpkit.notebook.build $(ARGS)
 
 lock: ## resolve all dependencies anew in an empty environment and write requirements.lock

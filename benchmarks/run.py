@@ -52,8 +52,9 @@ def main() -> int:
 
 def gather_rows(cp_size: int, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     """One launch of the rank side."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
     with TemporaryDirectory() as directory:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
+        launch.append(f"--log-dir={directory}")
         output = Path(directory) / "rows.json"
         script = ["-m", "benchmarks.gather", str(output), *map(str, tokens)]
         run_here([*launch, *script])

@@ -153,8 +153,6 @@ def _start(settings: Launch) -> str:
 
 
 def _owner(pid: int | None) -> ProcessId | None:
-    import psutil
-
     try:
         return process_id(pid) if pid is not None else None
     except ProcessLookupError:

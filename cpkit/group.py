@@ -86,7 +86,7 @@ class CPGroup:
         self,
         output: torch.Tensor,
         input: torch.Tensor,
-        stream: torch.cuda.Stream | None = None,  # noqa: ARG002 - CPU tensors have none
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """Gather equal shards into `output`: `[size · rows, …]` from `[rows, …]` on each rank.
 

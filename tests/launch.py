@@ -20,14 +20,17 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under torchrun; past the time limit its agent is told to end all ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    with subprocess.Popen(
-        [*launch, f"--nproc-per-node={nproc}", *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    ) as agent:
+    with (
+        TemporaryDirectory() as logs,  # else torchrun leaves a directory of its own behind
+        subprocess.Popen(
+            [*launch, f"--nproc-per-node={nproc}", f"--log-dir={logs}", *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        ) as agent,
+    ):
         try:
             output, _ = agent.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

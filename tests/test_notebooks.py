@@ -145,7 +145,7 @@ def _wait_for_end(home: Path, shm: Path, timeout_s: float = 10.0) -> list[str]:
 
 def _left_behind(home: Path, shm: Path) -> list[str]:
     processes = [f"process {p.pid}: {' '.join(p.cmdline())}" for p in _processes_of(home)]
-    sockets = [str(path) for path in (home / "tmp").glob("cpkit-*")]
+    sockets = [str(path) for path in (home / "tmp").iterdir()]
     connections = [str(path) for path in (home / "runtime").rglob("connection.json")]
     return processes + sockets + connections + [str(path) for path in shm.iterdir()]
 

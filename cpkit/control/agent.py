@@ -26,6 +26,7 @@ from cpkit.control.place import (
     NameTaken,
     Place,
     PostMortem,
+    remove_socket_dir,
     write_private,
 )
 from cpkit.control.settings import Launch, from_json, loopback
@@ -49,12 +50,15 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun has its own handlers
     _start_afresh(place)
     report = PostMortem((), "the agent ended before the workers were there")
+    socket_dir = _make_socket_dir()
     try:
-        _introduce(lock, _make_socket_dir())
+        _introduce(lock, socket_dir)
         report = _run(launch, place)
     finally:
-        write_private(place.post_mortem_file, report)
-        place.clean()
+        remove_socket_dir(socket_dir)
+        if place.directory.exists():  # somebody may have removed it under us
+            write_private(place.post_mortem_file, report)
+            place.clean()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, groupby
 
 import msgspec
 
-from cpkit.bench import Timing, time_calls
+from cpkit.bench import Call, Timing, time_calls
 from cpkit.control.messages import (
     Body,
     Measure,
@@ -23,8 +24,7 @@ from cpkit.control.messages import (
 )
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps, Timed
-from cpkit.ops.workload import Run, prepare, timed
-from cpkit.path import PathReport
+from cpkit.ops.workload import prepare, timed
 
 _CHUNK_S = 0.05  # work between two looks at the clock, and at who else waits
 _FIRST_ITERATIONS = 3
@@ -47,8 +47,9 @@ class MeasureOperation(Operation[Measure, Timed]):
         timing = time_calls({"": run.gather}, group, _FIRST_ITERATIONS, warmup=0)[""]
         for _ in count() if self.body.samples is None else range(self.body.samples - 1):
             yield timed(timing, run.path())
-            iterations = _agreed_iterations(timing, group, min(_CHUNK_S, self.body.interval_s))
-            timing = time_calls({"": run.gather}, group, iterations, warmup=1)[""]
+            run.gather()  # after a rest, the first one is slow
+            budget_s = min(_CHUNK_S, self.body.interval_s)
+            timing = _time_for(budget_s, {"": run.gather}, group, _MAX_ITERATIONS)[""]
         return timed(timing, run.path())
 
     def collect(self, reports: list[Timed], *, over: bool) -> Iterator[ReplyBody]:
@@ -90,19 +91,18 @@ class SweepOperation(Operation[Sweep, SweepReport]):
         """As many iterations a step as fit a chunk of time."""
         runs = [prepare(workload, group, state.round) for workload in self.body.workloads]
         calls = {str(number): run.gather for number, run in enumerate(runs)}
+        paths = []
         for run in runs:
             run.verified_gather()
-        paths = [_path_after(run) for run in runs]
-        timings = [time_calls(calls, group, 1)]
+            paths.append(run.path())
+            yield SweepReport(0)
+        parts = [time_calls(calls, group, 1)]
         done = 1
         while done < self.body.iterations:
             yield SweepReport(done)
-            chunk = _agreed_iterations(_longest(timings[-1]), group, _CHUNK_S / len(runs))
-            chunk = min(chunk, self.body.iterations - done)
-            timings.append(time_calls(calls, group, chunk, warmup=0))
-            done += chunk
-        whole = (_joined([part[name] for part in timings]) for name in calls)
-        return SweepReport(done, tuple(map(timed, whole, paths)))
+            parts.append(_time_for(_CHUNK_S, calls, group, self.body.iterations - done))
+            done += len(parts[-1]["0"].times_us)
+        return SweepReport(done, tuple(map(timed, _joined(parts).values(), paths)))
 
     def collect(self, reports: list[SweepReport], *, over: bool) -> Iterator[ReplyBody]:
         """Progress; at the end of the last part, all rows."""
@@ -143,25 +143,30 @@ def _without_variant(workload: Workload) -> Workload:
     return msgspec.structs.replace(workload, algorithm="direct", symmetric=True)
 
 
-def _path_after(run: Run) -> PathReport:
-    """The path of this run, not of the one that gathered last."""
-    run.gather()
-    return run.path()
+def _time_for(
+    budget_s: float, calls: Mapping[str, Call], group: CPGroup, at_most: int
+) -> dict[str, Timing]:
+    """Time calls for about `budget_s`, in batches that double, however slow they turn out to be.
+
+    Ranks agree after each batch whether there is time for the next one. Collective.
+    """
+    start, done, parts = time.monotonic(), 0, []
+    while done < at_most:
+        parts.append(time_calls(calls, group, min(done or 1, at_most - done), warmup=0))
+        done += len(parts[-1][next(iter(calls))].times_us)
+        took = struct.pack("d", time.monotonic() - start)
+        longest_s = max(struct.unpack("d", note)[0] for note in group.exchange(took))
+        if longest_s > budget_s / 2:  # the next batch would take as long as all until now
+            break
+    return _joined(parts)
 
 
-def _agreed_iterations(timing: Timing, group: CPGroup, budget_s: float) -> int:
-    """How often the slowest rank can do it in the time; equal on every rank. Collective."""
-    mine = struct.pack("d", timing.median_us)
-    slowest_us = max(struct.unpack("d", note)[0] for note in group.exchange(mine))
-    return max(1, min(_MAX_ITERATIONS, int(budget_s * 1e6 / max(slowest_us, 1.0))))
+def _joined(parts: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
+    """Consecutive timings of the same calls as one."""
+    return {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
 
 
-def _longest(timings: dict[str, Timing]) -> Timing:
-    return max(timings.values(), key=lambda timing: timing.median_us)
-
-
-def _joined(parts: list[Timing]) -> Timing:
-    """Consecutive timings of one variant as one."""
+def _one_after_the_other(parts: Sequence[Timing]) -> Timing:
     times = tuple(t for part in parts for t in part.times_us)
     names = dict.fromkeys(name for part in parts for name in part.stage_us)
     stages = {

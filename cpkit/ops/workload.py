@@ -15,6 +15,7 @@ from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.ops.base import Timed
 from cpkit.path import PathReport
+from cpkit.steps import as_rows
 from cpkit.symm import batch_symmetry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
@@ -41,8 +42,17 @@ class Run:
         """Gather, and compare every bit. Raises ProvenanceError. Collective."""
         gathered = self.gather()
         for number, tensor in enumerate(gathered):
-            provenance.check(tensor, self.metadata, round=self.round, tensor=number)
+            if not self._is_expected(tensor, number):
+                provenance.check(tensor, self.metadata, round=self.round, tensor=number)
         return gathered
+
+    def _is_expected(self, tensor: torch.Tensor, number: int) -> bool:
+        """Whether every bit is right; ten times quicker than a check, which can explain."""
+        want = provenance.expected_rows(
+            self.metadata, tensor.shape[1:], tensor.dtype, round=self.round, tensor=number
+        )
+        got_rows, want_rows = as_rows(tensor), as_rows(want)
+        return got_rows.dtype == want_rows.dtype and torch.equal(got_rows, want_rows)
 
     def path(self) -> PathReport:
         """What the latest gather did on this rank."""

@@ -1,0 +1,53 @@
+"""A request's own check of its gather: one wrong bit anywhere is found, and explained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpkit import provenance
+from cpkit.control.messages import Workload
+from cpkit.ops.workload import DTYPES, Run, layout_of
+
+WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
+
+
+class Gathered(Run):
+    """A run whose gather has happened already."""
+
+    def gather(self) -> list[torch.Tensor]:
+        return self.tensors
+
+
+def gathered(dtype: str, round_number: int = 3) -> Gathered:
+    layout = layout_of(WORKLOAD)
+    tensors = [
+        provenance.expected_rows(layout, (2, 5), DTYPES[dtype], round=round_number, tensor=number)
+        for number in range(2)
+    ]
+    return Gathered(WORKLOAD, layout, None, 3, tensors)  # type: ignore[arg-type]  # nobody asks it
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_gather_passes_and_one_wrong_bit_does_not(dtype: str) -> None:
+    run = gathered(dtype)
+    assert run.verified_gather() is run.tensors
+    for tensor in run.tensors:
+        last_byte = tensor.view(torch.uint8).reshape(-1)[-1:]
+        last_byte ^= 1
+        with pytest.raises(provenance.ProvenanceError, match="slot 14 .* 1 of 15 rows differ"):
+            run.verified_gather()
+        last_byte ^= 1
+    assert run.verified_gather()
+
+
+def test_rows_of_an_earlier_round_tell_on_themselves() -> None:
+    with pytest.raises(provenance.ProvenanceError, match=r"holds round 2.*wanted round 3"):
+        gathered("bfloat16", round_number=2).verified_gather()
+
+
+def test_swapped_tensors_are_found() -> None:
+    run = gathered("float32")
+    run.tensors.reverse()
+    with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
+        run.verified_gather()
