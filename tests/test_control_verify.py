@@ -35,7 +35,7 @@ def test_a_right_gather_passes_and_one_wrong_bit_does_not(dtype: str) -> None:
     for tensor in run.tensors:
         last_byte = tensor.view(torch.uint8).reshape(-1)[-1:]
         last_byte ^= 1
-        with pytest.raises(provenance.ProvenanceError, match="slot 14 .* 1 of 15 rows differ"):
+        with pytest.raises(provenance.ProvenanceError, match=r"(?s)slot 14 .*1 of 15 rows differ"):
             run.verified_gather()
         last_byte ^= 1
     assert run.verified_gather()
