@@ -9,6 +9,8 @@ from typing import Any
 
 Record = dict[str, Any]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+GOAL_BYTES = 16384 * 2048
+SUMMARY_VARIANTS = ("padded", "padded_symm_recv", "padded_symm", "direct", "gloo alone", "memcpy")
 GATHER_COLUMNS = (
     ("cp_size", "cp_size"),
     ("size_bytes", "size (bytes)"),
@@ -24,32 +26,83 @@ GATHER_COLUMNS = (
 
 
 def as_text(record: Record) -> str:
-    """All figures as Markdown."""
+    """All figures as Markdown, for the terminal."""
+    gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
+    return "\n\n".join([conditions(record), gather, *goals_and_control(record)])
+
+
+def as_summary(record: Record) -> str:
+    """One line a size, for README.md."""
+    header = ["cp_size", "size (bytes)", *(f"{name} (us)" for name in SUMMARY_VARIANTS)]
+    header += ["padded / direct", "gloo alone / direct", "direct / memcpy"]
+    summary = table(header, summary_lines(record["gather"]))
+    return "\n\n".join([conditions(record), summary, *goals_and_control(record)])
+
+
+def conditions(record: Record) -> str:
+    """Where, when and how the figures were taken."""
     where = record["environment"]
-    head = (
+    return (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['system']}, "
         f"torch {where['torch']}, Python {where['python']}, commit {where['commit']}, "
-        f"`{where['command']}`. One bfloat16 tensor of rows [8, 128], one zigzag sequence. "
-        f"Median of the slowest rank; `padded` runs over gloo; size is the gathered tensor; "
-        f"GB = 1e9 bytes."
+        f"`{where['command']}`. One bfloat16 tensor of rows [8, 128], one zigzag sequence; size is "
+        f"the gathered tensor. Times are medians of the slowest rank, all variants interleaved in "
+        f"one run. `padded` runs over gloo; `gloo alone` is its collective without pad, strip and "
+        f"reorder; `memcpy` is every rank copying the whole result once. GB = 1e9 bytes."
     )
-    gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
+
+
+def goals_and_control(record: Record) -> list[str]:
+    """What was to be reached, and the control path."""
+    ratio = ratios(record["gather"]).get((2, GOAL_BYTES))
+    reached = f"{ratio:.1f}" if ratio else "not measured"
+    goal = table(
+        ["goal", "reached"],
+        [[f"padded / direct at {GOAL_BYTES} bytes, cp_size 2: at least 8", reached]],
+    )
     header = ["control path", "p50 (ms)", "p95 (ms)", "goal (ms)"]
-    control = table(header, control_lines(record["control"]))
-    return f"{head}\n\n{gather}\n\n{control}"
+    return [goal, table(header, control_lines(record["control"]))]
+
+
+def ratios(rows: list[Record]) -> dict[tuple[int, int], float]:
+    """How many times `direct` is faster than `padded`, by (cp_size, size_bytes)."""
+    return {key: us["padded"] / us["direct"] for key, us in times_us(rows).items()}
+
+
+def times_us(rows: list[Record]) -> dict[tuple[int, int], dict[str, float]]:
+    """Median time of each variant by (cp_size, size_bytes)."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row["cp_size"], row["size_bytes"]), {})[row["variant"]] = row["time_us"]
+    return found
+
+
+def summary_lines(rows: list[Record]) -> list[list[str]]:
+    """One line a size with its ratios."""
+    lines = []
+    for key, us in times_us(rows).items():
+        quotients = [
+            us["padded"] / us["direct"],
+            us["gloo alone"] / us["direct"],
+            us["direct"] / us["memcpy"],
+        ]
+        lines.append(
+            [cell(v) for v in (*key, *(us[name] for name in SUMMARY_VARIANTS), *quotients)]
+        )
+    return lines
 
 
 def gather_lines(rows: list[Record]) -> list[list[str]]:
     """One line a variant, with its ratios to `padded` and `memcpy` of the same run."""
-    time_us = {(r["cp_size"], r["size_bytes"], r["variant"]): r["time_us"] for r in rows}
+    all_us = times_us(rows)
     lines = []
     for row in rows:
-        key = (row["cp_size"], row["size_bytes"])
-        ratios = {
-            "padded_ratio": time_us[*key, "padded"] / row["time_us"],
-            "memcpy_ratio": row["time_us"] / time_us[*key, "memcpy"],
+        us = all_us[row["cp_size"], row["size_bytes"]]
+        quotients = {
+            "padded_ratio": us["padded"] / row["time_us"],
+            "memcpy_ratio": row["time_us"] / us["memcpy"],
         }
-        lines.append([cell({**row, **ratios}[name]) for name, _ in GATHER_COLUMNS])
+        lines.append([cell({**row, **quotients}[name]) for name, _ in GATHER_COLUMNS])
     return lines
 
 
@@ -87,6 +140,6 @@ def filled(text: str, record: Record, name: str) -> str:
     """README's text with the figures of a record. Raises ValueError without the markers."""
     if BEGIN not in text or END not in text:
         raise ValueError(f"README.md has no {BEGIN} … {END} to put the figures between")
-    body = f"{BEGIN}\n{as_text(record)}\n\nSource: [{name}](benchmarks/results/{name})\n{END}"
+    body = f"{BEGIN}\n{as_summary(record)}\n\nSource: [{name}](benchmarks/results/{name})\n{END}"
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     return pattern.sub(lambda _: body, text)

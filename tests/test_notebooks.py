@@ -21,7 +21,7 @@ import nbformat
 import psutil
 import pytest
 
-from cpkit.notebook.build import MAX_BYTES, NOTEBOOKS, canonical
+from cpkit.notebook.build import MAX_BYTES, NOTEBOOKS, check
 from cpkit.notebook.show import PLOTLY_MIME
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -36,10 +36,18 @@ def test_there_are_three() -> None:
 
 @each_notebook
 def test_it_is_canonical(path: Path) -> None:
-    text = path.read_text()
-    assert text == canonical(nbformat.reads(text, as_version=4)), "run `make notebooks`"
-    nbformat.validate(nbformat.reads(text, as_version=4))
-    assert len(text.encode()) <= MAX_BYTES
+    assert check([path]) == 0
+    nbformat.validate(nbformat.read(path, as_version=4))
+    assert path.stat().st_size <= MAX_BYTES
+
+
+def test_another_form_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = nbformat.read(PATHS[0], as_version=4)
+    notebook.cells[0].metadata["trusted"] = True
+    copy = tmp_path / "copy.ipynb"
+    nbformat.write(notebook, copy)
+    assert check([copy]) == 1
+    assert "copy.ipynb is not in canonical form" in capsys.readouterr().err
 
 
 @each_notebook

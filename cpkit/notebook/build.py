@@ -90,11 +90,31 @@ def _canonical_output(output: Any) -> dict[str, Any]:
     return clean
 
 
+def is_canonical(path: Path) -> bool:
+    """Whether a notebook is byte for byte what `canonical` makes of it."""
+    text = path.read_text()
+    return text == canonical(nbformat.reads(text, as_version=4))  # type: ignore[no-untyped-call]
+
+
+def check(paths: Sequence[Path]) -> int:
+    """Name the notebooks that are not in canonical form; 1 when there are any."""
+    wrong = [path.name for path in paths if not is_canonical(path)]
+    for name in wrong:
+        sys.stderr.write(f"{name} is not in canonical form: run `make notebooks`\n")
+    return int(bool(wrong))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Execute and rewrite the named notebooks; all of them by default."""
     parser = argparse.ArgumentParser(prog="python -m cpkit.notebook.build", description=__doc__)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
-    chosen = parser.parse_args(arguments).notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
+    parser.add_argument(
+        "--check", action="store_true", help="run nothing: is their form canonical?"
+    )
+    options = parser.parse_args(arguments)
+    chosen = options.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
+    if options.check:
+        return check(chosen)
     if find_browser() is None:
         sys.stderr.write("No Chromium here: the notebooks get no static pictures.\n")
         return 1
