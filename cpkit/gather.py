@@ -157,7 +157,7 @@ def _direct(
     rank 1   meet │ store into 1, into 0 │ barrier │ read
                   ↑ outputs are free       ↑ all rows have landed
     """
-    with use_symmetric_memory(pool.group):
+    with stage("allocate"), use_symmetric_memory(pool.group):
         outputs = [torch.empty(metadata.total_tokens, x.shape[1], dtype=x.dtype) for x in rows]
     with stage("wire"):
         for x, output in zip(rows, outputs, strict=True):

@@ -14,6 +14,7 @@ import msgspec
 
 from cpkit.control import launch as launcher
 from cpkit.control.client import DEADLINE_S, Client
+from cpkit.control.complaints import unknown_options
 from cpkit.control.errors import BadRequest
 from cpkit.control.messages import (
     Algorithm,
@@ -204,7 +205,7 @@ class Lab:
         sizes = cp_sizes or (self.world_size,)
         batches = lengths or [_tokens(n, max(sizes), options) for n in sizes_bytes or ()]
         workloads = [
-            msgspec.structs.replace(self.workload(batch, cp_size, **options), algorithm=algorithm)
+            _workload(cp_size, batch, {**options, "algorithm": algorithm})
             for batch, cp_size, algorithm in product(batches, sizes, algorithms or ALGORITHMS)
         ]
         result = self._client.call(Sweep(tuple(workloads), iterations), SweepResult)
@@ -244,18 +245,21 @@ class Lab:
         self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
     ) -> Workload:
         """The workload that the other methods make of their arguments. Raises BadRequest."""
-        size = self.world_size if cp_size is None else cp_size
-        try:
-            return msgspec.convert(
-                {"cp_size": size, "lengths": _whole(lengths), **options}, Workload, strict=True
-            )
-        except msgspec.ValidationError as error:
-            raise BadRequest(f"{error}") from error
+        return _workload(self.world_size if cp_size is None else cp_size, lengths, options)
+
+
+def _workload(cp_size: int, lengths: Lengths, options: Options) -> Workload:
+    try:
+        return msgspec.convert(
+            {"cp_size": cp_size, "lengths": _whole(lengths), **options}, Workload, strict=True
+        )
+    except msgspec.ValidationError as error:
+        raise BadRequest(unknown_options(error)) from None
 
 
 def _tokens(total_bytes: int, cp_size: int, options: Options) -> int:
     """Tokens of one sequence, enough for this many gathered bytes and to be cut for zigzag."""
-    one = msgspec.convert({"cp_size": 1, "lengths": (1,), **options}, Workload)
+    one = _workload(1, 1, options)
     return max(2 * cp_size, -(-total_bytes // one.total_bytes))
 
 

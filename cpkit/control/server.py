@@ -21,6 +21,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from cpkit.control.complaints import in_words
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -172,7 +173,9 @@ class Server:
         try:
             request = decode(data, Request)
             self._check(request)
-        except (msgspec.DecodeError, ValueError) as error:
+        except msgspec.DecodeError as error:
+            return Reply(envelope.id, Failed("bad_request", in_words(error)))
+        except ValueError as error:
             return Reply(envelope.id, Failed("bad_request", str(error)))
         answer = self._answer(client, request)
         return Reply(request.id, answer) if answer else None

@@ -35,6 +35,7 @@ PAPER = "#ffffff"
 # Stages are greys, from the cheap to the dear; the hatch of "pad" is the hatch of padding.
 STAGE_STYLES: dict[str, tuple[str, str]] = {
     "agree": ("#eaeef2", ""),
+    "allocate": ("#dde3e9", ""),
     "pad": ("#ffffff", "/"),
     "wire": ("#4f5b66", ""),
     "strip": ("#8f9ba8", ""),
@@ -43,6 +44,7 @@ STAGE_STYLES: dict[str, tuple[str, str]] = {
 }
 STAGE_MEANINGS = {
     "agree": "all ranks agree to start",
+    "allocate": "take the result's memory from the pool",
     "pad": "copy the rows into a buffer of max_rank_len rows",
     "wire": "move rows between ranks",
     "strip": "copy the rows without the padding: rank order",
