@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,8 @@ def prepare_context_parallel_metadata(
     """Lay out a batch of sequences over the ranks of a context-parallel group.
 
     `lengths` are tokens per sequence. Raises ValueError for an empty batch, lengths below 1, a
-    cp_size below 1, an unknown strategy, and zigzag sequences shorter than 2·cp tokens.
+    cp_size below 1, an unknown strategy, and, for more than one rank, zigzag sequences shorter than
+    2·cp tokens.
 
         >>> prepare_context_parallel_metadata([8], 2).rank_rows(0)
         tensor([0, 1, 6, 7])
@@ -62,7 +64,7 @@ def prepare_context_parallel_metadata(
     sizes = _checked_lengths(lengths)
     _check_cp_size(cp_size)
     _check_strategy(strategy)
-    if strategy == "zigzag" and not can_cp_split(sizes, cp_size, strategy):
+    if strategy == "zigzag" and cp_size > 1 and not can_cp_split(sizes, cp_size, strategy):
         raise ValueError(
             f"zigzag over {cp_size} ranks cuts every sequence into {2 * cp_size} blocks, "
             f"and the shortest sequence has {min(sizes)} tokens. Upstream falls back to no split "
@@ -247,11 +249,10 @@ def _merge(pieces: Iterable[Run]) -> Iterator[Run]:
 
 def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     try:
-        sizes = tuple(lengths)
+        sizes = tuple(index(n) for n in lengths if not isinstance(n, bool))
     except TypeError:
         sizes = ()
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-    if not sizes or not whole or min(sizes) < 1:
+    if not sizes or len(sizes) < len(lengths) or min(sizes) < 1:
         raise ValueError(
             f"lengths is {lengths!r}; it must hold the tokens of each sequence, "
             f"at least one sequence of at least one token, for example [4097, 812]"

@@ -21,7 +21,7 @@ def layouts(draw: st.DrawFn, strategies: tuple[str, ...] = STRATEGIES) -> Contex
     """Any batch that a strategy accepts."""
     strategy = draw(st.sampled_from(strategies))
     cp_size = draw(st.integers(1, 9))
-    shortest = 2 * cp_size if strategy == "zigzag" else 1
+    shortest = 2 * cp_size if strategy == "zigzag" and cp_size > 1 else 1
     lengths = draw(st.lists(st.integers(shortest, shortest + 70), min_size=1, max_size=6))
     return prepare_context_parallel_metadata(lengths, cp_size, strategy)
 
@@ -122,6 +122,16 @@ def test_one_sequence_fits_the_seeds_formula(cp_size: int, more: int) -> None:
     assert metadata.max_rank_len[0] == -(-metadata.total_tokens // cp_size)
 
 
+def test_lengths_may_be_numbers_of_other_libraries() -> None:
+    metadata = prepare_context_parallel_metadata(torch.tensor([9, 8]), 2)  # type: ignore[arg-type]
+    assert metadata.lengths == (9, 8)
+    assert all(type(length) is int for length in metadata.lengths)
+
+
+def test_one_rank_takes_even_one_token() -> None:
+    assert prepare_context_parallel_metadata([1, 3], 1).rank_rows(0).tolist() == [0, 1, 2, 3]
+
+
 def test_ranks_may_hold_nothing() -> None:
     assert prepare_context_parallel_metadata([2], 4, "interleave").per_rank_actual_token == [
         1,
@@ -157,6 +167,8 @@ def test_can_cp_split(lengths: list[int], cp_size: int, strategy: str, expected:
         ([5, 0], 2, "interleave", ["lengths is [5, 0]", "at least one token"]),
         ([-3], 2, "contiguous", ["lengths is [-3]"]),
         ([2.5], 2, "contiguous", ["lengths is [2.5]"]),
+        ([8, True], 2, "contiguous", ["lengths is [8, True]"]),
+        ("8", 2, "contiguous", ["lengths is '8'"]),
         (7, 2, "zigzag", ["lengths is 7"]),
         ([8], 0, "zigzag", ["cp_size is 0", "1 or more"]),
         ([8], -2, "zigzag", ["cp_size is -2"]),
