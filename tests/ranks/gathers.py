@@ -184,3 +184,13 @@ def check_stages_are_recorded() -> None:
     starts = torch.tensor(metadata.starts)[in_rank_order[:, 2]]
     assert torch.equal(starts + in_rank_order[:, 3], metadata.rank_order)
     provenance.check(recorder.arrays["reorder"].view(torch.float32), metadata, round=4)
+
+
+def check_rows_that_require_grad_are_data_like_any_other() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([40], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
+    for algorithm in ALGORITHMS:
+        (got,) = all_gather_kv([rows.requires_grad_()], metadata, group, algorithm=algorithm)
+        assert not got.requires_grad
+        provenance.check(got, metadata, round=2)
