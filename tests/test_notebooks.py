@@ -43,7 +43,7 @@ def test_it_is_canonical(path: Path) -> None:
 
 def test_another_form_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notebook = nbformat.read(PATHS[0], as_version=4)
-    notebook.cells[0].metadata["trusted"] = True
+    notebook.cells[0].metadata["collapsed"] = True
     copy = tmp_path / "copy.ipynb"
     nbformat.write(notebook, copy)
     assert check([copy]) == 1
