@@ -94,8 +94,10 @@ class Ledger:
         self._note("segment", nbytes)
 
     def place(self, nbytes: int) -> Block | None:
-        """Place a block, or None when no segment has room. Raises ValueError past MAX_BLOCKS."""
+        """Place a block, or None when no segment has room or MAX_BLOCKS are placed."""
         size, slot = rounded(nbytes), self._free_slot()
+        if slot is None:
+            return None
         for segment, arena in enumerate(self.arenas):
             offset = arena.allocate(size)
             if offset is not None:
@@ -126,13 +128,12 @@ class Ledger:
                 self._note("free", slot)
         self._released &= ~released_everywhere
 
-    def _free_slot(self) -> int:
-        for slot in range(MAX_BLOCKS):
-            if slot not in self.blocks:
-                return slot
-        raise ValueError(
-            f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy results that you keep"
-        )
+    def is_full(self) -> bool:
+        """Whether there are as many blocks as the books have room for."""
+        return len(self.blocks) >= MAX_BLOCKS
+
+    def _free_slot(self) -> int | None:
+        return next((slot for slot in range(MAX_BLOCKS) if slot not in self.blocks), None)
 
     def _note(self, event: str, value: int) -> None:
         self.digest = zlib.crc32(f"{event} {value}".encode(), self.digest)

@@ -37,13 +37,15 @@ def problem(
             f"the metadata is for cp_size {metadata.cp_size} and the group has {group.size} ranks; "
             f"use init_context_parallel({metadata.cp_size})"
         )
-    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
-        return "tensors must be a list of at least one tensor, for example [k, v]"
-    for number, x in enumerate(tensors):
-        fault = _rows_problem(x, metadata, group, f"tensors[{number}]")
-        if fault:
-            return fault
-    return ""
+    if not isinstance(tensors, list | tuple) or not tensors:
+        return (
+            f"tensors is {type(tensors).__name__}; it must be a list of at least one tensor, "
+            f"for example [k, v]"
+        )
+    faults = (
+        _rows_problem(x, metadata, group, f"tensors[{number}]") for number, x in enumerate(tensors)
+    )
+    return next(filter(None, faults), "")
 
 
 def _rows_problem(
@@ -52,6 +54,8 @@ def _rows_problem(
     rows = metadata.per_rank_actual_token[group.rank]
     if not isinstance(x, torch.Tensor):
         return f"{name} is {x!r}; it must be a tensor of this rank's rows"
+    if x.layout is not torch.strided:
+        return f"{name} has layout {x.layout}; it must be an ordinary strided tensor"
     if x.device.type != "cpu":
         return f"{name} is on {x.device}; this build gathers CPU tensors only"
     if x.ndim < 1 or x.shape[0] != rows:
@@ -72,6 +76,8 @@ def seed_problem(
     """Why the seed's functions refuse these arguments; empty when they don't."""
     if not isinstance(metadata, ContextParallelMetadata):
         return _NO_METADATA.format(metadata)
+    if not isinstance(total_len, int) or isinstance(total_len, bool):
+        return f"total_len is {total_len!r}; it must be a whole number of tokens"
     if cp_size != group.size or cp_size != metadata.cp_size:
         return (
             f"cp_size is {cp_size}; the metadata is for {metadata.cp_size} and the current group "
@@ -108,7 +114,7 @@ def _describe(
 ) -> str:
     shapes = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in rows)
     layout = _describe_layout(metadata)
-    return f"all_gather_kv(rows of {shapes}; {layout}, {algorithm=!s}, {symmetric=})"
+    return f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {shapes})"
 
 
 def describe_seed(

@@ -26,7 +26,7 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.path import PathReport
 from cpkit.pool import SymmetricPool
 from cpkit.stages import keep, stage
-from cpkit.symm import is_allocation_symmetric, symmetric_pool, use_symmetric_memory
+from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool, use_symmetric_memory
 
 __all__ = [
     "ALGORITHMS",
@@ -60,6 +60,7 @@ def all_gather_kv(
 
         rank 0 of 2, lengths [8], zigzag:  k[0 1 6 7]  →  k[0 1 2 3 4 5 6 7]
     """
+    check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""

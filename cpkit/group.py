@@ -96,8 +96,8 @@ class CPGroup:
         if self.transport:
             self.transport.all_gather_into_tensor(output, input)
         else:
-            call = f"gather {describe(output, input)}"
-            self.meet(call, gather_problem(output, input, self.size))
+            problem = gather_problem(output, input, self.size)
+            self.meet("" if problem else f"gather {describe(output, input)}", problem)
             plain_all_gather(output, input, self)
             self.last_path = NO_POOL
 
@@ -147,6 +147,9 @@ def forget_groups() -> None:
 
 def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
     """Why `output` can't take `size` shards like `input`; empty when it can."""
+    for name, x in (("output", output), ("input", input)):
+        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
+            return f"{name} is {type(x).__name__}; it must be an ordinary strided tensor"
     want = [input.shape[0] * size, *input.shape[1:]] if input.ndim else None
     if input.ndim < 1 or list(output.shape) != want or output.dtype != input.dtype:
         return (
@@ -158,6 +161,13 @@ def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
     return ""
 
 
+def flat_bytes(x: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor in one dimension; a view of it where it is contiguous."""
+    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    # One element counts as contiguous whatever its stride is; here it must be 1.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
 def describe(*tensors: torch.Tensor) -> str:
     """Shapes and dtypes in words: `[8, 128] bfloat16`."""
     return " <- ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
@@ -167,7 +177,7 @@ def plain_all_gather(output: torch.Tensor, input: torch.Tensor, group: CPGroup) 
     """The collective of torch.distributed, on bytes: not every dtype is known to every backend."""
     if output.numel() == 0:
         return
-    out, shard = (t.contiguous().reshape(-1).view(torch.uint8) for t in (output, input))
+    out, shard = (flat_bytes(t) for t in (output, input))
     _all_gather_single(out, shard, group.process_group)
 
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS: tuple[Algorithm, ...] = ("padded", "padded_symm_recv", "padded_symm", "direct")
 Lengths = int | Sequence[int]
+_ATTEMPTS = 3  # somebody else may have begun to start them, and died at it
 _log = logging.getLogger("cpkit")
 
 
@@ -85,10 +86,10 @@ def connect(
     """
     if name == "default":
         name = os.environ.get("CPKIT_NAME", name)
-    client = launcher.attach(name)
-    if client is not None:
-        return Lab(client)
-    if launch:
+    for _ in range(_ATTEMPTS if launch else 0):
+        client = launcher.attach(name)
+        if client is not None:
+            return Lab(client)
         _launch(Launch(name=name, nproc=nproc, device=device, owner=process_id()))
     return Lab(launcher.require(name))
 
@@ -179,7 +180,8 @@ class Lab:
     ) -> Generator[Sample, None, None]:
         """Samples as they come, `samples` of them or without end. Closing the iterator cancels."""
         body = Measure(self.workload(lengths, cp_size, **options), samples, interval_s)
-        with contextlib.closing(self._client.stream(body, DEADLINE_S + interval_s)) as replies:
+        deadline_s = DEADLINE_S + (interval_s if 0 < interval_s <= 60 else 0)  # else it is refused
+        with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, Sample):
                     yield reply
@@ -202,8 +204,14 @@ class Lab:
         """
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
-        sizes = cp_sizes or (self.world_size,)
-        batches = lengths or [_tokens(n, max(sizes), options) for n in sizes_bytes or ()]
+        if "algorithm" in options:
+            raise BadRequest("sweep measures several algorithms: name them in algorithms=[…]")
+        sizes = _whole((self.world_size,) if cp_sizes is None else cp_sizes, "cp_sizes")
+        if lengths is not None:
+            batches = list(lengths)
+        else:
+            wanted = _whole(() if sizes_bytes is None else sizes_bytes, "sizes_bytes")
+            batches = [_tokens(n, max(sizes), options) for n in wanted]
         workloads = [
             _workload(cp_size, batch, {**options, "algorithm": algorithm})
             for batch, cp_size, algorithm in product(batches, sizes, algorithms or ALGORITHMS)
@@ -249,28 +257,39 @@ class Lab:
 
 
 def _workload(cp_size: int, lengths: Lengths, options: Options) -> Workload:
+    fields = {"cp_size": cp_size, **options}
+    plain = {name: _plain(value) for name, value in fields.items()}
     try:
-        return msgspec.convert(
-            {"cp_size": cp_size, "lengths": _whole(lengths), **options}, Workload, strict=True
-        )
+        return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
     except msgspec.ValidationError as error:
         raise BadRequest(unknown_options(error)) from None
 
 
 def _tokens(total_bytes: int, cp_size: int, options: Options) -> int:
     """Tokens of one sequence, enough for this many gathered bytes and to be cut for zigzag."""
+    if total_bytes < 1:
+        raise BadRequest(f"sizes_bytes has {total_bytes}; every size must be 1 byte or more")
     one = _workload(1, 1, options)
     return max(2 * cp_size, -(-total_bytes // one.total_bytes))
 
 
-def _whole(lengths: Lengths) -> tuple[int, ...]:
-    """Lengths as plain integers; those of numpy are welcome."""
+def _plain(value: object) -> object:
+    """A whole number of another library as an int; anything else as it is."""
+    return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
+def _whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
+    """One whole number or several as plain integers; those of numpy are welcome."""
     try:
-        return (lengths,) if isinstance(lengths, int) else tuple(map(index, lengths))
+        return (index(numbers),)  # type: ignore[arg-type]  # a sequence has no index
+    except TypeError:
+        pass
+    try:
+        return tuple(map(index, numbers))  # type: ignore[arg-type]
     except TypeError:
         raise BadRequest(
-            f"lengths is {lengths!r}; it must be a number of tokens, or a list with one number for "
-            f"each sequence, for example [4097, 812]"
+            f"{name} is {numbers!r}; it must be a whole number, or a list of them: for lengths the "
+            f"tokens of each sequence, for example [4097, 812]"
         ) from None
 
 

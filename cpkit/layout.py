@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag") -> bool:
-    """Whether upstream would split this batch over `cp_size` ranks at all.
+    """Whether upstream would split this batch over `cp_size` ranks at all; over one it never does.
 
     zigzag: every sequence has at least 2·cp tokens. interleave: the batch has at least cp tokens.
     contiguous: every sequence has at least cp tokens, one for each rank.
@@ -44,6 +44,8 @@ def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag")
     sizes = _checked_lengths(lengths)
     _check_cp_size(cp_size)
     _check_strategy(strategy)
+    if cp_size == 1:
+        return False
     if strategy == "interleave":
         return sum(sizes) >= cp_size
     return min(sizes) >= (2 * cp_size if strategy == "zigzag" else cp_size)
@@ -143,9 +145,7 @@ class ContextParallelMetadata:
     @cached_property
     def token_order(self) -> torch.Tensor:
         """Inverse of `rank_order`: where in rank order token t stands (`x[token_order]`)."""
-        inverse = torch.empty_like(self.rank_order)
-        inverse[self.rank_order] = torch.arange(self.total_tokens)
-        return inverse
+        return self.rank_order.argsort()
 
     # ------------------------------------------------------- upstream's zigzag lists
 

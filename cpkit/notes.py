@@ -7,9 +7,13 @@ a rank that raised alone would leave its peers waiting.
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 
 from cpkit.board import NOTE_BYTES
+
+_TEXT_BYTES = NOTE_BYTES // 2 - 256
 
 
 def explain_disagreement(notes: list[bytes]) -> str:
@@ -41,5 +45,12 @@ def pack_note(problem: str, call: str) -> bytes:
 
 
 def _cut(text: str) -> str:
-    """Two texts of this size, the pool's books and a place fit on the board together."""
-    return text.encode()[: NOTE_BYTES // 2 - 256].decode(errors="ignore")
+    """Two texts of this size, the pool's books and a place fit on the board together.
+
+    What is cut off still counts: two texts that differ only there end in different digests.
+    """
+    data = text.encode()
+    if len(data) <= _TEXT_BYTES:
+        return text
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return f"{data[: _TEXT_BYTES - 48].decode(errors='ignore')} … ({digest})"

@@ -119,14 +119,14 @@ class SymmetricPool:
                 return number, address - base
         return None
 
-    def addresses(self) -> list[list[int]]:
-        """Where each rank's segments are mapped in *this* process: `[segment][rank]`."""
-        return [[_address(memory) for memory in segment.maps] for segment in self._segments]
-
     def _place_after_meeting(self, nbytes: int) -> Block:
         """No room: free what all ranks have dropped; spill when that is not enough."""
         self.meet(f"allocate {nbytes} symmetric bytes (no room in the pool)")
         block = self._ledger.place(nbytes)
+        if self._ledger.is_full():
+            raise ValueError(
+                f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy what you keep"
+            )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
             self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
@@ -165,11 +165,12 @@ class SymmetricPool:
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
         """Gather equal shards by the best path that the buffers of all ranks allow. Collective."""
         problem = gather_problem(output, input, self.group.size)
+        if not problem:
+            output, input = output.detach(), input.detach().resolve_conj().resolve_neg()
+        call = "" if problem else f"gather {describe(output, input)}"
         place = Place(locate(input, self.group), locate(output, self.group))
         with stage("agree"):
-            notes = self.meet(
-                f"gather {describe(output, input)}", problem, msgspec.msgpack.encode(place)
-            )
+            notes = self.meet(call, problem, msgspec.msgpack.encode(place))
         places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
         path = decide(places, self.group.rank)
         with stage("wire"):
@@ -229,22 +230,28 @@ class SymmetricPool:
         trailing_shape: Sequence[int] = (8, 128),
         dtype: torch.dtype = torch.bfloat16,
         tensors: int = 2,
+        sequences: int = 1,
     ) -> None:
         """Make room for the largest batch now, so that no gather up to it spills. Collective.
 
-        Counts what the neediest algorithm has alive, a receive buffer and a padded shard for each
-        tensor, twice: blocks return to the pool only at the next call.
+        The largest batch has `max_tokens` tokens in at most `sequences` sequences, each of which
+        can make the longest rank two rows longer. Counts what the neediest algorithm has alive, a
+        receive buffer and a padded shard for each tensor, twice: blocks return to the pool only at
+        the next call.
         """
-        if max_tokens < 1 or tensors < 1:
-            raise ValueError(
-                f"max_tokens is {max_tokens} and tensors is {tensors}; both must be 1 or more"
-            )
+        whole = all(isinstance(n, int) and n > 0 for n in (max_tokens, tensors, sequences))
+        problem = f"{max_tokens=}, {tensors=}, {sequences=}: each must be a number, 1 or more"
+        self.meet(
+            f"warm_up({max_tokens}, {list(trailing_shape)}, {dtype}, {tensors}, {sequences})",
+            "" if whole else problem,
+        )
         row_bytes = math.prod(trailing_shape) * dtype.itemsize
-        padded_rows = -(-max_tokens // self.group.size) + 2 * self.group.size
+        padded_rows = -(-max_tokens // self.group.size) + 2 * sequences
         recv_bytes = rounded(padded_rows * self.group.size * row_bytes)
         needed = 2 * tensors * (recv_bytes + rounded(padded_rows * row_bytes))
         if max(arena.largest_free() for arena in self._ledger.arenas) < needed:
             self._grow(needed, f"warm the symmetric pool up for {max_tokens} tokens")
+            self._arena_bytes += needed
 
     def stats(self) -> PoolStatistics:
         """What the pool has and has had. Local."""
@@ -271,6 +278,8 @@ class SymmetricPool:
 
 def locate(tensor: torch.Tensor, group: CPGroup) -> Where:
     """Where a buffer is, seen from a group."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return Where(other="no ordinary tensor")
     pool = group.transport
     if isinstance(pool, SymmetricPool):
         place = pool.locate(tensor)

@@ -11,9 +11,12 @@ name the ranks that did not come. Used for rare events: making groups, growing a
 from __future__ import annotations
 
 import os
+from collections import Counter
 from datetime import timedelta
 
 import torch.distributed as dist
+
+_made: Counter[str] = Counter()
 
 
 class RendezvousTimeout(TimeoutError):
@@ -29,7 +32,10 @@ class Rendezvous:
     """Repeated exchanges between the same ranks, in the same order on each of them."""
 
     def __init__(self, store: dist.Store, name: str, rank: int, size: int) -> None:
-        self._store = dist.PrefixStore(f"cpkit/{name}", store)
+        # Every meeting begins with keys that nobody has used: what an earlier one of this name left
+        # in the store is not for us. All ranks make the meetings of a name equally often.
+        _made[name] += 1
+        self._store = dist.PrefixStore(f"cpkit/{name}/{_made[name]}", store)
         self.name, self.rank, self.size = name, rank, size
         self._turn = 0
 

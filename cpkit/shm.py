@@ -11,9 +11,11 @@ one to make a segment removes it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
@@ -80,11 +82,14 @@ def make_segment(rendezvous: Rendezvous, nbytes: int, purpose: str) -> Segment:
 def reap_dead_files() -> list[Path]:
     """Remove segments whose maker is dead; returns them. Other users' files are not touched."""
     removed = []
-    for path in shm_dir().glob(f"{_PREFIX}-{os.getuid()}-*"):
-        _, _, pid, start, _ = path.name.split("-")
-        if not ProcessId(int(pid), int(start)).is_alive():
-            path.unlink(missing_ok=True)
-            removed.append(path)
+    ours = re.compile(rf"{_PREFIX}-{os.getuid()}-(\d+)-(\d+)-[0-9a-f]{{16}}")
+    for path in shm_dir().iterdir():
+        made = ours.fullmatch(path.name)
+        if made and not ProcessId(int(made[1]), int(made[2])).is_alive():
+            with contextlib.suppress(OSError):  # somebody else's, or gone by now
+                if path.lstat().st_uid == os.getuid():
+                    path.unlink()
+                    removed.append(path)
     return removed
 
 

@@ -32,7 +32,9 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     row_bytes = row_items * x.element_size()
     if row_bytes == 0:
         return torch.empty(x.shape[0], 0, dtype=torch.uint8)
-    flat = x.detach().contiguous().view(x.shape[0], row_items)
+    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    # One row counts as contiguous whatever its strides are; here they must be the plain ones.
+    flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = flat.storage_offset() * x.element_size()
     for width, lane in _LANES:
         if row_bytes % width == 0 and offset_bytes % width == 0:

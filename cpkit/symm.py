@@ -31,6 +31,7 @@ __all__ = [
     "SymmetricMemoryError",
     "SymmetricPool",
     "batch_symmetry",
+    "check_group",
     "explain_path",
     "is_allocation_symmetric",
     "symmetric_pool",
@@ -48,6 +49,7 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
     and for a group that spans machines, allocation is the ordinary one. Source: SGLang
     `pynccl_allocator.use_symmetric_memory` (PR #8934, #24040).
     """
+    check_group(group)
     if disabled or group.spans_hosts:
         yield
         return
@@ -75,8 +77,7 @@ def batch_symmetry(symmetric: bool) -> Iterator[None]:
 
 def symmetric_pool(group: CPGroup) -> SymmetricPool:
     """The group's pool, made at the first call; that call is collective over the group."""
-    if not isinstance(group, CPGroup):
-        raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")
+    check_group(group)
     pool = group.transport
     return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group)
 
@@ -86,9 +87,17 @@ def explain_path(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> Path
 
     Collective over the group: a buffer is symmetric only if it is so on every rank.
     """
+    check_group(group)
     if group.spans_hosts:
         reason = f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
     place = Place(locate(send, group), locate(recv, group))
-    notes = group.exchange(msgspec.msgpack.encode(place))
+    meet = group.transport.meet if group.transport else group.meet
+    notes = meet("explain_path", extra=msgspec.msgpack.encode(place))
     return decide([msgspec.msgpack.decode(note, type=Place) for note in notes], group.rank)
+
+
+def check_group(group: CPGroup) -> None:
+    """Raise ValueError unless this is a group. Local: without one there is nobody to tell."""
+    if not isinstance(group, CPGroup):
+        raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")

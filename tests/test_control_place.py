@@ -71,7 +71,7 @@ def test_a_file_that_others_can_reach_is_refused_with_the_cure(place: Place, mod
 def test_a_link_is_not_followed(place: Place, tmp_path: Path) -> None:
     write_private(tmp_path / "elsewhere", connection())
     place.connection_file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"symbolic|Too many"):
+    with pytest.raises(ControlError, match=r"symbolic|Too many"):
         place.connection()
 
 

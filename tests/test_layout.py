@@ -148,6 +148,7 @@ def test_ranks_may_hold_nothing() -> None:
     ("lengths", "cp_size", "strategy", "expected"),
     [
         ([8], 4, "zigzag", True),
+        ([100], 1, "zigzag", False),
         ([7], 4, "zigzag", False),
         ([100, 7], 4, "zigzag", False),
         ([1, 1, 2], 4, "interleave", True),

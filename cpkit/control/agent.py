@@ -6,6 +6,7 @@ started by `cpkit.control.launch`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> int:
         if place.directory.exists():  # somebody may have removed it under us
             write_private(place.post_mortem_file, report)
             place.clean()
+        _reap_segments()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
 
@@ -94,6 +96,7 @@ def _run(launch: Launch, place: Place) -> PostMortem:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _reap_segments()
     launch.export()
     _prepare_environment(launch)
     try:
@@ -126,6 +129,14 @@ def _start_afresh(place: Place) -> None:
     if place.log_dir.exists():
         shutil.rmtree(previous, ignore_errors=True)
         place.log_dir.rename(previous)
+
+
+def _reap_segments() -> None:
+    """Ranks that were killed while the pool grew could not remove their files."""
+    from cpkit.shm import reap_dead_files
+
+    with contextlib.suppress(OSError):
+        reap_dead_files()
 
 
 def _make_socket_dir() -> str:

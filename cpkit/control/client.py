@@ -123,7 +123,10 @@ class Client:
         WorkersBusy, NoAnswer or WorkersDied.
         """
         request = Request(uuid.uuid4().hex, deadline_s, body)
-        data = encode(request)  # before it counts as waiting: it may be too large
+        try:
+            data = encode(request)  # before it counts as waiting: it may be too large
+        except (OverflowError, TypeError, ValueError) as error:
+            raise BadRequest(f"this request can't be sent: {error}") from error
         answers: Answers = queue.SimpleQueue()
         ended = False
         with self._lock:

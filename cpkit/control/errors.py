@@ -7,6 +7,10 @@ class ControlError(RuntimeError):
     """Base of all errors of the control socket except `BadRequest`."""
 
 
+class Unreadable(ControlError):
+    """A file is not what this version of cpkit writes."""
+
+
 class NoWorkers(ControlError):
     """No workers run under this name: start them."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpkit.control.client import Client
-from cpkit.control.errors import ControlError, NoAnswer, NoWorkers
+from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, Unreadable
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
 from cpkit.control.obituary import dead_workers, last_lines
 from cpkit.control.place import NAME_TAKEN_CODE, Connection, NameTaken, Place
@@ -34,10 +34,22 @@ def running(name: str) -> Connection | None:
     place = Place(name)
     give_up = time.monotonic() + READY_S
     while time.monotonic() < give_up:
-        connection = place.connection()
-        if connection and connection.host != socket.gethostname():
+        is_held = place.is_held()
+        try:
+            connection = place.connection()
+        except Unreadable as error:
+            if is_held:
+                raise
+            _log.warning("removed a file of workers that are dead: %s", error)
+            place.clean()
+            return None
+        if (
+            connection
+            and connection.host != socket.gethostname()
+            and not _is_stale(connection, is_held)
+        ):
             return _of_another_host(connection)
-        if not place.is_held():
+        if not is_held:
             if connection:
                 _clean_up_after(place, connection)
             return None
@@ -183,11 +195,17 @@ def _is_ending(connection: Connection) -> bool:
     return owner_is_gone or bool(dead_workers(connection))
 
 
+def _is_stale(connection: Connection, is_held: bool) -> bool:
+    """A private socket of a host that has another name now: nobody can be there any more."""
+    return connection.endpoint.startswith("ipc:") and not is_held
+
+
 def _clean_up_after(place: Place, connection: Connection) -> None:
     _log.warning(
         "removed %s: its workers (agent %d) are dead", place.connection_file, connection.agent.pid
     )
-    wait_for(lambda: len(dead_workers(connection)) == connection.world_size, 2.0)
+    here = [w for w in connection.workers if w.host == socket.gethostname()]
+    wait_for(lambda: len(dead_workers(connection)) == len(here), 2.0)
     place.clean()
 
 

@@ -51,4 +51,7 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise msgspec.DecodeError(
             f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed"
         )
-    return msgspec.msgpack.decode(data, type=kind)
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (UnicodeDecodeError, RecursionError) as error:  # no DecodeErrors, but garbage as well
+        raise msgspec.DecodeError(str(error)) from error

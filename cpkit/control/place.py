@@ -21,7 +21,7 @@ from typing import TypeVar
 import msgspec
 from jupyter_core.paths import jupyter_runtime_dir
 
-from cpkit.control.errors import ControlError
+from cpkit.control.errors import ControlError, Unreadable
 from cpkit.control.requests import Message
 from cpkit.processes import ProcessId
 
@@ -164,8 +164,13 @@ class Place:
             handle = os.open(self.connection_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ControlError(f"{self.connection_file}: {error.strerror}; remove it") from error
         with os.fdopen(handle, "rb") as file:
-            _refuse_loose(self.connection_file, os.fstat(handle))
+            found = os.fstat(handle)
+            _refuse_loose(self.connection_file, found)
+            if not stat.S_ISREG(found.st_mode):
+                raise ControlError(f"{self.connection_file} is no plain file; remove it")
             return _parse(self.connection_file, file.read(), Connection)
 
     def post_mortem(self) -> PostMortem | None:
@@ -218,8 +223,8 @@ def _read(path: Path, kind: type[T]) -> T | None:
 def _parse(path: Path, data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise ControlError(
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreadable(
             f"{path} is not a connection file of this version of cpkit ({error}). Remove it, or "
             f"stop the workers with the version that started them."
         ) from error

@@ -29,6 +29,7 @@ from cpkit.control.messages import (
     Done,
     Envelope,
     Failed,
+    Progress,
     Queued,
     Reply,
     ReplyBody,
@@ -43,6 +44,7 @@ from cpkit.control.turns import Job, Turns
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 _MAX_WAITING = 64
+_MAX_ID = 64
 _KEEP_ALIVE_S = 1.0
 _log = logging.getLogger("cpkit")
 
@@ -100,7 +102,7 @@ class Server:
         for readable in (self._router, self._zap, self._rung):
             poller.register(readable, zmq.POLLIN)
         while not (self._closing and not self._outbox):
-            ready = dict(poller.poll(200 if len(self.turns) > 1 else None))
+            ready = dict(poller.poll(200 if len(self.turns) else None))
             if self._zap in ready:
                 self._admit()
             if self._rung.fileno() in ready:
@@ -135,7 +137,7 @@ class Server:
                 return
             answer = self._handle(client, frames)
             if answer:
-                self._send(client, encode(answer))
+                self._send(client, _packed(answer.id, answer.body))
 
     def _send(self, client: bytes, data: bytes) -> None:
         try:
@@ -153,6 +155,9 @@ class Server:
             waited = f"waited {job.request.deadline_s:g} s with {job.ahead} request(s) ahead"
             self.tell(job, Failed("busy", waited))
         now = time.monotonic()
+        current = self.turns.current()
+        if current and now - current.last_word > _KEEP_ALIVE_S:
+            self.tell(current, Progress(0, 0, "at work"))  # a long step; deaths are told otherwise
         for job, ahead in self.turns.waiting():
             moved = ahead != job.ahead and not job.begun
             if moved or (job.begun and now - job.last_word > _KEEP_ALIVE_S):
@@ -168,6 +173,8 @@ class Server:
             envelope = decode(data, Envelope)
         except msgspec.DecodeError as error:
             return Reply("", Failed("bad_request", f"this is no request: {error}"))
+        if not 1 <= len(envelope.id) <= _MAX_ID:
+            return Reply("", Failed("bad_request", f"id must have 1 to {_MAX_ID} characters"))
         if envelope.version != PROTOCOL_VERSION:
             return Reply(envelope.id, Failed("version", _wrong_version(envelope.version)))
         try:
@@ -181,8 +188,8 @@ class Server:
         return Reply(request.id, answer) if answer else None
 
     def _check(self, request: Request) -> None:
-        if not 1 <= len(request.id) <= 64 or self.turns.has_id(request.id):
-            raise ValueError("id must have 1 to 64 characters and must not be in use")
+        if self.turns.has_id(request.id):
+            raise ValueError(f"id {request.id!r} is in use by another request")
         if not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
             raise ValueError(f"deadline_s is {request.deadline_s}; it must be a positive number")
 

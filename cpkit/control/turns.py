@@ -51,6 +51,11 @@ class Turns:
         with self._changed:
             return len(self._line) + (self._current is not None)
 
+    def current(self) -> Job | None:
+        """The job that is being served."""
+        with self._changed:
+            return self._current
+
     def add(self, job: Job) -> None:
         """Put a job at the back of the line."""
         with self._changed:

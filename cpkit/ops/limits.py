@@ -26,9 +26,11 @@ from cpkit.layout import STRATEGIES
 from cpkit.ops.workload import DTYPES, layout_of
 
 _MAX_WORKLOADS = 1024
-_MAX_SEQUENCES = 4096
+# What a row's stamp has room for (cpkit.provenance); beyond it two rows could look the same.
+_MAX_SEQUENCES = 1024
+_MAX_ROUND = 1023
 _MAX_ROUNDS = 100_000
-_MAX_TOKEN_FIELD = 1 << 20
+_MAX_TOKENS = 1 << 20
 # Copies of the gathered result that a rank has alive at its worst, its own shard and the stamped
 # rows it is compared with included.
 _COPIES = {"padded": 5, "padded_symm_recv": 5, "padded_symm": 5, "direct": 4}
@@ -46,7 +48,10 @@ def memory_limit_bytes() -> int:
 def check(body: Body, world_size: int) -> None:
     """Raise ValueError if this request can't be carried out by `world_size` ranks."""
     match body:
-        case Gather(workload) | Trace(workload) | Explain(workload):
+        case Gather(workload, round_number):
+            check_workload(workload, world_size)
+            _in_range("round", round_number, 0, _MAX_ROUND)
+        case Trace(workload) | Explain(workload):
             check_workload(workload, world_size)
         case Measure(workload, samples, interval_s):
             check_workload(workload, world_size)
@@ -84,6 +89,7 @@ def check_workload(workload: Workload, world_size: int) -> None:
     _in_range("the number of sequences", len(workload.lengths), 1, _MAX_SEQUENCES)
     if min(workload.lengths) > 0:  # else the layout says what is wrong with them
         _check_memory(workload)
+        _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)
     layout_of(workload)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count, groupby
 
 import msgspec
@@ -89,7 +90,8 @@ class SweepOperation(Operation[Sweep, SweepReport]):
 
     def steps(self, group: CPGroup, state: RankState) -> Steps[SweepReport]:
         """As many iterations a step as fit a chunk of time."""
-        runs = [prepare(workload, group, state.round) for workload in self.body.workloads]
+        first = prepare(self.body.workloads[0], group, state.round)
+        runs = [replace(first, workload=workload) for workload in self.body.workloads]
         calls = {str(number): run.gather for number, run in enumerate(runs)}
         paths = []
         for run in runs:

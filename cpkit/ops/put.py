@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cpkit.control.messages import Array, Message, Put, PutResult, ReplyBody
+from cpkit.control.messages import Array, Message, Progress, Put, PutResult, ReplyBody
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.symm import symmetric_pool, use_symmetric_memory
@@ -59,6 +59,7 @@ class PutOperation(Operation[Put, PutReport]):
     def collect(self, reports: list[PutReport], *, over: bool) -> Iterator[ReplyBody]:
         """The result; counts of all ranks together."""
         if not over:
+            yield Progress(reports[0].reads // self.body.cp_size, self.body.rounds, "rounds")
             return
         cp_size = self.body.cp_size
         matrix = torch.tensor([report.row for report in reports], dtype=torch.int64)

@@ -186,6 +186,19 @@ def check_stages_are_recorded() -> None:
     provenance.check(recorder.arrays["reorder"].view(torch.float32), metadata, round=4)
 
 
+def check_one_strided_row_a_rank() -> None:
+    """One row counts as contiguous to torch, whatever its strides are."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([group.size], group.size, "interleave")
+    for dtype in (torch.float32, torch.complex128, torch.uint8):
+        for algorithm in ALGORITHMS:
+            rows = provenance.shard_rows(metadata, group.rank, (), dtype, round=1)
+            shard = torch.empty(2, dtype=dtype)[::2]
+            shard[0] = rows[0]
+            (got,) = all_gather_kv([shard], metadata, group, algorithm=algorithm)
+            provenance.check(got, metadata, round=1)
+
+
 def check_rows_that_require_grad_are_data_like_any_other() -> None:
     group = init_context_parallel(dist.get_world_size())
     metadata = prepare_context_parallel_metadata([40], group.size)

@@ -85,7 +85,10 @@ def check_one_ranks_bad_argument_is_everybodys_error() -> None:
         (([rows], metadata, group), {"algorithm": "fast"}, "padded, padded_symm_recv"),
         (([rows], metadata, group), {"algorithm": "padded" if one else "direct"}, "rank(s) 2"),
         (([rows], None, group), {}, "prepare_context_parallel_metadata"),
-        ((["rows"], metadata, group), {}, "list of at least one tensor"),
+        ((["rows"], metadata, group), {}, "tensors[0] is 'rows'"),
+        ((rows if one else [rows], metadata, group), {}, "rank(s) 2: tensors is Tensor"),
+        ((5 if one else [rows], metadata, group), {}, "rank(s) 2: tensors is int"),
+        (([rows] * 200, metadata, group), {"algorithm": "padded" if one else "direct"}, "rank(s)"),
     ]
     for args, kwargs, words in cases:
         assert words in error_of(all_gather_kv, *args, **kwargs)
@@ -112,6 +115,7 @@ def check_the_seed_says_when_it_would_cut_rows_off() -> None:
     said = error_of(gather, rows, metadata.total_tokens, 4, batch)
     for words in ("pads to 16388 rows", "holds 16400", "cut off", "65600", "all_gather_kv"):
         assert words in said
+    assert "total_len is None" in error_of(gather, rows, None, 4, batch)
     assert "All three must be equal" in error_of(gather, rows, metadata.total_tokens, 2, batch)
     assert "metadata is None" in error_of(gather, rows, 4, 4, SimpleNamespace())
 
@@ -145,6 +149,8 @@ def check_a_rank_that_never_comes_is_named() -> None:
                 group.rendezvous.exchange(b"", "grow the symmetric pool")
             except RendezvousTimeout as error:
                 assert "rank(s) 3 to grow the symmetric pool" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError("the rendezvous did not wait for rank 3")
     finally:
         del os.environ["CPKIT_DEADLINE_S"]
     dist.barrier()

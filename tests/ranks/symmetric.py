@@ -182,7 +182,10 @@ def check_files_of_killed_processes_are_reaped() -> None:
         left = list(Path(directory).iterdir())
         assert len(left) == 1
         assert left[0].stat().st_mode & 0o777 == 0o600
+        stranger = Path(directory) / f"cpkit-{os.getuid()}-note"
+        stranger.touch()
         assert reap_dead_files() == left
+        stranger.unlink()
         Path(directory).rmdir()
         del os.environ["CPKIT_SHM_DIR"]
 
@@ -223,7 +226,8 @@ def check_bad_pools_are_refused() -> None:
     assert "prealloc is '4G' bytes" in error_of(SymmetricPool, group, "4G")
     assert "init_context_parallel" in error_of(symmetric_pool, None)
     pool = symmetric_pool(group)
-    assert "max_tokens is 0" in error_of(pool.warm_up, 0)
+    assert "max_tokens=0" in error_of(pool.warm_up, 0 if group.rank == 0 else 10)
+    assert "rank(s) 0: warm_up(10" in error_of(pool.warm_up, 10 if group.rank == 0 else 1000)
     assert "use_symmetric_memory" in error_of(pool.peer_view, torch.zeros(3), 0)
     gather_works()
 
