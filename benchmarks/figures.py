@@ -48,10 +48,10 @@ def conditions(record: Record) -> str:
         f"`{where['command']}`. One bfloat16 tensor of rows [8, 128], one zigzag sequence; size is "
         f"the gathered tensor. Times are medians of the slowest rank, all variants interleaved in "
         f"one run. `padded` runs over gloo; `gloo alone` is its collective without pad, strip and "
-        f"reorder; `memcpy` is every rank copying the whole result once. The `padded` variants make "
-        f"their ordinary buffers anew in every call, as their users do, and so pay for the first "
-        f"touch of each page; `direct` writes into the pool, `gloo alone` and `memcpy` into buffers "
-        f"that were touched before. GB = 1e9 bytes."
+        f"reorder; `memcpy` is every rank copying the whole result once. The `padded` variants "
+        f"make their ordinary buffers anew in every call, as their users do, and so pay for the "
+        f"first touch of each page; `direct` writes into the pool, `gloo alone` and `memcpy` into "
+        f"buffers that were touched before. GB = 1e9 bytes."
     )
 
 
