@@ -127,7 +127,7 @@ def waste_map(
 
 
 def _waste(lengths: Sequence[int], cp_size: int, strategy: str) -> float | None:
-    if not can_cp_split(lengths, cp_size, strategy):
+    if cp_size > 1 and not can_cp_split(lengths, cp_size, strategy):
         return None
     metadata = prepare_context_parallel_metadata(lengths, cp_size, strategy)
     slots = sum(metadata.max_rank_len)
