@@ -71,6 +71,21 @@ class Block:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class PoolStatistics:
+    """One rank's pool; bytes are bytes of this rank's own segments."""
+
+    segments: int
+    arena_bytes: int
+    spill_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    live_blocks: int
+    spills: int
+    registrations: int
+    registering_ms: float
+
+
 class Ledger:
     """All blocks of a pool over all its segments."""
 

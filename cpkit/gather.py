@@ -26,7 +26,7 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.path import PathReport
 from cpkit.pool import SymmetricPool
 from cpkit.stages import keep, stage
-from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool, use_symmetric_memory
+from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool
 
 __all__ = [
     "ALGORITHMS",
@@ -64,7 +64,7 @@ def all_gather_kv(
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
-    pool = _enter(group, call, problem, symmetric)
+    pool = enter(group, call, problem, symmetric)
     rows = [steps.as_rows(x) for x in tensors]
     keep("shard", rows[0])
     if algorithm == "direct" and pool:
@@ -81,7 +81,7 @@ def all_gather_kv(
         with stage("reorder"):
             gathered = [steps.reorder_tokens(x, metadata) for x in rank_order]
         keep("reorder", gathered[0])
-    group.last_path = _path_of(algorithm, group)
+    group.last_path = path_of(algorithm, group)
     return [steps.from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
 
 
@@ -106,7 +106,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     call = (
         arguments.describe_seed(input_tensor, total_len, metadata, symmetric) if not problem else ""
     )
-    pool = _enter(group, call, problem, symmetric)
+    pool = enter(group, call, problem, symmetric)
     rows = steps.as_rows(input_tensor)
     keep("shard", rows)
     rank_order = _gather_rank_order(
@@ -117,7 +117,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
         pool,
         symmetric_send=False,
     )
-    group.last_path = _path_of("padded_symm_recv", group)
+    group.last_path = path_of("padded_symm_recv", group)
     return steps.from_rows(rank_order[0], input_tensor)
 
 
@@ -158,8 +158,8 @@ def _direct(
     rank 1   meet │ store into 1, into 0 │ barrier │ read
                   ↑ outputs are free       ↑ all rows have landed
     """
-    with stage("allocate"), use_symmetric_memory(pool.group):
-        outputs = [torch.empty(metadata.total_tokens, x.shape[1], dtype=x.dtype) for x in rows]
+    with stage("allocate"):
+        outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
     with stage("wire"):
         for x, output in zip(rows, outputs, strict=True):
             if output.numel():
@@ -198,7 +198,7 @@ def _gather_rank_order(
 # ---------------------------------------------------------- agreeing before data moves
 
 
-def _enter(group: CPGroup, call: str, problem: str, symmetric: bool) -> SymmetricPool | None:
+def enter(group: CPGroup, call: str, problem: str, symmetric: bool) -> SymmetricPool | None:
     """Meet all ranks; the group's pool afterwards, when the gather may use it."""
     with stage("agree"):
         if group.transport:
@@ -208,7 +208,7 @@ def _enter(group: CPGroup, call: str, problem: str, symmetric: bool) -> Symmetri
         return symmetric_pool(group) if symmetric else None
 
 
-def _path_of(algorithm: str, group: CPGroup) -> PathReport:
+def path_of(algorithm: str, group: CPGroup) -> PathReport:
     """What a gather by this algorithm just did here."""
     ordinary = "ordinary memory"
     if group.spans_hosts:

@@ -13,12 +13,11 @@ import mmap
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from cpkit.arena import MAX_BLOCKS, Block, Ledger, rounded
+from cpkit.arena import MAX_BLOCKS, Block, Ledger, PoolStatistics, rounded
 from cpkit.group import (
     CPGroup,
     describe,
@@ -35,21 +34,6 @@ _SPILL_GRANULE_BYTES = 2 << 20
 _MASK_BYTES = MAX_BLOCKS // 8
 _BOOKS_BYTES = _MASK_BYTES + 4
 _pools: weakref.WeakSet[SymmetricPool] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class PoolStatistics:
-    """One rank's pool; bytes are bytes of this rank's own segments."""
-
-    segments: int
-    arena_bytes: int
-    spill_bytes: int
-    used_bytes: int
-    peak_bytes: int
-    live_blocks: int
-    spills: int
-    registrations: int
-    registering_ms: float
 
 
 class SymmetricPool:
@@ -71,7 +55,7 @@ class SymmetricPool:
         self.group = group
         self._ledger = Ledger()
         self._segments: list[Segment] = []
-        self._bases: list[int] = []
+        self._bases: list[list[int]] = []  # address of each rank's memory, by segment
         self._spills = 0
         self._registering_s = 0.0
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc)
@@ -100,13 +84,7 @@ class SymmetricPool:
 
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """The same tensor in a peer's memory. Raises ValueError for one not from this pool."""
-        place = self.locate(tensor)
-        if place is None or not tensor.is_contiguous():
-            raise ValueError(
-                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
-                f"inside `with use_symmetric_memory(group)`"
-            )
-        segment, offset = place
+        segment, offset = self._place_of(tensor)
         memory = self._segments[segment].maps[rank]
         flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.view(tensor.shape)
@@ -114,10 +92,28 @@ class SymmetricPool:
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """(segment, byte offset) of a tensor's first element, or None when it lives elsewhere."""
         address = tensor.data_ptr()
-        for number, (base, segment) in enumerate(zip(self._bases, self._segments, strict=True)):
-            if base <= address < base + segment.nbytes:
-                return number, address - base
+        for number, (bases, segment) in enumerate(zip(self._bases, self._segments, strict=True)):
+            offset = address - bases[self.group.rank]
+            if 0 <= offset < segment.nbytes:
+                return number, offset
         return None
+
+    def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
+        """Where the same tensor of each rank is in this process, by rank.
+
+        Raises ValueError for one not from this pool.
+        """
+        segment, offset = self._place_of(tensor)
+        return [base + offset for base in self._bases[segment]]
+
+    def _place_of(self, tensor: torch.Tensor) -> tuple[int, int]:
+        place = self.locate(tensor)
+        if place is None or not tensor.is_contiguous():
+            raise ValueError(
+                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
+                f"inside `with use_symmetric_memory(group)`"
+            )
+        return place
 
     def _place_after_meeting(self, nbytes: int) -> Block:
         """No room: free what all ranks have dropped; spill when that is not enough."""
@@ -138,7 +134,7 @@ class SymmetricPool:
         start = time.perf_counter()
         segment = make_segment(self.group.rendezvous, nbytes, purpose)
         self._segments.append(segment)
-        self._bases.append(_address(segment.maps[self.group.rank]))
+        self._bases.append([_address(memory) for memory in segment.maps])
         self._ledger.add_segment(nbytes)
         self._registering_s += time.perf_counter() - start
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
+from cpkit import push
 from cpkit.group import CPGroup, plain_all_gather
 from cpkit.layout import ContextParallelMetadata
 from cpkit.pool import SymmetricPool
@@ -100,10 +101,22 @@ def push_rows(
     Ranks start at different peers, so that they do not all write to the same memory at once. The
     caller synchronizes: before (the outputs are free) and after (all rows have landed).
     """
+    for copy in push_copies(rows, output, metadata, pool):
+        copy()
+
+
+def push_copies(
+    rows: torch.Tensor,
+    output: torch.Tensor,
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+) -> list[push.Copy]:
+    """The copies of `push_rows`, to be made once or, by a plan, again and again."""
     rank, size = pool.group.rank, pool.group.size
-    runs = metadata.runs(rank)
-    for peer in ((rank + step) % size for step in range(size)):
-        target = pool.peer_view(output, peer)
-        for row, token, step, length in runs:
-            stop = token + (length - 1) * step + 1
-            target[token:stop:step].copy_(rows[row : row + length])
+    peers = [(rank + step) % size for step in range(size)]
+    row_bytes = rows.shape[1] * rows.element_size()
+    pieces = push.tiles(metadata, rank, row_bytes)
+    if all(piece.step == 1 for piece in pieces):
+        places = pool.peer_addresses(output)
+        return push.dense_copies(rows.data_ptr(), [places[p] for p in peers], row_bytes, pieces)
+    return push.spread_copies(rows, [pool.peer_view(output, p) for p in peers], pieces)

@@ -20,9 +20,10 @@ import msgspec
 import torch
 
 from cpkit import factory
+from cpkit.arena import PoolStatistics
 from cpkit.group import CPGroup
 from cpkit.path import PathReport, Place, decide
-from cpkit.pool import PoolStatistics, SymmetricPool, locate
+from cpkit.pool import SymmetricPool, locate
 from cpkit.shm import SymmetricMemoryError
 
 __all__ = [
