@@ -34,6 +34,8 @@ def goals_of(record: Record) -> list[Record]:
             if each["cp_size"] == cp_size and each["who"] == "cpkit"
         }
         found += entry(f"barrier of {cp_size} ranks (us)", ours, limit_us, max)
+    for row in record.get("control", {}).get("rows", []):
+        found += entry(f"{row['what']} ({row['unit']})", {(0, 0): row["p50"]}, row["goal"], max)
     return found + _cost_goals(record.get("cost"))
 
 
