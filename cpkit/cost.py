@@ -108,7 +108,7 @@ FEATURES = ("call", "turn", "cached", "far", "fresh", "socket")
 
 
 def features(algorithm: str, total_bytes: int, cp_size: int, host: Host) -> tuple[float, ...]:
-    """What the model's coefficients are multiplied with: calls, turns, and bytes that a core moves."""
+    """What the coefficients are multiplied with: calls, turns, and bytes that a core moves."""
     moved = traffic(algorithm, total_bytes, cp_size)
     turns = host.turns(cp_size)
     per_core = turns / cp_size
