@@ -31,6 +31,7 @@ from cpkit.shm import make_segment
 PAGE_BYTES = 16384
 NOTE_BYTES = 7168
 _NOTES = (1024, 1024 + 7680)
+_POLLS = 500  # about 20 µs
 _SPINS_BETWEEN_CLOCKS = 256
 _YIELD_S = 0.02
 _NAP_S = 0.0002
@@ -42,6 +43,12 @@ _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 class BarrierTimeout(TimeoutError):
     """A rank did not come to a barrier in time."""
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def fence() -> None:
@@ -60,6 +67,7 @@ class Board:
         self._counters = [page.cast("Q") for page in self._pages]
         self._turn = 0
         self._broken = ""
+        self._polls = _POLLS if self.size <= cores() else 0
 
     def barrier(self) -> None:
         """Wait for all ranks. Raises BarrierTimeout naming those that did not come."""
@@ -91,10 +99,15 @@ class Board:
         return bytes(page[place + 8 : place + 8 + length])
 
     def _wait(self, counter: memoryview, turn: int) -> None:
-        """Yield the core at every poll: the rank waited for may need this very core.
+        """Poll, then yield, then nap.
 
-        After 20 ms the wait is not a short one any more, and naps leave the core alone.
+        Poll only with a core for every rank, and yield at every poll after that: the rank waited
+        for may need this very core. After 20 ms the wait is not a short one any more, and naps
+        leave the core alone.
         """
+        for _ in range(self._polls):
+            if counter[0] >= turn:
+                return
         start = time.monotonic()
         while True:
             for _ in range(_SPINS_BETWEEN_CLOCKS):
