@@ -9,6 +9,9 @@ wait for: it takes its outputs in turns.
     rank 1   store A │exit 1│ read A … store B │exit 2│ read B … store A │exit 3│
                                      ↑ A is read         ↑ rank 0 may store into A from here on
 
+On CUDA the same holds in stream order; a plan that is captured in a graph keeps its entry barrier,
+since nothing tells how often the graph is replayed.
+
 Rank 0 stores into A again only once it is past exit 2, and nobody gets past exit 2 before rank 1
 has come to it: so rank 1 is in call 2 by then, and done with A.
 
@@ -21,14 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
 
 from cpkit import arguments, steps
-from cpkit.gather import all_gather_kv, enter, path_of
+from cpkit.devices import device_type
+from cpkit.gather import all_gather_kv, enter
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
+from cpkit.paths import path_of, remember
 from cpkit.pool import SymmetricPool
 from cpkit.push import Copy
 from cpkit.stages import stage
@@ -37,9 +43,12 @@ from cpkit.symm import check_group, is_allocation_symmetric
 
 @dataclass(frozen=True)
 class _Turn:
-    """One set of outputs, in the pool and as the caller sees them, and the copies that fill it."""
+    """One set of outputs, in the pool and as the caller sees them, the copies that fill it, and
+    the wait after them.
+    """
 
     copies: list[Copy]
+    leave: Copy
     outputs: list[torch.Tensor]
     results: list[torch.Tensor]
 
@@ -58,7 +67,7 @@ class GatherPlan:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
         self._tensors = list(tensors)  # their memory is what the copies read
         self._turns = cycle(turns) if turns else None
-        self._path = path_of(algorithm, group)
+        self._path = path_of(algorithm, group, tensors[0].device)
 
     def __call__(self) -> list[torch.Tensor]:
         """Gather what the plan's tensors hold now. Collective. Raises TimeoutError naming the ranks
@@ -71,9 +80,8 @@ class GatherPlan:
             for copy in turn.copies:
                 copy()
         with stage("exit"):
-            self.group.barrier()
-        self.group.last_path = self._path
-        return list(turn.results)
+            turn.leave()
+        return remember(self.group, self._path, list(turn.results))
 
 
 def plan_gather_kv(
@@ -100,10 +108,12 @@ def plan_gather_kv(
     call = ""
     if not problem:
         call = f"plan, {keep=}: " + arguments.describe_call(tensors, metadata, algorithm, symmetric)
-    pool = enter(group, call, problem, symmetric)
+    device = "cpu" if problem else device_type(tensors[0])
+    pool = enter(group, call, problem, symmetric, device)
     turns: list[_Turn] = []
     if algorithm == "direct" and pool:
         turns = [_take_turn(tensors, metadata, pool) for _ in range(keep + 1)]
+        pool.backend.enter()  # on CUDA, a peer's stream may still read what these outputs held
     return GatherPlan(tensors, metadata, group, algorithm, turns)
 
 
@@ -112,14 +122,23 @@ def _take_turn(
 ) -> _Turn:
     rows = [steps.as_rows(x) for x in tensors]
     outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+    results = [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
+    if pool.device.type == "cuda":
+        from cpkit.cuda_push import push_all
+
+        launch = partial(push_all, rows, outputs, metadata, pool, entry=False)
+        return _Turn([launch], _waits_itself, outputs, results)
     copies = [
         copy
         for x, output in zip(rows, outputs, strict=True)
         if output.numel()
         for copy in steps.push_copies(x, output, metadata, pool)
     ]
-    results = [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
-    return _Turn(copies, outputs, results)
+    return _Turn(copies, pool.group.barrier, outputs, results)
+
+
+def _waits_itself() -> None:
+    """The kernel has its exit synchronization inside."""
 
 
 def _problem(tensors: Sequence[torch.Tensor], keep: int) -> str:
