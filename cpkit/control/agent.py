@@ -13,11 +13,15 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
+from cpkit.control import mps
+from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.obituary import describe_exit, last_lines
 from cpkit.control.place import (
     NAME_TAKEN_CODE,
@@ -36,6 +40,7 @@ from cpkit.processes import process_id
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+BAD_SETTINGS_CODE = 2
 _log = logging.getLogger("cpkit.agent")
 
 
@@ -54,7 +59,12 @@ def main(arguments: list[str]) -> int:
     socket_dir = _make_socket_dir()
     try:
         _introduce(lock, socket_dir)
-        report = _run(launch, place)
+        with _device(launch, Path(socket_dir)):
+            report = _run(launch, place)
+    except ValueError as error:
+        report = PostMortem((), str(error))
+        _log.error("%s", error)
+        return BAD_SETTINGS_CODE
     finally:
         remove_socket_dir(socket_dir)
         if place.directory.exists():  # somebody may have removed it under us
@@ -106,6 +116,22 @@ def _run(launch: Launch, place: Place) -> PostMortem:
     except SignalException as signalled:
         return PostMortem((), f"the workers were ended by {signalled.sigval.name} to their agent")
     return PostMortem((), "the workers were told to end, or their owner is gone")
+
+
+@contextlib.contextmanager
+def _device(launch: Launch, directory: Path) -> Iterator[None]:
+    """Choose the ranks' device, and run an MPS daemon where they share a GPU."""
+    gpus = 0 if launch.device == "cpu" else gpu_count()
+    device, why = choose_device(launch, gpus)
+    _log.warning("%s", why)
+    os.environ["CPKIT_DEVICE"] = device
+    if device == "cpu" or not is_shared(launch, gpus):
+        yield
+        return
+    with mps.serve(directory) as words:
+        _log.warning("%s", words)
+        os.environ["CPKIT_GPU_NOTE"] = f"{why}. {words}"
+        yield
 
 
 def _prepare_environment(launch: Launch) -> None:
