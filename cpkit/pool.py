@@ -3,7 +3,7 @@
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
 collective, counted and timed. `meet()` is the one synchronization before data moves: there the
 ranks check that they are in the same call with the same books, and agree on which blocks are free
-again. What kind of memory it is, the pool does not know: see cpkit.backend.
+again. The kind of memory is the backend's business (cpkit.backend).
 
 On CUDA, blocks are reused in stream order: use one stream for a group's gathers and what reads
 their results, or make the others wait. What is allocated while a graph is captured stays allocated,
@@ -27,7 +27,7 @@ from cpkit.offers import SymmetricMemoryError
 from cpkit.path import PathReport, Place, decide
 from cpkit.plain import describe, gather_problem, plain_all_gather
 from cpkit.pool_history import PoolHistory, PoolStatistics
-from cpkit.prealloc import agree_on_prealloc
+from cpkit.prealloc import agree_on_prealloc, warm_up_bytes
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.where import place_of, register
@@ -261,10 +261,8 @@ class SymmetricPool:
     ) -> None:
         """Make room for the largest batch now, so that no gather up to it spills. Collective.
 
-        The largest batch has `max_tokens` tokens in at most `sequences` sequences, each of which
-        can make the longest rank two rows longer. Counts what the neediest algorithm has alive, a
-        receive buffer and a padded shard for each tensor, twice: blocks return to the pool only at
-        the next call.
+        The largest batch has `max_tokens` tokens in at most `sequences` sequences; see
+        `prealloc.warm_up_bytes` for what is counted.
         """
         whole = all(isinstance(n, int) and n > 0 for n in (max_tokens, tensors, sequences))
         problem = f"{max_tokens=}, {tensors=}, {sequences=}: each must be a number, 1 or more"
@@ -273,9 +271,7 @@ class SymmetricPool:
             "" if whole else problem,
         )
         row_bytes = math.prod(trailing_shape) * dtype.itemsize
-        padded_rows = -(-max_tokens // self.group.size) + 2 * sequences
-        recv_bytes = rounded(padded_rows * self.group.size * row_bytes)
-        needed = 2 * tensors * (recv_bytes + rounded(padded_rows * row_bytes))
+        needed = tensors * warm_up_bytes(max_tokens, row_bytes, self.group.size, sequences)
         if self._ledger.largest_free() < needed:
             self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
 

@@ -92,7 +92,6 @@ def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
         f"--nproc-per-node={launch.nproc}",
         f"--max-restarts={launch.max_restarts}",
         "--monitor-interval=0.05",
-        "--shutdown-timeout=5",
         f"--log-dir={place.log_dir}",
         "--redirects=3",
         "--module",
@@ -110,7 +109,10 @@ def _run(launch: Launch, place: Place) -> PostMortem:
     launch.export()
     _prepare_environment(launch)
     try:
-        torchrun.run(torchrun.parse_args(torchrun_arguments(launch, place)))
+        arguments = torchrun_arguments(launch, place)
+        if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch 2.12 and newer
+            arguments.insert(0, "--shutdown-timeout=5")
+        torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
         return _post_mortem(failed, place)
     except SignalException as signalled:
