@@ -26,14 +26,16 @@ def goals_of(record: Record) -> list[Record]:
             for key, us in times.items()
             if key[1] >= 4 * MB and variant in us and "padded" in us
         }
-        found += _entry(f"padded over gloo / {variant}, 4 MB and more", ratios, 12, min)
+        found += entry(f"padded over gloo / {variant}, 4 MB and more", ratios, 12, min)
     for cp_size, limit_us in ((2, 3), (4, 12), (8, 40)):
         ours = {
             (each["cp_size"], 0): each["time_us"]
             for each in record["barrier"]
             if each["cp_size"] == cp_size and each["who"] == "cpkit"
         }
-        found += _entry(f"barrier of {cp_size} ranks (us)", ours, limit_us, max)
+        found += entry(f"barrier of {cp_size} ranks (us)", ours, limit_us, max)
+    for row in record.get("control", {}).get("rows", []):
+        found += entry(f"{row['what']} ({row['unit']})", {(0, 0): row["p50"]}, row["goal"], max)
     return found + _cost_goals(record.get("cost"))
 
 
@@ -52,11 +54,11 @@ def _against(
             and sizes[0] <= key[1] <= sizes[1]
             and {variant, opponent} <= us.keys()
         }
-        entries += _entry(f"{variant} / {opponent}, {what}", ratios, limit, max)
+        entries += entry(f"{variant} / {opponent}, {what}", ratios, limit, max)
     return entries
 
 
-def _entry(
+def entry(
     name: str, values: dict[tuple[int, int], float], limit: float, worst: Callable[..., float]
 ) -> list[Record]:
     """Nothing without values: a run that did not measure it says nothing about it."""
@@ -73,8 +75,8 @@ def _cost_goals(cost: Record | None) -> list[Record]:
     if not cost:
         return []
     return [
-        *_entry("cost model, median error (%)", {(0, 0): cost["median_error_pct"]}, 15, max),
-        *_entry("cost model, worst error (%)", {(0, 0): cost["worst_error_pct"]}, 35, max),
+        *entry("cost model, median error (%)", {(0, 0): cost["median_error_pct"]}, 15, max),
+        *entry("cost model, worst error (%)", {(0, 0): cost["worst_error_pct"]}, 35, max),
     ]
 
 

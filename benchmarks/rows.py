@@ -11,7 +11,7 @@ from cpkit.cost import PASSES, traffic
 
 Samples = Sequence[Sequence[float]]  # µs, [rank][iteration]
 ROW_BYTES = 8 * 128 * 2
-PLANNED = {"plan": "direct"}
+PLANNED = {"plan": "direct", "graph": "direct", "seed": "padded_symm_recv"}
 
 
 def summarize(rounds: Sequence[Samples]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def moved_bytes(variant: str, total_bytes: int, cp_size: int, padded_bytes: int)
         return traffic(algorithm, total_bytes, cp_size, padded_bytes).moved_bytes
     if variant == "gloo alone":
         return traffic("padded", total_bytes, cp_size, padded_bytes).wire_bytes
-    return 2 * cp_size * total_bytes if variant == "memcpy" else None
+    return 2 * cp_size * total_bytes if variant in ("memcpy", "copy") else None
 
 
 def passes(variant: str) -> int:
