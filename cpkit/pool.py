@@ -65,7 +65,7 @@ class SymmetricPool:
         self.device = self.backend.device
         self._ledger = Ledger()
         self._segments: list[Segment] = []
-        self._history = PoolHistory()
+        self.history = PoolHistory()
         self._captured: list[torch.Tensor] = []
         offer = self.backend.default_prealloc() if prealloc is None else 0
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc, offer)
@@ -86,7 +86,7 @@ class SymmetricPool:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
         block = self._ledger.place(nbytes) or self._place_after_meeting(nbytes)
-        self._history.note(self._ledger)
+        self.history.note(self._ledger)
         ledger, slot = self._ledger, block.slot
         memory = self._segments[block.segment].block(
             block.offset, nbytes, lambda: ledger.release(slot)
@@ -146,7 +146,7 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            self._history.spilled(
+            self.history.spilled(
                 self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
             )
             block = self._ledger.place(nbytes)
@@ -158,8 +158,8 @@ class SymmetricPool:
         self._segments.append(self.backend.make_segment(nbytes, purpose))
         self._ledger.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
-        self._history.registered(took_ms)
-        self._history.note(self._ledger)
+        self.history.registered(took_ms)
+        self.history.note(self._ledger)
         return took_ms
 
     # ------------------------------------------------------------------ collectives
@@ -182,7 +182,7 @@ class SymmetricPool:
             released_everywhere &= int.from_bytes(answer[:_MASK_BYTES], "little")
         if released_everywhere:
             self._ledger.settle(released_everywhere)
-            self._history.note(self._ledger)
+            self.history.note(self._ledger)
         return [answer[_BOOKS_BYTES:] for answer in answers]
 
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
@@ -290,11 +290,7 @@ class SymmetricPool:
     def stats(self) -> PoolStatistics:
         """What the pool has and has had. Local."""
         sizes = [segment.nbytes for segment in self._segments]
-        return self._history.statistics(self._ledger, sizes, self._arena_bytes)
-
-    def history(self) -> PoolHistory:
-        """How full it was when: data for a plot. Local."""
-        return self._history
+        return self.history.statistics(self._ledger, sizes, self._arena_bytes)
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that unwritten results show. Local."""

@@ -37,7 +37,7 @@ class PoolOperation(Operation[Pool, PoolReport]):
         pool = symmetric_pool(group, default_device())
         pool.meet("look at the pool")  # blocks that all ranks have dropped return here
         stats = dataclasses.asdict(pool.stats())
-        samples = list(pool.history().samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
+        samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         history = tuple(PoolMoment(*sample) for sample in samples)
         return PoolReport(PoolStats(rank=group.rank, **stats), note, history)
         yield
