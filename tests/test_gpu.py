@@ -103,8 +103,8 @@ def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) 
             assert shown is not None
         samples = iter(lab.measure([65536], cp_size=4, samples=None))
         next(samples)
-        victim = lab.status().workers["pid"].iloc[2]
-        os.kill(int(victim), signal.SIGKILL)
+        victim = lab.status().workers[2].pid
+        os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(cpkit.WorkersDied, match="rank 2"):
             for _ in samples:
