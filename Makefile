@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint format bench notebooks lock hooks clean distclean
+.PHONY: help lab test lint format bench notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
@@ -39,8 +39,11 @@ format: $(VENV)/.has-dev ## let ruff mend what it can
 bench: $(VENV)/.has-test ## measure the algorithms side by side and fill README's figures
 	$(PY) -m benchmarks.run $(ARGS)
 
-notebooks: $(VENV)/.has-test ## run the notebooks and write them back in canonical form, pictures included
+notebooks: $(VENV)/.has-test ## make the notebooks of notebooks/src: run, pictures included (ARGS=01 for one)
 	$(PY) -m cpkit.notebook.build $(ARGS)
+
+rehearse: $(VENV)/.has-test ## try starter, mutants and solution of every exercise (ARGS=01 for one notebook)
+	$(PY) -m cpkit.notebook.rehearse $(ARGS)
 
 lock: ## resolve all dependencies anew in an empty environment and write requirements.lock
 	@$(check_python)

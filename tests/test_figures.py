@@ -158,6 +158,18 @@ def test_a_figure_without_words_is_refused() -> None:
         style.finish(go.Figure(), title="t", alt="", height=100)
 
 
+def test_a_recorded_figure_says_so_everywhere() -> None:
+    figure = figures.recorded(
+        FIGURES["latency"](), machine="H200", date="2026-11-24", source="results/h200.json"
+    )
+    words = "Recorded on H200, 2026-11-24 (results/h200.json); not measured here."
+    assert figure.layout.title.text.startswith("Recorded: ")
+    assert figure.layout.title.subtitle.text.startswith(words)
+    assert words in figures.text_alternative(figure)
+    with pytest.raises(ValueError, match="say all of machine"):
+        figures.recorded(FIGURES["latency"](), machine="H200", date="", source="x")
+
+
 # Machado, Oliveira and Fernandes 2009: what a dichromat sees of a colour (linear RGB, severity 1).
 VISION = {
     "protanopia": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),

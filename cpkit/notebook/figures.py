@@ -14,7 +14,7 @@ from cpkit.notebook.grids import (
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
 from cpkit.notebook.show import show
-from cpkit.notebook.style import text_alternative
+from cpkit.notebook.style import recorded, text_alternative
 
 __all__ = [
     "Line",
@@ -25,6 +25,7 @@ __all__ = [
     "pad_rows",
     "padding_grid",
     "pool_fill",
+    "recorded",
     "rows_of",
     "show",
     "stage_grid",
