@@ -31,7 +31,11 @@ from cpkit.notebook.show import PLOTLY_MIME
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 CELL_TIMEOUT_S = 60
 RUN_TIMEOUT_S = 120  # of each of three: together at most six minutes
-EXERCISES = {"01": 1, "02": 0, "03": 0}  # at least
+EXERCISES = {  # at least
+    "01": 1,
+    "02": 0,
+    "03": 0,
+}
 MEND = "run `make notebooks`"
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
