@@ -97,8 +97,8 @@ def _play(trace: Sequence[Action], arena_rows: int) -> tuple[Arena, dict[str, tu
         if action == "alloc":
             blocks[block] = _place(arena, block, rows), rows
         else:
-            first, rows = blocks.pop(block)
-            arena.free(first * ROW_BYTES, rows * ROW_BYTES)
+            first, count = blocks.pop(block)
+            arena.free(first * ROW_BYTES, count * ROW_BYTES)
     return arena, blocks
 
 

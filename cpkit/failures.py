@@ -42,7 +42,7 @@ class RankReport(Message, frozen=True):
     error: str = ""
     said: str = ""
     waited_s: float = 0.0
-    paths: dict[str, str] = {}
+    paths: dict[str, str] = msgspec.field(default_factory=dict)
     reason: str = ""
     wrong: str = ""
 
@@ -68,14 +68,14 @@ def sizes_differ(group: CPGroup, victim: int) -> RankReport:
     return _gather(group, _shard(group), output)
 
 
-def receive_only(group: CPGroup, victim: int) -> RankReport:
+def receive_only(group: CPGroup, _: int) -> RankReport:
     """As #24040 merged it: the output is symmetric, the shard is an ordinary tensor."""
     with use_symmetric_memory(group):
         output = torch.empty(group.size * ROWS, *SHAPE, dtype=DTYPE)
     return _gather(group, _shard(group), output)
 
 
-def wrong_group(group: CPGroup, victim: int) -> RankReport:
+def wrong_group(group: CPGroup, _: int) -> RankReport:
     """The buffers are made in the pool of another group (#19329)."""
     other = init_context_parallel(1)
     with use_symmetric_memory(other):
@@ -112,8 +112,8 @@ def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
     return RankReport(group.rank, wrong=wrong, reason=f"recv is at offset {offset}")
 
 
-def shared_memory_is_full(group: CPGroup, victim: int) -> RankReport:
-    """The victim's arena is larger than what is left of the shared memory: so is everybody's."""
+def shared_memory_is_full(group: CPGroup, _: int) -> RankReport:
+    """The arena is larger than what is left of the shared memory."""
     group.barrier()
     SymmetricPool(group, prealloc=2 * free_bytes() + (1 << 30))
     return RankReport(group.rank)

@@ -14,8 +14,11 @@ from cpkit.notebook.grids import (
     token_line,
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.memory import memory_map
+from cpkit.notebook.requests import pool_requests
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
+from cpkit.notebook.timelines import schedule_timeline
 
 __all__ = [
     "Line",
@@ -23,12 +26,15 @@ __all__ = [
     "draw_lines",
     "in_words",
     "latency_bandwidth",
+    "memory_map",
     "ownership_strip",
     "pad_rows",
     "padding_grid",
     "pool_fill",
+    "pool_requests",
     "recorded",
     "rows_of",
+    "schedule_timeline",
     "show",
     "stage_grid",
     "stage_split",

@@ -17,6 +17,7 @@ __all__ = [
     "BadProgram",
     "Failure",
     "Search",
+    "deadlock",
     "first_fault",
     "random_failure",
     "random_order",
@@ -76,7 +77,7 @@ def smallest_failure(program: Program, size: int, rounds: int, max_states: int =
         run = replay(program, size, rounds, order)
         ready = run.ready()
         if not ready and run.waiting():
-            return Search(len(seen), _deadlock(run))
+            return Search(len(seen), deadlock(run))
         for rank in ready:
             branch = replay(program, size, rounds, order)
             if branch.advance(rank).fault:
@@ -116,7 +117,7 @@ def random_failure(program: Program, size: int, rounds: int, seed: int) -> Failu
     for _ in random_order(run, random.Random(seed)):
         if run.events[-1].fault:
             return Failure(size, tuple(run.events))
-    return _deadlock(run) if run.waiting() else None
+    return deadlock(run) if run.waiting() else None
 
 
 def random_order(run: Run, draw: random.Random) -> Iterator[int]:
@@ -133,7 +134,8 @@ def random_order(run: Run, draw: random.Random) -> Iterator[int]:
         yield rank
 
 
-def _deadlock(run: Run) -> Failure:
+def deadlock(run: Run) -> Failure:
+    """The failure of a run in which nobody can go on and somebody is not at the end."""
     stuck = [(rank, str(run.next[rank] or "the barrier")) for rank in run.waiting()]
     first = min(run.arrived)
     at = [(r, "the barrier" if run.arrived[r] > first else where) for r, where in stuck]

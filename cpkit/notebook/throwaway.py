@@ -44,7 +44,7 @@ class Witness(msgspec.Struct, frozen=True):
     error: str = ""
     said: str = ""
     waited_s: float = 0.0
-    paths: dict[str, str] = {}
+    paths: dict[str, str] = msgspec.field(default_factory=dict)
     reason: str = ""
     wrong: str = ""
     exit_code: int = 0
