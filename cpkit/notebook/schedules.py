@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from cpkit.notebook.programs import BadProgram, Event, Program, Run
 
@@ -45,7 +46,10 @@ class Failure:
         return [event.rank for event in self.events]
 
     def __str__(self) -> str:
-        steps = "; ".join(f"rank {event.rank}: {event.step}" for event in self.events)
+        turns = groupby(self.events, key=lambda event: event.rank)
+        steps = "; ".join(
+            f"rank {rank}: {', '.join(str(e.step) for e in es)}" for rank, es in turns
+        )
         if self.stuck:
             who = ", ".join(f"rank {rank} at {where}" for rank, where in self.stuck)
             return f"deadlock, {who}, after {len(self.events)} steps ({steps})"

@@ -49,10 +49,17 @@ def _life(may_free: MayFree, size: int, seed: int) -> int:
                     dropped[rank].add(block)
         told = [may_free([set(d) for d in dropped], rank) for rank in range(size)]
         for rank, free in enumerate(told):
+            _must_be_a_set(free)
             _must_be_unused(free, rank, blocks[rank], dropped, meeting)
             for block in sorted(free):
                 arenas[rank].free(*blocks[rank].pop(block))
-        freed = set.union(*map(set, told))
+        kept = sorted(set.intersection(*dropped) - told[0])
+        if kept:
+            raise Wrong(
+                f"meeting {meeting}: all ranks have let go of block {kept[0]}, and it is not freed: "
+                f"the arena would fill up and spill"
+            )
+        freed = set.union(*told)
         dropped = [d - freed for d in dropped]
         peak = max(peak, *(arena.used_bytes for arena in arenas))
     return peak
@@ -72,15 +79,18 @@ def _must_agree(offsets: list[int | None], meeting: int, size: int) -> None:
         )
 
 
+def _must_be_a_set(free: object) -> None:
+    if not isinstance(free, set):
+        raise Wrong(f"may_free returned {free!r:.60}; wanted a set of blocks")
+
+
 def _must_be_unused(
-    free: object,
+    free: set[int],
     rank: int,
     blocks: dict[int, tuple[int, int]],
     dropped: list[set[int]],
     meeting: int,
 ) -> None:
-    if not isinstance(free, set):
-        raise Wrong(f"may_free returned {free!r:.60}; wanted a set of blocks")
     unknown = free - blocks.keys()
     if unknown:
         raise Wrong(
