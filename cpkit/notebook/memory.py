@@ -18,7 +18,7 @@ def memory_map(found: Divergence) -> go.Figure:
         wrong[found.recv[rank] + found.lost[rank]] = True
         lines.append(Line(f"rank {rank}, recv at {found.recv[rank]}", rows, wrong))
     bad = sum(map(len, found.lost)) + sum(map(len, found.overwritten))
-    return draw_lines(
+    figure = draw_lines(
         lines,
         title="Equal offsets" if not found.diverged else "Rows that land in the wrong place",
         subtitle="colour: who wrote the row; a cell shows block:row, block 0 is the gather; "
@@ -26,3 +26,5 @@ def memory_map(found: Divergence) -> go.Figure:
         alt=f"{found.explain()}. {bad} rows are wrong.",
         axis_title="row of the rank's arena",
     )
+    figure.for_each_trace(lambda trace: trace.update(name="never written"), {"name": "padding"})
+    return figure

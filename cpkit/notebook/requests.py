@@ -66,7 +66,9 @@ def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     _add_memory(figure, served, names)
     _add_cost(figure, served, names)
-    figure.update_xaxes(style.axis("", type="category", range=[-0.6, max(expected, 1) - 0.4]))
+    figure.update_xaxes(
+        style.axis("", type="category", range=[-0.6, max(expected, len(served)) - 0.4])
+    )
     figure.update_xaxes(title_text="request", row=2, col=1)
     figure.update_yaxes(style.axis("memory of a rank (MB)", rangemode="tozero"), row=1, col=1)
     figure.update_yaxes(style.axis("until the answer (ms)", rangemode="tozero"), row=2, col=1)

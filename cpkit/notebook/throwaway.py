@@ -14,14 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import msgspec
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CASES = (
     "skips_the_rendezvous",
@@ -77,16 +74,18 @@ class PostMortem:
         slow = any("fallback" in rank.paths.values() for rank in self.ranks)
         return "slow but right" if slow else "none"
 
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row a rank: how it ended, after how many seconds, and its first words."""
-        import pandas as pd
-
-        rows = [
-            {"rank": r.rank, "ended": r.ended, "waited_s": round(r.waited_s, 2), "saw": _saw(r)}
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("", "ended", "waited (s)", "saw"))
+        rows = "".join(
+            f"<tr><th>rank {r.rank}</th><td>{escape(r.ended)}</td><td>{r.waited_s:.2f}</td>"
+            f'<td style="text-align: left; white-space: normal">{escape(_saw(r))}</td></tr>'
             for r in self.ranks
-        ]
-        return pd.DataFrame(rows).set_index("rank")
+        )
+        title = escape(f"{self.case.replace('_', ' ')}: {self.symptom}")
+        return f"<p><b>{title}</b></p><table><tr>{head}</tr>{rows}</table>"
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         head = f"{self.case.replace('_', ' ')}: {self.symptom}"

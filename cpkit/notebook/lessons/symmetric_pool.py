@@ -56,7 +56,7 @@ def _life(may_free: MayFree, size: int, seed: int) -> int:
         kept = sorted(set.intersection(*dropped) - told[0])
         if kept:
             raise Wrong(
-                f"meeting {meeting}: all ranks have let go of block {kept[0]}, and it is not freed: "
+                f"meeting {meeting}: all have let go of block {kept[0]}, and it was not freed: "
                 f"the arena would fill up and spill"
             )
         freed = set.union(*told)

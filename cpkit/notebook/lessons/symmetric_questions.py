@@ -71,7 +71,7 @@ LESSON.ask(
     "Now with one barrier, between the puts and the reads: in which round is the first wrong read "
     "of the shortest failing schedule?",
     answer=1,
-    unit="(the round that the read wants)",
+    unit="is the round that the read wants",
     close=0.01,
     wrong={
         2: "The *write* is of round 2. The read that it spoils still wants round 1.",
@@ -125,15 +125,14 @@ LESSON.ask(
         "an error": "NCCL picks another kernel and says nothing.",
     },
     why="Up to 2.29.1 an all-gather needs *both* buffers in symmetric windows; from 2.29.2 the "
-    "receive "
-    "buffer is enough. sglang#37337 counted it: 0 symmetric calls, 499 over the ring.",
+    "receive buffer is enough. sglang#37337 counted it: 0 symmetric calls, 499 over the ring.",
 )
 
 
-def _symptom(case: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
+def _symptom(case: str, what: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
     LESSON.ask(
         case,
-        f"{case.replace('_', ' ').capitalize()}: what do the ranks see?",
+        f"{what}: what do the ranks see?",
         choices=SYMPTOMS[:4],
         answer=answer,
         wrong=wrong,
@@ -143,6 +142,7 @@ def _symptom(case: str, *, answer: str, why: str, wrong: dict[str, str]) -> None
 
 _symptom(
     "skips_the_rendezvous",
+    "Rank 1 never comes to make symmetric memory",
     answer="error after the deadline",
     why="Making symmetric memory is a collective. The others wait for the one that does not come; "
     "the deadline is what turns a hang into a sentence with a name in it. NCCL's registration "
@@ -154,21 +154,21 @@ _symptom(
 )
 _symptom(
     "sizes_differ",
+    "Rank 1 makes a scratch buffer of another size",
     answer="error at once",
     why="All ranks come, and compare a digest of all they have allocated. NCCL does not compare: "
     "equal offsets are the user's duty there, and the same mistake is silent.",
     wrong={
         "silently wrong": "It would be, without the comparison at the meeting: the next block "
-        "stands at another "
-        "offset on each rank.",
+        "stands at another offset on each rank.",
     },
 )
 _symptom(
     "receive_only",
+    "Only the receive buffer is registered, and one of the NCCLs is 2.28.9",
     answer="slow but right",
     why="No rank gets an error, every row is right, and only the path differs: by rule, NCCL "
-    "2.28.9 "
-    "falls back and 2.29.7 does not.",
+    "2.28.9 falls back and 2.29.7 does not.",
     wrong={
         "error at once": "Nothing is wrong with the result. The ordinary collective takes any "
         "buffer.",
@@ -176,10 +176,10 @@ _symptom(
 )
 _symptom(
     "wrong_group",
+    "Both buffers are in the pool of another group",
     answer="slow but right",
     why="Registered, but with another group: not symmetric for this one. sglang#19329 lived with "
-    "it, "
-    "and its own books said 'registered'.",
+    "it, and its own books said 'registered'.",
     wrong={
         "silently wrong": "The ordinary collective is always there to fall back to, and it is "
         "right.",
@@ -187,6 +187,7 @@ _symptom(
 )
 _symptom(
     "divergent_free_lists",
+    "Rank 1 has kept a block that rank 0 has freed, and nobody compares books",
     answer="silently wrong",
     why="No rank has an error, and the rows lie elsewhere: over memory that somebody may be using. "
     "pytorch#178138 is this bug; under a captured graph it is sglang#34230.",
@@ -197,10 +198,10 @@ _symptom(
 )
 _symptom(
     "shared_memory_is_full",
+    "The arena does not fit the shared memory that is left",
     answer="error at once",
     why="The pages are reserved before they are used, so it is an error in words, on all ranks. "
-    "Without "
-    "the reservation it would be a bus error at the first touch, much later.",
+    "Without the reservation it would be a bus error at the first touch, much later.",
     wrong={
         "error after the deadline": "The rank without room says so at the meeting, so nobody "
         "waits in vain.",
@@ -208,6 +209,7 @@ _symptom(
 )
 _symptom(
     "a_rank_dies",
+    "Rank 1 is killed before the gather",
     answer="error after the deadline",
     why="The survivor can only say that rank 1 did not come. The exit code says why: look at *all* "
     "ranks before you blame the one that complains. torchrun ends the survivors by itself.",
