@@ -13,6 +13,7 @@ import torch
 from cpkit.cuda_backend import CudaBackend, CudaSegment
 from cpkit.cuda_launch import TILE_UNITS, launch_gather
 from cpkit.devices import is_capturing
+from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.pool import SymmetricPool
 from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
@@ -29,12 +30,15 @@ def push_all(
     metadata: ContextParallelMetadata,
     pool: SymmetricPool,
     slots: torch.Tensor | None = None,
+    *,
+    entry: bool = True,
 ) -> None:
     """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs. In stream order.
 
     Outputs, `[total_tokens, lanes]` each, are in the pool, at one offset on all ranks. With `slots`
     (int64 `[total_tokens]`, on the device) token t goes to row `slots[t]`, and nowhere if that is
-    -1. Entry and exit synchronization are inside. Source: the idea of vLLM #49517 (each rank stores
+    -1. Entry and exit synchronization are inside; without `entry` the caller knows that all
+    outputs are free (see cpkit.plan). Source: the idea of vLLM #49517 (each rank stores
     final rows into every peer's cache).
     """
     present = [(x, y) for x, y in zip(rows, outputs, strict=True) if y.numel()]
@@ -57,34 +61,27 @@ def push_all(
         [offset for _, offset in places],
         slots,
         narrow,
+        entry=entry or is_capturing(pool.device.type),
     )
 
 
-def capture_problem(
-    rows: Sequence[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool | None
-) -> str:
-    """Why this gather can't be captured in a CUDA graph yet; empty when it can."""
-    if not rows or not is_capturing(rows[0].device.type):
-        return ""
-    known = pool is not None and any(
-        key[:3] == (metadata, pool.group.rank, pool.device) for key in _tables
-    )
-    if known:
+def capture_problem(metadata: ContextParallelMetadata, group: CPGroup) -> str:
+    """Why a gather of this layout can't be captured in a CUDA graph yet; empty when it can."""
+    if any(key[:2] == (metadata, group.rank) for key in _tables):
         return ""
     return (
         "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
-        "same "
-        "tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are there"
+        "same tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are "
+        "there"
     )
 
 
 def _place(output: torch.Tensor, pool: SymmetricPool) -> tuple[int, int]:
     """(address of the table of peers' segments, byte offset in the segment)."""
-    found = pool.locate(output)
-    assert found is not None, "outputs come from the pool"
-    segment = pool.segment(found[0])
+    number, offset = pool.place_of(output)
+    segment = pool.segment(number)
     assert isinstance(segment, CudaSegment)
-    return segment.peers.data_ptr(), found[1]
+    return segment.peers.data_ptr(), offset
 
 
 def _signals(pool: SymmetricPool) -> CudaBackend:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpkit.chrome_trace import chrome_trace
 from cpkit.control.messages import (
     Array,
     ExplainResult,
@@ -154,6 +158,10 @@ class Timeline(_Shown):
         table["duration_us"] = table["stop_us"] - table["start_us"]
         return table
 
+    def save_chrome_trace(self, path: str | PathLike[str]) -> None:
+        """Write the timeline as JSON that https://ui.perfetto.dev and chrome://tracing open."""
+        Path(path).write_text(json.dumps(chrome_trace(self.result), indent=1) + "\n")
+
     def summary(self) -> str:
         """One line."""
         w = self.workload
@@ -224,6 +232,11 @@ def pool_table(result: PoolResult) -> pd.DataFrame:
     table = _table(result.ranks)
     table.attrs["note"] = result.note
     return table
+
+
+def history_table(result: PoolResult) -> pd.DataFrame:
+    """Rank 0's pool over time, one row a moment, with the fields of `PoolMoment`."""
+    return _table(result.history)
 
 
 def sweep_table(rows: tuple[Sample, ...]) -> pd.DataFrame:

@@ -141,6 +141,15 @@ def test_impossible_orders_are_refused() -> None:
         schedules.smallest_failure(_two_barriers, 3, 2, max_states=5)
 
 
+def iter_of(step):
+    yield step
+
+
+def endless(me):
+    while True:
+        yield me.put(me.rank, 1)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -152,15 +161,6 @@ def test_impossible_orders_are_refused() -> None:
 def test_programs_that_are_none_are_named(bad: Program, message: str) -> None:
     with pytest.raises(BadProgram, match=message):
         schedules.random_failure(bad, 2, 1, seed=0)
-
-
-def iter_of(step):
-    yield step
-
-
-def endless(me):
-    while True:
-        yield me.put(me.rank, 1)
 
 
 def test_who_is_held_up_by_a_slow_rank() -> None:
