@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint format bench bench-gpu notebooks lock hooks clean distclean
+.PHONY: help lab test lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
@@ -42,8 +42,11 @@ bench: $(VENV)/.has-bench ## measure beside gloo and Open MPI, and fill README's
 bench-gpu: $(VENV)/.has-bench ## the same on this machine's GPUs
 	$(PY) -m benchmarks.gpu $(ARGS)
 
-notebooks: $(VENV)/.has-test ## run the notebooks and write them back in canonical form, pictures included
+notebooks: $(VENV)/.has-test ## make the notebooks of notebooks/src: run, pictures included (ARGS=01 for one)
 	$(PY) -m cpkit.notebook.build $(ARGS)
+
+rehearse: $(VENV)/.has-test ## try starter, mutants and solution of every exercise (ARGS=01 for one notebook)
+	$(PY) -m cpkit.notebook.rehearse $(ARGS)
 
 lock: ## resolve all dependencies anew in an empty environment and write requirements.lock
 	@$(check_python)

@@ -45,7 +45,7 @@ class CudaSegment:
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
-        self.peers = torch.tensor(self.addresses, dtype=torch.int64).to(device)
+        self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of a rank's memory: uint8 `[nbytes]`."""
@@ -76,7 +76,7 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         if group.shares_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        self.late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.late = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()

@@ -14,11 +14,16 @@ import plotly.graph_objects as go
 import pytest
 
 from cpkit.control.messages import Sample, Workload
+from cpkit.divergence import push_into
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import figures, show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
+from cpkit.notebook.lessons.symmetric_orders import no_barrier
 from cpkit.notebook.panel import Panel
+from cpkit.notebook.requests import Served
+from cpkit.notebook.schedules import smallest_failure
 from cpkit.notebook.stepper import redraw
 
 LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
@@ -66,6 +71,9 @@ def pool_table(used: int, spill: int) -> pd.DataFrame:
 
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
 STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
+SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
+LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
+EARLY = [*LATE, ("free", "old", 0)]
 STEPS = [("start", pool_table(0, 0)), ("spill", pool_table(9, 4))]
 FIGURES: dict[str, Callable[[], go.Figure]] = {
     "ownership": lambda: figures.ownership_strip(LAYOUT),
@@ -77,6 +85,11 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "latency": lambda: figures.latency_bandwidth(sweep_table()),
     "split": lambda: figures.stage_split([sample()]),
     "timeline": lambda: figures.timeline(SPANS, "direct"),
+    "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
+    "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),
+    "requests": lambda: figures.pool_requests(SERVED),
+    "memory": lambda: figures.memory_map(push_into([LATE, EARLY], 3, 18)),
+    "schedule": lambda: figures.schedule_timeline(smallest_failure(no_barrier, 2, 1).failure),
 }
 UNITS = {
     "ownership": "token (index in the flattened batch)",
@@ -88,7 +101,13 @@ UNITS = {
     "latency": "busbw (GB/s)",
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
+    "work": "keys looked at",
+    "bytes": "bytes written on each rank (MB, one layer)",
+    "requests": "until the answer (ms)",
+    "memory": "row of the rank's arena",
+    "schedule": "step (order of all ranks' steps)",
 }
+WRONG = {"who", "memory", "schedule"}  # of these figures, those that are given something wrong
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -112,7 +131,7 @@ def test_a_figure_is_the_same_every_time(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_red_means_wrong_and_nothing_else(name: str) -> None:
     red = style.WRONG in json.dumps(show.bundle(FIGURES[name]())[show.PLOTLY_MIME]["data"])
-    assert red == (name == "who"), "of these figures only `who` is given something wrong"
+    assert red == (name in WRONG)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -138,6 +157,42 @@ def test_a_stage_grid_follows_the_arrays_of_the_stages() -> None:
     assert "reorder, on rank 2: rank 0 ×2, rank 1 ×2" in figures.text_alternative(figure)
 
 
+def test_a_schedule_shows_every_step_and_marks_the_wrong_read() -> None:
+    failure = smallest_failure(no_barrier, 2, 1).failure
+    figure = figures.schedule_timeline(failure)
+    drawn = {(x, lane) for t in figure.data for x, lane in zip(t.base, t.y, strict=True)}
+    assert drawn == {(n + 0.53, f"rank {e.rank}") for n, e in enumerate(failure.events)}
+    wrong = next(trace for trace in figure.data if trace.name == "✗ wrong")
+    assert list(wrong.text) == ["✗ read 0:<br>nothing"]
+
+
+def test_a_memory_map_marks_what_is_lost_and_what_is_overwritten() -> None:
+    found = push_into([EARLY, LATE], 3, 18)
+    figure = figures.memory_map(found)
+    wrong = next(trace for trace in figure.data if trace.name == "✗ wrong")
+    assert sum(wrong.x) == sum(map(len, found.lost + found.overwritten)) == 9
+    assert "never written" in [trace.name for trace in figure.data]
+
+
+def test_requests_show_where_the_time_of_a_spill_goes() -> None:
+    drawn = {trace.name: list(trace.y) for trace in figures.pool_requests(SERVED).data}
+    assert drawn["the request itself"] == [12.0, 15.0]
+    assert drawn["spill: registering a segment"] == [0.0, 80.0]
+    assert "24 MB took 95 ms, 80 ms of it a spill" in figures.text_alternative(
+        figures.pool_requests(SERVED)
+    )
+
+
+def test_byte_bars_show_what_torch_writes() -> None:
+    figure = figures.byte_bars(LAYOUT, {"m": ROW_BYTES})
+    drawn = {trace.name: trace.x[0] for trace in figure.data}
+    dearest = max((written_bytes(LAYOUT, rank) for rank in range(4)), key=lambda w: sum(w.values()))
+    assert drawn == {stage: written / 1e6 for stage, written in dearest.items()}
+    assert figure.data[1].x[1] == LAYOUT.total_tokens * ROW_BYTES / 1e6, (
+        "direct writes each row once"
+    )
+
+
 def test_many_slots_are_drawn_as_runs() -> None:
     layout = prepare_context_parallel_metadata([4096], 8)
     figure = figures.ownership_strip(layout)
@@ -156,6 +211,18 @@ def test_a_wrong_slot_is_red_and_marked() -> None:
 def test_a_figure_without_words_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a title and a text alternative"):
         style.finish(go.Figure(), title="t", alt="", height=100)
+
+
+def test_a_recorded_figure_says_so_everywhere() -> None:
+    figure = figures.recorded(
+        FIGURES["latency"](), machine="H200", date="2026-11-24", source="results/h200.json"
+    )
+    words = "Recorded on H200, 2026-11-24 (results/h200.json); not measured here."
+    assert figure.layout.title.text.startswith("Recorded: ")
+    assert figure.layout.title.subtitle.text.startswith(words)
+    assert words in figures.text_alternative(figure)
+    with pytest.raises(ValueError, match="say all of machine"):
+        figures.recorded(FIGURES["latency"](), machine="H200", date="", source="x")
 
 
 # Machado, Oliveira and Fernandes 2009: what a dichromat sees of a colour (linear RGB, severity 1).

@@ -1,48 +1,44 @@
-"""Execute the notebooks and write them in canonical form: `python -m cpkit.notebook.build`.
+"""Make the notebooks from their sources: `python -m cpkit.notebook.build [01 02 03]`.
 
-Outputs are kept, because pages such as GitHub show them and nbval compares them; what changes from
-run to run without meaning anything (widget state, metadata) is dropped. Cells keep their ids, so a
-diff of two versions shows what has changed and nothing else.
+`notebooks/src/NAME.py` (see `source`) is what is edited; `notebooks/NAME.ipynb` is made of it, run,
+and written in canonical form. Outputs are kept, because pages such as GitHub show them and nbval
+compares them; what changes from run to run without meaning anything is dropped.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from nbclient import NotebookClient
 
+from cpkit.notebook import run, source
 from cpkit.notebook.show import find_browser
 
-MAX_BYTES = 1_000_000
-CELL_TIMEOUT_S = 120
+MAX_BYTES = 1_500_000
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+SOURCES = NOTEBOOKS / "src"
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
 
 
-def execute(path: Path) -> Any:
-    """Run a notebook from top to bottom in a fresh kernel, with workers of its own; returns it."""
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    with tempfile.TemporaryDirectory(prefix="cpkit-build-") as runtime:
-        os.environ.update(JUPYTER_RUNTIME_DIR=runtime, CPKIT_STATIC="1")
-        NotebookClient(
-            notebook,
-            timeout=CELL_TIMEOUT_S,
-            kernel_name="python3",
-            store_widget_state=False,
-            resources={"metadata": {"path": str(path.parent)}},
-        ).execute()
+def build(path: Path) -> Any:
+    """The notebook of a source file, run with its starters in it.
+
+    Raises ValueError when a cell took longer than its budget.
+    """
+    notebook = run.notebook_of(list(source.read(path).rendered()))
+    run.execute(notebook, NOTEBOOKS, {"CPKIT_STATIC": "1"})
+    late = run.over_budget(notebook)
+    if late:
+        raise ValueError(f"{path.name}: {'; '.join(late)}; make it quicker, or set budget_s")
     return notebook
 
 
@@ -69,11 +65,13 @@ def canonical(notebook: Any) -> str:
 
 
 def _canonical_cell(cell: Any) -> dict[str, Any]:
-    tags = sorted(cell.metadata.get("tags", []))
+    kept = {"tags": sorted(cell.metadata.get("tags", []))} if cell.metadata.get("tags") else {}
+    if "budget_s" in cell.metadata:
+        kept["budget_s"] = cell.metadata["budget_s"]
     clean: dict[str, Any] = {
         "id": cell.id,
         "cell_type": cell.cell_type,
-        "metadata": {"tags": tags} if tags else {},
+        "metadata": kept,
         "source": cell.source.strip("\n"),
     }
     if cell.cell_type == "code":
@@ -90,40 +88,55 @@ def _canonical_output(output: Any) -> dict[str, Any]:
     return clean
 
 
-def is_canonical(path: Path) -> bool:
-    """Whether a notebook is byte for byte what `canonical` makes of it."""
+def complaints(path: Path) -> list[str]:
+    """What is wrong with a committed notebook: its form, or that its source says something else."""
     text = path.read_text()
-    return text == canonical(nbformat.reads(text, as_version=4))  # type: ignore[no-untyped-call]
+    notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    if text != canonical(notebook):
+        return [f"{path.name} is not in canonical form: run `make notebooks`"]
+    wanted = run.notebook_of(list(source.read(SOURCES / f"{path.stem}.py").rendered()))
+    if _without_outputs(notebook) != _without_outputs(wanted):
+        return [f"{path.name} is not what its source in src/ says: run `make notebooks`"]
+    return []
+
+
+def _without_outputs(notebook: Any) -> list[tuple[Any, ...]]:
+    return [(c.id, c.cell_type, c.source, dict(c.metadata)) for c in notebook.cells]
 
 
 def check(paths: Sequence[Path]) -> int:
-    """Name the notebooks that are not in canonical form; 1 when there are any."""
-    wrong = [path.name for path in paths if not is_canonical(path)]
-    for name in wrong:
-        sys.stderr.write(f"{name} is not in canonical form: run `make notebooks`\n")
+    """Name what is wrong with committed notebooks; 1 when there is anything."""
+    wrong = [complaint for path in paths for complaint in complaints(path)]
+    sys.stderr.writelines(f"{complaint}\n" for complaint in wrong)
     return int(bool(wrong))
 
 
+def named(numbers: Sequence[str]) -> list[Path]:
+    """The source files whose names begin so; all of them by default."""
+    found = sorted(SOURCES.glob("[0-9]*.py"))
+    return [path for path in found if path.stem.startswith(tuple(numbers or [""]))]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Execute and rewrite the named notebooks; all of them by default."""
+    """Make, run and write the named notebooks; all of them by default."""
     parser = argparse.ArgumentParser(prog="python -m cpkit.notebook.build", description=__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
-    parser.add_argument(
-        "--check", action="store_true", help="run nothing: is their form canonical?"
-    )
+    parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
+    parser.add_argument("--check", action="store_true", help="run nothing: are they as committed?")
     options = parser.parse_args(arguments)
-    chosen = options.notebooks or sorted(NOTEBOOKS.glob("*.ipynb"))
     if options.check:
-        return check(chosen)
+        return check(sorted(NOTEBOOKS.glob("*.ipynb")))
     if find_browser() is None:
         sys.stderr.write("No Chromium here: the notebooks get no static pictures.\n")
         return 1
-    for path in chosen:
+    for path in named(options.notebooks):
         start_s = time.monotonic()
-        text = canonical(execute(path))
-        path.write_text(text)
+        notebook = build(path)
+        text = canonical(notebook)
+        (NOTEBOOKS / f"{path.stem}.ipynb").write_text(text)
+        slowest = sorted(notebook.cells, key=run.seconds, reverse=True)[:3]
+        words = ", ".join(f"{cell.id} {run.seconds(cell):.1f} s" for cell in slowest)
         took_s = time.monotonic() - start_s
-        sys.stdout.write(f"{path.name}: {took_s:.1f} s, {len(text.encode())} bytes\n")
+        sys.stdout.write(f"{path.stem}: {took_s:.1f} s, {len(text.encode())} bytes; {words}\n")
     return 0
 
 

@@ -1,5 +1,6 @@
 """All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
 
+from cpkit.notebook.bars import byte_bars, work_bars
 from cpkit.notebook.charts import latency_bandwidth, stage_split, timeline
 from cpkit.notebook.grids import (
     Line,
@@ -13,19 +14,27 @@ from cpkit.notebook.grids import (
     token_line,
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.memory import memory_map
+from cpkit.notebook.requests import pool_requests
 from cpkit.notebook.show import show
-from cpkit.notebook.style import text_alternative
+from cpkit.notebook.style import recorded, text_alternative
+from cpkit.notebook.timelines import schedule_timeline
 
 __all__ = [
     "Line",
+    "byte_bars",
     "draw_lines",
     "in_words",
     "latency_bandwidth",
+    "memory_map",
     "ownership_strip",
     "pad_rows",
     "padding_grid",
     "pool_fill",
+    "pool_requests",
+    "recorded",
     "rows_of",
+    "schedule_timeline",
     "show",
     "stage_grid",
     "stage_split",
@@ -34,4 +43,5 @@ __all__ = [
     "token_line",
     "waste_map",
     "who_wrote_where",
+    "work_bars",
 ]

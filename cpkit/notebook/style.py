@@ -137,6 +137,22 @@ def finish(
     return figure
 
 
+def recorded(figure: go.Figure, *, machine: str, date: str, source: str) -> go.Figure:
+    """Label a finished figure as recorded elsewhere: in its title, subtitle and text alternative.
+
+    `machine` and `date` say where and when; `source` is the file in benchmarks/results. Raises
+    ValueError where one is missing: a replayed figure that does not say so is a lie.
+    """
+    if not (machine and date and source):
+        raise ValueError(f"say all of machine, date, source; got {machine!r}, {date!r}, {source!r}")
+    words = f"Recorded on {machine}, {date} ({source}); not measured here."
+    title = figure.layout.title
+    title.text = f"Recorded: {title.text}"
+    title.subtitle.text = " ".join([words, title.subtitle.text or ""]).strip()
+    figure.layout.meta = {"alt": f"{words} {figure.layout.meta['alt']}"}
+    return figure
+
+
 def text_alternative(figure: go.Figure) -> str:
     """The figure in words: its title, then what it shows."""
     meta = figure.layout.meta or {}

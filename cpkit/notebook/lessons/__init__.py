@@ -1,0 +1,1 @@
+"""What each notebook asks and checks: one module a notebook."""

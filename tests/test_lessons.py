@@ -1,0 +1,288 @@
+"""The loop of a lesson: predictions, exercises, and the one source of starter and solution."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from cpkit.notebook import glossary, ledger, source, tiers, verdict
+from cpkit.notebook.build import NOTEBOOKS, SOURCES
+from cpkit.notebook.lesson import KEY_VARIABLE, Lesson
+from cpkit.notebook.prediction import Prediction
+from cpkit.notebook.verdict import Score, Wrong
+
+MODULES = {"01": "padding", "02": "symmetric", "03": "performance"}
+LESSONS = {
+    path.stem: importlib.import_module(f"cpkit.notebook.lessons.{MODULES[path.stem[:2]]}").LESSON
+    for path in sorted(SOURCES.glob("*.py"))
+}
+PREDICTIONS = [
+    pytest.param(asked, id=f"{name[:2]}-{key}")
+    for name, lesson in LESSONS.items()
+    for key, asked in lesson.predictions.items()
+]
+
+
+# ------------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("asked", PREDICTIONS)
+def test_a_prediction_has_a_key_that_it_accepts(asked: Prediction) -> None:
+    answer = asked.read(asked.answer)
+    assert asked.is_close(answer, answer)
+    assert asked.question.endswith("?")
+    assert asked.why.endswith((".", "!"))
+
+
+@pytest.mark.parametrize("asked", PREDICTIONS)
+def test_typical_wrong_answers_are_wrong_and_explained(asked: Prediction) -> None:
+    assert asked.wrong, "name at least one typical wrong answer"
+    for wrong in asked.wrong:
+        guess = asked.read(wrong)
+        assert not asked.is_close(guess, asked.read(asked.answer)), wrong
+        assert len(asked.oversight(guess)) > 15, wrong
+
+
+@pytest.fixture
+def lesson(monkeypatch: pytest.MonkeyPatch) -> Lesson:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    made = Lesson("test")
+    made.ask("share", "How much?", answer=0.25, unit="of it", wrong={0.5: "Twice."}, why="So.")
+    made.ask(
+        "order", "Which first?", answer=("a", "b"), choices=("b", "a"), wrong={("b", "a"): "No."},
+        why="A is first.",
+    )  # fmt: skip
+    return made
+
+
+def said(call, *arguments: object) -> str:
+    """What a call showed, in words; it shows the same as a card."""
+    with mock.patch.object(verdict, "display") as display:
+        call(*arguments)
+    ((data,), options) = display.call_args
+    assert display.call_count == 1
+    assert options == {"raw": True}
+    assert data["text/html"].startswith(("<div", "<p>"))
+    return data["text/plain"]
+
+
+def test_an_open_prediction_says_what_to_write_and_keeps_the_answer(lesson: Lesson) -> None:
+    assert said(lesson.predict, "share") == (
+        "○ How much? Write a number (of it) in place of `...`, and run this cell."
+    )
+    assert "an order of ['b', 'a']" in said(lesson.predict, "order", ...)
+    text = said(lesson.reveal, "share", 0.25)
+    assert text.startswith("○ No prediction yet")
+    assert "0.25" not in text
+
+
+def test_a_prediction_is_written_down_and_revealed(lesson: Lesson) -> None:
+    assert said(lesson.predict, "share", 0.5) == "✎ Written down: 0.5 of it."
+    assert said(lesson.reveal, "share", 0.25).split("\n") == [
+        "≠ you said 0.5 of it; it is 0.25 of it (2.00 × the measured)",
+        "Twice.",
+        "So.",
+    ]
+    said(lesson.predict, "order", ["a", "b"])
+    assert said(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
+
+
+def test_a_guess_after_the_reveal_is_shown_as_one(lesson: Lesson) -> None:
+    said(lesson.predict, "share", 0.5)
+    said(lesson.reveal, "share", 0.25)
+    said(lesson.predict, "share", 0.25)
+    assert "0.25 of it (changed after the reveal)" in said(lesson.progress)
+
+
+@pytest.mark.parametrize("guess", ["a lot", True, ["a"]])
+def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
+    assert "is not" in said(lesson.predict, "share", guess)
+    assert "is not an order of b, a" in said(lesson.predict, "order", guess)
+
+
+def test_the_answer_key_stands_in_for_a_learner(
+    lesson: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "1")
+    assert said(lesson.predict, "share", ...) == "✎ Written down: 0.25 of it."
+    assert said(lesson.predict, "share", 0.1) == "✎ Written down: 0.1 of it.", "a guess goes first"
+
+
+def test_an_unknown_key_is_the_authors_error(lesson: Lesson) -> None:
+    with pytest.raises(ValueError, match="asks no 'waste'; its predictions are share, order"):
+        lesson.predict("waste", 1)
+
+
+# --------------------------------------------------------------------------------- exercises
+
+
+def exercise(lesson: Lesson):
+    @lesson.exercise("e1", "double it")
+    def check(double) -> Score:
+        for number in range(3):
+            if double(number) != 2 * number:
+                raise Wrong(f"double({number}) is {double(number)}; wanted {2 * number}")
+        return Score(3, {"kernels": (2, 1)})
+
+    return check
+
+
+def test_a_check_says_passed_with_its_score_or_the_first_fault(lesson: Lesson) -> None:
+    check = exercise(lesson)
+    assert said(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
+    assert "✗" in said(lesson.progress)
+    assert said(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
+    assert "✓ | double it | 3 cases; kernels 2 (reference 1)" in said(lesson.progress)
+
+
+def test_what_a_learner_raises_is_one_line(lesson: Lesson) -> None:
+    def broken(number):
+        return [2 * number][number]
+
+    text = said(exercise(lesson), broken)
+    assert "broken(1) raised IndexError: list index out of range (line " in text
+    assert text.endswith("of the cell: `return [2 * number][number]`)")
+    assert "takes 0 positional" in said(exercise(Lesson("x")), lambda: 1)
+
+
+def test_an_error_of_the_check_itself_is_not_blamed_on_the_learner(lesson: Lesson) -> None:
+    @lesson.exercise("e1", "broken check")
+    def check(attempt) -> Score:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        check(len)
+
+
+# ------------------------------------------------------------------------------------ source
+
+TEXT = '''# %% e1-task [markdown]
+# ### Exercise 1 · Add
+
+# %% e1
+def add(a, b):
+    """Sum."""
+    # >>> your code
+    #: total = 0
+    #: return total
+    return a + b
+    # <<<
+
+# %% e1-check
+check(add)
+
+# %% e1-mutant-minus
+def add(a, b):
+    return a - b
+
+# %% e1-help [markdown]
+# one
+# ---
+# two
+# ---
+# three
+# ---
+# because
+'''
+
+
+def write(tmp_path: Path, text: str = TEXT) -> Path:
+    path = tmp_path / "09_test.py"
+    path.write_text(text)
+    return path
+
+
+def test_one_source_gives_starter_and_solution(tmp_path: Path) -> None:
+    made = source.read(write(tmp_path))
+    starter, solution = (dict(_texts(made, solved)) for solved in (False, True))
+    assert "    total = 0\n    return total\n" in starter["e1"]
+    assert "a + b" not in starter["e1"]
+    assert "    return a + b\n" in solution["e1"]
+    assert starter.keys() == solution.keys() == {"e1-task", "e1", "e1-check", "e1-help"}
+    assert [name for name in starter if starter[name] != solution[name]] == ["e1"]
+    assert starter["e1-help"].count("<details>") == 4, "each hint is folded into the one before"
+    assert "return a + b" in starter["e1-help"]
+    assert "#:" not in starter["e1-help"] + starter["e1"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("# %% e1-mutant-minus", "# %% minus", "exercise e1 needs the cells e1-mutant-NAME"),
+        ("# %% e1-help [markdown]", "# %% helps [markdown]", "exercise e1 needs the cells e1-help"),
+        ("    #: total = 0\n    #: return total\n", "", "needs a starter"),
+        ("    return a + b\n    # <<<", "    # <<<", "a solution"),
+        ("    # <<<", "", "one region from"),
+        ("# two\n# ---\n", "", "three hints and the why"),
+        ("# %% e1-check", "# %% e1", "every cell needs an id of its own"),
+        ("# %% e1-check", "# %%", "every cell needs an id of its own"),
+    ],
+)
+def test_a_source_that_lacks_something_is_refused(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in TEXT
+    with pytest.raises(ValueError, match=message):
+        list(source.read(write(tmp_path, TEXT.replace(old, new))).rendered())
+
+
+def _texts(made: source.Source, solved: bool):
+    return [(cell.id, cell.text) for cell in made.rendered(solved=solved)]
+
+
+# ---------------------------------------------------------------- glossary, tiers and ledger
+
+
+def test_the_glossary_knows_its_words() -> None:
+    table = glossary.expand("before\n{glossary: rank order; token, row}\nafter")
+    assert "| **rank order** | rank 0's rows" in table
+    assert table.endswith("|\nafter")
+    with pytest.raises(ValueError, match="has no \\['warp'\\]"):
+        glossary.expand("{glossary: warp}")
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "name"),
+    [
+        ("cpu", ["cpu", "cpu"], "cpu"),
+        ("cuda", ["cuda:0", "cuda:0"], "one_gpu"),
+        ("cuda", ["cuda:0", "cuda:1"], "gpus"),
+    ],
+)
+def test_the_tier_follows_from_where_the_ranks_are(device, devices, name) -> None:
+    workers = tuple(SimpleNamespace(host="here", device=d) for d in devices)
+    status = SimpleNamespace(
+        world_size=2, device=device, workers=workers, torch_version="2", symmetric_backend="b"
+    )
+    tier = tiers.tier_of(status)
+    assert tier.name == name
+    text = tiers.describe(status)
+    assert all(part in text for lack in tier.lacks for part in (lack.what, lack.why, lack.instead))
+
+
+def test_the_ledger_counts_kernels_and_bytes() -> None:
+    x = torch.zeros(10, 4)
+    with ledger.Ledger() as counted:
+        view = x[2:8].reshape(-1)
+        out = torch.empty(10, 4)
+        assert (counted.kernels, counted.bytes_written) == (0, 0), "views and allocations are free"
+        out[:5].copy_(x[:5])
+        assert (counted.kernels, counted.bytes_written) == (1, 80)
+        torch.cat([x, out])
+    assert (counted.kernels, counted.bytes_written) == (2, 80 + 320)
+    assert counted.passes(x) == 2.5
+    assert view.numel() == 24
+    with ledger.Ledger() as counted:
+        out[torch.tensor([1, 2])] = x[:2]
+    assert (counted.kernels, counted.bytes_written) == (1, 32), "of a scatter, what it puts"
+
+
+def test_every_lesson_belongs_to_a_notebook() -> None:
+    assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == list(LESSONS)
+    for name, lesson in LESSONS.items():
+        assert lesson.name == name
