@@ -64,11 +64,13 @@ class PoolOperation(Operation[Pool, PoolReport]):
         return ""
 
     def _warm_up(self, pool: SymmetricPool) -> str:
-        body, before = self.body, pool.stats().segments
+        body, before = self.body, pool.stats().arena_bytes
         shape, dtype = (body.heads, body.head_dim), DTYPES[body.dtype]
         pool.warm_up(body.max_tokens or 0, shape, dtype, body.tensors)
-        grown = pool.stats().segments - before
-        return f"grew by {grown} segment(s)" if grown else "there was room already"
+        arena_bytes = pool.stats().arena_bytes
+        if arena_bytes == before:
+            return "there was room already"
+        return f"the arena has {arena_bytes} bytes now"
 
     def _allocate(self, pool: SymmetricPool, state: RankState) -> str:
         before = pool.stats().spills
