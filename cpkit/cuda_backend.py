@@ -46,7 +46,7 @@ class CudaSegment:
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
-        self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
+        self.peers = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").to(device)
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of a rank's memory: uint8 `[nbytes]`."""

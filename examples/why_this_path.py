@@ -29,14 +29,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
     dist.init_process_group("gloo")
-    torch.set_default_device(device)
     group = init_context_parallel(dist.get_world_size())
     for title, lines in (
-        ("The seed as merged (#24040): the receive buffer is symmetric", seed(group)),
-        ("Both buffers symmetric (#37337's remedy)", both(group)),
-        ("A receive buffer of another group's pool (#19329)", foreign(group)),
-        ("Receive buffers at different offsets (pytorch#178138)", shifted(group)),
-        ("What this machine's gathers do", gathers(group)),
+        ("The seed as merged (#24040): the receive buffer is symmetric", seed(group, device)),
+        ("Both buffers symmetric (#37337's remedy)", both(group, device)),
+        ("A receive buffer of another group's pool (#19329)", foreign(group, device)),
+        ("Receive buffers at different offsets (pytorch#178138)", shifted(group, device)),
+        ("What this machine's gathers do", gathers(group, device)),
     ):
         said = list(lines)  # collective: every rank makes the lines, and rank 0 prints them
         if group.rank == 0:
@@ -54,43 +53,51 @@ def stories(
         yield transport or "here", explain_path(send, recv, group, transport)
 
 
-def seed(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+def seed(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
     """Buffers as `cp_all_gather_reorganized_into_tensor_kv_cache` makes them."""
-    send = torch.zeros(ROWS, *SHAPE)
+    send = torch.zeros(ROWS, *SHAPE, device=device)
     with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
-        recv = torch.empty(ROWS * group.size, *SHAPE)
+        recv = torch.empty(ROWS * group.size, *SHAPE, device=device)
     return stories(send, recv, group)
 
 
-def both(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+def both(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
     """The shard is padded straight into the pool."""
     with use_symmetric_memory(group):
-        send, recv = torch.empty(ROWS, *SHAPE), torch.empty(ROWS * group.size, *SHAPE)
+        send, recv = (
+            torch.empty(ROWS, *SHAPE, device=device),
+            torch.empty(ROWS * group.size, *SHAPE, device=device),
+        )
     return stories(send, recv, group)
 
 
-def foreign(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+def foreign(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
     """Registered, but with a group of one rank."""
     alone = init_context_parallel(1)
     with use_symmetric_memory(alone):
-        send, recv = torch.empty(ROWS, *SHAPE), torch.empty(ROWS * group.size, *SHAPE)
+        send, recv = (
+            torch.empty(ROWS, *SHAPE, device=device),
+            torch.empty(ROWS * group.size, *SHAPE, device=device),
+        )
     init_context_parallel(group.size)
     return stories(send, recv, group)
 
 
-def shifted(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+def shifted(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
     """Views that begin a row later on rank 0: in the pool, but not at one offset."""
     first = int(group.rank == 0)
     with use_symmetric_memory(group):
-        send = torch.empty(ROWS + 1, *SHAPE)[first : first + ROWS]
-        recv = torch.empty(ROWS * group.size + 1, *SHAPE)[first : first + ROWS * group.size]
+        send = torch.empty(ROWS + 1, *SHAPE, device=device)[first : first + ROWS]
+        recv = torch.empty(ROWS * group.size + 1, *SHAPE, device=device)[
+            first : first + ROWS * group.size
+        ]
     return stories(send, recv, group)
 
 
-def gathers(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+def gathers(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
     """Run each algorithm, and ask which path it took."""
     metadata = prepare_context_parallel_metadata([ROWS * group.size + 1], group.size)
-    mine = shard(torch.zeros(metadata.total_tokens, *SHAPE), metadata, group.rank)
+    mine = shard(torch.zeros(metadata.total_tokens, *SHAPE, device=device), metadata, group.rank)
     for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
         all_gather_kv([mine], metadata, group, algorithm=algorithm)
         report = last_path(group)
