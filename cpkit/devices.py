@@ -48,7 +48,7 @@ def growth_problem(device: str) -> str:
         return ""
     return (
         "a symmetric pool cannot be made or grow while a CUDA graph is captured: call "
-        'symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same gather once, before'
+        'symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same gather once, first'
     )
 
 
