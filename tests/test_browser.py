@@ -25,7 +25,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cpkit.notebook.build import NOTEBOOKS
+from cpkit.notebook import source
+from cpkit.notebook.build import NOTEBOOKS, SOURCES
 from cpkit.notebook.show import find_browser
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -201,6 +202,46 @@ def test_the_slider_changes_the_plot(lab: JupyterLab, page) -> None:
     page.wait_for_function(f"() => {LIVE_PLOT}.data[3].y.length > {len(times) + 3}", timeout=10_000)
     page.locator(".stop").click()
     page.get_by_text("○ stopped").wait_for(timeout=10_000)
+    shut_down_kernel(page)
+
+
+def test_a_learner_predicts_opens_hints_and_solves(lab: JupyterLab, page) -> None:
+    name = "01_padding_and_reorg"
+    run_all(lab, page, name)
+    made = source.read(SOURCES / f"{name}.py")
+    ids = [cell.id for cell in made.rendered()]
+    cells = page.locator(".jp-Notebook .jp-Cell")
+
+    def cell(id_: str):
+        return cells.nth(ids.index(id_))
+
+    def write(id_: str, text: str) -> None:
+        cell(id_).locator(".cm-content").click()
+        page.keyboard.press("Control+a")
+        page.keyboard.insert_text(text)
+        page.keyboard.press("Shift+Enter")
+
+    def run_again(id_: str) -> None:
+        cell(id_).locator(".cm-content").click()
+        page.keyboard.press("Shift+Enter")
+
+    write("waste-predict", 'lesson.predict("waste", 0)')
+    cell("waste-predict").get_by_text("Written down: 0 of all slots.").wait_for(timeout=20_000)
+    run_again("waste-reveal")
+    cell("waste-reveal").get_by_text("you said 0 of all slots; it is 0.08333").wait_for()
+    assert "do not divide evenly" in cell("waste-reveal").inner_text(), "what 0 overlooks"
+
+    assert "not solved yet" in cell("e4-check").inner_text()
+    hints = cell("e4-help").locator("summary")
+    assert [hint.is_visible() for hint in hints.all()] == [True, False, False, False]
+    hints.nth(0).click()
+    assert [hint.is_visible() for hint in hints.all()] == [True, True, False, False]
+    assert not cell("e4-help").locator("code", has_text="torch.cat").first.is_visible()
+    write("e4", made.exercises["e4"].solution)
+    run_again("e4-check")
+    cell("e4-check").get_by_text("Exercise 4, strip the padding: solved").wait_for(timeout=20_000)
+    run_again("progress")
+    cell("progress").get_by_text("1 of 9 predicted, 1 of 8 solved").wait_for(timeout=20_000)
     shut_down_kernel(page)
 
 

@@ -137,7 +137,17 @@ def test_a_check_says_passed_with_its_score_or_the_first_fault(lesson: Lesson) -
     assert said(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
     assert "✗" in said(lesson.progress)
     assert said(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
-    assert "✓ | double it | 3 cases; kernels 2 (reference 1)" in said(lesson.progress)
+    assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in said(lesson.progress)
+
+
+def test_progress_counts_exercises_in_their_order(lesson: Lesson) -> None:
+    for name in ("e10", "e2", "e1"):
+        lesson.exercise(name, f"title of {name}")(lambda: Score(1))
+    lines = said(lesson.progress).split("\n")
+    assert lines[0] == "0 of 2 predicted, 0 of 3 solved"
+    assert [line.split(",")[0] for line in lines[-3:]] == [
+        "○ | Exercise 1", "○ | Exercise 2", "○ | Exercise 10"
+    ]  # fmt: skip
 
 
 def test_what_a_learner_raises_is_one_line(lesson: Lesson) -> None:

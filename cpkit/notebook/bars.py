@@ -80,8 +80,9 @@ def _bar(name: str, x: Sequence[str], y: Sequence[float], color: str) -> go.Bar:
         x=list(x),
         y=list(y),
         text=text,
-        textposition="outside",
-        textfont={"color": style.INK},
+        textposition="inside",
+        insidetextanchor="start",
+        textfont={"color": style.text_color(color)},
         marker={"color": color},
         hovertemplate=f"{name}, %{{x}}: %{{y:,}} keys<extra></extra>",
     )

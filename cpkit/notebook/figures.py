@@ -1,6 +1,6 @@
 """All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
 
-from cpkit.notebook.bars import byte_bars, work_bars
+from cpkit.notebook.bars import bill, byte_bars, work_bars
 from cpkit.notebook.charts import latency_bandwidth, stage_split, timeline
 from cpkit.notebook.grids import (
     Line,
@@ -22,6 +22,7 @@ from cpkit.notebook.timelines import schedule_timeline
 
 __all__ = [
     "Line",
+    "bill",
     "byte_bars",
     "draw_lines",
     "in_words",

@@ -113,12 +113,13 @@ class Lesson:
         """Show every prediction and exercise of this notebook, and how it went."""
         verdict.show_progress(
             [self._prediction_row(key) for key in self.predictions],
-            [(r.title, r.passed, r.score) for r in self._exercises()],
+            [(f"{verdict.label(name)}, {r.title}", r.passed, r.score) for name, r in self._tried()],
         )
 
-    def _exercises(self) -> list[Record]:
-        names = sorted(self.records.keys() - self.predictions.keys(), key=lambda e: (len(e), e))
-        return [self.records[name] for name in names]
+    def _tried(self) -> list[tuple[str, Record]]:
+        """The exercises in the order of their numbers."""
+        mine = [(name, r) for name, r in self.records.items() if name not in self.predictions]
+        return sorted(mine, key=lambda named: int(named[0].removeprefix("e")))
 
     def _prediction_row(self, key: str) -> tuple[str, str, str, bool | None]:
         asked, record = self._prediction(key)

@@ -17,6 +17,7 @@ from cpkit.notebook.prediction import Answer, Prediction
 
 Number = float | int
 _MARKS = {True: "✓", False: "✗", None: "○"}
+_LEFT = "text-align: left"
 _CARD = "border-left: 4px solid {}; padding: 4px 12px; margin: 4px 0; max-width: 56em"
 
 
@@ -120,6 +121,6 @@ def _code(words: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = ["".join(f"<td>{_code(cell)}</td>" for cell in row) for row in rows]
+    top = "".join(f'<th scope="col" style="{_LEFT}">{escape(name)}</th>' for name in head)
+    lines = ["".join(f'<td style="{_LEFT}">{_code(cell)}</td>' for cell in row) for row in rows]
     return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

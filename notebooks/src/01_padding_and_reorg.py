@@ -867,7 +867,10 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 # wire's reads happen in other ranks' memory.
 
 # %% models-text [markdown]
-# Three real models, by the bytes of one token's K and V in one layer (bfloat16). One prompt of 32768 tokens, 4 ranks.
+# Now three real models, by the bytes of one token's K and V in one layer (bfloat16). One prompt of 32767 tokens, 4 ranks.
+
+# %% bill-predict
+lesson.predict("bill", ...)
 
 # %% models
 models = {
@@ -877,6 +880,10 @@ models = {
 }
 long_prompt = prepare_context_parallel_metadata([32767], cp)
 figures.show(figures.byte_bars(long_prompt, models))
+
+# %% bill-reveal
+written = figures.bill(long_prompt, row_bytes=1)
+lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 
 # %% models-text-after [markdown]
 # MLA gathers one latent of 576 elements instead of K and V: a smaller bill of the same shape. Notebook 3 puts times to these
@@ -914,7 +921,9 @@ lesson.progress()
 # - Pad, wire, strip, reorder: four passes over the data. One would do.
 # - Wrong order has the right shape. Check places, not counts.
 #
-# **Five questions.** Answer aloud, then open.
+# ### Five questions
+#
+# Answer aloud, then open.
 #
 # <details><summary>1. Which ranks own the longest work under contiguous, and why not under zigzag?</summary>
 #
@@ -937,7 +946,7 @@ lesson.progress()
 # A stale round (the same data every time), rows that two ranks have alike, and whatever both get wrong.
 # </details>
 #
-# **You can now read**
+# ### You can now read
 #
 # - SGLang `cp_utils.py` up to 0.5.18: `cp_all_gather_reorganized_into_tensor_kv_cache` is stages 1 to 3,
 #   `cp_all_gather_rerange_kv_cache` is all four. In 0.5.23 its heirs are `layers/cp/zigzag.py` (`_all_gather_reorganized`) and
@@ -945,7 +954,9 @@ lesson.progress()
 # - vLLM `reorg_kvcache` in `v1/attention/backends/mla/common.py`: exercises 4 and 5 in a loop over sequences and ranks.
 # - TransformerEngine `AttnFuncWithCPAndKVAllGather`: gather K, gather V, then `index_select`.
 #
-# **An open problem.** vllm#49517, #52863 and #57115 (all open) let every rank store its rows straight into each peer's *paged*
+# ### An open problem
+#
+# vllm#49517, #52863 and #57115 (all open) let every rank store its rows straight into each peer's *paged*
 # cache. What is the permutation then, and who may say that a page is free?
 #
 # Next: `02_symmetric_memory.ipynb`.

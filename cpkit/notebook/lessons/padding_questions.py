@@ -114,3 +114,16 @@ LESSON.ask(
     why="Counting is not placing. vLLM's reorg_kvcache asserts lengths only: with the blocks of "
     "two ranks exchanged it would still pass.",
 )
+LESSON.ask(
+    "bill",
+    "32767 tokens, 4 ranks: padded writes how many times the bytes of direct, on each rank?",
+    answer=3.25,
+    unit="times",
+    close=0.02,
+    wrong={
+        4: "The pad copies only the rank's own shard: a quarter of the rows, not all.",
+        3: "Nearly: wire, strip and reorder. The pad copies the shard once more, a quarter.",
+        1: "Both move the same rows, but padded writes most of them three times.",
+    },
+    why="Pad 1/4, wire 1, strip 1, reorder 1; direct writes each row once, at its final place.",
+)
