@@ -18,6 +18,7 @@ from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import figures, show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.stepper import redraw
 
@@ -77,6 +78,8 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "latency": lambda: figures.latency_bandwidth(sweep_table()),
     "split": lambda: figures.stage_split([sample()]),
     "timeline": lambda: figures.timeline(SPANS, "direct"),
+    "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
+    "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),
 }
 UNITS = {
     "ownership": "token (index in the flattened batch)",
@@ -88,6 +91,8 @@ UNITS = {
     "latency": "busbw (GB/s)",
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
+    "work": "keys looked at",
+    "bytes": "bytes written on each rank (MB, one layer)",
 }
 
 
@@ -136,6 +141,16 @@ def test_a_stage_grid_follows_the_arrays_of_the_stages() -> None:
     text = [t for trace in figure.data for t in trace.text]
     assert sorted(text) == sorted([f"0:{i}" for i in range(13)] + [f"1:{i}" for i in range(9)])
     assert "reorder, on rank 2: rank 0 ×2, rank 1 ×2" in figures.text_alternative(figure)
+
+
+def test_byte_bars_show_what_torch_writes() -> None:
+    figure = figures.byte_bars(LAYOUT, {"m": ROW_BYTES})
+    drawn = {trace.name: trace.x[0] for trace in figure.data}
+    dearest = max((written_bytes(LAYOUT, rank) for rank in range(4)), key=lambda w: sum(w.values()))
+    assert drawn == {stage: written / 1e6 for stage, written in dearest.items()}
+    assert figure.data[1].x[1] == LAYOUT.total_tokens * ROW_BYTES / 1e6, (
+        "direct writes each row once"
+    )
 
 
 def test_many_slots_are_drawn_as_runs() -> None:

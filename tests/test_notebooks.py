@@ -32,7 +32,7 @@ PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 CELL_TIMEOUT_S = 60
 RUN_TIMEOUT_S = 120  # of each of three: together at most six minutes
 EXERCISES = {  # at least
-    "01": 1,
+    "01": 8,
     "02": 0,
     "03": 0,
 }

@@ -1,5 +1,6 @@
 """All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
 
+from cpkit.notebook.bars import byte_bars, work_bars
 from cpkit.notebook.charts import latency_bandwidth, stage_split, timeline
 from cpkit.notebook.grids import (
     Line,
@@ -18,6 +19,7 @@ from cpkit.notebook.style import recorded, text_alternative
 
 __all__ = [
     "Line",
+    "byte_bars",
     "draw_lines",
     "in_words",
     "latency_bandwidth",
@@ -35,4 +37,5 @@ __all__ = [
     "token_line",
     "waste_map",
     "who_wrote_where",
+    "work_bars",
 ]
