@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from cpkit import bench, provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv
-from cpkit.group import CPGroup, init_context_parallel, plain_all_gather
+from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.plain import plain_all_gather
 from cpkit.symm import symmetric_pool
 
 OPPONENTS = ("gloo alone", "memcpy")

@@ -128,6 +128,10 @@ class Ledger:
                 self._note("free", slot)
         self._released &= ~released_everywhere
 
+    def largest_free(self) -> int:
+        """Bytes of the largest block that any segment still has room for."""
+        return max((arena.largest_free() for arena in self.arenas), default=0)
+
     def is_full(self) -> bool:
         """Whether there are as many blocks as the books have room for."""
         return len(self.blocks) >= MAX_BLOCKS
@@ -142,3 +146,14 @@ class Ledger:
 def rounded(nbytes: int) -> int:
     """Bytes that a block of `nbytes` takes."""
     return -(-max(nbytes, 1) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def explain_divergence(recent: list[list[int]]) -> str:
+    """In words: the ranks' books differ; `recent` are the bytes of each rank's latest blocks."""
+    lists = "; ".join(f"rank {rank}: {sizes}" for rank, sizes in enumerate(recent))
+    return (
+        f"the ranks have not made the same symmetric allocations, so an offset would not "
+        f"mean the same block on each of them. Bytes of the latest blocks, {lists}. Every "
+        f"rank has to allocate the same sizes in the same order; derive them from "
+        f"max_rank_len, never from this rank's own rows."
+    )

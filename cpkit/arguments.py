@@ -12,8 +12,10 @@ from functools import lru_cache
 
 import torch
 
-from cpkit.group import CPGroup, describe
+from cpkit.devices import device_problem
+from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
+from cpkit.plain import describe
 
 ALGORITHMS = ("padded", "padded_symm_recv", "padded_symm", "direct")
 _NO_METADATA = (
@@ -42,6 +44,9 @@ def problem(
             f"tensors is {type(tensors).__name__}; it must be a list of at least one tensor, "
             f"for example [k, v]"
         )
+    devices = {str(x.device) for x in tensors if isinstance(x, torch.Tensor)}
+    if len(devices) > 1:
+        return f"tensors are on {', '.join(sorted(devices))}; gather those of one device in a call"
     faults = (
         _rows_problem(x, metadata, group, f"tensors[{number}]") for number, x in enumerate(tensors)
     )
@@ -56,8 +61,9 @@ def _rows_problem(
         return f"{name} is {x!r}; it must be a tensor of this rank's rows"
     if x.layout is not torch.strided:
         return f"{name} has layout {x.layout}; it must be an ordinary strided tensor"
-    if x.device.type != "cpu":
-        return f"{name} is on {x.device}; this build gathers CPU tensors only"
+    wrong_device = device_problem(name, x)
+    if wrong_device:
+        return wrong_device
     if x.ndim < 1 or x.shape[0] != rows:
         return (
             f"{name} is {describe(x)}, and rank {group.rank} holds {rows} rows of this batch "
@@ -101,18 +107,18 @@ def describe_call(
     symmetric: bool,
 ) -> str:
     """An all_gather_kv call in words: equal on all ranks exactly when they may go on together."""
-    rows = tuple((x.shape[1:], x.dtype) for x in tensors)
+    rows = tuple((x.shape[1:], x.dtype, x.device.type) for x in tensors)
     return _describe(rows, metadata, algorithm, symmetric)
 
 
 @lru_cache(maxsize=256)
 def _describe(
-    rows: tuple[tuple[torch.Size, torch.dtype], ...],
+    rows: tuple[tuple[torch.Size, torch.dtype, str], ...],
     metadata: ContextParallelMetadata,
     algorithm: str,
     symmetric: bool,
 ) -> str:
-    shapes = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in rows)
+    shapes = ", ".join(f"{list(shape)} {dtype} {device}" for shape, dtype, device in rows)
     layout = _describe_layout(metadata)
     return f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {shapes})"
 
@@ -122,7 +128,8 @@ def describe_seed(
 ) -> str:
     """A call of the seed's functions in words."""
     return (
-        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype}; "
+        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype} "
+        f"{x.device.type}; "
         f"{total_len=}, {_describe_layout(metadata)}, {symmetric=})"
     )
 

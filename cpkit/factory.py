@@ -1,9 +1,10 @@
 """Redirect torch's factory functions, such as torch.empty, to another allocator.
 
-On CUDA, torch can swap the allocator itself (torch.cuda.MemPool). On CPU it can't, so a torch
-function mode catches the factories by name: it asks torch for the geometry on the meta device, gets
-memory from the given allocator, and fills it as the factory would have done. Results of other
-operations (cat, clone, arithmetic) stay where torch puts them.
+A torch function mode catches the factories by name: it asks torch for the geometry on the meta
+device, gets memory from the given allocator, and fills it as the factory would have done. Results
+of other operations (cat, clone, arithmetic) stay where torch puts them. (On CUDA torch could swap
+the allocator itself, torch.cuda.MemPool; its free lists differ between ranks, pytorch#178138, and
+the books of cpkit.arena do not.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-Allocate = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+Allocate = Callable[[Sequence[int], torch.dtype, str], torch.Tensor]
 
 _UNFILLED = {
     torch.empty,
@@ -30,7 +31,7 @@ FACTORIES = frozenset(_UNFILLED | _ZEROS | _ONES | set(_FULL))
 
 
 class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a with statement
-    """Within it, the factories take their memory from `allocate(shape, dtype)`."""
+    """Within it, the factories take their memory from `allocate(shape, dtype, device type)`."""
 
     def __init__(self, allocate: Allocate) -> None:
         super().__init__()
@@ -44,31 +45,34 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in FACTORIES or kwargs.get("out") is not None or not _on_cpu(args, kwargs):
+        if func not in FACTORIES or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+        device = _device(args, kwargs)
+        if device not in ("cpu", "cuda"):
             return func(*args, **kwargs)
         kept = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         geometry = func(*args, **kept, device="meta")
         if geometry.layout is not torch.strided:
             return func(*args, **kwargs)
-        return self._place(geometry, _fill_value(func, args, kwargs))
+        return self._place(geometry, _fill_value(func, args, kwargs), device)
 
-    def _place(self, geometry: torch.Tensor, fill: Any) -> torch.Tensor:
+    def _place(self, geometry: torch.Tensor, fill: Any, device: str) -> torch.Tensor:
         """Memory for this geometry, dense whatever the strides are."""
         shape, stride = geometry.shape, geometry.stride()
         extent = 0
         if geometry.numel():
             extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        result = self._allocate([extent], geometry.dtype).as_strided(shape, stride)
+        result = self._allocate([extent], geometry.dtype, device).as_strided(shape, stride)
         if fill is not None:
             result.fill_(fill)
         return result.requires_grad_(geometry.requires_grad)
 
 
-def _on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     device = kwargs.get("device")
     if device is None and args and isinstance(args[0], torch.Tensor):
         device = args[0].device
-    return torch.device(device or torch.get_default_device()).type == "cpu"
+    return torch.device(torch.get_default_device() if device is None else device).type
 
 
 def _fill_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,8 @@ result.
     direct            each rank stores its n_r rows at their final place in every peer's [T]
 
 Every call begins with one meeting of the ranks, where they check that all of them pass the same:
-bad arguments raise ValueError on every rank before anything moves.
+bad arguments raise ValueError on every rank before anything moves. CUDA tensors are then gathered
+in stream order, without the host waiting.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import torch
 
 from cpkit import arguments, steps
 from cpkit.arguments import ALGORITHMS
+from cpkit.devices import device_type, on_stream
 from cpkit.group import CPGroup, get_attention_cp_group
+from cpkit.into import agree_on_caches, into_problem
 from cpkit.layout import ContextParallelMetadata
 from cpkit.path import PathReport
+from cpkit.paths import path_of, path_of_result, remember
 from cpkit.pool import SymmetricPool
 from cpkit.stages import keep, stage
-from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool, use_symmetric_memory
+from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool
 
 __all__ = [
     "ALGORITHMS",
@@ -34,6 +38,7 @@ __all__ = [
     "cp_all_gather_reorganized_into_tensor_kv_cache",
     "cp_all_gather_rerange_kv_cache",
     "last_path",
+    "path_of_result",
 ]
 
 
@@ -43,46 +48,58 @@ def all_gather_kv(
     group: CPGroup,
     *,
     algorithm: str = "direct",
-    stream: torch.cuda.Stream | None = None,  # noqa: ARG001 - CPU tensors have none
+    stream: torch.cuda.Stream | None = None,
+    into: Sequence[torch.Tensor] | None = None,
+    slots: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Gather K, V and whatever else in one call: from `[rows, …]` each to `[total_tokens, …]`,
     token order.
 
     Collective over the group. `tensors` are this rank's rows (`layout.shard`), of any dtype,
-    trailing shape and stride. `direct` returns tensors in the group's symmetric pool: they are
-    yours as long as you hold them, and their bytes are reused only after every rank has dropped
-    them. The other algorithms return ordinary tensors. Where symmetric memory can't be used (the
-    group spans machines, or `is_allocation_symmetric()` is false) all algorithms do what `padded`
-    does, and `last_path` says so.
+    trailing shape and stride, all on the CPU or all on this rank's GPU. `direct` returns tensors in
+    the group's symmetric pool: they are yours as long as you hold them, and their bytes are reused
+    only after every rank has dropped them. The other algorithms return ordinary tensors. Where
+    symmetric memory can't be used (the group spans machines, or `is_allocation_symmetric()` is
+    false) all algorithms do what `padded` does, and `last_path` says so.
+
+    On CUDA the gather runs on `stream` (default: the current one) after what the current stream has
+    been given so far; make the stream that reads the results wait for it.
+
+    `into` and `slots` put the rows into a paged KV cache instead: one cache `[slots, …]` a tensor,
+    and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks, -1 for a
+    token that is not stored. `direct` stores straight into every rank's cache, which has to be in
+    the pool for that; the others gather, then scatter. Returns `into`. Source: SGLang's
+    `cp_allgather_and_save_kv_cache`.
 
     Raises ValueError on every rank, before anything moves, when one of them passes an unknown
-    algorithm, wrong rows, or other shapes, dtypes or lengths than its peers.
+    algorithm, wrong rows or caches, or other shapes, dtypes, lengths or slots than its peers.
 
         rank 0 of 2, lengths [8], zigzag:  k[0 1 6 7]  →  k[0 1 2 3 4 5 6 7]
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
+    problem = problem or into_problem(tensors, metadata, into, slots)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
-    pool = _enter(group, call, problem, symmetric)
-    rows = [steps.as_rows(x) for x in tensors]
-    keep("shard", rows[0])
-    if algorithm == "direct" and pool:
-        gathered = _direct(rows, metadata, pool)
-    else:
-        rank_order = _gather_rank_order(
-            rows,
-            metadata.per_rank_actual_token,
-            metadata.max_rank_len[0],
-            group,
-            pool if algorithm != "padded" else None,
-            symmetric_send=algorithm == "padded_symm" and pool is not None,
-        )
-        with stage("reorder"):
-            gathered = [steps.reorder_tokens(x, metadata) for x in rank_order]
-        keep("reorder", gathered[0])
-    group.last_path = _path_of(algorithm, group)
-    return [steps.from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
+    with on_stream(stream, *(tensors if not problem else ())):
+        device = "cpu" if problem else device_type(tensors[0])
+        pool = enter(group, call, problem, symmetric, device)
+        rows = [steps.as_rows(x) for x in tensors]
+        keep("shard", rows[0])
+        if into is not None:
+            agree_on_caches(into, slots, group, pool if algorithm == "direct" else None)
+        if algorithm == "direct" and pool:
+            gathered = _direct(rows, metadata, pool, into, slots)
+        else:
+            gathered = _padded(rows, metadata, group, pool, algorithm)
+            if into is not None and slots is not None:
+                with stage("scatter"):
+                    steps.scatter_into([steps.as_rows(x) for x in into], gathered, slots)
+    path = path_of(algorithm, group, rows[0].device)
+    if into is not None:
+        return remember(group, path, list(into))
+    results = [steps.from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
+    return remember(group, path, results)
 
 
 def cp_all_gather_reorganized_into_tensor_kv_cache(
@@ -90,7 +107,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     total_len: int,
     cp_size: int,
     forward_batch: Any,
-    stream: torch.cuda.Stream | None = None,  # noqa: ARG001 - CPU tensors have none
+    stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
     """The seed: gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped.
 
@@ -106,19 +123,16 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     call = (
         arguments.describe_seed(input_tensor, total_len, metadata, symmetric) if not problem else ""
     )
-    pool = _enter(group, call, problem, symmetric)
-    rows = steps.as_rows(input_tensor)
-    keep("shard", rows)
-    rank_order = _gather_rank_order(
-        [rows],
-        metadata.per_rank_actual_token,
-        -(-total_len // cp_size),
-        group,
-        pool,
-        symmetric_send=False,
-    )
-    group.last_path = _path_of("padded_symm_recv", group)
-    return steps.from_rows(rank_order[0], input_tensor)
+    with on_stream(stream, *([input_tensor] if not problem else ())):
+        pool = enter(group, call, problem, symmetric, device_type(input_tensor))
+        rows = steps.as_rows(input_tensor)
+        keep("shard", rows)
+        max_len = -(-total_len // cp_size)
+        rank_order = _gather_rank_order(
+            [rows], metadata.per_rank_actual_token, max_len, group, pool, "padded_symm_recv"
+        )
+    path = path_of("padded_symm_recv", group, rows.device)
+    return remember(group, path, [steps.from_rows(rank_order[0], input_tensor)])[0]
 
 
 def cp_all_gather_rerange_kv_cache(
@@ -135,10 +149,12 @@ def cp_all_gather_rerange_kv_cache(
     rank_order = cp_all_gather_reorganized_into_tensor_kv_cache(
         input_tensor, total_len, cp_size, forward_batch, stream
     )
-    with stage("reorder"):
+    with stage("reorder"), on_stream(stream, rank_order):
         rows = steps.reorder_tokens(steps.as_rows(rank_order), forward_batch.attn_cp_metadata)
     keep("reorder", rows)
-    return steps.from_rows(rows, input_tensor)
+    group = get_attention_cp_group()
+    assert group.last_path is not None
+    return remember(group, group.last_path, [steps.from_rows(rows, input_tensor)])[0]
 
 
 def last_path(group: CPGroup) -> PathReport | None:
@@ -150,7 +166,11 @@ def last_path(group: CPGroup) -> PathReport | None:
 
 
 def _direct(
-    rows: list[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool
+    rows: list[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    into: Sequence[torch.Tensor] | None,
+    slots: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """One pass over the wire; the meeting before it and the barrier after it make it safe.
 
@@ -158,16 +178,36 @@ def _direct(
     rank 1   meet │ store into 1, into 0 │ barrier │ read
                   ↑ outputs are free       ↑ all rows have landed
     """
-    with stage("allocate"), use_symmetric_memory(pool.group):
-        outputs = [torch.empty(metadata.total_tokens, x.shape[1], dtype=x.dtype) for x in rows]
-    with stage("wire"):
-        for x, output in zip(rows, outputs, strict=True):
-            if output.numel():
-                steps.push_rows(x, output, metadata, pool)
-    with stage("exit"):
-        pool.group.barrier()
+    with stage("allocate"):
+        if into is not None:
+            outputs = [steps.as_rows(cache) for cache in into]
+        else:
+            outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+    if pool.device.type == "cuda":
+        from cpkit.cuda_push import push_all
+
+        with stage("wire"):
+            push_all(rows, outputs, metadata, pool, slots)
+    else:
+        steps.push_all_reference(rows, outputs, metadata, pool, slots)
     keep("wire", outputs[0])
     return outputs
+
+
+def _padded(
+    rows: list[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    pool: SymmetricPool | None,
+    algorithm: str,
+) -> list[torch.Tensor]:
+    """Rank order, then token order."""
+    counts, max_len = metadata.per_rank_actual_token, metadata.max_rank_len[0]
+    rank_order = _gather_rank_order(rows, counts, max_len, group, pool, algorithm)
+    with stage("reorder"):
+        gathered = [steps.reorder_tokens(x, metadata) for x in rank_order]
+    keep("reorder", gathered[0])
+    return gathered
 
 
 def _gather_rank_order(
@@ -176,18 +216,14 @@ def _gather_rank_order(
     max_len: int,
     group: CPGroup,
     pool: SymmetricPool | None,
-    *,
-    symmetric_send: bool,
+    algorithm: str,
 ) -> list[torch.Tensor]:
     """Pad, wire, strip: all tensors cross the wire before the one exit barrier."""
     with stage("pad"):
+        symmetric_send = algorithm == "padded_symm" and pool is not None
         shards = [steps.pad_rows(x, max_len, group, symmetric=symmetric_send) for x in rows]
     keep("pad", shards[0])
-    with stage("wire"):
-        gathered = [steps.gather_shards(shard, group, pool) for shard in shards]
-    if pool:
-        with stage("exit"):
-            group.barrier()
+    gathered = steps.gather_all(shards, group, pool, in_pool=algorithm != "padded")
     keep("wire", gathered[0])
     with stage("strip"):
         stripped = [steps.strip_padding(x, rows_per_rank) for x in gathered]
@@ -198,44 +234,11 @@ def _gather_rank_order(
 # ---------------------------------------------------------- agreeing before data moves
 
 
-def _enter(group: CPGroup, call: str, problem: str, symmetric: bool) -> SymmetricPool | None:
+def enter(
+    group: CPGroup, call: str, problem: str, symmetric: bool, device: str
+) -> SymmetricPool | None:
     """Meet all ranks; the group's pool afterwards, when the gather may use it."""
     with stage("agree"):
-        if group.transport:
-            group.transport.meet(call, problem)
-        else:
-            group.meet(call, problem)
-        return symmetric_pool(group) if symmetric else None
-
-
-def _path_of(algorithm: str, group: CPGroup) -> PathReport:
-    """What a gather by this algorithm just did here."""
-    ordinary = "ordinary memory"
-    if group.spans_hosts:
-        reason = f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"
-    elif not is_allocation_symmetric():
-        reason = "is_allocation_symmetric() is false: this batch differs between ranks"
-    elif algorithm == "padded":
-        reason = "algorithm 'padded' uses ordinary memory and the collective of torch.distributed"
-    else:
-        return PathReport("symmetric", *_SYMMETRIC_PATHS[algorithm])
-    return PathReport("fallback", reason, ordinary, ordinary)
-
-
-_SYMMETRIC_PATHS = {
-    "padded_symm_recv": (
-        "each rank stored its shard, padded in ordinary memory, into every peer's receive buffer",
-        "ordinary memory",
-        "in the pool",
-    ),
-    "padded_symm": (
-        "each rank stored its padded shard into every peer's receive buffer",
-        "in the pool",
-        "in the pool",
-    ),
-    "direct": (
-        "each rank stored its rows at their final place in every peer's output",
-        "ordinary memory (read in place)",
-        "in the pool",
-    ),
-}
+        transport = group.transports.get(device)
+        (transport or group).meet(call, problem)
+        return symmetric_pool(group, device) if symmetric else None

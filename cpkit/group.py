@@ -18,9 +18,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cpkit.board import NOTE_BYTES, Board
+from cpkit.board import Board
+from cpkit.devices import device_type, on_stream
 from cpkit.notes import explain_disagreement, pack_note
 from cpkit.path import PathReport
+from cpkit.plain import describe, exchange_over, gather_problem, plain_all_gather
 from cpkit.rendezvous import Rendezvous, deadline_s
 from cpkit.shm import shm_dir
 
@@ -41,7 +43,12 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class CPGroup:
-    """One context-parallel group, seen from one of its ranks."""
+    """One context-parallel group, seen from one of its ranks.
+
+    `ranks_on_gpu` counts the ranks of the whole job whose GPU is this rank's (0 without one);
+    `shares_gpu` says that two ranks of the group have the same one, which NCCL refuses.
+    `transports` are the group's symmetric pools, by device type.
+    """
 
     rank: int
     size: int
@@ -51,7 +58,10 @@ class CPGroup:
     process_group: dist.ProcessGroup
     rendezvous: Rendezvous
     board: Board | None
-    transport: Transport | None = field(default=None, repr=False)
+    ranks_on_gpu: int = 0
+    shares_gpu: bool = False
+    has_nccl: bool = False
+    transports: dict[str, Transport] = field(default_factory=dict, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
 
     def barrier(self) -> None:
@@ -65,7 +75,7 @@ class CPGroup:
         """Everybody's note (at most NOTE_BYTES bytes), by rank; also a barrier."""
         if self.board:
             return self.board.exchange(note)
-        return _exchange_over(self.process_group, note, self.size)
+        return exchange_over(self.process_group, note, self.size)
 
     def meet(self, call: str, problem: str = "", extra: bytes = b"") -> list[bytes]:
         """Synchronize before a collective; returns everybody's `extra`.
@@ -90,12 +100,16 @@ class CPGroup:
     ) -> None:
         """Gather equal shards into `output`: `[size · rows, …]` from `[rows, …]` on each rank.
 
-        Complete on return for CPU tensors; `stream` is for CUDA tensors. Raises ValueError on every
-        rank when shapes or dtypes do not fit. Source: SGLang's GroupCoordinator, same name.
+        Complete on return for CPU tensors. CUDA tensors are gathered on `stream` (default: the
+        current one), which first waits for the current stream; wait for it before reading. Raises
+        ValueError on every rank when shapes or dtypes do not fit. Source: SGLang's
+        GroupCoordinator, same name.
         """
-        if self.transport:
-            self.transport.all_gather_into_tensor(output, input)
-        else:
+        with on_stream(stream, input):
+            transport = self.transports.get(device_type(input))
+            if transport:
+                transport.all_gather_into_tensor(output, input)
+                return
             problem = gather_problem(output, input, self.size)
             self.meet("" if problem else f"gather {describe(output, input)}", problem)
             plain_all_gather(output, input, self)
@@ -137,67 +151,9 @@ def forget_groups() -> None:
     _generation += 1
     if _state:
         for group in _state.groups.values():
-            group.transport = None
+            group.transports.clear()
             dist.destroy_process_group(group.process_group)
     _state = None
-
-
-# ------------------------------------------------------- the plain collective
-
-
-def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
-    """Why `output` can't take `size` shards like `input`; empty when it can."""
-    for name, x in (("output", output), ("input", input)):
-        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
-            return f"{name} is {type(x).__name__}; it must be an ordinary strided tensor"
-    want = [input.shape[0] * size, *input.shape[1:]] if input.ndim else None
-    if input.ndim < 1 or list(output.shape) != want or output.dtype != input.dtype:
-        return (
-            f"cannot gather {size} shards of {describe(input)} into {describe(output)}: "
-            f"output must be {want} of the same dtype"
-        )
-    if not output.is_contiguous():
-        return f"output {describe(output)} must be contiguous; make it with torch.empty"
-    return ""
-
-
-def flat_bytes(x: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor in one dimension; a view of it where it is contiguous."""
-    dense = x.detach().resolve_conj().resolve_neg().contiguous()
-    # One element counts as contiguous whatever its stride is; here it must be 1.
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-
-
-def describe(*tensors: torch.Tensor) -> str:
-    """Shapes and dtypes in words: `[8, 128] bfloat16`."""
-    return " <- ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-
-
-def plain_all_gather(output: torch.Tensor, input: torch.Tensor, group: CPGroup) -> None:
-    """The collective of torch.distributed, on bytes: not every dtype is known to every backend."""
-    if output.numel() == 0:
-        return
-    out, shard = (flat_bytes(t) for t in (output, input))
-    _all_gather_single(out, shard, group.process_group)
-
-
-def _all_gather_single(
-    output: torch.Tensor, input: torch.Tensor, process_group: dist.ProcessGroup
-) -> None:
-    # torch 2.13 renamed the collective and deprecates the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, input, group=process_group)
-
-
-def _exchange_over(process_group: dist.ProcessGroup, note: bytes, size: int) -> list[bytes]:
-    """The board's exchange for ranks without one: notes of one fixed size, through the backend."""
-    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8)
-    data = len(note).to_bytes(8, "little") + note
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    everybody = torch.empty(size * len(mine), dtype=torch.uint8)
-    _all_gather_single(everybody, mine, process_group)
-    pages = [bytes(page.numpy()) for page in everybody.view(size, -1)]
-    return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]
 
 
 # ------------------------------------------------------------------------ the world
@@ -208,6 +164,7 @@ class _World:
     rank: int
     size: int
     hosts: list[str]
+    gpus: list[str]
     store: dist.Store
     rendezvous: Rendezvous
     board: Board | None
@@ -233,9 +190,10 @@ def _world() -> _World:
     if _state is None or _state.store is not store:
         rank, size = dist.get_rank(), dist.get_world_size()
         meeting = Rendezvous(store, f"world{_generation}", rank, size)
-        hosts = [name.decode() for name in meeting.exchange(host_id().encode(), "find each other")]
+        answers = meeting.exchange(f"{host_id()}\n{gpu_id()}".encode(), "find each other")
+        hosts, gpus = zip(*(answer.decode().split("\n") for answer in answers), strict=True)
         board = Board(meeting, "make the world's board") if len(set(hosts)) == 1 else None
-        _state = _World(rank, size, hosts, store, meeting, board)
+        _state = _World(rank, size, list(hosts), list(gpus), store, meeting, board)
     return _state
 
 
@@ -248,6 +206,15 @@ def host_id() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else platform.node()
     return os.environ.get("CPKIT_HOST_ID") or f"{machine}/{shm_dir().stat().st_dev}"
+
+
+def gpu_id() -> str:
+    """The GPU that is this process's current device, whatever number it has here; "" without
+    one.
+    """
+    if not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def _agree_on_size(world: _World, cp_size: int) -> None:
@@ -268,13 +235,39 @@ def _agree_on_size(world: _World, cp_size: int) -> None:
 
 def _make_group(world: _World, cp_size: int) -> CPGroup:
     everybody = [tuple(range(first, first + cp_size)) for first in range(0, world.size, cp_size)]
+    crowded = [len({world.gpus[r] for r in ranks}) < cp_size for ranks in everybody]
+    # One answer for all groups, since making a group is collective over the world.
+    has_nccl = _nccl_is_possible(world, any(crowded))
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     made = [
-        dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=deadline_s()))
+        dist.new_group(list(ranks), backend=backend, timeout=timedelta(seconds=deadline_s()))
         for ranks in everybody
     ]
     index, rank = divmod(world.rank, cp_size)
     ranks = everybody[index]
+    gpu = world.gpus[world.rank]
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
     meeting = Rendezvous(world.store, f"cp{cp_size}.{index}.{_generation}", rank, cp_size)
     board = None if spans_hosts else Board(meeting, f"make the board of cp_size {cp_size}")
-    return CPGroup(rank, cp_size, ranks, index, spans_hosts, made[index], meeting, board)
+    return CPGroup(
+        rank,
+        cp_size,
+        ranks,
+        index,
+        spans_hosts,
+        made[index],
+        meeting,
+        board,
+        ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
+        shares_gpu=bool(gpu) and crowded[index],
+        has_nccl=has_nccl,
+    )
+
+
+def _nccl_is_possible(world: _World, crowded: bool) -> bool:
+    """NCCL takes one rank a GPU. `CPKIT_NCCL=1` uses it all the same (with a NCCL_HOSTID a
+    rank).
+    """
+    if not all(world.gpus) or not dist.is_nccl_available():
+        return False
+    return not crowded or os.environ.get("CPKIT_NCCL") == "1"

@@ -1,83 +1,77 @@
-"""The symmetric pool of a group on one machine: an arena of POSIX shared memory.
+"""The symmetric pool of a group: an arena that every rank allocated alike, and the books over it.
 
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
 collective, counted and timed. `meet()` is the one synchronization before data moves: there the
 ranks check that they are in the same call with the same books, and agree on which blocks are free
-again.
+again. What kind of memory it is, the pool does not know: see cpkit.backend.
+
+On CUDA, blocks are reused in stream order: use one stream for a group's gathers and what reads
+their results, or make the others wait. What is allocated while a graph is captured stays allocated,
+since its replays write there.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import time
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from cpkit.arena import MAX_BLOCKS, Block, Ledger, rounded
-from cpkit.group import (
-    CPGroup,
-    describe,
-    gather_problem,
-    plain_all_gather,
-)
-from cpkit.path import PathReport, Place, Where, decide
+from cpkit.arena import MAX_BLOCKS, Block, Ledger, explain_divergence, rounded
+from cpkit.backend import Backend, Segment, make_backend
+from cpkit.devices import growth_problem, is_capturing
+from cpkit.group import CPGroup
+from cpkit.offers import SymmetricMemoryError
+from cpkit.path import PathReport, Place, decide
+from cpkit.plain import describe, gather_problem, plain_all_gather
+from cpkit.pool_history import PoolHistory, PoolStatistics
 from cpkit.prealloc import agree_on_prealloc
 from cpkit.provenance import POISON_BYTE
-from cpkit.shm import Segment, SymmetricMemoryError, make_segment
 from cpkit.stages import stage
+from cpkit.where import place_of, register
 
 _SPILL_GRANULE_BYTES = 2 << 20
 _MASK_BYTES = MAX_BLOCKS // 8
 _BOOKS_BYTES = _MASK_BYTES + 4
-_pools: weakref.WeakSet[SymmetricPool] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class PoolStatistics:
-    """One rank's pool; bytes are bytes of this rank's own segments."""
-
-    segments: int
-    arena_bytes: int
-    spill_bytes: int
-    used_bytes: int
-    peak_bytes: int
-    live_blocks: int
-    spills: int
-    registrations: int
-    registering_ms: float
 
 
 class SymmetricPool:
-    """The symmetric memory of one group on the ranks of one machine; becomes the group's pool.
+    """The symmetric memory of one group on one kind of device; becomes the group's pool there.
 
-    `prealloc` is the arena in bytes; by default a fraction of the free shared memory, at most 64
-    MiB, or `CPKIT_SYMM_PREALLOC_GB`. Making a pool is collective. Raises SymmetricMemoryError on
-    every rank when shared memory is full, ValueError for a group that spans machines or a size
-    below 1.
+    `prealloc` is the arena in bytes; by default `CPKIT_SYMM_PREALLOC_GB`, else 4 GiB on CUDA (at
+    most an eighth of the free memory for each rank of the GPU) and 64 MiB on the CPU (at most an
+    eighth of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
+    Making a pool is collective. Raises SymmetricMemoryError on every rank when there is no room,
+    ValueError for a group that spans machines or a size below 1.
     """
 
-    def __init__(self, group: CPGroup, prealloc: int | None = None) -> None:
+    def __init__(
+        self, group: CPGroup, prealloc: int | None = None, device: str | None = None
+    ) -> None:
         if group.spans_hosts:
             raise ValueError(
                 f"group {group.ranks} spans machines, which cannot share memory: its gathers "
                 f"go through torch.distributed. For symmetric memory use a cp_size that fits on "
                 f"one machine."
             )
+        kind = device or torch.get_default_device().type
+        group.meet(f"make a symmetric pool on {kind}", growth_problem(kind))
         self.group = group
+        old = group.transports.get(kind)
+        kept = old.backend if isinstance(old, SymmetricPool) else None
+        self.backend: Backend = kept or make_backend(group, kind)
+        self.device = self.backend.device
         self._ledger = Ledger()
         self._segments: list[Segment] = []
-        self._bases: list[int] = []
-        self._spills = 0
-        self._registering_s = 0.0
-        self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc)
+        self._history = PoolHistory()
+        self._captured: list[torch.Tensor] = []
+        offer = self.backend.default_prealloc() if prealloc is None else 0
+        self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc, offer)
         self._grow(self._arena_bytes, "preallocate the symmetric pool")
-        _pools.add(self)
-        group.transport = self
+        register(self)
+        group.transports[self.device.type] = self
 
     # -------------------------------------------------------------------- allocation
 
@@ -89,14 +83,17 @@ class SymmetricPool:
         """
         count = math.prod(shape)
         if count == 0:
-            return torch.empty(0, dtype=dtype).view(tuple(shape))
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
         block = self._ledger.place(nbytes) or self._place_after_meeting(nbytes)
-        own = self._segments[block.segment].maps[self.group.rank]
-        # The tensor's storage keeps this view alive; when the view goes, the last tensor has gone.
-        memory = memoryview(own)[block.offset : block.offset + nbytes]
-        weakref.finalize(memory, self._ledger.release, block.slot).atexit = False
-        return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
+        self._history.note(self._ledger)
+        ledger, slot = self._ledger, block.slot
+        memory = self._segments[block.segment].block(
+            block.offset, nbytes, lambda: ledger.release(slot)
+        )
+        if is_capturing(self.device.type):
+            self._captured.append(memory)
+        return memory.view(dtype).view(tuple(shape))
 
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """The same tensor in a peer's memory. Raises ValueError for one not from this pool."""
@@ -107,21 +104,29 @@ class SymmetricPool:
                 f"inside `with use_symmetric_memory(group)`"
             )
         segment, offset = place
-        memory = self._segments[segment].maps[rank]
-        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return flat.view(tensor.shape)
+        nbytes = tensor.numel() * tensor.element_size()
+        memory = self._segments[segment].view(rank, offset, nbytes)
+        return memory.view(tensor.dtype).view(tensor.shape)
 
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """(segment, byte offset) of a tensor's first element, or None when it lives elsewhere."""
         address = tensor.data_ptr()
-        for number, (base, segment) in enumerate(zip(self._bases, self._segments, strict=True)):
-            if base <= address < base + segment.nbytes:
-                return number, address - base
+        for number, segment in enumerate(self._segments):
+            offset = address - segment.addresses[self.group.rank]
+            if 0 <= offset < segment.nbytes:
+                return number, offset
         return None
+
+    def segment(self, number: int) -> Segment:
+        """One of the pool's segments; the first one is the arena."""
+        return self._segments[number]
 
     def _place_after_meeting(self, nbytes: int) -> Block:
         """No room: free what all ranks have dropped; spill when that is not enough."""
-        self.meet(f"allocate {nbytes} symmetric bytes (no room in the pool)")
+        self.meet(
+            f"allocate {nbytes} symmetric bytes (no room in the pool)",
+            growth_problem(self.device.type),
+        )
         block = self._ledger.place(nbytes)
         if self._ledger.is_full():
             raise ValueError(
@@ -129,18 +134,21 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
-            self._spills += 1
+            self._history.spilled(
+                self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            )
             block = self._ledger.place(nbytes)
         return block
 
-    def _grow(self, nbytes: int, purpose: str) -> None:
+    def _grow(self, nbytes: int, purpose: str) -> float:
+        """Make one more segment, together; the milliseconds that it took."""
         start = time.perf_counter()
-        segment = make_segment(self.group.rendezvous, nbytes, purpose)
-        self._segments.append(segment)
-        self._bases.append(_address(segment.maps[self.group.rank]))
+        self._segments.append(self.backend.make_segment(nbytes, purpose))
         self._ledger.add_segment(nbytes)
-        self._registering_s += time.perf_counter() - start
+        took_ms = (time.perf_counter() - start) * 1e3
+        self._history.registered(took_ms)
+        self._history.note(self._ledger)
+        return took_ms
 
     # ------------------------------------------------------------------ collectives
 
@@ -148,8 +156,10 @@ class SymmetricPool:
         """Synchronize before a collective; returns everybody's `extra`.
 
         Raises on every rank: ValueError when one has a problem or is in another call,
-        SymmetricMemoryError when they have not allocated the same.
+        SymmetricMemoryError when they have not allocated the same, BarrierTimeout when a rank does
+        not come.
         """
+        self.backend.check()
         books = self._ledger.released().to_bytes(_MASK_BYTES, "little")
         books += self._ledger.digest.to_bytes(4, "little")
         answers = self.group.meet(call, problem, books + extra)
@@ -160,6 +170,7 @@ class SymmetricPool:
             released_everywhere &= int.from_bytes(answer[:_MASK_BYTES], "little")
         if released_everywhere:
             self._ledger.settle(released_everywhere)
+            self._history.note(self._ledger)
         return [answer[_BOOKS_BYTES:] for answer in answers]
 
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
@@ -168,25 +179,34 @@ class SymmetricPool:
         if not problem:
             output, input = output.detach(), input.detach().resolve_conj().resolve_neg()
         call = "" if problem else f"gather {describe(output, input)}"
-        place = Place(locate(input, self.group), locate(output, self.group))
         with stage("agree"):
-            notes = self.meet(call, problem, msgspec.msgpack.encode(place))
-        places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
-        path = decide(places, self.group.rank)
+            path = self.agree_on_path(call, problem, input, output)
         with stage("wire"):
             self._move(path, output, input)
         self.group.last_path = path
 
+    def agree_on_path(
+        self, call: str, problem: str, send: torch.Tensor, recv: torch.Tensor, transport: str = ""
+    ) -> PathReport:
+        """Meet, and hear where everybody's buffers are. Raises as `meet` does. Collective."""
+        place = place_of(send, recv, self.group)
+        notes = self.meet(call, problem, msgspec.msgpack.encode(place))
+        places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
+        return decide(places, self.group.rank, transport or self.backend.transport())
+
     def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Move shards that all ranks have agreed on; complete on return."""
-        if path.path == "fallback":
+        """Move shards that all ranks have agreed on; complete on return, on CUDA in stream
+        order.
+        """
+        if path.path == "fallback" or self.backend.transport().startswith("nccl"):
             plain_all_gather(output, input, self.group)
             return
+        self.backend.enter()
         if path.path == "symmetric":
             self.push_shard(output, input)
         else:
-            self._pull_shards(output, input)
-        self.group.barrier()
+            self.pull_shards(output, input)
+        self.backend.leave()
 
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
         """Store this rank's shard into its place of every peer's symmetric output. Not
@@ -198,7 +218,8 @@ class SymmetricPool:
         for peer in ((rank + step) % size for step in range(size) if shard.numel()):
             self.peer_view(output, peer)[rank * rows : (rank + 1) * rows].copy_(shard)
 
-    def _pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+    def pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+        """Load every peer's symmetric shard into an output of any kind. Not synchronized."""
         rank, size, rows = self.group.rank, self.group.size, shard.shape[0]
         for peer in ((rank + step) % size for step in range(size) if shard.numel()):
             output[peer * rows : (peer + 1) * rows].copy_(self.peer_view(shard, peer))
@@ -207,13 +228,7 @@ class SymmetricPool:
         """Say on every rank what each of them allocated last."""
         said = self.group.exchange(msgspec.msgpack.encode(list(self._ledger.recent)))
         recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in said]
-        lists = "; ".join(f"rank {rank}: {sizes}" for rank, sizes in enumerate(recent))
-        raise SymmetricMemoryError(
-            f"the ranks have not made the same symmetric allocations, so an offset would not "
-            f"mean the same block on each of them. Bytes of the latest blocks, {lists}. Every "
-            f"rank has to allocate the same sizes in the same order; derive them from "
-            f"max_rank_len, never from this rank's own rows."
-        )
+        raise SymmetricMemoryError(explain_divergence(recent))
 
     # ------------------------------------------------------------------------- life
 
@@ -222,7 +237,7 @@ class SymmetricPool:
 
         Tensors of the old pool stay valid until they are dropped, but are ordinary to this group.
         """
-        return SymmetricPool(self.group, prealloc)
+        return SymmetricPool(self.group, prealloc, self.device.type)
 
     def warm_up(
         self,
@@ -249,52 +264,32 @@ class SymmetricPool:
         padded_rows = -(-max_tokens // self.group.size) + 2 * sequences
         recv_bytes = rounded(padded_rows * self.group.size * row_bytes)
         needed = 2 * tensors * (recv_bytes + rounded(padded_rows * row_bytes))
-        if max(arena.largest_free() for arena in self._ledger.arenas) < needed:
-            self._grow(needed, f"warm the symmetric pool up for {max_tokens} tokens")
+        if self._ledger.largest_free() < needed:
+            self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
+
+    def _make_room(self, needed: int, purpose: str) -> None:
+        """One arena if possible: while nobody holds a block, a larger one takes the place of
+        all.
+        """
+        if self._ledger.blocks:
+            self._grow(needed, purpose)
             self._arena_bytes += needed
+            return
+        self._ledger, self._segments = Ledger(), []
+        self._arena_bytes = max(needed, self._arena_bytes)
+        self._grow(self._arena_bytes, purpose)
 
     def stats(self) -> PoolStatistics:
         """What the pool has and has had. Local."""
-        total = sum(segment.nbytes for segment in self._segments)
-        return PoolStatistics(
-            segments=len(self._segments),
-            arena_bytes=self._arena_bytes,
-            spill_bytes=total - self._arena_bytes,
-            used_bytes=self._ledger.used_bytes,
-            peak_bytes=self._ledger.peak_bytes,
-            live_blocks=len(self._ledger.blocks),
-            spills=self._spills,
-            registrations=len(self._segments),
-            registering_ms=self._registering_s * 1e3,
-        )
+        sizes = [segment.nbytes for segment in self._segments]
+        return self._history.statistics(self._ledger, sizes, self._arena_bytes)
+
+    def history(self) -> PoolHistory:
+        """How full it was when: data for a plot. Local."""
+        return self._history
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that unwritten results show. Local."""
         for segment, arena in zip(self._segments, self._ledger.arenas, strict=True):
-            memory = torch.frombuffer(segment.maps[self.group.rank], dtype=torch.uint8)
             for offset, nbytes in arena.free_ranges():
-                memory[offset : offset + nbytes].fill_(POISON_BYTE)
-
-
-def locate(tensor: torch.Tensor, group: CPGroup) -> Where:
-    """Where a buffer is, seen from a group."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-        return Where(other="no ordinary tensor")
-    pool = group.transport
-    if isinstance(pool, SymmetricPool):
-        place = pool.locate(tensor)
-        if place and tensor.is_contiguous():
-            return Where(*place)
-        if place:
-            return Where(other="in the pool but not contiguous")
-    for other in _pools:
-        if other.locate(tensor):
-            return Where(
-                other=f"in the pool of another group (ranks {list(other.group.ranks)}), "
-                f"or in one that was configured away"
-            )
-    return Where(other="ordinary memory")
-
-
-def _address(memory: mmap.mmap) -> int:
-    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+                segment.view(self.group.rank, offset, nbytes).fill_(POISON_BYTE)

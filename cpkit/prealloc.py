@@ -8,21 +8,18 @@ import msgspec
 
 from cpkit.arena import rounded
 from cpkit.rendezvous import Rendezvous
-from cpkit.shm import free_bytes
-
-_MAX_DEFAULT_BYTES = 64 << 20
 
 
-def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None) -> int:
+def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None, default: int) -> int:
     """One arena size in bytes for all ranks; collective.
 
-    None asks for the default: `CPKIT_SYMM_PREALLOC_GB`, else an eighth of the free shared memory
-    shared out among the ranks, at most 64 MiB. Ranks read that at different moments, so the least
-    of their figures counts. Raises ValueError on every rank for a size below 1.
+    None asks for the default: `CPKIT_SYMM_PREALLOC_GB`, else `default`, which comes from what was
+    free when this rank looked, so the least of all ranks' figures counts. Raises ValueError on
+    every rank for a size below 1.
     """
     problem, offer = "", 0
     if prealloc is None:
-        offer = _default(rendezvous.size)
+        problem, offer = _default(default)
     elif isinstance(prealloc, int) and prealloc > 0:
         offer = rounded(prealloc)
     else:
@@ -36,8 +33,14 @@ def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None) -> int:
     return min(size for _, size in said) if prealloc is None else offer
 
 
-def _default(ranks: int) -> int:
+def _default(default: int) -> tuple[str, int]:
     chosen_gb = os.environ.get("CPKIT_SYMM_PREALLOC_GB")
-    if chosen_gb:
-        return rounded(int(float(chosen_gb) * (1 << 30)))
-    return rounded(min(free_bytes() // (8 * ranks), _MAX_DEFAULT_BYTES))
+    if not chosen_gb:
+        return "", rounded(default)
+    try:
+        nbytes = int(float(chosen_gb) * (1 << 30))
+    except (ValueError, OverflowError):
+        nbytes = 0
+    if nbytes < 1:
+        return f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be GiB, such as 4 or 0.5", 0
+    return "", rounded(nbytes)

@@ -18,26 +18,17 @@ import os
 import re
 import secrets
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
+import torch
 
+from cpkit.offers import Offer, agree
 from cpkit.processes import ProcessId, process_id
 from cpkit.rendezvous import Rendezvous
 
 _PREFIX = "cpkit"
-
-
-class SymmetricMemoryError(RuntimeError):
-    """Symmetric memory could not be made, or ranks disagree about it. Raised on every rank."""
-
-
-class _Offer(msgspec.Struct):
-    """What a rank brings to the exchange: its file, or why it has none."""
-
-    name: str
-    nbytes: int
-    problem: str = ""
 
 
 def shm_dir() -> Path:
@@ -58,8 +49,20 @@ def free_bytes() -> int:
 class Segment:
     """One allocation of `nbytes` on every rank; `maps[rank]` is that rank's memory, writable."""
 
-    def __init__(self, maps: list[mmap.mmap], nbytes: int) -> None:
-        self.maps, self.nbytes = maps, nbytes
+    def __init__(self, maps: list[mmap.mmap], nbytes: int, rank: int) -> None:
+        self.maps, self.nbytes, self._rank = maps, nbytes, rank
+        self.addresses = [self.view(r, 0, nbytes).data_ptr() for r in range(len(maps))]
+
+    def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a rank's memory: uint8 `[nbytes]`."""
+        return torch.frombuffer(self.maps[rank], dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
+        """Own bytes, uint8 `[nbytes]`; calls `release` when the last tensor over them has gone."""
+        # The tensor's storage keeps this view alive; when the view goes, the last tensor has gone.
+        memory = memoryview(self.maps[self._rank])[offset : offset + nbytes]
+        weakref.finalize(memory, release).atexit = False
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def make_segment(rendezvous: Rendezvous, nbytes: int, purpose: str) -> Segment:
@@ -70,13 +73,12 @@ def make_segment(rendezvous: Rendezvous, nbytes: int, purpose: str) -> Segment:
     """
     path, own, problem = _create(nbytes, rendezvous.size)
     try:
-        offers = _exchange(rendezvous, _Offer(path.name, nbytes, problem), purpose)
-        _raise_for(offers, purpose)
+        offers = agree(rendezvous, Offer(path.name, nbytes, problem), purpose)
         maps, problem = _map_peers(offers, rendezvous.rank, own, nbytes)
-        _raise_for(_exchange(rendezvous, _Offer(path.name, nbytes, problem), purpose), purpose)
+        agree(rendezvous, Offer(path.name, nbytes, problem), purpose)
     finally:
         path.unlink(missing_ok=True)
-    return Segment(maps, nbytes)
+    return Segment(maps, nbytes, rendezvous.rank)
 
 
 def reap_dead_files() -> list[Path]:
@@ -127,7 +129,7 @@ def _map(descriptor: int, nbytes: int) -> mmap.mmap:
 
 
 def _map_peers(
-    offers: list[_Offer], rank: int, own: mmap.mmap | None, nbytes: int
+    offers: list[Offer], rank: int, own: mmap.mmap | None, nbytes: int
 ) -> tuple[list[mmap.mmap], str]:
     maps: list[mmap.mmap] = []
     try:
@@ -143,25 +145,6 @@ def _map_peers(
     except (OSError, ValueError) as error:
         return maps, f"cannot map rank {len(maps)}'s segment: {error}"
     return maps, ""
-
-
-def _exchange(rendezvous: Rendezvous, offer: _Offer, purpose: str) -> list[_Offer]:
-    answers = rendezvous.exchange(msgspec.msgpack.encode(offer), purpose)
-    return [msgspec.msgpack.decode(answer, type=_Offer) for answer in answers]
-
-
-def _raise_for(offers: list[_Offer], purpose: str) -> None:
-    problems = [
-        f"rank {rank}: {offer.problem}" for rank, offer in enumerate(offers) if offer.problem
-    ]
-    if problems:
-        raise SymmetricMemoryError(f"cannot {purpose}. " + "; ".join(problems))
-    if len({offer.nbytes for offer in offers}) > 1:
-        sizes = ", ".join(f"rank {rank}: {offer.nbytes}" for rank, offer in enumerate(offers))
-        raise SymmetricMemoryError(
-            f"cannot {purpose}: ranks ask for different sizes ({sizes} bytes). Sizes in symmetric "
-            f"memory must come from numbers that are equal on all ranks, such as max_rank_len."
-        )
 
 
 def _in_words(error: OSError, nbytes: int, ranks: int) -> str:

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from cpkit.group import CPGroup, plain_all_gather
+from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
+from cpkit.plain import plain_all_gather
 from cpkit.pool import SymmetricPool
+from cpkit.stages import stage
 from cpkit.symm import use_symmetric_memory
 
 _LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
@@ -31,7 +34,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     row_items = math.prod(x.shape[1:])
     row_bytes = row_items * x.element_size()
     if row_bytes == 0:
-        return torch.empty(x.shape[0], 0, dtype=torch.uint8)
+        return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
     dense = x.detach().resolve_conj().resolve_neg().contiguous()
     # One row counts as contiguous whatever its strides are; here they must be the plain ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
@@ -57,21 +60,71 @@ def pad_rows(rows: torch.Tensor, max_len: int, group: CPGroup, *, symmetric: boo
     """
     if symmetric:
         with use_symmetric_memory(group):
-            shard = torch.empty(max_len, rows.shape[1], dtype=rows.dtype)
+            shard = rows.new_empty(max_len, rows.shape[1])
         shard[: rows.shape[0]].copy_(rows)
         return shard
     missing = max_len - rows.shape[0]
     return F.pad(rows, [0, 0, 0, missing]) if missing else rows
 
 
-def gather_shards(shard: torch.Tensor, group: CPGroup, pool: SymmetricPool | None) -> torch.Tensor:
-    """Every rank's padded shard, in rank order; received in the pool when there is one."""
-    with use_symmetric_memory(group, disabled=pool is None):
-        gathered = torch.empty(shard.shape[0] * group.size, shard.shape[1], dtype=shard.dtype)
-    if pool:
-        pool.push_shard(gathered, shard)
-    else:
-        plain_all_gather(gathered, shard, group)
+def gather_all(
+    shards: Sequence[torch.Tensor], group: CPGroup, pool: SymmetricPool | None, *, in_pool: bool
+) -> list[torch.Tensor]:
+    """Every rank's padded shards, in rank order: `[cp_size · max_len, lanes]` for each tensor.
+
+    `in_pool` receives in symmetric memory, if there is a pool: ranks push, or NCCL moves the
+    shards. Otherwise the ordinary collective of torch.distributed does it, which on a shared GPU
+    is staged.
+    """
+    if pool and in_pool:
+        return _gather_in_pool(shards, pool)
+    if pool and pool.backend.transport() == "cuda":
+        return _gather_staged(shards, pool)
+    with stage("wire"):
+        gathered = [x.new_empty(x.shape[0] * group.size, x.shape[1]) for x in shards]
+        for output, shard in zip(gathered, shards, strict=True):
+            plain_all_gather(output, shard, group)
+    return gathered
+
+
+def _gather_in_pool(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[torch.Tensor]:
+    with stage("wire"):
+        gathered = [gather_shards(shard, pool) for shard in shards]
+    with stage("exit"):
+        pool.backend.leave()
+    return gathered
+
+
+def gather_shards(shard: torch.Tensor, pool: SymmetricPool) -> torch.Tensor:
+    """One tensor, received in the pool. The caller synchronizes after it."""
+    with use_symmetric_memory(pool.group):
+        gathered = shard.new_empty(shard.shape[0] * pool.group.size, shard.shape[1])
+    if pool.group.has_nccl and shard.device.type == "cuda":
+        plain_all_gather(gathered, shard, pool.group)
+        return gathered
+    pool.backend.enter()
+    pool.push_shard(gathered, shard)
+    return gathered
+
+
+def _gather_staged(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[torch.Tensor]:
+    """Into ordinary memory, for ranks that share a GPU: each pulls out of the peers' stages.
+
+    rank 0   shard → stage 0 │ barrier │ pull stage 0, stage 1 │ barrier │ stage 0 is free again
+    rank 1   shard → stage 1 │ barrier │ pull stage 1, stage 0 │ barrier │
+    """
+    with stage("wire"):
+        with use_symmetric_memory(pool.group):
+            stages = [torch.empty_like(shard) for shard in shards]
+        pool.backend.enter()
+        for staged, shard in zip(stages, shards, strict=True):
+            staged.copy_(shard)
+        pool.backend.leave()
+        gathered = [x.new_empty(x.shape[0] * pool.group.size, x.shape[1]) for x in shards]
+        for output, staged in zip(gathered, stages, strict=True):
+            pool.pull_shards(output, staged)
+    with stage("exit"):
+        pool.backend.leave()
     return gathered
 
 
@@ -86,7 +139,22 @@ def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) 
     if metadata.strategy == "zigzag":
         blocks = rank_order.split(metadata.reverse_split_len)
         return torch.cat([blocks[place] for place in metadata.cp_reverse_index])
-    return rank_order.index_select(0, metadata.token_order)
+    return rank_order.index_select(0, token_order_on(metadata, rank_order.device))
+
+
+@lru_cache(maxsize=256)
+def token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> torch.Tensor:
+    """`metadata.token_order`, kept on the device: a captured graph can't copy it there."""
+    return metadata.token_order.to(device)
+
+
+def scatter_into(
+    caches: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor], slots: torch.Tensor
+) -> None:
+    """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; nowhere when that is -1."""
+    for cache, rows in zip(caches, gathered, strict=True):
+        wanted = (slots >= 0).nonzero().flatten()
+        cache.index_copy_(0, slots[wanted], rows[wanted])
 
 
 def push_rows(
@@ -107,3 +175,47 @@ def push_rows(
         for row, token, step, length in runs:
             stop = token + (length - 1) * step + 1
             target[token:stop:step].copy_(rows[row : row + length])
+
+
+def push_all_reference(
+    rows: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    slots: torch.Tensor | None = None,
+) -> None:
+    """All tensors into every peer's outputs, with entry and exit synchronization. Either device.
+
+    What `cpkit.cuda_push.push_all` does in one kernel, written down with torch's own copies.
+    `slots` (int64 `[total_tokens]`) sends token t to row `slots[t]`, and nowhere when that is -1.
+    """
+    with stage("wire"):
+        pool.backend.enter()
+        for x, output in zip(rows, outputs, strict=True):
+            if not output.numel():
+                continue
+            if slots is None:
+                push_rows(x, output, metadata, pool)
+            else:
+                push_into_slots(x, output, metadata, pool, slots)
+    with stage("exit"):
+        pool.backend.leave()
+
+
+def push_into_slots(
+    rows: torch.Tensor,
+    cache: torch.Tensor,
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    slots: torch.Tensor,
+) -> None:
+    """Store this rank's rows into their slots of every peer's `cache`, `[slots, lanes]`.
+
+    rank 1 holds tokens 2 3, slots [7, -1, 0, 5]: its rows go to rows 0 and 5 of every cache
+    """
+    mine = slots[metadata.rank_rows(pool.group.rank).to(slots.device)]
+    wanted = (mine >= 0).nonzero().flatten()
+    places, chosen = mine[wanted], rows if len(wanted) == len(rows) else rows[wanted]
+    rank, size = pool.group.rank, pool.group.size
+    for peer in ((rank + step) % size for step in range(size)):
+        pool.peer_view(cache, peer).index_copy_(0, places, chosen)

@@ -12,7 +12,7 @@ Only ranks of one machine can share memory; a group that spans machines allocate
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -20,10 +20,13 @@ import msgspec
 import torch
 
 from cpkit import factory
+from cpkit.devices import device_type
 from cpkit.group import CPGroup
-from cpkit.path import PathReport, Place, decide
-from cpkit.pool import PoolStatistics, SymmetricPool, locate
-from cpkit.shm import SymmetricMemoryError
+from cpkit.offers import SymmetricMemoryError
+from cpkit.path import PathReport, Place, decide, nccl_version
+from cpkit.pool import SymmetricPool
+from cpkit.pool_history import PoolStatistics
+from cpkit.where import place_of
 
 __all__ = [
     "PathReport",
@@ -53,7 +56,11 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
     if disabled or group.spans_hosts:
         yield
         return
-    with factory.redirect(symmetric_pool(group).empty):
+
+    def place(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+        return symmetric_pool(group, device).empty(shape, dtype)
+
+    with factory.redirect(place):
         yield
 
 
@@ -75,26 +82,47 @@ def batch_symmetry(symmetric: bool) -> Iterator[None]:
         _batch_is_symmetric.reset(token)
 
 
-def symmetric_pool(group: CPGroup) -> SymmetricPool:
-    """The group's pool, made at the first call; that call is collective over the group."""
-    check_group(group)
-    pool = group.transport
-    return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group)
+def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
+    """The group's pool on this kind of device ("cpu" or "cuda"; default: torch's default device).
 
-
-def explain_path(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> PathReport:
-    """Which path a gather of these buffers takes, and what is missing for a better one.
-
-    Collective over the group: a buffer is symmetric only if it is so on every rank.
+    Made at the first call; that call is collective over the group.
     """
     check_group(group)
-    if group.spans_hosts:
+    pool = group.transports.get(device or torch.get_default_device().type)
+    return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group, device=device)
+
+
+def explain_path(
+    send: torch.Tensor, recv: torch.Tensor, group: CPGroup, transport: str | None = None
+) -> PathReport:
+    """Which path a gather of these buffers takes, and what is missing for a better one.
+
+    Collective over the group: a buffer is symmetric only if it is so on every rank. `transport`
+    asks what another one would do with the same buffers: "posix", "cuda", or NCCL with its version.
+
+        >>> explain_path(send, recv, group).path                            # doctest: +SKIP
+        'symmetric'
+        >>> explain_path(send, recv, group, transport="nccl 2.28.9").path   # doctest: +SKIP
+        'fallback'
+
+    Raises ValueError on every rank for a transport that nobody knows.
+    """
+    check_group(group)
+    if group.spans_hosts and transport is None:
         reason = f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
-    place = Place(locate(send, group), locate(recv, group))
-    meet = group.transport.meet if group.transport else group.meet
-    notes = meet("explain_path", extra=msgspec.msgpack.encode(place))
-    return decide([msgspec.msgpack.decode(note, type=Place) for note in notes], group.rank)
+    problem = ""
+    try:
+        nccl_version(transport or "posix")
+    except ValueError as error:
+        problem = str(error)
+    call = f"explain_path(transport={transport})"
+    pool = group.transports.get(device_type(recv))
+    if isinstance(pool, SymmetricPool):
+        return pool.agree_on_path(call, problem, send, recv, transport or "")
+    notes = group.meet(call, problem, msgspec.msgpack.encode(place_of(send, recv, group)))
+    places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
+    return decide(places, group.rank, transport or "posix")
 
 
 def check_group(group: CPGroup) -> None:

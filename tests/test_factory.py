@@ -35,7 +35,8 @@ class Memory:
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
 
-    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+        assert device == "cpu"
         self.tensors.append(torch.empty(0, dtype=dtype).new_empty(tuple(shape)))
         return self.tensors[-1]
 

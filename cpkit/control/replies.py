@@ -161,10 +161,12 @@ class PoolStats(Message, frozen=True):
     spill_bytes: int
     used_bytes: int
     peak_bytes: int
+    largest_free_bytes: int
     live_blocks: int
     spills: int
     registrations: int
     registering_ms: float
+    spill_ms: float
 
 
 class PoolResult(Message, frozen=True, tag="pool_result", tag_field="is"):

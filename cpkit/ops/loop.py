@@ -26,10 +26,10 @@ from cpkit.control.messages import (
 from cpkit.control.server import Server
 from cpkit.control.turns import Job
 from cpkit.group import init_context_parallel
+from cpkit.offers import SymmetricMemoryError
 from cpkit.ops import Operation, RankState, operation
 from cpkit.ops.limits import check
 from cpkit.ops.orders import TICK_S, Begin, End, Leave, Order, Orders, Outcome, Step, Tick
-from cpkit.shm import SymmetricMemoryError
 
 _log = logging.getLogger("cpkit")
 

@@ -1,0 +1,158 @@
+"""Symmetric memory on CUDA: torch.distributed._symmetric_memory, synchronized on the stream.
+
+Ranks may each have a GPU of their own, or share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES, set
+here where it is needed). Nothing waits for the GPU on the host: `enter` and `leave` are a kernel
+that signals every peer and waits for every peer's signal, so they can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed._symmetric_memory as symm_mem
+
+from cpkit.board import BarrierTimeout
+from cpkit.cuda_launch import launch_barrier
+from cpkit.group import CPGroup
+from cpkit.kernels import MAX_RANKS, PAGE_WORDS
+from cpkit.offers import Offer, SymmetricMemoryError, agree
+from cpkit.rendezvous import deadline_s
+
+_MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)
+
+
+class _Owner:
+    """Memory that torch sees through the array interface; it lives as long as a tensor over it."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class CudaSegment:
+    """One allocation on every rank, mapped by all: a tensor of the symmetric memory pool."""
+
+    def __init__(self, buffer: torch.Tensor, handle: Any, device: torch.device) -> None:
+        self._buffer, self._handle, self._device = buffer, handle, device
+        self.nbytes = buffer.numel()
+        self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
+        self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
+        self.peers = torch.tensor(self.addresses, dtype=torch.int64).to(device)
+
+    def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a rank's memory: uint8 `[nbytes]`."""
+        start = self._shift + offset
+        view: torch.Tensor = self._handle.get_buffer(rank, [nbytes], torch.uint8, start)
+        return view
+
+    def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
+        """Own bytes; calls `release` when the last tensor over them has gone."""
+        owner = _Owner(self._buffer.data_ptr() + offset, nbytes)
+        weakref.finalize(owner, release).atexit = False
+        return torch.as_tensor(owner, device=self._device)
+
+
+class CudaBackend:
+    """Memory that peers' kernels store into. Making one is collective over the group.
+
+    `pages` holds the address of each rank's page of signal words (see cpkit.kernels); `late` is a
+    word of host memory in which a kernel says which rank it has waited for in vain.
+    """
+
+    name = "torch.distributed._symmetric_memory"
+
+    def __init__(self, group: CPGroup) -> None:
+        if group.size > MAX_RANKS:
+            raise ValueError(f"cp_size is {group.size}; kernels signal at most {MAX_RANKS} ranks")
+        self.group = group
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        if group.shares_gpu:
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        self.late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
+        self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
+        torch.cuda.synchronize()
+        group.exchange(b"")  # nobody signals into a page that is not zero yet
+        self.pages = self._page.peers
+
+    def default_prealloc(self) -> int:
+        """4 GiB as upstream, but at most an eighth of the free memory for each rank on this GPU."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(min(free // (8 * max(1, self.group.ranks_on_gpu)), _MAX_DEFAULT_BYTES))
+
+    def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
+        """Allocate from torch's symmetric pool and map the peers' memory. Collective.
+
+        rank 0   allocate ─ all have? ─ rendezvous ─ all have? ─ go on
+        rank 1   allocate ─ all have? ─ rendezvous ─ all have? ─ go on
+                            ↑ out of memory on one: every rank raises, nobody waits in the
+                            rendezvous
+        """
+        meeting = self.group.rendezvous
+        buffer, problem = self._allocate(nbytes)
+        agree(meeting, Offer("", nbytes, problem), purpose)
+        assert buffer is not None
+        handle, problem = self._map(buffer)
+        agree(meeting, Offer("", nbytes, problem), f"{purpose} (map the peers' memory)")
+        return CudaSegment(buffer, handle, self.device)
+
+    def enter(self) -> None:
+        """On the stream: every rank has come here, so its buffers may be written."""
+        launch_barrier(self)
+
+    def leave(self) -> None:
+        """On the stream: every rank's stores before it have landed."""
+        launch_barrier(self)
+
+    def check(self) -> None:
+        """Raise when a kernel gave up waiting: BarrierTimeout with the rank that did not come."""
+        late = int(self.late[0])
+        if late:
+            raise BarrierTimeout(
+                f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
+                f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died "
+                "in it, "
+                "or replayed its graph another number of times. The group is out of step since "
+                "then: "
+                f"start the job anew."
+            )
+
+    def transport(self) -> str:
+        """NCCL where each rank has a GPU of its own, else pushes over peer access."""
+        if not self.group.has_nccl:
+            return "cuda"
+        return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
+
+    def _allocate(self, nbytes: int) -> tuple[torch.Tensor | None, str]:
+        """Memory of torch's symmetric pool, or why there is none."""
+        try:
+            pool = symm_mem.get_mem_pool(self.device)
+            with torch.cuda.use_mem_pool(pool):
+                return torch.empty(nbytes, dtype=torch.uint8, device=self.device), ""
+        except torch.OutOfMemoryError:
+            free, total = torch.cuda.mem_get_info(self.device)
+            return None, (
+                f"{self.device} has {free} of {total} bytes free, and {nbytes} were asked for, "
+                "with "
+                f"{self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
+                f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks"
+            )
+        except RuntimeError as error:
+            return None, f"torch's symmetric memory refuses {nbytes} bytes: {error}"
+
+    def _map(self, buffer: torch.Tensor) -> tuple[Any, str]:
+        try:
+            return symm_mem.rendezvous(buffer, self.group.process_group), ""
+        except RuntimeError as error:
+            return None, f"cannot map the peers' memory: {error}"
+
+
+__all__ = ["CudaBackend", "CudaSegment", "SymmetricMemoryError"]

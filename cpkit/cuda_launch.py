@@ -1,0 +1,80 @@
+"""Launching the gather kernel: how many blocks, how large its tiles, with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from cpkit.group import CPGroup
+from cpkit.kernels import gather_kernel
+from cpkit.rendezvous import deadline_s
+
+WARPS = 8
+BLOCKS_PER_SM = (
+    4  # all blocks of all ranks must be resident at once, since they wait for each other
+)
+TILE_UNITS = 2048
+NARROW = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
+
+
+class Signals(Protocol):
+    """What of a backend a launch needs."""
+
+    group: CPGroup
+    device: torch.device
+    pages: torch.Tensor
+    late: torch.Tensor
+
+
+def launch_gather(
+    signals: Signals,
+    tiles: torch.Tensor,
+    sources: Sequence[int],
+    bases: Sequence[int],
+    offsets: Sequence[int],
+    slots: torch.Tensor | None = None,
+    narrow_bytes: int = 0,
+) -> None:
+    """Start `gather_kernel` on the current stream; its arguments are explained there."""
+    import triton.language as tl
+
+    group = signals.group
+    gather_kernel[(_blocks(signals, len(tiles)),)](
+        tuple(sources),
+        tuple(bases),
+        tuple(offsets),
+        signals.pages if slots is None else slots,
+        tiles,
+        len(tiles),
+        signals.pages,
+        signals.late,
+        int(deadline_s() * 1e9),
+        group.rank,
+        TENSORS=len(sources),
+        CP=group.size,
+        BLOCK=TILE_UNITS,
+        NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
+        SLOTS=slots is not None,
+        SYNC=True,
+        THREADS=WARPS * 32,
+        num_warps=WARPS,
+    )
+
+
+def launch_barrier(signals: Signals) -> None:
+    """Wait, on the current stream, until every rank's stream has come here."""
+    launch_gather(signals, signals.pages[:0], [0], [0], [0])
+
+
+def _blocks(signals: Signals, tiles: int) -> int:
+    """As many blocks as fit on the GPU beside those of the other ranks that share it."""
+    ranks = max(1, signals.group.ranks_on_gpu)
+    return max(1, min(tiles, _processors(signals.device) * BLOCKS_PER_SM // ranks))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,116 @@
+"""How a CUDA rank stores its rows at their final place in every peer's memory: one kernel launch.
+
+The readable reference with the same signature is `cpkit.steps.push_all_reference`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from cpkit.cuda_backend import CudaBackend, CudaSegment
+from cpkit.cuda_launch import TILE_UNITS, launch_gather
+from cpkit.devices import is_capturing
+from cpkit.layout import ContextParallelMetadata
+from cpkit.pool import SymmetricPool
+from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
+
+_MAX_TABLES = 64
+_Key = tuple[object, ...]
+_tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
+_captured: list[torch.Tensor] = []
+
+
+def push_all(
+    rows: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    slots: torch.Tensor | None = None,
+) -> None:
+    """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs. In stream order.
+
+    Outputs, `[total_tokens, lanes]` each, are in the pool, at one offset on all ranks. With `slots`
+    (int64 `[total_tokens]`, on the device) token t goes to row `slots[t]`, and nowhere if that is
+    -1. Entry and exit synchronization are inside. Source: the idea of vLLM #49517 (each rank stores
+    final rows into every peer's cache).
+    """
+    present = [(x, y) for x, y in zip(rows, outputs, strict=True) if y.numel()]
+    if not present:
+        pool.backend.leave()
+        return
+    row_bytes = tuple(x.shape[1] * x.element_size() for x, _ in present)
+    units = [
+        unit_bytes(nbytes, x.data_ptr() | y.data_ptr())
+        for nbytes, (x, y) in zip(row_bytes, present, strict=True)
+    ]
+    narrow = min((unit for unit in units if unit < WIDE_BYTES), default=0)
+    wide = tuple(unit == WIDE_BYTES for unit in units)
+    places = [_place(y, pool) for _, y in present]
+    launch_gather(
+        _signals(pool),
+        _table(metadata, pool, row_bytes, wide, narrow, slots is not None),
+        [x.data_ptr() for x, _ in present],
+        [base for base, _ in places],
+        [offset for _, offset in places],
+        slots,
+        narrow,
+    )
+
+
+def capture_problem(
+    rows: Sequence[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool | None
+) -> str:
+    """Why this gather can't be captured in a CUDA graph yet; empty when it can."""
+    if not rows or not is_capturing(rows[0].device.type):
+        return ""
+    known = pool is not None and any(
+        key[:3] == (metadata, pool.group.rank, pool.device) for key in _tables
+    )
+    if known:
+        return ""
+    return (
+        "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
+        "same "
+        "tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are there"
+    )
+
+
+def _place(output: torch.Tensor, pool: SymmetricPool) -> tuple[int, int]:
+    """(address of the table of peers' segments, byte offset in the segment)."""
+    found = pool.locate(output)
+    assert found is not None, "outputs come from the pool"
+    segment = pool.segment(found[0])
+    assert isinstance(segment, CudaSegment)
+    return segment.peers.data_ptr(), found[1]
+
+
+def _signals(pool: SymmetricPool) -> CudaBackend:
+    assert isinstance(pool.backend, CudaBackend)
+    return pool.backend
+
+
+def _table(
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    row_bytes: tuple[int, ...],
+    wide: tuple[bool, ...],
+    narrow: int,
+    mapped: bool,
+) -> torch.Tensor:
+    """The tiles on the device: made once for a layout, kept for ever where a graph reads them."""
+    rank = pool.group.rank
+    key = (metadata, rank, pool.device, row_bytes, wide, narrow, mapped)
+    table = _tables.get(key)
+    if table is None:
+        runs = metadata.runs(rank)
+        made = tile_table(runs, row_bytes, wide, narrow or 1, TILE_UNITS, mapped=mapped)
+        table = _tables[key] = made.to(pool.device)
+    _tables.move_to_end(key)
+    while len(_tables) > _MAX_TABLES:
+        _tables.popitem(last=False)
+    if is_capturing(pool.device.type):
+        _captured.append(table)
+    return table

@@ -1,0 +1,58 @@
+"""CPU or CUDA: which device a tensor is on, whether we may use it, and on which stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def device_type(x: object) -> str:
+    """A tensor's device, "cpu" or "cuda"; "cpu" for all else, which is refused elsewhere."""
+    return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
+
+
+def device_problem(name: str, x: torch.Tensor) -> str:
+    """Why a gather can't take a tensor on this device; empty when it can."""
+    if x.device.type not in ("cpu", "cuda"):
+        return f"{name} is on {x.device}; gathers take CPU and CUDA tensors"
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return (
+            f"{name} is on {x.device}, and this rank's GPU is cuda:{torch.cuda.current_device()}; "
+            f"move it there, or call torch.cuda.set_device before init_context_parallel"
+        )
+    return ""
+
+
+def is_capturing(device: str) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def growth_problem(device: str) -> str:
+    """Why a symmetric pool on this device can't be made or grow now; empty when it can."""
+    if not is_capturing(device):
+        return ""
+    return (
+        "a symmetric pool cannot be made or grow while a CUDA graph is captured: call "
+        "symmetric_pool(group).warm_up(max_tokens, …), or run the same gather once, before capture"
+    )
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None, *inputs: torch.Tensor) -> Iterator[None]:
+    """Run on `stream`, after what the current stream has been given so far; None: right here.
+
+    current   … make k ┐                          ┌ wait_stream(stream) ─ read whole
+    stream             └ wait ─ gather k ─────────┘  the caller's
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    for x in inputs:
+        if x.device.type == "cuda":
+            x.record_stream(stream)  # its memory is not reused before `stream` has read it
+    with torch.cuda.stream(stream):
+        yield

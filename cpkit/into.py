@@ -1,0 +1,122 @@
+"""Gathering straight into a paged KV cache: what is refused, and what all ranks must agree on."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from cpkit.devices import is_capturing
+from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata
+from cpkit.path import Where
+from cpkit.plain import describe
+from cpkit.pool import SymmetricPool
+from cpkit.where import locate
+
+
+class _Caches(msgspec.Struct):
+    """What a rank brings: where its caches are, and a digest of its slots."""
+
+    places: list[Where]
+    slots: int
+
+
+def into_problem(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    into: Sequence[torch.Tensor] | None,
+    slots: torch.Tensor | None,
+) -> str:
+    """Why caches and slots are refused; empty when they aren't. Slots on a GPU are read for it,
+    unless a graph is being captured.
+    """
+    if into is None and slots is None:
+        return ""
+    if into is None or slots is None:
+        return "into and slots go together: the caches, and the row of each token in them"
+    if not isinstance(into, list | tuple) or len(into) != len(tensors):
+        return f"into has {_count(into)} caches for {len(tensors)} tensors; it needs one a tensor"
+    for number, (cache, x) in enumerate(zip(into, tensors, strict=True)):
+        problem = _cache_problem(cache, x, f"into[{number}]")
+        if problem:
+            return problem
+    return _slots_problem(slots, metadata, min(len(cache) for cache in into), tensors[0].device)
+
+
+def agree_on_caches(
+    into: Sequence[torch.Tensor],
+    slots: torch.Tensor | None,
+    group: CPGroup,
+    pool: SymmetricPool | None,
+) -> None:
+    """Check that all ranks name the same rows of the same symmetric caches. Collective.
+
+    Raises ValueError on every rank otherwise. Without a pool only the slots are compared.
+    """
+    assert slots is not None
+    places = [locate(cache, group) for cache in into] if pool else []
+    digest = 0 if is_capturing(slots.device.type) else zlib.crc32(slots.cpu().numpy().tobytes())
+    note = msgspec.msgpack.encode(_Caches(places, digest))
+    said = [msgspec.msgpack.decode(each, type=_Caches) for each in group.exchange(note)]
+    outside = [
+        f"rank {rank}: into[{number}] is {place}"
+        for rank, each in enumerate(said)
+        for number, place in enumerate(each.places)
+        if place.other
+    ]
+    if outside:
+        raise ValueError(
+            "'direct' stores straight into every rank's cache, so the caches must be in the "
+            "group's "
+            f"pool: allocate them once inside `with use_symmetric_memory(group)`, or use another "
+            f"algorithm, which gathers first and then scatters. {'; '.join(outside)}"
+        )
+    if any(each.places != said[0].places for each in said):
+        raise ValueError(
+            "the caches stand at different offsets on the ranks: allocate them in the same order, "
+            "with the same sizes, on all ranks (pytorch#178138)"
+        )
+    if any(each.slots != said[0].slots for each in said):
+        raise ValueError("slots differ between the ranks; all ranks must name the same rows")
+
+
+def _count(into: object) -> str:
+    return str(len(into)) if isinstance(into, list | tuple) else type(into).__name__
+
+
+def _cache_problem(cache: torch.Tensor, x: torch.Tensor, name: str) -> str:
+    if not isinstance(cache, torch.Tensor) or cache.layout is not torch.strided or cache.ndim < 1:
+        return f"{name} is {cache!r:.80}; it must be a cache tensor of rows, [slots, …]"
+    if cache.shape[1:] != x.shape[1:] or cache.dtype != x.dtype or cache.device != x.device:
+        return (
+            f"{name} is {describe(cache)} and its rows come from {describe(x)}: dtype, device and "
+            f"the shape after the first dimension must be equal"
+        )
+    if not cache.is_contiguous():
+        return f"{name} {describe(cache)} must be contiguous"
+    return ""
+
+
+def _slots_problem(
+    slots: torch.Tensor, metadata: ContextParallelMetadata, rows: int, device: torch.device
+) -> str:
+    total = metadata.total_tokens
+    is_fine = isinstance(slots, torch.Tensor) and slots.dtype == torch.int64
+    if not is_fine or list(slots.shape) != [total] or slots.device != device:
+        got = describe(slots) if isinstance(slots, torch.Tensor) else repr(slots)
+        return f"slots is {got}; it must be int64 [{total}] on {device}, the row of each token"
+    if not slots.is_contiguous():
+        return "slots must be contiguous"
+    if is_capturing(device.type):
+        return ""
+    known = slots.cpu()
+    least, most = int(known.min()), int(known.max())
+    if least < -1 or most >= rows:
+        return f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
+    stored = known[known >= 0]
+    if len(stored.unique()) < len(stored):
+        return "slots name a row twice; every stored token needs a row of its own"
+    return ""

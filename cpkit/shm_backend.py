@@ -1,0 +1,42 @@
+"""Symmetric memory on the CPU: POSIX shared memory, synchronized by the group's board."""
+
+from __future__ import annotations
+
+import torch
+
+from cpkit.group import CPGroup
+from cpkit.shm import Segment, free_bytes, make_segment
+
+_MAX_DEFAULT_BYTES = 64 << 20
+
+
+class PosixBackend:
+    """Shared files that every rank maps. Stores are complete when they return."""
+
+    name = "POSIX shared memory"
+    device = torch.device("cpu")
+
+    def __init__(self, group: CPGroup) -> None:
+        self._group = group
+
+    def default_prealloc(self) -> int:
+        """An eighth of the free shared memory, shared out among the ranks; at most 64 MiB."""
+        return min(free_bytes() // (8 * self._group.size), _MAX_DEFAULT_BYTES)
+
+    def make_segment(self, nbytes: int, purpose: str) -> Segment:
+        """See cpkit.shm.make_segment."""
+        return make_segment(self._group.rendezvous, nbytes, purpose)
+
+    def enter(self) -> None:
+        """Nothing: the meeting before every gather has seen all ranks done with their buffers."""
+
+    def leave(self) -> None:
+        """A barrier: what a rank stored before it, its peers read after it."""
+        self._group.barrier()
+
+    def check(self) -> None:
+        """Nothing: a barrier that is given up raises where it waits."""
+
+    def transport(self) -> str:
+        """Ranks push."""
+        return "posix"
