@@ -117,7 +117,9 @@ class Lesson:
         )
 
     def _exercises(self) -> list[Record]:
-        return [record for key, record in self.records.items() if key not in self.predictions]
+        """By number, in whatever order their modules were imported."""
+        names = sorted(self.records.keys() - self.predictions.keys(), key=lambda n: (len(n), n))
+        return [self.records[name] for name in names]
 
     def _prediction_row(self, key: str) -> tuple[str, str, str, bool | None]:
         asked, record = self._prediction(key)
