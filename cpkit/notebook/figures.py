@@ -14,13 +14,17 @@ from cpkit.notebook.grids import (
     token_line,
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.mistakes import damage
+from cpkit.notebook.roofs import gain, roof, scale_out, steps
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
 
 __all__ = [
     "Line",
     "byte_bars",
+    "damage",
     "draw_lines",
+    "gain",
     "in_words",
     "latency_bandwidth",
     "ownership_strip",
@@ -28,10 +32,13 @@ __all__ = [
     "padding_grid",
     "pool_fill",
     "recorded",
+    "roof",
     "rows_of",
+    "scale_out",
     "show",
     "stage_grid",
     "stage_split",
+    "steps",
     "text_alternative",
     "timeline",
     "token_line",

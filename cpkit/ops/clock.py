@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from cpkit.arguments import ALGORITHMS
 from cpkit.control.messages import Array, Clock, ClockResult, Message, Progress, ReplyBody
-from cpkit.group import CPGroup, plain_all_gather
+from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.ops.workload import Run, prepare
+from cpkit.plain import plain_all_gather
 
 _CHUNK_S = 0.05  # work between two looks at who else waits
 
