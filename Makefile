@@ -13,12 +13,12 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint format bench notebooks rehearse lock hooks clean distclean
+.PHONY: help lab test lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 lab: $(VENV)/.has-notebooks ## start NPROC workers and open JupyterLab on the first notebook
 	$(PY) -m cpkit lab --nproc $(NPROC) --name $(NAME) $(ARGS)
@@ -36,8 +36,11 @@ format: $(VENV)/.has-dev ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.has-test ## measure the algorithms side by side and fill README's figures
+bench: $(VENV)/.has-bench ## measure beside gloo and Open MPI, and fill README's figures
 	$(PY) -m benchmarks.run $(ARGS)
+
+bench-gpu: $(VENV)/.has-bench ## the same on this machine's GPUs
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 notebooks: $(VENV)/.has-test ## make the notebooks of notebooks/src: run, pictures included (ARGS=01 for one)
 	$(PY) -m cpkit.notebook.build $(ARGS)
@@ -49,7 +52,7 @@ lock: ## resolve all dependencies anew in an empty environment and write require
 	@$(check_python)
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	$(PYTHON) -m venv "$$scratch"; \
-	"$$scratch/bin/python" -m pip install -qq 'torch==$(TORCH)' -e '.[dev]'; \
+	"$$scratch/bin/python" -m pip install -qq 'torch==$(TORCH)' -e '.[dev,bench]'; \
 	{ echo '# The exact versions that were tested together, used as pip constraints: pip install -c requirements.lock'; \
 	  echo '# Written by `make lock`. torch carries no local part (+cpu, +cu130), so any build of that version fits.'; \
 	  "$$scratch/bin/python" -m pip freeze --exclude-editable --exclude pip --exclude setuptools \

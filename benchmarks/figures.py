@@ -7,118 +7,155 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.goals import times_us
+
 Record = dict[str, Any]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-GOAL_BYTES = 16384 * 2048
-SUMMARY_VARIANTS = ("padded", "padded_symm_recv", "padded_symm", "direct", "gloo alone", "memcpy")
+SUMMARY_VARIANTS = ("plan", "direct", "padded", "gloo alone", "Open MPI", "memcpy")
 GATHER_COLUMNS = (
     ("cp_size", "cp_size"),
-    ("size_bytes", "size (bytes)"),
+    ("size_bytes", "size (B)"),
+    ("count", "count"),
+    ("type", "type"),
     ("variant", "variant"),
     ("time_us", "time p50 (us)"),
-    ("min_us", "min (us)"),
     ("p95_us", "p95 (us)"),
+    ("min_us", "min (us)"),
     ("algbw_gbps", "algbw (GB/s)"),
     ("busbw_gbps", "busbw (GB/s)"),
+    ("wrong", "#wrong"),
+    ("moved_bytes", "moved (B)"),
+    ("passes", "passes"),
+    ("skew_us", "rank skew (us)"),
+    ("iterations", "iterations"),
+    ("spread_pct", "spread (%)"),
     ("padded_ratio", "padded / this"),
+    ("gloo_ratio", "gloo / this"),
+    ("open_mpi_ratio", "Open MPI / this"),
     ("memcpy_ratio", "this / memcpy"),
+)
+RATIOS = (
+    ("plan / Open MPI", "plan", "Open MPI"),
+    ("direct / Open MPI", "direct", "Open MPI"),
+    ("plan / memcpy", "plan", "memcpy"),
+    ("padded / plan", "padded", "plan"),
 )
 
 
 def as_text(record: Record) -> str:
-    """All figures as Markdown, for the terminal."""
+    """All figures as Markdown, for the terminal; the shortest and most important last."""
     gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
-    return "\n\n".join([conditions(record), gather, *goals_and_control(record)])
+    return "\n\n".join([conditions(record), gather, *summary_tables(record)])
 
 
 def as_summary(record: Record) -> str:
     """One line a size, for README.md."""
-    header = ["cp_size", "size (bytes)", *(f"{name} (us)" for name in SUMMARY_VARIANTS)]
-    header += ["padded / direct", "gloo alone / direct", "direct / memcpy"]
-    summary = table(header, summary_lines(record["gather"]))
-    return "\n\n".join([conditions(record), summary, *goals_and_control(record)])
+    return "\n\n".join([conditions(record), *summary_tables(record)])
+
+
+def summary_tables(record: Record) -> list[str]:
+    """Sizes, barriers, the control path, and the goals."""
+    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in SUMMARY_VARIANTS)]
+    summary = table([*header, *(name for name, *_ in RATIOS)], summary_lines(record["gather"]))
+    barrier_header = ["barrier", "cp_size", "p50 (us)", "p95 (us)", "spread (%)"]
+    control_header = ["control path", "p50", "p95", "goal", "unit"]
+    goal_header = ["goal", "worst", "best", "reached"]
+    return [
+        summary,
+        table(barrier_header, barrier_lines(record["barrier"])),
+        table(control_header, control_lines(record["control"])),
+        *cost_tables(record.get("cost")),
+        table(goal_header, goal_lines(record["goals"])),
+    ]
 
 
 def conditions(record: Record) -> str:
     """Where, when and how the figures were taken."""
-    where = record["environment"]
+    where, plan = record["environment"], record["plan"]
     return (
-        f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['system']}, "
-        f"torch {where['torch']}, Python {where['python']}, commit {where['commit']}, "
-        f"`{where['command']}`. One bfloat16 tensor of rows [8, 128], one zigzag sequence; size is "
-        f"the gathered tensor. Times are medians of the slowest rank, all variants interleaved in "
-        f"one run. `padded` runs over gloo; `gloo alone` is its collective without pad, strip and "
-        f"reorder; `memcpy` is every rank copying the whole result once. The `padded` variants "
-        f"make their ordinary buffers anew in every call, as their users do, and so pay for the "
-        f"first touch of each page; `direct` writes into the pool, `gloo alone` and `memcpy` into "
-        f"buffers that were touched before. GB = 1e9 bytes."
+        f"{where['date']}, {where['processor']}, {where['cores']} cores, "
+        f"{where['cache_bytes'] >> 20} MiB last-level cache, {where['system']}, "
+        f"torch {where['torch']}, numpy {where['numpy']}, {where['open_mpi']}, Python "
+        f"{where['python']}, commit {where['commit']}, `{where['command']}`; load before the run "
+        f"{where['load_before']}. One bfloat16 tensor of rows [8, 128], one zigzag sequence; size "
+        f"is the gathered tensor. A time is the median of the slowest rank; of {plan['rounds']} "
+        f"rounds, ours and Open MPI's in turn, the median. Each variant is timed in blocks of "
+        f"{plan['block_s']} s after {plan['warmup']} warm-up calls. `direct` is one call of "
+        f"all_gather_kv, `plan` the same gather prepared once. `padded` runs over gloo and makes "
+        f"its buffers anew in every call, as its users do; `gloo alone` is its collective without "
+        f"pad, strip and reorder; Open MPI is MPI_Allgatherv with final displacements into a "
+        f"buffer made once; `memcpy` is every rank copying the whole result once. GB = 1e9 bytes."
     )
-
-
-def goals_and_control(record: Record) -> list[str]:
-    """What was to be reached, and the control path."""
-    ratio = ratios(record["gather"]).get((2, GOAL_BYTES))
-    reached = f"{ratio:.1f}" if ratio else "not measured"
-    goal = table(
-        ["goal", "reached"],
-        [[f"padded / direct at {GOAL_BYTES} bytes, cp_size 2: at least 8", reached]],
-    )
-    header = ["control path", "p50 (ms)", "p95 (ms)", "goal (ms)"]
-    return [goal, table(header, control_lines(record["control"]))]
-
-
-def ratios(rows: list[Record]) -> dict[tuple[int, int], float]:
-    """How many times `direct` is faster than `padded`, by (cp_size, size_bytes)."""
-    return {key: us["padded"] / us["direct"] for key, us in times_us(rows).items()}
-
-
-def times_us(rows: list[Record]) -> dict[tuple[int, int], dict[str, float]]:
-    """Median time of each variant by (cp_size, size_bytes)."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for row in rows:
-        found.setdefault((row["cp_size"], row["size_bytes"]), {})[row["variant"]] = row["time_us"]
-    return found
 
 
 def summary_lines(rows: list[Record]) -> list[list[str]]:
     """One line a size with its ratios."""
-    lines = []
-    for key, us in times_us(rows).items():
-        quotients = [
-            us["padded"] / us["direct"],
-            us["gloo alone"] / us["direct"],
-            us["direct"] / us["memcpy"],
+    return [
+        [
+            *map(cell, key),
+            *(cell(us.get(name)) for name in SUMMARY_VARIANTS),
+            *(ratio(us, above, below) for _, above, below in RATIOS),
         ]
-        lines.append(
-            [cell(v) for v in (*key, *(us[name] for name in SUMMARY_VARIANTS), *quotients)]
-        )
-    return lines
+        for key, us in times_us(rows).items()
+    ]
 
 
 def gather_lines(rows: list[Record]) -> list[list[str]]:
-    """One line a variant, with its ratios to `padded` and `memcpy` of the same run."""
+    """One line a variant, with its ratios to the opponents of the same run."""
     all_us = times_us(rows)
     lines = []
     for row in rows:
-        us = all_us[row["cp_size"], row["size_bytes"]]
+        us = all_us[row["cp_size"], row["size_bytes"]] | {"this": row["time_us"]}
         quotients = {
-            "padded_ratio": us["padded"] / row["time_us"],
-            "memcpy_ratio": row["time_us"] / us["memcpy"],
+            "padded_ratio": ratio(us, "padded", "this"),
+            "gloo_ratio": ratio(us, "gloo alone", "this"),
+            "open_mpi_ratio": ratio(us, "Open MPI", "this"),
+            "memcpy_ratio": ratio(us, "this", "memcpy"),
         }
         lines.append([cell({**row, **quotients}[name]) for name, _ in GATHER_COLUMNS])
     return lines
 
 
+def ratio(us: dict[str, float], above: str, below: str) -> str:
+    """A quotient of two times; what was not measured is said."""
+    return f"{us[above] / us[below]:.2f}" if {above, below} <= us.keys() else "not measured"
+
+
+def barrier_lines(rows: list[Record]) -> list[list[str]]:
+    """One line a number of ranks."""
+    columns = ("who", "cp_size", "time_us", "p95_us", "spread_pct")
+    return [[cell(row[name]) for name in columns] for row in rows]
+
+
 def control_lines(control: Record) -> list[list[str]]:
     """One line a figure of the control path."""
-    columns = ("what", "p50_ms", "p95_ms", "goal_ms")
+    columns = ("what", "p50", "p95", "goal", "unit")
     return [[cell(row[name]) for name in columns] for row in control["rows"]]
+
+
+def goal_lines(goals: list[Record]) -> list[list[str]]:
+    """One line a goal."""
+    return [
+        [g["goal"], cell(g["worst"]), cell(g["best"]), "yes" if g["met"] else "no"] for g in goals
+    ]
+
+
+def cost_tables(cost: Record | None) -> list[str]:
+    """What the cost model made of the sweep."""
+    if not cost:
+        return []
+    header = ["cost model", "cp_size", "size (B)", "measured (us)", "predicted (us)", "error (%)"]
+    columns = ("algorithm", "cp_size", "size_bytes", "time_us", "predicted_us", "error_pct")
+    worst = sorted(cost["predictions"], key=lambda each: -abs(each["error_pct"]))[:6]
+    return [table(header, [[cell(each[name]) for name in columns] for each in worst])]
 
 
 def cell(value: object) -> str:
     """Numbers with three digits that count, all else as it is."""
+    if value is None:
+        return "not measured"
     if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
 
 

@@ -1,12 +1,18 @@
-"""The rank side of the gather benchmark: `torchrun … -m benchmarks.gather OUTPUT.json TOKENS…`.
+"""The rank side of the gather benchmark.
+
+    torchrun … -m benchmarks.gather OUTPUT.json BLOCK_SECONDS TOKENS…
 
 Correctness first: every variant gathers stamped rows into poisoned memory and is checked bit by
-bit. Then all variants are timed interleaved, so that noise meets all of them. Rank 0 writes the
-rows.
+bit. Then each is timed in a block of its own: a barrier, then one call, on every rank, as many as
+fit BLOCK_SECONDS. Blocks of one launch follow each other; the benchmark alternates launches of
+ours and of Open MPI's. Rank 0 writes every rank's samples.
 
-Opponents: `padded` is the seed's pipeline over gloo, as its users have it; `gloo alone` is its
-collective without pad, strip and reorder; `memcpy` is every rank copying the whole result once, the
-least that any gather into ordinary memory can do.
+    direct       all_gather_kv, a call by itself
+    plan         the same as a prepared call (cpkit.plan)
+    padded …     the seed's pipeline over gloo, and with symmetric buffers, as its users have it
+    gloo alone   its collective, all_gather_single, without pad, strip and reorder
+    memcpy       every rank copies the whole result once, in memory that was touched before
+    barrier      nothing but a barrier, back to back with the one that begins a sample
 """
 
 from __future__ import annotations
@@ -16,18 +22,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from cpkit import bench, provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
-from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plain import plain_all_gather
+from cpkit.plan import plan_gather_kv
 from cpkit.symm import symmetric_pool
 
-OPPONENTS = ("gloo alone", "memcpy")
+Calls = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Config:
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     strategy: str = "zigzag"
-    target_s: float = 4.0
+    block_s: float = 0.2
 
     @property
     def total_bytes(self) -> int:
@@ -49,26 +58,30 @@ class Config:
 
 def main() -> None:
     """Benchmark all sizes on the group of all ranks."""
-    output, *tokens = sys.argv[1:]
+    output, block_s, *tokens = sys.argv[1:]
     dist.init_process_group("gloo")
     group = init_context_parallel(dist.get_world_size())
-    rows = [row for count in tokens for row in measure(Config(int(count)), group)]
+    sizes = [measure(Config(int(count), block_s=float(block_s)), group) for count in tokens]
+    barrier = time_block(group.barrier, 0.1, group)
+    sizes.append({"tokens": 0, "variants": {"barrier": barrier}})
     if group.rank == 0:
-        Path(output).write_text(json.dumps(rows))
+        Path(output).write_text(json.dumps(sizes))
     dist.destroy_process_group()
 
 
-def measure(config: Config, group: CPGroup) -> list[dict[str, object]]:
-    """One row a variant, the slowest rank's figures."""
-    calls = variants(config, group)
-    iterations = iterations_for(calls["padded"], config, group)
-    timings = bench.time_calls(calls, group, iterations)
-    return [row(name, bench.slowest(timings[name], group), config, group) for name in calls]
-
-
-def variants(config: Config, group: CPGroup) -> dict[str, Callable[[], object]]:
-    """What is compared. Raises ProvenanceError when one of them gathers wrongly."""
+def measure(config: Config, group: CPGroup) -> dict[str, Any]:
+    """Samples of every variant at one size: µs by rank, and the stages of the slowest rank."""
     metadata = prepare_context_parallel_metadata([config.tokens], group.size, config.strategy)
+    timed = {
+        name: time_block(call, config.block_s, group)
+        for name, call in variants(config, metadata, group).items()
+    }
+    padded = metadata.max_rank_len[0] * group.size * config.total_bytes // config.tokens
+    return {"tokens": config.tokens, "padded_bytes": padded, "variants": timed}
+
+
+def variants(config: Config, metadata: ContextParallelMetadata, group: CPGroup) -> Calls:
+    """What is compared. Raises ProvenanceError when one of them gathers wrongly."""
     shape = (config.heads, config.head_dim)
     pool = symmetric_pool(group)
     pool.warm_up(config.tokens, shape, config.dtype, tensors=1)
@@ -77,44 +90,40 @@ def variants(config: Config, group: CPGroup) -> dict[str, Callable[[], object]]:
     def gather(algorithm: str) -> list[torch.Tensor]:
         return all_gather_kv([mine], metadata, group, algorithm=algorithm)
 
-    for algorithm in ALGORITHMS:
+    calls: Calls = {name: (lambda name=name: gather(name)) for name in ALGORITHMS}
+    pool.poison_free()
+    group.barrier()
+    calls["plan"] = plan = plan_gather_kv([mine], metadata, group)
+    for _ in range(2):  # both of its outputs
+        provenance.check(plan()[0], metadata, round=1)
+    for name in ALGORITHMS:
         pool.poison_free()
         group.barrier()
-        provenance.check(gather(algorithm)[0], metadata, round=1)
-    whole = torch.empty(config.tokens, *shape, dtype=config.dtype)
-    shard = torch.empty(metadata.max_rank_len[0], *shape, dtype=config.dtype)
-    padded = shard.new_empty(len(shard) * group.size, *shape)
-    calls: dict[str, Callable[[], object]] = {
-        name: (lambda name=name: gather(name)) for name in ALGORITHMS
-    }
-    calls["gloo alone"] = lambda: plain_all_gather(padded, shard, group)
-    calls["memcpy"] = lambda: whole.copy_(padded[: config.tokens])
-    return calls
+        provenance.check(gather(name)[0], metadata, round=1)
+    return calls | opponents(config, metadata, group)
 
 
-def iterations_for(call: Callable[[], object], config: Config, group: CPGroup) -> int:
-    """As many as fit the time for the slowest variant; the same number on all ranks."""
-    trial = bench.time_calls({"trial": call}, group, iterations=1, warmup=1)["trial"]
-    slowest_us = bench.slowest(trial, group).median_us
-    return max(5, min(50, round(config.target_s * 1e6 / slowest_us)))
-
-
-def row(name: str, timing: bench.Timing, config: Config, group: CPGroup) -> dict[str, object]:
-    """A line of the table, with units in every name."""
-    time_us = timing.median_us
+def opponents(config: Config, metadata: ContextParallelMetadata, group: CPGroup) -> Calls:
+    """What others have, in buffers that are made once and were touched before."""
+    row_bytes = config.total_bytes // config.tokens
+    shard = torch.zeros(metadata.max_rank_len[0], row_bytes, dtype=torch.uint8)
+    padded = shard.new_zeros(len(shard) * group.size, row_bytes)
+    whole, copy = (np.ones(config.total_bytes, dtype=np.uint8) for _ in range(2))
     return {
-        "variant": name,
-        "cp_size": group.size,
-        "size_bytes": config.total_bytes,
-        "tokens": config.tokens,
-        "time_us": time_us,
-        "min_us": timing.min_us,
-        "p95_us": timing.p95_us,
-        "algbw_gbps": bench.algbw_gbps(config.total_bytes, time_us),
-        "busbw_gbps": bench.busbw_gbps(config.total_bytes, time_us, group.size),
-        "iterations": len(timing.times_us),
-        "stage_us": timing.stage_medians_us(),
+        "gloo alone": lambda: plain_all_gather(padded, shard, group),
+        "memcpy": lambda: np.copyto(copy, whole),
     }
+
+
+def time_block(call: Callable[[], object], block_s: float, group: CPGroup) -> dict[str, Any]:
+    """Samples of one variant by rank: as many as fit `block_s`, at least 3, at most 200."""
+    trial = bench.time_calls({"": call}, group, iterations=1, warmup=1)[""]  # the warm-up
+    trial_us = max(max(each.times_us) for each in bench.everybody(trial, group))
+    iterations = max(3, min(200, int(block_s * 1e6 / max(trial_us, 1.0))))
+    timing = bench.time_calls({"": call}, group, iterations, warmup=0)[""]
+    everybody = bench.everybody(timing, group)
+    stages = max(everybody, key=lambda each: each.median_us).stage_medians_us()
+    return {"samples_us": [each.times_us for each in everybody], "stage_us": stages}
 
 
 if __name__ == "__main__":

@@ -1,71 +1,100 @@
 """`make bench`: measure on this machine, print the figures with their ratios, record them.
 
-    python -m benchmarks.run [--quick] [--cp-sizes 2,4] [--no-record]
+    python -m benchmarks.run [--quick] [--no-record]
 
-Runs the gather benchmark once per cp_size under torchrun and the control-path benchmark against
-real workers, writes benchmarks/results/DATE-cpu.json with machine and versions, and fills the
-figures of README.md from that file.
+The configuration is frozen below. A round is one launch of our ranks under torchrun and one of Open
+MPI's under mpirun; rounds alternate, so that a noisy neighbour meets both. Every launch checks
+every bit before it times anything. Writes benchmarks/results/DATE-cpu.json with machine and
+versions, and fills the figures of README.md from that file.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
 import os
-import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-from benchmarks import figures
+from benchmarks import cost_check, figures, openmpi
+from benchmarks.goals import goals_of
+from benchmarks.machine import environment
+from benchmarks.rows import rows_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TOKENS = (256, 2048, 16384, 65536)
-QUICK_TOKENS = (256, 16384)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    tokens: tuple[int, ...] = (256, 1024, 2048, 8192, 16384, 65536)
+    cp_sizes: tuple[int, ...] = (2, 4, 8)
+    rounds: int = 3
+    block_s: float = 0.2
+
+
+FROZEN = Plan()
+QUICK = Plan(tokens=(256, 2048), cp_sizes=(2, 4), rounds=1, block_s=0.1)
 
 
 def main() -> int:
-    """Run everything; the exit code is 1 when something was wrong or failed."""
+    """Run everything; fails loudly when something was wrong."""
     parser = argparse.ArgumentParser(description="Measure cpkit on this machine.")
-    parser.add_argument("--quick", action="store_true", help="two sizes only, nothing recorded")
-    parser.add_argument("--cp-sizes", default="2,4", help="comma-separated, default 2,4")
+    parser.add_argument("--quick", action="store_true", help="a short look, nothing recorded")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
     options = parser.parse_args()
-    tokens = QUICK_TOKENS if options.quick else TOKENS
-    rows: list[dict[str, Any]] = []
-    for cp_size in [int(part) for part in options.cp_sizes.split(",")]:
-        print(f"gather, cp_size {cp_size}, {len(tokens)} sizes ...", file=sys.stderr, flush=True)
-        rows += gather_rows(cp_size, tokens)
-    print("control path ...", file=sys.stderr, flush=True)
-    record = {"environment": environment(), "gather": rows, "control": control_figures()}
+    plan = QUICK if options.quick else FROZEN
+    record: dict[str, Any] = {"environment": environment("make bench"), "gather": [], "barrier": []}
+    record["plan"] = {**vars(plan), "warmup": 2, "strategy": "zigzag", "rows": [8, 128]}
+    for cp_size in plan.cp_sizes:
+        gathers, barriers = measure(cp_size, plan)
+        record["gather"] += gathers
+        record["barrier"] += barriers
+    say("control path ...")
+    record["control"] = control_figures(3 if options.quick else 10)
+    record["cost"] = cost_check.check(record["gather"], record["environment"])
+    record["goals"] = goals_of(record)
     print(figures.as_text(record))
     if not (options.quick or options.no_record):
         keep(record)
     return 0
 
 
-def gather_rows(cp_size: int, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure(cp_size: int, plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """All rounds at one cp_size, ours and theirs in turn."""
+    ours, theirs = [], []
+    missing = openmpi.available()
+    for number in range(plan.rounds):
+        say(f"gather, cp_size {cp_size}, round {number + 1} of {plan.rounds} ...")
+        ours.append(our_round(cp_size, plan))
+        if not missing:
+            theirs.append(openmpi.measure(cp_size, plan.tokens, plan.block_s))
+    return rows_of(cp_size, ours, theirs)
+
+
+def our_round(cp_size: int, plan: Plan) -> list[dict[str, Any]]:
     """One launch of the rank side."""
     with TemporaryDirectory() as directory:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
         launch.append(f"--log-dir={directory}")
-        output = Path(directory) / "rows.json"
-        script = ["-m", "benchmarks.gather", str(output), *map(str, tokens)]
-        run_here([*launch, *script])
+        output = Path(directory) / "samples.json"
+        script = ["-m", "benchmarks.gather", str(output), str(plan.block_s)]
+        run_here([*launch, *script, *map(str, plan.tokens)])
         return list(json.loads(output.read_text()))
 
 
-def control_figures() -> dict[str, Any]:
+def control_figures(rounds: int) -> dict[str, Any]:
     """The control path against workers of its own."""
     with TemporaryDirectory() as directory:
         output = Path(directory) / "control.json"
-        run_here(["-m", "benchmarks.control_path", "--json", str(output)], quiet=True)
+        script = ["-m", "benchmarks.control_path", "--json", str(output)]
+        run_here([*script, "--rounds", str(rounds)], quiet=True)
         return dict(json.loads(output.read_text()))
 
 
@@ -81,39 +110,9 @@ def run_here(arguments: list[str], *, quiet: bool = False) -> None:
     )
 
 
-def environment() -> dict[str, Any]:
-    """Where and with what the figures were taken."""
-    return {
-        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
-        "command": "make bench",
-        "commit": commit(),
-        "device": "cpu",
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def commit() -> str:
-    """The commit that was measured, marked when the tree had changes."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return said.stdout.strip() or "not a git checkout"
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+def say(text: str) -> None:
+    """Progress, apart from the figures."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def keep(record: dict[str, Any]) -> None:

@@ -12,12 +12,12 @@ from cpkit.group import CPGroup
 from cpkit.kernels import gather_kernel
 from cpkit.rendezvous import deadline_s
 
-WARPS = 8
+WARPS = 8  # kernels.THREADS has as many threads
 BLOCKS_PER_SM = (
     4  # all blocks of all ranks must be resident at once, since they wait for each other
 )
 TILE_UNITS = 2048
-NARROW = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
+NARROW = {1: "int8", 4: "int32"}
 
 
 class Signals(Protocol):
@@ -37,6 +37,8 @@ def launch_gather(
     offsets: Sequence[int],
     slots: torch.Tensor | None = None,
     narrow_bytes: int = 0,
+    *,
+    entry: bool = True,
 ) -> None:
     """Start `gather_kernel` on the current stream; its arguments are explained there."""
     import triton.language as tl
@@ -59,6 +61,7 @@ def launch_gather(
         NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
         SLOTS=slots is not None,
         SYNC=True,
+        ENTRY=entry,
         THREADS=WARPS * 32,
         num_warps=WARPS,
     )

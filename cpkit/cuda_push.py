@@ -29,12 +29,15 @@ def push_all(
     metadata: ContextParallelMetadata,
     pool: SymmetricPool,
     slots: torch.Tensor | None = None,
+    *,
+    entry: bool = True,
 ) -> None:
     """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs. In stream order.
 
     Outputs, `[total_tokens, lanes]` each, are in the pool, at one offset on all ranks. With `slots`
     (int64 `[total_tokens]`, on the device) token t goes to row `slots[t]`, and nowhere if that is
-    -1. Entry and exit synchronization are inside. Source: the idea of vLLM #49517 (each rank stores
+    -1. Entry and exit synchronization are inside; without `entry` the caller knows that all
+    outputs are free (see cpkit.plan). Source: the idea of vLLM #49517 (each rank stores
     final rows into every peer's cache).
     """
     present = [(x, y) for x, y in zip(rows, outputs, strict=True) if y.numel()]
@@ -57,6 +60,7 @@ def push_all(
         [offset for _, offset in places],
         slots,
         narrow,
+        entry=entry or is_capturing(pool.device.type),
     )
 
 
@@ -80,11 +84,10 @@ def capture_problem(
 
 def _place(output: torch.Tensor, pool: SymmetricPool) -> tuple[int, int]:
     """(address of the table of peers' segments, byte offset in the segment)."""
-    found = pool.locate(output)
-    assert found is not None, "outputs come from the pool"
-    segment = pool.segment(found[0])
+    number, offset = pool.place_of(output)
+    segment = pool.segment(number)
     assert isinstance(segment, CudaSegment)
-    return segment.peers.data_ptr(), found[1]
+    return segment.peers.data_ptr(), offset
 
 
 def _signals(pool: SymmetricPool) -> CudaBackend:

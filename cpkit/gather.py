@@ -189,7 +189,7 @@ def _direct(
         with stage("wire"):
             push_all(rows, outputs, metadata, pool, slots)
     else:
-        steps.push_all_reference(rows, outputs, metadata, pool, slots)
+        steps.push_all(rows, outputs, metadata, pool, slots)
     keep("wire", outputs[0])
     return outputs
 

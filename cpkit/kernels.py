@@ -128,8 +128,6 @@ def _copy_tile(
     BYTES: tl.constexpr,
     VECTOR: tl.constexpr,
     SLOTS: tl.constexpr,
-    LOAD: tl.constexpr,
-    STORE: tl.constexpr,
 ):
     """One tile: BLOCK words into registers, and from there to every peer, starting at the next."""
     run, first, count = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
@@ -139,7 +137,6 @@ def _copy_tile(
     words = tl.load(
         _pointer(source + (run + first) * BYTES, WORD, VECTOR * BYTES) + i,
         mask=inside,
-        cache_modifier=LOAD,
     )
     if is_mapped:
         position = first.to(tl.int32) + i
@@ -158,15 +155,69 @@ def _copy_tile(
                 _pointer(base, WORD, VECTOR * BYTES) + target,
                 words,
                 mask=inside,
-                cache_modifier=STORE,
+                cache_modifier=".cs",
             )
     else:
         shift = (token * row_units + first) * BYTES + offset
         for turn in tl.static_range(CP):
             base = tl.load(bases + (rank + 1 + turn) % CP) + shift
             tl.store(
-                _pointer(base, WORD, VECTOR * BYTES) + i, words, mask=inside, cache_modifier=STORE
+                _pointer(base, WORD, VECTOR * BYTES) + i, words, mask=inside, cache_modifier=".cs"
             )
+
+
+@triton.jit
+def _copy_tiles(
+    sources,
+    bases,
+    offsets,
+    slots,
+    tiles,
+    n_tiles,
+    rank,
+    TENSORS: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NARROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """This block's share of the tiles."""
+    for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        tile = tiles + number * 8
+        kind, tensor = tl.load(tile), tl.load(tile + 1)
+        source = _select(sources, tensor, TENSORS)
+        table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
+        offset = _select(offsets, tensor, TENSORS)
+        if kind < 2:
+            _copy_tile(
+                source, table, offset, slots, tile, rank, kind == 1,
+                CP, BLOCK, tl.int64, 8, 2, SLOTS,
+            )  # fmt: skip
+        elif NARROW is not None:
+            _copy_tile(
+                source, table, offset, slots, tile, rank, kind == 3,
+                CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _leave(
+    pages, page, epoch, rank, missing, late, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr
+):
+    """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
+    until all theirs have. A rank that was given up for is not told: its peers give up as well.
+    """
+    words = page.to(tl.pointer_type(tl.int64))
+    tl.debug_barrier()
+    arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(words + _ARRIVED, 0)
+        if missing == 0:
+            _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
+            late_rank = _wait_for_peers(page, _EXIT, epoch, timeout_ns, CP, THREADS)
+            if late_rank > 0:
+                tl.store(late, late_rank)
+            tl.store(words + _EPOCH, epoch)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "rank", "timeout_ns"])
@@ -187,9 +238,8 @@ def gather_kernel(
     NARROW: tl.constexpr,
     SLOTS: tl.constexpr,
     SYNC: tl.constexpr,
+    ENTRY: tl.constexpr,
     THREADS: tl.constexpr,
-    LOAD: tl.constexpr = "",
-    STORE: tl.constexpr = "",
 ):
     """Store this rank's tiles into all peers' outputs.
 
@@ -200,41 +250,22 @@ def gather_kernel(
     tiles     int64 `[n_tiles, 8]`, see cpkit.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
     late      one word of host memory: one past the rank that a wait was given up for
+    SYNC      off: copy only, which is what the interpreter can run
+    ENTRY     off: the caller knows that all outputs are free
     """
     if SYNC:
         page = tl.load(pages + rank)
-        words = page.to(tl.pointer_type(tl.int64))
-        epoch = tl.load(words + _EPOCH, volatile=True) + 1
-        if tl.program_id(0) == 0:
-            _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
-        missing = _wait_for_peers(page, _ENTRY, epoch, timeout_ns, CP, THREADS)
-        if missing > 0:
-            tl.store(late, missing)
-            n_tiles = 0
-    for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        tile = tiles + number * 8
-        kind, tensor = tl.load(tile), tl.load(tile + 1)
-        source = _select(sources, tensor, TENSORS)
-        table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
-        offset = _select(offsets, tensor, TENSORS)
-        if NARROW is None or kind < 2:
-            _copy_tile(
-                source, table, offset, slots, tile, rank, kind == 1,
-                CP, BLOCK, tl.int64, 8, 2, SLOTS, LOAD, STORE,
-            )  # fmt: skip
-        else:
-            _copy_tile(
-                source, table, offset, slots, tile, rank, kind == 3,
-                CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS, LOAD, STORE,
-            )  # fmt: skip
+        epoch = tl.load(page.to(tl.pointer_type(tl.int64)) + _EPOCH, volatile=True) + 1
+        missing = 0
+        if ENTRY:
+            if tl.program_id(0) == 0:
+                _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
+            missing = _wait_for_peers(page, _ENTRY, epoch, timeout_ns, CP, THREADS)
+            if missing > 0:
+                tl.store(late, missing)
+                n_tiles = 0
+    _copy_tiles(
+        sources, bases, offsets, slots, tiles, n_tiles, rank, TENSORS, CP, BLOCK, NARROW, SLOTS
+    )
     if SYNC:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(0) - 1:
-            tl.store(words + _ARRIVED, 0)
-            if missing == 0:
-                _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
-                missing = _wait_for_peers(page, _EXIT, epoch, timeout_ns, CP, THREADS)
-                if missing > 0:
-                    tl.store(late, missing)
-                tl.store(words + _EPOCH, epoch)
+        _leave(pages, page, epoch, rank, missing, late, timeout_ns, CP, THREADS)

@@ -8,6 +8,7 @@ a rank that raised alone would leave its peers waiting.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import msgspec
 
@@ -39,6 +40,7 @@ def _by_rank(texts: list[str]) -> str:
     return "; ".join(f"rank(s) {', '.join(who)}: {text}" for text, who in ranks_of.items())
 
 
+@lru_cache(maxsize=256)
 def pack_note(problem: str, call: str) -> bytes:
     """What a rank says to the others: bytes that are equal exactly when the texts are."""
     return msgspec.msgpack.encode((_cut(problem), _cut(call)))

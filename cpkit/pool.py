@@ -97,13 +97,7 @@ class SymmetricPool:
 
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """The same tensor in a peer's memory. Raises ValueError for one not from this pool."""
-        place = self.locate(tensor)
-        if place is None or not tensor.is_contiguous():
-            raise ValueError(
-                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
-                f"inside `with use_symmetric_memory(group)`"
-            )
-        segment, offset = place
+        segment, offset = self.place_of(tensor)
         nbytes = tensor.numel() * tensor.element_size()
         memory = self._segments[segment].view(rank, offset, nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
@@ -116,6 +110,24 @@ class SymmetricPool:
             if 0 <= offset < segment.nbytes:
                 return number, offset
         return None
+
+    def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
+        """Where the same tensor of each rank is in this process, by rank.
+
+        Raises ValueError for one not from this pool.
+        """
+        segment, offset = self.place_of(tensor)
+        return [start + offset for start in self._segments[segment].addresses]
+
+    def place_of(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """(segment, byte offset) of a contiguous tensor of this pool; ValueError for any other."""
+        place = self.locate(tensor)
+        if place is None or not tensor.is_contiguous():
+            raise ValueError(
+                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
+                f"inside `with use_symmetric_memory(group)`"
+            )
+        return place
 
     def segment(self, number: int) -> Segment:
         """One of the pool's segments; the first one is the arena."""

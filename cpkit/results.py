@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpkit.chrome_trace import chrome_trace
 from cpkit.control.messages import (
     Array,
     ExplainResult,
@@ -153,6 +157,10 @@ class Timeline(_Shown):
         table = _table(self.result.spans)
         table["duration_us"] = table["stop_us"] - table["start_us"]
         return table
+
+    def save_chrome_trace(self, path: str | PathLike[str]) -> None:
+        """Write the timeline as JSON that https://ui.perfetto.dev and chrome://tracing open."""
+        Path(path).write_text(json.dumps(chrome_trace(self.result), indent=1) + "\n")
 
     def summary(self) -> str:
         """One line."""

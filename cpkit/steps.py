@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
+from cpkit import push
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.plain import plain_all_gather
@@ -157,37 +158,17 @@ def scatter_into(
         cache.index_copy_(0, slots[wanted], rows[wanted])
 
 
-def push_rows(
-    rows: torch.Tensor,
-    output: torch.Tensor,
-    metadata: ContextParallelMetadata,
-    pool: SymmetricPool,
-) -> None:
-    """Store this rank's rows at their final place in every peer's `output`.
-
-    Ranks start at different peers, so that they do not all write to the same memory at once. The
-    caller synchronizes: before (the outputs are free) and after (all rows have landed).
-    """
-    rank, size = pool.group.rank, pool.group.size
-    runs = metadata.runs(rank)
-    for peer in ((rank + step) % size for step in range(size)):
-        target = pool.peer_view(output, peer)
-        for row, token, step, length in runs:
-            stop = token + (length - 1) * step + 1
-            target[token:stop:step].copy_(rows[row : row + length])
-
-
-def push_all_reference(
+def push_all(
     rows: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,
     pool: SymmetricPool,
     slots: torch.Tensor | None = None,
 ) -> None:
-    """All tensors into every peer's outputs, with entry and exit synchronization. Either device.
+    """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs. CPU.
 
-    What `cpkit.cuda_push.push_all` does in one kernel, written down with torch's own copies.
-    `slots` (int64 `[total_tokens]`) sends token t to row `slots[t]`, and nowhere when that is -1.
+    Outputs, `[total_tokens, lanes]` each, are in the pool, at one offset on all ranks. With `slots`
+    (int64 `[total_tokens]`) token t goes to row `slots[t]`, and nowhere when that is -1.
     """
     with stage("wire"):
         pool.backend.enter()
@@ -202,6 +183,38 @@ def push_all_reference(
         pool.backend.leave()
 
 
+def push_rows(
+    rows: torch.Tensor,
+    output: torch.Tensor,
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+) -> None:
+    """Store this rank's rows at their final place in every peer's `output`.
+
+    Ranks start at different peers, so that they do not all write to the same memory at once. The
+    caller synchronizes: before (the outputs are free) and after (all rows have landed).
+    """
+    for copy in push_copies(rows, output, metadata, pool):
+        copy()
+
+
+def push_copies(
+    rows: torch.Tensor,
+    output: torch.Tensor,
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+) -> list[push.Copy]:
+    """The copies of `push_rows`, to be made once or, by a plan, again and again."""
+    rank, size = pool.group.rank, pool.group.size
+    peers = [(rank + step) % size for step in range(size)]
+    row_bytes = rows.shape[1] * rows.element_size()
+    pieces = push.tiles(metadata, rank, row_bytes)
+    if all(piece.step == 1 for piece in pieces):
+        places = pool.peer_addresses(output)
+        return push.dense_copies(rows.data_ptr(), [places[p] for p in peers], row_bytes, pieces)
+    return push.spread_copies(rows, [pool.peer_view(output, p) for p in peers], pieces)
+
+
 def push_into_slots(
     rows: torch.Tensor,
     cache: torch.Tensor,
@@ -213,9 +226,28 @@ def push_into_slots(
 
     rank 1 holds tokens 2 3, slots [7, -1, 0, 5]: its rows go to rows 0 and 5 of every cache
     """
-    mine = slots[metadata.rank_rows(pool.group.rank).to(slots.device)]
+    rank, size = pool.group.rank, pool.group.size
+    mine = slots[metadata.rank_rows(rank).to(slots.device)]
     wanted = (mine >= 0).nonzero().flatten()
     places, chosen = mine[wanted], rows if len(wanted) == len(rows) else rows[wanted]
-    rank, size = pool.group.rank, pool.group.size
     for peer in ((rank + step) % size for step in range(size)):
         pool.peer_view(cache, peer).index_copy_(0, places, chosen)
+
+
+def push_all_reference(
+    rows: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+    slots: torch.Tensor | None = None,
+) -> None:
+    """`push_all`, and on CUDA `cuda_push.push_all`, written down: one indexed store per peer."""
+    mine = metadata.rank_rows(pool.group.rank)
+    pool.backend.enter()
+    for x, output in zip(rows, outputs, strict=True):
+        tokens = mine.to(x.device)
+        places = tokens if slots is None else slots[tokens]
+        wanted = places >= 0
+        for peer in range(pool.group.size):
+            pool.peer_view(output, peer)[places[wanted]] = x[wanted]
+    pool.backend.leave()

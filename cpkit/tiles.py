@@ -27,12 +27,12 @@ MAX_RUN_UNITS = 1 << 31
 
 
 def unit_bytes(row_bytes: int, address: int) -> int:
-    """The unit for rows of this size at this address: 16 bytes (moved as two words), 8, 4, 2 or 1.
+    """The unit for rows of this size at this address: 16 bytes (moved as two words), 4 or 1.
 
     >>> unit_bytes(2048, 0), unit_bytes(132, 0), unit_bytes(2048, 4)
     (16, 4, 4)
     """
-    return next(n for n in (WIDE_BYTES, 8, 4, 2, 1) if row_bytes % n == 0 and address % n == 0)
+    return next(n for n in (WIDE_BYTES, 4, 1) if row_bytes % n == 0 and address % n == 0)
 
 
 def tile_table(

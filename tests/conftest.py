@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import cpkit
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels are then run by the interpreter, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(trylast=True)

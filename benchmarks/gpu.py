@@ -1,0 +1,176 @@
+"""`make bench-gpu`: measure on this machine's GPUs, print the figures, record them.
+
+    python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8]
+
+With fewer GPUs than ranks, ranks share them, and NVIDIA's MPS daemon runs meanwhile: without it,
+processes take turns on the GPU and every barrier waits for a time slice. The floor is what one
+memory shared by all ranks must move at least, (cp + 1) times the gathered bytes, at the rate of the
+device's own copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.figures import cell, goal_lines, table
+from benchmarks.gpu_goals import goals_of
+from benchmarks.machine import environment
+from benchmarks.mps import mps_daemon
+from benchmarks.rows import row
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TOKENS = (512, 2048, 9216, 36864, 65536, 131072)  # 1, 4, 19, 75, 134, 268 MB
+QUICK_TOKENS = (512, 36864)
+ROUNDS = 3
+COLUMNS = (
+    ("cp_size", "cp_size"),
+    ("size_bytes", "size (B)"),
+    ("variant", "variant"),
+    ("time_us", "time p50 (us)"),
+    ("p95_us", "p95 (us)"),
+    ("min_us", "min (us)"),
+    ("algbw_gbps", "algbw (GB/s)"),
+    ("busbw_gbps", "busbw (GB/s)"),
+    ("wrong", "#wrong"),
+    ("moved_bytes", "moved (B)"),
+    ("passes", "passes"),
+    ("skew_us", "rank skew (us)"),
+    ("iterations", "iterations"),
+    ("spread_pct", "spread (%)"),
+    ("seed_ratio", "seed / this"),
+    ("low_contention_ratio", "low-contention / this"),
+    ("floor_ratio", "this / floor"),
+)
+
+
+def main() -> int:
+    """Run everything; fails loudly when something was wrong."""
+    parser = argparse.ArgumentParser(description="Measure cpkit on this machine's GPUs.")
+    parser.add_argument("--quick", action="store_true", help="two sizes, one round, no record")
+    parser.add_argument("--no-record", action="store_true", help="print, but write no file")
+    parser.add_argument("--cp-sizes", default="2,4,8", help="comma-separated, default 2,4,8")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make bench-gpu needs a CUDA device and a CUDA build of torch; `make bench` does not")
+        return 2
+    cp_sizes = [int(part) for part in options.cp_sizes.split(",")]
+    tokens, rounds = (QUICK_TOKENS, 1) if options.quick else (TOKENS, ROUNDS)
+    record: dict[str, Any] = {"environment": gpu_environment(), "gather": [], "missing": {}}
+    record["plan"] = {"tokens": tokens, "rounds": rounds, "strategy": "zigzag", "rows": [8, 128]}
+    for cp_size in cp_sizes:
+        measure(record, cp_size, tokens, rounds)
+    record["goals"] = goals_of(record["gather"])
+    print(as_text(record))
+    if not (options.quick or options.no_record):
+        keep(record)
+    return 0
+
+
+def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], rounds: int) -> None:
+    """All rounds at one cp_size, added to the record."""
+    print(f"gather, cp_size {cp_size} ...", file=sys.stderr, flush=True)
+    shared = cp_size > torch.cuda.device_count()
+    with mps_daemon(enabled=shared) as settings:
+        launches = [one_round(cp_size, tokens, settings) for _ in range(rounds)]
+    ceilings = [launch["ceiling_gbps"] for launch in launches]
+    ceiling_gbps = sorted(ceilings)[len(ceilings) // 2]
+    for place, count in enumerate(tokens):
+        sizes = [launch["sizes"][place] for launch in launches]
+        record["missing"] |= {f"cp_size {cp_size}, {count} tokens": sizes[0]["missing"]}
+        for name in sizes[0]["variants"]:
+            samples = [size["variants"][name]["samples_us"] for size in sizes]
+            line = row(name, cp_size, count, sizes[0]["padded_bytes"], samples)
+            floor_us = (cp_size + 1) * line["size_bytes"] / ceiling_gbps / 1e3 if shared else None
+            record["gather"].append({**line, "floor_us": floor_us, "ceiling_gbps": ceiling_gbps})
+
+
+def one_round(cp_size: int, tokens: tuple[int, ...], settings: dict[str, str]) -> dict[str, Any]:
+    """One launch of the rank side."""
+    with TemporaryDirectory() as directory:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
+        launch.append(f"--log-dir={directory}")
+        output = Path(directory) / "samples.json"
+        subprocess.run(
+            [sys.executable, *launch, "-m", "benchmarks.gpu_ranks", str(output), *map(str, tokens)],
+            cwd=ROOT,
+            check=True,
+            timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
+        )
+        return dict(json.loads(output.read_text()))
+
+
+def gpu_environment() -> dict[str, Any]:
+    """Machine, versions and GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        **environment("make bench-gpu", ", ".join(gpus)),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "driver": driver.stdout.split("\n")[0].strip(),
+    }
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """All figures as Markdown; the goals, the most important, last."""
+    where = record["environment"]
+    conditions = (
+        f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
+        f"torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times between "
+        f"CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
+        f"rounds. The floor is (cp + 1) · size at the device's own copy rate in the same run; it "
+        f"is said where all ranks share one device."
+    )
+    missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items() if why]
+    rows = with_ratios(record["gather"])
+    lines = [[cell(each.get(name)) for name, _ in COLUMNS] for each in rows]
+    figures = table([label for _, label in COLUMNS], lines)
+    goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
+    return "\n\n".join([conditions, *missing, figures, goals])
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with its ratios to the opponents of the same run."""
+    us = {(r["cp_size"], r["size_bytes"], r["variant"]): r["time_us"] for r in rows}
+
+    def quotient(each: dict[str, Any], opponent: str) -> float | None:
+        found = us.get((each["cp_size"], each["size_bytes"], opponent))
+        return found / each["time_us"] if found else None
+
+    return [
+        {
+            **each,
+            "seed_ratio": quotient(each, "seed"),
+            "low_contention_ratio": quotient(each, "low-contention"),
+            "floor_ratio": each["time_us"] / each["floor_us"] if each["floor_us"] else None,
+        }
+        for each in rows
+    ]
+
+
+def keep(record: dict[str, Any]) -> None:
+    """Write the dated record."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{record['environment']['date']}-gpu.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"recorded in {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

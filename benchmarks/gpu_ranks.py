@@ -1,0 +1,211 @@
+"""The rank side of `make bench-gpu`: `torchrun … -m benchmarks.gpu_ranks OUTPUT.json TOKENS…`.
+
+Correctness first: every variant gathers stamped rows into poisoned memory and is checked bit by
+bit. A sample is the time between two CUDA events around several calls, divided by their number, as
+nccl-tests do; it begins with all ranks at a barrier. Variants take turns, sample by sample.
+
+    direct           all_gather_kv, a call by itself
+    plan             the same as a prepared call (cpkit.plan)
+    graph            the plan's call, captured in a CUDA graph and replayed; small sizes only
+    seed             the seed's pipeline on symmetric buffers: pad, wire, strip, reorder
+    low-contention   torch's _low_contention_all_gather from a symmetric shard, then strip, reorder
+    copy             every rank copies the whole result once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+from cpkit import bench, provenance, steps
+from cpkit.gather import all_gather_kv
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.plan import plan_gather_kv
+
+Call = Callable[[], object]
+SHAPE = (8, 128)
+DTYPE = torch.bfloat16
+GRAPH_UP_TO_BYTES = 4 << 20
+CEILING_BYTES = 1 << 30
+SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size on this rank."""
+
+    metadata: ContextParallelMetadata
+    group: CPGroup
+    mine: torch.Tensor
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the gathered tensor."""
+        return self.metadata.total_tokens * SHAPE[0] * SHAPE[1] * DTYPE.itemsize
+
+    @property
+    def calls_per_sample(self) -> int:
+        """Small gathers are too short for one pair of events."""
+        return 20 if self.total_bytes <= GRAPH_UP_TO_BYTES else 5
+
+
+def main() -> None:
+    """Benchmark all sizes on the group of all ranks."""
+    output, *tokens = sys.argv[1:]
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
+    group = init_context_parallel(dist.get_world_size())
+    ceiling_bytes_per_us = copy_ceiling(group)
+    sizes = [measure(prepare(int(count), group)) for count in tokens]
+    if group.rank == 0:
+        report = {"ceiling_gbps": ceiling_bytes_per_us / 1e3, "sizes": sizes}
+        Path(output).write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+def prepare(tokens: int, group: CPGroup) -> Size:
+    """Stamped rows on this rank's device."""
+    metadata = prepare_context_parallel_metadata([tokens], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, SHAPE, DTYPE, round=1)
+    return Size(metadata, group, rows.cuda())
+
+
+def copy_ceiling(group: CPGroup) -> float:
+    """Bytes read plus written per µs by one large copy on the device, the others at rest."""
+    rate = 0.0
+    if group.rank == 0:
+        source = torch.ones(CEILING_BYTES, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        times = [_events_us(lambda: target.copy_(source), 1) for _ in range(SAMPLES)]
+        rate = 2 * CEILING_BYTES / statistics.median(times[2:])
+    rates = torch.tensor([rate], dtype=torch.float64)
+    dist.broadcast(rates, 0)
+    torch.cuda.empty_cache()
+    return float(rates)
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """Samples of every variant: µs by rank, or why a variant was not measured."""
+    calls, missing = checked_variants(size)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(SAMPLES + 2):
+        for name, call in calls.items():
+            size.group.barrier()
+            samples[name].append(_events_us(call, size.calls_per_sample))
+    timings = {name: bench.Timing(tuple(us[2:]), {}) for name, us in samples.items()}
+    timed = {
+        name: [each.times_us for each in bench.everybody(timing, size.group)]
+        for name, timing in timings.items()
+    }
+    return {
+        "tokens": size.metadata.total_tokens,
+        "padded_bytes": size.metadata.max_rank_len[0] * size.group.size * SHAPE[0] * SHAPE[1] * 2,
+        "variants": {name: {"samples_us": us} for name, us in timed.items()},
+        "missing": missing,
+    }
+
+
+def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
+    """What is compared, and what is not, with the reason. Raises ProvenanceError for wrong rows."""
+    calls: dict[str, Call] = {}
+    missing: dict[str, str] = {}
+    whole = torch.ones(size.total_bytes, dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(whole)
+    calls["direct"] = lambda: _gather(size, "direct")
+    calls["plan"] = plan = plan_gather_kv([size.mine], size.metadata, size.group)
+    calls["seed"] = lambda: _gather(size, "padded_symm_recv")
+    calls["low-contention"] = low_contention(size)
+    for call in calls.values():
+        _check(call, size)
+    if size.total_bytes <= GRAPH_UP_TO_BYTES:
+        try:
+            calls["graph"] = captured(plan, size)
+        except RuntimeError as error:
+            missing["graph"] = f"not captured: {error}"[:200]
+    calls["copy"] = lambda: copy.copy_(whole)
+    return calls, missing
+
+
+def low_contention(size: Size) -> Call:
+    """Torch's own copy-engine all-gather, and the two passes that bring tokens in order."""
+    metadata, group = size.metadata, size.group
+    rows = steps.as_rows(size.mine)
+    shard = symm_mem.empty(metadata.max_rank_len[0], rows.shape[1], dtype=rows.dtype, device="cuda")
+    symm_mem.rendezvous(shard, group.process_group.group_name)
+    shard[: len(rows)].copy_(rows)
+    torch.cuda.synchronize()
+    group.barrier()
+
+    def call() -> list[torch.Tensor]:
+        gathered = torch.ops.symm_mem._low_contention_all_gather(
+            shard, group.process_group.group_name
+        )
+        gathered = torch.ops._c10d_functional.wait_tensor(gathered)
+        rank_order = steps.strip_padding(gathered, metadata.per_rank_actual_token)
+        return [steps.from_rows(steps.reorder_tokens(rank_order, metadata), size.mine)]
+
+    return call
+
+
+def captured(call: Callable[[], list[torch.Tensor]], size: Size) -> Call:
+    """The call as a CUDA graph, checked after a replay into poisoned memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    size.group.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for result in results:
+        provenance.poison_(result)
+    torch.cuda.synchronize()
+    size.group.barrier()
+    graph.replay()
+    torch.cuda.synchronize()
+    provenance.check(results[0], size.metadata, round=1)
+    size.group.barrier()
+    return graph.replay
+
+
+def _gather(size: Size, algorithm: str) -> list[torch.Tensor]:
+    return all_gather_kv([size.mine], size.metadata, size.group, algorithm=algorithm)
+
+
+def _check(call: Callable[[], Any], size: Size) -> None:
+    """Twice: a plan takes two outputs in turns."""
+    for _ in range(2):
+        (got,) = call()
+        torch.cuda.synchronize()
+        provenance.check(got, size.metadata, round=1)
+        size.group.barrier()
+
+
+def _events_us(call: Call, calls: int) -> float:
+    """µs a call between two CUDA events around several of them."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    stop.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(stop)) * 1e3 / calls
+
+
+if __name__ == "__main__":
+    main()

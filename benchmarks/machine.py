@@ -1,0 +1,67 @@
+"""Where and with what figures were taken."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import openmpi
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(command: str, device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    return {
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "time_utc": dt.datetime.now(tz=dt.UTC).time().isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(),
+        "device": device,
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cache_bytes": cache_bytes(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "open_mpi": openmpi.available() or openmpi.version(),
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def commit() -> str:
+    """The commit that was measured, marked when the tree had changes."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip() or "not a git checkout"
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def cache_bytes() -> int:
+    """The last-level cache as the system tells it; 0 when it doesn't."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [path.read_text().strip() for path in sizes]
+    return max(
+        (int(size.removesuffix("K")) << 10 for size in found if size.endswith("K")), default=0
+    )

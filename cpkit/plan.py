@@ -1,0 +1,153 @@
+"""A gather that is prepared once and made many times, as MPI's persistent collectives are.
+
+The arguments are checked by all ranks when the plan is made; a call then only moves rows. And where
+`all_gather_kv` has to meet all ranks before it may store into their outputs, a plan has nobody to
+wait for: it takes its outputs in turns.
+
+    call          1               2               3
+    rank 0   store A │exit 1│ store B │exit 2│ store A │exit 3│
+    rank 1   store A │exit 1│ read A … store B │exit 2│ read B … store A │exit 3│
+                                     ↑ A is read         ↑ rank 0 may store into A from here on
+
+On CUDA the same holds in stream order; a plan that is captured in a graph keeps its entry barrier,
+since nothing tells how often the graph is replayed.
+
+Rank 0 stores into A again only once it is past exit 2, and nobody gets past exit 2 before rank 1
+has come to it: so rank 1 is in call 2 by then, and done with A.
+
+So a result is valid until this rank calls the plan again. With one output, rank 0's second call
+would store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` takes
+three outputs, and a result outlives one more call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+
+from cpkit import arguments, steps
+from cpkit.devices import device_type
+from cpkit.gather import all_gather_kv, enter
+from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata
+from cpkit.paths import path_of, remember
+from cpkit.pool import SymmetricPool
+from cpkit.push import Copy
+from cpkit.stages import stage
+from cpkit.symm import check_group, is_allocation_symmetric
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One set of outputs, in the pool and as the caller sees them, the copies that fill it, and
+    the wait after them.
+    """
+
+    copies: list[Copy]
+    leave: Copy
+    outputs: list[torch.Tensor]
+    results: list[torch.Tensor]
+
+
+class GatherPlan:
+    """What `plan_gather_kv` returns: call it to gather. Every rank calls its own, in step."""
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        group: CPGroup,
+        algorithm: str,
+        turns: Sequence[_Turn],
+    ) -> None:
+        self.metadata, self.group, self.algorithm = metadata, group, algorithm
+        self._tensors = list(tensors)  # their memory is what the copies read
+        self._turns = cycle(turns) if turns else None
+        self._path = path_of(algorithm, group, tensors[0].device)
+
+    def __call__(self) -> list[torch.Tensor]:
+        """Gather what the plan's tensors hold now. Collective. Raises TimeoutError naming the ranks
+        that did not come.
+        """
+        if self._turns is None:
+            return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
+        turn = next(self._turns)
+        with stage("wire"):
+            for copy in turn.copies:
+                copy()
+        with stage("exit"):
+            turn.leave()
+        return remember(self.group, self._path, list(turn.results))
+
+
+def plan_gather_kv(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    *,
+    algorithm: str = "direct",
+    keep: int = 1,
+) -> GatherPlan:
+    """Prepare `all_gather_kv(tensors, metadata, group)` for many calls with the same memory.
+
+    Collective, as are the calls. The plan reads `tensors` where they are, so fill them anew before
+    a call, and keep them contiguous. A result is valid until this rank calls the plan again;
+    `keep=n` makes it valid until the n-th call after, and costs n + 1 outputs in the pool. Only
+    `direct` in symmetric memory gains; other algorithms do what `all_gather_kv` does.
+
+    Raises ValueError on every rank for what `all_gather_kv` refuses, for tensors that are not
+    contiguous, and for a `keep` below 1. Source of the idea: MPI-4's MPI_Allgatherv_init.
+    """
+    check_group(group)
+    symmetric = is_allocation_symmetric() and not group.spans_hosts
+    problem = arguments.problem(tensors, metadata, group, algorithm) or _problem(tensors, keep)
+    call = ""
+    if not problem:
+        call = f"plan, {keep=}: " + arguments.describe_call(tensors, metadata, algorithm, symmetric)
+    device = "cpu" if problem else device_type(tensors[0])
+    pool = enter(group, call, problem, symmetric, device)
+    turns: list[_Turn] = []
+    if algorithm == "direct" and pool:
+        turns = [_take_turn(tensors, metadata, pool) for _ in range(keep + 1)]
+        pool.backend.enter()  # on CUDA, a peer's stream may still read what these outputs held
+    return GatherPlan(tensors, metadata, group, algorithm, turns)
+
+
+def _take_turn(
+    tensors: Sequence[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool
+) -> _Turn:
+    rows = [steps.as_rows(x) for x in tensors]
+    outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+    results = [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
+    if pool.device.type == "cuda":
+        from cpkit.cuda_push import push_all
+
+        launch = partial(push_all, rows, outputs, metadata, pool, entry=False)
+        return _Turn([launch], _waits_itself, outputs, results)
+    copies = [
+        copy
+        for x, output in zip(rows, outputs, strict=True)
+        if output.numel()
+        for copy in steps.push_copies(x, output, metadata, pool)
+    ]
+    return _Turn(copies, pool.group.barrier, outputs, results)
+
+
+def _waits_itself() -> None:
+    """The kernel has its exit synchronization inside."""
+
+
+def _problem(tensors: Sequence[torch.Tensor], keep: int) -> str:
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+        return f"keep is {keep!r}; it must be a whole number of calls, 1 or more"
+    for number, x in enumerate(tensors):
+        if x.numel() and steps.as_rows(x).data_ptr() != x.data_ptr():
+            return (
+                f"tensors[{number}] is a strided, conjugated or negated view, and a plan reads its "
+                f"tensors where they are; pass a contiguous one, or call all_gather_kv"
+            )
+    return ""
