@@ -50,7 +50,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
         mode="markers+text",
         marker={"color": style.WRONG, "symbol": "x", "size": 11},
         text=[f"{found[name].factor:.2g} ×" for name in names],
-        textposition="top center",
+        textposition=["top left" if found[n].factor < 1 else "top right" for n in names],
         hovertemplate="%{y}: %{x:.3g} × the right time<extra></extra>",
     )
     figure.add_vline(x=1, line={"color": style.INK, "width": 1.5})

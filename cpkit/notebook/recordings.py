@@ -20,11 +20,6 @@ from cpkit.notebook.charts import byte_words
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")
-_MACHINE = (
-    "gpu",
-    "processor",
-    "device",
-)  # the first of them that a recording has names its machine
 
 
 @dataclass(frozen=True)
@@ -38,14 +33,15 @@ class Recording:
     @property
     def is_gpu(self) -> bool:
         """Whether it ran on GPUs."""
-        return str(self.environment.get("device", "")).startswith("cuda")
+        return bool(self.environment.get("device", "cpu") != "cpu")
 
     @property
     def machine(self) -> str:
         """The machine in words."""
-        named = next((self.environment[key] for key in _MACHINE if self.environment.get(key)), "")
-        cores = self.environment.get("cores")
-        return f"{named}, {cores} cores" if cores and not self.is_gpu else str(named or "unknown")
+        if self.is_gpu:
+            return str(self.environment["device"])
+        cores = self.environment.get("cores", "an unknown number of")
+        return f"{self.environment.get('processor', 'an unknown processor')}, {cores} cores"
 
 
 def read(folder: Path = RESULTS) -> list[Recording]:
@@ -70,7 +66,7 @@ def describe(found: list[Recording]) -> str:
     ]
     if not any(each.is_gpu for each in found):
         lines.append(
-            "missing: a run on GPUs; `make bench` on a machine that has some records one in "
+            "missing: a run on GPUs; `make bench-gpu` on a machine that has some records one in "
             "benchmarks/results"
         )
     return "\n".join(lines)
@@ -92,7 +88,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     if rows.empty:
         raise ValueError(
             f"{recording.name} has no cp_size {cp_size}; it has "
-            f"{sorted(recording.table['cp_size'].unique())}"
+            f"{sorted(set(recording.table['cp_size'].tolist()))}"
         )
     mine = table[table["cp_size"] == cp_size].rename(columns={"algorithm": "variant"})
     figure = go.Figure()

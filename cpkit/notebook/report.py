@@ -83,7 +83,7 @@ def write(
         "method": METHOD,
         "repeat": repeat,
         "results": dict(results),
-        "sweep": json.loads(table.to_json(orient="records")),
+        "sweep": json.loads(table.to_json(orient="records", double_precision=15)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "report.json"

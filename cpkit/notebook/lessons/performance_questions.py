@@ -40,7 +40,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "damage",
-    "Order these by the time they report, from too small to too large.",
+    "Three mistakes: which reports the smallest share of the right time, which the largest?",
     choices=("no barrier", "fastest rank", "not waited for"),
     answer=("not waited for", "fastest rank", "no barrier"),
     wrong={
@@ -54,7 +54,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "ranking",
-    "16 MB over 4 ranks: order the algorithms by time.",
+    "64 MiB over 4 ranks: which algorithm is fastest, which slowest?",
     choices=("padded", "padded_symm", "direct"),
     answer=("direct", "padded_symm", "padded"),
     wrong={
@@ -73,19 +73,19 @@ LESSON.ask(
     close=0.45,
     wrong={
         0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Meeting costs more.",
-        0.5: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
+        0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
     },
     why="On the left everybody waits for everybody. There fewer meetings help, not bandwidth.",
 )
 LESSON.ask(
     "passes",
-    "padded_symm copies the result twice more than direct. How often faster is direct at 16 MB?",
-    answer=3.0,
+    "padded_symm copies the result twice more than direct. How often faster is direct at 16 MiB?",
+    answer=4.0,
     unit="times",
-    close=0.65,
+    close=0.7,
     wrong={
-        1.2: "A copy of all bytes costs about what the push costs. Count passes.",
-        12.0: "That is about padded against direct, where the collective is slow too.",
+        1.0: "A copy of all bytes costs about what the push costs. Count passes.",
+        20.0: "That is more than padded against direct, where the collective is slow too.",
     },
     why="Pass by pass: push, strip, reorder against push alone, and one quarter pass to fill the "
     "symmetric shard. Three passes to one, as long as the memory is the limit.",
@@ -107,12 +107,12 @@ LESSON.ask(
 )
 LESSON.ask(
     "stops",
-    "8 × H100: symmetric memory is 1.86 times as fast at 2 MiB. And at 128 MiB?",
+    "8 × H100: symmetric memory is 1.85 times as fast at 2 MiB. And at 128 MiB?",
     answer=385.3 / 363.2,
     unit="times",
     close=0.04,
     wrong={
-        1.86: "The gain is in alpha, and alpha is a small part of 128 MiB.",
+        1.85: "The gain is in alpha, and alpha is a small part of 128 MiB.",
         1.0: "Nearly: 6 % are left.",
         1.5: "Less. Compare 10 µs saved with the 370 µs that the bytes need on the wire.",
         3.0: "The links are the same. What is saved is the cost of meeting.",

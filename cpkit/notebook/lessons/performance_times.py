@@ -149,6 +149,7 @@ def _clue(times: np.ndarray, warmup: int, got: float) -> str:
     """Which usual mistake gives exactly this number."""
     kept = times[warmup:]
     mistakes = {
+        "That is the mean of everything.": times.mean(),
         "That is the mean: one wild iteration moved it.": kept.max(axis=1).mean(),
         "That is rank 0 alone.": np.median(kept[:, 0]),
         "That is the fastest rank.": np.median(kept.min(axis=1)),
