@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     )
     figure.add_vline(x=1, line={"color": style.INK, "width": 1.5})
     figure.update_layout(
-        xaxis=style.axis("reported time / right time", type="log", dtick=1),
+        xaxis=style.axis("reported time / right time", type="log", dtick=1, range=_room(found)),
         yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", type="category"),
         legend=style.legend_below(46 * len(names)),
         margin={"l": 8, "r": 24, "t": 66, "b": 92},
@@ -70,6 +71,12 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
         alt=words + ".",
         height=170 + 46 * len(names),
     )
+
+
+def _room(found: Mapping[str, Mistake]) -> list[float]:
+    """The range of the axis, as powers of ten: the words beside the outer marks fit in."""
+    factors = [each.factor for each in found.values()]
+    return [math.log10(min(0.5, *factors) / 3), math.log10(max(2.0, *factors) * 3)]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def roof(
     return style.finish(
         figure,
         title="Speed of light" + (" and what was measured" if table is not None else ""),
-        subtitle="meet once, copy every byte once; the grey area is out of reach",
+        subtitle="meet once, read every byte once, write it for every rank; grey is out of reach",
         alt=". ".join(words) + ".",
         height=460,
     )
