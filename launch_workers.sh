@@ -11,7 +11,8 @@ launch_workers.sh stop    [--name N]   end them
 
 Options of start:
   --nproc 4               ranks on this machine
-  --device auto           auto, cpu or cuda
+  --device auto           auto, cpu or cuda (auto: cuda where torch sees a GPU)
+  --share-gpu             all ranks on the first GPU; automatic when ranks outnumber GPUs
   --name default          several sets of workers may run side by side
   --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT
                           one job over several machines: run this on each of them

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cost_check
 from benchmarks.goals import times_us
 
 Record = dict[str, Any]
@@ -45,7 +46,8 @@ RATIOS = (
 def as_text(record: Record) -> str:
     """All figures as Markdown, for the terminal; the shortest and most important last."""
     gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
-    return "\n\n".join([conditions(record), gather, *summary_tables(record)])
+    modelled = table(cost_check.MODELLED_HEADER, cost_check.modelled_lines())
+    return "\n\n".join([conditions(record), gather, modelled, *summary_tables(record)])
 
 
 def as_summary(record: Record) -> str:

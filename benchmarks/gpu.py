@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,8 +25,8 @@ import torch
 from benchmarks.figures import cell, goal_lines, table
 from benchmarks.gpu_goals import goals_of
 from benchmarks.machine import environment
-from benchmarks.mps import mps_daemon
 from benchmarks.rows import row
+from cpkit.control import mps
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,8 +81,12 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
     """All rounds at one cp_size, added to the record."""
     print(f"gather, cp_size {cp_size} ...", file=sys.stderr, flush=True)
     shared = cp_size > torch.cuda.device_count()
-    with mps_daemon(enabled=shared) as settings:
-        launches = [one_round(cp_size, tokens, settings) for _ in range(rounds)]
+    with TemporaryDirectory(prefix="cpkit-") as directory, ExitStack() as stack:
+        if shared:
+            words = stack.enter_context(mps.serve(Path(directory)))
+            print(words, file=sys.stderr, flush=True)
+            record["sharing"] = words.replace(directory, "…")
+        launches = [one_round(cp_size, tokens) for _ in range(rounds)]
     ceilings = [launch["ceiling_gbps"] for launch in launches]
     ceiling_gbps = sorted(ceilings)[len(ceilings) // 2]
     for place, count in enumerate(tokens):
@@ -94,7 +99,7 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
             record["gather"].append({**line, "floor_us": floor_us, "ceiling_gbps": ceiling_gbps})
 
 
-def one_round(cp_size: int, tokens: tuple[int, ...], settings: dict[str, str]) -> dict[str, Any]:
+def one_round(cp_size: int, tokens: tuple[int, ...]) -> dict[str, Any]:
     """One launch of the rank side."""
     with TemporaryDirectory() as directory:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
@@ -105,7 +110,7 @@ def one_round(cp_size: int, tokens: tuple[int, ...], settings: dict[str, str]) -
             cwd=ROOT,
             check=True,
             timeout=900,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         return dict(json.loads(output.read_text()))
 

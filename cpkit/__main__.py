@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cpkit.control import launch as launcher
 from cpkit.control.errors import ControlError
+from cpkit.control.messages import Status, StatusResult
 from cpkit.control.settings import Launch
 from cpkit.processes import ProcessId, process_id
 
@@ -46,6 +47,7 @@ def start(options: argparse.Namespace, _: list[str]) -> int:
         interface=options.interface,
         max_restarts=options.max_restarts,
         owner=_owner(options.owner),
+        share_gpu=options.share_gpu,
     )
     settings.check()
     if options.foreground:
@@ -105,7 +107,11 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
     """Start workers, open JupyterLab on the first notebook, and end both together."""
     settings = Launch(
-        name=options.name, nproc=options.nproc, device=options.device, owner=process_id()
+        name=options.name,
+        nproc=options.nproc,
+        device=options.device,
+        share_gpu=options.share_gpu,
+        owner=process_id(),
     )
     if launcher.running(options.name):
         print(f"workers {options.name!r} run already and will be used; they stay afterwards")
@@ -148,8 +154,15 @@ def _start(settings: Launch) -> str:
         )
     return (
         f"{settings.nproc * settings.nnodes} workers {settings.name!r} are ready after "
-        f"{took_s:.1f} s. In a notebook: cpkit.connect({settings.name!r})"
+        f"{took_s:.1f} s, {_where(settings.name)}. In a notebook: cpkit.connect({settings.name!r})"
     )
+
+
+def _where(name: str) -> str:
+    """The device that the agent chose, and what sharing it means."""
+    with launcher.require(name) as client:
+        told = client.call(Status(), StatusResult)
+    return f"on {told.device} ({told.symmetric_backend})"
 
 
 def _owner(pid: int | None) -> ProcessId | None:
@@ -196,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, default=4, help="ranks on this machine (4)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--share-gpu",
+        action="store_true",
+        help="all ranks on the first GPU, with an MPS daemon (automatic when ranks outnumber GPUs)",
+    )
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

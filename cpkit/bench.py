@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cpkit import stages
+from cpkit.devices import finish
 from cpkit.group import CPGroup
 
 Call = Callable[[], object]
@@ -64,6 +65,7 @@ def _time_once(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
         group.barrier()
         start_ns = time.perf_counter_ns()
         result = call()
+        finish()
         stop_ns = time.perf_counter_ns()
     del result  # outside the clock: giving memory back is not part of the gather
     return (stop_ns - start_ns) / 1e3, recorder.total_us()

@@ -137,16 +137,14 @@ class CudaBackend:
             pool = symm_mem.get_mem_pool(self.device)
             with torch.cuda.use_mem_pool(pool):
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device), ""
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory has more than one type
             free, total = torch.cuda.mem_get_info(self.device)
             return None, (
                 f"{self.device} has {free} of {total} bytes free, and {nbytes} were asked for, "
-                "with "
-                f"{self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
-                f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks"
+                f"with {self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
+                f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks. "
+                f"torch says: {str(error).splitlines()[0]}"
             )
-        except RuntimeError as error:
-            return None, f"torch's symmetric memory refuses {nbytes} bytes: {error}"
 
     def _map(self, buffer: torch.Tensor) -> tuple[Any, str]:
         try:

@@ -17,6 +17,7 @@ BLOCKS_PER_SM = (
     4  # all blocks of all ranks must be resident at once, since they wait for each other
 )
 TILE_UNITS = 2048
+SYNC = True  # tests switch it off, to see that they notice
 NARROW = {1: "int8", 4: "int32"}
 
 
@@ -60,7 +61,7 @@ def launch_gather(
         BLOCK=TILE_UNITS,
         NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
         SLOTS=slots is not None,
-        SYNC=True,
+        SYNC=SYNC,
         ENTRY=entry,
         THREADS=WARPS * 32,
         num_warps=WARPS,

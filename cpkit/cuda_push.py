@@ -13,6 +13,7 @@ import torch
 from cpkit.cuda_backend import CudaBackend, CudaSegment
 from cpkit.cuda_launch import TILE_UNITS, launch_gather
 from cpkit.devices import is_capturing
+from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.pool import SymmetricPool
 from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
@@ -64,21 +65,14 @@ def push_all(
     )
 
 
-def capture_problem(
-    rows: Sequence[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool | None
-) -> str:
-    """Why this gather can't be captured in a CUDA graph yet; empty when it can."""
-    if not rows or not is_capturing(rows[0].device.type):
-        return ""
-    known = pool is not None and any(
-        key[:3] == (metadata, pool.group.rank, pool.device) for key in _tables
-    )
-    if known:
+def capture_problem(metadata: ContextParallelMetadata, group: CPGroup) -> str:
+    """Why a gather of this layout can't be captured in a CUDA graph yet; empty when it can."""
+    if any(key[:2] == (metadata, group.rank) for key in _tables):
         return ""
     return (
         "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
-        "same "
-        "tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are there"
+        "same tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are "
+        "there"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,17 @@ import torch
 def device_type(x: object) -> str:
     """A tensor's device, "cpu" or "cuda"; "cpu" for all else, which is refused elsewhere."""
     return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
+
+
+def default_device() -> str:
+    """What a worker's rank runs on, chosen by its agent: `CPKIT_DEVICE`, default "cpu"."""
+    return os.environ.get("CPKIT_DEVICE", "cpu")
+
+
+def finish() -> None:
+    """Wait until the GPU has done all that this process asked of it; nothing without a GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def device_problem(name: str, x: torch.Tensor) -> str:

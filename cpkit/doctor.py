@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
 
 import psutil
 import zmq
 
 from cpkit.control.launch import names
 from cpkit.control.place import Place
+from cpkit.findings import Finding
 
 _PACKAGES = (
     "torch",
@@ -30,14 +31,6 @@ _GIB = 1 << 30
 _ENOUGH_SHM_BYTES = 1 << 30
 
 
-class Finding(NamedTuple):
-    """One line: what was looked at, what was found, and what to do if that is too little."""
-
-    subject: str
-    found: str
-    advice: str = ""
-
-
 def examine() -> Iterator[Finding]:
     """Look at everything, cheapest first."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
@@ -51,8 +44,10 @@ def examine() -> Iterator[Finding]:
     yield Finding(
         "memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
     )
+    yield _limits()
     yield _shared_memory()
     yield from _torch()
+    yield from _gpus()
     yield _sockets()
     place = Place("default")
     yield Finding("runtime directory", str(place.directory.parent))
@@ -78,6 +73,12 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "not installed", advice)
 
 
+def _limits() -> Finding:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = "every rank opens some 100: raise it with ulimit -n" if files < 1024 else ""
+    return Finding("limits", f"{files} open files", advice)
+
+
 def _shared_memory() -> Finding:
     from cpkit.shm import free_bytes, shm_dir
 
@@ -89,7 +90,6 @@ def _shared_memory() -> Finding:
 
 
 def _torch() -> Iterator[Finding]:
-    import torch
     import torch.distributed as dist
 
     backends = [
@@ -99,17 +99,12 @@ def _torch() -> Iterator[Finding]:
     ]
     advice = "" if "gloo" in backends else "this build of torch has no gloo; install another"
     yield Finding("collectives", ", ".join(backends) or "none", advice)
-    yield Finding("symmetric memory", "CPU ranks, by POSIX shared memory")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
-        yield Finding(
-            "GPUs", f"{gpus} × {torch.cuda.get_device_name(0)}", "workers of this version use CPUs"
-        )
-    else:
-        why = (
-            "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU or driver"
-        )
-        yield Finding("GPUs", f"none: {why}")
+
+
+def _gpus() -> Iterator[Finding]:
+    from cpkit.doctor_gpu import examine_gpus
+
+    yield from examine_gpus()
 
 
 def _sockets() -> Finding:

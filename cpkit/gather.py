@@ -22,7 +22,7 @@ import torch
 
 from cpkit import arguments, steps
 from cpkit.arguments import ALGORITHMS
-from cpkit.devices import device_type, on_stream
+from cpkit.devices import device_type, is_capturing, on_stream
 from cpkit.group import CPGroup, get_attention_cp_group
 from cpkit.into import agree_on_caches, into_problem
 from cpkit.layout import ContextParallelMetadata
@@ -80,6 +80,7 @@ def all_gather_kv(
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
     problem = problem or into_problem(tensors, metadata, into, slots)
+    problem = problem or _capture_problem(tensors, metadata, group, algorithm)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
     with on_stream(stream, *(tensors if not problem else ())):
         device = "cpu" if problem else device_type(tensors[0])
@@ -232,6 +233,20 @@ def _gather_rank_order(
 
 
 # ---------------------------------------------------------- agreeing before data moves
+
+
+def _capture_problem(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+) -> str:
+    """Why this gather can't be captured in a CUDA graph now; empty when it can."""
+    if algorithm != "direct" or not is_capturing(device_type(tensors[0])):
+        return ""
+    from cpkit.cuda_push import capture_problem
+
+    return capture_problem(metadata, group)
 
 
 def enter(

@@ -68,6 +68,8 @@ class GatherPlan:
         self._tensors = list(tensors)  # their memory is what the copies read
         self._turns = cycle(turns) if turns else None
         self._path = path_of(algorithm, group, tensors[0].device)
+        for turn in turns:
+            remember(group, self._path, turn.results)
 
     def __call__(self) -> list[torch.Tensor]:
         """Gather what the plan's tensors hold now. Collective. Raises TimeoutError naming the ranks
@@ -81,7 +83,8 @@ class GatherPlan:
                 copy()
         with stage("exit"):
             turn.leave()
-        return remember(self.group, self._path, list(turn.results))
+        self.group.last_path = self._path
+        return list(turn.results)
 
 
 def plan_gather_kv(

@@ -3,7 +3,7 @@
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
 collective, counted and timed. `meet()` is the one synchronization before data moves: there the
 ranks check that they are in the same call with the same books, and agree on which blocks are free
-again. What kind of memory it is, the pool does not know: see cpkit.backend.
+again. The kind of memory is the backend's business (cpkit.backend).
 
 On CUDA, blocks are reused in stream order: use one stream for a group's gathers and what reads
 their results, or make the others wait. What is allocated while a graph is captured stays allocated,
@@ -27,7 +27,7 @@ from cpkit.offers import SymmetricMemoryError
 from cpkit.path import PathReport, Place, decide
 from cpkit.plain import describe, gather_problem, plain_all_gather
 from cpkit.pool_history import PoolHistory, PoolStatistics
-from cpkit.prealloc import agree_on_prealloc
+from cpkit.prealloc import agree_on_prealloc, warm_up_bytes
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.where import place_of, register
@@ -65,7 +65,7 @@ class SymmetricPool:
         self.device = self.backend.device
         self._ledger = Ledger()
         self._segments: list[Segment] = []
-        self._history = PoolHistory()
+        self.history = PoolHistory()
         self._captured: list[torch.Tensor] = []
         offer = self.backend.default_prealloc() if prealloc is None else 0
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc, offer)
@@ -86,7 +86,7 @@ class SymmetricPool:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
         block = self._ledger.place(nbytes) or self._place_after_meeting(nbytes)
-        self._history.note(self._ledger)
+        self.history.note(self._ledger)
         ledger, slot = self._ledger, block.slot
         memory = self._segments[block.segment].block(
             block.offset, nbytes, lambda: ledger.release(slot)
@@ -146,7 +146,7 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            self._history.spilled(
+            self.history.spilled(
                 self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
             )
             block = self._ledger.place(nbytes)
@@ -158,8 +158,8 @@ class SymmetricPool:
         self._segments.append(self.backend.make_segment(nbytes, purpose))
         self._ledger.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
-        self._history.registered(took_ms)
-        self._history.note(self._ledger)
+        self.history.registered(took_ms)
+        self.history.note(self._ledger)
         return took_ms
 
     # ------------------------------------------------------------------ collectives
@@ -182,7 +182,7 @@ class SymmetricPool:
             released_everywhere &= int.from_bytes(answer[:_MASK_BYTES], "little")
         if released_everywhere:
             self._ledger.settle(released_everywhere)
-            self._history.note(self._ledger)
+            self.history.note(self._ledger)
         return [answer[_BOOKS_BYTES:] for answer in answers]
 
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
@@ -261,10 +261,8 @@ class SymmetricPool:
     ) -> None:
         """Make room for the largest batch now, so that no gather up to it spills. Collective.
 
-        The largest batch has `max_tokens` tokens in at most `sequences` sequences, each of which
-        can make the longest rank two rows longer. Counts what the neediest algorithm has alive, a
-        receive buffer and a padded shard for each tensor, twice: blocks return to the pool only at
-        the next call.
+        The largest batch has `max_tokens` tokens in at most `sequences` sequences; see
+        `prealloc.warm_up_bytes` for what is counted.
         """
         whole = all(isinstance(n, int) and n > 0 for n in (max_tokens, tensors, sequences))
         problem = f"{max_tokens=}, {tensors=}, {sequences=}: each must be a number, 1 or more"
@@ -273,9 +271,7 @@ class SymmetricPool:
             "" if whole else problem,
         )
         row_bytes = math.prod(trailing_shape) * dtype.itemsize
-        padded_rows = -(-max_tokens // self.group.size) + 2 * sequences
-        recv_bytes = rounded(padded_rows * self.group.size * row_bytes)
-        needed = 2 * tensors * (recv_bytes + rounded(padded_rows * row_bytes))
+        needed = tensors * warm_up_bytes(max_tokens, row_bytes, self.group.size, sequences)
         if self._ledger.largest_free() < needed:
             self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
 
@@ -294,11 +290,7 @@ class SymmetricPool:
     def stats(self) -> PoolStatistics:
         """What the pool has and has had. Local."""
         sizes = [segment.nbytes for segment in self._segments]
-        return self._history.statistics(self._ledger, sizes, self._arena_bytes)
-
-    def history(self) -> PoolHistory:
-        """How full it was when: data for a plot. Local."""
-        return self._history
+        return self.history.statistics(self._ledger, sizes, self._arena_bytes)
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that unwritten results show. Local."""

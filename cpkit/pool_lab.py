@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from cpkit.control.client import Client
 from cpkit.control.messages import Pool, PoolResult
-from cpkit.results import pool_table
+from cpkit.results import history_table, pool_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class PoolLab:
     """The symmetric pool of one cp_size (default: all ranks). Every method returns its statistics.
 
-    One row a rank: rank, segments, arena_bytes, spill_bytes, used_bytes, peak_bytes, live_blocks,
-    spills, registrations, registering_ms. `table.attrs["note"]` says what happened.
+    One row a rank: rank, segments, arena_bytes, spill_bytes, used_bytes, peak_bytes,
+    largest_free_bytes, live_blocks, spills, registrations, registering_ms, spill_ms.
+    `table.attrs["note"]` says what happened.
     """
 
     def __init__(self, client: Client, world_size: int) -> None:
@@ -25,6 +26,14 @@ class PoolLab:
     def stats(self, cp_size: int | None = None) -> pd.DataFrame:
         """Look at it."""
         return self._ask(Pool(self._size(cp_size)))
+
+    def history(self, cp_size: int | None = None) -> pd.DataFrame:
+        """Rank 0's pool over time, for a plot: one row for each block placed or given back.
+
+        Columns: time_s, used_bytes, peak_bytes, free_bytes, largest_free_bytes, spills. All ranks'
+        books are equal, so one rank speaks for all.
+        """
+        return history_table(self._client.call(Pool(self._size(cp_size)), PoolResult))
 
     def configure(
         self, prealloc_bytes: int | None = None, cp_size: int | None = None

@@ -33,6 +33,17 @@ def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None, default: int
     return min(size for _, size in said) if prealloc is None else offer
 
 
+def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int) -> int:
+    """Bytes that gathers of one tensor of up to `max_tokens` tokens need.
+
+    What the neediest algorithm has alive, a receive buffer and a padded shard, twice: blocks return
+    to the pool only at the next call. Each sequence can make the longest rank two rows longer.
+    """
+    padded_rows = -(-max_tokens // cp_size) + 2 * sequences
+    recv_bytes = rounded(padded_rows * cp_size * row_bytes)
+    return 2 * (recv_bytes + rounded(padded_rows * row_bytes))
+
+
 def _default(default: int) -> tuple[str, int]:
     chosen_gb = os.environ.get("CPKIT_SYMM_PREALLOC_GB")
     if not chosen_gb:

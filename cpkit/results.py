@@ -234,6 +234,11 @@ def pool_table(result: PoolResult) -> pd.DataFrame:
     return table
 
 
+def history_table(result: PoolResult) -> pd.DataFrame:
+    """Rank 0's pool over time, one row a moment, with the fields of `PoolMoment`."""
+    return _table(result.history)
+
+
 def sweep_table(rows: tuple[Sample, ...]) -> pd.DataFrame:
     """nccl-tests' columns, one row a workload; times are those of the slowest rank."""
     import pandas as pd

@@ -1,7 +1,9 @@
 """What a gather did when: stages with their times, and the arrays they made.
 
 Off by default and then free: a stage is a null context. All ranks of one machine read the same
-monotonic clock, so the spans of several ranks can be laid beside each other.
+monotonic clock, so the spans of several ranks can be laid beside each other. Where the GPU does the
+work, a stage lasts from what it had done before it to what it has done after it: events on the
+stream, put on the host's clock by one moment at which the GPU was idle.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+
+from cpkit.devices import default_device, finish, is_capturing
 
 
 class Span(NamedTuple):
@@ -27,15 +31,37 @@ class Recorder:
 
     def __init__(self, keep_arrays: bool) -> None:
         self.keep_arrays = keep_arrays
-        self.spans: list[Span] = []
         self.arrays: dict[str, torch.Tensor] = {}
+        self._spans: list[Span] = []
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._zero: torch.cuda.Event | None = None
+        if default_device() == "cuda" and not is_capturing("cuda"):
+            finish()
+            self._zero_ns, self._zero = time.perf_counter_ns(), _event()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
+        if self._zero:
+            start = _event()
+            yield
+            self._events.append((name, start, _event()))
+            return
         start_ns = time.perf_counter_ns()
         yield
-        self.spans.append(Span(name, start_ns, time.perf_counter_ns()))
+        self._spans.append(Span(name, start_ns, time.perf_counter_ns()))
+
+    @property
+    def spans(self) -> list[Span]:
+        """All stages so far; waits for the GPU where it did the work."""
+        if self._events and self._zero:
+            finish()
+            for name, *edges in self._events:
+                start, stop = (self._zero.elapsed_time(edge) * 1e6 for edge in edges)
+                span = Span(name, self._zero_ns + round(start), self._zero_ns + round(stop))
+                self._spans.append(span)
+            self._events.clear()
+        return self._spans
 
     def total_us(self) -> dict[str, float]:
         """Microseconds spent in each stage, in the order of their first appearance."""
@@ -43,6 +69,12 @@ class Recorder:
         for name, start_ns, stop_ns in self.spans:
             totals[name] = totals.get(name, 0.0) + (stop_ns - start_ns) / 1e3
         return totals
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 _recorder: Recorder | None = None

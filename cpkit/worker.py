@@ -26,6 +26,7 @@ from cpkit.control.place import Agent, Connection, Place, Worker, write_private
 from cpkit.control.server import Server
 from cpkit.control.settings import Launch, address_of, from_environment
 from cpkit.control.watch import forget, watch
+from cpkit.devices import default_device
 from cpkit.ops.limits import memory_limit_bytes
 from cpkit.ops.loop import Conductor, Performer
 from cpkit.ops.orders import Orders
@@ -41,6 +42,7 @@ def main() -> None:
     launch, place, agent = _surroundings()
     watch(place, agent, launch.owner)
     memory_limit_bytes()  # what is available now, not once requests have taken some of it
+    _take_gpu(launch)
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     orders = Orders()
     workers = _introduce(orders, place)
@@ -103,17 +105,38 @@ def _status(
         torch_version=str(torch.__version__),
         world_size=world_size,
         cp_sizes=tuple(n for n in range(1, world_size + 1) if world_size % n == 0),
-        device="cpu",
+        device=_device_words(),
         state="busy" if ahead else "idle",
         ahead=ahead,
         uptime_s=uptime_s,
         endpoint=endpoint,
         log_dir=str(place.log_dir),
         owner_pid=launch.owner.pid if launch.owner else None,
-        symmetric_backend="POSIX shared memory",
+        symmetric_backend=_backend_name(),
         memory_limit_bytes=memory_limit_bytes(),
-        workers=tuple(WorkerInfo(w.rank, w.process.pid, w.host, "cpu", w.log) for w in workers),
+        workers=tuple(
+            WorkerInfo(w.rank, w.process.pid, w.host, default_device(), w.log) for w in workers
+        ),
     )
+
+
+def _take_gpu(launch: Launch) -> None:
+    """This rank's GPU: the one of its local rank, or the first one when all share it."""
+    if default_device() == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(0 if launch.share_gpu else local % torch.cuda.device_count())
+
+
+def _device_words() -> str:
+    if default_device() == "cpu":
+        return "cpu"
+    return f"cuda: {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+
+
+def _backend_name() -> str:
+    if default_device() == "cpu":
+        return "POSIX shared memory"
+    return "torch.distributed._symmetric_memory. " + os.environ.get("CPKIT_GPU_NOTE", "")
 
 
 def _endpoint(launch: Launch, agent: Agent) -> str:

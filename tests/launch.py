@@ -41,19 +41,28 @@ def torchrun(
 
 
 @cache
-def results_of(module: str, nproc: int) -> list[dict[str, str]]:
+def results_of(
+    module: str, nproc: int, env: tuple[tuple[str, str], ...] = (), timeout_s: float = 90
+) -> list[dict[str, str]]:
     """What every check of a module said, by rank. One launch serves all its tests."""
     with TemporaryDirectory() as directory:
-        done = torchrun("-m", "tests.ranks.runner", module, directory, nproc=nproc)
+        command = ("-m", "tests.ranks.runner", module, directory)
+        done = torchrun(*command, nproc=nproc, timeout_s=timeout_s, env=dict(env))
         files = [Path(directory) / f"{rank}.json" for rank in range(nproc)]
         if not all(file.exists() for file in files):
             pytest.fail(f"a rank of {module} did not finish:\n{done.stdout}")
         return [json.loads(file.read_text()) for file in files]
 
 
-def assert_passed(module: str, nproc: int, check: str) -> None:
+def assert_passed(
+    module: str,
+    nproc: int,
+    check: str,
+    env: tuple[tuple[str, str], ...] = (),
+    timeout_s: float = 90,
+) -> None:
     """Fail with the traceback of each rank on which the check failed."""
-    said = [results[check] for results in results_of(module, nproc)]
+    said = [results[check] for results in results_of(module, nproc, env, timeout_s)]
     assert not any(said), "\n".join(
         f"rank {rank}: {text}" for rank, text in enumerate(said) if text
     )

@@ -55,3 +55,24 @@ def test_example_notices_one_flipped_bit(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "rank 1, cp 2: zigzag of" in done.stdout
     assert "all bit-exact" not in done.stdout
+
+
+def test_the_seeds_story_is_told_per_transport() -> None:
+    done = torchrun(str(ROOT / "examples" / "why_this_path.py"), nproc=2)
+    assert done.returncode == 0, done.stdout
+    seed, both, foreign, shifted, gathers = (
+        [line.split(maxsplit=2) for line in part.splitlines()[1:] if line.startswith("  ")]
+        for part in re.split(r"\n\n", done.stdout[done.stdout.index("The seed as merged") :])
+    )
+
+    def paths(lines: list[list[str]]) -> list[str]:
+        return [re.search(r"symmetric|staged|fallback", " ".join(line))[0] for line in lines]  # type: ignore[index]
+
+    assert paths(seed) == ["symmetric", "fallback", "fallback", "symmetric", "symmetric"]
+    assert "the copy that padded it" in " ".join(seed[0])
+    assert "#37337" in " ".join(seed[2])
+    assert paths(both) == ["symmetric"] * 5
+    assert paths(foreign) == paths(shifted) == ["fallback"] * 5
+    assert "#19329" in " ".join(foreign[0])
+    assert "pytorch#178138" in " ".join(shifted[0])
+    assert paths(gathers) == ["fallback", "symmetric", "symmetric", "symmetric"]

@@ -28,3 +28,47 @@ def test_paths(send: list[Where], recv: list[Where], path: str, words: str) -> N
     assert {report.path for report in reports} == {path}
     assert words in reports[0].reason
     assert reports[1].recv == str(recv[1])
+
+
+@pytest.mark.parametrize(
+    ("version", "send", "path"),
+    [
+        ("2.26.5", A, "fallback"),
+        ("2.27.7", ORDINARY, "fallback"),
+        ("2.27.7", A, "symmetric"),
+        ("2.28.9", ORDINARY, "fallback"),
+        ("2.28.9", A, "symmetric"),
+        ("2.29.2", ORDINARY, "symmetric"),
+        ("2.30.7", ORDINARY, "symmetric"),
+    ],
+)
+def test_nccls_rule_is_a_table_of_versions(version: str, send: Where, path: str) -> None:
+    report = decide([Place(send, B), Place(send, B)], 1, f"nccl {version}")
+    assert report.path == path
+    assert report.reason.startswith(f"NCCL {version}: ")
+    # Without a symmetric receive buffer no version helps, and nobody pulls.
+    assert decide([Place(A, ORDINARY)] * 2, 0, f"nccl {version}").path == "fallback"
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ([Where(other="ordinary memory", fault="unregistered")] * 2, "SGLang #37337"),
+        ([Where(other="in the pool of another group", fault="foreign")] * 2, "SGLang #19329"),
+        ([A, B], "pytorch#178138"),
+    ],
+)
+def test_every_way_to_fail_has_its_remedy_and_number(where: list[Where], number: str) -> None:
+    report = decide([Place(A, place) for place in where], 0, "nccl 2.29.7")
+    assert number in report.reason
+
+
+def test_the_race_of_some_versions_is_named() -> None:
+    for version, racy in (("2.27.7", False), ("2.28.9", True), ("2.30.4", True), ("2.30.7", False)):
+        reason = decide([Place(A, B)], 0, f"nccl {version}").reason
+        assert ("sglang#37768" in reason) is racy
+
+
+def test_a_transport_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ValueError, match="it must be 'posix', 'cuda', or NCCL"):
+        decide([Place(A, B)], 0, "nccl")

@@ -13,11 +13,15 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
 
+from cpkit.control import mps
+from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.obituary import describe_exit, last_lines
 from cpkit.control.place import (
     NAME_TAKEN_CODE,
@@ -36,6 +40,7 @@ from cpkit.processes import process_id
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+BAD_SETTINGS_CODE = 2
 _log = logging.getLogger("cpkit.agent")
 
 
@@ -54,7 +59,12 @@ def main(arguments: list[str]) -> int:
     socket_dir = _make_socket_dir()
     try:
         _introduce(lock, socket_dir)
-        report = _run(launch, place)
+        with _device(launch, Path(socket_dir)):
+            report = _run(launch, place)
+    except ValueError as error:
+        report = PostMortem((), str(error))
+        _log.error("%s", error)
+        return BAD_SETTINGS_CODE
     finally:
         remove_socket_dir(socket_dir)
         if place.directory.exists():  # somebody may have removed it under us
@@ -82,7 +92,6 @@ def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
         f"--nproc-per-node={launch.nproc}",
         f"--max-restarts={launch.max_restarts}",
         "--monitor-interval=0.05",
-        "--shutdown-timeout=5",
         f"--log-dir={place.log_dir}",
         "--redirects=3",
         "--module",
@@ -100,12 +109,31 @@ def _run(launch: Launch, place: Place) -> PostMortem:
     launch.export()
     _prepare_environment(launch)
     try:
-        torchrun.run(torchrun.parse_args(torchrun_arguments(launch, place)))
+        arguments = torchrun_arguments(launch, place)
+        if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch 2.12 and newer
+            arguments.insert(0, "--shutdown-timeout=5")
+        torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
         return _post_mortem(failed, place)
     except SignalException as signalled:
         return PostMortem((), f"the workers were ended by {signalled.sigval.name} to their agent")
     return PostMortem((), "the workers were told to end, or their owner is gone")
+
+
+@contextlib.contextmanager
+def _device(launch: Launch, directory: Path) -> Iterator[None]:
+    """Choose the ranks' device, and run an MPS daemon where they share a GPU."""
+    gpus = 0 if launch.device == "cpu" else gpu_count()
+    device, why = choose_device(launch, gpus)
+    _log.warning("%s", why)
+    os.environ["CPKIT_DEVICE"] = device
+    if device == "cpu" or not is_shared(launch, gpus):
+        yield
+        return
+    with mps.serve(directory) as words:
+        _log.warning("%s", words)
+        os.environ["CPKIT_GPU_NOTE"] = f"{why}. {words}"
+        yield
 
 
 def _prepare_environment(launch: Launch) -> None:

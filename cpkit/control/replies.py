@@ -169,12 +169,24 @@ class PoolStats(Message, frozen=True):
     spill_ms: float
 
 
+class PoolMoment(Message, frozen=True):
+    """A pool at one moment: what is free but not in `largest_free_bytes` is fragmented."""
+
+    time_s: float
+    used_bytes: int
+    peak_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    spills: int
+
+
 class PoolResult(Message, frozen=True, tag="pool_result", tag_field="is"):
-    """The pool of every rank of the first group, after the action."""
+    """The pool of every rank of the first group after the action, and rank 0's latest moments."""
 
     cp_size: int
     ranks: tuple[PoolStats, ...]
     note: str = ""
+    history: tuple[PoolMoment, ...] = ()
 
 
 class PathInfo(Message, frozen=True):

@@ -27,6 +27,7 @@ class Launch(Message, frozen=True):
     rdzv_endpoint: str = ""
     interface: str = ""
     max_restarts: int = 0
+    share_gpu: bool = False
     owner: ProcessId | None = None
 
     @property
@@ -50,10 +51,8 @@ class Launch(Message, frozen=True):
                 f"--rdzv-endpoint is {self.rdzv_endpoint!r}; with --nnodes {self.nnodes} all nodes "
                 f"must name the same host:port of node 0, for example node0:29500"
             )
-        if self.device == "cuda":
-            raise ValueError(
-                "--device is cuda, and this version of cpkit has CPU workers only: use cpu or auto"
-            )
+        if self.share_gpu and self.device == "cpu":
+            raise ValueError("--share-gpu and --device cpu contradict each other; leave one out")
         if self.interface:
             address_of(self.interface)
 

@@ -23,6 +23,7 @@ from cpkit.control.messages import (
     Trace,
     TraceResult,
 )
+from cpkit.devices import default_device, finish
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.ops.workload import Run, layout_of, prepare
@@ -141,11 +142,12 @@ class ExplainOperation(Operation[Explain, PathInfo]):
 def _poison_pool(run: Run) -> None:
     """So that a row that nobody writes can't look right. Collective when there is no pool yet."""
     if run.workload.symmetric and not run.group.spans_hosts:
-        symmetric_pool(run.group).poison_free()
+        symmetric_pool(run.group, default_device()).poison_free()
+        finish()
         run.group.barrier()  # nobody stores rows into memory that its owner still poisons
 
 
 def _show(name: str, rank: int, rows: torch.Tensor) -> StageArrays:
     decoded = provenance.decode_rows(rows)
-    array = Array("int64", tuple(decoded.shape), decoded.contiguous().numpy().tobytes())
+    array = Array("int64", tuple(decoded.shape), decoded.cpu().contiguous().numpy().tobytes())
     return StageArrays(name, rank, array)

@@ -9,6 +9,7 @@ import os
 from functools import cache
 
 import psutil
+import torch
 
 from cpkit.arguments import ALGORITHMS
 from cpkit.control.messages import (
@@ -23,6 +24,7 @@ from cpkit.control.messages import (
     Trace,
     Workload,
 )
+from cpkit.devices import default_device
 from cpkit.layout import STRATEGIES
 from cpkit.ops.workload import DTYPES, layout_of
 
@@ -44,10 +46,14 @@ _COPIES = {"padded": 5, "padded_symm_recv": 5, "padded_symm": 5, "direct": 4}
 @cache
 def memory_limit_bytes() -> int:
     """Bytes that one request may need on all ranks together: `CPKIT_MEMORY_LIMIT_BYTES`, else half
-    of what is available when the workers start.
+    of what is available (on the GPU, where ranks run there) when the workers start.
     """
     chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
-    return int(chosen) if chosen else int(psutil.virtual_memory().available) // 2
+    if chosen:
+        return int(chosen)
+    if default_device() == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) // 2
+    return int(psutil.virtual_memory().available) // 2
 
 
 def check(body: Body, world_size: int) -> None:

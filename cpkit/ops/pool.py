@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
-from cpkit.control.messages import Message, Pool, PoolResult, PoolStats, ReplyBody
+from cpkit.control.messages import Message, Pool, PoolMoment, PoolResult, PoolStats, ReplyBody
+from cpkit.devices import default_device
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.ops.workload import DTYPES
 from cpkit.pool import SymmetricPool
 from cpkit.symm import symmetric_pool, use_symmetric_memory
+
+_MAX_SAMPLES = 512  # of the pool's history that travel: some 30 kB
 
 
 class PoolReport(Message, frozen=True):
@@ -20,6 +23,7 @@ class PoolReport(Message, frozen=True):
 
     stats: PoolStats
     note: str
+    history: tuple[PoolMoment, ...] = ()
 
 
 class PoolOperation(Operation[Pool, PoolReport]):
@@ -29,17 +33,19 @@ class PoolOperation(Operation[Pool, PoolReport]):
 
     def steps(self, group: CPGroup, state: RankState) -> Steps[PoolReport]:
         """One step."""
-        note = self._act(symmetric_pool(group), state)
-        pool = symmetric_pool(group)
+        note = self._act(symmetric_pool(group, default_device()), state)
+        pool = symmetric_pool(group, default_device())
         pool.meet("look at the pool")  # blocks that all ranks have dropped return here
         stats = dataclasses.asdict(pool.stats())
-        return PoolReport(PoolStats(rank=group.rank, **stats), note)
+        samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
+        history = tuple(PoolMoment(*sample) for sample in samples)
+        return PoolReport(PoolStats(rank=group.rank, **stats), note, history)
         yield
 
     def collect(self, reports: list[PoolReport], *, over: bool) -> Iterator[ReplyBody]:
         """One row a rank."""
         ranks = tuple(report.stats for report in reports)
-        yield PoolResult(self.body.cp_size, ranks, reports[0].note)
+        yield PoolResult(self.body.cp_size, ranks, reports[0].note, reports[0].history)
 
     def _act(self, pool: SymmetricPool, state: RankState) -> str:
         """Do what is asked; what happened, in words."""
@@ -67,6 +73,6 @@ class PoolOperation(Operation[Pool, PoolReport]):
     def _allocate(self, pool: SymmetricPool, state: RankState) -> str:
         before = pool.stats().spills
         with use_symmetric_memory(pool.group):
-            block = torch.empty(self.body.nbytes or 0, dtype=torch.uint8)
+            block = torch.empty(self.body.nbytes or 0, dtype=torch.uint8, device=pool.device)
         state.held.setdefault(self.body.cp_size, []).append(block)
         return "spilled into a new segment" if pool.stats().spills > before else "fit the pool"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from cpkit.control.messages import Array, Message, Progress, Put, PutResult, ReplyBody
+from cpkit.devices import default_device, finish
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.symm import symmetric_pool, use_symmetric_memory
@@ -45,7 +46,9 @@ class PutOperation(Operation[Put, PutReport]):
     def steps(self, group: CPGroup, state: RankState) -> Steps[PutReport]:
         """Reports count from the first round on."""
         with use_symmetric_memory(group):
-            mine = torch.zeros(group.size, dtype=torch.int64)
+            mine = torch.zeros(group.size, dtype=torch.int64, device=default_device())
+        finish()
+        group.barrier()
         board = _Stamps(mine, group, self.body.barrier)
         for first in range(1, self.body.rounds + 1, _ROUNDS_A_STEP):
             if first > 1:
@@ -81,10 +84,12 @@ class _Stamps:
     """One rank's memory, its view of the peers', and what it has read so far."""
 
     def __init__(self, mine: torch.Tensor, group: CPGroup, barrier: bool) -> None:
-        pool = symmetric_pool(group)
+        pool = symmetric_pool(group, mine.device.type)
         place = pool.locate(mine)
         self._mine, self._group, self._barrier = mine, group, barrier
-        self._views = [pool.peer_view(mine, peer).numpy() for peer in range(group.size)]
+        self._views = [pool.peer_view(mine, peer) for peer in range(group.size)]
+        # On the CPU, numpy stores a word at once; torch takes microseconds for it.
+        self._words = [v.numpy() for v in self._views] if mine.device.type == "cpu" else self._views
         self._offset = place[1] if place else -1
         self._reads = self._stale = self._ahead = 0
         self._row: list[int] = []
@@ -93,8 +98,9 @@ class _Stamps:
     def play(self, number: int) -> None:
         """Write to all peers, then read what they wrote here."""
         rank = self._group.rank
-        for view in self._views:
+        for view in self._words:
             view[rank] = rank << _ROUND_BITS | number
+        finish()
         if self._barrier:
             self._group.barrier()
         self._row = self._mine.tolist()

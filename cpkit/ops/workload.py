@@ -10,6 +10,7 @@ from cpkit import provenance
 from cpkit.bench import Timing
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
+from cpkit.devices import default_device
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
@@ -51,7 +52,7 @@ class Run:
         want = provenance.expected_rows(
             self.metadata, tensor.shape[1:], tensor.dtype, round=self.round, tensor=number
         )
-        got_rows, want_rows = as_rows(tensor), as_rows(want)
+        got_rows, want_rows = as_rows(tensor), as_rows(want.to(tensor.device))
         return got_rows.dtype == want_rows.dtype and torch.equal(got_rows, want_rows)
 
     def path(self) -> PathReport:
@@ -72,7 +73,9 @@ def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
     metadata = layout_of(workload)
     shape, dtype = (workload.heads, workload.head_dim), DTYPES[workload.dtype]
     tensors = [
-        provenance.shard_rows(metadata, group.rank, shape, dtype, round=round_number, tensor=n)
+        provenance.shard_rows(metadata, group.rank, shape, dtype, round=round_number, tensor=n).to(
+            default_device()
+        )
         for n in range(workload.tensors)
     ]
     return Run(workload, metadata, group, round_number, tensors)

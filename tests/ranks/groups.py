@@ -19,16 +19,8 @@ from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_con
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.rendezvous import RendezvousTimeout
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
+from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
-
-
-def error_of(call: object, *args: object, **kwargs: object) -> str:
-    """The ValueError that a call raises; that it raises is part of the check."""
-    try:
-        call(*args, **kwargs)  # type: ignore[operator]
-    except ValueError as error:
-        return str(error)
-    raise AssertionError(f"{call} accepted {args} {kwargs}")
 
 
 def gather_works() -> None:

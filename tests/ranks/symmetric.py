@@ -24,8 +24,9 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
+from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
-from tests.ranks.groups import error_of, gather_works
+from tests.ranks.groups import gather_works
 
 MIB = 1 << 20
 

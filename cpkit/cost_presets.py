@@ -1,0 +1,143 @@
+"""Machines that nobody here can run on: modelled, with the source of every number. Pure.
+
+    time   = start + wire + copies
+    wire   = S · (cp-1)/cp / wire rate           what each GPU has to receive
+    copies = 2 · S · passes after the wire / memory rate
+
+That is the collective with symmetric memory; without it, it takes longer by a factor that shrinks
+with the size (`RING_FACTORS`): symmetric memory buys latency, not bandwidth. Everything here is a
+model, not a measurement: `modelled` is true in each preset, and figures made from it say so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+COPY_PASSES = {"direct": 0, "padded_symm": 2, "padded_symm_recv": 2, "padded": 2}
+# Ring over symmetric by total MiB, 8 H100: 20.2/10.9, 43.4/27.4, 118.9/95.3, 385.3/363.2 µs.
+# Source: NVIDIA/Megatron-LM#5596. NCCL changes its protocol with the size, so this is no line.
+RING_FACTORS = ((2, 20.2 / 10.9), (8, 43.4 / 27.4), (32, 118.9 / 95.3), (128, 385.3 / 363.2))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A modelled machine; times in µs, rates in GB/s of 1e9 bytes."""
+
+    name: str
+    max_cp_size: int
+    start_us: float
+    wire_gbps: float
+    memory_gbps: float
+    sources: tuple[str, ...]
+    node_size: int = 0  # GPUs of one machine, where a group spans several
+    network_gbps: float = 0.0  # of one GPU's network adapter
+    modelled: bool = True
+
+    def wire_us(self, total_bytes: int, cp_size: int) -> float:
+        """What the gather itself takes once it has started.
+
+        Over several machines the slower of the two ways counts: every adapter brings in its share
+        of the other machines' rows, which then spread over NVLink.
+        """
+        self._check(total_bytes, cp_size)
+        inside_us = total_bytes * (cp_size - 1) / cp_size / self.wire_gbps / 1e3
+        if not self.spans(cp_size):
+            return inside_us
+        foreign_bytes = total_bytes * (cp_size - self.node_size) / cp_size
+        return max(inside_us, foreign_bytes / self.node_size / self.network_gbps / 1e3)
+
+    def spans(self, cp_size: int) -> bool:
+        """Whether a group of this size leaves one machine, which symmetric memory does not."""
+        return bool(self.node_size) and cp_size > self.node_size
+
+    def copies_us(self, total_bytes: int, passes: float) -> float:
+        """Passes over the gathered tensor in a GPU's own memory, read and written."""
+        return passes * 2 * total_bytes / self.memory_gbps / 1e3
+
+    def collective_us(self, total_bytes: int, cp_size: int, *, symmetric: bool) -> float:
+        """The gather without the passes before and after it."""
+        time_us = self.start_us + self.wire_us(total_bytes, cp_size)
+        return time_us if symmetric else time_us * self.symmetric_gain(total_bytes, cp_size)
+
+    def predict_us(self, algorithm: str, total_bytes: int, cp_size: int) -> float:
+        """One gather. Raises ValueError for an unknown algorithm, or a cp_size too large."""
+        if algorithm not in COPY_PASSES:
+            raise ValueError(
+                f"algorithm is {algorithm!r}; it must be one of {', '.join(COPY_PASSES)}"
+            )
+        symmetric = algorithm != "padded"
+        copies_us = self.copies_us(total_bytes, COPY_PASSES[algorithm])
+        return self.collective_us(total_bytes, cp_size, symmetric=symmetric) + copies_us
+
+    def symmetric_gain(self, total_bytes: int, cp_size: int) -> float:
+        """How many times faster the collective is with symmetric memory than with a ring."""
+        self._check(total_bytes, cp_size)
+        return 1.0 if self.spans(cp_size) else ring_factor(total_bytes)
+
+    def _check(self, total_bytes: int, cp_size: int) -> None:
+        if not 1 <= cp_size <= self.max_cp_size or total_bytes < 0:
+            raise ValueError(
+                f"cp_size is {cp_size} and the size {total_bytes} bytes; {self.name} has room for "
+                f"cp_size 1 to {self.max_cp_size}"
+            )
+
+
+def ring_factor(total_bytes: int) -> float:
+    """`RING_FACTORS` at any size: a line over the logarithm of the size, level outside."""
+    size = math.log(max(total_bytes, 1) / (1 << 20))
+    points = [(math.log(mebibytes), factor) for mebibytes, factor in RING_FACTORS]
+    if size <= points[0][0]:
+        return points[0][1]
+    for (left, before), (right, after) in pairwise(points):
+        if size <= right:
+            return before + (after - before) * (size - left) / (right - left)
+    return points[-1][1]
+
+
+def pays_up_to_bytes(gain: float) -> int:
+    """The size up to which symmetric memory makes the collective `gain` times faster or more."""
+    sizes = [1 << shift for shift in range(10, 34)]
+    paying = [size for size in sizes if ring_factor(size) >= gain]
+    return max(paying, default=0)
+
+
+_START = (
+    "start and wire: least squares over NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 MiB, symmetric), "
+    "residual below 1 %"
+)
+_GAIN = "what a ring takes longer: the same table, as measured there"
+_ASSUMED = "start, and what a ring takes longer: as on 8 H100, assumed"
+_NVLINK = "NVLink bus bandwidth that NCCL reaches: NCCL 2.30.7, sym_kernels.cc, nvlinkBws"
+_SHEET = "memory rate, read plus written: nine tenths of the data sheet's {}, assumed"
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("8 H100, NVLink", 8, 5.3, 328, 3_000, (_START, _GAIN, _SHEET.format("3.35 TB/s"))),
+        Preset(
+            "8 H200, NVLink",
+            8,
+            5.3,
+            360,
+            4_300,
+            (_ASSUMED, _NVLINK, "memory rate: a copy on one H200, measured"),
+        ),
+        Preset("NVL72 GB200", 72, 5.3, 720, 7_200, (_ASSUMED, _NVLINK, _SHEET.format("8 TB/s"))),
+        Preset(
+            "2 nodes of 8 H100",
+            16,
+            30.0,
+            328,
+            3_000,
+            (
+                _NVLINK,
+                "network: one 400 Gb/s adapter a GPU (DGX H100 data sheet), nine tenths of it",
+                "start over the network: 30 µs, assumed",
+            ),
+            node_size=8,
+            network_gbps=45.0,
+        ),
+    )
+}

@@ -1,0 +1,143 @@
+"""What the GPUs of this machine offer for symmetric memory, and which path each algorithm takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from cpkit.control import mps
+from cpkit.findings import Finding
+from cpkit.path import NCCL_RACY, Place, Where, decide, nccl_is_racy, nccl_rule
+
+_IN_POOL = Where(segment=0, offset=0)
+_ORDINARY = Where(other="ordinary memory", fault="unregistered")
+_GIB = 1 << 30
+
+
+def examine_gpus() -> Iterator[Finding]:
+    """GPUs, the links between them, MPS, NCCL, and the paths that follow."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
+        yield Finding("GPUs", f"none: {why}")
+        yield from _paths("posix", "ranks on the CPU push through POSIX shared memory")
+        return
+    yield from _devices(count)
+    yield from _links(count)
+    yield _mps()
+    yield from _nccl()
+    yield _triton()
+    yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
+    if count > 1:
+        yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather by NCCL")
+
+
+def _devices(count: int) -> Iterator[Finding]:
+    for number in range(count):
+        about = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        yield Finding(
+            f"GPU {number}",
+            f"{about.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, "
+            f"{about.multi_processor_count} multiprocessors, compute {about.major}.{about.minor}",
+        )
+
+
+def _links(count: int) -> Iterator[Finding]:
+    if count == 1:
+        yield Finding(
+            "peer access",
+            "one GPU: ranks share it",
+            "their times are those of one memory, not a link",
+        )
+    else:
+        blind = [
+            f"{a}→{b}"
+            for a in range(count)
+            for b in range(count)
+            if a != b and not torch.cuda.can_device_access_peer(a, b)
+        ]
+        advice = "groups over such a pair have no symmetric memory" if blind else ""
+        yield Finding("peer access", f"missing for {', '.join(blind)}" if blind else "all", advice)
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
+        yield Finding("multicast", "switched off by TORCH_SYMM_MEM_DISABLE_MULTICAST")
+    else:
+        has = count > 1 and _has_multicast()
+        why = "" if has else "needs several GPUs behind one NVSwitch; cpkit's kernels do without"
+        yield Finding("multicast", "supported" if has else "not here", why)
+
+
+def _has_multicast() -> bool:
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, 0))
+
+
+def _mps() -> Finding:
+    if mps.is_configured():
+        return Finding("MPS", f"daemon at {os.environ['CUDA_MPS_PIPE_DIRECTORY']}")
+    if mps.is_installed():
+        return Finding("MPS", "installed; workers that share a GPU start a daemon of their own")
+    cost = "ranks that share a GPU take turns: a barrier costs milliseconds instead of microseconds"
+    return Finding("MPS", "not installed", cost)
+
+
+def _version() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _nccl() -> Iterator[Finding]:
+    if not dist.is_nccl_available():
+        yield Finding("NCCL", "this build of torch has none", "ranks go through gloo and the host")
+        return
+    version = torch.cuda.nccl.version()
+    newer = (
+        "receive-only registration (the seed, #24040) falls back: use padded_symm or direct, or "
+        "NCCL 2.29.2 or newer"
+    )
+    rules = {
+        "none": ("has no symmetric kernels", "symmetric memory needs NCCL 2.27 or newer"),
+        "both": ("an all-gather is symmetric when both buffers are registered", newer),
+        "recv": ("an all-gather is symmetric when the receive buffer is registered", ""),
+    }
+    found, advice = rules[nccl_rule(version)]
+    yield Finding("NCCL", f"{_version()}: {found}", advice)
+    if nccl_is_racy(version):
+        first, last = (".".join(map(str, v)) for v in NCCL_RACY)
+        yield Finding(
+            "NCCL's faults",
+            f"{first} to {last}: symmetric kernels do not wait for the kernel before them",
+            "silent wrong results with CUDA graphs (sglang#37768): use 2.30.7 or newer for those",
+        )
+
+
+def _triton() -> Finding:
+    try:
+        import triton
+    except ImportError:
+        return Finding("triton", "not installed", "'direct' on CUDA needs it: pip install triton")
+    return Finding("triton", str(triton.__version__))
+
+
+def _paths(transport: str, words: str) -> Iterator[Finding]:
+    """What each algorithm does over one transport."""
+    yield Finding("paths", words)
+    for name, send, recv in (
+        ("padded", _ORDINARY, _ORDINARY),
+        ("padded_symm_recv", _ORDINARY, _IN_POOL),
+        ("padded_symm", _IN_POOL, _IN_POOL),
+    ):
+        report = decide([Place(send, recv)], 0, transport)
+        path = report.path
+        if name == "padded" and transport == "cuda":
+            path, advice = "staged", "NCCL refuses two ranks on one GPU"
+        elif name == "padded":
+            advice = "by design: the ordinary collective"
+        else:
+            advice = report.reason if path == "fallback" else ""
+        yield Finding(f"  {name}", path, advice)
+    yield Finding("  direct", "symmetric")

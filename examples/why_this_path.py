@@ -1,0 +1,102 @@
+"""The seed's story: which path its gather takes, per transport and NCCL version, and why.
+
+    torchrun --standalone --nproc-per-node 4 examples/why_this_path.py [--device cuda]
+
+SGLang's #24040 registered the receive buffer of this gather with symmetric memory; #37337 found
+that NCCL 2.28 used its ring all the same, since the shard that is sent lies in ordinary memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from cpkit.gather import all_gather_kv, last_path
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import prepare_context_parallel_metadata, shard
+from cpkit.symm import PathReport, explain_path, is_allocation_symmetric, use_symmetric_memory
+
+ROWS, SHAPE = 64, (8, 128)
+TRANSPORTS = (None, "nccl 2.27.7", "nccl 2.28.9", "nccl 2.29.2", "nccl 2.30.7")
+
+
+def main() -> None:
+    """Print the story on rank 0; every rank takes part, since a path belongs to all of them."""
+    parser = argparse.ArgumentParser(description="Which path a gather takes, and why.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = parser.parse_args().device
+    dist.init_process_group("gloo")
+    torch.set_default_device(device)
+    group = init_context_parallel(dist.get_world_size())
+    for title, lines in (
+        ("The seed as merged (#24040): the receive buffer is symmetric", seed(group)),
+        ("Both buffers symmetric (#37337's remedy)", both(group)),
+        ("A receive buffer of another group's pool (#19329)", foreign(group)),
+        ("Receive buffers at different offsets (pytorch#178138)", shifted(group)),
+        ("What this machine's gathers do", gathers(group)),
+    ):
+        said = list(lines)  # collective: every rank makes the lines, and rank 0 prints them
+        if group.rank == 0:
+            print(f"\n{title}")
+            for name, report in said:
+                print(f"  {name:18} {report.path:9}  {report.reason}")
+    dist.destroy_process_group()
+
+
+def stories(
+    send: torch.Tensor, recv: torch.Tensor, group: CPGroup
+) -> Iterator[tuple[str, PathReport]]:
+    """One report a transport; None is the one that this group really uses."""
+    for transport in TRANSPORTS:
+        yield transport or "here", explain_path(send, recv, group, transport)
+
+
+def seed(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+    """Buffers as `cp_all_gather_reorganized_into_tensor_kv_cache` makes them."""
+    send = torch.zeros(ROWS, *SHAPE)
+    with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
+        recv = torch.empty(ROWS * group.size, *SHAPE)
+    return stories(send, recv, group)
+
+
+def both(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+    """The shard is padded straight into the pool."""
+    with use_symmetric_memory(group):
+        send, recv = torch.empty(ROWS, *SHAPE), torch.empty(ROWS * group.size, *SHAPE)
+    return stories(send, recv, group)
+
+
+def foreign(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+    """Registered, but with a group of one rank."""
+    alone = init_context_parallel(1)
+    with use_symmetric_memory(alone):
+        send, recv = torch.empty(ROWS, *SHAPE), torch.empty(ROWS * group.size, *SHAPE)
+    init_context_parallel(group.size)
+    return stories(send, recv, group)
+
+
+def shifted(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+    """Views that begin a row later on rank 0: in the pool, but not at one offset."""
+    first = int(group.rank == 0)
+    with use_symmetric_memory(group):
+        send = torch.empty(ROWS + 1, *SHAPE)[first : first + ROWS]
+        recv = torch.empty(ROWS * group.size + 1, *SHAPE)[first : first + ROWS * group.size]
+    return stories(send, recv, group)
+
+
+def gathers(group: CPGroup) -> Iterator[tuple[str, PathReport]]:
+    """Run each algorithm, and ask which path it took."""
+    metadata = prepare_context_parallel_metadata([ROWS * group.size + 1], group.size)
+    mine = shard(torch.zeros(metadata.total_tokens, *SHAPE), metadata, group.rank)
+    for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
+        all_gather_kv([mine], metadata, group, algorithm=algorithm)
+        report = last_path(group)
+        assert report is not None
+        yield algorithm, report
+
+
+if __name__ == "__main__":
+    main()

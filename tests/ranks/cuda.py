@@ -1,0 +1,325 @@
+"""Symmetric memory and gathers on CUDA: what the CPU's checks don't have.
+
+Rounds are stamped on the GPU itself: adding `1 << 52` to every word of a row makes it the next
+round's (cpkit.provenance), so a thousand rounds run back to back without the host in between.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from cpkit import cuda_launch, provenance
+from cpkit.board import BarrierTimeout
+from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.offers import SymmetricMemoryError
+from cpkit.plan import plan_gather_kv
+from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetric_memory
+from tests.ranks.errors import error_of
+
+ROUNDS = int(os.environ.get("CPKIT_TEST_ROUNDS", "1000"))
+MIB = 1 << 20
+NEXT_ROUND = 1 << 52
+
+
+def world_group() -> CPGroup:
+    return init_context_parallel(dist.get_world_size())
+
+
+class Rounds:
+    """Rows that grow a round older at every `tick`, and how many words came out wrong so far."""
+
+    def __init__(self, group: CPGroup, metadata: ContextParallelMetadata) -> None:
+        shape, dtype = (4, 16), torch.float32
+        self.mine = provenance.shard_rows(metadata, group.rank, shape, dtype, round=0).cuda()
+        self.want = provenance.expected_rows(metadata, shape, dtype, round=0).cuda()
+        self.wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def tick(self) -> None:
+        self.mine.view(torch.int64).add_(NEXT_ROUND)
+        self.want.view(torch.int64).add_(NEXT_ROUND)
+
+    def judge(self, got: torch.Tensor) -> None:
+        self.wrong += (got.view(torch.int64) != self.want.view(torch.int64)).sum()
+
+
+def wrong_words(rounds: Rounds, group: CPGroup) -> int:
+    """Over all ranks, once the GPU is done."""
+    torch.cuda.synchronize()
+    symmetric_pool(group, "cuda").backend.check()
+    return sum(int(note) for note in group.exchange(str(int(rounds.wrong)).encode()))
+
+
+def captured(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """The call as a graph, with the tensor that its replays fill."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (result,) = call()
+    return graph, result
+
+
+def check_a_thousand_rounds_back_to_back_eager() -> None:
+    group = world_group()
+    for algorithm in ALGORITHMS:
+        metadata = prepare_context_parallel_metadata([97, 64], group.size)
+        rounds = Rounds(group, metadata)
+        for _ in range(ROUNDS):
+            rounds.tick()
+            (got,) = all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
+            rounds.judge(got)
+            del got
+        assert wrong_words(rounds, group) == 0, algorithm
+
+
+def check_a_thousand_rounds_back_to_back_captured() -> None:
+    group = world_group()
+    for algorithm in ALGORITHMS:
+        metadata = prepare_context_parallel_metadata([97, 64], group.size)
+        rounds = Rounds(group, metadata)
+
+        def gather(
+            rounds: Rounds = rounds,
+            metadata: ContextParallelMetadata = metadata,
+            algorithm: str = algorithm,
+        ) -> list[torch.Tensor]:
+            return all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
+
+        graph, result = captured(gather)
+        for _ in range(ROUNDS):
+            rounds.tick()
+            graph.replay()
+            rounds.judge(result)
+        assert wrong_words(rounds, group) == 0, algorithm
+
+
+def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
+    group = world_group()
+    for strategy in STRATEGIES:
+        metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
+        rounds = Rounds(group, metadata)
+        slots = torch.randperm(161, generator=torch.Generator().manual_seed(1)).cuda()
+        with use_symmetric_memory(group):
+            cache = torch.empty(161, 4, 16, device="cuda")
+
+        def gather(
+            rounds: Rounds = rounds,
+            metadata: ContextParallelMetadata = metadata,
+            cache: torch.Tensor = cache,
+            slots: torch.Tensor = slots,
+        ) -> list[torch.Tensor]:
+            return all_gather_kv([rounds.mine], metadata, group, into=[cache], slots=slots)
+
+        graph, result = captured(gather)
+        for _ in range(50):
+            rounds.tick()
+            graph.replay()
+            rounds.judge(result[slots])
+        assert wrong_words(rounds, group) == 0, strategy
+
+
+def check_plans_back_to_back() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    plan = plan_gather_kv([rounds.mine], metadata, group)
+    for _ in range(ROUNDS):
+        rounds.tick()
+        rounds.judge(plan()[0])
+    assert wrong_words(rounds, group) == 0
+
+
+def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
+    """Negative control: rank 0 is late, and nobody waits for it."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    real = cuda_launch.SYNC
+    all_gather_kv([rounds.mine], metadata, group)
+    try:
+        cuda_launch.SYNC = False
+        for _ in range(20):
+            rounds.tick()
+            if group.rank == 0:
+                torch.cuda._sleep(2_000_000)  # a millisecond or so
+            (got,) = all_gather_kv([rounds.mine], metadata, group)
+            rounds.judge(got)
+            del got
+    finally:
+        cuda_launch.SYNC = real
+    assert wrong_words(rounds, group) > 0
+
+
+def check_other_streams_are_waited_for() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    side = torch.cuda.Stream()
+    for _ in range(30):
+        torch.cuda._sleep(200_000)
+        rounds.tick()
+        (got,) = all_gather_kv([rounds.mine], metadata, group, stream=side)
+        torch.cuda.current_stream().wait_stream(side)
+        rounds.judge(got)
+        del got
+    assert wrong_words(rounds, group) == 0
+
+
+def check_capture_before_the_first_run_is_an_error_on_every_rank() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([333], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8, device="cuda")
+    symmetric_pool(group, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        said = error_of(all_gather_kv, [rows], metadata, group)
+        rows.add_(1)  # an empty graph is a warning
+    assert "run it once" in said
+
+
+def check_a_pool_that_must_grow_during_capture_is_an_error_on_every_rank() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8, device="cuda")
+    all_gather_kv([rows], metadata, group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        said = error_of(pool.empty, [8 * MIB], torch.uint8)
+        rows.add_(1)
+    assert "warm_up" in said
+    assert pool.stats().spills == 0
+
+
+def check_memory_that_one_rank_does_not_get_is_everybodys_error() -> None:
+    group = world_group()
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    if group.rank == 1:
+        torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        symmetric_pool(group, "cuda").configure(512 * MIB)
+    except SymmetricMemoryError as error:
+        said = str(error)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said.startswith("cannot preallocate the symmetric pool. rank 1:"), said
+    assert "CPKIT_SYMM_PREALLOC_GB" in said
+    gather_works(group)
+
+
+def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
+    group = world_group()
+    symmetric_pool(group, "cuda")
+    too_much = 1 << 42
+    try:
+        SymmetricPool(group, too_much, "cuda")
+    except SymmetricMemoryError as error:
+        said = str(error)
+    assert f"{too_much} were asked for" in said
+    assert "bytes free" in said
+    gather_works(group)
+
+
+def gather_works(group: CPGroup) -> None:
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rounds = Rounds(group, metadata)
+    (got,) = all_gather_kv([rounds.mine], metadata, group)
+    rounds.judge(got)
+    assert wrong_words(rounds, group) == 0
+
+
+def check_spills_are_timed_and_warm_up_keeps_one_arena() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    with use_symmetric_memory(group):
+        large = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+    stats = pool.stats()
+    assert (stats.spills, stats.segments) == (1, 2)
+    assert stats.spill_ms > 0
+    assert pool.history.samples[-1].used_bytes >= large.numel()
+    del large
+    pool.warm_up(20000, (8, 16), torch.float32, tensors=2)
+    assert pool.stats().segments == 1
+    assert pool.stats().arena_bytes > 8 * MIB
+
+
+def check_offsets_and_addresses_of_peers() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda")
+    with use_symmetric_memory(group):
+        inbox = torch.zeros(group.size, 5, dtype=torch.int64, device="cuda")
+        on_the_host = torch.zeros(3)
+    assert on_the_host.device.type == "cpu"
+    torch.cuda.synchronize()
+    group.barrier()
+    for peer in range(group.size):
+        pool.peer_view(inbox, peer)[group.rank] = 100 * group.rank + peer
+    pool.backend.leave()
+    assert inbox[:, 0].tolist() == [100 * sender + group.rank for sender in range(group.size)]
+    assert len(set(group.exchange(repr(pool.locate(inbox)).encode()))) == 1
+
+
+def check_paths_are_what_really_happens() -> None:
+    group = world_group()
+    rank = float(group.rank)
+    with use_symmetric_memory(group):
+        symm_send = torch.full((4, 4), rank, device="cuda")
+        symm_recv = torch.empty(4 * group.size, 4, device="cuda")
+    send = torch.full((4, 4), rank, device="cuda")
+    recv = torch.empty(4 * group.size, 4, device="cuda")
+    for source, target, path, by_nccl in (
+        (symm_send, symm_recv, "symmetric", "symmetric"),
+        (send, symm_recv, "symmetric", "fallback"),
+        (symm_send, recv, "staged", "fallback"),
+        (send, recv, "fallback", "fallback"),
+    ):
+        target.fill_(-1)
+        report = explain_path(source, target, group)
+        group.cp_all_gather_into_tensor_async(target, source)
+        assert target[:, 1].tolist() == [float(r) for r in range(group.size) for _ in range(4)]
+        assert report.path == path
+        assert last_path(group) == report
+        assert explain_path(source, target, group, transport="nccl 2.28.9").path == by_nccl
+    late = explain_path(send, symm_recv, group, transport="nccl 2.29.7")
+    assert late.path == "symmetric"
+
+
+def check_devices_that_differ_are_everybodys_error() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
+    first = group.rank == 0
+    said = error_of(all_gather_kv, [rows if first else rows.cuda()], metadata, group)
+    assert "float32 cpu" in said
+    assert "float32 cuda" in said
+    assert "one device" in error_of(all_gather_kv, [rows, rows.cuda()], metadata, group)
+    gather_works(group)
+
+
+def check_z_a_rank_that_never_replays_is_named_after_the_deadline() -> None:
+    """Last: the group is out of step afterwards."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    os.environ["CPKIT_DEADLINE_S"] = "2"
+    try:
+        graph, _ = captured(lambda: all_gather_kv([rounds.mine], metadata, group))
+    finally:
+        del os.environ["CPKIT_DEADLINE_S"]
+    if group.rank != 1:
+        start = time.monotonic()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert time.monotonic() - start < 20
+        try:
+            symmetric_pool(group, "cuda").backend.check()
+        except BarrierTimeout as error:
+            said = str(error)
+        assert "for rank 1, which did not launch its gather" in said

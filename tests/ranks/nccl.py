@@ -1,0 +1,68 @@
+"""NCCL's path, functionally: two ranks on one GPU that take each other for another host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["NCCL_HOSTID"] = f"cpkit-{os.environ['RANK']}"
+
+import torch
+import torch.distributed as dist
+
+from cpkit import provenance
+from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
+from cpkit.path import nccl_rule
+from cpkit.symm import explain_path, use_symmetric_memory
+from cpkit.witness import count_file
+
+
+def world_group() -> CPGroup:
+    return init_context_parallel(dist.get_world_size())
+
+
+def check_every_algorithm_is_bit_exact() -> None:
+    group = world_group()
+    assert group.has_nccl
+    for round, strategy in enumerate(STRATEGIES):
+        metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.bool):
+            rows = provenance.shard_rows(metadata, group.rank, (4, 8), dtype, round=round).cuda()
+            for algorithm in ALGORITHMS:
+                (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+                provenance.check(got, metadata, round=round)
+
+
+def check_the_path_is_that_of_this_nccls_version() -> None:
+    group = world_group()
+    with use_symmetric_memory(group):
+        recv = torch.empty(4 * group.size, 4, device="cuda")
+    send = torch.ones(4, 4, device="cuda")
+    version = torch.cuda.nccl.version()
+    report = explain_path(send, recv, group)
+    assert report.reason.startswith("NCCL " + ".".join(map(str, version)))
+    assert report.path == ("symmetric" if nccl_rule(version) == "recv" else "fallback")
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1).cuda()
+    all_gather_kv([rows], metadata, group, algorithm="padded_symm_recv")
+    told = last_path(group)
+    assert told is not None
+    assert told.path == report.path
+
+
+def check_the_witness_counts_what_nccl_selected() -> None:
+    """Over sockets NCCL has no symmetric kernels, whatever is registered: the witness says so."""
+    group = world_group()
+    if group.rank == 0:
+        log = Path(os.environ["NCCL_DEBUG_FILE"])
+        before = count_file(log)
+    send, recv = torch.ones(4, 4, device="cuda"), torch.empty(8, 4, device="cuda")
+    for _ in range(5):
+        group.cp_all_gather_into_tensor_async(recv, send)
+    torch.cuda.synchronize()
+    if group.rank == 0:
+        after = count_file(log)
+        assert after.fallback - before.fallback == 5, (before, after)
+        assert after.symmetric == 0

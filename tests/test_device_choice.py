@@ -1,0 +1,71 @@
+"""Which device workers get, and what is said about it. No GPU is needed to decide."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cpkit.control import mps
+from cpkit.control.gpus import choose_device, is_shared
+from cpkit.control.settings import Launch
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "device", "words"),
+    [
+        (Launch(device="auto"), 0, "cpu", "no GPU"),
+        (Launch(device="cpu"), 8, "cpu", "as asked"),
+        (Launch(device="auto", nproc=4), 1, "cuda", "4 ranks share 1 GPU"),
+        (Launch(device="cuda", nproc=8), 2, "cuda", "8 ranks share 2 GPU"),
+        (Launch(device="auto", nproc=4), 4, "cuda", "a GPU of its own"),
+        (Launch(device="auto", nproc=4, share_gpu=True), 4, "cuda", "4 ranks share 1 GPU"),
+    ],
+)
+def test_device(launch: Launch, gpus: int, device: str, words: str) -> None:
+    chosen, why = choose_device(launch, gpus)
+    assert chosen == device
+    assert words in why
+    assert is_shared(launch, gpus) == ("share" in why) or device == "cpu"
+
+
+@pytest.mark.parametrize("launch", [Launch(device="cuda"), Launch(share_gpu=True)])
+def test_a_gpu_that_is_not_there_is_refused(launch: Launch) -> None:
+    with pytest.raises(ValueError, match="torch sees"):
+        choose_device(launch, 0)
+
+
+def test_settings_that_contradict_are_refused() -> None:
+    with pytest.raises(ValueError, match="contradict"):
+        Launch(device="cpu", share_gpu=True).check()
+
+
+def test_without_mps_it_is_said_what_that_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with mps.serve(tmp_path) as words:
+        assert "not installed" in words
+        assert "milliseconds" in words
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "own daemon"), (1, "failed: no driver")])
+def test_the_daemon_is_started_in_a_directory_of_ours_and_told_to_quit(
+    code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A control program that only notes how it is called: the real one needs a GPU."""
+    program, calls = tmp_path / "nvidia-cuda-mps-control", tmp_path / "calls"
+    program.write_text(
+        f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $* $(cat)" >> {calls}\n'
+        f"echo no driver\nexit {code}\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with mps.serve(tmp_path) as words:
+        assert said in words
+        assert mps.is_configured() == (code == 0)
+    assert not mps.is_configured()
+    pipes = f"{tmp_path}/mps"
+    assert calls.read_text().splitlines() == [f"{pipes} -d ", f"{pipes}  quit"][: 2 - code]

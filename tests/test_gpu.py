@@ -1,0 +1,116 @@
+"""Gathers on a GPU: 2, 4 and 8 ranks that share it, with and without MPS; NCCL; the workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import cpkit
+from cpkit.control import mps
+from tests.launch import assert_passed
+from tests.ranks import gathers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"
+    ),
+]
+RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split(",")]
+# Without MPS the ranks take turns on the GPU, milliseconds each: fewer rounds, the same checks.
+ROUNDS = {"mps": "1000", "no mps": "60"}
+
+
+def checks(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if name.startswith("check_")]
+
+
+def cuda_checks() -> list[str]:
+    """Their names, read from the source: importing it needs Triton and a GPU."""
+    source = (Path(__file__).parent / "ranks" / "cuda.py").read_text()
+    return [
+        line.removeprefix("def ").partition("(")[0]
+        for line in source.splitlines()
+        if line.startswith("def check_")
+    ]
+
+
+@pytest.fixture(scope="module", params=["mps", "no mps"])
+def sharing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Whether the ranks are clients of one MPS daemon."""
+    if request.param == "no mps":
+        yield request.param
+        return
+    if not mps.is_installed():
+        pytest.skip("nvidia-cuda-mps-control is not installed")
+    with mps.serve(tmp_path_factory.mktemp("m")) as words:
+        assert "own daemon" in words, words
+        yield request.param
+
+
+def variables(sharing: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("CPKIT_TEST_DEVICE", "cuda"),
+        ("CPKIT_TEST_ROUNDS", ROUNDS[sharing]),
+        ("CPKIT_SYMM_PREALLOC_GB", "0.25"),
+        ("CPKIT_SHARING", sharing),  # one launch for each kind of sharing
+    )
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks(gathers))
+def test_gathers(sharing: str, check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.gathers", nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", cuda_checks())
+def test_cuda(sharing: str, check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.cuda", nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_every_algorithm_is_bit_exact",
+        "check_the_path_is_that_of_this_nccls_version",
+        "check_the_witness_counts_what_nccl_selected",
+    ],
+)
+def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from cpkit.witness import environment
+
+    log = tmp_path_factory.getbasetemp() / "nccl.log"
+    variables = {**environment(log), "CPKIT_NCCL": "1", "CPKIT_SYMM_PREALLOC_GB": "0.25"}
+    assert_passed("tests.ranks.nccl", 2, check, tuple(variables.items()), 300)
+
+
+def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:
+    with cpkit.connect("gpu-tests", nproc=4, device="cuda") as lab:
+        assert "cuda" in str(lab.status())
+        for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
+            shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
+            assert shown is not None
+        samples = lab.measure([65536], cp_size=4, samples=None)
+        next(iter(samples))
+        victim = lab.status().workers["pid"].iloc[2]
+        os.kill(int(victim), signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(cpkit.WorkersDied, match="rank 2"):
+            for _ in samples:
+                pass
+        assert time.monotonic() - start < 10
+    time.sleep(5)  # an MPS daemon needs a moment after a client that was killed
+    with cpkit.connect("gpu-tests", nproc=2, device="cuda") as lab:
+        lab.gather([4097], cp_size=2)
+        lab.stop()

@@ -1,0 +1,30 @@
+"""Counting what NCCL selected, from lines as it writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpkit.witness import Selections, count, count_file, environment
+
+LOG = """\
+node:1:9 [0] NCCL INFO AllGather: 1048576 Bytes -> Algo RING proto SIMPLE channel{Lo..Hi}={0..15}
+node:1:9 [0] NCCL INFO AllGather [Symmetric]: 65536 Bytes -> Kernel AllGather_STMC nchannels 4
+nthreads 512 node:1:9 [0] NCCL INFO AllGather [Symmetric]: 512 Bytes -> Kernel AllGather_LL
+nchannels 1 nthreads 512 node:1:9 [0] NCCL INFO AllGather [Copy Engine]: 65536 Bytes -> cudaMemcpy;
+CE synchronization node:1:9 [0] NCCL INFO AllReduce: 8 Bytes -> Algo RING proto LL
+channel{Lo..Hi}={0..0} node:1:9 [0] NCCL INFO Symmetric memory is not supported. cuMemEnable 0
+"""
+
+
+def test_selections_are_counted_by_kind_and_collective() -> None:
+    assert count(LOG.splitlines()) == Selections(2, 1, 1)
+    assert count(LOG.splitlines(), "AllReduce") == Selections(0, 0, 1)
+    assert str(count([])) == "0 symmetric, 0 copy engine, 0 fallback"
+
+
+def test_a_log_file_that_nobody_wrote_counts_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "nccl.log"
+    assert count_file(log) == Selections()
+    log.write_text(LOG)
+    assert count_file(log).symmetric == 2
+    assert environment(log)["NCCL_DEBUG_FILE"] == str(log)
