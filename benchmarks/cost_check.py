@@ -11,7 +11,7 @@ from cpkit.cost_fit import Measured, describe, fit
 from cpkit.cost_presets import COPY_PASSES, PRESETS
 
 FITTED_CP_SIZES = (2, 4)
-FITTED_TOKENS = (256, 2048, 16384, 65536)
+FITTED_TOKENS = (256, 2048, 8192, 65536)
 
 
 def check(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any] | None:

@@ -180,8 +180,13 @@ def fill_readme(readme: Path, record_path: Path) -> None:
 
 def filled(text: str, record: Record, name: str) -> str:
     """README's text with the figures of a record. Raises ValueError without the markers."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md has no {BEGIN} … {END} to put the figures between")
-    body = f"{BEGIN}\n{as_summary(record)}\n\nSource: [{name}](benchmarks/results/{name})\n{END}"
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: body, text)
+    body = f"{as_summary(record)}\n\nSource: [{name}](benchmarks/results/{name})"
+    return put_between(text, BEGIN, END, body)
+
+
+def put_between(text: str, begin: str, end: str, body: str) -> str:
+    """A text with `body` between its two markers. Raises ValueError without them."""
+    if begin not in text or end not in text:
+        raise ValueError(f"README.md has no {begin} … {end} to put the figures between")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)

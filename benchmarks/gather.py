@@ -62,7 +62,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     group = init_context_parallel(dist.get_world_size())
     sizes = [measure(Config(int(count), block_s=float(block_s)), group) for count in tokens]
-    barrier = time_block(group.barrier, 0.1, group)
+    barrier = time_block(group.barrier, 0.3, group, at_most=2000)
     sizes.append({"tokens": 0, "variants": {"barrier": barrier}})
     if group.rank == 0:
         Path(output).write_text(json.dumps(sizes))
@@ -115,11 +115,13 @@ def opponents(config: Config, metadata: ContextParallelMetadata, group: CPGroup)
     }
 
 
-def time_block(call: Callable[[], object], block_s: float, group: CPGroup) -> dict[str, Any]:
-    """Samples of one variant by rank: as many as fit `block_s`, at least 3, at most 200."""
+def time_block(
+    call: Callable[[], object], block_s: float, group: CPGroup, at_most: int = 200
+) -> dict[str, Any]:
+    """Samples of one variant by rank: as many as fit `block_s`, at least 3."""
     trial = bench.time_calls({"": call}, group, iterations=1, warmup=1)[""]  # the warm-up
     trial_us = max(max(each.times_us) for each in bench.everybody(trial, group))
-    iterations = max(3, min(200, int(block_s * 1e6 / max(trial_us, 1.0))))
+    iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
     timing = bench.time_calls({"": call}, group, iterations, warmup=0)[""]
     everybody = bench.everybody(timing, group)
     stages = max(everybody, key=lambda each: each.median_us).stage_medians_us()

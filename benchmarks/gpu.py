@@ -1,6 +1,6 @@
 """`make bench-gpu`: measure on this machine's GPUs, print the figures, record them.
 
-    python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8]
+    python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8] [--fill RECORD]
 
 With fewer GPUs than ranks, ranks share them, and NVIDIA's MPS daemon runs meanwhile: without it,
 processes take turns on the GPU and every barrier waits for a time slice. The floor is what one
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.figures import cell, goal_lines, table
+from benchmarks import gpu_figures
 from benchmarks.gpu_goals import goals_of
 from benchmarks.machine import environment
 from benchmarks.rows import row
@@ -33,25 +33,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOKENS = (512, 2048, 9216, 36864, 65536, 131072)  # 1, 4, 19, 75, 134, 268 MB
 QUICK_TOKENS = (512, 36864)
 ROUNDS = 3
-COLUMNS = (
-    ("cp_size", "cp_size"),
-    ("size_bytes", "size (B)"),
-    ("variant", "variant"),
-    ("time_us", "time p50 (us)"),
-    ("p95_us", "p95 (us)"),
-    ("min_us", "min (us)"),
-    ("algbw_gbps", "algbw (GB/s)"),
-    ("busbw_gbps", "busbw (GB/s)"),
-    ("wrong", "#wrong"),
-    ("moved_bytes", "moved (B)"),
-    ("passes", "passes"),
-    ("skew_us", "rank skew (us)"),
-    ("iterations", "iterations"),
-    ("spread_pct", "spread (%)"),
-    ("seed_ratio", "seed / this"),
-    ("low_contention_ratio", "low-contention / this"),
-    ("floor_ratio", "this / floor"),
-)
 
 
 def main() -> int:
@@ -60,7 +41,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two sizes, one round, no record")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
     parser.add_argument("--cp-sizes", default="2,4,8", help="comma-separated, default 2,4,8")
+    parser.add_argument("--fill", type=Path, help="only put this record's figures into README.md")
     options = parser.parse_args()
+    if options.fill:
+        gpu_figures.fill_readme(ROOT / "README.md", options.fill)
+        return 0
     if not torch.cuda.is_available():
         print("make bench-gpu needs a CUDA device and a CUDA build of torch; `make bench` does not")
         return 2
@@ -71,7 +56,7 @@ def main() -> int:
     for cp_size in cp_sizes:
         measure(record, cp_size, tokens, rounds)
     record["goals"] = goals_of(record["gather"])
-    print(as_text(record))
+    print(gpu_figures.as_text(record))
     if not (options.quick or options.no_record):
         keep(record)
     return 0
@@ -132,49 +117,13 @@ def gpu_environment() -> dict[str, Any]:
     }
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """All figures as Markdown; the goals, the most important, last."""
-    where = record["environment"]
-    conditions = (
-        f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
-        f"torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times between "
-        f"CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
-        f"rounds. The floor is (cp + 1) · size at the device's own copy rate in the same run; it "
-        f"is said where all ranks share one device."
-    )
-    missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items() if why]
-    rows = with_ratios(record["gather"])
-    lines = [[cell(each.get(name)) for name, _ in COLUMNS] for each in rows]
-    figures = table([label for _, label in COLUMNS], lines)
-    goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
-    return "\n\n".join([conditions, *missing, figures, goals])
-
-
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its ratios to the opponents of the same run."""
-    us = {(r["cp_size"], r["size_bytes"], r["variant"]): r["time_us"] for r in rows}
-
-    def quotient(each: dict[str, Any], opponent: str) -> float | None:
-        found = us.get((each["cp_size"], each["size_bytes"], opponent))
-        return found / each["time_us"] if found else None
-
-    return [
-        {
-            **each,
-            "seed_ratio": quotient(each, "seed"),
-            "low_contention_ratio": quotient(each, "low-contention"),
-            "floor_ratio": each["time_us"] / each["floor_us"] if each["floor_us"] else None,
-        }
-        for each in rows
-    ]
-
-
 def keep(record: dict[str, Any]) -> None:
-    """Write the dated record."""
+    """Write the dated record and the README's figures."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record['environment']['date']}-gpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"recorded in {path.relative_to(ROOT)}")
+    gpu_figures.fill_readme(ROOT / "README.md", path)
+    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def main() -> int:
     plan = QUICK if options.quick else FROZEN
     record: dict[str, Any] = {"environment": environment("make bench"), "gather": [], "barrier": []}
     record["plan"] = {**vars(plan), "warmup": 2, "strategy": "zigzag", "rows": [8, 128]}
-    for cp_size in plan.cp_sizes:
-        gathers, barriers = measure(cp_size, plan)
+    for gathers, barriers in measure(plan):
         record["gather"] += gathers
         record["barrier"] += barriers
     say("control path ...")
@@ -66,16 +65,21 @@ def main() -> int:
     return 0
 
 
-def measure(cp_size: int, plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """All rounds at one cp_size, ours and theirs in turn."""
-    ours, theirs = [], []
+def measure(plan: Plan) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """All rounds, ours and theirs in turn: (gather rows, barrier rows) of each cp_size.
+
+    A round goes through all cp_sizes, so that what changes in an hour meets all of them.
+    """
+    ours: dict[int, list[Any]] = {cp_size: [] for cp_size in plan.cp_sizes}
+    theirs: dict[int, list[Any]] = {cp_size: [] for cp_size in plan.cp_sizes}
     missing = openmpi.available()
     for number in range(plan.rounds):
-        say(f"gather, cp_size {cp_size}, round {number + 1} of {plan.rounds} ...")
-        ours.append(our_round(cp_size, plan))
-        if not missing:
-            theirs.append(openmpi.measure(cp_size, plan.tokens, plan.block_s))
-    return rows_of(cp_size, ours, theirs)
+        for cp_size in plan.cp_sizes:
+            say(f"gather, round {number + 1} of {plan.rounds}, cp_size {cp_size} ...")
+            ours[cp_size].append(our_round(cp_size, plan))
+            if not missing:
+                theirs[cp_size].append(openmpi.measure(cp_size, plan.tokens, plan.block_s))
+    return [rows_of(cp_size, ours[cp_size], theirs[cp_size]) for cp_size in plan.cp_sizes]
 
 
 def our_round(cp_size: int, plan: Plan) -> list[dict[str, Any]]:

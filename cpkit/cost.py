@@ -13,12 +13,14 @@ A push reads each row once, and writes it W times: (W+1)·S is the least that an
 separate outputs can move. Through a loopback TCP socket each received byte is copied into the
 kernel and out of it.
 
-The model on ranks that share cores and memory: a core works for its ranks one after another, so
-everything a rank does costs `turns` = ranks per core times its own time.
+The model of ranks that share cores, a cache and a memory. A core works for its ranks one after
+another, so what a rank moves counts `turns` = ranks per core times:
 
-    time = call + turns · (start + cached / cache rate + far / memory rate
-                           + fresh / first-touch rate + socket / socket rate)
+    time = start · steps + turns · (cached / cache rate + far / memory rate
+                                    + fresh / first-touch rate + socket / socket rate)
 
+`steps` are the waits for each other: every rank of a core waits for every other, turns² times; a
+ring over sockets has W-1 steps one after the other, each as long as all ranks of a core take.
 `cached` and `far` are the bytes of copies that hit the last-level cache or go to memory, decided by
 the working set of all ranks; `fresh` is ordinary memory that the C library maps anew in every call,
 page fault by page fault.
@@ -86,16 +88,19 @@ class Host:
         """Ranks that a core works for."""
         return max(1.0, cp_size / self.cores)
 
+    def steps(self, algorithm: str, cp_size: int) -> float:
+        """How often ranks wait for each other, in units of one rank with a core of its own."""
+        turns = self.turns(cp_size)
+        return turns * (cp_size - 1) if algorithm == "padded" else turns**2
+
     def far_share(self, working_set_bytes: float) -> float:
-        """Share of the bytes that the cache does not serve: none up to half of it, all from twice
-        its size on, in proportion to the logarithm in between.
+        """Share of the bytes that the cache does not serve: none up to a quarter of it, all from
+        twice its size on, in proportion to the logarithm in between.
         """
-        low, high = self.cache_bytes / 2, self.cache_bytes * 2
+        low, high = self.cache_bytes / 4, self.cache_bytes * 2
         if working_set_bytes <= low:
             return 0.0
-        if working_set_bytes >= high:
-            return 1.0
-        return math.log(working_set_bytes / low) / math.log(high / low)
+        return min(1.0, math.log(working_set_bytes / low) / math.log(high / low))
 
 
 def working_set_bytes(algorithm: str, total_bytes: int, cp_size: int) -> int:
@@ -104,22 +109,21 @@ def working_set_bytes(algorithm: str, total_bytes: int, cp_size: int) -> int:
     return total_bytes * (1 + buffers * cp_size)
 
 
-FEATURES = ("call", "turn", "cached", "far", "fresh", "socket")
+FEATURES = ("start", "cached", "far", "fresh", "socket")
 
 
 def features(algorithm: str, total_bytes: int, cp_size: int, host: Host) -> tuple[float, ...]:
-    """What the coefficients are multiplied with: calls, turns, and bytes that a core moves."""
+    """What the coefficients are multiplied with: steps, and bytes that a core moves."""
     moved = traffic(algorithm, total_bytes, cp_size)
     turns = host.turns(cp_size)
     per_core = turns / cp_size
     socket_bytes = moved.wire_bytes * per_core if algorithm == "padded" else 0.0
     copied = moved.moved_bytes * per_core - socket_bytes
     far = host.far_share(working_set_bytes(algorithm, total_bytes, cp_size))
-    fresh = 0.0
-    if total_bytes >= MAPPED_ANEW_BYTES:
-        anew = {"padded": 3, "padded_symm_recv": 2, "padded_symm": 2}.get(algorithm, 0)
-        fresh = anew * total_bytes * turns
-    return 1.0, turns, copied * (1 - far), copied * far, fresh, socket_bytes
+    anew = {"padded": 3, "padded_symm_recv": 2, "padded_symm": 2}.get(algorithm, 0)
+    fresh = anew * total_bytes * turns if total_bytes >= MAPPED_ANEW_BYTES else 0.0
+    steps = host.steps(algorithm, cp_size)
+    return steps, copied * (1 - far), copied * far, fresh, socket_bytes
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def nonnegative_least_squares(
 
 
 def describe(model: HostModel) -> dict[str, dict[str, float]]:
-    """The coefficients by name: µs a call and a turn, and GB/s where a rate was found."""
+    """The coefficients by name: µs a step, and GB/s where a rate was found."""
     said = {}
     for algorithm, weights in model.coefficients.items():
         named = dict(zip(FEATURES, weights, strict=True))
-        rates = {f"{name}_gbps": 1e-3 / named[name] for name in FEATURES[2:] if named[name] > 0}
-        said[algorithm] = {"call_us": named["call"], "turn_us": named["turn"], **rates}
+        rates = {f"{name}_gbps": 1e-3 / named[name] for name in FEATURES[1:] if named[name] > 0}
+        said[algorithm] = {"start_us": named["start"], **rates}
     return said

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures, gpu_goals, openmpi
+from benchmarks import figures, gpu_figures, gpu_goals, openmpi
 from benchmarks.goals import goals_of
 from benchmarks.rows import ROW_BYTES, row, rows_of, summarize
 from tests.launch import ROOT, assert_passed
 from tests.ranks import benchmark
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-cpu.json"))
+GPU_RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-gpu.json"))
 
 
 @pytest.fixture
@@ -88,15 +89,47 @@ def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "not measured" in figures.summary_lines(gathers)[0]
 
 
-def test_gpu_goals_see_a_slow_one() -> None:
-    def figures_of(direct_us: float) -> list[dict[str, Any]]:
-        us = {"direct": direct_us, "plan": direct_us, "seed": 3200.0, "low-contention": 3300.0}
-        size = 131072 * ROW_BYTES
-        same = {"cp_size": 8, "size_bytes": size, "floor_us": 562.0}
-        return [{**same, "variant": name, "time_us": time_us} for name, time_us in us.items()]
+def gpu_record(direct_us: float) -> dict[str, Any]:
+    us = {"direct": direct_us, "plan": direct_us, "seed": 3200.0, "low-contention": 3300.0}
+    tokens = 131072
+    rows = [
+        {**row(name, 8, tokens, tokens * ROW_BYTES, [[[time_us] * 3] * 8]), "floor_us": 562.0}
+        for name, time_us in us.items()
+    ]
+    where = dict.fromkeys(("date", "device", "driver", "cuda", "torch", "commit", "command"), "x")
+    return {
+        "environment": where,
+        "plan": {"rounds": 1},
+        "gather": rows,
+        "missing": {"cp_size 8": {"graph": "too large"}},
+        "goals": gpu_goals.goals_of(rows),
+    }
 
-    assert all(goal["met"] for goal in gpu_goals.goals_of(figures_of(600.0)))
-    assert not any(goal["met"] for goal in gpu_goals.goals_of(figures_of(1095.0)))
+
+def test_gpu_goals_see_a_slow_one() -> None:
+    assert all(goal["met"] for goal in gpu_record(600.0)["goals"])
+    assert not any(goal["met"] for goal in gpu_record(1095.0)["goals"])
+
+
+def test_gpu_figures_have_their_ratios() -> None:
+    record = gpu_record(600.0)
+    (line,) = [
+        line for line in gpu_figures.as_summary(record).splitlines() if line.startswith("|       8")
+    ]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:7] == ["600", "600", "not measured", "3200", "3300"]
+    assert cells[8:] == [f"{600 / 562:.2f}", f"{3200 / 600:.2f}", "5.50"]
+    assert "not measured, cp_size 8: {'graph': 'too large'}" in gpu_figures.as_text(record)
+
+
+def test_readme_shows_the_latest_gpu_record() -> None:
+    if not GPU_RESULTS:
+        pytest.skip("no GPU record yet: run make bench-gpu on a machine with a GPU")
+    readme = (ROOT / "README.md").read_text()
+    record = json.loads(GPU_RESULTS[-1].read_text())
+    assert gpu_figures.filled(readme, record, GPU_RESULTS[-1].name) == readme
+    record["gather"][0]["time_us"] *= 2
+    assert gpu_figures.filled(readme, record, GPU_RESULTS[-1].name) != readme
 
 
 @pytest.mark.workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.launch import assert_passed
-from tests.ranks import gathers, groups, mutants, plans, symmetric
+from tests.ranks import gathers, groups, mutants, plans, symmetric, waits
 
 pytestmark = pytest.mark.workers
 
@@ -41,3 +41,9 @@ def test_planted_bugs_are_seen(check: str) -> None:
 @pytest.mark.parametrize("check", checks(plans))
 def test_plans(check: str, nproc: int) -> None:
     assert_passed("tests.ranks.plans", nproc, check)
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("check", checks(waits))
+def test_waits(check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.waits", nproc, check)
