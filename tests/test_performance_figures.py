@@ -112,6 +112,17 @@ def test_what_was_recorded_is_never_shown_as_measured_here(tmp_path: Path) -> No
         recordings.beside(sweep(), found, 8)
 
 
+def test_a_gpu_record_brings_its_floor(tmp_path: Path) -> None:
+    path = recording(tmp_path, "NVIDIA H200")
+    content = json.loads(path.read_text())
+    content["gather"] = [{**row, "variant": "seed", "floor_us": 2.0} for row in content["gather"]]
+    content["gather"] = content["gather"][:1]
+    path.write_text(json.dumps(content))
+    (found,) = recordings.read(tmp_path)
+    names = {trace.name for trace in recordings.beside(sweep(), found, 4).data}
+    assert {"padded_symm_recv, recorded", "floor, recorded"} <= names
+
+
 def test_the_committed_records_can_be_read() -> None:
     found = recordings.read()
     assert found, "benchmarks/results holds at least one run"

@@ -19,6 +19,7 @@ from cpkit.notebook import style
 from cpkit.notebook.charts import byte_words
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+_SAME_AS = {"seed": "padded_symm_recv"}  # what the benchmark on GPUs calls it
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")
 
 
@@ -52,7 +53,8 @@ def read(folder: Path = RESULTS) -> list[Recording]:
         rows = content.get("gather", []) if isinstance(content, dict) else []
         complete = [row for row in rows if all(column in row for column in _COLUMNS)]
         if complete and isinstance(content.get("environment"), dict):
-            found.append(Recording(path.name, content["environment"], pd.DataFrame(complete)))
+            table = pd.DataFrame(complete).replace({"variant": _SAME_AS})
+            found.append(Recording(path.name, content["environment"], table))
     return found
 
 
@@ -95,6 +97,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     for algorithm in style.ALGORITHM_LINES:
         _add_line(figure, algorithm, mine, "yours", open_marks=False)
         _add_line(figure, algorithm, rows, "recorded", open_marks=True)
+    _add_floor(figure, rows)
     sizes = sorted({*mine["size_bytes"], *rows["size_bytes"]})
     ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes]}
     figure.update_layout(
@@ -113,6 +116,21 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     )
     date = str(recording.environment.get("date", "")) or "no date"
     return style.recorded(figure, machine=recording.machine, date=date, source=recording.name)
+
+
+def _add_floor(figure: go.Figure, rows: pd.DataFrame) -> None:
+    """The least that the recorded machine could take, where the recording says so."""
+    if "floor_us" not in rows or rows["floor_us"].isna().all():
+        return
+    floors = rows.groupby("size_bytes")["floor_us"].first()
+    figure.add_scatter(
+        name="floor, recorded",
+        mode="lines",
+        x=floors.index.tolist(),
+        y=floors.tolist(),
+        line={"color": style.INK, "width": 1},
+        hovertemplate="floor, recorded<br>%{x:,} B: %{y:,.0f} µs<extra></extra>",
+    )
 
 
 def _add_line(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from cpkit.arguments import ALGORITHMS
 from cpkit.control.messages import Array, Clock, ClockResult, Message, Progress, ReplyBody
+from cpkit.devices import finish
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
 from cpkit.ops.workload import Run, prepare
@@ -98,6 +99,7 @@ def _sample(call: Call, group: CPGroup, body: Clock) -> tuple[int, int]:
     end_ns = time.perf_counter_ns()
     if isinstance(result, dist.Work):
         result.wait()  # outside the clock: the mistake that `launch` shows
+    finish()
     return begin_ns, end_ns
 
 
@@ -164,8 +166,7 @@ class _Bench:
         return source, target
 
     def _waited(self, result: object) -> object:
-        if self.run.tensors[0].is_cuda:
-            torch.cuda.synchronize()
+        finish()
         return result
 
 

@@ -426,6 +426,8 @@ lesson.predict("alpha", ...)
 mine = table[table["algorithm"] == "direct"]
 alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
 print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
+errors = (alpha_us + us_per_byte * mine["size_bytes"]) / mine["time_us"] - 1
+print("off by", ", ".join(f"{error:+.0%}" for error in errors), "from the smallest to the largest")
 assert us_per_byte > 0
 figures.show(figures.roof(light, mine, ("direct", alpha_us, us_per_byte)))
 
@@ -932,6 +934,21 @@ lesson.progress()
 # - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
 # - alpha is meetings, beta is bytes. Symmetric memory buys alpha; removing passes buys beta.
 # - Count passes before you write a kernel.
+#
+# **Five questions** (answers below)
+# 1. A colleague reports 900 GB/s algbw over links of 360 GB/s, 8 ranks. What do you ask first?
+# 2. Two variants differ by 4 %, the spread of each is 10 %. Which is faster?
+# 3. Your kernel halves alpha. Who will notice, and who won't?
+# 4. Why can fewer bytes take longer?
+# 5. Which rank's time do you report?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Whether the clock waited for the end: busbw is 788 GB/s, above the speed of light. 2. Unknown: measure them in turn, more
+# often, and compare pair by pair. 3. Small messages; at 128 MiB 6 % were left. 4. Many short copies: each has an alpha. 5. The
+# slowest, in each iteration.
+#
+# </details>
 #
 # **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables of
 # Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
