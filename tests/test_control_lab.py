@@ -165,7 +165,7 @@ def test_without_the_barrier_the_clock_counts_waiting(lab: Lab) -> None:
     first, last = unfair.begin_us("direct").min(axis=1), unfair.begin_us("direct").max(axis=1)
     assert (last - first > 0.9 * late_us).all()
     assert unfair.times_us("direct")[:, 0].min() > 0.8 * late_us
-    assert fair.times_us("direct").min() < 0.5 * late_us
+    assert np.median(fair.times_us("direct")[:, 0]) < 0.5 * late_us
 
 
 def test_what_is_not_waited_for_looks_quick(lab: Lab) -> None:

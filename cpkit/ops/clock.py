@@ -60,7 +60,9 @@ class ClockOperation(Operation[Clock, ClockReport]):
         started_s = time.monotonic()
         for iteration in count(-body.warmup):
             for call, kept in zip(calls, samples, strict=True):
-                kept.append(_sample(call, group, body))
+                sample = _sample(call, group, body)
+                if iteration >= 0:
+                    kept.append(sample)
             if iteration + 1 == body.iterations:
                 break
             if _longest(time.monotonic() - started_s, group) > _CHUNK_S:
@@ -71,9 +73,7 @@ class ClockOperation(Operation[Clock, ClockReport]):
                         _sample(call, group, body)
         if not body.warmup:
             bench.verify(body.calls)
-        return ClockReport(
-            body.iterations, tuple(pair for kept in samples for pair in kept[body.warmup :])
-        )
+        return ClockReport(body.iterations, tuple(pair for kept in samples for pair in kept))
 
     def collect(self, reports: list[ClockReport], *, over: bool) -> Iterator[ReplyBody]:
         """Progress, or all samples on one clock that begins with the first of them."""
