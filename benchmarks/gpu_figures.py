@@ -8,9 +8,18 @@ from typing import Any
 
 from benchmarks.figures import cell, goal_lines, put_between, table
 from benchmarks.goals import times_us
+from benchmarks.gpu_goals import LOW_CONTENTION, SEED, opponent_us
 
 BEGIN, END = "<!-- gpu-figures:begin -->", "<!-- gpu-figures:end -->"
-VARIANTS = ("direct", "plan", "graph", "seed", "low-contention")
+VARIANTS = (
+    "direct",
+    "plan",
+    "graph",
+    "seed",
+    "seed graph",
+    "low-contention",
+    "low-contention graph",
+)
 COLUMNS = (
     ("cp_size", "cp_size"),
     ("size_bytes", "size (B)"),
@@ -49,24 +58,25 @@ def conditions(record: dict[str, Any]) -> str:
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
         f"torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times between "
         f"CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
-        f"rounds. The floor is (cp + 1) · size at the device's own copy rate in the same run; it "
-        f"is said where all ranks share one device."
+        f"rounds. `plan` is the prepared call of `direct`; ratios to an opponent take the faster "
+        f"of its eager call and its CUDA graph. The floor is (cp + 1) · size at the device's own "
+        f"copy rate in the same run; it is said where all ranks share one device."
     )
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with its ratios to the opponents of the same run."""
-    us = {(r["cp_size"], r["size_bytes"], r["variant"]): r["time_us"] for r in rows}
+    times = times_us(rows)
 
-    def quotient(each: dict[str, Any], opponent: str) -> float | None:
-        found = us.get((each["cp_size"], each["size_bytes"], opponent))
-        return found / each["time_us"] if found else None
+    def quotient(each: dict[str, Any], opponent: str) -> float:
+        us = times[each["cp_size"], each["size_bytes"]]
+        return opponent_us(us, opponent) / float(each["time_us"])
 
     return [
         {
             **each,
-            "seed_ratio": quotient(each, "seed"),
-            "low_contention_ratio": quotient(each, "low-contention"),
+            "seed_ratio": quotient(each, SEED),
+            "low_contention_ratio": quotient(each, LOW_CONTENTION),
             "floor_ratio": each["time_us"] / each["floor_us"] if each["floor_us"] else None,
         }
         for each in rows
@@ -95,8 +105,8 @@ def summary_line(key: tuple[int, int], us: dict[str, float], floor_us: float | N
         *(cell(us.get(name)) for name in VARIANTS),
         cell(floor_us),
         quotient(plan_us, floor_us),
-        quotient(us.get("seed"), plan_us),
-        quotient(us.get("low-contention"), plan_us),
+        quotient(opponent_us(us, SEED), plan_us),
+        quotient(opponent_us(us, LOW_CONTENTION), plan_us),
     ]
 
 

@@ -5,10 +5,11 @@ bit. A sample is the time between two CUDA events around several calls, divided 
 nccl-tests do; it begins with all ranks at a barrier. Variants take turns, sample by sample.
 
     direct           all_gather_kv, a call by itself
-    plan             the same as a prepared call (cpkit.plan)
-    graph            the plan's call, captured in a CUDA graph and replayed; small sizes only
+    plan             the same as a prepared call (cpkit.plan), which replays a graph of its own
+    graph            the plan's call in a caller's CUDA graph; small sizes only
     seed             the seed's pipeline on symmetric buffers: pad, wire, strip, reorder
     low-contention   torch's _low_contention_all_gather from a symmetric shard, then strip, reorder
+    … graph          an opponent captured in a CUDA graph, as a serving engine would have it
     copy             every rank copies the whole result once
 """
 
@@ -130,11 +131,13 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
     calls["low-contention"] = low_contention(size)
     for call in calls.values():
         _check(call, size)
-    if size.total_bytes <= GRAPH_UP_TO_BYTES:
+    graphs: dict[str, Call] = {"graph": plan} if size.total_bytes <= GRAPH_UP_TO_BYTES else {}
+    graphs |= {f"{name} graph": calls[name] for name in ("seed", "low-contention")}
+    for name, call in graphs.items():
         try:
-            calls["graph"] = captured(plan, size)
+            calls[name] = captured(call, size)
         except RuntimeError as error:
-            missing["graph"] = f"not captured: {error}"[:200]
+            missing[name] = f"not captured: {error}"[:200]
     calls["copy"] = lambda: copy.copy_(whole)
     return calls, missing
 
@@ -160,7 +163,7 @@ def low_contention(size: Size) -> Call:
     return call
 
 
-def captured(call: Callable[[], list[torch.Tensor]], size: Size) -> Call:
+def captured(call: Callable[[], Any], size: Size) -> Call:
     """The call as a CUDA graph, checked after a replay into poisoned memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -77,6 +77,7 @@ class CudaBackend:
         if group.shares_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
@@ -114,7 +115,7 @@ class CudaBackend:
 
     def check(self) -> None:
         """Raise when a kernel gave up waiting: BarrierTimeout with the rank that did not come."""
-        late = int(self.late[0])
+        late = int(self._late[0])
         if late:
             raise BarrierTimeout(
                 f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from cpkit.cuda_backend import CudaBackend, CudaSegment
-from cpkit.cuda_launch import TILE_UNITS, launch_gather
+from cpkit.cuda_launch import launch_gather, tile_units
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -53,16 +54,47 @@ def push_all(
     narrow = min((unit for unit in units if unit < WIDE_BYTES), default=0)
     wide = tuple(unit == WIDE_BYTES for unit in units)
     places = [_place(y, pool) for _, y in present]
+    tile = tile_units(sum(x.numel() * x.element_size() for x, _ in present))
     launch_gather(
         _signals(pool),
-        _table(metadata, pool, row_bytes, wide, narrow, slots is not None),
+        _table(metadata, pool, row_bytes, wide, narrow, tile, mapped=slots is not None),
         [x.data_ptr() for x, _ in present],
         [base for base, _ in places],
         [offset for _, offset in places],
         slots,
         narrow,
-        entry=entry or is_capturing(pool.device.type),
+        tile=tile,
+        entry=entry,
     )
+
+
+class PreparedPush:
+    """`push_all` as a CUDA graph of one kernel, for outputs that a plan takes in turns.
+
+    Making one is collective: the kernel runs once, since it can't be compiled during capture.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        pool: SymmetricPool,
+    ) -> None:
+        self._launch = partial(push_all, rows, outputs, metadata, pool)
+        self._pool = pool
+        self._launch(entry=False)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._launch(entry=False)
+
+    def __call__(self) -> None:
+        """Gather, in stream order. Raises BarrierTimeout when an earlier call was given up."""
+        self._pool.backend.check()
+        if is_capturing(self._pool.device.type):
+            self._launch(entry=True)
+        else:
+            self._graph.replay()
 
 
 def capture_problem(metadata: ContextParallelMetadata, group: CPGroup) -> str:
@@ -95,15 +127,17 @@ def _table(
     row_bytes: tuple[int, ...],
     wide: tuple[bool, ...],
     narrow: int,
+    tile: int,
+    *,
     mapped: bool,
 ) -> torch.Tensor:
     """The tiles on the device: made once for a layout, kept for ever where a graph reads them."""
     rank = pool.group.rank
-    key = (metadata, rank, pool.device, row_bytes, wide, narrow, mapped)
+    key = (metadata, rank, pool.device, row_bytes, wide, narrow, tile, mapped)
     table = _tables.get(key)
     if table is None:
         runs = metadata.runs(rank)
-        made = tile_table(runs, row_bytes, wide, narrow or 1, TILE_UNITS, mapped=mapped)
+        made = tile_table(runs, row_bytes, wide, narrow or 1, tile, mapped=mapped)
         table = _tables[key] = made.to(pool.device)
     _tables.move_to_end(key)
     while len(_tables) > _MAX_TABLES:

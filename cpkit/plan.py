@@ -9,8 +9,9 @@ wait for: it takes its outputs in turns.
     rank 1   store A │exit 1│ read A … store B │exit 2│ read B … store A │exit 3│
                                      ↑ A is read         ↑ rank 0 may store into A from here on
 
-On CUDA the same holds in stream order; a plan that is captured in a graph keeps its entry barrier,
-since nothing tells how often the graph is replayed.
+On CUDA the same holds in stream order, and a call replays a CUDA graph of one kernel. A plan that
+is itself captured in a caller's graph keeps its entry barrier, since nothing tells how often that
+graph is replayed.
 
 Rank 0 stores into A again only once it is past exit 2, and nobody gets past exit 2 before rank 1
 has come to it: so rank 1 is in call 2 by then, and done with A.
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle
 
 import torch
@@ -115,22 +115,31 @@ def plan_gather_kv(
     pool = enter(group, call, problem, symmetric, device)
     turns: list[_Turn] = []
     if algorithm == "direct" and pool:
-        turns = [_take_turn(tensors, metadata, pool) for _ in range(keep + 1)]
+        made = [_outputs(tensors, metadata, pool) for _ in range(keep + 1)]
         pool.backend.enter()  # on CUDA, a peer's stream may still read what these outputs held
+        turns = [_take_turn(tensors, outputs, metadata, pool) for outputs in made]
     return GatherPlan(tensors, metadata, group, algorithm, turns)
 
 
-def _take_turn(
+def _outputs(
     tensors: Sequence[torch.Tensor], metadata: ContextParallelMetadata, pool: SymmetricPool
+) -> list[torch.Tensor]:
+    rows = [steps.as_rows(x) for x in tensors]
+    return [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+
+
+def _take_turn(
+    tensors: Sequence[torch.Tensor],
+    outputs: list[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
 ) -> _Turn:
     rows = [steps.as_rows(x) for x in tensors]
-    outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
     results = [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
     if pool.device.type == "cuda":
-        from cpkit.cuda_push import push_all
+        from cpkit.cuda_push import PreparedPush
 
-        launch = partial(push_all, rows, outputs, metadata, pool, entry=False)
-        return _Turn([launch], _waits_itself, outputs, results)
+        return _Turn([PreparedPush(rows, outputs, metadata, pool)], _waits_itself, outputs, results)
     copies = [
         copy
         for x, output in zip(rows, outputs, strict=True)

@@ -90,7 +90,13 @@ def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def gpu_record(direct_us: float) -> dict[str, Any]:
-    us = {"direct": direct_us, "plan": direct_us, "seed": 3200.0, "low-contention": 3300.0}
+    us = {
+        "direct": direct_us,
+        "plan": direct_us,
+        "seed": 3200.0,
+        "seed graph": 3100.0,
+        "low-contention": 3300.0,
+    }
     tokens = 131072
     rows = [
         {**row(name, 8, tokens, tokens * ROW_BYTES, [[[time_us] * 3] * 8]), "floor_us": 562.0}
@@ -117,8 +123,9 @@ def test_gpu_figures_have_their_ratios() -> None:
         line for line in gpu_figures.as_summary(record).splitlines() if line.startswith("|       8")
     ]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:7] == ["600", "600", "not measured", "3200", "3300"]
-    assert cells[8:] == [f"{600 / 562:.2f}", f"{3200 / 600:.2f}", "5.50"]
+    assert cells[2:7] == ["600", "600", "not measured", "3200", "3100"]
+    assert cells[7:9] == ["3300", "not measured"]
+    assert cells[10:] == [f"{600 / 562:.2f}", f"{3100 / 600:.2f}", "5.50"]
     assert "not measured, cp_size 8: {'graph': 'too large'}" in gpu_figures.as_text(record)
 
 

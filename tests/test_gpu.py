@@ -26,7 +26,7 @@ pytestmark = [
 ]
 RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split(",")]
 # Without MPS the ranks take turns on the GPU, milliseconds each: fewer rounds, the same checks.
-ROUNDS = {"mps": "1000", "no mps": "60"}
+ROUNDS = {"mps": "1000", "turns": "60"}
 
 
 def checks(module: ModuleType) -> list[str]:
@@ -43,12 +43,12 @@ def cuda_checks() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=["mps", "no mps"])
+@pytest.fixture(scope="module", params=["mps", "turns"])
 def sharing(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """Whether the ranks are clients of one MPS daemon."""
-    if request.param == "no mps":
+    if request.param == "turns":
         yield request.param
         return
     if not mps.is_installed():
@@ -101,10 +101,10 @@ def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) 
         for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
             shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
             assert shown is not None
-        samples = lab.measure([65536], cp_size=4, samples=None)
-        next(iter(samples))
-        victim = lab.status().workers["pid"].iloc[2]
-        os.kill(int(victim), signal.SIGKILL)
+        samples = iter(lab.measure([65536], cp_size=4, samples=None))
+        next(samples)
+        victim = lab.status().workers[2].pid
+        os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(cpkit.WorkersDied, match="rank 2"):
             for _ in samples:
