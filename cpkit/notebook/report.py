@@ -25,7 +25,8 @@ from cpkit.notebook.style import text_alternative
 
 METHOD = (
     "Every gather was compared bit by bit before it was timed. Algorithms of one size took turns. "
-    "Every sample began at a barrier. A time is the median over iterations of the slowest rank."
+    "Every sample began at a barrier. time_us is the median of the slowest rank, the largest of "
+    "the ranks' medians; min_us and p95_us are the largest of theirs."
 )
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -55,6 +56,7 @@ def environment(status: Status) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load_1min": round(os.getloadavg()[0], 2),
         "device": status.device,
         "ranks": status.world_size,
         "symmetric_backend": status.symmetric_backend,
@@ -93,7 +95,9 @@ def write(
 
 
 def _page(content: Mapping[str, Any], table: pd.DataFrame, figures: Sequence[go.Figure]) -> str:
-    columns = "size_bytes cp_size algorithm time_us min_us p95_us algbw_gbps busbw_gbps path"
+    columns = (
+        "size_bytes cp_size algorithm time_us min_us p95_us iterations algbw_gbps busbw_gbps path"
+    )
     shown = table[[name for name in columns.split() if name in table]].round(2)
     raw = json.dumps(content, indent=1)
     parts = [
@@ -101,7 +105,7 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, figures: Sequence[go.
         f"<p>{escape(content['method'])}</p>",
         "<h2>Where and with what</h2>",
         _pairs(content["environment"]),
-        "<h2>What follows</h2>",
+        "<h2>Results</h2>",
         _pairs(content["results"]),
         "<h2>Times</h2>",
         shown.to_html(index=False, border=0),
@@ -122,7 +126,9 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _words(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
 def _picture(figure: go.Figure) -> str:

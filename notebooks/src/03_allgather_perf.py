@@ -307,7 +307,7 @@ lesson.reveal("damage", tuple(order))
 # %% mistakes-text [markdown]
 # Left of the line a mistake flatters, right of it the gather is slandered. "Not waited for" often lies *under the speed
 # of light*: that is how you find it without knowing the code. "No warm-up" is not small change: a first use that cost
-# 3 s once ate a kernel saving of 50 ms (UniRL#467). And a well-known all-reduce benchmark averages rates.
+# 3 s once ate a kernel saving of 50 ms (UniRL#467). And ml-engineering's `all_reduce_bench.py` averages rates.
 
 
 # %% e3-task [markdown]
@@ -909,7 +909,11 @@ print(repeat)
 # %% report tags=["nbval-ignore-output"] budget_s=60
 from cpkit.notebook import report
 
-results = {"alpha_us": alpha_us, "beta_us_per_byte": us_per_byte, "light_us": light[sizes[-1]]}
+results = {
+    "alpha_us": alpha_us,
+    "beta_us_per_byte": us_per_byte,
+    "light_us_at_64_MiB": light[sizes[-1]],
+}
 roof = figures.roof(light, table)
 page, data = report.write(
     reports, lab.status(), table, repeat=repeat, results=results, figures=[roof]
@@ -953,5 +957,6 @@ lesson.progress()
 # **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables of
 # Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
 #
-# **An open problem** No serving engine gathers ragged KV straight to its final place yet: vLLM#49517, #52863 and #57115 are
-# open. What would it take to send `direct`'s rows into a *paged* cache, in FP8, from a captured graph?
+# **An open problem** No serving engine that we read gathers ragged KV straight to its final place yet: vLLM#49517, #52863 and
+# #57115 are open. `all_gather_kv(…, into=, slots=)` here writes into a paged cache. What would it take to *quantize* on the way, so
+# that FP8 crosses the wire and nothing is copied twice? Count the passes first.
