@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
+.PHONY: help lab test test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
@@ -35,6 +35,9 @@ lint: $(VENV)/.has-dev ## ruff, mypy --strict on cpkit, shellcheck
 format: $(VENV)/.has-dev ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+test-gpu: $(VENV)/.has-test ## the tests that need a GPU, with 2, 4 and 8 ranks on it (ARGS goes to pytest)
+	$(PY) -m pytest -m gpu $(ARGS)
 
 bench: $(VENV)/.has-bench ## measure beside gloo and Open MPI, and fill README's figures
 	$(PY) -m benchmarks.run $(ARGS)

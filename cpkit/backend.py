@@ -54,6 +54,9 @@ class Backend(Protocol):
     def transport(self) -> str:
         """Who moves the rows of an equal-sized gather: see cpkit.path."""
 
+    def window_problem(self) -> str:
+        """Why NCCL, where it moves the rows, does not know this memory; empty when all is well."""
+
 
 def make_backend(group: CPGroup, device: str) -> Backend:
     """The backend for tensors on this kind of device. Collective over the group for "cuda".

@@ -20,6 +20,7 @@ from cpkit.cuda_launch import launch_barrier
 from cpkit.group import CPGroup
 from cpkit.kernels import MAX_RANKS, PAGE_WORDS
 from cpkit.offers import Offer, SymmetricMemoryError, agree
+from cpkit.plain import plain_all_gather
 from cpkit.rendezvous import deadline_s
 
 _MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)
@@ -45,7 +46,7 @@ class CudaSegment:
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
-        self.peers = torch.tensor(self.addresses, dtype=torch.int64).to(device)
+        self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of a rank's memory: uint8 `[nbytes]`."""
@@ -76,13 +77,14 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         if group.shares_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        self.late = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.late = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
         group.exchange(b"")  # nobody signals into a page that is not zero yet
         self.pages = self._page.peers
+        self._windows = self._register_windows() if group.has_nccl else ""
 
     def default_prealloc(self) -> int:
         """4 GiB as upstream, but at most an eighth of the free memory for each rank on this GPU."""
@@ -131,6 +133,32 @@ class CudaBackend:
         if not self.group.has_nccl:
             return "cuda"
         return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
+
+    def window_problem(self) -> str:
+        """Why NCCL does not know the pool's memory; empty when it does, or has no part in this."""
+        return self._windows
+
+    def _register_windows(self) -> str:
+        """Have NCCL register the segments of torch's symmetric pool, those to come included.
+
+        NCCL wants its communicator to be there first, so one collective goes before (pytorch
+        #188567). Collective; every rank has the same answer.
+        """
+        problem = ""
+        if self.group.shares_gpu:
+            problem = "ranks share a GPU, and NCCL has no symmetric windows there"
+        else:
+            try:
+                word = torch.zeros(1, dtype=torch.uint8, device=self.device)
+                everybody = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
+                plain_all_gather(everybody, word, self.group)
+                torch.cuda.synchronize()
+                nccl: Any = self.group.process_group._get_backend(self.device)
+                nccl.register_mem_pool(symm_mem.get_mem_pool(self.device), symm=True)
+            except (RuntimeError, AttributeError, TypeError) as error:
+                problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
+        answers = self.group.exchange(problem.encode())
+        return next((answer.decode() for answer in answers if answer), "")
 
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor | None, str]:
         """Memory of torch's symmetric pool, or why there is none."""

@@ -101,10 +101,10 @@ class ContextParallelMetadata:
     def rank_rows(self, rank: int) -> torch.Tensor:
         """Token index of each row that `rank` holds, in the order it holds them: int64 `[rows]`."""
         parts = [
-            torch.arange(run.length, dtype=torch.int64) * run.step + run.token
+            torch.arange(run.length, dtype=torch.int64, device="cpu") * run.step + run.token
             for run in self.runs(rank)
         ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """`rank_rows` as few arithmetic runs: what a gather copies, one slice a run."""
@@ -127,14 +127,14 @@ class ContextParallelMetadata:
 
     def owners(self) -> torch.Tensor:
         """Rank that holds each token: int64 `[total_tokens]`."""
-        owner = torch.empty(self.total_tokens, dtype=torch.int64)
+        owner = torch.empty(self.total_tokens, dtype=torch.int64, device="cpu")
         for rank in range(self.cp_size):
             owner[self.rank_rows(rank)] = rank
         return owner
 
     def sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Sequence that each token (index into the flattened batch) belongs to: int64."""
-        ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0)
+        ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.searchsorted(ends, tokens, right=True)
 
     @cached_property

@@ -97,6 +97,13 @@ def decide(places: list[Place], rank: int, transport: str = "posix") -> PathRepo
     return PathReport(path, reason, str(mine.send), str(mine.recv))
 
 
+def without_windows(report: PathReport, problem: str) -> PathReport:
+    """The report of a gather whose memory NCCL does not know, for this reason (empty: it does)."""
+    if not problem or report.path != "symmetric":
+        return report
+    return PathReport("fallback", problem, report.send, report.recv)
+
+
 def nccl_version(transport: str) -> Version | None:
     """(2, 28, 9) for "nccl 2.28.9", None for our own transports. Raises ValueError for others.
 

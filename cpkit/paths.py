@@ -6,7 +6,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.group import CPGroup
-from cpkit.path import PathReport, Place, Where, decide
+from cpkit.path import PathReport, Place, Where, decide, without_windows
 from cpkit.pool import SymmetricPool
 from cpkit.symm import is_allocation_symmetric
 
@@ -44,7 +44,9 @@ def path_of(algorithm: str, group: CPGroup, device: torch.device | None = None) 
         return _padded(transport)
     if transport.startswith("nccl") and algorithm != "direct":
         send = _IN_POOL if algorithm == "padded_symm" else _ORDINARY
-        return decide([Place(send, _IN_POOL)] * group.size, group.rank, transport)
+        report = decide([Place(send, _IN_POOL)] * group.size, group.rank, transport)
+        assert isinstance(pool, SymmetricPool)
+        return without_windows(report, pool.backend.window_problem())
     return PathReport("symmetric", *_SYMMETRIC_PATHS[algorithm])
 
 

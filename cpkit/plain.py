@@ -66,7 +66,7 @@ def plain_all_gather(output: torch.Tensor, input: torch.Tensor, group: Members) 
     if out.device.type == "cpu" or group.has_nccl:
         _all_gather_single(out, shard, group.process_group)
         return
-    host = torch.empty(out.shape, dtype=out.dtype)
+    host = torch.empty(out.shape, dtype=out.dtype, device="cpu")
     _all_gather_single(host, shard.cpu(), group.process_group)
     out.copy_(host)
 
@@ -81,10 +81,10 @@ def _all_gather_single(
 
 def exchange_over(process_group: dist.ProcessGroup, note: bytes, size: int) -> list[bytes]:
     """The board's exchange for ranks without one: notes of one fixed size, through the backend."""
-    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8)
+    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8, device="cpu")
     data = len(note).to_bytes(8, "little") + note
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    everybody = torch.empty(size * len(mine), dtype=torch.uint8)
+    everybody = torch.empty(size * len(mine), dtype=torch.uint8, device="cpu")
     _all_gather_single(everybody, mine, process_group)
     pages = [bytes(page.numpy()) for page in everybody.view(size, -1)]
     return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]

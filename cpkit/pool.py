@@ -24,7 +24,7 @@ from cpkit.backend import Backend, Segment, make_backend
 from cpkit.devices import growth_problem, is_capturing
 from cpkit.group import CPGroup
 from cpkit.offers import SymmetricMemoryError
-from cpkit.path import PathReport, Place, decide
+from cpkit.path import PathReport, Place, decide, without_windows
 from cpkit.plain import describe, gather_problem, plain_all_gather
 from cpkit.pool_history import PoolHistory, PoolStatistics
 from cpkit.prealloc import agree_on_prealloc, warm_up_bytes
@@ -141,9 +141,7 @@ class SymmetricPool:
         )
         block = self._ledger.place(nbytes)
         if self._ledger.is_full():
-            raise ValueError(
-                f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy what you keep"
-            )
+            raise ValueError(f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy them")
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
             self.history.spilled(
@@ -204,7 +202,10 @@ class SymmetricPool:
         place = place_of(send, recv, self.group)
         notes = self.meet(call, problem, msgspec.msgpack.encode(place))
         places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
-        return decide(places, self.group.rank, transport or self.backend.transport())
+        if transport:
+            return decide(places, self.group.rank, transport)
+        report = decide(places, self.group.rank, self.backend.transport())
+        return without_windows(report, self.backend.window_problem())
 
     def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
         """Move shards that all ranks have agreed on; complete on return, on CUDA in stream

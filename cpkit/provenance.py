@@ -61,7 +61,7 @@ def expected_rows(
     tensor: int = 0,
 ) -> torch.Tensor:
     """What a right gather holds, in token order: `[total_tokens, *trailing_shape]`."""
-    tokens = torch.arange(metadata.total_tokens)
+    tokens = torch.arange(metadata.total_tokens, device="cpu")
     return _stamp(metadata, tokens, metadata.owners(), trailing_shape, dtype, round, tensor)
 
 
@@ -112,7 +112,7 @@ def decode_rows(rows: torch.Tensor) -> torch.Tensor:
     """
     data = _row_bytes(rows.cpu())
     if data.shape[1] < 8 or not len(data):
-        return torch.full((len(data), 4), -1)
+        return torch.full((len(data), 4), -1, device="cpu")
     words = data[:, :8].contiguous().view(torch.int64).flatten()
     columns = [_field(words, name) for name in ("round", "rank", "sequence", "token")]
     decoded = torch.stack(columns, 1)
@@ -131,16 +131,16 @@ def _stamp(
 ) -> torch.Tensor:
     row_bytes = math.prod(trailing_shape) * dtype.itemsize
     sequences = metadata.sequence_of(tokens)
-    starts = torch.tensor(metadata.starts)[sequences]
+    starts = torch.tensor(metadata.starts, device="cpu")[sequences]
     head = (
         _TAG
-        + _place("round", torch.tensor(round))
-        + _place("tensor", torch.tensor(tensor))
+        + _place("round", torch.tensor(round, device="cpu"))
+        + _place("tensor", torch.tensor(tensor, device="cpu"))
         + _place("rank", ranks)
         + _place("sequence", sequences)
         + _place("token", tokens - starts)
     )
-    lanes = torch.arange(math.ceil(row_bytes / 8))
+    lanes = torch.arange(math.ceil(row_bytes / 8), device="cpu")
     words = head[:, None] + _place("lane", lanes[None, :])
     whole = row_bytes // 8
     if dtype == torch.bool:
@@ -174,7 +174,7 @@ def _row_bytes(x: torch.Tensor) -> torch.Tensor:
     """Any tensor as its bytes: uint8 `[rows, bytes]`."""
     rows = x.shape[0]
     if x.numel() == 0:
-        return torch.empty(rows, 0, dtype=torch.uint8)
+        return torch.empty(rows, 0, dtype=torch.uint8, device="cpu")
     return x.contiguous().reshape(-1).view(torch.uint8).reshape(rows, -1)
 
 

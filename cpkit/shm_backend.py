@@ -40,3 +40,7 @@ class PosixBackend:
     def transport(self) -> str:
         """Ranks push."""
         return "posix"
+
+    def window_problem(self) -> str:
+        """NCCL has no part in this."""
+        return ""

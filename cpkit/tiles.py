@@ -56,7 +56,9 @@ def tile_table(
         if row
         for run in runs
     ]
-    return torch.cat(parts) if parts else torch.empty(0, len(COLUMNS), dtype=torch.int64)
+    return (
+        torch.cat(parts) if parts else torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
+    )
 
 
 def _tiles_of_run(
@@ -66,12 +68,12 @@ def _tiles_of_run(
     units = run.length * row_units
     if units >= MAX_RUN_UNITS:
         raise ValueError(f"a run of {units} units is too long for one gather; split the batch")
-    first = torch.arange(0, units, tile_units)
+    first = torch.arange(0, units, tile_units, device="cpu")
     flat = run.step == 1 and not mapped
     kind = (FLAT if flat else MAPPED) if wide else (FLAT_NARROW if flat else MAPPED_NARROW)
-    table = torch.empty(len(first), len(COLUMNS), dtype=torch.int64)
+    table = torch.empty(len(first), len(COLUMNS), dtype=torch.int64, device="cpu")
     constants = (kind, tensor, run.row * row_units, 0, 0, run.token, run.step, row_units)
-    table[:] = torch.tensor(constants)
+    table[:] = torch.tensor(constants, device="cpu")
     table[:, 3] = first
     table[:, 4] = (units - first).clamp(max=tile_units)
     return table

@@ -58,7 +58,7 @@ def test_a_slower_direct_misses_its_goals(record: dict[str, Any]) -> None:
 
 def test_a_readme_without_markers_is_an_error() -> None:
     with pytest.raises(ValueError, match="figures:begin"):
-        figures.filled("nothing here", {}, "x.json")
+        figures.put_between("nothing here", figures.BEGIN, figures.END, "figures")
 
 
 def test_the_slowest_rank_counts_and_rounds_show_their_spread() -> None:

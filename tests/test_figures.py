@@ -14,13 +14,17 @@ import plotly.graph_objects as go
 import pytest
 
 from cpkit.control.messages import Sample, Workload
+from cpkit.divergence import push_into
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import figures, show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
+from cpkit.notebook.lessons.symmetric_orders import no_barrier
 from cpkit.notebook.mistakes import Mistake
 from cpkit.notebook.panel import Panel
+from cpkit.notebook.requests import Served
+from cpkit.notebook.schedules import smallest_failure
 from cpkit.notebook.stepper import redraw
 
 LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
@@ -69,6 +73,9 @@ def pool_table(used: int, spill: int) -> pd.DataFrame:
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
 MODELLED = pd.DataFrame([{"where": "two nodes", "cp_size": n, "time_us": n} for n in (2, 4)])
 STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
+SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
+LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
+EARLY = [*LATE, ("free", "old", 0)]
 STEPS = [("start", pool_table(0, 0)), ("spill", pool_table(9, 4))]
 FIGURES: dict[str, Callable[[], go.Figure]] = {
     "ownership": lambda: figures.ownership_strip(LAYOUT),
@@ -87,6 +94,9 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "scale": lambda: figures.scale_out(MODELLED),
     "damage": lambda: figures.damage({"no barrier": Mistake(10.0, 40.0, [9.0, 10.0, 11.0])}),
     "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),
+    "requests": lambda: figures.pool_requests(SERVED),
+    "memory": lambda: figures.memory_map(push_into([LATE, EARLY], 3, 18)),
+    "schedule": lambda: figures.schedule_timeline(smallest_failure(no_barrier, 2, 1).failure),
 }
 UNITS = {
     "ownership": "token (index in the flattened batch)",
@@ -105,7 +115,16 @@ UNITS = {
     "scale": "modelled time (µs)",
     "damage": "reported time / right time",
     "bytes": "bytes written on each rank (MB, one layer)",
+    "requests": "until the answer (ms)",
+    "memory": "row of the rank's arena",
+    "schedule": "step (order of all ranks' steps)",
 }
+WRONG = {
+    "who",
+    "memory",
+    "schedule",
+    "damage",
+}  # of these figures, those that are given something wrong
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -129,7 +148,7 @@ def test_a_figure_is_the_same_every_time(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_red_means_wrong_and_nothing_else(name: str) -> None:
     red = style.WRONG in json.dumps(show.bundle(FIGURES[name]())[show.PLOTLY_MIME]["data"])
-    assert red == (name in ("who", "damage")), "only these are given something wrong"
+    assert red == (name in WRONG)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -153,6 +172,32 @@ def test_a_stage_grid_follows_the_arrays_of_the_stages() -> None:
     text = [t for trace in figure.data for t in trace.text]
     assert sorted(text) == sorted([f"0:{i}" for i in range(13)] + [f"1:{i}" for i in range(9)])
     assert "reorder, on rank 2: rank 0 ×2, rank 1 ×2" in figures.text_alternative(figure)
+
+
+def test_a_schedule_shows_every_step_and_marks_the_wrong_read() -> None:
+    failure = smallest_failure(no_barrier, 2, 1).failure
+    figure = figures.schedule_timeline(failure)
+    drawn = {(x, lane) for t in figure.data for x, lane in zip(t.base, t.y, strict=True)}
+    assert drawn == {(n + 0.53, f"rank {e.rank}") for n, e in enumerate(failure.events)}
+    wrong = next(trace for trace in figure.data if trace.name == "✗ wrong")
+    assert list(wrong.text) == ["✗ read 0:<br>nothing"]
+
+
+def test_a_memory_map_marks_what_is_lost_and_what_is_overwritten() -> None:
+    found = push_into([EARLY, LATE], 3, 18)
+    figure = figures.memory_map(found)
+    wrong = next(trace for trace in figure.data if trace.name == "✗ wrong")
+    assert sum(wrong.x) == sum(map(len, found.lost + found.overwritten)) == 9
+    assert "never written" in [trace.name for trace in figure.data]
+
+
+def test_requests_show_where_the_time_of_a_spill_goes() -> None:
+    drawn = {trace.name: list(trace.y) for trace in figures.pool_requests(SERVED).data}
+    assert drawn["the request itself"] == [12.0, 15.0]
+    assert drawn["spill: registering a segment"] == [0.0, 80.0]
+    assert "24 MB took 95 ms, 80 ms of it a spill" in figures.text_alternative(
+        figures.pool_requests(SERVED)
+    )
 
 
 def test_byte_bars_show_what_torch_writes() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpkit import provenance
 from cpkit.layout import (
     STRATEGIES,
     ContextParallelMetadata,
@@ -14,6 +15,7 @@ from cpkit.layout import (
     prepare_context_parallel_metadata,
     shard,
 )
+from cpkit.tiles import tile_table
 
 
 @st.composite
@@ -194,3 +196,19 @@ def test_shard_wants_the_whole_batch() -> None:
         shard(torch.zeros(8, 2), metadata, 2)
     with pytest.raises(ValueError, match="rank_rows"):
         prepare_context_parallel_metadata([8], 2, "interleave").zigzag_index(0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_default_device_of_the_user_changes_no_layout(strategy: str) -> None:
+    """Layouts, stamps and tiles are made on the CPU, whatever torch.set_default_device says."""
+    metadata = prepare_context_parallel_metadata([29, 17], 2, strategy)
+    with torch.device("meta"):
+        made = (
+            metadata.rank_rows(1),
+            metadata.owners(),
+            metadata.token_order,
+            provenance.shard_rows(metadata, 0, (3,), torch.float32, round=1),
+            tile_table(metadata.runs(0), [12], [False], 4, 5, mapped=False),
+        )
+        decoded = provenance.decode_rows(made[3])
+    assert {x.device.type for x in (*made, decoded)} == {"cpu"}

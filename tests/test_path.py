@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpkit.path import Place, Where, decide
+from cpkit.path import Place, Where, decide, without_windows
 
 A, B = Where(0, 256), Where(0, 512)
 ORDINARY = Where(other="ordinary memory")
@@ -72,3 +72,12 @@ def test_the_race_of_some_versions_is_named() -> None:
 def test_a_transport_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="it must be 'posix', 'cuda', or NCCL"):
         decide([Place(A, B)], 0, "nccl")
+
+
+def test_memory_that_nccl_does_not_know_is_no_symmetric_path() -> None:
+    symmetric = decide([Place(A, B)], 0, "nccl 2.30.7")
+    assert without_windows(symmetric, "") == symmetric
+    report = without_windows(symmetric, "NCCL did not register the pool")
+    assert (report.path, report.reason) == ("fallback", "NCCL did not register the pool")
+    fallback = decide([Place(A, ORDINARY)], 0, "nccl 2.30.7")
+    assert without_windows(fallback, "NCCL did not register the pool") == fallback

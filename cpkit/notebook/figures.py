@@ -14,10 +14,13 @@ from cpkit.notebook.grids import (
     token_line,
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.memory import memory_map
 from cpkit.notebook.mistakes import damage
+from cpkit.notebook.requests import pool_requests
 from cpkit.notebook.roofs import gain, roof, scale_out, steps
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
+from cpkit.notebook.timelines import schedule_timeline
 
 __all__ = [
     "Line",
@@ -27,14 +30,17 @@ __all__ = [
     "gain",
     "in_words",
     "latency_bandwidth",
+    "memory_map",
     "ownership_strip",
     "pad_rows",
     "padding_grid",
     "pool_fill",
+    "pool_requests",
     "recorded",
     "roof",
     "rows_of",
     "scale_out",
+    "schedule_timeline",
     "show",
     "stage_grid",
     "stage_split",

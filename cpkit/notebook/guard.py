@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any
 
@@ -26,13 +26,36 @@ def _guarded(attempt: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it is, the learner wrote it
             words = ", ".join(map(reprlib.repr, arguments))
-            where = _line(problem.__traceback__)
-            name = getattr(attempt, "__name__", "your function")
-            raise Wrong(
-                f"{name}({words}) raised {type(problem).__name__}: {problem}{where}"
-            ) from None
+            raise _blame(attempt, words, problem) from None
 
     return call
+
+
+def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, Any, None]]:
+    """The same for a generator function, whose mistakes come to light step by step."""
+
+    @functools.wraps(attempt)
+    def steps(*arguments: Any) -> Generator[Any, Any, None]:
+        try:
+            made = attempt(*arguments)
+            if not isinstance(made, Generator):
+                raise Wrong(f"{_name(attempt)} has no `yield`: a program yields its steps")
+            yield from made
+        except Wrong:
+            raise
+        except Exception as problem:  # noqa: BLE001  whatever it is, the learner wrote it
+            raise _blame(attempt, "…", problem) from None
+
+    return steps
+
+
+def _blame(attempt: Callable[..., Any], words: str, problem: Exception) -> Wrong:
+    where = _line(problem.__traceback__)
+    return Wrong(f"{_name(attempt)}({words}) raised {type(problem).__name__}: {problem}{where}")
+
+
+def _name(attempt: Callable[..., Any]) -> str:
+    return getattr(attempt, "__name__", "your function")
 
 
 def _line(trace: TracebackType | None) -> str:

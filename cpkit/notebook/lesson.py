@@ -117,8 +117,7 @@ class Lesson:
         )
 
     def _exercises(self) -> list[Record]:
-        """By number, in whatever order their modules were imported."""
-        names = sorted(self.records.keys() - self.predictions.keys(), key=lambda n: (len(n), n))
+        names = sorted(self.records.keys() - self.predictions.keys(), key=lambda e: (len(e), e))
         return [self.records[name] for name in names]
 
     def _prediction_row(self, key: str) -> tuple[str, str, str, bool | None]:

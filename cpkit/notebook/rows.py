@@ -98,9 +98,9 @@ def words(row: torch.Tensor) -> str:
 def _kind(held: torch.Tensor, wanted: torch.Tensor, slot: int) -> str:
     if slot >= len(held) or slot >= len(wanted) or held[slot][1] < 0:
         return ""
-    if held[slot][1:].tolist() == wanted[slot][1:].tolist() and held[slot][0] < wanted[slot][0]:
-        return ": stale"
-    return ""
+    if held[slot][1:].tolist() != wanted[slot][1:].tolist():
+        return ""
+    return ": stale" if held[slot][0] < wanted[slot][0] else ": ahead"
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -108,7 +108,7 @@ class Orders:
 
 def _framed(data: bytes, nbytes: int) -> torch.Tensor:
     """Length and content in `nbytes`; the content is cut off where it does not fit."""
-    frame = torch.zeros(nbytes, dtype=torch.uint8)
+    frame = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     whole = len(data).to_bytes(_HEAD_BYTES, "little") + data
     shown = bytearray(whole[:nbytes])
     frame[: len(shown)] = torch.frombuffer(shown, dtype=torch.uint8)

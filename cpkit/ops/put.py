@@ -65,7 +65,8 @@ class PutOperation(Operation[Put, PutReport]):
             yield Progress(reports[0].reads // self.body.cp_size, self.body.rounds, "rounds")
             return
         cp_size = self.body.cp_size
-        matrix = torch.tensor([report.row for report in reports], dtype=torch.int64)
+        rows = [report.row for report in reports]
+        matrix = torch.tensor(rows, dtype=torch.int64, device="cpu")
         yield PutResult(
             cp_size=cp_size,
             rounds=self.body.rounds,

@@ -2,180 +2,1117 @@
 # # 2 · Symmetric memory
 #
 # A collective hides how bytes travel. With *symmetric memory* a rank writes into a peer's memory as if it were
-# its own. That is fast. It also moves the burden to you: nobody waits unless you say so.
+# its own. That is fast. It also moves the burden to you: nobody waits unless you say so, and nobody notices when you
+# forget.
 #
-# **Time** 25 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
+# **Time** 80 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
 #
 # You will be able to
-# 1. say what is symmetric about symmetric memory: the offset, not the pointer;
-# 2. show what goes wrong without a barrier, and name it;
+# 1. say what is symmetric about symmetric memory, and compute a peer's pointer;
+# 2. place barriers or signals so that no order of events can break a loop, and prove it;
 # 3. size a pool so that nothing is registered at run time;
-# 4. read which *path* a gather took, and why.
+# 4. say whether a gather takes the fast path, from three facts and a version number;
+# 5. go from what the ranks saw to what went wrong.
 #
-# | word | meaning |
-# |---|---|
-# | segment | one registered allocation: every rank made it, every rank mapped it |
-# | arena, pool | the big segment made up front; the allocator over it |
-# | spill | an allocation that did not fit the arena and made a new segment at run time |
-# | put | write into a peer's memory |
-# | path | what a gather really did: `symmetric`, `staged` or `fallback`, with the reason |
+# {glossary: symmetric memory; segment; put, get; barrier; signal; stale (read after write); ahead (write after read)}
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
+from cpkit.notebook import tiers
 
 lab = cpkit.connect()
-status = lab.status()
-print(f"{status.world_size} ranks on {status.device}, torch {status.torch_version}")
-print("symmetric memory:", status.symmetric_backend)
+print(tiers.describe(lab.status()))
 
 # %% setup
 import pandas as pd
 from cpkit.notebook import figures
+from cpkit.notebook.lessons import symmetric as lesson
+from cpkit.notebook.schedules import smallest_failure
 
 cp = max(size for size in lab.cp_sizes if size <= 4)
-MB = 1_000_000
 assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
+pd.set_option("display.max_colwidth", None)
 
 # %% s1 [markdown]
 # ## 1. What is symmetric?
 #
-# Every rank allocates the same buffer and maps everybody's. Where it lies in a process differs from rank to
-# rank. Where it lies *in the segment* does not. So "offset 4096 in the memory of rank 2" means the same to all.
+# Every rank makes the same buffer: one file in shared memory each. Every rank maps *all* of them. So four ranks hold
+# 16 mappings, and each of them can be written like any other memory.
+
+# %% same-predict
+lesson.predict("same", ...)
 
 # %% put
 put = lab.put(cp, rounds=1)
+print("equal offsets:  ", len(set(put.offsets)) == 1)
+print("equal addresses:", len(set(put.addresses)) == 1)
 assert len(set(put.offsets)) == 1, "the same offset on every rank"
-print("byte offset of the buffer on each rank:", list(put.offsets))
 
 # %% addresses tags=["nbval-ignore-output"]
 addresses = [hex(address) for address in put.addresses]
 pd.DataFrame({"rank": range(cp), "address": addresses, "offset_bytes": put.offsets})
 
-# %% addresses-text [markdown]
-# A pointer is useless to a peer. An offset is all it needs.
+# %% same-reveal
+equal = {"offset": len(set(put.offsets)) == 1, "address": len(set(put.addresses)) == 1}
+lesson.reveal("same", "both" if all(equal.values()) else max(equal, key=equal.get))
+
+# %% address-text [markdown]
+# So a pointer that I send to a peer is useless there. An offset is all it needs: it knows where it has mapped each segment.
+# PyTorch's handle holds exactly that list (`buffer_ptrs`): the address of every rank's buffer, *as mapped here*.
+
+# %% e1-task [markdown]
+# ### Exercise 1 · A peer's pointer
+#
+# **Goal** Write `peer_pointer`. `pointer` is an address in rank `me`'s segment; `bases[r]` is where **this** process has
+# mapped rank r's segment. Return the address, in this process, of the same byte of rank `peer`.
+#
+# **Example** `bases` = [1000, 5000]. On rank 0, address 1064 is offset 64. The same byte of rank 1 is at 5064:
+# `peer_pointer(1064, 0, 1, [1000, 5000])` is 5064.
+#
+# **About** 4 minutes, ★☆☆
+
+
+# %% e1
+def peer_pointer(pointer, me, peer, bases):
+    """Address of the same byte in the segment of `peer`."""
+    # >>> your code
+    #: return pointer
+    return bases[peer] + (pointer - bases[me])
+    # <<<
+
+
+# %% e1-check
+lesson.check_peer_pointer(peer_pointer)
+
+
+# %% e1-mutant-offset-only
+def peer_pointer(pointer, me, peer, bases):
+    return pointer - bases[me]
+
+
+# %% e1-mutant-base-of-the-peer
+def peer_pointer(pointer, me, peer, bases):
+    return bases[peer]
+
+
+# %% e1-mutant-wrong-way
+def peer_pointer(pointer, me, peer, bases):
+    return pointer + bases[me] - bases[peer]
+
+
+# %% e1-help [markdown]
+# What do my buffer and the peer's have in common? Not the address.
+#
+# ---
+# Address minus base is the offset; base plus offset is an address.
+#
+# ---
+# One line: the peer's base, plus my pointer minus my base.
+#
+# ---
+# **Why** This line is all of symmetric memory. Every kernel that stores to a peer computes it, once a peer, from a table
+# of bases that was made when the segment was registered.
+#
+# **Another way** Keep one difference a peer, `bases[peer] - bases[me]`, and add it. NVSHMEM goes one step further: it maps all
+# segments at a fixed distance from each other, so that the difference is `peer · stride`.
 
 # %% s2 [markdown]
-# ## 2. Put: write into a peer
+# ## 2. Put and get
 #
-# Each rank wrote a stamp into its own slot of every peer's memory. Then it read its own memory. A stamp is
-# `writer << 32 | round`, so it says who wrote it, and when.
+# In that round each rank *put* a stamp into its own slot of every peer's memory. Then it read its own memory. A stamp
+# says who wrote it, and in which round.
 
 # %% who
 assert (put.writers == range(cp)).all(), "slot w of every rank was written by rank w"
 assert (put.matrix == 1).all(), "and all of it in round 1"
 figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 
-# %% s3 [markdown]
-# ## 3. The barrier that makes it safe
+# %% get-text [markdown]
+# A *put* writes into the peer's memory; a *get* reads from it. Who has to wait differs:
 #
-# Do that again and again: 1000 rounds. In each, all write, all meet at a barrier, all read. Is every read fresh?
+# | | data moves | the owner of the memory must | the other side must |
+# |---|---|---|---|
+# | put (push) | me → peer | know when it has arrived | know when it may write *again* |
+# | get (pull) | peer → me | know when it may write *again* | know when the data are there |
+#
+# Two waits either way: one before the data are read, one before the memory is used again.
+
+# %% s3 [markdown]
+# ## 3. Take the barriers away
+#
+# 1000 rounds on the real ranks. In each all put, all meet at a barrier, all read, all meet again.
 
 # %% with-barrier
 safe = lab.put(cp, rounds=1000, barrier=True)
-print(f"{safe.reads} reads: {safe.stale} stale, {safe.ahead} from a later round")
-assert safe.stale == 0
-assert safe.ahead == 0
+print(f"{safe.reads} reads: {safe.stale} stale, {safe.ahead} ahead")
+assert (safe.stale, safe.ahead) == (0, 0)
 
-# %% predict [markdown]
-# Now leave the barrier out. Guess first: how many of the reads are wrong? One in a thousand? One in ten?
+# %% stale-predict
+lesson.predict("stale", ...)
 
 # %% without-barrier tags=["nbval-ignore-output"]
 unsafe = lab.put(cp, rounds=1000, barrier=False)
-wrong = unsafe.stale + unsafe.ahead
-print(f"{unsafe.reads} reads: {unsafe.stale} stale, {unsafe.ahead} from a later round")
-print(f"wrong: {wrong / unsafe.reads:.0%}")
-assert unsafe.reads == safe.reads
+wrong = (unsafe.stale + unsafe.ahead) / unsafe.reads
+print(f"{unsafe.reads} reads: {unsafe.stale} stale, {unsafe.ahead} ahead: {wrong:.0%} wrong")
+for example in unsafe.examples[:3]:
+    print(" ", example)
 assert wrong > 0, "without a barrier somebody reads too early or too late"
 
-# %% without-examples tags=["nbval-ignore-output"]
-for example in unsafe.examples[:3]:
-    print(example)
-figures.show(figures.who_wrote_where(unsafe.stamps, rounds=1000))
+# %% stale-reveal
+classes = {"under 1 %": wrong < 0.01, "1 to 10 %": 0.01 <= wrong <= 0.1, "over 10 %": wrong > 0.1}
+lesson.reveal("stale", max(classes, key=classes.get))
 
-# %% barrier-text [markdown]
-# - **Stale** (read after write): the reader came before the writer.
-# - **Ahead** (write after read): the writer was already in the next round, and overwrote what was not yet read.
+# %% names-text [markdown]
+# The round in the stamp gives the two failures their names:
 #
-# The second is why a buffer needs two waits: one before it is read, one before it is *used again*.
+# - **stale**, a *read after write* that came too early: the reader was there before the writer;
+# - **ahead**, a *write after read* that came too early: the writer had begun the next round.
+#
+# Now think of a test that gathers the same values in every round. It would have passed all of this.
 
 # %% s4 [markdown]
-# ## 4. The pool
+# ## 4. Every order there is
 #
-# Making a segment is slow: all ranks must take part. So a pool makes one big *arena* up front and hands out
-# pieces. Give it 8 MB and fill it.
+# A thousand rounds on one machine show what *did* happen. What *can* happen? Here is the loop as a small program. Each
+# `yield` is one step that peers can see; between two steps of a rank the others may do anything.
+#
+# ```python
+# def no_barrier(me):
+#     for number in me.rounds:
+#         for peer in me.everybody:
+#             yield me.put(peer, number)      # my stamp of this round into my slot there
+#         for writer in me.everybody:
+#             yield me.read(writer, number)   # must hold the stamp of this very round
+# ```
 
-# %% pool
-history = [("8 MB arena", lab.pool.configure(8 * MB, cp))]
-history.append(("hold 3 MB", lab.pool.allocate(3 * MB, cp)))
-history.append(("hold 3 MB more", lab.pool.allocate(3 * MB, cp)))
-lab.pool.stats(cp)[["rank", "segments", "arena_bytes", "used_bytes", "spills"]]
+# %% orders-predict
+lesson.predict("orders", ...)
 
-# %% spill-text [markdown]
-# 6 of 8 MB are in use. Now ask for 6 MB more. It can't fit. What should a pool do: fail, or grow?
+# %% orders-reveal
+from math import comb
 
-# %% spill
-history.append(("hold 6 MB: spill", lab.pool.allocate(6 * MB, cp)))
-after = lab.pool.stats(cp)
-assert (after["spills"] == 1).all()
-assert (after["spill_bytes"] > 0).all()
-history.append(("release all", lab.pool.release(cp)))
-after[["rank", "segments", "arena_bytes", "spill_bytes", "used_bytes", "spills"]]
+lesson.reveal("orders", comb(8, 4))
 
-# %% pool-figure
-figures.show(figures.pool_fill(history))
+# %% smallest-predict
+lesson.predict("smallest", ...)
 
-# %% spill-cost-text [markdown]
-# It grew: a *spill*. On a serving system that is a hidden collective in the middle of a request. If one rank
-# has a different idea of what is free, only *some* ranks enter it, and all wait.
+# %% smallest
+found = smallest_failure(lesson.no_barrier, 2, 1)
+print(f"{found.states} states looked at")
+print(found.failure)
+figures.show(figures.schedule_timeline(found.failure))
 
-# %% spill-cost tags=["nbval-ignore-output"]
-cost = after["registering_ms"].max()
-print(f"registering segments has cost {cost:.1f} ms so far, on the slowest rank")
+# %% smallest-reveal
+lesson.reveal("smallest", len(found.failure.events))
+
+# %% one-text [markdown]
+# Read it from left to right: a column is a step, a lane is a rank, an arrow is a write into a peer's memory. Rank 1 reads
+# before rank 0 has done anything at all.
+#
+# So put a barrier between the puts and the reads. Is that enough?
+
+# %% round-predict
+lesson.predict("round", ...)
+
+# %% one-barrier
+alone = smallest_failure(lesson.one_barrier, 2, 1)
+assert alone.failure is None, "one round alone can't fail"
+found = smallest_failure(lesson.one_barrier, 2, 2)
+figures.show(figures.schedule_timeline(found.failure))
+
+# %% round-reveal
+lesson.reveal("round", found.failure.events[-1].step.round)
+
+# %% e2-task [markdown]
+# ### Exercise 2 · Two barriers
+#
+# **Goal** Complete `exchange`, so that no order of any ranks can make a read wrong. Use `yield me.barrier()`; the check looks
+# at *all* orders of 2 and 3 ranks and at random orders of 5.
+#
+# **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as you saw.
+#
+# **About** 5 minutes, ★☆☆
+
+
+# %% e2
+def exchange(me):
+    """Rounds of put and read in which every read holds the stamp of its own round."""
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        # >>> your code
+        #: for writer in me.everybody:
+        #:     yield me.read(writer, number)
+        yield me.barrier()
+        for writer in me.everybody:
+            yield me.read(writer, number)
+        yield me.barrier()
+        # <<<
+
+
+# %% e2-check
+lesson.check_exchange(exchange)
+
+
+# %% e2-mutant-before-the-read
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        yield me.barrier()
+        for writer in me.everybody:
+            yield me.read(writer, number)
+
+
+# %% e2-mutant-after-the-read
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        for writer in me.everybody:
+            yield me.read(writer, number)
+        yield me.barrier()
+
+
+# %% e2-mutant-reads-only-itself
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        yield me.barrier()
+        yield me.read(me.rank, number)
+        yield me.barrier()
+
+
+# %% e2-mutant-rank-0-is-in-a-hurry
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        yield me.barrier()
+        for writer in me.everybody:
+            yield me.read(writer, number)
+        if me.rank:
+            yield me.barrier()
+
+
+# %% e2-help [markdown]
+# Look at the last two steps of the timeline above: what should the writer have waited for?
+#
+# ---
+# One wait so that all have written before anybody reads; one so that all have read before anybody writes again.
+#
+# ---
+# `yield me.barrier()` before the loop of reads, and once more after it.
+#
+# ---
+# **Why** The first barrier orders write → read, the second read → next write. `meet()` and the exit barrier of every cpkit gather
+# are these two; PyTorch's `_low_contention_all_gather` has them too.
+#
+# **Another way** Two buffers that take turns. A writer of round n+2 overwrites round n, and everybody who passed barrier
+# n+1 has read it: one barrier a round is enough. You pay with memory. cpkit's own board (`board.py`) does this.
+
+# %% e3-task [markdown]
+# ### Exercise 3 · Make it fail
+#
+# **Goal** Break `one_barrier` by hand: write the order in which two ranks take their steps, over two rounds, so that a
+# read is *ahead*. In round 1 each rank takes 5 steps: put to 0, put to 1, barrier, read 0, read 1. Then round 2.
+#
+# **Example** `[1, 1, 1, 0, 0, 0]`: rank 1 puts twice and comes to the barrier, then rank 0 does. All reads can follow.
+#
+# **About** 6 minutes, ★★☆
+
+# %% e3
+# Whose turn it is: 0 or 1, step by step.
+# >>> your code
+#: order = [1, 1, 1, 0, 0, 0]
+order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+# <<<
+
+# %% e3-check
+lesson.check_order(order)
+
+# %% e3-mutant-in-turns
+order = [0, 1] * 10
+
+# %% e3-mutant-through-the-barrier
+order = [0] * 10
+
+# %% e3-mutant-one-read-too-few
+order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
+
+# %% e3-help [markdown]
+# After the first six steps both are past the barrier. Who must be slow now, and who fast?
+#
+# ---
+# Rank 0 reads both slots, and goes on to round 2. Its put to rank 1 spoils what rank 1 has not read yet.
+#
+# ---
+# `[1, 1, 1, 0, 0, 0]`, then rank 0 four times (two reads, two puts), then rank 1 once.
+#
+# ---
+# **Why** You have just done what a scheduler, a slow core or a page fault does. In GPU kernels it is a block that starts
+# late. NCCL 2.28 to 2.30.4 had such a race between two kernels: sglang#37768, 10 % instead of 57 % right answers.
+#
+# **Another way** Let rank 1 be the fast one; the check accepts both.
 
 # %% s5 [markdown]
-# ## 5. Warm up
+# ## 5. Signals instead of barriers
 #
-# The cure: say before the first request how many tokens may come. `warm_up` makes room for them once.
+# A barrier waits for everybody. Often you only need *one* peer's data. A **signal** is one word in a peer's memory:
+#
+# - `yield me.signal(peer)` sets my word at the peer; if it is still set, it waits until the peer has emptied it;
+# - `yield me.wait(peer)` waits until the peer's word here is set, and empties it.
+#
+# These are the rules of `put_signal` and `wait_signal` in PyTorch. `channel` tells several words apart.
+
+# %% held-predict
+lesson.predict("held", ...)
+
+
+# %% ring
+def ring(me):
+    right, left = (me.rank + 1) % me.size, (me.rank - 1) % me.size
+    for number in me.rounds:
+        yield me.put(right, number)
+        yield me.signal(right, "full")
+        yield me.wait(left, "full")
+        yield me.read(left, number)
+
+
+held = lesson.held_up(ring, size=8, slow=3)
+print("with signals: ", held, "of 7 are held up by rank 3")
+print("with barriers:", lesson.held_up(lesson.one_barrier, size=8, slow=3), "of 7")
+
+# %% held-reveal
+lesson.reveal("held", held)
+
+# %% ring-fails
+found = smallest_failure(ring, 2, 2)
+figures.show(figures.schedule_timeline(found.failure))
+
+# %% ring-text [markdown]
+# And of course this ring has the old hole: `full` says that the data are there. Nobody says that they have been *read*.
+
+# %% e4-task [markdown]
+# ### Exercise 4 · Signals instead of barriers
+#
+# **Goal** The loop of exercise 2 without a barrier: every rank puts to every **other** rank (`me.peers`) and reads what they
+# put here. No read may be wrong in any order, and nobody may wait for ever.
+#
+# **Example** Two channels are enough: `full` (my data are at your place) and `free` (I have read yours, write again).
+#
+# **About** 12 minutes, ★★★
+
+
+# %% e4
+def exchange_signals(me):
+    """Put to all peers and read from all peers, with signals alone."""
+    for number in me.rounds:
+        for peer in me.peers:
+            # >>> your code
+            #: yield me.put(peer, number)
+            #: yield me.signal(peer, "full")
+            if number > 1:
+                yield me.wait(peer, "free")
+            yield me.put(peer, number)
+            yield me.signal(peer, "full")
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.read(peer, number)
+            yield me.signal(peer, "free")
+            # <<<
+
+
+# %% e4-check
+lesson.check_signals(exchange_signals)
+
+
+# %% e4-mutant-nobody-says-free
+def exchange_signals(me):
+    for number in me.rounds:
+        for peer in me.peers:
+            yield me.put(peer, number)
+            yield me.signal(peer, "full")
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.read(peer, number)
+
+
+# %% e4-mutant-signal-first
+def exchange_signals(me):
+    for number in me.rounds:
+        for peer in me.peers:
+            if number > 1:
+                yield me.wait(peer, "free")
+            yield me.signal(peer, "full")
+            yield me.put(peer, number)
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.read(peer, number)
+            yield me.signal(peer, "free")
+
+
+# %% e4-mutant-waits-for-free-in-round-1
+def exchange_signals(me):
+    for number in me.rounds:
+        for peer in me.peers:
+            yield me.wait(peer, "free")
+            yield me.put(peer, number)
+            yield me.signal(peer, "full")
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.read(peer, number)
+            yield me.signal(peer, "free")
+
+
+# %% e4-mutant-free-before-the-read
+def exchange_signals(me):
+    for number in me.rounds:
+        for peer in me.peers:
+            if number > 1:
+                yield me.wait(peer, "free")
+            yield me.put(peer, number)
+            yield me.signal(peer, "full")
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.signal(peer, "free")
+            yield me.read(peer, number)
+
+
+# %% e4-help [markdown]
+# Two edges to protect: write → read, and read → next write. One channel for each.
+#
+# ---
+# After the put: signal `full`. Before the read: wait for `full`. After the read: signal `free`. Before the put: wait for
+# `free`, but not in the first round, when nobody has read anything yet.
+#
+# ---
+# `if number > 1: yield me.wait(peer, "free")`, put, signal `full`, for all peers; then for all peers wait `full`, read, signal `free`.
+#
+# ---
+# **Why** Each rank waits for the peers whose data it reads and whose memory it overwrites, and for nobody else. On a GPU the
+# signal also has to carry the data's visibility: release when it is set, acquire when it is read.
+#
+# **Another way** A counter instead of a word: signal writes the round, wait looks for "at least this round". Nothing has to be
+# emptied, and a lost wake-up is impossible. DeepEP and NCCL's symmetric kernels count.
+
+# %% s6 [markdown]
+# ## 6. The pool, and what a spill costs
+#
+# Making a segment needs all ranks. So a pool makes one big **arena** up front and hands out pieces.
+#
+# {glossary: arena, pool; spill}
+#
+# That was the one question in the review of sglang#24040, the change that this kit is about: token counts vary; if a buffer is
+# larger than the pool, is memory then registered in the middle of a request? The author: yes, that can happen, and so 4 GB are
+# set aside at the start. The reviewer's other idea was to warm up with the largest request.
+
+# %% spills-predict
+lesson.predict("spills", ...)
+
+# %% live
+from cpkit.notebook.pool_live import PoolLive
+
+requests_mb = [2, 4, 8, 24, 4, 24, 48, 24, 48]
+live = PoolLive(lab, requests_mb, cp, arena_mb=16)
+live
+
+# %% live-still tags=["nbval-ignore-output"]
+live.wait(done=1)
+served = list(live.served)
+figures.show(figures.pool_requests(served))
+
+# %% spills-reveal
+lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
+
+# %% live-text [markdown]
+# Move the slider: every arena serves the same nine requests again, on the real ranks. With 64 MB there is no spill at all.
+# With 2 MB nearly every new size is one.
+#
+# A spill here costs file, pages and mappings. On GPUs it is `ncclMemAlloc` and a registration over all ranks; one report
+# (UniRL#467) lost 3 s to it on first use, for a kernel that saved 50 ms.
+
+# %% warm-text [markdown]
+# ### Warm up
+#
+# The cure: say before the first request how many tokens may come. `warm_up` makes room for them once, and counts what the
+# neediest algorithm has alive.
 
 # %% warm
+live.close()
+lab.pool.configure(8_000_000, cp)
 warm = lab.pool.warm_up(max_tokens=8192, cp_size=cp)
 for tokens in (8192, 1000, 4097):
     assert lab.gather(tokens, cp_size=cp, algorithm="direct", show=False).verified
 now = lab.pool.stats(cp)
-assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
 print("spills during three gathers:", int((now["spills"] - warm["spills"]).sum()))
+assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
 
-# %% s6 [markdown]
-# ## 6. Which path, and why?
+# %% s7 [markdown]
+# ## 7. When is a block free?
 #
-# A gather that *could* be fast may quietly be slow. So ask. `explain` says for each algorithm which memory the
-# two buffers are in and what follows from it.
+# A pool gives a new block the lowest free address. That is the same offset everywhere, as long as all ranks have freed the same
+# blocks. But Python lets go of a tensor when it likes, on each rank in its own time. Here rank 1 still holds block 1 when the
+# next gather buffer is made.
+
+# %% diverge
+from cpkit.divergence import push_into
+
+early = [("alloc", "old", 8), ("alloc", "kv", 4), ("free", "old", 0)]
+late = [("alloc", "old", 8), ("alloc", "kv", 4)]
+same = push_into([early, early], shard_rows=3, arena_rows=18)
+print(same.explain())
+found = push_into([early, late], shard_rows=3, arena_rows=18)
+figures.show(figures.memory_map(found))
+
+# %% diverge-words
+for sentence in found.explain().split("; "):
+    print(sentence)
+assert found.diverged
+assert not same.diverged
+
+# %% diverge-text [markdown]
+# No rank has made a mistake that it could see. Rank 0's books are in order, rank 1's are too; they are just not the *same*
+# books. The push went to the sender's idea of the offset: three rows are lost, and three rows of a block in use are
+# destroyed. This is pytorch#178138, and with a captured CUDA graph sglang#34230: garbage, no error.
+
+# %% e5-task [markdown]
+# ### Exercise 5 · When is a block free?
+#
+# **Goal** At every meeting the ranks tell each other which blocks they have let go of: `dropped[r]` is the set of rank r. Each
+# rank calls `may_free(dropped, me)` and frees what it returns. Offsets must stay equal on all ranks for ever, nobody may lose a
+# block that it still uses, and no block may be kept longer than needed.
+#
+# **Example** Rank 0 has let go of {1, 2}, rank 1 of {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2, 3}], 0)` is {2},
+# and on rank 1 it is the same.
+#
+# **About** 5 minutes, ★★☆
+
+
+# %% e5
+def may_free(dropped, me):
+    """Blocks that rank `me` frees at this meeting: a set."""
+    # >>> your code
+    #: return dropped[me]
+    return set.intersection(*dropped)
+    # <<<
+
+
+# %% e5-check
+lesson.check_may_free(may_free)
+
+
+# %% e5-mutant-anybody
+def may_free(dropped, me):
+    return set.union(*dropped)
+
+
+# %% e5-mutant-rank-0-decides
+def may_free(dropped, me):
+    return dropped[0]
+
+
+# %% e5-mutant-majority
+def may_free(dropped, me):
+    return {b for b in set.union(*dropped) if 2 * sum(b in d for d in dropped) > len(dropped)}
+
+
+# %% e5-mutant-never
+def may_free(dropped, me):
+    return set()
+
+
+# %% e5-help [markdown]
+# Two things must hold: everybody frees the same, and nobody frees what somebody uses.
+#
+# ---
+# A block is free when *every* rank has let go of it. That is an AND over ranks, and it is the same on all of them.
+#
+# ---
+# `set.intersection(*dropped)`.
+#
+# ---
+# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`arena.py`) sends one bit a block at the
+# meeting that every gather has anyway, and a digest of all it has done, so that books that differ are an error in words.
+#
+# **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that. Or free
+# by *offset order* instead of address order, as NCCL's registered pools now try (pytorch#178362).
+
+# %% s8 [markdown]
+# ## 8. Registered: buffer, group, offset
+#
+# Whether a gather takes the fast path depends on three facts about each buffer, **on all ranks**:
+#
+# | fact | if it is not so | seen in |
+# |---|---|---|
+# | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
+# | registered with *this group* | silent fallback | sglang#19329 |
+# | at the *same offset* everywhere | wrong rows, no error | pytorch#178138 |
+#
+# And on which buffers must be so, which is a table of versions.
+
+# %% recv-predict
+lesson.predict("recv", ...)
+
+# %% versions
+lesson.version_table()
+
+# %% versions-text [markdown]
+# From `cpkit.path`, read out of NCCL's sources at these tags (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no
+# symmetric kernels. The change came with 2.29.2: from there on only the receive buffer counts. So "both buffers must be
+# registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. Our own ranks push: they need the
+# receive buffer, and a symmetric send buffer only saves the copy that pads.
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
-reports = pd.concat([lab.explain(4096, cp, algorithm=name).head(1) for name in algorithms])
-reports.assign(algorithm=algorithms)[["algorithm", "path", "send", "recv"]].set_index("algorithm")
+reports = [lab.explain(4096, cp, algorithm=name).iloc[0] for name in algorithms]
+pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 
-# %% off-text [markdown]
-# `symmetric=False` stands for a batch whose sizes differ between ranks: symmetric memory is not allowed then, and
-# every algorithm must fall back. The result stays the same.
+# %% e6-task [markdown]
+# ### Exercise 6 · The fast path's rule
+#
+# **Goal** Write `fast_path`: can NCCL run a symmetric kernel for this all-gather, **and be right**? `version` is a tuple, `group`
+# the name of the gather's group. `send[r]` and `recv[r]` say where rank r's buffers are: `None` (ordinary memory) or `(group, offset)`.
+#
+# **Example** Two ranks, both `recv` at `("attn_cp", 4096)`, both `send` `None`, group `"attn_cp"`: True for `(2, 29, 7)`, False for
+# `(2, 28, 9)`.
+#
+# **About** 10 minutes, ★★☆
 
-# %% off
-off = lab.gather(4096, cp_size=cp, algorithm="direct", symmetric=False, show=False)
-on = lab.gather(4096, cp_size=cp, algorithm="direct", symmetric=True, show=False)
-assert (on.path, off.path) == ("symmetric", "fallback")
+
+# %% e6
+def fast_path(version, group, send, recv):
+    """Whether a symmetric kernel can run."""
+
+    # >>> your code
+    #: return None not in send and None not in recv
+    def registered(buffers):
+        return len(set(buffers)) == 1 and buffers[0] is not None and buffers[0][0] == group
+
+    needed = [recv] if version >= (2, 29, 2) else [send, recv]
+    return version >= (2, 27) and all(map(registered, needed))
+    # <<<
+
+
+# %% e6-check
+lesson.check_fast_path(fast_path)
+
+
+# %% e6-mutant-always-both
+def fast_path(version, group, send, recv):
+    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
+    return version >= (2, 27) and all(good)
+
+
+# %% e6-mutant-any-group
+def fast_path(version, group, send, recv):
+    good = [len(set(b)) == 1 and b[0] is not None for b in (send, recv)]
+    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+
+
+# %% e6-mutant-only-my-rank
+def fast_path(version, group, send, recv):
+    good = [b[0] is not None and b[0][0] == group for b in (send, recv)]
+    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+
+
+# %% e6-mutant-offsets-do-not-matter
+def fast_path(version, group, send, recv):
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+
+
+# %% e6-mutant-send-is-what-counts
+def fast_path(version, group, send, recv):
+    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
+    return version >= (2, 27) and good[0] and (good[1] or version >= (2, 29, 2))
+
+
+# %% e6-help [markdown]
+# First write what "registered" means for *one* buffer over all ranks. Then ask which buffers need it.
+#
+# ---
+# For one buffer: no rank has `None`, all name the gather's group, all have one offset. Tuples compare as you want:
+# `(2, 28, 9) < (2, 29, 2)`.
+#
+# ---
+# `len(set(buffers)) == 1 and buffers[0] is not None and buffers[0][0] == group`; then `recv` alone from 2.29.2 on, both
+# before, and nothing before 2.27.
+#
+# ---
+# **Why** NCCL itself does *not* compare offsets: there it is your duty, and the price is wrong rows. cpkit's ranks tell each other
+# where their buffers are before every gather (`where.py`, `path.py`), so that it costs a fallback with a reason.
+#
+# **Another way** Send from your own slice of the receive buffer. Then one registration serves both, on every version, and the
+# copy that pads is gone as well: sglang#37337's remedy for `interleave`.
+
+# %% recv-reveal
+from cpkit.path import Place, Where, decide
+
+places = [Place(Where(other="ordinary memory", fault="unregistered"), Where(0, 4096))] * 2
+path = decide(places, 0, "nccl 2.28.9").path
+lesson.reveal("recv", path)
+
+# %% s9 [markdown]
+# ## 9. Failure lab
+#
+# Now break it on purpose. Each case starts two ranks of its own, lets rank 1 make one mistake, and ends them; they wait for each
+# other 1.5 s at most, and your workers above know nothing of it. Before each run: **what will the ranks see?**
+#
+# - `error at once`: a sentence on all ranks;
+# - `error after the deadline`: somebody waits in vain;
+# - `slow but right`: no error, every row right, and the fast path missed;
+# - `silently wrong`: no error, and rows that are wrong.
+
+# %% lab
+from cpkit.notebook.throwaway import CASES, throw_away
+
+cards = {}
+
+
+def run(case):
+    """Run one case, keep its post-mortem, and show it."""
+    cards[case] = throw_away(case)
+    return cards[case]
+
+
+# %% skips-text [markdown]
+# ### One rank skips the rendezvous
+#
+# Rank 1 takes a branch in which it makes no symmetric memory: no tokens for it in this batch, say.
+
+# %% skips-predict
+lesson.predict("skips_the_rendezvous", ...)
+
+# %% skips tags=["nbval-ignore-output"]
+run("skips_the_rendezvous")
+
+# %% skips-reveal
+lesson.reveal("skips_the_rendezvous", cards["skips_the_rendezvous"].symptom)
+
+# %% sizes-text [markdown]
+# ### Sizes differ
+#
+# A scratch buffer is sized by this rank's own rows; rank 1 has one row more. Then all gather, with equal shapes.
+
+# %% sizes-predict
+lesson.predict("sizes_differ", ...)
+
+# %% sizes tags=["nbval-ignore-output"]
+run("sizes_differ")
+
+# %% sizes-reveal
+lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
+
+# %% receive-text [markdown]
+# ### Receive-only registration
+#
+# The seed as merged: output in symmetric memory, shard in ordinary memory. Our ranks really gather; for NCCL's versions the same
+# buffers are put to the rule.
+
+# %% receive-predict
+lesson.predict("receive_only", ...)
+
+# %% receive tags=["nbval-ignore-output"]
+run("receive_only")
+
+# %% receive-reveal
+lesson.reveal("receive_only", cards["receive_only"].symptom)
+
+# %% group-text [markdown]
+# ### The wrong group
+#
+# Both buffers are symmetric, but in the pool of another group.
+
+# %% group-predict
+lesson.predict("wrong_group", ...)
+
+# %% group tags=["nbval-ignore-output"]
+run("wrong_group")
+
+# %% group-reveal
+lesson.reveal("wrong_group", cards["wrong_group"].symptom)
+
+# %% lists-text [markdown]
+# ### Divergent free lists
+#
+# Section 7, on real shared memory: an allocator without common books, and rank 1 has kept a block that rank 0 has freed.
+
+# %% lists-predict
+lesson.predict("divergent_free_lists", ...)
+
+# %% lists tags=["nbval-ignore-output"]
+run("divergent_free_lists")
+
+# %% lists-reveal
+lesson.reveal("divergent_free_lists", cards["divergent_free_lists"].symptom)
+
+# %% full-text [markdown]
+# ### Shared memory is full
+#
+# The arena is larger than what is left of `/dev/shm`. In containers that is often 64 MB in all.
+
+# %% full-predict
+lesson.predict("shared_memory_is_full", ...)
+
+# %% full tags=["nbval-ignore-output"]
+run("shared_memory_is_full")
+
+# %% full-reveal
+lesson.reveal("shared_memory_is_full", cards["shared_memory_is_full"].symptom)
+
+# %% dies-text [markdown]
+# ### A rank dies
+#
+# Rank 1 is killed before it comes to the gather, as the kernel does when memory runs out.
+
+# %% dies-predict
+lesson.predict("a_rank_dies", ...)
+
+# %% dies tags=["nbval-ignore-output"]
+run("a_rank_dies")
+
+# %% dies-reveal
+lesson.reveal("a_rank_dies", cards["a_rank_dies"].symptom)
+
+# %% cards-text [markdown]
+# ### All post-mortems side by side
+#
+# Four symptoms, seven causes: the symptom alone does not tell you. What does?
+
+# %% cards
+assert list(cards) == list(CASES)
+symptoms = {case: card.symptom for case, card in cards.items()}
+exits = {case: ", ".join(rank.ended for rank in card.ranks) for case, card in cards.items()}
+pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
+
+# %% e7-task [markdown]
+# ### Exercise 7 · From post-mortem to cause
+#
+# **Goal** Write `cause`: the name of what went wrong, one of `CASES`, from what the ranks saw. Each has `rank`, `exit_code`
+# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths`, `reason`,
+# `wrong` (the first wrong row, or ""). The ranks come in any order.
+#
+# **Example** One rank says `BarrierTimeout`, the other has exit code −9: `"a_rank_dies"`.
+#
+# **About** 10 minutes, ★★☆
+
+
+# %% e7
+def cause(ranks):
+    """One of CASES."""
+    # >>> your code
+    #: return "skips_the_rendezvous"
+    said = " ".join(rank.said + rank.reason for rank in ranks)
+    if any(rank.error == "BarrierTimeout" for rank in ranks):
+        killed = any(rank.exit_code < 0 for rank in ranks)
+        return "a_rank_dies" if killed else "skips_the_rendezvous"
+    if any(rank.error for rank in ranks):
+        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+    if any(rank.wrong for rank in ranks):
+        return "divergent_free_lists"
+    return "wrong_group" if "another group" in said else "receive_only"
+    # <<<
+
+
+# %% e7-check tags=["nbval-ignore-output"]
+lesson.check_cause(cause, cards)
+
+
+# %% e7-mutant-blames-the-first-rank
+def cause(ranks):
+    if ranks[0].exit_code < 0:
+        return "a_rank_dies"
+    if ranks[0].error == "BarrierTimeout":
+        return "skips_the_rendezvous"
+    if ranks[0].error:
+        return "shared_memory_is_full" if "is full" in ranks[0].said else "sizes_differ"
+    if ranks[0].wrong:
+        return "divergent_free_lists"
+    return "wrong_group" if "another group" in ranks[0].reason else "receive_only"
+
+
+# %% e7-mutant-no-error-no-problem
+def cause(ranks):
+    for rank in ranks:
+        if rank.exit_code < 0:
+            return "a_rank_dies"
+        if "is full" in rank.said:
+            return "shared_memory_is_full"
+        if rank.error == "SymmetricMemoryError":
+            return "sizes_differ"
+    return "receive_only"
+
+
+# %% e7-mutant-a-timeout-is-a-death
+def cause(ranks):
+    said = " ".join(rank.said + rank.reason for rank in ranks)
+    if any(rank.error == "BarrierTimeout" for rank in ranks):
+        return "a_rank_dies"
+    if any(rank.error for rank in ranks):
+        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+    if any(rank.wrong for rank in ranks):
+        return "divergent_free_lists"
+    return "wrong_group" if "another group" in said else "receive_only"
+
+
+# %% e7-help [markdown]
+# Sort by evidence: first what only a dead process leaves, then errors, then wrong rows, then paths.
+#
+# ---
+# A timeout has two causes; the *other* rank's exit code tells them apart. An error at once has two; the words tell. No error
+# has three: wrong rows, or one of two reasons for the path.
+#
+# ---
+# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `"is full" in said`; `any(r.wrong …)`;
+# `"another group" in reason`.
+#
+# ---
+# **Why** The rank that complains is seldom the one that is to blame. A post-mortem needs *all* ranks: who waited, for whom, and
+# how each one ended.
+#
+# **Another way** A table of (symptom, detail) to cause. It is shorter, and it shows that two causes can share a symptom only as long
+# as some detail differs: if none does, your logs say too little.
+
+# %% s10 [markdown]
+# ## 10. Your own pull gather
+#
+# All of it together: a gather of uneven shards, straight into token order, that survives any schedule. Each rank stores its shard
+# in its symmetric buffer, and *loads* from its peers.
+
+# %% e8-task [markdown]
+# ### Exercise 8 · A pull gather
+#
+# **Goal** Write one round of `pull_gather`. `shard` are this rank's rows, `out` is the whole result in token order (poisoned),
+# `tokens[r]` says which tokens rank r holds, in its order. `yield me.store(shard)` copies rows into my symmetric buffer;
+# `yield me.load(peer, count)` returns the first `count` rows of a peer's buffer. The next round uses the same buffers.
+#
+# **Example** 2 ranks, `tokens` = [[0, 3], [1, 2]]. On both ranks `out[[0, 3]]` becomes rank 0's two rows, `out[[1, 2]]` rank 1's.
+#
+# **About** 15 minutes, ★★★
+
+
+# %% e8
+def pull_gather(me, shard, out, tokens):
+    """Fill `out` with everybody's rows, in token order."""
+    # >>> your code
+    #: yield me.store(shard)
+    #: out[tokens[me.rank]] = yield me.load(me.rank, len(shard))
+    yield me.store(shard)
+    yield me.barrier()
+    for step in range(me.size):
+        peer = (me.rank + step) % me.size
+        out[tokens[peer]] = yield me.load(peer, len(tokens[peer]))
+    yield me.barrier()
+    # <<<
+
+
+# %% e8-check
+lesson.check_pull_gather(pull_gather)
+
+
+# %% e8-mutant-no-second-barrier
+def pull_gather(me, shard, out, tokens):
+    yield me.store(shard)
+    yield me.barrier()
+    for peer in me.everybody:
+        out[tokens[peer]] = yield me.load(peer, len(tokens[peer]))
+
+
+# %% e8-mutant-no-first-barrier
+def pull_gather(me, shard, out, tokens):
+    yield me.store(shard)
+    for peer in me.everybody:
+        rows = yield me.load(peer, len(tokens[peer]))
+        if rows is not None:
+            out[tokens[peer]] = rows
+    yield me.barrier()
+
+
+# %% e8-mutant-rank-order
+def pull_gather(me, shard, out, tokens):
+    yield me.store(shard)
+    yield me.barrier()
+    first = 0
+    for peer in me.everybody:
+        count = len(tokens[peer])
+        out[first : first + count] = yield me.load(peer, count)
+        first += count
+    yield me.barrier()
+
+
+# %% e8-mutant-as-long-as-mine
+def pull_gather(me, shard, out, tokens):
+    yield me.store(shard)
+    yield me.barrier()
+    for peer in me.everybody:
+        count = min(len(shard), len(tokens[peer]))
+        out[tokens[peer][:count]] = yield me.load(peer, count)
+    yield me.barrier()
+
+
+# %% e8-mutant-barrier-for-all-but-the-last
+def pull_gather(me, shard, out, tokens):
+    yield me.store(shard)
+    yield me.barrier()
+    for peer in me.everybody:
+        out[tokens[peer]] = yield me.load(peer, len(tokens[peer]))
+    if me.rank + 1 < me.size:
+        yield me.barrier()
+
+
+# %% e8-help [markdown]
+# Two edges again: store → load, and load → next store. Then: which place in `out` has a peer's i-th row?
+#
+# ---
+# Store, barrier, loads, barrier. `out[tokens[peer]] = rows` puts each row at its token: no padding, no strip, no reorder.
+#
+# ---
+# `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. The score shows what the
+# rotation is for.
+#
+# ---
+# **Why** If all ranks begin with rank 0, one memory serves everybody at once while the others idle. Rotated, each rank reads another
+# one in every step. `_low_contention_all_gather` of PyTorch has its name from that, and cpkit's `pull_shards` does the same.
+#
+# **Another way** Push: `put` your rows at their tokens in every peer's *output*. Then `out` must be symmetric instead of the shard, and
+# the exit barrier says when it is complete. That is `algorithm="direct"`; notebook 3 measures it.
+
+# %% real-text [markdown]
+# And the real one, on your workers, in both directions: every byte is checked.
+
+# %% real
+on = lab.gather(4097, cp_size=cp, algorithm="direct", show=False)
+off = lab.gather(4097, cp_size=cp, algorithm="direct", symmetric=False, show=False)
 assert on.verified
 assert off.verified, "both are right; only one is fast"
-print("on: ", on.path_reason)
-print("off:", off.path_reason)
+assert (on.path, off.path) == ("symmetric", "fallback")
+print("symmetric memory on: ", on.path)
+print("symmetric memory off:", off.path, "|", off.path_reason)
+
+# %% progress
+lesson.progress()
 
 # %% end [markdown]
 # ## What to remember
 #
 # - Symmetric means: the same offset on every rank. Pointers differ.
-# - Two waits: before you read what peers wrote, and before anybody writes there again.
+# - Two waits: before you read what peers wrote, and before anybody writes there again. One round never shows the second.
 # - A spill is a collective at run time. Warm up with the largest batch you will see.
-# - Always ask for the path. A silent fallback gives right results, slowly.
+# - A block is free when *all* ranks have let go of it. Books that differ give wrong rows, not errors.
+# - Registered = buffer + group + offset, and which buffers is a matter of the version. Always ask for the path.
+# - The rank that complains is seldom the one to blame.
 #
-# **You can now read** SGLang's `pynccl_allocator.py` (`use_symmetric_memory`) and PyTorch's
-# `torch.distributed._symmetric_memory`. Next: `03_allgather_perf.ipynb`.
+# **You can now read**
+#
+# - SGLang `pynccl_allocator.py` (`use_symmetric_memory`: registration hidden in `__exit__`), `cp/zigzag.py`
+#   (`_all_gather_reorganized`: receive side only), and the threads #24040, #37337, #19329, #36943;
+# - PyTorch `torch/distributed/_symmetric_memory/__init__.py` (`rendezvous`, `put_signal`, `_low_contention_all_gather`);
+# - NCCL `scheduler/symmetric_sched.cc`, `sym_kernels.cc`;
+# - cpkit `board.py`, `arena.py`, `pool.py`, `path.py`: each is under 300 lines.
+#
+# **An open problem** The simulator's memory is sequentially consistent: a step is seen by all at once. A GPU's is not. Extend
+# `programs.py` with a store buffer for each rank, and find the smallest program that passes here and fails there.
+#
+# Next: `03_allgather_perf.ipynb`.

@@ -190,6 +190,14 @@ figures.show(figures.roof(light))
 # %% s3 [markdown]
 # ## 3. One gather on a clock
 #
+# What you compare from here on:
+#
+# | algorithm | what each rank does |
+# |---|---|
+# | `padded` | pad, the collective of torch.distributed, strip, reorder |
+# | `padded_symm` | copy into symmetric memory, push to all peers, strip, reorder |
+# | `direct` | push every row to its final place in all peers |
+#
 # All ranks read the same clock, so their stages can be laid side by side. First the classic pipeline.
 
 # %% trace-padded tags=["nbval-ignore-output"]
@@ -305,7 +313,7 @@ order = sorted(
 lesson.reveal("damage", tuple(order))
 
 # %% mistakes-text [markdown]
-# Left of the line a mistake flatters, right of it the gather is slandered. "Not waited for" often lies *under the speed
+# Left of the line the gather looks faster than it is, right of it slower. "Not waited for" often lies *under the speed
 # of light*: that is how you find it without knowing the code. "No warm-up" is not small change: a first use that cost
 # 3 s once ate a kernel saving of 50 ms (UniRL#467). And ml-engineering's `all_reduce_bench.py` averages rates.
 
@@ -407,7 +415,7 @@ print(f"at 64 MiB padded takes {largest['padded'] / largest['direct']:.1f} times
 
 # %% sweep-text [markdown]
 # On the left the lines are flat: that is the cost of *meeting*. On the right they climb with the light: that is the cost
-# of *bytes*. And a jump has a cause: between 8 and 67 MB `padded` and `padded_symm` get dearer by far more than 8 times.
+# of *bytes*. And a jump has a cause. On CPU ranks, between 8 and 67 MB `padded` and `padded_symm` get dearer by far more than 8 times.
 # Their results are ordinary memory, and from 32 MB on the C library takes it fresh from the kernel for every call: first
 # touch, each time. `direct` writes into the pool, which stays.
 #
@@ -872,8 +880,8 @@ curves = [
 figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
-# The model has no contention and no failures: take it as a lower bound. Ask it *which term* dominates, not for the third
-# digit. At 1 MB it is the card's alpha, at 256 MB its bandwidth.
+# The model adds what a pipelined gather would overlap, and it knows no contention: take the shape, not the third digit. Ask it
+# *which term* dominates. At 1 MB that is the card's alpha; at 256 MB the bytes, on NVLink more than on the cards.
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours

@@ -42,14 +42,18 @@ def check_the_path_is_that_of_this_nccls_version() -> None:
     send = torch.ones(4, 4, device="cuda")
     version = torch.cuda.nccl.version()
     report = explain_path(send, recv, group)
-    assert report.reason.startswith("NCCL " + ".".join(map(str, version)))
-    assert report.path == ("symmetric" if nccl_rule(version) == "recv" else "fallback")
+    by_table = explain_path(send, recv, group, "nccl " + ".".join(map(str, version)))
+    assert by_table.path == ("symmetric" if nccl_rule(version) == "recv" else "fallback")
+    assert report.path == "fallback"
+    both = explain_path(recv[:4], recv, group)
+    assert both.path == "fallback"
+    assert "ranks share a GPU" in both.reason
     metadata = prepare_context_parallel_metadata([97, 64], group.size)
     rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1).cuda()
     all_gather_kv([rows], metadata, group, algorithm="padded_symm_recv")
     told = last_path(group)
     assert told is not None
-    assert told.path == report.path
+    assert told.path == "fallback"
 
 
 def check_the_witness_counts_what_nccl_selected() -> None:

@@ -1,8 +1,38 @@
-"""Notebook 2: what it asks and how it checks."""
+"""Notebook 2, symmetric memory: all it asks and checks, under one name."""
 
-from __future__ import annotations
+from cpkit.notebook.lessons.symmetric_failures import check_cause
+from cpkit.notebook.lessons.symmetric_gather import check_pull_gather
+from cpkit.notebook.lessons.symmetric_orders import (
+    check_exchange,
+    check_order,
+    check_signals,
+    held_up,
+    no_barrier,
+    one_barrier,
+)
+from cpkit.notebook.lessons.symmetric_pool import check_may_free
+from cpkit.notebook.lessons.symmetric_questions import LESSON, predict, progress, reveal
+from cpkit.notebook.lessons.symmetric_registration import (
+    check_fast_path,
+    check_peer_pointer,
+    version_table,
+)
 
-from cpkit.notebook.lesson import Lesson
-
-LESSON = Lesson("02_symmetric_memory")
-predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
+__all__ = [
+    "LESSON",
+    "check_cause",
+    "check_exchange",
+    "check_fast_path",
+    "check_may_free",
+    "check_order",
+    "check_peer_pointer",
+    "check_pull_gather",
+    "check_signals",
+    "held_up",
+    "no_barrier",
+    "one_barrier",
+    "predict",
+    "progress",
+    "reveal",
+    "version_table",
+]

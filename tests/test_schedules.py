@@ -1,0 +1,168 @@
+"""The simulator finds the shortest failing order, and only orders that can happen."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpkit.notebook import schedules
+from cpkit.notebook.lessons.symmetric_orders import (
+    _two_barriers,
+    _with_signals,
+    held_up,
+    no_barrier,
+    one_barrier,
+)
+from cpkit.notebook.programs import MAX_STEPS, BadProgram, Program, Rank, Run
+
+RIGHT = {"barriers": _two_barriers, "signals": _with_signals}
+
+
+def early_free(me: Rank):
+    """Says `free` before it reads: wrong in one order of many."""
+    for number in me.rounds:
+        for peer in me.peers:
+            if number > 1:
+                yield me.wait(peer, "free")
+            yield me.put(peer, number)
+            yield me.signal(peer, "full")
+        for peer in me.peers:
+            yield me.wait(peer, "full")
+            yield me.signal(peer, "free")
+            yield me.read(peer, number)
+
+
+WRONG = {"no barrier": no_barrier, "one barrier": one_barrier, "early free": early_free}
+
+
+def brute_force(program: Program, size: int, rounds: int) -> int | None:
+    """Fewest steps to a wrong read over *all* orders, one by one: the search without its memory."""
+    best, stack = None, [()]
+    while stack:
+        order = stack.pop()
+        run = schedules.replay(program, size, rounds, order)
+        for rank in run.ready():
+            branch = schedules.replay(program, size, rounds, order)
+            if branch.advance(rank).fault:
+                best = min(best or len(order) + 1, len(order) + 1)
+            elif best is None or len(order) + 1 < best:
+                stack.append((*order, rank))
+    return best
+
+
+@pytest.mark.parametrize("program", WRONG.values(), ids=WRONG)
+def test_the_failure_found_is_the_shortest_of_all(program: Program) -> None:
+    rounds = 1 if program is no_barrier else 2
+    failure = schedules.smallest_failure(program, 2, rounds).failure
+    assert failure is not None
+    assert len(failure.events) == brute_force(program, 2, rounds)
+    again = schedules.first_fault(program, 2, rounds, failure.schedule)
+    assert str(again) == str(failure), "the order really leads there"
+
+
+@pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT)
+def test_no_order_breaks_a_right_program(program: Program) -> None:
+    assert brute_force(program, 2, 1) is None
+    for size, rounds in ((2, 3), (3, 2)):
+        search = schedules.smallest_failure(program, size, rounds)
+        assert search.failure is None
+        assert search.states > 50
+    for seed in range(50):
+        assert schedules.random_failure(program, 5, 4, seed) is None
+
+
+@pytest.mark.parametrize("program", WRONG.values(), ids=WRONG)
+def test_random_orders_find_what_is_wrong(program: Program) -> None:
+    found = [schedules.random_failure(program, 5, 4, seed) for seed in range(64)]
+    assert sum(failure is not None for failure in found) > 16
+
+
+def test_failures_have_their_names() -> None:
+    stale = schedules.smallest_failure(no_barrier, 2, 1).failure
+    ahead = schedules.smallest_failure(one_barrier, 2, 2).failure
+    assert (stale.kind, len(stale.events)) == ("stale (read after write)", 3)
+    assert (ahead.kind, len(ahead.events)) == ("ahead (write after read)", 11)
+    assert schedules.smallest_failure(one_barrier, 2, 1).failure is None, "one round never fails"
+
+
+def test_a_signal_waits_until_its_word_is_empty() -> None:
+    def program(me):
+        if me.rank == 0:
+            yield me.signal(1)
+            yield me.signal(1)
+        else:
+            yield me.wait(0)
+
+    run = Run(program, 2, 1)
+    run.advance(0)
+    assert run.ready() == [1], "the word is still set"
+    run.advance(1)
+    assert run.ready() == [0]
+
+
+def test_nobody_passes_a_barrier_before_all_have_come() -> None:
+    def program(me):
+        yield me.put(me.rank, 1)
+        yield me.barrier()
+        yield me.read(me.rank, 1)
+
+    run = Run(program, 3, 1)
+    for rank in (0, 0, 1, 1, 2):
+        run.advance(rank)
+    assert run.ready() == [2]
+    assert run.waiting() == [0, 1, 2]
+    run.advance(2)
+    assert run.ready() == [0, 1, 2]
+
+
+def test_ranks_that_wait_for_ever_are_a_deadlock() -> None:
+    def program(me):
+        yield me.wait(me.peers[0])
+        yield me.signal(me.peers[0])
+
+    failure = schedules.smallest_failure(program, 2, 1).failure
+    assert failure.kind == "deadlock"
+    assert "rank 0 at wait full ← 1, rank 1 at wait full ← 0" in str(failure)
+
+
+def test_a_rank_that_misses_a_barrier_leaves_the_others_there() -> None:
+    def program(me):
+        if me.rank:
+            yield me.barrier()
+
+    assert "rank 1 at the barrier" in str(schedules.smallest_failure(program, 2, 1).failure)
+
+
+def test_impossible_orders_are_refused() -> None:
+    with pytest.raises(ValueError, match="step 3: rank 0 has to wait"):
+        schedules.replay(one_barrier, 2, 1, [0, 0, 0, 0])
+    with pytest.raises(ValueError, match="step 8: rank 1 has nothing left to do"):
+        schedules.replay(no_barrier, 2, 2, [1] * 8 + [1])
+    with pytest.raises(ValueError, match="more than 5 states"):
+        schedules.smallest_failure(_two_barriers, 3, 2, max_states=5)
+
+
+def iter_of(step):
+    yield step
+
+
+def endless(me):
+    while True:
+        yield me.put(me.rank, 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda me: iter_of(3), "rank 0 yields 3"),
+        (lambda me: iter_of(me.put(7, 1)), "names rank 7; there are 2 ranks"),
+        (endless, f"has taken {MAX_STEPS} steps"),
+    ],
+)
+def test_programs_that_are_none_are_named(bad: Program, message: str) -> None:
+    with pytest.raises(BadProgram, match=message):
+        schedules.random_failure(bad, 2, 1, seed=0)
+
+
+def test_who_is_held_up_by_a_slow_rank() -> None:
+    assert held_up(one_barrier, 8, slow=3) == 7
+    assert held_up(no_barrier, 8, slow=3) == 0
