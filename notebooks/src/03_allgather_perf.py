@@ -899,6 +899,10 @@ for recording in recordings.newest(known, cp):
 
 # %% recorded-text [markdown]
 # Compare shapes, not heights: where does each machine leave alpha, and in which order stand the algorithms?
+#
+# A GPU record with one GPU has all ranks on it: no byte crosses a link, and the floor is that GPU's memory. Its flat part is
+# not meeting alone, it is *launching*. `plan` is `direct` prepared once and then repeated (`plan_gather_kv`); on a GPU it
+# replays a captured graph. The same bytes, and how much of alpha is left?
 
 # %% s13 [markdown]
 # ## 13. A report that can be repeated
