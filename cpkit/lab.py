@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import msgspec
 
+from cpkit.clock_lab import ClockLab
 from cpkit.control import launch as launcher
 from cpkit.control.client import DEADLINE_S, Client
 from cpkit.control.complaints import unknown_options
@@ -121,6 +122,7 @@ class Lab:
         self._client = client
         self._client.on_wait = _say_how_many
         self.pool = PoolLab(client, self.world_size)
+        self.clock = ClockLab(client, self.workload)
 
     def __enter__(self) -> Self:
         return self

@@ -141,6 +141,46 @@ def test_trace_puts_all_ranks_on_one_clock(lab: Lab) -> None:
     assert exits["stop_us"].min() >= wires["stop_us"].max() - 1
 
 
+def test_the_clock_brings_every_sample_of_every_rank(lab: Lab) -> None:
+    clocked = lab.clock(["direct", "barrier", "direct"], [64], 4, iterations=5)
+    assert clocked.calls == ("direct", "barrier", "direct#2")
+    assert clocked.times_us("direct").shape == (5, 4)
+    assert (clocked.times_us("barrier") > 0).all()
+    starts = [clocked.begin_us(call) for call in clocked.calls]
+    for earlier, later in zip(starts, [*starts[1:], starts[0][1:]], strict=True):
+        assert (earlier[: len(later)] < later).all(), "in turn: A B A, A B A, …"
+    table = clocked.table.set_index("call")
+    assert (table["min_us"] <= table["time_us"]).all()
+    assert (table["time_us"] <= table["p95_us"]).all()
+    assert table.loc["direct", "time_us"] == np.median(clocked.times_us("direct").max(axis=1))
+
+
+def test_without_the_barrier_the_clock_counts_waiting(lab: Lab) -> None:
+    """A rank that comes first waits inside its clock for the one that comes 3 · 20 ms later."""
+    fair, unfair = (
+        lab.clock(["direct"], [64], 4, iterations=3, late_us=20_000, barrier=barrier)
+        for barrier in (True, False)
+    )
+    late_us = 3 * 20_000
+    first, last = unfair.begin_us("direct").min(axis=1), unfair.begin_us("direct").max(axis=1)
+    assert (last - first > 0.9 * late_us).all()
+    assert unfair.times_us("direct")[:, 0].min() > 0.8 * late_us
+    assert np.median(fair.times_us("direct")[:, 0]) < 0.5 * late_us
+
+
+def test_what_is_not_waited_for_looks_quick(lab: Lab) -> None:
+    clocked = lab.clock(["collective", "launch"], [8192], 4, iterations=5)
+    assert clocked.median_us("launch") < clocked.median_us("collective") / 2
+
+
+def test_a_cold_clock_starts_with_the_first_call(lab: Lab) -> None:
+    lab.pool.configure(64 << 20, 4)
+    cold = lab.clock(["direct", "copy", "copy_fresh"], [64], 4, iterations=2, warmup=0)
+    assert len(cold.slowest_us("direct")) == 2
+    with pytest.raises(ValueError, match="'padded' was not timed; what was: direct, copy"):
+        cold.times_us("padded")
+
+
 def test_the_pool_fills_spills_and_is_warmed_up(lab: Lab) -> None:
     fresh = lab.pool.configure(4 << 20, 2)
     assert list(fresh["rank"]) == [0, 1]
@@ -207,6 +247,12 @@ BAD = [
     (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
     (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
     (lambda lab: lab.put(rounds=0), "rounds is 0"),
+    (lambda lab: lab.clock([], [64]), "number of calls is 0"),
+    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; what can be timed is padded"),
+    (lambda lab: lab.clock(["direct"], [64], iterations=1 << 40), "iterations is"),
+    (lambda lab: lab.clock(["direct"], [64], warmup=-1), "warmup is -1"),
+    (lambda lab: lab.clock(["direct"], [64], late_us=1e9), "late_us is"),
+    (lambda lab: lab.clock(["direct"], [1 << 40]), "limit is"),
 ]
 
 

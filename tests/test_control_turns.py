@@ -104,3 +104,13 @@ def test_waiting_for_longer_than_the_deadline_ends_it() -> None:
     time.sleep(0.03)
     assert turns.expire() == [hasty]
     assert line(turns) == [(1, 0)]
+
+
+def test_a_cancelled_job_is_not_ahead_of_anybody() -> None:
+    turns, jobs = filled(3)
+    assert turns.take(1.0) is jobs[0]
+    assert line(turns) == [(1, 1), (2, 2)]
+    turns.cancel("r0")  # in the middle of its last step
+    assert line(turns) == [(1, 0), (2, 1)]
+    turns.put_back(jobs[0], front=False)  # back only to be told that it is over
+    assert line(turns) == [(0, 0), (1, 0), (2, 1)]

@@ -21,6 +21,7 @@ from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
 from cpkit.notebook.lessons.symmetric_orders import no_barrier
+from cpkit.notebook.mistakes import Mistake
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.requests import Served
 from cpkit.notebook.schedules import smallest_failure
@@ -70,6 +71,7 @@ def pool_table(used: int, spill: int) -> pd.DataFrame:
 
 
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
+MODELLED = pd.DataFrame([{"where": "two nodes", "cp_size": n, "time_us": n} for n in (2, 4)])
 STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
 SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
@@ -86,6 +88,11 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "split": lambda: figures.stage_split([sample()]),
     "timeline": lambda: figures.timeline(SPANS, "direct"),
     "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
+    "roof": lambda: figures.roof({1 << 16: 5.0, 1 << 20: 9.0}, sweep_table(), ("direct", 3, 1e-5)),
+    "steps": lambda: figures.steps({"direct": 3.0}, {"direct": 4.0}),
+    "gain": lambda: figures.gain([1 << 20, 1 << 24], [20.0, 40.0], [10.0, 40.0]),
+    "scale": lambda: figures.scale_out(MODELLED),
+    "damage": lambda: figures.damage({"no barrier": Mistake(10.0, 40.0, [9.0, 10.0, 11.0])}),
     "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),
     "requests": lambda: figures.pool_requests(SERVED),
     "memory": lambda: figures.memory_map(push_into([LATE, EARLY], 3, 18)),
@@ -102,12 +109,22 @@ UNITS = {
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
     "work": "keys looked at",
+    "roof": "time (µs, slowest rank)",
+    "steps": "time (µs, slowest rank)",
+    "gain": "time ratio, ring / symmetric",
+    "scale": "modelled time (µs)",
+    "damage": "reported time / right time",
     "bytes": "bytes written on each rank (MB, one layer)",
     "requests": "until the answer (ms)",
     "memory": "row of the rank's arena",
     "schedule": "step (order of all ranks' steps)",
 }
-WRONG = {"who", "memory", "schedule"}  # of these figures, those that are given something wrong
+WRONG = {
+    "who",
+    "memory",
+    "schedule",
+    "damage",
+}  # of these figures, those that are given something wrong
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cpkit.control.requests import Message, Workload
+from cpkit.control.requests import ClockCall, Message, Workload
 
 Path = Literal["symmetric", "staged", "fallback"]
 FailureKind = Literal["bad_request", "version", "cancelled", "busy", "internal"]
@@ -128,6 +128,14 @@ class SweepResult(Message, frozen=True, tag="sweep_result", tag_field="is"):
     rows: tuple[Sample, ...]
 
 
+class ClockResult(Message, frozen=True, tag="clock_result", tag_field="is"):
+    """Begin and end of each call, in µs since the first: float64 [calls, iterations, ranks, 2]."""
+
+    workload: Workload
+    calls: tuple[ClockCall, ...]
+    samples_us: Array
+
+
 class Span(Message, frozen=True):
     """One stage of one rank, in microseconds since the first rank entered."""
 
@@ -232,6 +240,7 @@ Result = (
     | GatherResult
     | MeasureResult
     | SweepResult
+    | ClockResult
     | TraceResult
     | PoolResult
     | ExplainResult

@@ -10,6 +10,17 @@ PROTOCOL_VERSION = 1
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
 Algorithm = Literal["padded", "padded_symm_recv", "padded_symm", "direct"]
+ClockCall = Literal[
+    "padded",
+    "padded_symm_recv",
+    "padded_symm",
+    "direct",
+    "barrier",
+    "copy",
+    "copy_fresh",
+    "collective",
+    "launch",
+]
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -117,6 +128,24 @@ class Put(Message, frozen=True, tag="put", tag_field="op"):
     barrier: bool = True
 
 
+class Clock(Message, frozen=True, tag="clock", tag_field="op"):
+    """Time calls of one workload in turn, and bring back every sample of every rank.
+
+    Beside the algorithms: `barrier`, nothing else; `copy`, every rank copies the gathered bytes
+    once; `copy_fresh`, the same into memory that nobody has touched; `collective`, that of
+    torch.distributed alone; `launch`, started and not waited for. Without `warmup` the first
+    sample is the first call; without `barrier` a rank's clock starts when that rank comes, which
+    is `late_us` later for each rank than for the one before it.
+    """
+
+    workload: Workload
+    calls: tuple[ClockCall, ...]
+    iterations: int = 20
+    warmup: int = 2
+    barrier: bool = True
+    late_us: float = 0.0
+
+
 class Cancel(Message, frozen=True, tag="cancel", tag_field="op"):
     """Give up the request with this id, queued or running; the workers stay."""
 
@@ -127,7 +156,7 @@ class Shutdown(Message, frozen=True, tag="shutdown", tag_field="op"):
     """End all workers."""
 
 
-Body = Status | Gather | Measure | Sweep | Trace | Pool | Explain | Put | Cancel | Shutdown
+Body = Status | Gather | Measure | Sweep | Clock | Trace | Pool | Explain | Put | Cancel | Shutdown
 
 
 class Request(Message, frozen=True):

@@ -116,10 +116,17 @@ class Turns:
             return late
 
     def waiting(self) -> list[tuple[Job, int]]:
-        """Every job in the line with the number of jobs that are served before it."""
+        """Every job in the line with the number of jobs that are served before it.
+
+        A cancelled one is not served any more: it ends with its step.
+        """
         with self._changed:
-            first = int(self._current is not None)
-            return [(job, place) for place, job in enumerate(self._line, first)]
+            ahead = int(self._current is not None and not self._current.cancelled)
+            line = []
+            for job in self._line:
+                line.append((job, ahead))
+                ahead += not job.cancelled
+            return line
 
     def has_id(self, request_id: str) -> bool:
         """Whether a request of this id is waiting or being served."""

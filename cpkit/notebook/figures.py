@@ -15,7 +15,9 @@ from cpkit.notebook.grids import (
 )
 from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
 from cpkit.notebook.memory import memory_map
+from cpkit.notebook.mistakes import damage
 from cpkit.notebook.requests import pool_requests
+from cpkit.notebook.roofs import gain, roof, scale_out, steps
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
 from cpkit.notebook.timelines import schedule_timeline
@@ -24,7 +26,9 @@ __all__ = [
     "Line",
     "bill",
     "byte_bars",
+    "damage",
     "draw_lines",
+    "gain",
     "in_words",
     "latency_bandwidth",
     "memory_map",
@@ -34,11 +38,14 @@ __all__ = [
     "pool_fill",
     "pool_requests",
     "recorded",
+    "roof",
     "rows_of",
+    "scale_out",
     "schedule_timeline",
     "show",
     "stage_grid",
     "stage_split",
+    "steps",
     "text_alternative",
     "timeline",
     "token_line",

@@ -36,6 +36,9 @@ WORDS: dict[str, str] = {
     "busbw": "algbw · (cp−1)/cp: what each link really carries",
     "alpha, beta": "the cost of meeting, µs; the cost of a byte, µs/B: t = alpha + beta · bytes",
     "speed of light": "the time that the hardware alone would need; nothing is faster",
+    "warm-up": "runs before the clock starts: memory is there, caches are filled, plans are made",
+    "first touch": "the first write into new memory: the kernel must find and clear each page",
+    "modelled": "computed from alpha and beta, not measured; figures say so in their title",
     "slowest rank": "a gather is done when its last rank is: its time is that rank's",
 }
 _LINE = re.compile(r"(?m)^\{glossary: (.+)\}$")

@@ -6,6 +6,7 @@ from typing import Any
 
 from cpkit.control.messages import (
     Body,
+    Clock,
     Explain,
     Gather,
     Measure,
@@ -15,6 +16,7 @@ from cpkit.control.messages import (
     Trace,
 )
 from cpkit.ops.base import Operation, RankState
+from cpkit.ops.clock import ClockOperation
 from cpkit.ops.gather import ExplainOperation, GatherOperation, TraceOperation
 from cpkit.ops.measure import MeasureOperation, SweepOperation
 from cpkit.ops.pool import PoolOperation
@@ -26,6 +28,7 @@ _OPERATIONS: dict[type[Body], type[Operation[Any, Any]]] = {
     Gather: GatherOperation,
     Measure: MeasureOperation,
     Sweep: SweepOperation,
+    Clock: ClockOperation,
     Trace: TraceOperation,
     Explain: ExplainOperation,
     Pool: PoolOperation,

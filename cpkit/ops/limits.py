@@ -14,6 +14,7 @@ import torch
 from cpkit.arguments import ALGORITHMS
 from cpkit.control.messages import (
     Body,
+    Clock,
     Explain,
     Gather,
     Measure,
@@ -32,6 +33,10 @@ _MAX_WORKLOADS = 1024
 _MAX_SEQUENCES = 1024
 _MAX_ROUND = 1023
 _MAX_ROUNDS = 100_000
+_MAX_CALLS = 16
+_CLOCK_COPIES = 3  # source, target and fresh memory of the calls that only copy
+_MAX_SAMPLES = 100_000  # of all ranks: 1.6 MB
+_MAX_LATE_US = 100_000.0
 _MAX_TOKENS = 1 << 20
 # Copies of the gathered result that a rank has alive at its worst, its own shard and the stamped
 # rows it is compared with included.
@@ -69,6 +74,9 @@ def check(body: Body, world_size: int) -> None:
             _in_range("iterations", iterations, 1, 10_000)
             for workload in workloads:
                 check_workload(workload, world_size)
+        case Clock(workload):
+            check_workload(workload, world_size)
+            _check_clock(body)
         case Pool():
             _check_pool(body, world_size)
         case Put(cp_size, rounds):
@@ -107,8 +115,9 @@ def needed_bytes(workload: Workload) -> int:
     return workload.cp_size * (_COPIES[workload.algorithm] * padded + indices)
 
 
-def _check_memory(workload: Workload) -> None:
-    needed, limit = needed_bytes(workload), memory_limit_bytes()
+def _check_memory(workload: Workload, more_copies: int = 0) -> None:
+    more_bytes = workload.cp_size * more_copies * workload.total_bytes
+    needed, limit = needed_bytes(workload) + more_bytes, memory_limit_bytes()
     if needed > limit:
         raise ValueError(
             f"this gather of {workload.total_bytes} bytes needs about {needed} bytes on "
@@ -116,6 +125,15 @@ def _check_memory(workload: Workload) -> None:
             f"or tensors, a smaller cp_size, or start the workers with a larger "
             f"CPKIT_MEMORY_LIMIT_BYTES"
         )
+
+
+def _check_clock(body: Clock) -> None:
+    _check_memory(body.workload, _CLOCK_COPIES)
+    _in_range("the number of calls", len(body.calls), 1, _MAX_CALLS)
+    room = _MAX_SAMPLES // (len(body.calls) * body.workload.cp_size)
+    _in_range("iterations", body.iterations, 1, room)
+    _in_range("warmup", body.warmup, 0, 1000)
+    _in_range("late_us", body.late_us, 0.0, _MAX_LATE_US)
 
 
 def _check_pool(body: Pool, world_size: int) -> None:

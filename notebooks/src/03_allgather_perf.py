@@ -1,63 +1,202 @@
 # %% title [markdown]
 # # 3 · All-gather performance
 #
-# Four algorithms give the same bytes. How much time does each take, and where does it go? Here you measure on the
-# real workers, with the units of nccl-tests, and then turn the knobs live.
+# Four algorithms give the same bytes. Which is faster, by how much, and why? Here you say what the hardware
+# allows, measure what happens, and explain the gap. Each step is: predict, run, explain.
 #
-# **Time** 30 minutes. **Needs** any laptop: the times are those of *this* machine's memory, not of a GPU.
-# **Know before** notebooks 1 and 2.
+# **Time** 70 minutes. **Needs** any laptop: the times are those of *this* machine. **Know before** notebooks 1 and 2.
 #
 # You will be able to
-# 1. convert a time into algbw and busbw, and say what each is good for;
-# 2. read a sweep: where latency counts, where bandwidth counts;
-# 3. say which pass costs how much, and which algorithm drops it;
-# 4. predict what a change of cp_size does, and check it live.
+# 1. convert a time into algbw and busbw, and compare it with the speed of light;
+# 2. take a time that a colleague believes, and name eight ways to get it wrong;
+# 3. split a sweep into alpha and beta, and say which of them a change will move;
+# 4. predict from the number of passes what removing one gains, and check it.
 #
-# | symbol | meaning | unit |
-# |---|---|---|
-# | S | all gathered bytes: cp_size × bytes of a rank | B |
-# | t | time of the gather on the *slowest* rank, median | µs |
-# | algbw | S / t | GB/s (10⁹ B/s) |
-# | busbw | algbw · (cp−1)/cp: what the links really carry | GB/s |
+# {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; modelled}
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
+from cpkit.notebook import tiers
 
 lab = cpkit.connect()
-status = lab.status()
-print(f"{status.world_size} ranks on {status.device}, torch {status.torch_version}")
-print("symmetric memory:", status.symmetric_backend)
+print(tiers.describe(lab.status()))
 
 # %% setup
+from pathlib import Path
+import numpy as np
+import pandas as pd
 from cpkit.notebook import figures
+from cpkit.notebook.lessons import performance as lesson
 
 cp = max(size for size in lab.cp_sizes if size <= 4)
-algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
 assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
-
+MB = 1_000_000
+one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: a token has 2048 bytes
 
 # %% s1 [markdown]
 # ## 1. Units first
 #
-# 33.6 MB are gathered by 4 ranks in 20 ms. Which bandwidth is that? Each rank already *has* a quarter. So the links
-# carry only three quarters of S. That is busbw. It is the number to compare with the hardware.
+# S is the size of the *whole* result, t the time of the slowest rank. **algbw** is S / t. But a rank already holds
+# 1/n of the result, so a link carries only (n−1)/n of S: that is **busbw**, the number to compare with hardware. GB are
+# 10⁹ bytes. These are nccl-tests' definitions. Beware: NCCL's own log lines count the bytes of *one rank*.
+
+# %% busbw-predict
+lesson.predict("busbw", ...)
+
+# %% busbw
+rank_bytes, time_us = 8.4 * MB, 20_000
+size_bytes = cp * rank_bytes
+algbw = size_bytes / time_us / 1000  # bytes per µs / 1000 = 10⁹ bytes per s
+busbw = algbw * (cp - 1) / cp
+print(f"S = {size_bytes / MB:.1f} MB, algbw = {algbw:.2f} GB/s")
+
+# %% busbw-reveal
+lesson.reveal("busbw", busbw)
 
 
-# %% units
-def algbw_gbps(size_bytes, time_us):
-    return size_bytes / time_us / 1000
+# %% e1-task [markdown]
+# ### Exercise 1 · algbw and busbw
+#
+# **Goal** Write `bandwidths`: (algbw, busbw) in GB/s, from what NCCL logs: the bytes of *one* rank.
+#
+# **Example** 8 400 000 bytes a rank, 4 ranks, 20 000 µs: `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68, 1.26)`.
+#
+# **About** 4 minutes, ★☆☆
 
 
-def busbw_gbps(size_bytes, time_us, cp_size):
-    return algbw_gbps(size_bytes, time_us) * (cp_size - 1) / cp_size
+# %% e1
+def bandwidths(rank_bytes, time_us, cp_size):
+    """(algbw, busbw) in GB/s of a gather to which every rank gives `rank_bytes`."""
+    # >>> your code
+    #: return 0.0, 0.0
+    algbw_gbps = rank_bytes * cp_size / time_us / 1e3
+    return algbw_gbps, algbw_gbps * (cp_size - 1) / cp_size
+    # <<<
 
 
-busbw = busbw_gbps(33.6e6, 20_000, cp_size=4)
-print(f"algbw {algbw_gbps(33.6e6, 20_000):.2f} GB/s, busbw {busbw:.2f} GB/s")
-assert abs(busbw - 1.26) < 1e-9
+# %% e1-check
+lesson.check_bandwidths(bandwidths)
+
+
+# %% e1-mutant-one-rank
+def bandwidths(rank_bytes, time_us, cp_size):
+    algbw_gbps = rank_bytes / time_us / 1e3
+    return algbw_gbps, algbw_gbps * (cp_size - 1) / cp_size
+
+
+# %% e1-mutant-binary-units
+def bandwidths(rank_bytes, time_us, cp_size):
+    algbw_gbps = rank_bytes * cp_size / 2**30 / (time_us / 1e6)
+    return algbw_gbps, algbw_gbps * (cp_size - 1) / cp_size
+
+
+# %% e1-mutant-inverse-factor
+def bandwidths(rank_bytes, time_us, cp_size):
+    algbw_gbps = rank_bytes * cp_size / time_us / 1e3
+    return algbw_gbps, algbw_gbps * cp_size / max(1, cp_size - 1)
+
+
+# %% e1-help [markdown]
+# What is S? Not what one rank gives.
+#
+# ---
+# S = rank_bytes · cp_size. One byte per µs is 10⁶ bytes per second, a thousandth of a GB/s.
+#
+# ---
+# Two lines: `algbw = … / time_us / 1e3`, then return it with `algbw * (cp_size - 1) / cp_size`.
+#
+# ---
+# **Why** busbw does not depend on n on a perfect machine, so runs of different sizes can be compared.
+#
+# **Another way** busbw straight from what a rank receives: `rank_bytes * (cp_size - 1) / time_us / 1e3`.
 
 # %% s2 [markdown]
-# ## 2. One gather, on a clock
+# ## 2. The speed of light
+#
+# Before you measure, say what is possible. Over links, each rank must receive the (n−1)/n of S that it lacks, and
+# everybody must meet. So t ≥ alpha + S · (n−1)/n / B. With alpha = 5.3 µs and B = 328 GB/s that line meets
+# four measured times of 8 × H100 within 1 % (Megatron-LM#5596).
+
+
+# %% e2-task [markdown]
+# ### Exercise 2 · Speed of light of a link
+#
+# **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
+#
+# **Example** 32 MiB on 8 ranks, 5.3 µs, 328 GB/s: `light_us(33554432, 8, 5.3, 328)` is 94.8; measured were 95.3 µs.
+#
+# **About** 4 minutes, ★☆☆
+
+
+# %% e2
+def light_us(total_bytes, cp_size, alpha_us, link_gbps):
+    """Least time of a gather of `total_bytes` in all."""
+    # >>> your code
+    #: return 0.0
+    received_bytes = total_bytes * (cp_size - 1) / cp_size
+    return alpha_us + received_bytes / (link_gbps * 1e3)
+    # <<<
+
+
+# %% e2-check
+lesson.check_light(light_us)
+
+
+# %% e2-mutant-own-shard-too
+def light_us(total_bytes, cp_size, alpha_us, link_gbps):
+    return alpha_us + total_bytes / (link_gbps * 1e3)
+
+
+# %% e2-mutant-bytes-a-second
+def light_us(total_bytes, cp_size, alpha_us, link_gbps):
+    return alpha_us + total_bytes * (cp_size - 1) / cp_size / (link_gbps * 1e9)
+
+
+# %% e2-help [markdown]
+# Which bytes must come over the link, and which are there already?
+#
+# ---
+# Received: total · (n−1)/n. And 1 GB/s is 10³ bytes per µs.
+#
+# ---
+# `alpha_us + received_bytes / (link_gbps * 1e3)`.
+#
+# ---
+# **Why** The line has two numbers. alpha counts while S is small, B while it is large.
+#
+# **Another way** Solve for the size where both terms are equal: S = alpha · B · n/(n−1), here 2 MB.
+
+# %% light-text [markdown]
+# ### And on this machine?
+#
+# Four processes share one memory. There are no links. The least that a gather can do is *meet once*, *read* every byte once,
+# and *write* it once for every rank: (cp+1) · S bytes. How fast bytes move is measured, not looked up: when every rank
+# copies S bytes, 2 · cp · S bytes move. The fastest sample counts, because a bound is no average.
+#
+# (With a GPU for each rank the links are the bound, as above; the line below is then that of each GPU's memory.)
+
+# %% light tags=["nbval-ignore-output"] budget_s=60
+sizes = [16 << 10, 128 << 10, 1 << 20, 8 << 20, 64 << 20]  # bytes
+probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=12, **one) for n in sizes}
+least = (cp + 1) / (2 * cp)  # of what the copies move
+meet_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
+light = {n: meet_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
+assert light[sizes[-1]] > light[sizes[0]] > 0
+figures.show(figures.roof(light))
+
+# %% light-after [markdown]
+# This line is drawn *before* any gather ran, and it stays. A point under it means that the clock is wrong.
+
+# %% s3 [markdown]
+# ## 3. One gather on a clock
+#
+# What you compare from here on:
+#
+# | algorithm | what each rank does |
+# |---|---|
+# | `padded` | pad, the collective of torch.distributed, strip, reorder |
+# | `padded_symm` | copy into symmetric memory, push to all peers, strip, reorder |
+# | `direct` | push every row to its final place in all peers |
 #
 # All ranks read the same clock, so their stages can be laid side by side. First the classic pipeline.
 
@@ -73,60 +212,601 @@ figures.show(figures.timeline(padded.table, "padded"))
 direct = lab.trace(4096, cp, algorithm="direct")
 assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), "those passes are gone"
 figures.show(figures.timeline(direct.table, "direct"))
+reports = Path("reports")
+reports.mkdir(exist_ok=True)
+direct.save_chrome_trace(reports / "direct_trace.json")
 
-# %% s3 [markdown]
-# ## 3. A sweep
+# %% trace-after [markdown]
+# Four ranks, one clock: who waits for whom is there to see. `reports/direct_trace.json` holds the same for
+# https://ui.perfetto.dev. But this is *one* gather. Is it a typical one?
+
+# %% s4 [markdown]
+# ## 4. How to get it wrong
 #
-# One gather says little. Take several sizes and all four algorithms. The rows of one size are measured in turn,
-# so a disturbance hits all of them alike. Guess first: by what factor does `direct` win at 16 MB?
+# `lab.clock` brings *every* sample of *every* rank, and can leave out what a fair clock needs. First the barrier.
+# In a model, ranks arrive when their own work is done. Here rank r comes r · 5 ms late, on purpose.
 
-# %% sweep tags=["nbval-ignore-output"]
-sizes = [64 << 10, 512 << 10, 4 << 20, 16 << 20]
-table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=10)
+# %% late-predict
+lesson.predict("late", ...)
+
+# %% late tags=["nbval-ignore-output"]
+small = 512
+late = {"late_us": 5000, "iterations": 8, **one}
+fair = lab.clock(["direct"], small, cp, **late)
+unfair = lab.clock(["direct"], small, cp, barrier=False, **late)
+print(
+    "median of each rank, barrier first (µs):", np.median(fair.times_us("direct"), axis=0).round()
+)
+print(
+    "median of each rank, no barrier (µs):   ", np.median(unfair.times_us("direct"), axis=0).round()
+)
+assert unfair.median_us("direct") > 14_000 * 0.9, "rank 0 waits inside its clock"
+
+# %% late-reveal
+lesson.reveal("late", unfair.median_us("direct") / 1000)
+
+# %% wrong-text [markdown]
+# ### Eight mistakes
+#
+# Now take eight wrong times of real gathers, each beside the right one.
+
+# %% damage-predict
+lesson.predict("damage", ...)
+
+# %% mistakes-1 tags=["nbval-ignore-output"] budget_s=60
+from cpkit.notebook.mistakes import Mistake, noisy_neighbour
+
+tokens = 4096
+lab.pool.configure(1 << 20, cp)  # a small arena: the first gather must make a new segment
+cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
+lab.pool.configure(cp_size=cp)  # the default again
+warm = lab.clock(["direct", "copy", "copy_fresh", "collective", "launch"], tokens, cp, **one)
+times = warm.times_us("direct")  # [iterations, ranks]
+slowest = times.max(axis=1)
+right = np.median(slowest)
+print(warm)
+
+# %% mistakes-1-text [markdown]
+# `cold` began without warm-up, in a pool without room. `copy_fresh` copies into memory that nobody has touched: the kernel
+# first has to find and clear each page. `launch` starts the collective and does not wait. The next cell measures
+# `direct` against *itself*: the ratio must be 1.
+
+# %% mistakes-2 tags=["nbval-ignore-output"]
+with noisy_neighbour():  # somebody else uses the machine, for the first half of the time
+    disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
+quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
+after_another = disturbed.median_us("direct"), quiet.median_us("direct")
+in_turn = [
+    np.median([*disturbed.slowest_us(name), *quiet.slowest_us(name)])
+    for name in ("direct", "direct#2")
+]
+print(
+    f"one after the other: {after_another[0] / after_another[1]:.2f}; in turn: {in_turn[0] / in_turn[1]:.2f}"
+)
+
+# %% mistakes-flatter tags=["nbval-ignore-output"]
+samples = {name: warm.slowest_us(name) for name in warm.calls}
+typical = {name: np.median(values) for name, values in samples.items()}
+found = {
+    "not waited for": Mistake(typical["collective"], typical["launch"], samples["collective"]),
+    "fastest rank": Mistake(right, np.median(times.min(axis=1)), slowest),
+    "rates averaged": Mistake(slowest.mean(), 1 / (1 / slowest).mean(), slowest),
+}
+assert found["rates averaged"].factor <= 1, "a mean of rates always flatters"
+print({name: f"{mistake.factor:.2f} ×" for name, mistake in found.items()})
+
+# %% mistakes tags=["nbval-ignore-output"]
+fair_us, quiet_us = fair.slowest_us("direct"), quiet.slowest_us("direct")
+found |= {
+    "mean, not median": Mistake(right, slowest.mean(), slowest),
+    "one after the other": Mistake(after_another[1], after_another[0], quiet_us),
+    "no warm-up": Mistake(right, cold.slowest_us("direct")[0], slowest),
+    "first touch": Mistake(typical["copy"], typical["copy_fresh"], samples["copy"]),
+    "no barrier": Mistake(np.median(fair_us), unfair.median_us("direct"), fair_us),
+}
+figures.show(figures.damage(found))
+
+# %% damage-reveal
+order = sorted(
+    ("not waited for", "fastest rank", "no barrier"), key=lambda name: found[name].factor
+)
+lesson.reveal("damage", tuple(order))
+
+# %% mistakes-text [markdown]
+# Left of the line the gather looks faster than it is, right of it slower. "Not waited for" often lies *under the speed
+# of light*: that is how you find it without knowing the code. "No warm-up" is not small change: a first use that cost
+# 3 s once ate a kernel saving of 50 ms (UniRL#467). And ml-engineering's `all_reduce_bench.py` averages rates.
+
+
+# %% e3-task [markdown]
+# ### Exercise 3 · The time of a gather
+#
+# **Goal** Write `gather_us`: the time of a gather from `times_us`, an array `[iterations, ranks]`. The first `warmup`
+# iterations don't count. A gather is done when its slowest rank is. One wild iteration must not move the result.
+#
+# **Example** `[[90, 80], [10, 12], [30, 11], [9, 13]]` with `warmup=1`: the gathers took 12, 30 and 13, so 13.
+#
+# **About** 5 minutes, ★★☆
+
+
+# %% e3
+def gather_us(times_us, warmup):
+    """Typical time of one gather, in µs."""
+    # >>> your code
+    #: return times_us.mean()
+    slowest = times_us[warmup:].max(axis=1)
+    return np.median(slowest)
+    # <<<
+
+
+# %% e3-check
+lesson.check_gather_us(gather_us)
+
+
+# %% e3-mutant-mean
+def gather_us(times_us, warmup):
+    return times_us[warmup:].max(axis=1).mean()
+
+
+# %% e3-mutant-rank-0
+def gather_us(times_us, warmup):
+    return np.median(times_us[warmup:, 0])
+
+
+# %% e3-mutant-cold
+def gather_us(times_us, warmup):
+    return np.median(times_us.max(axis=1))
+
+
+# %% e3-mutant-largest-median
+def gather_us(times_us, warmup):
+    return np.median(times_us[warmup:], axis=0).max()
+
+
+# %% e3-mutant-best
+def gather_us(times_us, warmup):
+    return times_us[warmup:].max(axis=1).min()
+
+
+# %% e3-help [markdown]
+# Two axes, two questions: what over the ranks, what over the iterations?
+#
+# ---
+# Over the ranks the maximum, first. Over the iterations the median, then.
+#
+# ---
+# `times_us[warmup:]`, then `.max(axis=1)`, then `np.median`.
+#
+# ---
+# **Why** In another order it is another number: the largest of the ranks' medians misses that the slowest rank changes
+# from one gather to the next. The kit's live panel shows that cheaper number; it is never more than yours.
+#
+# **Another way** Take the end of the last rank minus the begin of the first, from `begin_us`. It also counts the barrier's
+# own skew.
+
+# %% s5 [markdown]
+# ## 5. A sweep
+#
+# One size says little. Take several, and three algorithms in turn, so that noise hits all of them alike.
+
+# %% ranking-predict
+lesson.predict("ranking", ...)
+
+# %% sweep tags=["nbval-ignore-output"] budget_s=90
+algorithms = ["padded", "padded_symm", "direct"]
+table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=8, **one)
 assert len(table) == len(sizes) * len(algorithms)
 names = "size_bytes count type algorithm time_us algbw_gbps busbw_gbps path"
-table[names.split()].round(2)
+table[names.split()].round(3)
 
 # %% sweep-check
 row = table.iloc[0]
-expected = busbw_gbps(row["size_bytes"], row["time_us"], row["cp_size"])
+expected = row["size_bytes"] / row["time_us"] / 1e3 * (cp - 1) / cp
 assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the same units"
-largest = table[table["size_bytes"] == table["size_bytes"].max()].set_index("algorithm")
-assert largest.loc["direct", "time_us"] < largest.loc["padded", "time_us"]
+largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_us"]
+assert largest["direct"] < largest["padded"]
+
+# %% ranking-reveal
+lesson.reveal("ranking", tuple(largest.sort_values().index))
 
 # %% sweep-figure tags=["nbval-ignore-output"]
-figures.show(figures.latency_bandwidth(table))
-ratio = largest.loc["padded", "time_us"] / largest.loc["direct", "time_us"]
-print(f"at {largest['size_bytes'].iloc[0]:,} B direct is {ratio:.1f} times as fast as padded")
-
+figures.show(figures.roof(light, table))
+print(f"at 64 MiB padded takes {largest['padded'] / largest['direct']:.1f} times as long as direct")
 
 # %% sweep-text [markdown]
-# On the left end time hardly depends on size: that is *latency*, the cost of meeting. On the right end it grows with
-# size: that is *bandwidth*. Fewer passes help on the right. Fewer meetings help on the left.
-
-# %% s4 [markdown]
-# ## 4. Where the time goes
+# On the left the lines are flat: that is the cost of *meeting*. On the right they climb with the light: that is the cost
+# of *bytes*. And a jump has a cause. On CPU ranks, between 8 and 67 MB `padded` and `padded_symm` get dearer by far more than 8 times.
+# Their results are ordinary memory, and from 32 MB on the C library takes it fresh from the kernel for every call: first
+# touch, each time. `direct` writes into the pool, which stays.
 #
-# The same gather, cut into its stages. `padded` pays for the collective *and* for three copies. `padded_symm` keeps two
-# of the copies. `direct` keeps none.
+# The gap between flat line and light is waiting and agreeing; it grows when more ranks than cores take turns.
+
+# %% s6 [markdown]
+# ## 6. Alpha and beta
+#
+# t = alpha + beta · S. Two numbers instead of a table, and they say what a change can move. Fit them to `direct`. Sizes
+# span a factor of 1000, so the *relative* error must be small, not the absolute one.
+
+# %% alpha-predict
+lesson.predict("alpha", ...)
+
+# %% fit tags=["nbval-ignore-output"]
+mine = table[table["algorithm"] == "direct"]
+alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
+print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
+errors = (alpha_us + us_per_byte * mine["size_bytes"]) / mine["time_us"] - 1
+print("off by", ", ".join(f"{error:+.0%}" for error in errors), "from the smallest to the largest")
+assert us_per_byte > 0
+figures.show(figures.roof(light, mine, ("direct", alpha_us, us_per_byte)))
+
+# %% alpha-reveal
+lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
+
+
+# %% e4-task [markdown]
+# ### Exercise 4 · Fit alpha and beta
+#
+# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. It is judged at sizes you have not seen,
+# small ones too.
+#
+# **Example** Times of exactly 10 µs + bytes / 1000: `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0, 0.001)`.
+#
+# **About** 8 minutes, ★★☆
+
+
+# %% e4
+def fit(sizes_bytes, times_us):
+    """(alpha_us, us_per_byte) of the line that fits best, relatively."""
+    # >>> your code
+    #: us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1)
+    #: return alpha_us, us_per_byte
+    weights = 1 / np.asarray(times_us)  # an error of 1 % counts alike everywhere
+    us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1, w=weights)
+    return alpha_us, us_per_byte
+    # <<<
+
+
+# %% e4-check
+lesson.check_fit(fit)
+
+
+# %% e4-mutant-through-zero
+def fit(sizes_bytes, times_us):
+    return 0.0, np.mean(np.asarray(times_us) / np.asarray(sizes_bytes))
+
+
+# %% e4-mutant-largest-two
+def fit(sizes_bytes, times_us):
+    us_per_byte, alpha_us = np.polyfit(sizes_bytes[-2:], times_us[-2:], 1)
+    return alpha_us, us_per_byte
+
+
+# %% e4-help [markdown]
+# Run the check on the starter. At which size is it wrong? How large is the time there?
+#
+# ---
+# An error of 5 % at 64 MB is larger than all of alpha. Give every point the weight 1 / time.
+#
+# ---
+# `np.polyfit` has an argument `w`. It multiplies the residuals, not their squares.
+#
+# ---
+# **Why** Least squares minimizes µs. You want per cent. With w = 1/t the residual is the relative error.
+#
+# **Another way** Take alpha from the smallest size and beta from the largest two. Quick, and sensitive to two samples.
+
+# %% e4-after [markdown]
+# Two numbers are a first model. `cpkit.cost` has a fuller one: it counts each algorithm's bytes, tells cache from memory and
+# first touch, and gives every core its ranks. `make bench` checks it at sizes and cp that it was not fitted to.
+
+# %% s7 [markdown]
+# ## 7. Count passes, then remove them
+#
+# A *pass* writes all gathered rows once. Its price can be measured by itself: that is `copy`. The collective of
+# torch.distributed has a price of its own. So a gather can be priced before it is run: rows written, times price, plus
+# two meetings.
+
+# %% passes
+rows = {name: lesson.rows_written(lab.gather([13, 9], cp, algorithm=name)) for name in algorithms}
+passes = pd.DataFrame(rows).T.fillna(0).astype(int)
+passes["passes"] = (passes.sum(axis=1) / 22).round(2)
+passes
+
+
+# %% e5-task [markdown]
+# ### Exercise 5 · The price of a gather
+#
+# **Goal** Write `price_us`. `rows` says how many rows a rank wrote in each stage. Writing `total` rows costs `wire_us` in the
+# stage `wire` and `copy_us` in any other. Every gather meets twice, at `meet_us` each.
+#
+# **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
+#
+# **About** 6 minutes, ★★☆
+
+
+# %% e5
+def price_us(rows, total, copy_us, wire_us, meet_us):
+    """What a gather of `total` rows costs by its own account, in µs."""
+    # >>> your code
+    #: return 2 * meet_us + wire_us
+    passes_us = 0.0
+    for stage, written in rows.items():
+        passes_us += written / total * (wire_us if stage == "wire" else copy_us)
+    return 2 * meet_us + passes_us
+    # <<<
+
+
+# %% e5-check
+lesson.check_price(lab, price_us)
+
+
+# %% e5-mutant-padding-is-free
+def price_us(rows, total, copy_us, wire_us, meet_us):
+    copies = sum(stage != "wire" and written / total for stage, written in rows.items())
+    return 2 * meet_us + wire_us + copies * copy_us
+
+
+# %% e5-mutant-whole-passes
+def price_us(rows, total, copy_us, wire_us, meet_us):
+    return 2 * meet_us + wire_us + (len(rows) - 1) * copy_us
+
+
+# %% e5-mutant-no-meeting
+def price_us(rows, total, copy_us, wire_us, meet_us):
+    return sum(n / total * (wire_us if stage == "wire" else copy_us) for stage, n in rows.items())
+
+
+# %% e5-help [markdown]
+# The table above has a row for each algorithm. Which of its numbers are not 22?
+#
+# ---
+# A stage costs (rows it wrote / total) · price. The wire carries padding too: more than `total` rows.
+#
+# ---
+# `2 * meet_us + sum(…)` over `rows.items()`.
+#
+# ---
+# **Why** Bytes move at one speed, whoever moves them. That is why counting comes before tuning.
+#
+# **Another way** Two prices a stage, one for reading and one for writing: needed where a stage reads more than it writes.
+
+# %% passes-text [markdown]
+# Now price the three algorithms at 16 MiB, and measure them in the same run. First write your number down.
+
+# %% passes-predict
+lesson.predict("passes", ...)
+
+# %% priced tags=["nbval-ignore-output"] budget_s=60
+calls = ["barrier", "copy", "collective", *algorithms]
+run = lab.clock(calls, (16 << 20) // 2048, cp, iterations=10, **one)
+costs = {name: run.median_us(name) for name in calls}
+predicted = {
+    name: lesson.price(rows[name], 22, costs["copy"], costs[wire], costs["barrier"])
+    for name, wire in zip(algorithms, ("collective", "copy", "copy"))
+}
+measured = {name: costs[name] for name in algorithms}
+figures.show(figures.steps(predicted, measured))
+
+# %% passes-reveal
+lesson.reveal("passes", measured["padded_symm"] / measured["direct"])
+
+# %% priced-text [markdown]
+# Two steps, two causes. `padded` → `padded_symm` replaces the collective by a push into peers' memory. `padded_symm` →
+# `direct` removes strip, reorder and the copy into the symmetric shard: nothing is left but the push.
+#
+# SGLang 0.5.23 makes four passes after the wire. By arithmetic they take 87 % of the wire's own time on 8 H200, 101 %
+# on 4, 152 % on 2. No kernel on the wire can win that back.
+
+# %% look-back [markdown]
+# ### Look back
+#
+# Measured is above predicted. Where is the rest? Every gather can be cut into its stages.
 
 
 # %% stages tags=["nbval-ignore-output"]
 def one_sample(algorithm):
-    return next(iter(lab.measure(8192, cp, algorithm=algorithm, samples=1)))
+    return next(lab.measure((16 << 20) // 2048, cp, algorithm=algorithm, samples=1, **one))
 
 
-samples = [one_sample(name) for name in algorithms]
-assert [sample.workload.algorithm for sample in samples] == algorithms
-figures.show(figures.stage_split(samples))
+split = [one_sample(name) for name in algorithms]
+assert not {"pad", "strip", "reorder"} & set(split[-1].stage_us), "direct has none of them"
+figures.show(figures.stage_split(split))
 
-# %% stages-check
-stages = {sample.workload.algorithm: set(sample.stage_us) for sample in samples}
-assert {"strip", "reorder"} <= stages["padded"] & stages["padded_symm"]
-assert not {"pad", "strip", "reorder"} & stages["direct"]
+# %% look-back-after [markdown]
+# `agree` and `exit` are meetings: there is Python in them, and ranks that wait for a core. `strip` and `reorder` also pay for
+# new memory now and then. The account has none of that. If the *order of the gains* holds, it was good enough to decide.
 
-# %% s5 [markdown]
-# ## 5. Live
+
+# %% e6-task [markdown]
+# ### Exercise 6 · Few copies, final places
+#
+# **Goal** `direct` needs a plan: which rows of the shard go where. `tokens[i]` is the token that row i holds. Write `copies`:
+# a list of (first row, first token, length), as short as possible. A copy moves neighbours to neighbours.
+#
+# **Example** A rank holds tokens `[0, 1, 6, 7]`: `copies([0, 1, 6, 7])` is `[(0, 0, 2), (2, 6, 2)]`.
+#
+# **About** 9 minutes, ★★★
+
+
+# %% e6
+def copies(tokens):
+    """(row, token, length) of each copy; together they move every row to its token's place."""
+    # >>> your code
+    #: return [(0, tokens[0], len(tokens))] if tokens else []
+    plan = []
+    for row, token in enumerate(tokens):
+        if plan and token == tokens[row - 1] + 1:
+            first_row, first_token, length = plan[-1]
+            plan[-1] = (first_row, first_token, length + 1)
+        else:
+            plan.append((row, token, 1))
+    return plan
+    # <<<
+
+
+# %% e6-check
+lesson.check_copies(copies)
+
+
+# %% e6-mutant-row-by-row
+def copies(tokens):
+    return [(row, token, 1) for row, token in enumerate(tokens)]
+
+
+# %% e6-mutant-ascending
+def copies(tokens):
+    plan = []
+    for row, token in enumerate(tokens):
+        if plan and token > tokens[row - 1]:
+            plan[-1] = (*plan[-1][:2], plan[-1][2] + 1)
+        else:
+            plan.append((row, token, 1))
+    return plan
+
+
+# %% e6-mutant-loses-the-last
+def copies(tokens):
+    plan, first = [], 0
+    for row in range(1, len(tokens)):
+        if tokens[row] != tokens[row - 1] + 1:
+            plan.append((first, tokens[first], row - first))
+            first = row
+    return plan
+
+
+# %% e6-help [markdown]
+# When do two rows that stand side by side go to places that stand side by side?
+#
+# ---
+# When the second token is the first plus one. Then the copy grows, else a new one begins.
+#
+# ---
+# Keep a list; look at `tokens[row - 1]`; make the last entry one longer, or append `(row, token, 1)`.
+#
+# ---
+# **Why** A copy has an alpha too: a call, a kernel, a descriptor. Zigzag needs two copies a sequence, however long it is;
+# interleave needs one a token, unless the copy can stride.
+#
+# **Another way** `np.flatnonzero(np.diff(tokens) != 1) + 1` are the cuts; `np.split` does the rest.
+
+# %% s8 [markdown]
+# ## 8. The price of padding
+#
+# For one long sequence padding is nearly nothing. For many short ones it is not. Same tokens, two batches: 64 sequences
+# of 9 tokens, and 72 of 8.
+
+# %% padding-predict
+lesson.predict("padding", ...)
+
+# %% padding tags=["nbval-ignore-output"]
+batches = {"64 × 9": [9] * 64, "72 × 8": [8] * 72}
+carried = {}
+for name, batch in batches.items():
+    gathered = lab.gather(batch, cp, algorithm="padded_symm", heads=32, tensors=1)
+    carried[name] = len(gathered.stage("wire", 0))
+    timed = lab.clock(["padded_symm", "direct"], batch, cp, heads=32, tensors=1, iterations=10)
+    costs = "  ".join(f"{call} {timed.median_us(call):,.0f} µs" for call in timed.calls)
+    print(f"{name}: {sum(batch)} tokens, {carried[name]} slots on the wire; {costs}")
+
+# %% padding-reveal
+lesson.reveal("padding", carried["64 × 9"] / sum(batches["64 × 9"]))
+
+# %% padding-text [markdown]
+# Bytes are certain, times are noisy: compare the slots first. Only the wire carries padding; strip and reorder move what
+# is left. So a third more slots is less than a third more time.
+#
+# And look at `direct`: it has no padding, but two copies for each sequence and peer, each with an alpha of its own. For many
+# short sequences that can cost more than the padding did. Count both.
+
+# %% s9 [markdown]
+# ## 9. When symmetric memory stops paying
+#
+# These times are not from here. Megatron-LM#5596 published them: 8 × H100, the same collective by NCCL's ring and by its
+# symmetric kernels. At 2 MiB the gain is 1.85. SGLang#17756 saw 27.6 → 13.7 µs for the CP gather of a 16K prompt: a small message.
+
+# %% stops-predict
+lesson.predict("stops", ...)
+
+# %% stops
+from cpkit.notebook.published import SYMMETRIC
+
+ring = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.before_us)
+symmetric = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.after_us)
+for name, (alpha, beta) in {"ring": ring, "symmetric": symmetric}.items():
+    print(f"{name:10} alpha {alpha:4.1f} µs, busbw without it {1e-3 / beta * 7 / 8:.0f} GB/s")
+figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.before_us, SYMMETRIC.after_us)
+figures.show(
+    figures.recorded(
+        figure, machine=SYMMETRIC.machine, date="date not given", source=SYMMETRIC.source
+    )
+)
+
+# %% stops-reveal
+lesson.reveal("stops", SYMMETRIC.before_us[-1] / SYMMETRIC.after_us[-1])
+
+
+# %% e7-task [markdown]
+# ### Exercise 7 · Where a gain ends
+#
+# **Goal** Two algorithms are lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size above which `slow`
+# takes no more than `gain` times as long as `fast`. `math.inf` if the gain never falls so low, 0 if it is never so high.
+#
+# **Example** 20 µs + 3·10⁻⁶ a byte against 10 µs + 3·10⁻⁶: `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes:
+# there 50 µs stand against 40.
+#
+# **About** 8 minutes, ★★★
+
+# %% e7
+import math
+
+
+def break_even_bytes(slow, fast, gain):
+    """Size where slow takes `gain` times as long as fast."""
+    # >>> your code
+    #: return math.inf
+    saved_us = slow[0] - gain * fast[0]  # what alpha still gives
+    lost_us_per_byte = gain * fast[1] - slow[1]  # what each byte takes away
+    if lost_us_per_byte <= 0:
+        return 0.0 if saved_us <= 0 and lost_us_per_byte == 0 else math.inf
+    return max(0.0, saved_us / lost_us_per_byte)
+    # <<<
+
+
+# %% e7-check
+lesson.check_break_even(break_even_bytes)
+
+# %% e7-mutant-no-edges
+import math
+
+
+def break_even_bytes(slow, fast, gain):
+    return (slow[0] - gain * fast[0]) / (gain * fast[1] - slow[1])
+
+
+# %% e7-mutant-only-alpha
+import math
+
+
+def break_even_bytes(slow, fast, gain):
+    return max(0.0, (slow[0] - fast[0]) / ((gain - 1) * fast[1]))
+
+
+# %% e7-help [markdown]
+# Write down that slow(S) = gain · fast(S). Which side grows faster?
+#
+# ---
+# a₁ + b₁S = g·a₂ + g·b₂S, so S = (a₁ − g·a₂) / (g·b₂ − b₁). Both brackets can be negative.
+#
+# ---
+# If g·b₂ − b₁ is not positive, the gain stays: `math.inf`. Else `max(0.0, …)`.
+#
+# ---
+# **Why** A gain in alpha fades like 1/S. A gain in beta stays. Ask of every speed-up which of the two it is.
+#
+# **Another way** Bisect on the size with the ratio of the two times. It needs no algebra, and works for curves as well.
+
+# %% s10 [markdown]
+# ## 10. Live
 #
 # Now turn the knobs. Every change measures anew, on the same workers. Things to try:
 #
@@ -161,11 +841,134 @@ sample = panel.wait(samples=15)
 figures.show(panel.panel.still())
 print(f"{sample.time_us:.0f} µs, busbw {sample.busbw_gbps:.2f} GB/s, path {sample.path}")
 
+# %% s11 [markdown]
+# ## 11. Beyond one machine, by the model
+#
+# Nobody here has 72 GPUs. The model has: alpha and beta of one NVLink domain come from section 9. Between nodes, the
+# other nodes' share of S enters through one network card a GPU, then NVLink spreads it. **All of this is modelled.**
+
+# %% nodes-predict
+lesson.predict("nodes", ...)
+
+
+# %% nodes
+def modelled_us(size_bytes, cp_size, domain, nvlink_gbps=328, card_gbps=50, card_alpha_us=15):
+    """One NVLink domain; beyond it, each card brings its part of what other nodes hold."""
+    inside_us = 5.3 + size_bytes * (cp_size - 1) / cp_size / nvlink_gbps / 1e3
+    if cp_size <= domain:
+        return inside_us
+    from_outside = size_bytes * (1 - domain / cp_size) / domain  # bytes of each card
+    return inside_us + card_alpha_us + from_outside / card_gbps / 1e3
+
+
+one_domain, two_nodes = (modelled_us(256 * MB, 16, domain) for domain in (72, 8))
+print(
+    f"256 MB over 16 GPUs: one domain {one_domain:.0f} µs, two nodes {two_nodes:.0f} µs (modelled)"
+)
+
+# %% nodes-reveal
+lesson.reveal("nodes", two_nodes / one_domain)
+
+# %% nodes-figure
+domains = {"nodes of 8 GPUs": 8, "one domain of up to 72": 72}
+curves = [
+    {"where": f"{where}, {size} MB", "cp_size": n, "time_us": modelled_us(size * MB, n, domain)}
+    for where, domain in domains.items()
+    for size in (1, 256)
+    for n in (2, 4, 8, 16, 32, 64)
+]
+figures.show(figures.scale_out(pd.DataFrame(curves)))
+
+# %% nodes-text [markdown]
+# The model adds what a pipelined gather would overlap, and it knows no contention: take the shape, not the third digit. Ask it
+# *which term* dominates. At 1 MB that is the card's alpha; at 256 MB the bytes, on NVLink more than on the cards.
+
+# %% s12 [markdown]
+# ## 12. Recorded elsewhere, beside yours
+#
+# `make bench` records what it measures, with machine, date and commit. Here are those records, and the newest one beside
+# your sweep. Open marks are recorded, filled ones are yours.
+
+# %% recorded tags=["nbval-ignore-output"]
+from cpkit.notebook import recordings
+
+known = recordings.read()
+print(recordings.describe(known))
+for recording in recordings.newest(known, cp):
+    figures.show(recordings.beside(table, recording, cp))
+
+# %% recorded-text [markdown]
+# Compare shapes, not heights: where does each machine leave alpha, and in which order stand the algorithms?
+#
+# A GPU record with one GPU has all ranks on it: no byte crosses a link, and the floor is that GPU's memory. Its flat part is
+# not meeting alone, it is *launching*. `plan` is `direct` prepared once and then repeated (`plan_gather_kv`); on a GPU it
+# replays a captured graph. The same bytes, and how much of alpha is left?
+
+# %% s13 [markdown]
+# ## 13. A report that can be repeated
+#
+# Would a stranger get your number? Give them machine, versions, commit, date, method, samples, spread, and the code. One
+# page, no network needed, and the same as JSON.
+
+# %% repeat
+repeat = f"""import cpkit
+with cpkit.connect(nproc={lab.world_size}) as lab:
+    print(lab.sweep(sizes_bytes={sizes}, cp_sizes=[{cp}],
+                    algorithms={algorithms}, iterations=8, tensors=1))
+"""
+print(repeat)
+
+# %% report tags=["nbval-ignore-output"] budget_s=60
+from cpkit.notebook import report
+
+results = {
+    "alpha_us": alpha_us,
+    "beta_us_per_byte": us_per_byte,
+    "light_us_at_64_MiB": light[sizes[-1]],
+}
+roof = figures.roof(light, table)
+page, data = report.write(
+    reports, lab.status(), table, repeat=repeat, results=results, figures=[roof]
+)
+print(f"{page}, {data}: {len(table)} rows")
+
+# %% report-check
+import json
+
+content = json.loads(data.read_text())
+assert len(content["sweep"]) == len(table)
+assert {"commit", "torch", "cores", "date"} <= content["environment"].keys()
+assert "http" not in page.read_text(), "one file, nothing to load"
+
+# %% progress
+lesson.progress()
+
 # %% end [markdown]
 # ## What to remember
 #
-# - Compare busbw with the hardware, t with your latency budget. Always say which.
-# - The slowest rank is the time of the gather.
-# - Passes over the data cost bandwidth; meetings cost latency. `direct` has one pass and two meetings.
+# - Draw the speed of light first. A time under it is a wrong time.
+# - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
+# - alpha is meetings, beta is bytes. Symmetric memory buys alpha; removing passes buys beta.
+# - Count passes before you write a kernel.
 #
-# **You can now read** nccl-tests' `PERFORMANCE.md`, and the timings in SGLang's pull requests.
+# **Five questions** (answers below)
+# 1. A colleague reports 900 GB/s algbw over links of 360 GB/s, 8 ranks. What do you ask first?
+# 2. Two variants differ by 4 %, the spread of each is 10 %. Which is faster?
+# 3. Your kernel halves alpha. Who will notice, and who won't?
+# 4. Why can fewer bytes take longer?
+# 5. Which rank's time do you report?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Whether the clock waited for the end: busbw is 788 GB/s, above the speed of light. 2. Unknown: measure them in turn, more
+# often, and compare pair by pair. 3. Small messages; at 128 MiB 6 % were left. 4. Many short copies: each has an alpha. 5. The
+# slowest, in each iteration.
+#
+# </details>
+#
+# **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables of
+# Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
+#
+# **An open problem** No serving engine that we read gathers ragged KV straight to its final place yet: vLLM#49517, #52863 and
+# #57115 are open. `all_gather_kv(…, into=, slots=)` here writes into a paged cache. What would it take to *quantize* on the way, so
+# that FP8 crosses the wire and nothing is copied twice? Count the passes first.

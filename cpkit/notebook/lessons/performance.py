@@ -1,8 +1,34 @@
-"""Notebook 3: what it asks and how it checks."""
+"""Notebook 3, all-gather performance: all it asks and checks, under one name."""
 
-from __future__ import annotations
+from cpkit.notebook.lessons.performance_questions import LESSON, predict, progress, reveal
+from cpkit.notebook.lessons.performance_runs import check_copies
+from cpkit.notebook.lessons.performance_times import (
+    check_fit,
+    check_gather_us,
+    check_price,
+    fit_line,
+    price,
+    rows_written,
+)
+from cpkit.notebook.lessons.performance_units import (
+    check_bandwidths,
+    check_break_even,
+    check_light,
+)
 
-from cpkit.notebook.lesson import Lesson
-
-LESSON = Lesson("03_allgather_perf")
-predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
+__all__ = [
+    "LESSON",
+    "check_bandwidths",
+    "check_break_even",
+    "check_copies",
+    "check_fit",
+    "check_gather_us",
+    "check_light",
+    "check_price",
+    "fit_line",
+    "predict",
+    "price",
+    "progress",
+    "reveal",
+    "rows_written",
+]

@@ -1,0 +1,206 @@
+"""Pictures of models: the speed of light under measured times, steps predicted and measured, and
+what lies beyond this machine.
+
+What is computed is drawn as an outline or a thin line, what was measured as a filled shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from cpkit.notebook import style
+from cpkit.notebook.charts import byte_words
+
+Curve = Mapping[int, float]  # bytes to µs
+_MEASURED, _OUTLINE = "#8f9ba8", "#24292f"
+
+
+def roof(
+    light: Curve, table: pd.DataFrame | None = None, fit: tuple[str, float, float] | None = None
+) -> go.Figure:
+    """The speed of light over size, later with measured times on the same axes.
+
+    `table` is `lab.sweep`'s; `fit` is (algorithm, alpha in µs, beta in µs per byte).
+    """
+    figure = go.Figure()
+    sizes = sorted(light)
+    _add_light(figure, sizes, [light[size] for size in sizes])
+    words = [f"The hardware needs {light[s]:,.0f} µs for {byte_words(s)}" for s in sizes[-1:]]
+    if table is not None:
+        words += _add_sweep(figure, table, light)
+    if fit is not None:
+        words.append(_add_fit(figure, sizes, *fit))
+    ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes], "type": "log"}
+    figure.update_layout(
+        xaxis=style.axis("size: all gathered bytes", **ticks),
+        yaxis=style.axis("time (µs, slowest rank)", type="log", dtick=1),
+        legend=style.legend_below(300, gap=60),
+        margin={"l": 66, "r": 16, "t": 66, "b": 96},
+    )
+    return style.finish(
+        figure,
+        title="Speed of light" + (" and what was measured" if table is not None else ""),
+        subtitle="meet once, read every byte once, write it for every rank; grey is out of reach",
+        alt=". ".join(words) + ".",
+        height=460,
+    )
+
+
+def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.Figure:
+    """Predicted and measured µs of each algorithm, from the slowest to the fastest."""
+    names = list(measured)
+    figure = go.Figure()
+    outline = {"color": style.PAPER, "line": {"color": _OUTLINE, "width": 1.5}}
+    for name, values, marker in (
+        ("predicted", predicted, outline),
+        ("measured", measured, {"color": _MEASURED}),
+    ):
+        figure.add_bar(
+            name=name,
+            orientation="h",
+            y=names,
+            x=[values[key] for key in names],
+            text=[f"{name} {values[key]:,.0f}" for key in names],
+            marker=marker,
+            hovertemplate=f"%{{y}}, {name}: %{{x:,.0f}} µs<extra></extra>",
+        )
+    figure.update_layout(
+        bargap=0.3,
+        legend=style.legend_below(64 * len(names)),
+        margin={"l": 8, "r": 16, "t": 66, "b": 92},
+        xaxis=style.axis("time (µs, slowest rank)", rangemode="tozero"),
+        yaxis=style.axis("", autorange="reversed", automargin=True, ticks=""),
+    )
+    words = "; ".join(
+        f"{name}: predicted {predicted[name]:,.0f} µs, measured {measured[name]:,.0f} µs"
+        for name in names
+    )
+    return style.finish(
+        figure,
+        title="Passes removed: predicted and measured",
+        subtitle="predicted = two meetings + what each pass over the bytes costs by itself",
+        alt=words + ".",
+        height=160 + 64 * len(names),
+    )
+
+
+def gain(
+    sizes_bytes: Sequence[int], slow_us: Sequence[float], fast_us: Sequence[float]
+) -> go.Figure:
+    """How often faster the second is, over size: where its gain ends."""
+    ratios = [slow / fast for slow, fast in zip(slow_us, fast_us, strict=True)]
+    figure = go.Figure()
+    figure.add_scatter(
+        name="gain",
+        mode="lines+markers+text",
+        x=list(sizes_bytes),
+        y=ratios,
+        text=[f"{ratio:.2f} ×" for ratio in ratios],
+        textposition="top center",
+        line={"color": style.INK},
+        marker={"size": 9, "color": style.INK},
+        hovertemplate="%{x:,} B: %{y:.2f} ×<extra></extra>",
+    )
+    figure.add_hline(y=1, line={"color": _MEASURED, "dash": "dot"})
+    ticks = {"tickvals": list(sizes_bytes), "ticktext": [byte_words(s) for s in sizes_bytes]}
+    figure.update_layout(
+        showlegend=False,
+        xaxis=style.axis("size: all gathered bytes", type="log", **ticks),
+        yaxis=style.axis("time ratio, ring / symmetric", range=[0.9, max(ratios) * 1.12]),
+        margin={"l": 66, "r": 16, "t": 66, "b": 60},
+    )
+    pairs = zip(sizes_bytes, ratios, strict=True)
+    words = ", ".join(f"{ratio:.2f} × at {byte_words(size)}" for size, ratio in pairs)
+    return style.finish(
+        figure, title="What symmetric memory gains", alt=f"Gain: {words}.", height=360
+    )
+
+
+def scale_out(table: pd.DataFrame) -> go.Figure:
+    """Modelled µs over cp_size; `table` has the columns cp_size, where, time_us."""
+    figure = go.Figure()
+    dashes = ("solid", "dash", "dot", "dashdot")
+    for number, (where, rows) in enumerate(table.groupby("where", sort=False)):
+        figure.add_scatter(
+            name=str(where),
+            mode="lines+markers",
+            x=rows["cp_size"].tolist(),
+            y=rows["time_us"].tolist(),
+            line={"color": style.INK, "dash": dashes[number % 4], "width": 1.5},
+            marker={"symbol": f"{('circle', 'square', 'diamond', 'x')[number % 4]}-open"},
+            hovertemplate=f"{where}: cp_size %{{x}}, %{{y:,.0f}} µs<extra></extra>",
+        )
+    sizes = sorted(int(size) for size in table["cp_size"].unique())
+    ticks = {"tickvals": sizes, "ticktext": [str(size) for size in sizes]}
+    figure.update_layout(
+        xaxis=style.axis("cp_size (ranks)", type="log", **ticks),
+        yaxis=style.axis("modelled time (µs)", type="log", dtick=1),
+        legend=style.legend_below(240, gap=60),
+        margin={"l": 66, "r": 16, "t": 66, "b": 110},
+    )
+    last = table.groupby("where", sort=False).last()
+    words = ", ".join(
+        f"{row.Index}: {row.time_us:,.0f} µs at cp_size {row.cp_size}" for row in last.itertuples()
+    )
+    return style.finish(
+        figure,
+        title="Modelled: beyond one machine",
+        subtitle="computed from published constants; nothing here was measured by this notebook",
+        alt=f"Modelled, not measured. {words}.",
+        height=420,
+    )
+
+
+def _add_light(figure: go.Figure, sizes: Sequence[int], times_us: Sequence[float]) -> None:
+    floor = min(times_us) / 3
+    figure.add_scatter(
+        x=list(sizes), y=[floor] * len(sizes), mode="lines", line={"width": 0}, showlegend=False
+    )
+    figure.data[-1].hoverinfo = "skip"
+    figure.add_scatter(
+        name="speed of light",
+        x=list(sizes),
+        y=list(times_us),
+        mode="lines",
+        fill="tonexty",
+        fillcolor="#eaeef2",
+        line={"color": style.INK, "width": 2},
+        hovertemplate="speed of light<br>%{x:,} B: %{y:,.1f} µs<extra></extra>",
+    )
+
+
+def _add_sweep(figure: go.Figure, table: pd.DataFrame, light: Curve) -> list[str]:
+    words = []
+    for algorithm in [name for name in style.ALGORITHM_LINES if name in set(table["algorithm"])]:
+        rows = table[table["algorithm"] == algorithm].sort_values("size_bytes")
+        color, dash, marker = style.algorithm_line(algorithm)
+        figure.add_scatter(
+            name=algorithm,
+            mode="lines+markers",
+            x=rows["size_bytes"].tolist(),
+            y=rows["time_us"].tolist(),
+            line={"color": color, "dash": dash},
+            marker={"color": color, "symbol": marker, "size": 8},
+            hovertemplate=f"{algorithm}<br>%{{x:,}} B: %{{y:,.0f}} µs<extra></extra>",
+        )
+        size, time_us = rows["size_bytes"].iloc[-1], rows["time_us"].iloc[-1]
+        words.append(f"{algorithm} takes {time_us / light[int(size)]:.1f} times that")
+    return words
+
+
+def _add_fit(
+    figure: go.Figure, sizes: Sequence[int], algorithm: str, alpha_us: float, us_per_byte: float
+) -> str:
+    line = {"color": style.algorithm_line(algorithm)[0], "width": 1, "dash": "dot"}
+    figure.add_scatter(
+        name=f"{algorithm}: alpha + beta · bytes",
+        mode="lines",
+        x=list(sizes),
+        y=[alpha_us + us_per_byte * size for size in sizes],
+        line=line,
+        hovertemplate="fit: %{y:,.0f} µs<extra></extra>",
+    )
+    return f"The fit of {algorithm}: {alpha_us:,.0f} µs + bytes / {1e-3 / us_per_byte:.2f} GB/s"

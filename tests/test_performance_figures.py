@@ -1,0 +1,195 @@
+"""What notebook 3 draws and writes: from the numbers it is given, and labelled as what they are."""
+
+from __future__ import annotations
+
+import json
+import threading
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cpkit.clock_lab import Clocked
+from cpkit.control.messages import Array, ClockResult, Workload
+from cpkit.notebook import figures, published, recordings, report
+from cpkit.notebook.lessons import performance
+from cpkit.notebook.mistakes import Mistake, noisy_neighbour
+
+SIZES = (1 << 16, 1 << 20, 1 << 24)
+LIGHT = {size: 1.0 + size * 1e-4 for size in SIZES}
+
+
+def sweep(cp_size: int = 4) -> pd.DataFrame:
+    rows = [
+        {
+            "size_bytes": size,
+            "cp_size": cp_size,
+            "algorithm": name,
+            "time_us": factor * LIGHT[size],
+            "p95_us": 2.0 * factor * LIGHT[size],
+            "iterations": 7,
+        }
+        for name, factor in (("padded", 12.0), ("direct", 2.0))
+        for size in SIZES
+    ]
+    return pd.DataFrame(rows)
+
+
+def recording(folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-02") -> Path:
+    row = {"variant": "direct", "cp_size": cp_size, "size_bytes": SIZES[0], "time_us": 3.0}
+    where = {"device": device, "processor": "a processor", "cores": 2, "date": name, "commit": "c"}
+    path = folder / f"{name}-{'cpu' if device == 'cpu' else 'gpu'}.json"
+    path.write_text(json.dumps({"environment": where, "gather": [row, {"variant": "no time"}]}))
+    return path
+
+
+# ------------------------------------------------------------------------- figures
+
+
+def test_the_roof_stays_when_points_arrive() -> None:
+    before, after = figures.roof(LIGHT), figures.roof(LIGHT, sweep(), ("direct", 2.0, 2e-4))
+    light = [next(t for t in f.data if t.name == "speed of light") for f in (before, after)]
+    assert list(light[0].y) == list(light[1].y) == [LIGHT[size] for size in SIZES]
+    assert {"padded", "direct", "direct: alpha + beta · bytes"} <= {t.name for t in after.data}
+    words = figures.text_alternative(after)
+    assert "padded takes 12.0 times that. direct takes 2.0 times that" in words
+    assert "2 µs + bytes / 5.00 GB/s" in words
+
+
+def test_damage_shows_each_factor_and_its_samples() -> None:
+    found = {
+        "flatters": Mistake(10.0, 5.0, [9.0, 11.0]),
+        "slanders": Mistake(10.0, 30.0, [10.0]),
+    }
+    figure = figures.damage(found)
+    reported = next(trace for trace in figure.data if trace.name == "what the mistake reports")
+    assert list(reported.x) == [0.5, 3.0]
+    assert list(figure.data[0].x) == [0.9, 1.1], "samples by the right time"
+
+
+def test_a_neighbour_is_heard_and_leaves() -> None:
+    before = threading.active_count()
+    with noisy_neighbour(2):
+        assert threading.active_count() == before + 2
+    assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------------- records
+
+
+def test_recordings_say_what_they_are_and_what_is_missing(tmp_path: Path) -> None:
+    recording(tmp_path, "cpu", name="2026-01-01")
+    recording(tmp_path, "cpu", name="2026-01-02")
+    (tmp_path / "notes.json").write_text('{"something": "else"}')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    found = recordings.read(tmp_path)
+    assert [each.name for each in found] == ["2026-01-01-cpu.json", "2026-01-02-cpu.json"]
+    assert "a processor, 2 cores, 2026-01-02, commit c, cp_size 4" in recordings.describe(found)
+    assert "missing: a run on GPUs" in recordings.describe(found)
+    recording(tmp_path, "NVIDIA H200", name="2026-01-03")
+    found = recordings.read(tmp_path)
+    assert "missing" not in recordings.describe(found)
+    assert [each.machine for each in recordings.newest(found, 4)] == [
+        "a processor, 2 cores",
+        "NVIDIA H200",
+    ]
+    assert recordings.newest(found, 8) == []
+
+
+def test_what_was_recorded_is_never_shown_as_measured_here(tmp_path: Path) -> None:
+    recording(tmp_path, "NVIDIA H200")
+    (found,) = recordings.read(tmp_path)
+    figure = recordings.beside(sweep(), found, 4)
+    assert figure.layout.title.text == "Recorded: cp_size 4, beside yours"
+    assert "Recorded on NVIDIA H200, 2026-01-02" in figure.layout.title.subtitle.text
+    marks = {trace.name: trace.marker.symbol for trace in figure.data}
+    assert marks["direct, recorded"] == "circle-open"
+    assert marks["direct, yours"] == "circle"
+    with pytest.raises(ValueError, match=r"has no cp_size 8; it has \[4\]"):
+        recordings.beside(sweep(), found, 8)
+
+
+def test_a_gpu_record_brings_its_floor(tmp_path: Path) -> None:
+    path = recording(tmp_path, "NVIDIA H200")
+    content = json.loads(path.read_text())
+    content["gather"] = [{**row, "variant": "seed", "floor_us": 2.0} for row in content["gather"]]
+    content["gather"] = content["gather"][:1]
+    path.write_text(json.dumps(content))
+    (found,) = recordings.read(tmp_path)
+    names = {trace.name for trace in recordings.beside(sweep(), found, 4).data}
+    assert {"padded_symm_recv, recorded", "floor, recorded"} <= names
+
+
+def test_the_committed_records_can_be_read() -> None:
+    found = recordings.read()
+    assert found, "benchmarks/results holds at least one run"
+    assert all(each.environment["date"] and each.machine for each in found)
+
+
+def test_published_times_say_what_the_notes_say() -> None:
+    ring, symmetric = (
+        performance.fit_line(published.SYMMETRIC.sizes_bytes, times)
+        for times in (published.SYMMETRIC.before_us, published.SYMMETRIC.after_us)
+    )
+    assert symmetric[0] == pytest.approx(5.3, abs=0.05)
+    assert 7 / 8 * 1e-3 / symmetric[1] == pytest.approx(328, abs=1)
+    assert ring[0] > 2 * symmetric[0]
+
+
+# ------------------------------------------------------------------------- report
+
+STATUS = SimpleNamespace(
+    version="1", torch_version="2", device="cpu", world_size=4, symmetric_backend="POSIX"
+)
+
+
+def test_a_report_has_all_that_a_stranger_needs(tmp_path: Path) -> None:
+    page, data = report.write(
+        tmp_path / "new" / "folder",
+        STATUS,
+        sweep(),
+        repeat="lab.sweep(sizes_bytes=[1 < 2])",
+        results={"alpha_us": 12.5},
+        figures=[figures.roof(LIGHT)],
+    )
+    content = json.loads(data.read_text())
+    assert {"date", "commit", "torch", "processor", "cores", "device", "ranks"} <= set(
+        content["environment"]
+    )
+    assert content["results"] == {"alpha_us": 12.5}
+    pd.testing.assert_frame_equal(pd.DataFrame(content["sweep"]), sweep())
+    text = page.read_text()
+    assert "http" not in text.replace("http-equiv", "")
+    assert "<script" not in text
+    assert "lab.sweep(sizes_bytes=[1 &lt; 2])" in text
+    assert json.loads(unescape(text.split("<pre>")[-1].split("</pre>")[0])) == content
+
+
+def test_a_report_without_spread_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks \['p95_us'\]"):
+        report.write(tmp_path, STATUS, sweep().drop(columns="p95_us"), repeat="", results={})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------- samples
+
+
+def test_clocked_times_are_of_the_slowest_rank() -> None:
+    spans = np.zeros((2, 3, 2, 2))  # calls, iterations, ranks, (begin, end)
+    spans[0, :, :, 1] = [[1, 5], [7, 2], [3, 3]]
+    spans[1, :, :, 0], spans[1, :, :, 1] = 10, 12
+    array = Array("float64", spans.shape, spans.tobytes())
+    clocked = Clocked(ClockResult(Workload(2, (8,)), ("direct", "direct"), array))
+    assert clocked.calls == ("direct", "direct#2")
+    assert clocked.slowest_us("direct").tolist() == [5, 7, 3]
+    assert clocked.median_us("direct") == 5
+    assert clocked.begin_us("direct#2").tolist() == [[10, 10]] * 3
+    assert clocked.table.loc[0, ["time_us", "min_us", "iterations"]].tolist() == [5, 3, 3]
+
+
+def test_a_price_counts_what_was_written() -> None:
+    rows = {"pad": 3, "wire": 12, "strip": 10}
+    assert performance.price(rows, 10, 5.0, 20.0, 1.0) == 2 + 1.5 + 24 + 5
