@@ -10,17 +10,17 @@ predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
 LESSON.ask(
     "same",
-    "Four ranks make the same symmetric buffer. What of it is equal on all ranks?",
+    "Four ranks make the same symmetric buffer. What of it is sure to be equal on all ranks?",
     choices=("address", "offset", "both"),
     answer="offset",
     wrong={
-        "address": "Each process has an address space of its own, and maps the file where it "
-        "likes.",
-        "both": "Each process maps the file where it likes: only the place *in* the file is "
-        "shared.",
+        "address": "Each process has an address space of its own, and maps a segment where there "
+        "is room. Nobody promises the same place.",
+        "both": "Addresses may come out equal. That is luck of the allocator, and nobody promises "
+        "it again after the next allocation.",
     },
-    why="Symmetric means: the same offset in everybody's segment. A pointer is for its own "
-    "process.",
+    why="Symmetric means: the same offset in everybody's segment. All ranks compare it when the "
+    "memory is made. A pointer is for its own process.",
 )
 LESSON.ask(
     "stale",
