@@ -41,6 +41,7 @@ LESSON.ask(
     "orders",
     "Two ranks take four steps each. In how many orders can these eight steps happen?",
     answer=70,
+    unit="orders",
     close=0.01,
     wrong={
         16: "Twice 8 steps, or 2^4? Each order is a choice of which 4 of the 8 places are rank "
@@ -68,10 +69,9 @@ LESSON.ask(
 )
 LESSON.ask(
     "round",
-    "Now with one barrier, between the puts and the reads: in which round is the first wrong read "
-    "of the shortest failing schedule?",
+    "Now with one barrier, between the puts and the reads: which round does the first wrong read "
+    "of the shortest failing schedule want?",
     answer=1,
-    unit="is the round that the read wants",
     close=0.01,
     wrong={
         2: "The *write* is of round 2. The read that it spoils still wants round 1.",
