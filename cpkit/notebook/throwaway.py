@@ -75,9 +75,11 @@ class PostMortem:
         return "slow but right" if slow else "none"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{name}</th>" for name in ("", "ended", "waited (s)", "saw"))
+        left = ' style="text-align: left; white-space: nowrap"'
+        head = "".join(f"<th{left}>{name}</th>" for name in ("", "ended", "waited (s)", "saw"))
         rows = "".join(
-            f"<tr><th>rank {r.rank}</th><td>{escape(r.ended)}</td><td>{r.waited_s:.2f}</td>"
+            f"<tr><th{left}>rank {r.rank}</th><td{left}>{escape(r.ended)}</td>"
+            f"<td>{r.waited_s:.2f}</td>"
             f'<td style="text-align: left; white-space: normal">{escape(_saw(r))}</td></tr>'
             for r in self.ranks
         )

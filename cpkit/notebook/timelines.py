@@ -11,7 +11,7 @@ from cpkit.notebook import style
 from cpkit.notebook.programs import Event
 from cpkit.notebook.schedules import Failure
 
-_LANE_PX, _WIDTH_PX = 58, 900
+_LANE_PX = 58
 
 
 def schedule_timeline(failure: Failure) -> go.Figure:
@@ -58,7 +58,6 @@ def schedule_timeline(failure: Failure) -> go.Figure:
         subtitle=_subtitle(failure),
         alt=f"{failure.size} ranks. {failure}.",
         height=150 + plot_height,
-        width=_WIDTH_PX,
     )
 
 

@@ -540,7 +540,6 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # neediest algorithm has alive.
 
 # %% warm
-live.close()
 lab.pool.configure(8_000_000, cp)
 warm = lab.pool.warm_up(max_tokens=8192, cp_size=cp)
 for tokens in (8192, 1000, 4097):
