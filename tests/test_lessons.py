@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -90,6 +92,12 @@ def test_a_prediction_is_written_down_and_revealed(lesson: Lesson) -> None:
     ]
     said(lesson.predict, "order", ["a", "b"])
     assert said(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
+
+
+def test_the_number_of_a_rank_has_no_ratio() -> None:
+    asked = Prediction("Which rank?", answer=2, why="So.")
+    assert asked.ratio(3.0, 2.0) == ""
+    assert replace(asked, unit="ms").ratio(3.0, 2.0) == "1.50 × the measured"
 
 
 def test_a_guess_after_the_reveal_is_shown_as_one(lesson: Lesson) -> None:
@@ -296,3 +304,25 @@ def test_every_lesson_belongs_to_a_notebook() -> None:
     assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == list(LESSONS)
     for name, lesson in LESSONS.items():
         assert lesson.name == name
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.stem[:2])
+def test_a_reveal_that_is_run_again_later_sees_its_own_data(path: Path) -> None:
+    """A learner goes back, guesses, runs the reveal alone: no later cell may reuse its names."""
+    cells = [cell for cell in source.read(path).rendered() if cell.kind == "code"]
+    for place, cell in enumerate(cells):
+        read = names_of(cell.text, ast.Load) if cell.id.endswith("-reveal") else set()
+        for later in cells[place + 1 :]:
+            reused = read & names_of(later.text, ast.Store)
+            assert not reused, f"{cell.id} reads {reused}, and {later.id} assigns it anew"
+
+
+def names_of(code: str, context: type[ast.expr_context]) -> set[str]:
+    """Names that top-level code of a cell reads or assigns."""
+    parts = [part for part in ast.parse(code).body if not isinstance(part, ast.FunctionDef)]
+    nodes = [node for part in parts for node in ast.walk(part)]
+    targets = [node.target for node in nodes if isinstance(node, ast.comprehension)]
+    local = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    local |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names = (n for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, context))
+    return {node.id for node in names} - local

@@ -13,8 +13,9 @@ Answer = float | str | tuple[str, ...]
 class Prediction:
     """A question, its answer key, and what the typical wrong answers overlook.
 
-    Without `choices` the answer is a number of `unit`; with them it is one of the choices, or all
-    of them in order where `answer` is a tuple. `close` is the relative error that counts as right.
+    Without `choices` the answer is a number of `unit`; no unit says that it only names something, a
+    rank or a slot. With them it is one of the choices, or all of them in order where `answer` is
+    a tuple. `close` is the relative error that counts as right.
     `wrong` maps typical wrong answers to what each overlooks; `why` is shown to everybody.
     """
 
@@ -70,8 +71,8 @@ class Prediction:
         return f"{answer:,.4g}" + (f" {self.unit}" if self.unit else "")
 
     def ratio(self, guess: Answer, measured: Answer) -> str:
-        """Guess by measured in words; empty where that means nothing."""
-        if not (isinstance(guess, float) and isinstance(measured, float)):
+        """Guess by measured in words; empty where that means nothing, as for a rank's number."""
+        if not (self.unit and isinstance(guess, float) and isinstance(measured, float)):
             return ""
         if guess * measured <= 0:
             return f"off by {guess - measured:+,.4g}"

@@ -10,17 +10,17 @@ predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
 LESSON.ask(
     "same",
-    "Four ranks make the same symmetric buffer. What of it is equal on all ranks?",
+    "Four ranks make the same symmetric buffer. What of it is sure to be equal on all ranks?",
     choices=("address", "offset", "both"),
     answer="offset",
     wrong={
-        "address": "Each process has an address space of its own, and maps the file where it "
-        "likes.",
-        "both": "Each process maps the file where it likes: only the place *in* the file is "
-        "shared.",
+        "address": "Each process has an address space of its own, and maps a segment where there "
+        "is room. Nobody promises the same place.",
+        "both": "Addresses may come out equal. That is luck of the allocator, and nobody promises "
+        "it again after the next allocation.",
     },
-    why="Symmetric means: the same offset in everybody's segment. A pointer is for its own "
-    "process.",
+    why="Symmetric means: the same offset in everybody's segment. All ranks compare it when the "
+    "memory is made. A pointer is for its own process.",
 )
 LESSON.ask(
     "stale",
@@ -41,6 +41,7 @@ LESSON.ask(
     "orders",
     "Two ranks take four steps each. In how many orders can these eight steps happen?",
     answer=70,
+    unit="orders",
     close=0.01,
     wrong={
         16: "Twice 8 steps, or 2^4? Each order is a choice of which 4 of the 8 places are rank "
@@ -68,10 +69,9 @@ LESSON.ask(
 )
 LESSON.ask(
     "round",
-    "Now with one barrier, between the puts and the reads: in which round is the first wrong read "
-    "of the shortest failing schedule?",
+    "Now with one barrier, between the puts and the reads: which round does the first wrong read "
+    "of the shortest failing schedule want?",
     answer=1,
-    unit="is the round that the read wants",
     close=0.01,
     wrong={
         2: "The *write* is of round 2. The read that it spoils still wants round 1.",

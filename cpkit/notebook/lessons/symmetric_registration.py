@@ -19,6 +19,7 @@ VERSIONS: tuple[Version, ...] = (
     (2, 26, 5),
     (2, 27, 3),
     (2, 28, 9),
+    (2, 29, 1),
     (2, 29, 2),
     (2, 29, 7),
     (2, 30, 7),
@@ -59,7 +60,7 @@ def _in_words(pointer: object, bases: Sequence[int]) -> str:
 
 @LESSON.exercise("e6", "the fast path's rule")
 def check_fast_path(fast_path: FastPath) -> Score:
-    """Every pair of buffers, for six versions of NCCL, compared with cpkit.path."""
+    """Every pair of buffers, for seven versions of NCCL, compared with cpkit.path."""
     cases = 0
     for version, (send_name, send), (recv_name, recv) in itertools.product(
         VERSIONS, _buffers(), _buffers()
