@@ -48,6 +48,9 @@ class Backend(Protocol):
     def leave(self) -> None:
         """Wait until everything that ranks wrote has landed. Collective."""
 
+    def late_words(self) -> str:
+        """Which rank a wait on the device was given up for, in words; empty when none was."""
+
     def check(self) -> None:
         """Raise BarrierTimeout when a wait on the device has been given up. Local."""
 

@@ -36,6 +36,7 @@ class _Owner:
             "data": (address, False),
             "version": 3,
         }
+        self.segment: CudaSegment | None = None
 
 
 class CudaSegment:
@@ -57,6 +58,7 @@ class CudaSegment:
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
         """Own bytes; calls `release` when the last tensor over them has gone."""
         owner = _Owner(self._buffer.data_ptr() + offset, nbytes)
+        owner.segment = self  # a held block keeps its memory, also when its pool has been replaced
         weakref.finalize(owner, release).atexit = False
         return torch.as_tensor(owner, device=self._device)
 
@@ -115,18 +117,24 @@ class CudaBackend:
         """On the stream: every rank's stores before it have landed."""
         launch_barrier(self)
 
-    def check(self) -> None:
-        """Raise when a kernel gave up waiting: BarrierTimeout with the rank that did not come."""
+    def late_words(self) -> str:
+        """Which rank a kernel waited for in vain, in words; empty when none did."""
         late = int(self._late[0])
+        if not late:
+            return ""
+        return (
+            f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
+            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in "
+            "it, or replayed its "
+            f"graph another number of times. The group is out of step since then: start the job "
+            f"anew."
+        )
+
+    def check(self) -> None:
+        """Raise BarrierTimeout when a kernel gave up waiting, with the rank that did not come."""
+        late = self.late_words()
         if late:
-            raise BarrierTimeout(
-                f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
-                f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died "
-                "in it, "
-                "or replayed its graph another number of times. The group is out of step since "
-                "then: "
-                f"start the job anew."
-            )
+            raise BarrierTimeout(late)
 
     def transport(self) -> str:
         """NCCL where each rank has a GPU of its own, else pushes over peer access."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
 _MAX_TABLES = 64
 _Key = tuple[object, ...]
 _tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
-_captured: list[torch.Tensor] = []
+_captured: dict[_Key, torch.Tensor] = {}
 
 
 def push_all(
@@ -68,10 +69,19 @@ def push_all(
     )
 
 
+@dataclass
+class _Shared:
+    """What the pushes of one plan know together: whether a caller's graph has captured one."""
+
+    captured: bool = False
+
+
 class PreparedPush:
     """`push_all` as a CUDA graph of one kernel, for outputs that a plan takes in turns.
 
-    Making one is collective: the kernel runs once, since it can't be compiled during capture.
+    Making one is collective: the kernel runs once, since it can't be compiled during capture. Once
+    a caller's graph has captured a push, nobody knows which outputs its replays fill when, and
+    every push of the plan has its entry synchronization from then on.
     """
 
     def __init__(
@@ -80,9 +90,10 @@ class PreparedPush:
         outputs: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
         pool: SymmetricPool,
+        shared: _Shared,
     ) -> None:
         self._launch = partial(push_all, rows, outputs, metadata, pool)
-        self._pool = pool
+        self._pool, self._shared = pool, shared
         self._launch(entry=False)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
@@ -91,20 +102,42 @@ class PreparedPush:
     def __call__(self) -> None:
         """Gather, in stream order. Raises BarrierTimeout when an earlier call was given up."""
         self._pool.backend.check()
-        if is_capturing(self._pool.device.type):
+        self._shared.captured |= is_capturing(self._pool.device.type)
+        if self._shared.captured:
             self._launch(entry=True)
         else:
             self._graph.replay()
 
 
-def capture_problem(metadata: ContextParallelMetadata, group: CPGroup) -> str:
+def prepare_pushes(
+    rows: Sequence[torch.Tensor],
+    outputs: Sequence[Sequence[torch.Tensor]],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+) -> list[PreparedPush]:
+    """One push for each set of outputs. Collective."""
+    shared = _Shared()
+    return [PreparedPush(rows, each, metadata, pool, shared) for each in outputs]
+
+
+def capture_problem(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    *,
+    mapped: bool,
+) -> str:
     """Why a gather of this layout can't be captured in a CUDA graph yet; empty when it can."""
-    if any(key[:2] == (metadata, group.rank) for key in _tables):
-        return ""
+    row_bytes = tuple(
+        size for x in tensors if x.numel() and (size := x[0].numel() * x.element_size())
+    )
+    for known, rank, _, known_bytes, *_, known_mapped in _tables:
+        if (known, rank, known_bytes, known_mapped) == (metadata, group.rank, row_bytes, mapped):
+            return ""
     return (
         "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
-        "same tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are "
-        "there"
+        "same "
+        "tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are there"
     )
 
 
@@ -143,5 +176,5 @@ def _table(
     while len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     if is_capturing(pool.device.type):
-        _captured.append(table)
+        _captured[key] = table
     return table

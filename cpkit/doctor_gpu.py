@@ -31,7 +31,7 @@ def examine_gpus() -> Iterator[Finding]:
     yield from _nccl()
     yield _triton()
     yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
-    if count > 1:
+    if count > 1 and dist.is_nccl_available():
         yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather by NCCL")
 
 

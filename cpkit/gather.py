@@ -80,9 +80,12 @@ def all_gather_kv(
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
     problem = problem or into_problem(tensors, metadata, into, slots)
-    problem = problem or _capture_problem(tensors, metadata, group, algorithm)
+    problem = problem or _capture_problem(tensors, metadata, group, algorithm, into)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
-    with on_stream(stream, *(tensors if not problem else ())):
+    if call and into is not None:
+        call = f"{call} into caches"
+    inputs = [] if problem else [*tensors, *(into or []), *([] if slots is None else [slots])]
+    with on_stream(stream, *inputs):
         device = "cpu" if problem else device_type(tensors[0])
         pool = enter(group, call, problem, symmetric, device)
         rows = [steps.as_rows(x) for x in tensors]
@@ -240,13 +243,18 @@ def _capture_problem(
     metadata: ContextParallelMetadata,
     group: CPGroup,
     algorithm: str,
+    into: Sequence[torch.Tensor] | None,
 ) -> str:
     """Why this gather can't be captured in a CUDA graph now; empty when it can."""
-    if algorithm != "direct" or not is_capturing(device_type(tensors[0])):
+    if not is_capturing(device_type(tensors[0])):
         return ""
-    from cpkit.cuda_push import capture_problem
+    if algorithm == "direct":
+        from cpkit.cuda_push import capture_problem
 
-    return capture_problem(metadata, group)
+        return capture_problem(tensors, metadata, group, mapped=into is not None)
+    if into is not None:
+        return f"{algorithm!r} into caches looks at the slots on the host; capture 'direct' instead"
+    return ""
 
 
 def enter(

@@ -105,7 +105,8 @@ class CPGroup:
         ValueError on every rank when shapes or dtypes do not fit. Source: SGLang's
         GroupCoordinator, same name.
         """
-        with on_stream(stream, input):
+        tensors = [x for x in (output, input) if isinstance(x, torch.Tensor)]
+        with on_stream(stream, *tensors):
             transport = self.transports.get(device_type(input))
             if transport:
                 transport.all_gather_into_tensor(output, input)
@@ -212,7 +213,7 @@ def gpu_id() -> str:
     """The GPU that is this process's current device, whatever number it has here; "" without
     one.
     """
-    if not torch.cuda.is_available():
+    if os.environ.get("CPKIT_DEVICE") == "cpu" or not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 

@@ -43,6 +43,8 @@ def into_problem(
         problem = _cache_problem(cache, x, f"into[{number}]")
         if problem:
             return problem
+    if len({cache.data_ptr() for cache in into}) < len(into):
+        return "into names the same cache twice; every tensor needs a cache of its own"
     return _slots_problem(slots, metadata, min(len(cache) for cache in into), tensors[0].device)
 
 

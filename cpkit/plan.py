@@ -30,7 +30,7 @@ from itertools import cycle
 import torch
 
 from cpkit import arguments, steps
-from cpkit.devices import device_type
+from cpkit.devices import device_type, is_capturing
 from cpkit.gather import all_gather_kv, enter
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -63,9 +63,11 @@ class GatherPlan:
         group: CPGroup,
         algorithm: str,
         turns: Sequence[_Turn],
+        pool: SymmetricPool | None,
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
         self._tensors = list(tensors)  # their memory is what the copies read
+        self._pool = pool  # its maps are what the copies write through, also once it is replaced
         self._turns = cycle(turns) if turns else None
         self._path = path_of(algorithm, group, tensors[0].device)
         for turn in turns:
@@ -108,6 +110,8 @@ def plan_gather_kv(
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm) or _problem(tensors, keep)
+    if not problem and is_capturing(device_type(tensors[0])):
+        problem = "a plan cannot be made while a CUDA graph is captured: make it before"
     call = ""
     if not problem:
         call = f"plan, {keep=}: " + arguments.describe_call(tensors, metadata, algorithm, symmetric)
@@ -117,8 +121,8 @@ def plan_gather_kv(
     if algorithm == "direct" and pool:
         made = [_outputs(tensors, metadata, pool) for _ in range(keep + 1)]
         pool.backend.enter()  # on CUDA, a peer's stream may still read what these outputs held
-        turns = [_take_turn(tensors, outputs, metadata, pool) for outputs in made]
-    return GatherPlan(tensors, metadata, group, algorithm, turns)
+        turns = _take_turns(tensors, made, metadata, pool)
+    return GatherPlan(tensors, metadata, group, algorithm, turns, pool)
 
 
 def _outputs(
@@ -128,6 +132,28 @@ def _outputs(
     return [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
 
 
+def _take_turns(
+    tensors: Sequence[torch.Tensor],
+    made: list[list[torch.Tensor]],
+    metadata: ContextParallelMetadata,
+    pool: SymmetricPool,
+) -> list[_Turn]:
+    if pool.device.type == "cuda":
+        from cpkit.cuda_push import prepare_pushes
+
+        rows = [steps.as_rows(x) for x in tensors]
+        pushes = prepare_pushes(rows, made, metadata, pool)
+        return [
+            _Turn([push], _waits_itself, outputs, _results(outputs, tensors))
+            for push, outputs in zip(pushes, made, strict=True)
+        ]
+    return [_take_turn(tensors, outputs, metadata, pool) for outputs in made]
+
+
+def _results(outputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
+
+
 def _take_turn(
     tensors: Sequence[torch.Tensor],
     outputs: list[torch.Tensor],
@@ -135,11 +161,7 @@ def _take_turn(
     pool: SymmetricPool,
 ) -> _Turn:
     rows = [steps.as_rows(x) for x in tensors]
-    results = [steps.from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
-    if pool.device.type == "cuda":
-        from cpkit.cuda_push import PreparedPush
-
-        return _Turn([PreparedPush(rows, outputs, metadata, pool)], _waits_itself, outputs, results)
+    results = _results(outputs, tensors)
     copies = [
         copy
         for x, output in zip(rows, outputs, strict=True)

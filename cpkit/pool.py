@@ -5,9 +5,8 @@ collective, counted and timed. `meet()` is the one synchronization before data m
 ranks check that they are in the same call with the same books, and agree on which blocks are free
 again. The kind of memory is the backend's business (cpkit.backend).
 
-On CUDA, blocks are reused in stream order: use one stream for a group's gathers and what reads
-their results, or make the others wait. What is allocated while a graph is captured stays allocated,
-since its replays write there.
+On CUDA, blocks are reused in stream order: use one stream for a group's gathers and for what reads
+them, or make the others wait. What is allocated during a capture stays: replays write there.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from cpkit.where import place_of, register
 _SPILL_GRANULE_BYTES = 2 << 20
 _MASK_BYTES = MAX_BLOCKS // 8
 _BOOKS_BYTES = _MASK_BYTES + 4
+_captured: list[torch.Tensor] = []  # what replays of graphs write to, whatever becomes of its pool
 
 
 class SymmetricPool:
@@ -66,7 +66,6 @@ class SymmetricPool:
         self._ledger = Ledger()
         self._segments: list[Segment] = []
         self.history = PoolHistory()
-        self._captured: list[torch.Tensor] = []
         offer = self.backend.default_prealloc() if prealloc is None else 0
         self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc, offer)
         self._grow(self._arena_bytes, "preallocate the symmetric pool")
@@ -92,7 +91,7 @@ class SymmetricPool:
             block.offset, nbytes, lambda: ledger.release(slot)
         )
         if is_capturing(self.device.type):
-            self._captured.append(memory)
+            _captured.append(memory)
         return memory.view(dtype).view(tuple(shape))
 
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -166,13 +165,16 @@ class SymmetricPool:
         """Synchronize before a collective; returns everybody's `extra`.
 
         Raises on every rank: ValueError when one has a problem or is in another call,
-        SymmetricMemoryError when they have not allocated the same, BarrierTimeout when a rank does
-        not come.
+        SymmetricMemoryError when they have not allocated the same, BarrierTimeout when one is late.
         """
-        self.backend.check()
         books = self._ledger.released().to_bytes(_MASK_BYTES, "little")
         books += self._ledger.digest.to_bytes(4, "little")
-        answers = self.group.meet(call, problem, books + extra)
+        late = self.backend.late_words()
+        try:
+            answers = self.group.meet(call, late or problem, books + extra)
+        except ValueError:
+            self.backend.check()  # peers hear of it as well, and need not wait for this rank
+            raise
         if len({answer[_MASK_BYTES:_BOOKS_BYTES] for answer in answers}) > 1:
             self._raise_divergence()
         released_everywhere = (1 << MAX_BLOCKS) - 1
@@ -202,10 +204,8 @@ class SymmetricPool:
         place = place_of(send, recv, self.group)
         notes = self.meet(call, problem, msgspec.msgpack.encode(place))
         places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
-        if transport:
-            return decide(places, self.group.rank, transport)
-        report = decide(places, self.group.rank, self.backend.transport())
-        return without_windows(report, self.backend.window_problem())
+        report = decide(places, self.group.rank, transport or self.backend.transport())
+        return report if transport else without_windows(report, self.backend.window_problem())
 
     def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
         """Move shards that all ranks have agreed on; complete on return, on CUDA in stream

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from cpkit import push
+from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.plain import plain_all_gather
@@ -27,6 +28,7 @@ from cpkit.pool import SymmetricPool
 from cpkit.stages import stage
 from cpkit.symm import use_symmetric_memory
 
+_captured: list[torch.Tensor] = []  # what replays of graphs read, whatever the cache forgets
 _LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
@@ -140,7 +142,10 @@ def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) 
     if metadata.strategy == "zigzag":
         blocks = rank_order.split(metadata.reverse_split_len)
         return torch.cat([blocks[place] for place in metadata.cp_reverse_index])
-    return rank_order.index_select(0, token_order_on(metadata, rank_order.device))
+    order = token_order_on(metadata, rank_order.device)
+    if is_capturing(order.device.type):
+        _captured.append(order)
+    return rank_order.index_select(0, order)
 
 
 @lru_cache(maxsize=256)
@@ -153,9 +158,16 @@ def scatter_into(
     caches: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor], slots: torch.Tensor
 ) -> None:
     """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; nowhere when that is -1."""
+    wanted = (slots >= 0).nonzero().flatten()
     for cache, rows in zip(caches, gathered, strict=True):
-        wanted = (slots >= 0).nonzero().flatten()
-        cache.index_copy_(0, slots[wanted], rows[wanted])
+        target, source = same_lanes(cache, rows)
+        target.index_copy_(0, slots[wanted], source[wanted])
+
+
+def same_lanes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two `[rows, lanes]` of equal rows, both in the narrower lane: their alignments may differ."""
+    lane = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.view(lane), b.view(lane)
 
 
 def push_all(
@@ -231,7 +243,8 @@ def push_into_slots(
     wanted = (mine >= 0).nonzero().flatten()
     places, chosen = mine[wanted], rows if len(wanted) == len(rows) else rows[wanted]
     for peer in ((rank + step) % size for step in range(size)):
-        pool.peer_view(cache, peer).index_copy_(0, places, chosen)
+        target, source = same_lanes(pool.peer_view(cache, peer), chosen)
+        target.index_copy_(0, places, source)
 
 
 def push_all_reference(
@@ -249,5 +262,6 @@ def push_all_reference(
         places = tokens if slots is None else slots[tokens]
         wanted = places >= 0
         for peer in range(pool.group.size):
-            pool.peer_view(output, peer)[places[wanted]] = x[wanted]
+            target, source = same_lanes(pool.peer_view(output, peer), x)
+            target[places[wanted]] = source[wanted]
     pool.backend.leave()

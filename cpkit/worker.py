@@ -41,8 +41,8 @@ def main() -> None:
     _log_to_one_file()
     launch, place, agent = _surroundings()
     watch(place, agent, launch.owner)
-    memory_limit_bytes()  # what is available now, not once requests have taken some of it
     _take_gpu(launch)
+    memory_limit_bytes()  # what is available now, not once requests have taken some of it
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     orders = Orders()
     workers = _introduce(orders, place)

@@ -131,7 +131,7 @@ def test_only_our_own_kind_of_directory_is_removed(tmp_path: Path) -> None:
         (Launch(nnodes=2), "host:port"),
         (Launch(nnodes=2, rdzv_endpoint="a:http"), "host:port"),
         (Launch(max_restarts=-1), "--max-restarts"),
-        (Launch(device="cuda"), "CPU workers only"),
+        (Launch(share_gpu=True, device="cpu"), "contradict each other"),
         (Launch(interface="no-such0"), "this machine has .*"),
     ],
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_QUIT_S = 20.0
+_QUIT_S = 5.0  # less than an agent is given to end
 
 
 def is_installed() -> bool:
@@ -45,17 +45,24 @@ def serve(directory: Path) -> Iterator[str]:
     for place in places.values():
         Path(place).mkdir(mode=0o700, parents=True, exist_ok=True)
     environment = {**os.environ, **places}
-    started = _control(["-d"], environment)
-    if started:
-        yield f"MPS: {started}; {_COST}"
-        return
-    os.environ.update(places)
     try:
+        failed = _control(["-d"], environment)
+        if failed:
+            yield f"MPS: {failed}; {_COST}"
+            return
+        os.environ.update(places)
         yield f"MPS: own daemon at {places[_PIPES]}"
-    finally:
+    finally:  # also when its start was interrupted: it may run all the same
         for name in places:
             os.environ.pop(name, None)
         _control([], environment, "quit\n")
+
+
+def quit_daemon(directory: Path) -> None:
+    """End the daemon of a directory whose agent could not do it any more; nothing without one."""
+    pipes = directory / "mps"
+    if pipes.is_dir() and is_installed():
+        _control([], {**os.environ, _PIPES: str(pipes)}, "quit\n")
 
 
 _COST = "ranks on one GPU take turns, and a barrier between them costs milliseconds"

@@ -22,6 +22,7 @@ import msgspec
 from jupyter_core.paths import jupyter_runtime_dir
 
 from cpkit.control.errors import ControlError, Unreadable
+from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
 from cpkit.processes import ProcessId
 
@@ -201,6 +202,7 @@ def remove_socket_dir(directory: str) -> None:
     if not path.name.startswith(SOCKET_DIR_PREFIX) or path.is_symlink() or not path.is_dir():
         return
     if path.stat().st_uid == os.geteuid():
+        quit_daemon(path)
         shutil.rmtree(path, ignore_errors=True)
 
 

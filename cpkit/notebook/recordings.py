@@ -98,7 +98,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
         _add_line(figure, algorithm, mine, "yours", open_marks=False)
         _add_line(figure, algorithm, rows, "recorded", open_marks=True)
     _add_floor(figure, rows)
-    sizes = sorted({*mine["size_bytes"], *rows["size_bytes"]})
+    sizes = _apart(sorted({*mine["size_bytes"], *rows["size_bytes"]}))
     ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes]}
     figure.update_layout(
         xaxis=style.axis("size: all gathered bytes", type="log", tickangle=30, **ticks),
@@ -116,6 +116,15 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     )
     date = str(recording.environment.get("date", "")) or "no date"
     return style.recorded(figure, machine=recording.machine, date=date, source=recording.name)
+
+
+def _apart(sizes: list[int]) -> list[int]:
+    """Those of ascending sizes whose names have room beside each other on a log axis."""
+    kept: list[int] = []
+    for size in sizes:
+        if not kept or size > 1.6 * kept[-1]:
+            kept.append(size)
+    return kept
 
 
 def _add_floor(figure: go.Figure, rows: pd.DataFrame) -> None:

@@ -137,7 +137,7 @@ class Conductor:
         task.is_open = True
         outcomes = self._give(order)
         if any(outcome.error for outcome in outcomes):
-            self._report_errors(job, outcomes[: task.operation.cp_size()])
+            self._report_errors(job, outcomes[: operation(task.parts[0]).cp_size()])
             return
         if outcomes[0].last:
             task.parts.popleft()

@@ -280,6 +280,10 @@ def check_bad_caches_and_slots_are_everybodys_error() -> None:
         ([cache], slots.flip(0) if first else slots, "slots differ between the ranks"),
         ([cache], slots[:5] if first else slots, "rank(s) 0: slots is [5] int64"),
     ]
+    into_some = {"into": [cache], "slots": slots} if first else {}
+    assert "different collectives" in error_of(all_gather_kv, [rows], metadata, group, **into_some)
+    twice = {"into": [cache, cache], "slots": slots}
+    assert "same cache twice" in error_of(all_gather_kv, [rows, rows], metadata, group, **twice)
     for into, where, words in cases:
         said = error_of(all_gather_kv, [rows], metadata, group, into=into, slots=where)
         assert words in said, (words, said)
@@ -322,3 +326,23 @@ def check_the_reference_push_agrees() -> None:
             like = torch.empty(0, *shape, dtype=dtype, device=DEVICE)
             provenance.check(steps.from_rows(output, like), metadata, round=round, tensor=i)
         pool.meet("next")
+
+
+def check_rows_of_another_alignment_land_in_a_cache() -> None:
+    """Rank 0's rows begin at an odd element, so that they move in narrower lanes than the cache."""
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = shard_rows(metadata, group.rank, (4,), torch.bfloat16, round=3)
+    if group.rank == 0:
+        wider = torch.empty(rows.numel() + 1, dtype=rows.dtype, device=DEVICE)
+        wider[1:] = rows.flatten()
+        rows = wider[1:].view(rows.shape)
+    slots = torch.arange(64, device=DEVICE)
+    with use_symmetric_memory(group):
+        cache = torch.empty(64, 4, dtype=torch.bfloat16, device=DEVICE)
+    for algorithm in ALGORITHMS:
+        provenance.poison_(cache)
+        finish()
+        group.barrier()
+        all_gather_kv([rows], metadata, group, algorithm=algorithm, into=[cache], slots=slots)
+        provenance.check(cache, metadata, round=3)

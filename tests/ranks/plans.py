@@ -153,3 +153,14 @@ def check_outputs_return_to_the_pool_with_the_plan() -> None:
         plan_gather_kv([rows], metadata, group)()
         pool.meet("settle")
     assert pool.stats().used_bytes == 0
+
+
+def check_a_plan_outlives_the_pool_that_it_was_made_in() -> None:
+    """Its copies write through that pool's maps."""
+    group, metadata, rows = everybody_and_rows()
+    gather = plan_gather_kv([rows], metadata, group)
+    symmetric_pool(group).configure(1 << 20)
+    for round in range(1, 4):
+        stamp(rows, metadata, group.rank, round)
+        provenance.check(gather()[0], metadata, round=round)
+        group.barrier()
