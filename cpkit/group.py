@@ -40,6 +40,9 @@ class Transport(Protocol):
     def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
         """Collective: gather by the best path that the buffers of all ranks allow."""
 
+    def check(self) -> None:
+        """Raise TimeoutError when a wait on the device has been given up."""
+
 
 @dataclass(eq=False)
 class CPGroup:
@@ -70,6 +73,11 @@ class CPGroup:
             self.board.barrier()
         else:
             self.exchange(b"")
+
+    def check(self) -> None:
+        """Raise TimeoutError when a kernel of this rank has given up waiting for a peer. Local."""
+        for transport in self.transports.values():
+            transport.check()
 
     def exchange(self, note: bytes) -> list[bytes]:
         """Everybody's note (at most NOTE_BYTES bytes), by rank; also a barrier."""

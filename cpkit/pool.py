@@ -3,10 +3,9 @@
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
 collective, counted and timed. `meet()` is the one synchronization before data moves: there the
 ranks check that they are in the same call with the same books, and agree on which blocks are free
-again. The kind of memory is the backend's business (cpkit.backend).
-
-On CUDA, blocks are reused in stream order: use one stream for a group's gathers and for what reads
-them, or make the others wait. What is allocated during a capture stays: replays write there.
+again. The kind of memory is the backend's business (cpkit.backend). On CUDA, blocks are reused in
+stream order: use one stream for a group's gathers and for what reads them, or make the others
+wait. What is allocated during a capture stays: replays write there.
 """
 
 from __future__ import annotations
@@ -43,19 +42,16 @@ class SymmetricPool:
     `prealloc` is the arena in bytes; by default `CPKIT_SYMM_PREALLOC_GB`, else 4 GiB on CUDA (at
     most an eighth of the free memory for each rank of the GPU) and 64 MiB on the CPU (at most an
     eighth of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
-    Making a pool is collective. Raises SymmetricMemoryError on every rank when there is no room,
-    ValueError for a group that spans machines or a size below 1.
+    Collective. Raises SymmetricMemoryError on every rank when there is no room, ValueError for a
+    group that spans machines or a size below 1.
     """
 
     def __init__(
         self, group: CPGroup, prealloc: int | None = None, device: str | None = None
     ) -> None:
         if group.spans_hosts:
-            raise ValueError(
-                f"group {group.ranks} spans machines, which cannot share memory: its gathers "
-                f"go through torch.distributed. For symmetric memory use a cp_size that fits on "
-                f"one machine."
-            )
+            alone = "which cannot share memory. Use a cp_size that fits on one machine"
+            raise ValueError(f"group {group.ranks} spans machines, {alone}")
         kind = device or torch.get_default_device().type
         group.meet(f"make a symmetric pool on {kind}", growth_problem(kind))
         self.group = group
@@ -129,7 +125,7 @@ class SymmetricPool:
         return place
 
     def segment(self, number: int) -> Segment:
-        """One of the pool's segments; the first one is the arena."""
+        """One of its segments."""
         return self._segments[number]
 
     def _place_after_meeting(self, nbytes: int) -> Block:
@@ -262,8 +258,7 @@ class SymmetricPool:
     ) -> None:
         """Make room for the largest batch now, so that no gather up to it spills. Collective.
 
-        The largest batch has `max_tokens` tokens in at most `sequences` sequences; see
-        `prealloc.warm_up_bytes` for what is counted.
+        At most `max_tokens` tokens in at most `sequences` sequences; see `warm_up_bytes`.
         """
         whole = all(isinstance(n, int) and n > 0 for n in (max_tokens, tensors, sequences))
         problem = f"{max_tokens=}, {tensors=}, {sequences=}: each must be a number, 1 or more"
@@ -288,9 +283,13 @@ class SymmetricPool:
         self._arena_bytes = max(needed, self._arena_bytes)
         self._grow(self._arena_bytes, purpose)
 
+    def check(self) -> None:
+        """See Backend.check."""
+        self.backend.check()
+
     def stats(self) -> PoolStatistics:
         """What the pool has and has had. Local."""
-        sizes = [segment.nbytes for segment in self._segments]
+        sizes = [each.nbytes for each in self._segments]
         return self.history.statistics(self._ledger, sizes, self._arena_bytes)
 
     def poison_free(self) -> None:

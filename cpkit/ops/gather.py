@@ -54,6 +54,8 @@ class GatherOperation(Operation[Gather, GatherReport]):
         _poison_pool(run)
         with stages.record(keep_arrays=self._is_shown(run)) as recorder:
             gathered = run.verified_gather()
+        finish()
+        group.check()
         shown = tuple(_show(name, group.rank, rows) for name, rows in recorder.arrays.items())
         checked = sum(len(tensor) for tensor in gathered)
         del gathered

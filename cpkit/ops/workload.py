@@ -10,13 +10,12 @@ from cpkit import provenance
 from cpkit.bench import Timing
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
-from cpkit.devices import default_device, finish
+from cpkit.devices import default_device
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.ops.base import Timed
 from cpkit.path import PathReport
-from cpkit.pool import SymmetricPool
 from cpkit.steps import as_rows
 from cpkit.symm import batch_symmetry
 
@@ -43,10 +42,6 @@ class Run:
     def verified_gather(self) -> list[torch.Tensor]:
         """Gather, and compare every bit. Raises ProvenanceError. Collective."""
         gathered = self.gather()
-        finish()
-        pool = self.group.transports.get(default_device())
-        if isinstance(pool, SymmetricPool):
-            pool.backend.check()
         for number, tensor in enumerate(gathered):
             if not self._is_expected(tensor, number):
                 provenance.check(tensor, self.metadata, round=self.round, tensor=number)
