@@ -40,10 +40,17 @@ class _Owner:
 
 
 class CudaSegment:
-    """One allocation on every rank, mapped by all: a tensor of the symmetric memory pool."""
+    """One allocation on every rank, mapped by all: a tensor in a memory pool of its own.
 
-    def __init__(self, buffer: torch.Tensor, handle: Any, device: torch.device) -> None:
-        self._buffer, self._handle, self._device = buffer, handle, device
+    With its own pool, memory that has been dropped goes back to the GPU and is never handed out
+    again. From one pool for all, two free segments of a size could be taken in another order on
+    another rank, and peers would be paired wrongly (pytorch#178138).
+    """
+
+    def __init__(
+        self, buffer: torch.Tensor, pool: torch.cuda.MemPool, handle: Any, device: torch.device
+    ) -> None:
+        self._buffer, self._pool, self._handle, self._device = buffer, pool, handle, device
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
@@ -81,12 +88,12 @@ class CudaBackend:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.late = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
+        self._windows = self._prepare_windows()
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
         group.exchange(b"")  # nobody signals into a page that is not zero yet
         self.pages = self._page.peers
-        self._windows = self._register_windows() if group.has_nccl else ""
 
     def default_prealloc(self) -> int:
         """4 GiB as upstream, but at most an eighth of the free memory for each rank on this GPU."""
@@ -102,12 +109,14 @@ class CudaBackend:
                             rendezvous
         """
         meeting = self.group.rendezvous
-        buffer, problem = self._allocate(nbytes)
+        pool, buffer, problem = self._allocate(nbytes)
         agree(meeting, Offer("", nbytes, problem), purpose)
         assert buffer is not None
         handle, problem = self._map(buffer)
         agree(meeting, Offer("", nbytes, problem), f"{purpose} (map the peers' memory)")
-        return CudaSegment(buffer, handle, self.device)
+        if self.group.has_nccl and not self._windows:
+            self._windows = self._register_window(pool)
+        return CudaSegment(buffer, pool, handle, self.device)
 
     def enter(self) -> None:
         """On the stream: every rank has come here, so its buffers may be written."""
@@ -146,42 +155,56 @@ class CudaBackend:
         """Why NCCL does not know the pool's memory; empty when it does, or has no part in this."""
         return self._windows
 
-    def _register_windows(self) -> str:
-        """Have NCCL register the segments of torch's symmetric pool, those to come included.
+    def _prepare_windows(self) -> str:
+        """Why NCCL can't have windows here; empty when it can, or has no part in this. Collective.
 
-        NCCL wants its communicator to be there first, so one collective goes before (pytorch
-        #188567). Collective; every rank has the same answer.
+        NCCL registers memory with a communicator that has run a collective already (pytorch
+        #188567).
+        """
+        if not self.group.has_nccl:
+            return ""
+        if self.group.shares_gpu:
+            return "ranks share a GPU, and NCCL has no symmetric windows there"
+        word = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        everybody = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
+        plain_all_gather(everybody, word, self.group)
+        torch.cuda.synchronize()
+        return ""
+
+    def _register_window(self, pool: torch.cuda.MemPool) -> str:
+        """Have NCCL know a segment, which all ranks have by now; why it doesn't, on every rank.
+        Collective.
         """
         problem = ""
-        if self.group.shares_gpu:
-            problem = "ranks share a GPU, and NCCL has no symmetric windows there"
-        else:
-            try:
-                word = torch.zeros(1, dtype=torch.uint8, device=self.device)
-                everybody = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
-                plain_all_gather(everybody, word, self.group)
-                torch.cuda.synchronize()
-                nccl: Any = self.group.process_group._get_backend(self.device)
-                nccl.register_mem_pool(symm_mem.get_mem_pool(self.device), symm=True)
-            except (RuntimeError, AttributeError, TypeError) as error:
-                problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
+        try:
+            nccl: Any = self.group.process_group._get_backend(self.device)
+            nccl.register_mem_pool(pool, symm=True)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
         answers = self.group.exchange(problem.encode())
         return next((answer.decode() for answer in answers if answer), "")
 
-    def _allocate(self, nbytes: int) -> tuple[torch.Tensor | None, str]:
-        """Memory of torch's symmetric pool, or why there is none."""
+    def _allocate(self, nbytes: int) -> tuple[torch.cuda.MemPool, torch.Tensor | None, str]:
+        """Memory of torch's symmetric allocator, or why there is none, and the pool that it is in.
+
+        The pool is made as `symm_mem.get_mem_pool` makes its own: no splitting, no lending.
+        """
+        allocator = symm_mem.get_mempool_allocator(self.device)
+        pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
         try:
-            pool = symm_mem.get_mem_pool(self.device)
             with torch.cuda.use_mem_pool(pool):
-                return torch.empty(nbytes, dtype=torch.uint8, device=self.device), ""
+                return pool, torch.empty(nbytes, dtype=torch.uint8, device=self.device), ""
         except RuntimeError as error:  # out of memory has more than one type
-            free, total = torch.cuda.mem_get_info(self.device)
-            return None, (
-                f"{self.device} has {free} of {total} bytes free, and {nbytes} were asked for, "
-                f"with {self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
-                f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks. "
-                f"torch says: {str(error).splitlines()[0]}"
-            )
+            return pool, None, self._no_room(nbytes, error)
+
+    def _no_room(self, nbytes: int, error: Exception) -> str:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (
+            f"{self.device} has {free} of {total} bytes free, and {nbytes} were asked for, "
+            f"with {self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
+            f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks. "
+            f"torch says: {str(error).splitlines()[0]}"
+        )
 
     def _map(self, buffer: torch.Tensor) -> tuple[Any, str]:
         try:

@@ -35,8 +35,8 @@ def launch_gather(
     signals: Signals,
     tiles: torch.Tensor,
     sources: Sequence[int],
+    targets: Sequence[int],
     bases: Sequence[int],
-    offsets: Sequence[int],
     slots: torch.Tensor | None = None,
     narrow_bytes: int = 0,
     *,
@@ -49,8 +49,8 @@ def launch_gather(
     group = signals.group
     gather_kernel[(_blocks(signals, len(tiles), tile),)](
         tuple(sources),
+        tuple(targets),
         tuple(bases),
-        tuple(offsets),
         signals.pages if slots is None else slots,
         tiles,
         len(tiles),

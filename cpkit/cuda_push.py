@@ -54,14 +54,13 @@ def push_all(
     ]
     narrow = min((unit for unit in units if unit < WIDE_BYTES), default=0)
     wide = tuple(unit == WIDE_BYTES for unit in units)
-    places = [_place(y, pool) for _, y in present]
     tile = tile_units(sum(x.numel() * x.element_size() for x, _ in present))
     launch_gather(
         _signals(pool),
         _table(metadata, pool, row_bytes, wide, narrow, tile, mapped=slots is not None),
         [x.data_ptr() for x, _ in present],
-        [base for base, _ in places],
-        [offset for _, offset in places],
+        [y.data_ptr() for _, y in present],
+        [_segment_table(y, pool) for _, y in present],
         slots,
         narrow,
         tile=tile,
@@ -141,12 +140,11 @@ def capture_problem(
     )
 
 
-def _place(output: torch.Tensor, pool: SymmetricPool) -> tuple[int, int]:
-    """(address of the table of peers' segments, byte offset in the segment)."""
-    number, offset = pool.place_of(output)
-    segment = pool.segment(number)
+def _segment_table(output: torch.Tensor, pool: SymmetricPool) -> int:
+    """Address of the table of the ranks' segments that this output lies in."""
+    segment = pool.segment(pool.place_of(output)[0])
     assert isinstance(segment, CudaSegment)
-    return segment.peers.data_ptr(), offset
+    return segment.peers.data_ptr()
 
 
 def _signals(pool: SymmetricPool) -> CudaBackend:

@@ -69,10 +69,14 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    device = kwargs.get("device")
-    if device is None and args and isinstance(args[0], torch.Tensor):
-        device = args[0].device
-    return torch.device(torch.get_default_device() if device is None else device).type
+    """The kind of device that the tensor is wanted on; empty for a GPU that is not this rank's."""
+    wanted = kwargs.get("device")
+    if wanted is None and args and isinstance(args[0], torch.Tensor):
+        wanted = args[0].device
+    device = torch.device(torch.get_default_device() if wanted is None else wanted)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return ""
+    return device.type
 
 
 def _fill_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from cpkit import arguments, steps
 from cpkit.arguments import ALGORITHMS
 from cpkit.devices import device_type, is_capturing, on_stream
 from cpkit.group import CPGroup, get_attention_cp_group
-from cpkit.into import agree_on_caches, into_problem
+from cpkit.into import agree_on_caches, into_problem, read_slots
 from cpkit.layout import ContextParallelMetadata
 from cpkit.path import PathReport
 from cpkit.paths import path_of, path_of_result, remember
@@ -68,8 +68,9 @@ def all_gather_kv(
     `into` and `slots` put the rows into a paged KV cache instead: one cache `[slots, …]` a tensor,
     and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks, -1 for a
     token that is not stored. `direct` stores straight into every rank's cache, which has to be in
-    the pool for that; the others gather, then scatter. Returns `into`. Source: SGLang's
-    `cp_allgather_and_save_kv_cache`.
+    the pool for that; the others gather, then scatter. Returns `into`. Slots are checked on the
+    host, so on CUDA the call waits for its stream, unless it is captured: then they are trusted.
+    Source: SGLang's `cp_allgather_and_save_kv_cache`.
 
     Raises ValueError on every rank, before anything moves, when one of them passes an unknown
     algorithm, wrong rows or caches, or other shapes, dtypes, lengths or slots than its peers.
@@ -79,7 +80,8 @@ def all_gather_kv(
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem = arguments.problem(tensors, metadata, group, algorithm)
-    problem = problem or into_problem(tensors, metadata, into, slots)
+    known = read_slots(slots) if not problem else None
+    problem = problem or into_problem(tensors, metadata, into, slots, known)
     problem = problem or _capture_problem(tensors, metadata, group, algorithm, into)
     call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
     if call and into is not None:
@@ -91,7 +93,7 @@ def all_gather_kv(
         rows = [steps.as_rows(x) for x in tensors]
         keep("shard", rows[0])
         if into is not None:
-            agree_on_caches(into, slots, group, pool if algorithm == "direct" else None)
+            agree_on_caches(into, known, group, pool if algorithm == "direct" else None)
         if algorithm == "direct" and pool:
             gathered = _direct(rows, metadata, pool, into, slots)
         else:

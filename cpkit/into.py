@@ -24,14 +24,24 @@ class _Caches(msgspec.Struct):
     slots: int
 
 
+def read_slots(slots: object) -> torch.Tensor | None:
+    """Slots where the host can look at them, which on CUDA waits for the stream; None for what is
+    no tensor, and while a graph is captured.
+    """
+    if not isinstance(slots, torch.Tensor) or is_capturing(slots.device.type):
+        return None
+    return slots.cpu()
+
+
 def into_problem(
     tensors: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,
     into: Sequence[torch.Tensor] | None,
     slots: torch.Tensor | None,
+    known: torch.Tensor | None,
 ) -> str:
-    """Why caches and slots are refused; empty when they aren't. Slots on a GPU are read for it,
-    unless a graph is being captured.
+    """Why caches and slots are refused; empty when they aren't. `known` is what `read_slots` read,
+    and without it the values of the slots are not judged.
     """
     if into is None and slots is None:
         return ""
@@ -45,22 +55,23 @@ def into_problem(
             return problem
     if len({cache.data_ptr() for cache in into}) < len(into):
         return "into names the same cache twice; every tensor needs a cache of its own"
-    return _slots_problem(slots, metadata, min(len(cache) for cache in into), tensors[0].device)
+    problem = _slots_problem(slots, metadata, tensors[0].device)
+    return problem or _values_problem(known, min(len(cache) for cache in into))
 
 
 def agree_on_caches(
     into: Sequence[torch.Tensor],
-    slots: torch.Tensor | None,
+    known: torch.Tensor | None,
     group: CPGroup,
     pool: SymmetricPool | None,
 ) -> None:
     """Check that all ranks name the same rows of the same symmetric caches. Collective.
 
-    Raises ValueError on every rank otherwise. Without a pool only the slots are compared.
+    Raises ValueError on every rank otherwise. Without a pool only the slots are compared, and
+    those only when they are `known`.
     """
-    assert slots is not None
     places = [locate(cache, group) for cache in into] if pool else []
-    digest = 0 if is_capturing(slots.device.type) else zlib.crc32(slots.cpu().numpy().tobytes())
+    digest = 0 if known is None else zlib.crc32(known.numpy().tobytes())
     note = msgspec.msgpack.encode(_Caches(places, digest))
     said = [msgspec.msgpack.decode(each, type=_Caches) for each in group.exchange(note)]
     outside = [
@@ -103,18 +114,19 @@ def _cache_problem(cache: torch.Tensor, x: torch.Tensor, name: str) -> str:
 
 
 def _slots_problem(
-    slots: torch.Tensor, metadata: ContextParallelMetadata, rows: int, device: torch.device
+    slots: torch.Tensor, metadata: ContextParallelMetadata, device: torch.device
 ) -> str:
     total = metadata.total_tokens
     is_fine = isinstance(slots, torch.Tensor) and slots.dtype == torch.int64
     if not is_fine or list(slots.shape) != [total] or slots.device != device:
         got = describe(slots) if isinstance(slots, torch.Tensor) else repr(slots)
         return f"slots is {got}; it must be int64 [{total}] on {device}, the row of each token"
-    if not slots.is_contiguous():
-        return "slots must be contiguous"
-    if is_capturing(device.type):
+    return "" if slots.is_contiguous() else "slots must be contiguous"
+
+
+def _values_problem(known: torch.Tensor | None, rows: int) -> str:
+    if known is None:
         return ""
-    known = slots.cpu()
     least, most = int(known.min()), int(known.max())
     if least < -1 or most >= rows:
         return f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"

@@ -25,6 +25,7 @@ MAX_RANKS = 128
 
 _ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
 _EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
+_GAVE_UP = tl.constexpr(1 << 32)  # added to the count of arrived blocks by one that gave up
 
 _SIGNAL = """
 {
@@ -169,8 +170,8 @@ def _copy_tile(
 @triton.jit
 def _copy_tiles(
     sources,
+    targets,
     bases,
-    offsets,
     slots,
     tiles,
     n_tiles,
@@ -187,7 +188,7 @@ def _copy_tiles(
         kind, tensor = tl.load(tile), tl.load(tile + 1)
         source = _select(sources, tensor, TENSORS)
         table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
-        offset = _select(offsets, tensor, TENSORS)
+        offset = _select(targets, tensor, TENSORS) - tl.load(table + rank)
         if kind < 2:
             _copy_tile(
                 source, table, offset, slots, tile, rank, kind == 1,
@@ -205,14 +206,16 @@ def _leave(
     pages, page, epoch, rank, missing, late, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr
 ):
     """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
-    until all theirs have. A rank that was given up for is not told: its peers give up as well.
+    until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
+    the peers give up as well.
     """
     words = page.to(tl.pointer_type(tl.int64))
     tl.debug_barrier()
-    arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
+    step = tl.where(missing > 0, _GAVE_UP + 1, 1).to(tl.int64)
+    arrived = tl.atomic_add(words + _ARRIVED, step, sem="acq_rel", scope="gpu") + step
+    if arrived % _GAVE_UP == tl.num_programs(0):
         tl.store(words + _ARRIVED, 0)
-        if missing == 0:
+        if arrived < _GAVE_UP:
             _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
             late_rank = _wait_for_peers(page, _EXIT, epoch, timeout_ns, CP, THREADS)
             if late_rank > 0:
@@ -220,11 +223,13 @@ def _leave(
             tl.store(words + _EPOCH, epoch)
 
 
+# Triton compiles anew when an integer outgrows 32 bits, and the peers would wait meanwhile. So a
+# place is told by its address, which always does, and not by its offset in a segment.
 @triton.jit(do_not_specialize=["n_tiles", "rank", "timeout_ns"])
 def gather_kernel(
     sources,
+    targets,
     bases,
-    offsets,
     slots,
     tiles,
     n_tiles,
@@ -244,8 +249,8 @@ def gather_kernel(
     """Store this rank's tiles into all peers' outputs.
 
     sources   addresses of this rank's rows, one a tensor
-    bases     addresses of tables `[CP]` of the peers' segments that the outputs lie in
-    offsets   where in its segment each output begins, in bytes, the same on all ranks
+    targets   addresses of this rank's outputs, at the same offset in their segments on all ranks
+    bases     addresses of tables `[CP]` of the ranks' segments that these outputs lie in
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
     tiles     int64 `[n_tiles, 8]`, see cpkit.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
@@ -265,7 +270,7 @@ def gather_kernel(
                 tl.store(late, missing)
                 n_tiles = 0
     _copy_tiles(
-        sources, bases, offsets, slots, tiles, n_tiles, rank, TENSORS, CP, BLOCK, NARROW, SLOTS
+        sources, targets, bases, slots, tiles, n_tiles, rank, TENSORS, CP, BLOCK, NARROW, SLOTS
     )
     if SYNC:
         _leave(pages, page, epoch, rank, missing, late, timeout_ns, CP, THREADS)

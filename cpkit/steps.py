@@ -92,21 +92,18 @@ def gather_all(
 
 def _gather_in_pool(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[torch.Tensor]:
     with stage("wire"):
-        gathered = [gather_shards(shard, pool) for shard in shards]
+        with use_symmetric_memory(pool.group):
+            gathered = [x.new_empty(x.shape[0] * pool.group.size, x.shape[1]) for x in shards]
+        by_nccl = pool.backend.transport().startswith("nccl")
+        if not by_nccl:
+            pool.backend.enter()
+        for output, shard in zip(gathered, shards, strict=True):
+            if by_nccl:
+                plain_all_gather(output, shard, pool.group)
+            else:
+                pool.push_shard(output, shard)
     with stage("exit"):
         pool.backend.leave()
-    return gathered
-
-
-def gather_shards(shard: torch.Tensor, pool: SymmetricPool) -> torch.Tensor:
-    """One tensor, received in the pool. The caller synchronizes after it."""
-    with use_symmetric_memory(pool.group):
-        gathered = shard.new_empty(shard.shape[0] * pool.group.size, shard.shape[1])
-    if pool.group.has_nccl and shard.device.type == "cuda":
-        plain_all_gather(gathered, shard, pool.group)
-        return gathered
-    pool.backend.enter()
-    pool.push_shard(gathered, shard)
     return gathered
 
 
@@ -115,11 +112,12 @@ def _gather_staged(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[
 
     rank 0   shard → stage 0 │ barrier │ pull stage 0, stage 1 │ barrier │ stage 0 is free again
     rank 1   shard → stage 1 │ barrier │ pull stage 1, stage 0 │ barrier │
+
+    Only this rank writes to its stage, so there is nobody to wait for before that.
     """
     with stage("wire"):
         with use_symmetric_memory(pool.group):
             stages = [torch.empty_like(shard) for shard in shards]
-        pool.backend.enter()
         for staged, shard in zip(stages, shards, strict=True):
             staged.copy_(shard)
         pool.backend.leave()

@@ -14,7 +14,7 @@ strategy, and rows that a slot mapping sends into a paged cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -48,17 +48,27 @@ def tile_table(
 
     A tensor that is `wide` is counted in words of 8 bytes of which each tile has an even number;
     the others in units of `narrow_bytes`. `mapped` says that a slot mapping follows, so that no
-    tile is flat. Raises ValueError for a run of 2³¹ units or more.
+    tile is flat. A run of 2³¹ units or more is cut into shorter ones, since the kernel counts the
+    units of a run in 32 bits.
     """
     parts = [
         _tiles_of_run(run, number, row, is_wide, narrow_bytes, tile_units, mapped)
         for number, (row, is_wide) in enumerate(zip(row_bytes, wide, strict=True))
         if row
-        for run in runs
+        for run in _cut(runs, row // (8 if is_wide else narrow_bytes))
     ]
     return (
         torch.cat(parts) if parts else torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
     )
+
+
+def _cut(runs: Sequence[Run], row_units: int) -> Iterator[Run]:
+    """The same rows in runs of fewer than MAX_RUN_UNITS units, or of one row."""
+    most = max(1, (MAX_RUN_UNITS - 1) // row_units)
+    for run in runs:
+        for done in range(0, run.length, most):
+            length = min(most, run.length - done)
+            yield Run(run.row + done, run.token + done * run.step, run.step, length)
 
 
 def _tiles_of_run(
@@ -66,8 +76,6 @@ def _tiles_of_run(
 ) -> torch.Tensor:
     row_units = row // (8 if wide else narrow_bytes)
     units = run.length * row_units
-    if units >= MAX_RUN_UNITS:
-        raise ValueError(f"a run of {units} units is too long for one gather; split the batch")
     first = torch.arange(0, units, tile_units, device="cpu")
     flat = run.step == 1 and not mapped
     kind = (FLAT if flat else MAPPED) if wide else (FLAT_NARROW if flat else MAPPED_NARROW)

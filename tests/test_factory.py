@@ -86,3 +86,19 @@ def test_what_is_not_a_cpu_factory_stays_with_torch() -> None:
     assert memory.tensors == []
     torch.empty(3)  # and outside nothing is redirected
     assert memory.tensors == []
+
+
+def test_a_gpu_that_is_not_this_ranks_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    places: list[str] = []
+
+    def place(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+        places.append(device)
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    with factory.redirect(place):
+        torch.empty(3, device="cuda:0")
+        torch.empty(3, device="cuda")
+        with pytest.raises((AssertionError, RuntimeError)):
+            torch.empty(3, device="cuda:63")
+    assert places == ["cuda", "cuda"]

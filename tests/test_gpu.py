@@ -33,9 +33,13 @@ def checks(module: ModuleType) -> list[str]:
     return [name for name in vars(module) if name.startswith("check_")]
 
 
-def cuda_checks() -> list[str]:
-    """Their names, read from the source: importing it needs Triton and a GPU."""
-    source = (Path(__file__).parent / "ranks" / "cuda.py").read_text()
+def cuda_checks() -> list[tuple[str, str]]:
+    """Modules and names, read from the source: importing it needs Triton and a GPU."""
+    return [(module, name) for module in ("cuda_pool", "cuda") for name in checks_of(module)]
+
+
+def checks_of(module: str) -> list[str]:
+    source = (Path(__file__).parent / "ranks" / f"{module}.py").read_text()
     return [
         line.removeprefix("def ").partition("(")[0]
         for line in source.splitlines()
@@ -74,9 +78,9 @@ def test_gathers(sharing: str, check: str, nproc: int) -> None:
 
 
 @pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", cuda_checks())
-def test_cuda(sharing: str, check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.cuda", nproc, check, variables(sharing), 550)
+@pytest.mark.parametrize(("module", "check"), cuda_checks())
+def test_cuda(sharing: str, module: str, check: str, nproc: int) -> None:
+    assert_passed(f"tests.ranks.{module}", nproc, check, variables(sharing), 550)
 
 
 @pytest.mark.parametrize(

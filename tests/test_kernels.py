@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpkit import provenance
+from cpkit import tiles as tiles_module
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.steps import as_rows
 from cpkit.tiles import COLUMNS, WIDE_BYTES, tile_table, unit_bytes
@@ -58,7 +59,7 @@ def gathered_by_kernel(
             torch.tensor([outputs[peer][i].data_ptr() for peer in range(cp_size)])
             for i in range(len(mine))
         ]
-        launch(rank, cp_size, mine, tables, tiles, slots, narrow)
+        launch(rank, cp_size, mine, outputs[rank], tables, tiles, slots, narrow)
     return outputs
 
 
@@ -66,6 +67,7 @@ def launch(
     rank: int,
     cp_size: int,
     rows: list[torch.Tensor],
+    own_outputs: list[torch.Tensor],
     tables: list[torch.Tensor],
     tiles: torch.Tensor,
     slots: torch.Tensor | None,
@@ -78,8 +80,8 @@ def launch(
     nothing = torch.zeros(1, dtype=torch.int64)
     kernels.gather_kernel[(3,)](
         tuple(x.data_ptr() for x in rows),
+        tuple(output.data_ptr() for output in own_outputs),
         tuple(table.data_ptr() for table in tables),
-        tuple(0 for _ in rows),
         nothing if slots is None else slots,
         tiles,
         len(tiles),
@@ -180,7 +182,22 @@ def test_tiles_cover_every_unit_of_a_rank_once(
     lengths: list[int], strategy: str, row_units: int, tile_units: int
 ) -> None:
     metadata = prepare_context_parallel_metadata(lengths, 4, strategy)
-    for rank in range(4):
+    assert_every_unit_is_covered_once(metadata, row_units, tile_units)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_too_long_for_32_bits_is_cut(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles_module, "MAX_RUN_UNITS", 20)
+    metadata = prepare_context_parallel_metadata([61, 60], 4, strategy)
+    assert_every_unit_is_covered_once(metadata, row_units=3, tile_units=8)
+    tiles = tile_table(metadata.runs(0), [3], [False], 1, 8, mapped=False)
+    assert (tiles[:, COLUMNS.index("first")] + tiles[:, COLUMNS.index("count")]).max() < 20
+
+
+def assert_every_unit_is_covered_once(
+    metadata: ContextParallelMetadata, row_units: int, tile_units: int
+) -> None:
+    for rank in range(metadata.cp_size):
         rows = metadata.per_rank_actual_token[rank]
         tiles = tile_table(metadata.runs(rank), [row_units], [False], 1, tile_units, mapped=False)
         seen = torch.zeros(rows * row_units, dtype=torch.int64)

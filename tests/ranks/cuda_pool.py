@@ -1,0 +1,224 @@
+"""The life of symmetric memory on CUDA: what is held, what goes back, what a graph keeps."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from cpkit import provenance
+from cpkit.gather import all_gather_kv
+from cpkit.group import CPGroup
+from cpkit.kernels import gather_kernel
+from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.offers import SymmetricMemoryError
+from cpkit.plan import plan_gather_kv
+from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
+from tests.ranks.cuda import MIB, Rounds, captured, gather_works, world_group, wrong_words
+from tests.ranks.errors import error_of
+
+
+def free_bytes(group: CPGroup) -> int:
+    """Of the GPU, once every rank is done with what it dropped."""
+    gc.collect()
+    torch.cuda.synchronize()
+    group.barrier()
+    free, _ = torch.cuda.mem_get_info()
+    group.barrier()
+    return free
+
+
+def gather_stamped(group: CPGroup, round: int) -> tuple[torch.Tensor, ContextParallelMetadata]:
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, (4, 16), torch.float32, round=round).cuda()
+    return all_gather_kv([rows], metadata, group)[0], metadata
+
+
+def check_a_held_result_outlives_its_pool() -> None:
+    group = world_group()
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    held, metadata = gather_stamped(group, 1)
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    for round in range(2, 6):
+        got, _ = gather_stamped(group, round)
+        provenance.check(got, metadata, round=round)
+    provenance.check(held, metadata, round=1)
+
+
+def check_dropped_memory_goes_back_to_the_gpu() -> None:
+    group = world_group()
+    large = 256 * MIB
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    before = free_bytes(group)
+    symmetric_pool(group, "cuda").configure(large)
+    taken = before - free_bytes(group)
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    left = before - free_bytes(group)
+    assert taken > 0.9 * large * group.size, taken
+    assert left < 0.1 * large, left
+
+
+def check_equal_segments_are_paired_alike_after_configure() -> None:
+    """The ranks drop two spills of one size in another order, and make two again."""
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    for round in range(4):
+        spills = [pool.empty([8 * MIB], torch.uint8) for _ in range(2)]
+        for spill in spills:
+            inboxes = spill[: 8 * group.size].view(torch.int64)
+            for peer in range(group.size):
+                pool.peer_view(inboxes, peer)[group.rank] = 100 * round + group.rank
+            pool.backend.leave()
+            assert inboxes.tolist() == [100 * round + rank for rank in range(group.size)]
+        del spill, inboxes
+        del spills[group.rank % 2]
+        del spills
+        gc.collect()
+        pool = pool.configure(4 * MIB)
+    gather_works(group)
+
+
+def check_a_place_beyond_2_gib_needs_no_other_kernel() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure((2 << 30) + 64 * MIB)
+    got, metadata = gather_stamped(group, 1)
+    provenance.check(got, metadata, round=1)
+    variants = sum(len(kernels[0]) for kernels in gather_kernel.device_caches.values())
+    below = pool.empty([(2 << 30) + MIB], torch.uint8)
+    got, metadata = gather_stamped(group, 2)
+    place = pool.locate(got)
+    assert place is not None
+    assert place[1] > 2 << 30, place
+    provenance.check(got, metadata, round=2)
+    assert sum(len(kernels[0]) for kernels in gather_kernel.device_caches.values()) == variants
+    del below
+    pool.configure(64 * MIB)
+
+
+def check_a_plan_captured_by_its_caller() -> None:
+    """Its replays and its eager calls, in any order; rank 0 is late now and then."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    plan = plan_gather_kv([rounds.mine], metadata, group)
+    graph, result = captured(plan)
+    for call in range(60):
+        rounds.tick()
+        if group.rank == 0 and call % 7 == 0:
+            torch.cuda._sleep(2_000_000)
+        if call % 3 == 2:
+            rounds.judge(plan()[0])
+        else:
+            graph.replay()
+            rounds.judge(result)
+    assert wrong_words(rounds, group) == 0
+
+
+def check_a_plan_is_not_made_during_a_capture() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        said = error_of(plan_gather_kv, [rounds.mine], metadata, group)
+        rounds.mine.add_(0)
+    assert "make it before" in said
+
+
+def check_only_direct_is_captured_into_caches() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    slots = torch.arange(161, device="cuda")
+    with use_symmetric_memory(group):
+        cache = torch.empty(161, 4, 16, device="cuda")
+
+    def gather(algorithm: str) -> list[torch.Tensor]:
+        return all_gather_kv(
+            [rounds.mine], metadata, group, algorithm=algorithm, into=[cache], slots=slots
+        )
+
+    gather("padded")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        said = error_of(gather, "padded")
+        unknown = error_of(gather, "direct")
+        rounds.mine.add_(0)
+    assert "capture 'direct' instead" in said
+    assert "run it once" in unknown
+
+
+def check_slots_that_are_wrong_on_one_rank_are_everybodys_error() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([97, 64], group.size)
+    rounds = Rounds(group, metadata)
+    with use_symmetric_memory(group):
+        cache = torch.empty(200, 4, 16, device="cuda")
+    fine = torch.arange(161, device="cuda")
+    for slots, words in (
+        (fine + 100 if group.rank == 1 else fine, "caches have rows 0 to 199"),
+        (fine % 160 if group.rank == 1 else fine, "name a row twice"),
+        (fine + group.rank, "slots differ between the ranks"),
+        (fine.cpu() if group.rank == 1 else fine, "the row of each token"),
+    ):
+        said = error_of(all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=slots)
+        assert words in said, said
+    gather_works(group)
+
+
+def check_a_pool_that_must_grow_during_capture_is_an_error_on_every_rank() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8, device="cuda")
+    all_gather_kv([rows], metadata, group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        said = error_of(pool.empty, [8 * MIB], torch.uint8)
+        rows.add_(1)
+    assert "warm_up" in said
+    assert pool.stats().spills == 0
+
+
+def check_memory_that_one_rank_does_not_get_is_everybodys_error() -> None:
+    group = world_group()
+    symmetric_pool(group, "cuda").configure(4 * MIB)
+    if group.rank == 1:
+        torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        symmetric_pool(group, "cuda").configure(512 * MIB)
+    except SymmetricMemoryError as error:
+        said = str(error)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said.startswith("cannot preallocate the symmetric pool. rank 1:"), said
+    assert "CPKIT_SYMM_PREALLOC_GB" in said
+    gather_works(group)
+
+
+def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
+    group = world_group()
+    symmetric_pool(group, "cuda")
+    too_much = 1 << 42
+    try:
+        SymmetricPool(group, too_much, "cuda")
+    except SymmetricMemoryError as error:
+        said = str(error)
+    assert f"{too_much} were asked for" in said
+    assert "bytes free" in said
+    gather_works(group)
+
+
+def check_spills_are_timed_and_warm_up_keeps_one_arena() -> None:
+    group = world_group()
+    pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    with use_symmetric_memory(group):
+        large = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+    stats = pool.stats()
+    assert (stats.spills, stats.segments) == (1, 2)
+    assert stats.spill_ms > 0
+    assert pool.history.samples[-1].used_bytes >= large.numel()
+    del large
+    pool.warm_up(20000, (8, 16), torch.float32, tensors=2)
+    assert pool.stats().segments == 1
+    assert pool.stats().arena_bytes > 8 * MIB
