@@ -126,12 +126,14 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
     whole = torch.ones(size.total_bytes, dtype=torch.uint8, device="cuda")
     copy = torch.empty_like(whole)
     calls["direct"] = lambda: _gather(size, "direct")
-    calls["plan"] = plan = plan_gather_kv([size.mine], size.metadata, size.group)
+    calls["plan"] = plan_gather_kv([size.mine], size.metadata, size.group)
     calls["seed"] = lambda: _gather(size, "padded_symm_recv")
     calls["low-contention"] = low_contention(size)
     for call in calls.values():
         _check(call, size)
-    graphs: dict[str, Call] = {"graph": plan} if size.total_bytes <= GRAPH_UP_TO_BYTES else {}
+    graphs: dict[str, Call] = {}
+    if size.total_bytes <= GRAPH_UP_TO_BYTES:  # a plan of its own: a captured one waits at entry
+        graphs["graph"] = plan_gather_kv([size.mine], size.metadata, size.group)
     graphs |= {f"{name} graph": calls[name] for name in ("seed", "low-contention")}
     for name, call in graphs.items():
         try:

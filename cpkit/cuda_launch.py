@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,12 +12,22 @@ from cpkit.group import CPGroup
 from cpkit.kernels import gather_kernel
 from cpkit.rendezvous import deadline_s
 
-WARPS = 8
 SYNC = True  # tests switch it off, to see that they notice
-# Units of a tile, and blocks a multiprocessor. All blocks of all ranks must be resident at once,
-# since they wait for each other. Large tiles in few blocks are a few percent faster where the rows
-# take long; small ones start sooner.
-_SMALL, _LARGE = (2048, 4), (4096, 2)
+
+
+class Shape(NamedTuple):
+    """How a launch is cut: units of a tile, warps of a block, blocks for each multiprocessor.
+
+    All blocks of all ranks must be resident at once, since they wait for each other.
+    """
+
+    tile: int
+    warps: int
+    blocks: int
+
+
+# Large tiles are some percent faster where the rows take long; small ones start sooner.
+_SMALL, _LARGE = Shape(2048, 8, 4), Shape(8192, 16, 1)
 _LARGE_FROM_BYTES = 4 << 20
 NARROW = {1: "int8", 4: "int32"}
 
@@ -40,14 +50,14 @@ def launch_gather(
     slots: torch.Tensor | None = None,
     narrow_bytes: int = 0,
     *,
-    tile: int = _SMALL[0],
+    shape: Shape = _SMALL,
     entry: bool = True,
 ) -> None:
     """Start `gather_kernel` on the current stream; its arguments are explained there."""
     import triton.language as tl
 
     group = signals.group
-    gather_kernel[(_blocks(signals, len(tiles), tile),)](
+    gather_kernel[(_blocks(signals, len(tiles), shape),)](
         tuple(sources),
         tuple(targets),
         tuple(bases),
@@ -60,13 +70,13 @@ def launch_gather(
         group.rank,
         TENSORS=len(sources),
         CP=group.size,
-        BLOCK=tile,
+        BLOCK=shape.tile,
         NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
         SLOTS=slots is not None,
         SYNC=SYNC,
-        ENTRY=entry,
-        THREADS=WARPS * 32,
-        num_warps=WARPS,
+        ENTRY=SYNC and entry,
+        THREADS=shape.warps * 32,
+        num_warps=shape.warps,
     )
 
 
@@ -75,16 +85,15 @@ def launch_barrier(signals: Signals) -> None:
     launch_gather(signals, signals.pages[:0], [0], [0], [0])
 
 
-def tile_units(own_bytes: int) -> int:
-    """Units of a tile for a rank that stores so many bytes of its own to every peer."""
-    return (_LARGE if own_bytes >= _LARGE_FROM_BYTES else _SMALL)[0]
+def shape_for(own_bytes: int) -> Shape:
+    """For a rank that stores so many bytes of its own to every peer."""
+    return _LARGE if own_bytes >= _LARGE_FROM_BYTES else _SMALL
 
 
-def _blocks(signals: Signals, tiles: int, tile: int) -> int:
+def _blocks(signals: Signals, tiles: int, shape: Shape) -> int:
     """As many blocks as fit on the GPU beside those of the other ranks that share it."""
-    per_processor = dict((_SMALL, _LARGE))[tile]
     ranks = max(1, signals.group.ranks_on_gpu)
-    return max(1, min(tiles, _processors(signals.device) * per_processor // ranks))
+    return max(1, min(tiles, _processors(signals.device) * shape.blocks // ranks))
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from cpkit.cuda_backend import CudaBackend, CudaSegment
-from cpkit.cuda_launch import launch_gather, tile_units
+from cpkit.cuda_launch import launch_gather, shape_for
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -54,16 +54,16 @@ def push_all(
     ]
     narrow = min((unit for unit in units if unit < WIDE_BYTES), default=0)
     wide = tuple(unit == WIDE_BYTES for unit in units)
-    tile = tile_units(sum(x.numel() * x.element_size() for x, _ in present))
+    shape = shape_for(sum(x.numel() * x.element_size() for x, _ in present))
     launch_gather(
         _signals(pool),
-        _table(metadata, pool, row_bytes, wide, narrow, tile, mapped=slots is not None),
+        _table(metadata, pool, row_bytes, wide, narrow, shape.tile, mapped=slots is not None),
         [x.data_ptr() for x, _ in present],
         [y.data_ptr() for _, y in present],
         [_segment_table(y, pool) for _, y in present],
         slots,
         narrow,
-        tile=tile,
+        shape=shape,
         entry=entry,
     )
 
@@ -93,19 +93,23 @@ class PreparedPush:
     ) -> None:
         self._launch = partial(push_all, rows, outputs, metadata, pool)
         self._pool, self._shared = pool, shared
-        self._launch(entry=False)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._launch(entry=False)
+        self._graphs = {entry: self._captured(entry) for entry in (True, False)}
+
+    def _captured(self, entry: bool) -> torch.cuda.CUDAGraph:
+        self._launch(entry=entry)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._launch(entry=entry)
+        return graph
 
     def __call__(self) -> None:
         """Gather, in stream order. Raises BarrierTimeout when an earlier call was given up."""
         self._pool.backend.check()
-        self._shared.captured |= is_capturing(self._pool.device.type)
-        if self._shared.captured:
+        if is_capturing(self._pool.device.type):
+            self._shared.captured = True
             self._launch(entry=True)
         else:
-            self._graph.replay()
+            self._graphs[self._shared.captured].replay()
 
 
 def prepare_pushes(

@@ -19,12 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ENTRY, EXIT, EPOCH, ARRIVED = 0, 128, 256, 257
+ENTRY, EXIT, EPOCH, ARRIVED, TICKET = 0, 128, 256, 257, 258
 PAGE_WORDS = 512
 MAX_RANKS = 128
 
 _ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
-_EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
+_EPOCH, _ARRIVED, _TICKET = tl.constexpr(EPOCH), tl.constexpr(ARRIVED), tl.constexpr(TICKET)
 _GAVE_UP = tl.constexpr(1 << 32)  # added to the count of arrived blocks by one that gave up
 
 _SIGNAL = """
@@ -77,7 +77,7 @@ def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _wait_for_peers(page, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
+def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
     """Wait until every peer has stored `epoch`; one past the last rank that did not, or 0."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
@@ -85,7 +85,7 @@ def _wait_for_peers(page, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl
         _WAIT_ASM,
         "=r,l,l,l,r",
         [
-            page + (word + lanes) * 8,
+            words.to(tl.int64) + (word + lanes) * 8,
             tl.full([THREADS], 0, tl.int64) + epoch,
             tl.full([THREADS], 0, tl.int64) + timeout_ns,
             active.to(tl.int32),
@@ -175,6 +175,7 @@ def _copy_tiles(
     slots,
     tiles,
     n_tiles,
+    ticket,
     rank,
     TENSORS: tl.constexpr,
     CP: tl.constexpr,
@@ -182,8 +183,13 @@ def _copy_tiles(
     NARROW: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """This block's share of the tiles."""
-    for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+    """Tile after tile, each taken by the block that is free next.
+
+    So the blocks of a rank stay close together in its memory, which the memory rewards: with every
+    n-th tile for each of n blocks they drift apart, and the same copies take 8 % longer (H200).
+    """
+    number = tl.program_id(0)
+    while number < n_tiles:
         tile = tiles + number * 8
         kind, tensor = tl.load(tile), tl.load(tile + 1)
         source = _select(sources, tensor, TENSORS)
@@ -199,28 +205,40 @@ def _copy_tiles(
                 source, table, offset, slots, tile, rank, kind == 3,
                 CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS,
             )  # fmt: skip
+        taken = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+        number = taken.to(tl.int32) + tl.num_programs(0)
 
 
 @triton.jit
 def _leave(
-    pages, page, epoch, rank, missing, late, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr
+    pages,
+    words,
+    epoch,
+    rank,
+    missing,
+    late,
+    timeout_ns,
+    CP: tl.constexpr,
+    SYNC: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
     until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
     the peers give up as well.
     """
-    words = page.to(tl.pointer_type(tl.int64))
     tl.debug_barrier()
     step = tl.where(missing > 0, _GAVE_UP + 1, 1).to(tl.int64)
     arrived = tl.atomic_add(words + _ARRIVED, step, sem="acq_rel", scope="gpu") + step
     if arrived % _GAVE_UP == tl.num_programs(0):
         tl.store(words + _ARRIVED, 0)
-        if arrived < _GAVE_UP:
-            _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
-            late_rank = _wait_for_peers(page, _EXIT, epoch, timeout_ns, CP, THREADS)
-            if late_rank > 0:
-                tl.store(late, late_rank)
-            tl.store(words + _EPOCH, epoch)
+        tl.store(words + _TICKET, 0)
+        if SYNC:
+            if arrived < _GAVE_UP:
+                _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
+                late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
+                if late_rank > 0:
+                    tl.store(late, late_rank)
+                tl.store(words + _EPOCH, epoch)
 
 
 # Triton compiles anew when an integer outgrows 32 bits, and the peers would wait meanwhile. So a
@@ -255,22 +273,21 @@ def gather_kernel(
     tiles     int64 `[n_tiles, 8]`, see cpkit.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
     late      one word of host memory: one past the rank that a wait was given up for
-    SYNC      off: copy only, which is what the interpreter can run
-    ENTRY     off: the caller knows that all outputs are free
+    SYNC      off: no signals, which the interpreter can't run
+    ENTRY     off: the caller knows that all outputs are free (so it is without SYNC)
     """
-    if SYNC:
-        page = tl.load(pages + rank)
-        epoch = tl.load(page.to(tl.pointer_type(tl.int64)) + _EPOCH, volatile=True) + 1
-        missing = 0
-        if ENTRY:
-            if tl.program_id(0) == 0:
-                _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
-            missing = _wait_for_peers(page, _ENTRY, epoch, timeout_ns, CP, THREADS)
-            if missing > 0:
-                tl.store(late, missing)
-                n_tiles = 0
+    words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
+    epoch = tl.load(words + _EPOCH, volatile=True) + 1
+    missing = 0
+    if ENTRY:
+        if tl.program_id(0) == 0:
+            _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
+        missing = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
+        if missing > 0:
+            tl.store(late, missing)
+            n_tiles = 0
     _copy_tiles(
-        sources, targets, bases, slots, tiles, n_tiles, rank, TENSORS, CP, BLOCK, NARROW, SLOTS
-    )
-    if SYNC:
-        _leave(pages, page, epoch, rank, missing, late, timeout_ns, CP, THREADS)
+        sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
+        TENSORS, CP, BLOCK, NARROW, SLOTS,
+    )  # fmt: skip
+    _leave(pages, words, epoch, rank, missing, late, timeout_ns, CP, SYNC, THREADS)

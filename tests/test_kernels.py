@@ -77,6 +77,8 @@ def launch(
 
     from cpkit.cuda_launch import NARROW
 
+    words = torch.zeros(kernels.PAGE_WORDS, dtype=torch.int64)
+    pages = torch.full((cp_size,), words.data_ptr(), dtype=torch.int64)
     nothing = torch.zeros(1, dtype=torch.int64)
     kernels.gather_kernel[(3,)](
         tuple(x.data_ptr() for x in rows),
@@ -85,7 +87,7 @@ def launch(
         nothing if slots is None else slots,
         tiles,
         len(tiles),
-        nothing,
+        pages,
         nothing,
         0,
         rank,
@@ -98,6 +100,7 @@ def launch(
         ENTRY=False,
         THREADS=32,
     )
+    assert not words.any()  # counters are as the next kernel wants them
 
 
 def shards_of(
