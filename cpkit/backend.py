@@ -48,6 +48,12 @@ class Backend(Protocol):
     def leave(self) -> None:
         """Wait until everything that ranks wrote has landed. Collective."""
 
+    def put_signal(self, peer: int) -> None:
+        """Tell a peer that this rank's stores before it have landed, once it took the last word."""
+
+    def wait_signal(self, peer: int) -> None:
+        """Wait for a peer's word, and take it."""
+
     def late_words(self) -> str:
         """Which rank a wait on the device was given up for, in words; empty when none was."""
 

@@ -50,7 +50,7 @@ class CudaSegment:
     def __init__(
         self, buffer: torch.Tensor, pool: torch.cuda.MemPool, handle: Any, device: torch.device
     ) -> None:
-        self._buffer, self._pool, self._handle, self._device = buffer, pool, handle, device
+        self._buffer, self._pool, self.handle, self._device = buffer, pool, handle, device
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
@@ -59,7 +59,7 @@ class CudaSegment:
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes of a rank's memory: uint8 `[nbytes]`."""
         start = self._shift + offset
-        view: torch.Tensor = self._handle.get_buffer(rank, [nbytes], torch.uint8, start)
+        view: torch.Tensor = self.handle.get_buffer(rank, [nbytes], torch.uint8, start)
         return view
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
@@ -125,6 +125,14 @@ class CudaBackend:
     def leave(self) -> None:
         """On the stream: every rank's stores before it have landed."""
         launch_barrier(self)
+
+    def put_signal(self, peer: int) -> None:
+        """On the stream, by torch's own kernel, which traps when the deadline has passed."""
+        self._page.handle.put_signal(peer, 0, int(deadline_s() * 1e3))
+
+    def wait_signal(self, peer: int) -> None:
+        """As `put_signal`; the host does not wait."""
+        self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
 
     def late_words(self) -> str:
         """Which rank a kernel waited for in vain, in words; empty when none did."""

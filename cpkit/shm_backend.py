@@ -6,18 +6,22 @@ import torch
 
 from cpkit.group import CPGroup
 from cpkit.shm import Segment, free_bytes, make_segment
+from cpkit.signals import Signals
 
 _MAX_DEFAULT_BYTES = 64 << 20
 
 
 class PosixBackend:
-    """Shared files that every rank maps. Stores are complete when they return."""
+    """Shared files that every rank maps; making one is collective. Stores are complete when they
+    return.
+    """
 
     name = "POSIX shared memory"
     device = torch.device("cpu")
 
     def __init__(self, group: CPGroup) -> None:
         self._group = group
+        self._signals = Signals(group.rendezvous)
 
     def default_prealloc(self) -> int:
         """An eighth of the free shared memory, shared out among the ranks; at most 64 MiB."""
@@ -33,6 +37,14 @@ class PosixBackend:
     def leave(self) -> None:
         """A barrier: what a rank stored before it, its peers read after it."""
         self._group.barrier()
+
+    def put_signal(self, peer: int) -> None:
+        """Complete on return; see cpkit.signals."""
+        self._signals.put(peer)
+
+    def wait_signal(self, peer: int) -> None:
+        """The host waits. Raises BarrierTimeout naming the peer."""
+        self._signals.take(peer)
 
     def late_words(self) -> str:
         """Nobody: a barrier that is given up raises where it waits."""

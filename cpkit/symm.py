@@ -20,6 +20,7 @@ import msgspec
 import torch
 
 from cpkit import factory
+from cpkit.backend import Backend
 from cpkit.devices import device_type
 from cpkit.group import CPGroup
 from cpkit.offers import SymmetricMemoryError
@@ -37,8 +38,10 @@ __all__ = [
     "check_group",
     "explain_path",
     "is_allocation_symmetric",
+    "put_signal",
     "symmetric_pool",
     "use_symmetric_memory",
+    "wait_signal",
 ]
 
 _batch_is_symmetric: ContextVar[bool] = ContextVar("batch_is_symmetric", default=True)
@@ -90,6 +93,35 @@ def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
     check_group(group)
     pool = group.transports.get(device or torch.get_default_device().type)
     return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group, device=device)
+
+
+def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
+    """Tell one peer that what this rank stored into its memory is there. No barrier, no other rank.
+
+    There is one word from each rank to each other; it is set once the peer has taken the one
+    before. On CUDA both calls are kernels on the current stream. Source: torch's
+    _SymmetricMemory.put_signal and wait_signal, and NVSHMEM's signal operations.
+
+        rank 0   peer_view(inbox, 1).copy_(row) ─ put_signal(group, 1)
+        rank 1                                     wait_signal(group, 0) ─ read inbox
+
+    The group's pool is made at the first use of symmetric memory, which is collective. Raises
+    ValueError for a peer that is no rank of the group, TimeoutError after the deadline (on CUDA,
+    the kernel traps instead).
+    """
+    _backend_with(group, peer, device).put_signal(peer)
+
+
+def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
+    """Wait for `put_signal` of that peer, and take its word. Errors as there."""
+    _backend_with(group, peer, device).wait_signal(peer)
+
+
+def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
+    check_group(group)
+    if not isinstance(peer, int) or not 0 <= peer < group.size:
+        raise ValueError(f"peer is {peer!r}; the group has ranks 0 to {group.size - 1}")
+    return symmetric_pool(group, device).backend
 
 
 def explain_path(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.launch import assert_passed
-from tests.ranks import gathers, groups, mutants, plans, symmetric, waits
+from tests.ranks import gathers, groups, mutants, plans, signals, symmetric, waits
 
 pytestmark = pytest.mark.workers
 
@@ -30,6 +30,12 @@ def test_groups(check: str, nproc: int) -> None:
 @pytest.mark.parametrize("check", checks(symmetric))
 def test_symmetric_memory(check: str, nproc: int) -> None:
     assert_passed("tests.ranks.symmetric", nproc, check)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("check", checks(signals))
+def test_signals(check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.signals", nproc, check)
 
 
 @pytest.mark.parametrize("check", checks(mutants))

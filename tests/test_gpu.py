@@ -15,7 +15,7 @@ import torch
 import cpkit
 from cpkit.control import mps
 from tests.launch import assert_passed
-from tests.ranks import gathers
+from tests.ranks import gathers, signals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +75,12 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
 @pytest.mark.parametrize("check", checks(gathers))
 def test_gathers(sharing: str, check: str, nproc: int) -> None:
     assert_passed("tests.ranks.gathers", nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks(signals))
+def test_signals(sharing: str, check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.signals", nproc, check, variables(sharing), 550)
 
 
 @pytest.mark.parametrize("nproc", RANKS)

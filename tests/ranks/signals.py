@@ -1,0 +1,94 @@
+"""Rows handed from rank to rank by signals alone, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from cpkit import provenance, shm_backend
+from cpkit.board import BarrierTimeout
+from cpkit.group import CPGroup, init_context_parallel
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.symm import put_signal, use_symmetric_memory, wait_signal
+from tests.ranks.device import DEVICE, finish, pool_of, shard_rows
+from tests.ranks.errors import error_of
+
+ROUNDS = 300
+
+
+def world_group() -> CPGroup:
+    return init_context_parallel(dist.get_world_size())
+
+
+def pass_around(group: CPGroup, rounds: int, *, wait: bool = True) -> list[str]:
+    """Each rank stores its stamped row at its right neighbour's and reads what the left one sent.
+
+    Returns what was wrong. A full buffer is told by one word, an empty one by its answer.
+    """
+    right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    metadata = prepare_context_parallel_metadata([group.size * 4], group.size, "contiguous")
+    with use_symmetric_memory(group):
+        inbox = torch.empty(4, 8, dtype=torch.float64, device=DEVICE)
+    provenance.poison_(inbox)
+    finish()
+    group.barrier()
+    there = pool_of(group).peer_view(inbox, right)
+    seen = []
+    for round in range(rounds):
+        if group.rank == 0 and round % 50 == 7:
+            time.sleep(0.003)
+        there.copy_(shard_rows(metadata, group.rank, (8,), torch.float64, round=round))
+        put_signal(group, right, DEVICE)
+        early = inbox.clone()
+        wait_signal(group, left, DEVICE)
+        seen.append(inbox.clone() if wait else early)
+        put_signal(group, left, DEVICE)
+        wait_signal(group, right, DEVICE)
+    finish()
+    expected = (
+        provenance.shard_rows(metadata, left, (8,), torch.float64, round=round)
+        for round in range(rounds)
+    )
+    return [
+        f"round {round}"
+        for round, (got, want) in enumerate(zip(seen, expected, strict=True))
+        if not torch.equal(got.cpu().view(torch.int64), want.view(torch.int64))
+    ]
+
+
+def check_rows_passed_around_are_never_stale() -> None:
+    assert pass_around(world_group(), ROUNDS) == []
+
+
+def check_a_row_read_before_its_signal_is_stale() -> None:
+    """Negative control: the same words, but the row is read before the wait."""
+    group = world_group()
+    wrong = pass_around(group, ROUNDS, wait=False)
+    assert any(int(note) for note in group.exchange(str(len(wrong)).encode()))
+
+
+def check_a_peer_that_is_not_there_is_an_error() -> None:
+    group = world_group()
+    for peer in (-1, group.size, "0"):
+        said = error_of(put_signal, group, peer, DEVICE)
+        assert f"ranks 0 to {group.size - 1}" in said
+        assert f"{peer!r}" in error_of(wait_signal, group, peer, DEVICE)
+
+
+def check_z_a_signal_that_never_comes_is_named_after_the_deadline() -> None:
+    """On the CPU; torch's kernel would trap, and take the process' CUDA context with it."""
+    group = world_group()
+    backend = pool_of(group).backend
+    if group.rank == 0 and isinstance(backend, shm_backend.PosixBackend):
+        os.environ["CPKIT_DEADLINE_S"] = "0.5"
+        try:
+            wait_signal(group, 1, DEVICE)
+        except BarrierTimeout as error:
+            said = str(error)
+        finally:
+            del os.environ["CPKIT_DEADLINE_S"]
+        assert "for rank 1 to send a signal" in said
+    group.barrier()
