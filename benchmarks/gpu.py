@@ -1,6 +1,6 @@
 """`make bench-gpu`: measure on this machine's GPUs, print the figures, record them.
 
-    python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8] [--fill RECORD]
+    python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8] [--rounds 3] [--fill RECORD]
 
 With fewer GPUs than ranks, ranks share them, and NVIDIA's MPS daemon runs meanwhile: without it,
 processes take turns on the GPU and every barrier waits for a time slice. The floor is what one
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two sizes, one round, no record")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
     parser.add_argument("--cp-sizes", default="2,4,8", help="comma-separated, default 2,4,8")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
     parser.add_argument("--fill", type=Path, help="only put this record's figures into README.md")
     options = parser.parse_args()
     if options.fill:
@@ -50,7 +51,7 @@ def main() -> int:
         print("make bench-gpu needs a CUDA device and a CUDA build of torch; `make bench` does not")
         return 2
     cp_sizes = [int(part) for part in options.cp_sizes.split(",")]
-    tokens, rounds = (QUICK_TOKENS, 1) if options.quick else (TOKENS, ROUNDS)
+    tokens, rounds = (QUICK_TOKENS, 1) if options.quick else (TOKENS, options.rounds)
     record: dict[str, Any] = {"environment": gpu_environment(), "gather": [], "missing": {}}
     record["plan"] = {"tokens": tokens, "rounds": rounds, "strategy": "zigzag", "rows": [8, 128]}
     for cp_size in cp_sizes:

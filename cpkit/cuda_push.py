@@ -169,12 +169,12 @@ def _table(
     """The tiles on the device: made once for a layout, kept for ever where a graph reads them."""
     rank = pool.group.rank
     key = (metadata, rank, pool.device, row_bytes, wide, narrow, tile, mapped)
-    table = _tables.get(key)
+    table = _tables.pop(key, _captured.get(key))
     if table is None:
         runs = metadata.runs(rank)
         made = tile_table(runs, row_bytes, wide, narrow or 1, tile, mapped=mapped)
-        table = _tables[key] = made.to(pool.device)
-    _tables.move_to_end(key)
+        table = made.to(pool.device)
+    _tables[key] = table
     while len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     if is_capturing(pool.device.type):

@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from cpkit import provenance
+from cpkit import cuda_push, provenance
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup
 from cpkit.kernels import gather_kernel
@@ -112,6 +112,28 @@ def check_a_plan_captured_by_its_caller() -> None:
             graph.replay()
             rounds.judge(result)
     assert wrong_words(rounds, group) == 0
+
+
+def check_a_plan_keeps_what_its_graphs_read() -> None:
+    """The tiles that it reads have been forgotten, made again and captured again meanwhile."""
+    group = world_group()
+    lengths = ([97, 64], [201], [97, 64])
+    layouts = [prepare_context_parallel_metadata(each, group.size) for each in lengths]
+    rounds = [Rounds(group, metadata) for metadata in layouts]
+    kept, cuda_push._MAX_TABLES = cuda_push._MAX_TABLES, 1
+    try:
+        plans = [
+            plan_gather_kv([each.mine], metadata, group)
+            for each, metadata in zip(rounds, layouts, strict=True)
+        ]
+        junk = [torch.full((4096,), -1, dtype=torch.int64, device="cuda") for _ in range(64)]
+        for each, plan in zip(rounds * 3, plans * 3, strict=True):
+            each.tick()
+            each.judge(plan()[0])
+    finally:
+        cuda_push._MAX_TABLES = kept
+    del junk
+    assert [wrong_words(each, group) for each in rounds] == [0, 0, 0]
 
 
 def check_a_plan_is_not_made_during_a_capture() -> None:
