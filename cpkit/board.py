@@ -68,7 +68,7 @@ class Board:
         self.rank, self.size, self._name = rendezvous.rank, rendezvous.size, rendezvous.name
         segment = make_segment(rendezvous, PAGE_BYTES, purpose)
         self._pages = [memoryview(page) for page in segment.maps]
-        self._counters = [page.cast("Q") for page in self._pages]
+        self._words = [page.cast("Q") for page in self._pages]  # word 0 is the counter
         self._turn = 0
         self._broken = ""
         self._crowded = self.size > cores()
@@ -81,8 +81,8 @@ class Board:
         self._turn += 1
         turn = self._turn
         fence()
-        self._counters[self.rank][0] = turn
-        for counter in self._counters:
+        self._words[self.rank][0] = turn
+        for counter in self._words:
             if counter[0] < turn:
                 self._wait(counter, turn)
         fence()
@@ -92,16 +92,12 @@ class Board:
         if len(note) > NOTE_BYTES:
             raise ValueError(f"a note has {len(note)} bytes; at most {NOTE_BYTES} fit on the board")
         place = _NOTES[(self._turn + 1) % 2]
-        mine = self._pages[self.rank]
-        mine[place : place + 8] = len(note).to_bytes(8, "little")
-        mine[place + 8 : place + 8 + len(note)] = note
+        self._words[self.rank][place // 8] = len(note)
+        self._pages[self.rank][place + 8 : place + 8 + len(note)] = note
         self.barrier()
-        return [self._read(page, place) for page in self._pages]
-
-    @staticmethod
-    def _read(page: memoryview, place: int) -> bytes:
-        length = int.from_bytes(page[place : place + 8], "little")
-        return bytes(page[place + 8 : place + 8 + length])
+        lengths = [words[place // 8] for words in self._words]
+        pairs = zip(self._pages, lengths, strict=True)
+        return [bytes(page[place + 8 : place + 8 + length]) for page, length in pairs]
 
     def _wait(self, counter: memoryview, turn: int) -> None:
         """Poll, then yield, then nap; how long depends on who else needs this core.
@@ -140,7 +136,7 @@ class Board:
             time.sleep(_NAP_S)
 
     def _timeout(self, turn: int) -> BarrierTimeout:
-        late = [str(rank) for rank, counter in enumerate(self._counters) if counter[0] < turn]
+        late = [str(rank) for rank, counter in enumerate(self._words) if counter[0] < turn]
         self._broken = (
             f"{self._name}: rank {self.rank} waited {deadline_s():g} s for rank(s) "
             f"{', '.join(late)} at barrier {turn}."
