@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
@@ -61,8 +61,7 @@ class Arena:
         return max((size for _, size in self._free), default=0)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A placed allocation: `segment` numbers the pool's segments, `offset` is in bytes."""
 
     slot: int
@@ -79,18 +78,15 @@ class Ledger:
         self.blocks: dict[int, Block] = {}
         self._released = 0  # bit per slot: this rank has let go, as last published
         self._dropped: deque[int] = deque()  # slots let go since; finalizers append at any moment
+        self.total_bytes, self.used_bytes = 0, 0  # of all segments; in blocks that are not free
         self.peak_bytes = 0
         self.digest = 0
         self.recent: deque[int] = deque(maxlen=8)
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in blocks that are not free."""
-        return sum(arena.used_bytes for arena in self.arenas)
-
     def add_segment(self, nbytes: int) -> None:
         """A new segment is there to place blocks in."""
         self.arenas.append(Arena(nbytes))
+        self.total_bytes += nbytes
         self._note("segment", nbytes)
 
     def place(self, nbytes: int) -> Block | None:
@@ -103,6 +99,7 @@ class Ledger:
             if offset is not None:
                 block = Block(slot, segment, offset, size)
                 self.blocks[block.slot] = block
+                self.used_bytes += size
                 self.peak_bytes = max(self.peak_bytes, self.used_bytes)
                 self.recent.append(size)
                 self._note("block", size)
@@ -125,6 +122,7 @@ class Ledger:
             if released_everywhere >> slot & 1:
                 block = self.blocks.pop(slot)
                 self.arenas[block.segment].free(block.offset, block.nbytes)
+                self.used_bytes -= block.nbytes
                 self._note("free", slot)
         self._released &= ~released_everywhere
 

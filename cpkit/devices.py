@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -52,16 +52,22 @@ def growth_problem(device: str) -> str:
     )
 
 
-@contextmanager
-def on_stream(stream: torch.cuda.Stream | None, *inputs: torch.Tensor) -> Iterator[None]:
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
+def on_stream(
+    stream: torch.cuda.Stream | None, *inputs: torch.Tensor
+) -> AbstractContextManager[None]:
     """Run on `stream`, after what the current stream has been given so far; None: right here.
 
     current   … make k ┐                          ┌ wait_stream(stream) ─ read whole
     stream             └ wait ─ gather k ─────────┘  the caller's
     """
-    if stream is None:
-        yield
-        return
+    return _HERE if stream is None else _after_current(stream, inputs)
+
+
+@contextmanager
+def _after_current(stream: torch.cuda.Stream, inputs: tuple[torch.Tensor, ...]) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream())
     for x in inputs:
         if x.device.type == "cuda":

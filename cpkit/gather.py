@@ -79,13 +79,14 @@ def all_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
-    problem = arguments.problem(tensors, metadata, group, algorithm)
+    problem, call = arguments.check_call(tensors, metadata, group, algorithm, symmetric)
     known = read_slots(slots) if not problem else None
     problem = problem or into_problem(tensors, metadata, into, slots, known)
     problem = problem or _capture_problem(tensors, metadata, group, algorithm, into)
-    call = arguments.describe_call(tensors, metadata, algorithm, symmetric) if not problem else ""
-    if call and into is not None:
+    if into is not None:
         call = f"{call} into caches"
+    if problem:
+        call = ""
     inputs = [] if problem else [*tensors, *(into or []), *([] if slots is None else [slots])]
     with on_stream(stream, *inputs):
         device = "cpu" if problem else device_type(tensors[0])

@@ -93,7 +93,10 @@ class CPGroup:
         problem or is in another call.
         """
         note = pack_note(problem, call)
-        answers = self.exchange(len(note).to_bytes(4, "little") + note + extra)
+        mine = len(note).to_bytes(4, "little") + note + extra
+        answers = self.exchange(mine)
+        if not problem and answers.count(mine) == self.size:
+            return [extra] * self.size  # the usual case, without taking the answers apart
         stops = [4 + int.from_bytes(answer[:4], "little") for answer in answers]
         notes = [answer[4:stop] for answer, stop in zip(answers, stops, strict=True)]
         if problem or any(other != note for other in notes):

@@ -109,12 +109,11 @@ def plan_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
-    problem = arguments.problem(tensors, metadata, group, algorithm) or _problem(tensors, keep)
+    problem, call = arguments.check_call(tensors, metadata, group, algorithm, symmetric)
+    problem = problem or _problem(tensors, keep)
     if not problem and is_capturing(device_type(tensors[0])):
         problem = "a plan cannot be made while a CUDA graph is captured: make it before"
-    call = ""
-    if not problem:
-        call = f"plan, {keep=}: " + arguments.describe_call(tensors, metadata, algorithm, symmetric)
+    call = "" if problem else f"plan, {keep=}: {call}"
     device = "cpu" if problem else device_type(tensors[0])
     pool = enter(group, call, problem, symmetric, device)
     turns: list[_Turn] = []

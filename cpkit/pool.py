@@ -173,9 +173,10 @@ class SymmetricPool:
             raise
         if len({answer[_MASK_BYTES:_BOOKS_BYTES] for answer in answers}) > 1:
             self._raise_divergence()
+        masks = {answer[:_MASK_BYTES] for answer in answers}  # mostly one
         released_everywhere = (1 << MAX_BLOCKS) - 1
-        for answer in answers:
-            released_everywhere &= int.from_bytes(answer[:_MASK_BYTES], "little")
+        for mask in masks:
+            released_everywhere &= int.from_bytes(mask, "little")
         if released_everywhere:
             self._ledger.settle(released_everywhere)
             self.history.note(self._ledger)

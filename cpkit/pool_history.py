@@ -51,13 +51,12 @@ class PoolHistory:
 
     def note(self, ledger: Ledger) -> None:
         """The pool has changed."""
-        total = sum(arena.nbytes for arena in ledger.arenas)
         self.samples.append(
             PoolSample(
                 time.monotonic() - self._start_s,
                 ledger.used_bytes,
                 ledger.peak_bytes,
-                total - ledger.used_bytes,
+                ledger.total_bytes - ledger.used_bytes,
                 ledger.largest_free(),
                 self._spills,
             )
