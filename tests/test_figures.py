@@ -6,12 +6,15 @@ import itertools
 import json
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from PIL import Image
 
 from cpkit.control.messages import Sample, Workload
 from cpkit.divergence import push_into
@@ -71,7 +74,9 @@ def pool_table(used: int, spill: int) -> pd.DataFrame:
 
 
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
-MODELLED = pd.DataFrame([{"where": "two nodes", "cp_size": n, "time_us": n} for n in (2, 4)])
+MODELLED = pd.DataFrame(
+    [{"machine": "a", "size_bytes": 1e6, "cp_size": n, "time_us": n} for n in (2, 4)]
+)
 STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
 SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
@@ -339,7 +344,12 @@ def test_a_picture_is_drawn_where_there_is_a_browser(monkeypatch: pytest.MonkeyP
     if show.find_browser() is None:
         pytest.skip("no Chromium or Chrome on this machine: apt-get install chromium")
     monkeypatch.setenv("CPKIT_STATIC", "1")
-    assert len(show.bundle(figures.padding_grid(LAYOUT))["image/png"]) > 5000
+    drawn = b64decode(show.bundle(figures.padding_grid(LAYOUT))["image/png"])
+    assert 5_000 < len(drawn) < 25_000, "256 colours: a third of what the browser gives"
+    colors = {
+        f"#{bytes(c).hex()}" for _, c in Image.open(BytesIO(drawn)).convert("RGB").getcolors()
+    }
+    assert set(style.RANK_COLORS[:4]) <= colors, "what a colour means is as exact as it was"
 
 
 def _cells(figure: go.Figure) -> list[tuple[int, str]]:
