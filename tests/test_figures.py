@@ -24,11 +24,11 @@ from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
 from cpkit.notebook.lessons.symmetric_orders import no_barrier
+from cpkit.notebook.live import redraw
 from cpkit.notebook.mistakes import Mistake
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.requests import Served
 from cpkit.notebook.schedules import smallest_failure
-from cpkit.notebook.stepper import redraw
 
 LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
 
