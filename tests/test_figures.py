@@ -62,15 +62,10 @@ def sample(cp_size: int = 4, algorithm: str = "padded", first_us: float = 10.0) 
 def sweep_table() -> pd.DataFrame:
     names = ("direct", "padded")
     rows = [
-        {"size_bytes": size, "algorithm": name, "cp_size": 4, "time_us": 9.0, "busbw_gbps": 1.0}
+        {"size_bytes": size, "algorithm": name, "cp_size": 4, "time_us": 9.0}
         for name, size in itertools.product(names, (1 << 16, 1 << 20))
     ]
     return pd.DataFrame(rows)
-
-
-def pool_table(used: int, spill: int) -> pd.DataFrame:
-    row = {"rank": 0, "segments": 2, "arena_bytes": 8e6, "spills": 1}
-    return pd.DataFrame([row | {"used_bytes": used, "spill_bytes": spill}])
 
 
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
@@ -81,15 +76,12 @@ STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
 SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
 EARLY = [*LATE, ("free", "old", 0)]
-STEPS = [("start", pool_table(0, 0)), ("spill", pool_table(9, 4))]
 FIGURES: dict[str, Callable[[], go.Figure]] = {
     "ownership": lambda: figures.ownership_strip(LAYOUT),
     "padding": lambda: figures.padding_grid(LAYOUT),
     "stages": lambda: figures.stage_grid(Padded()),
     "waste": lambda: figures.waste_map([[13, 9], [64]], [2, 4]),
     "who": lambda: figures.who_wrote_where(STAMPS, rounds=1),
-    "pool": lambda: figures.pool_fill(STEPS),
-    "latency": lambda: figures.latency_bandwidth(sweep_table()),
     "split": lambda: figures.stage_split([sample()]),
     "timeline": lambda: figures.timeline(SPANS, "direct"),
     "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
@@ -109,8 +101,6 @@ UNITS = {
     "stages": "slot (row of the buffer)",
     "waste": "",
     "who": "memory of",
-    "pool": "symmetric memory (MB)",
-    "latency": "busbw (GB/s)",
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
     "work": "keys looked at",
@@ -237,14 +227,14 @@ def test_a_figure_without_words_is_refused() -> None:
 
 def test_a_recorded_figure_says_so_everywhere() -> None:
     figure = figures.recorded(
-        FIGURES["latency"](), machine="H200", date="2026-11-24", source="results/h200.json"
+        FIGURES["gain"](), machine="H200", date="2026-11-24", source="results/h200.json"
     )
     words = "Recorded on H200, 2026-11-24 (results/h200.json); not measured here."
     assert figure.layout.title.text.startswith("Recorded: ")
     assert figure.layout.title.subtitle.text.startswith(words)
     assert words in figures.text_alternative(figure)
     with pytest.raises(ValueError, match="say all of machine"):
-        figures.recorded(FIGURES["latency"](), machine="H200", date="", source="x")
+        figures.recorded(FIGURES["gain"](), machine="H200", date="", source="x")
 
 
 # Machado, Oliveira and Fernandes 2009: what a dichromat sees of a colour (linear RGB, severity 1).
