@@ -13,11 +13,8 @@ from benchmarks.goals import times_us
 Record = dict[str, Any]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SUMMARY_VARIANTS = ("plan", "direct", "padded", "gloo alone", "Open MPI", "memcpy")
-GATHER_COLUMNS = (
-    ("cp_size", "cp_size"),
-    ("size_bytes", "size (B)"),
-    ("count", "count"),
-    ("type", "type"),
+SIZE_COLUMNS = (("cp_size", "cp_size"), ("size_bytes", "size (B)"))
+TIME_COLUMNS = (
     ("variant", "variant"),
     ("time_us", "time p50 (us)"),
     ("p95_us", "p95 (us)"),
@@ -30,6 +27,12 @@ GATHER_COLUMNS = (
     ("skew_us", "rank skew (us)"),
     ("iterations", "iterations"),
     ("spread_pct", "spread (%)"),
+)
+GATHER_COLUMNS = (
+    *SIZE_COLUMNS,
+    ("count", "count"),
+    ("type", "type"),
+    *TIME_COLUMNS,
     ("padded_ratio", "padded / this"),
     ("gloo_ratio", "gloo / this"),
     ("open_mpi_ratio", "Open MPI / this"),

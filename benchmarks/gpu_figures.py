@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import cell, goal_lines, put_between, table
+from benchmarks.figures import SIZE_COLUMNS, TIME_COLUMNS, cell, goal_lines, put_between, table
 from benchmarks.goals import times_us
 from benchmarks.gpu_goals import LOW_CONTENTION, SEED, opponent_us
 
@@ -21,20 +21,8 @@ VARIANTS = (
     "low-contention graph",
 )
 COLUMNS = (
-    ("cp_size", "cp_size"),
-    ("size_bytes", "size (B)"),
-    ("variant", "variant"),
-    ("time_us", "time p50 (us)"),
-    ("p95_us", "p95 (us)"),
-    ("min_us", "min (us)"),
-    ("algbw_gbps", "algbw (GB/s)"),
-    ("busbw_gbps", "busbw (GB/s)"),
-    ("wrong", "#wrong"),
-    ("moved_bytes", "moved (B)"),
-    ("passes", "passes"),
-    ("skew_us", "rank skew (us)"),
-    ("iterations", "iterations"),
-    ("spread_pct", "spread (%)"),
+    *SIZE_COLUMNS,
+    *TIME_COLUMNS,
     ("seed_ratio", "seed / this"),
     ("low_contention_ratio", "low-contention / this"),
     ("floor_ratio", "this / floor"),

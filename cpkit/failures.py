@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cpkit.arena import Arena
-from cpkit.control.messages import Message
+from cpkit.failure_report import RankReport
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.provenance import explain_mismatch, poison_, shard_rows
@@ -33,18 +33,6 @@ from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetri
 ROWS, SHAPE, DTYPE = 4, (8, 16), torch.bfloat16  # rows a rank, of 256 bytes
 NCCL_VERSIONS = ("2.28.9", "2.29.7")
 _LIFE_S = 40.0
-
-
-class RankReport(Message, frozen=True):
-    """What one rank saw. `paths`: transport to path; `wrong`: the first wrong row, in words."""
-
-    rank: int
-    error: str = ""
-    said: str = ""
-    waited_s: float = 0.0
-    paths: dict[str, str] = msgspec.field(default_factory=dict)
-    reason: str = ""
-    wrong: str = ""
 
 
 Case = Callable[[CPGroup, int], RankReport]

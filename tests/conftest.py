@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import cpkit
+from tests.desk import Desk
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
@@ -66,3 +68,21 @@ def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
     with cpkit.connect("tests", nproc=4) as connected:
         yield connected
         connected.stop()
+
+
+@pytest.fixture
+def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
+    """After every test: nothing waits, and a gather is right."""
+    yield
+    give_up = time.monotonic() + 5
+    while lab.status().state == "busy":
+        assert time.monotonic() < give_up, "something was left behind in the line"
+        time.sleep(0.02)
+    assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    yield desk
+    desk.close()

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import _thread
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import cpkit
-from cpkit.control import launch as launcher
-from cpkit.control.messages import Measure, Put, PutResult
 from cpkit.lab import ALGORITHMS, Lab
 from cpkit.layout import prepare_context_parallel_metadata
 
-pytestmark = pytest.mark.workers
+pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
 STRATEGIES = ("zigzag", "interleave", "contiguous")
-
-
-@pytest.fixture(autouse=True)
-def the_workers_stay_usable(lab: Lab) -> Iterator[None]:
-    """After every test: nothing waits, and a gather is right."""
-    yield
-    give_up = time.monotonic() + 5
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up, "something was left behind in the line"
-        time.sleep(0.02)
-    assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
 
 
 def test_status_says_who_and_where(lab: Lab) -> None:
@@ -213,143 +196,3 @@ def test_a_barrier_makes_putting_safe(lab: Lab) -> None:
     hasty = lab.put(4, rounds=2000, barrier=False)
     assert hasty.stale > 0
     assert hasty.examples
-
-
-# ------------------------------------------------------------------ what is refused
-
-BAD = [
-    (lambda lab: lab.gather([64], 3), r"cp_size is 3.*divide the 4 ranks.*1, 2, 4"),
-    (lambda lab: lab.gather([64], 0), "cp_size is 0"),
-    (lambda lab: lab.gather([64], -2), "cp_size is -2"),
-    (lambda lab: lab.gather([64], 8), "cp_size is 8"),
-    (lambda lab: lab.put(3), "cp_size is 3"),
-    (lambda lab: lab.pool.stats(3), "cp_size is 3"),
-    (lambda lab: lab.gather([]), "number of sequences is 0"),
-    (lambda lab: lab.gather([0]), "at least one token"),
-    (lambda lab: lab.gather([64, -1]), "at least one token"),
-    (lambda lab: lab.gather(["64"]), "lengths is"),
-    (lambda lab: lab.gather([6.5]), "lengths is"),
-    (lambda lab: lab.gather([7], 4), "8 blocks.*falls back to no split"),
-    (lambda lab: lab.gather([64], algorithm="magic"), "magic"),
-    (lambda lab: lab.gather([64], strategy="spiral"), "spiral"),
-    (lambda lab: lab.gather([64], dtype="float31"), "float31"),
-    (lambda lab: lab.gather([64], heads=0), "heads is 0"),
-    (lambda lab: lab.gather([64], tensors=17), "tensors is 17"),
-    (lambda lab: lab.gather([64], colour="red"), "colour"),
-    (lambda lab: lab.gather([1 << 40]), r"needs about \d+ bytes.*limit is \d+ bytes"),
-    (lambda lab: next(lab.measure([64], samples=0)), "samples is 0"),
-    (lambda lab: next(lab.measure([64], interval_s=-1.0)), "interval_s is -1.0"),
-    (lambda lab: lab.sweep(), "either sizes_bytes or lengths"),
-    (lambda lab: lab.sweep(lengths=[]), "number of workloads is 0"),
-    (lambda lab: lab.sweep(lengths=[64], iterations=0), "iterations is 0"),
-    (lambda lab: lab.pool.allocate(0), "nbytes is 0"),
-    (lambda lab: lab.pool.allocate(1 << 50), "nbytes is"),
-    (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
-    (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
-    (lambda lab: lab.put(rounds=0), "rounds is 0"),
-    (lambda lab: lab.clock([], [64]), "number of calls is 0"),
-    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; what can be timed is padded"),
-    (lambda lab: lab.clock(["direct"], [64], iterations=1 << 40), "iterations is"),
-    (lambda lab: lab.clock(["direct"], [64], warmup=-1), "warmup is -1"),
-    (lambda lab: lab.clock(["direct"], [64], late_us=1e9), "late_us is"),
-    (lambda lab: lab.clock(["direct"], [1 << 40]), "limit is"),
-]
-
-
-@pytest.mark.parametrize(("ask", "words"), BAD, ids=[words for _, words in BAD])
-def test_bad_input_is_refused_in_words(lab: Lab, ask: Callable[[Lab], object], words: str) -> None:
-    with pytest.raises(cpkit.BadRequest, match=words):
-        ask(lab)
-
-
-def test_a_refused_gather_is_refused_before_anything_is_allocated(lab: Lab) -> None:
-    before = lab.pool.stats()
-    started = time.monotonic()
-    with pytest.raises(cpkit.BadRequest, match="limit"):
-        lab.gather([1 << 30] * 64)
-    assert time.monotonic() - started < 1
-    assert lab.pool.stats().equals(before)
-
-
-# ------------------------------------------------------------- cancel, wait, take turns
-
-
-def test_closing_a_measurement_cancels_it_within_moments(lab: Lab) -> None:
-    stream = lab.measure([256], 4)
-    next(stream)
-    assert lab.status().state == "busy"
-    stream.close()
-    give_up = time.monotonic() + 1
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up
-
-
-def test_an_interrupt_cancels_and_keeps_the_workers(lab: Lab) -> None:
-    threading.Timer(0.5, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in lab.measure([256], 4):
-            pass
-    workers = {worker.pid for worker in lab.status().workers}
-    assert lab.gather([64], 4).verified
-    assert workers == {worker.pid for worker in lab.status().workers}
-
-
-def test_a_second_notebook_is_told_how_many_are_ahead(lab: Lab) -> None:
-    sweep = threading.Thread(target=lab.sweep, kwargs={"lengths": [2048], "iterations": 20})
-    sweep.start()
-    while lab.status().state == "idle":
-        time.sleep(0.005)
-    with launcher.require(lab.name) as client:
-        told: list[int] = []
-        client.on_wait = told.append
-        assert client.call(Put(4, 10), PutResult).reads > 0
-    sweep.join()
-    assert told == [1]
-
-
-def test_an_endless_measurement_does_not_lock_others_out(lab: Lab) -> None:
-    stream = lab.measure([256], 2)
-    next(stream)
-    with cpkit.connect(lab.name, launch=False) as other:
-        for cp_size in (1, 2, 4):
-            assert other.gather([64], cp_size).verified
-        mine, theirs = next(stream), next(other.measure([64], 4, samples=1))
-    assert (mine.workload.cp_size, theirs.workload.cp_size) == (2, 4)
-    assert next(stream).sequence >= 2
-    stream.close()
-
-
-def test_many_threads_may_ask_at_once(lab: Lab) -> None:
-    results: list[object] = []
-    threads = [
-        threading.Thread(target=lambda n=n: results.append(lab.gather([32 + n], 4)))
-        for n in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(result.lengths[0] for result in results) == [32 + n for n in range(6)]
-
-
-def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> None:
-    client = launcher.require(lab.name)
-    stream = client.stream(Measure(lab.workload([256], 4)))
-    next(stream)
-    client._closing = True  # the socket goes without a word, as with a killed kernel
-    client._outbox.clear()
-    client._ring()
-    client._thread.join()
-    give_up = time.monotonic() + 5
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
-
-
-def test_connect_attaches_to_who_runs(lab: Lab) -> None:
-    started = time.monotonic()
-    with cpkit.connect(lab.name, nproc=7) as other:
-        assert other.world_size == 4
-    assert time.monotonic() - started < 1
-    with pytest.raises(cpkit.NoWorkers, match=r"launch_workers\.sh --name nobody"):
-        cpkit.connect("nobody", launch=False)

@@ -101,13 +101,13 @@ def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
 
 def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
     stepper = Stepper(lab, [13, 9], cp_size=4)
-    stepper.wait(gathers=1)
+    stepper.wait(done=1)
     assert "→ reorder" in stepper.widget.layout.title.text
     stepper.algorithm.value = "direct"
-    stepper.wait(gathers=2)
+    stepper.wait(done=2)
     assert stepper.widget.layout.title.text.endswith("shard → wire")
     stepper.cp_size.value = 2
-    stepper.wait(gathers=3)
+    stepper.wait(done=3)
     names = [trace.name for trace in stepper.widget.data if trace.visible is not False]
     assert names == ["rank 0", "rank 1"]
     stepper.close()

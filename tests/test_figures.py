@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,78 +11,40 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from cpkit.control.messages import Sample, Workload
 from cpkit.divergence import push_into
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import figures, show, style
-from cpkit.notebook.controls import parse_lengths
-from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
 from cpkit.notebook.lessons.symmetric_orders import no_barrier
 from cpkit.notebook.mistakes import Mistake
-from cpkit.notebook.panel import Panel
 from cpkit.notebook.requests import Served
 from cpkit.notebook.schedules import smallest_failure
-from cpkit.notebook.stepper import redraw
-
-LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
-
-
-class Padded:
-    """The stages of a padded gather, computed from the layout alone."""
-
-    metadata = LAYOUT
-    stages = ("pad", "wire", "strip", "reorder")
-
-    def stage(self, name: str, rank: int) -> np.ndarray:
-        shards = [figures.rows_of(LAYOUT, r) for r in range(4)]
-        padded = [figures.pad_rows(rows, LAYOUT.max_rank_len[0]) for rows in shards]
-        wire = np.concatenate(padded)
-        strip = wire[wire[:, 1] >= 0]
-        return {
-            "pad": padded[rank],
-            "wire": wire,
-            "strip": strip,
-            "reorder": strip[LAYOUT.token_order.numpy()],
-        }[name]
-
-
-def sample(cp_size: int = 4, algorithm: str = "padded", first_us: float = 10.0) -> Sample:
-    times = tuple(first_us + rank for rank in range(cp_size))
-    work = Workload(cp_size=cp_size, lengths=(13, 9), algorithm=algorithm)
-    stages = {"pad": times, "wire": times}
-    return Sample(work, 0, 5, 1000, times, times, times, stages, "symmetric", "in the pool")
+from tests.drawn import LAYOUT, Padded, sample
 
 
 def sweep_table() -> pd.DataFrame:
     names = ("direct", "padded")
     rows = [
-        {"size_bytes": size, "algorithm": name, "cp_size": 4, "time_us": 9.0, "busbw_gbps": 1.0}
+        {"size_bytes": size, "algorithm": name, "cp_size": 4, "time_us": 9.0}
         for name, size in itertools.product(names, (1 << 16, 1 << 20))
     ]
     return pd.DataFrame(rows)
 
 
-def pool_table(used: int, spill: int) -> pd.DataFrame:
-    row = {"rank": 0, "segments": 2, "arena_bytes": 8e6, "spills": 1}
-    return pd.DataFrame([row | {"used_bytes": used, "spill_bytes": spill}])
-
-
 SPANS = pd.DataFrame([{"rank": 0, "stage": "wire", "start_us": 0.0, "stop_us": 5.0}])
-MODELLED = pd.DataFrame([{"where": "two nodes", "cp_size": n, "time_us": n} for n in (2, 4)])
+MODELLED = pd.DataFrame(
+    [{"machine": "a", "size_bytes": 1e6, "cp_size": n, "time_us": n} for n in (2, 4)]
+)
 STAMPS = np.array([[1, (1 << 32) + 1], [1, (1 << 32) + 7]])
 SERVED = [Served(8, 12.0, 0.0, 16, 0), Served(24, 95.0, 80.0, 16, 25.2)]
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
 EARLY = [*LATE, ("free", "old", 0)]
-STEPS = [("start", pool_table(0, 0)), ("spill", pool_table(9, 4))]
 FIGURES: dict[str, Callable[[], go.Figure]] = {
     "ownership": lambda: figures.ownership_strip(LAYOUT),
     "padding": lambda: figures.padding_grid(LAYOUT),
     "stages": lambda: figures.stage_grid(Padded()),
     "waste": lambda: figures.waste_map([[13, 9], [64]], [2, 4]),
     "who": lambda: figures.who_wrote_where(STAMPS, rounds=1),
-    "pool": lambda: figures.pool_fill(STEPS),
-    "latency": lambda: figures.latency_bandwidth(sweep_table()),
     "split": lambda: figures.stage_split([sample()]),
     "timeline": lambda: figures.timeline(SPANS, "direct"),
     "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
@@ -104,8 +64,6 @@ UNITS = {
     "stages": "slot (row of the buffer)",
     "waste": "",
     "who": "memory of",
-    "pool": "symmetric memory (MB)",
-    "latency": "busbw (GB/s)",
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
     "work": "keys looked at",
@@ -225,140 +183,6 @@ def test_a_wrong_slot_is_red_and_marked() -> None:
     assert list(wrong.text) == ["✗0:5"]
 
 
-def test_a_figure_without_words_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a title and a text alternative"):
-        style.finish(go.Figure(), title="t", alt="", height=100)
-
-
-def test_a_recorded_figure_says_so_everywhere() -> None:
-    figure = figures.recorded(
-        FIGURES["latency"](), machine="H200", date="2026-11-24", source="results/h200.json"
-    )
-    words = "Recorded on H200, 2026-11-24 (results/h200.json); not measured here."
-    assert figure.layout.title.text.startswith("Recorded: ")
-    assert figure.layout.title.subtitle.text.startswith(words)
-    assert words in figures.text_alternative(figure)
-    with pytest.raises(ValueError, match="say all of machine"):
-        figures.recorded(FIGURES["latency"](), machine="H200", date="", source="x")
-
-
-# Machado, Oliveira and Fernandes 2009: what a dichromat sees of a colour (linear RGB, severity 1).
-VISION = {
-    "protanopia": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
-    "deuteranopia": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
-    "tritanopia": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
-}
-
-
-@pytest.mark.parametrize("vision", [None, *VISION])
-def test_rank_colours_differ_for_every_kind_of_vision(vision: str | None) -> None:
-    colors = [*style.RANK_COLORS, style.WRONG]
-    seen = [_lab(color, VISION[vision] if vision else np.eye(3)) for color in colors]
-    distances = [float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)]
-    assert min(distances) > 10, "2.3 is just noticeable; cells carry text besides"
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [("4096", (4096,)), (" 4097, 812 ", (4097, 812)), ("3*5,2 x 7", (5, 5, 5, 7, 7))],
-)
-def test_lengths_are_read(text: str, lengths: tuple[int, ...]) -> None:
-    assert parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "12,", "a", "-3", "1.5", "5000*1", "0x10*3", "9" * 12])
-def test_other_lengths_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match=r"lengths .*(for example 4097|at most 4096)"):
-        parse_lengths(text)
-
-
-def test_the_panel_follows_layout_and_samples() -> None:
-    panel = Panel()
-    four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
-    panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
-    assert list(panel.widget.data[0].y) == four.per_rank_actual_token
-    panel.note(sample())
-    panel.note(sample(first_us=20))
-    panel.show_sample(sample(first_us=20))
-    assert list(panel.widget.data[2].y) == [20, 21, 22, 23]
-    assert list(panel.widget.data[3].y) == [13, 23], "the history is that of the slowest rank"
-    panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
-    assert list(panel.widget.data[3].y) == [None], "a new history"
-    assert "cp_size 2" in panel.still().layout.title.text
-    assert "uid" not in json.dumps(show.bundle(panel.still())), "or no two runs would be equal"
-    panel.close()
-
-
-def test_redraw_replaces_a_live_figure() -> None:
-    widget = go.FigureWidget()
-    for figure in (figures.stage_grid(Padded()), figures.ownership_strip(LAYOUT)):
-        redraw(widget, figure)
-        visible = [trace for trace in widget.data if trace.visible in (None, True)]
-        assert [trace.name for trace in visible] == [trace.name for trace in figure.data]
-        assert [list(a.x) for a in visible] == [list(b.x) for b in figure.data]
-        assert widget.layout.title.text == figure.layout.title.text
-
-
-def test_the_newest_wish_wins() -> None:
-    begun, failures, go_on = [], [], threading.Event()
-
-    def work(wish: int, is_newest: object) -> None:
-        begun.append(wish)
-        if wish == 0:
-            go_on.wait(5)
-        if wish == 9:
-            raise RuntimeError("nine")
-
-    worker = LatestWins("test", work, failures.append)
-    worker.ask(0)
-    _until(lambda: begun == [0])
-    for wish in range(1, 10):
-        worker.ask(wish)
-    go_on.set()
-    _until(lambda: len(failures) == 1)
-    assert begun == [0, 9], "wishes 1 to 8 were overtaken"
-    worker.ask(10)
-    _until(lambda: begun[-1] == 10)
-    assert worker.close(), "a failure does not end the thread; close does"
-
-
-def test_a_missing_browser_means_no_picture_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CPKIT_STATIC", "1")
-    monkeypatch.setenv("BROWSER_PATH", "/nonexistent")
-    assert "image/png" not in show.bundle(figures.padding_grid(LAYOUT))
-
-
-def test_a_broken_browser_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
-    with pytest.warns(UserWarning, match="no static picture"):
-        assert show.png(figures.padding_grid(LAYOUT)) is None
-
-
-@pytest.mark.browser
-def test_a_picture_is_drawn_where_there_is_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
-    if show.find_browser() is None:
-        pytest.skip("no Chromium or Chrome on this machine: apt-get install chromium")
-    monkeypatch.setenv("CPKIT_STATIC", "1")
-    assert len(show.bundle(figures.padding_grid(LAYOUT))["image/png"]) > 5000
-
-
 def _cells(figure: go.Figure) -> list[tuple[int, str]]:
     """(first slot, legend name) of every cell."""
     return [(round(base + 0.5), trace.name) for trace in figure.data for base in trace.base]
-
-
-def _lab(color: str, vision: object) -> np.ndarray:
-    """CIE L*a*b* of a `#rrggbb` colour as somebody with this vision sees it."""
-    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(np.array(vision) @ linear, 0, 1)
-    to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
-    x, y, z = np.cbrt(np.maximum(np.array(to_xyz) @ linear / (0.9505, 1.0, 1.089), 0.009))
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def _until(condition, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)

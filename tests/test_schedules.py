@@ -6,15 +6,15 @@ import pytest
 
 from cpkit.notebook import schedules
 from cpkit.notebook.lessons.symmetric_orders import (
-    _two_barriers,
-    _with_signals,
     held_up,
     no_barrier,
     one_barrier,
+    two_barriers,
+    with_signals,
 )
 from cpkit.notebook.programs import MAX_STEPS, BadProgram, Program, Rank, Run
 
-RIGHT = {"barriers": _two_barriers, "signals": _with_signals}
+RIGHT = {"barriers": two_barriers, "signals": with_signals}
 
 
 def early_free(me: Rank):
@@ -138,7 +138,7 @@ def test_impossible_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="step 8: rank 1 has nothing left to do"):
         schedules.replay(no_barrier, 2, 2, [1] * 8 + [1])
     with pytest.raises(ValueError, match="more than 5 states"):
-        schedules.smallest_failure(_two_barriers, 3, 2, max_states=5)
+        schedules.smallest_failure(two_barriers, 3, 2, max_states=5)
 
 
 def iter_of(step):

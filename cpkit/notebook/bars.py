@@ -89,7 +89,6 @@ def _bar(name: str, x: Sequence[str], y: Sequence[float], color: str) -> go.Bar:
 
 
 def _stage_bar(stage: str, rows: Sequence[str], megabytes: Sequence[float]) -> go.Bar:
-    color, hatch = style.stage_style(stage)
     return go.Bar(
         name=stage,
         orientation="h",
@@ -98,12 +97,8 @@ def _stage_bar(stage: str, rows: Sequence[str], megabytes: Sequence[float]) -> g
         text=[f"{stage} {value:,.1f}" if value else "" for value in megabytes],
         textposition="inside",
         insidetextanchor="middle",
-        textfont={"color": style.text_color(color)},
-        marker={
-            "color": color,
-            "line": {"color": "#57606a", "width": 0.6},
-            "pattern": style.hatch(hatch),
-        },
+        textfont={"color": style.text_color(style.stage_style(stage)[0])},
+        marker=style.stage_marker(stage),
         hovertemplate=f"{stage}: %{{x:,.1f}} MB<extra></extra>",
     )
 

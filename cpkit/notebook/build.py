@@ -19,7 +19,7 @@ import nbformat
 from cpkit.notebook import run, source
 from cpkit.notebook.show import find_browser
 
-MAX_BYTES = 1_500_000
+MAX_BYTES = 1_000_000  # of a committed notebook, pictures included
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SOURCES = NOTEBOOKS / "src"
@@ -92,7 +92,11 @@ def complaints(path: Path) -> list[str]:
     """What is wrong with a committed notebook: its form, or that its source says something else."""
     text = path.read_text()
     notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
-    if text != canonical(notebook):
+    try:
+        form = canonical(notebook)
+    except ValueError as problem:
+        return [f"{path.name}: {problem}"]
+    if text != form:
         return [f"{path.name} is not in canonical form: run `make notebooks`"]
     wanted = run.notebook_of(list(source.read(SOURCES / f"{path.stem}.py").rendered()))
     if _without_outputs(notebook) != _without_outputs(wanted):

@@ -1,4 +1,4 @@
-"""Pictures of measured times: latency, bandwidth, stages and timelines.
+"""Pictures of measured times: stages and timelines.
 
 All take what a `Lab` returns and draw what is in it; nothing is smoothed or left out.
 """
@@ -6,43 +6,13 @@ All take what a `Lab` returns and draw what is in it; nothing is smoothed or lef
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from cpkit.control.messages import Sample
 from cpkit.notebook import style
-
-
-def latency_bandwidth(table: pd.DataFrame) -> go.Figure:
-    """Time and bus bandwidth over size, one line an algorithm; takes `lab.sweep`'s table."""
-    figure = make_subplots(cols=2, horizontal_spacing=0.11)
-    table = table.sort_values("size_bytes")
-    for algorithm in [name for name in style.ALGORITHM_LINES if name in set(table["algorithm"])]:
-        rows = table[table["algorithm"] == algorithm]
-        for column, values in enumerate(("time_us", "busbw_gbps"), start=1):
-            figure.add_trace(_sweep_line(algorithm, rows, values, column == 1), 1, column)
-    sizes = sorted(int(size) for size in table["size_bytes"].unique())
-    ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes], "type": "log"}
-    size_axis = style.axis("size: all gathered bytes", **ticks)
-    figure.update_xaxes(size_axis)
-    figure.update_yaxes(style.axis("time (µs, slowest rank)", type="log", dtick=1), col=1)
-    figure.update_yaxes(style.axis("busbw (GB/s)", rangemode="tozero"), col=2)
-    figure.update_layout(
-        legend=style.legend_below(238, gap=60),
-        margin={"l": 66, "r": 16, "t": 66, "b": 96},
-    )
-    cp_sizes = ", ".join(str(cp) for cp in sorted(table["cp_size"].unique()))
-    return style.finish(
-        figure,
-        title="Time and bandwidth of each algorithm",
-        subtitle=f"cp_size {cp_sizes}; median; busbw = size / time · (cp−1) / cp",
-        alt=_sweep_words(table),
-        height=400,
-    )
 
 
 def stage_split(samples: Sequence[Sample]) -> go.Figure:
@@ -110,30 +80,6 @@ def byte_words(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _sweep_line(algorithm: str, rows: pd.DataFrame, column: str, legend: bool) -> go.Scatter:
-    color, dash, marker = style.algorithm_line(algorithm)
-    return go.Scatter(
-        name=algorithm,
-        legendgroup=algorithm,
-        showlegend=legend,
-        mode="lines+markers",
-        x=rows["size_bytes"].tolist(),
-        y=rows[column].tolist(),
-        line={"color": color, "dash": dash},
-        marker={"color": color, "symbol": marker, "size": 8},
-        hovertemplate=f"{algorithm}<br>%{{x:,}} B: %{{y:.4g}}<extra></extra>",
-    )
-
-
-def _sweep_words(table: pd.DataFrame) -> str:
-    largest = table[table["size_bytes"] == table["size_bytes"].max()]
-    words = ", ".join(
-        f"{row.algorithm} {row.time_us:.0f} µs ({row.busbw_gbps:.2f} GB/s busbw)"
-        for row in largest.itertuples()
-    )
-    return f"At {byte_words(float(largest['size_bytes'].iloc[0]))}: {words}."
-
-
 def _mean_stages(sample: Sample) -> dict[str, float]:
     means = {stage: float(np.mean(times)) for stage, times in sample.stage_us.items()}
     return {stage: means[stage] for stage in _ordered(set(means))}
@@ -142,12 +88,6 @@ def _mean_stages(sample: Sample) -> dict[str, float]:
 def _ordered(stages: set[str]) -> list[str]:
     known = [stage for stage in style.STAGE_STYLES if stage in stages]
     return known + sorted(stages - set(known))
-
-
-def _stage_marker(stage: str) -> dict[str, Any]:
-    color, hatch = style.stage_style(stage)
-    line = {"color": "#57606a", "width": 0.6}
-    return {"color": color, "line": line, "pattern": style.hatch(hatch)}
 
 
 def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go.Bar:
@@ -163,7 +103,7 @@ def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go
         insidetextanchor="middle",
         textangle=0,
         textfont={"color": style.text_color(style.stage_style(stage)[0])},
-        marker=_stage_marker(stage),
+        marker=style.stage_marker(stage),
         hovertemplate=f"{stage}: %{{x:.1f}} µs<br>{meaning}<extra></extra>",
     )
 
@@ -180,6 +120,6 @@ def _timeline_bars(stage: str, rows: pd.DataFrame) -> go.Bar:
         insidetextanchor="middle",
         textangle=0,
         textfont={"color": style.text_color(style.stage_style(stage)[0])},
-        marker=_stage_marker(stage),
+        marker=style.stage_marker(stage),
         hovertemplate=f"rank %{{y}}, {stage}: %{{x:.1f}} µs from %{{base:.1f}} µs<extra></extra>",
     )

@@ -21,10 +21,10 @@ import msgspec
 
 from cpkit.control.messages import Sample, Workload
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.notebook import style
 from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.live import wrong_html
 from cpkit.notebook.panel import Panel
 
 DRAW_EVERY_S = 0.1
@@ -147,7 +147,7 @@ class Explorer:
         try:
             workload = self.controls.workload()
         except ValueError as problem:
-            self._status.value = _wrong(problem)
+            self._status.value = wrong_html(problem)
             return
         with self._arrived:
             self._samples, self._error = [], None
@@ -195,12 +195,7 @@ class Explorer:
         with self._arrived:
             self._error = problem
             self._arrived.notify_all()
-        self._status.value = _wrong(problem)
-
-
-def _wrong(problem: Exception) -> str:
-    words = html.escape(f"{type(problem).__name__}: {problem}")
-    return f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {words}</span>'
+        self._status.value = wrong_html(problem)
 
 
 def _summary(sample: Sample) -> str:

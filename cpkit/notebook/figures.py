@@ -1,7 +1,7 @@
 """All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
 
 from cpkit.notebook.bars import bill, byte_bars, work_bars
-from cpkit.notebook.charts import latency_bandwidth, stage_split, timeline
+from cpkit.notebook.charts import stage_split, timeline
 from cpkit.notebook.grids import (
     Line,
     draw_lines,
@@ -13,7 +13,7 @@ from cpkit.notebook.grids import (
     stage_grid,
     token_line,
 )
-from cpkit.notebook.maps import pool_fill, waste_map, who_wrote_where
+from cpkit.notebook.maps import waste_map, who_wrote_where
 from cpkit.notebook.memory import memory_map
 from cpkit.notebook.mistakes import damage
 from cpkit.notebook.requests import pool_requests
@@ -30,12 +30,10 @@ __all__ = [
     "draw_lines",
     "gain",
     "in_words",
-    "latency_bandwidth",
     "memory_map",
     "ownership_strip",
     "pad_rows",
     "padding_grid",
-    "pool_fill",
     "pool_requests",
     "recorded",
     "roof",

@@ -1,48 +1,15 @@
-"""Pictures of memory: the pool filling, who wrote where, how much is padding."""
+"""Pictures of memory: who wrote where, how much is padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.layout import can_cp_split, prepare_context_parallel_metadata
 from cpkit.notebook import style
-
-MB = 1e6
-
-
-def pool_fill(history: Sequence[tuple[str, pd.DataFrame]], rank: int = 0) -> go.Figure:
-    """One rank's pool after each step: what is reserved, what is used, what spilled."""
-    steps = [step for step, _ in history]
-    stats = [table[table["rank"] == rank].to_dict("records")[0] for _, table in history]
-    figure = go.Figure()
-    reserved = (("arena", "arena_bytes", "#d8dee4"), ("spilled segments", "spill_bytes", "#6e7781"))
-    for name, column, color in reserved:
-        values = [float(row[column]) / MB for row in stats]
-        figure.add_trace(go.Bar(name=name, x=steps, y=values, marker={"color": color}))
-    used = [float(row["used_bytes"]) / MB for row in stats]
-    marks: dict[str, Any] = {"symbol": "diamond", "size": 9, "color": style.rank_color(rank)}
-    figure.add_trace(go.Scatter(name="in use", x=steps, y=used, marker=marks, line={"dash": "dot"}))
-    figure.update_layout(
-        barmode="stack",
-        bargap=0.45,
-        legend=style.legend_below(210, gap=40),
-        margin={"l": 66, "r": 16, "t": 66, "b": 84},
-        xaxis=style.axis("", type="category"),
-        yaxis=style.axis("symmetric memory (MB)", rangemode="tozero"),
-    )
-    words = "; ".join(
-        f"{step}: {row['used_bytes'] / MB:.1f} MB in use, {int(row['spills'])} spills, "
-        f"{int(row['segments'])} segments"
-        for step, row in zip(steps, stats, strict=True)
-    )
-    title = f"The symmetric pool of rank {rank}, step by step"
-    return style.finish(figure, title=title, alt=words + ".", height=360)
 
 
 def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:

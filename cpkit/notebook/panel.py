@@ -133,7 +133,6 @@ def _add_traces(figure: go.Figure) -> None:
     line = {"color": style.INK, "width": 1.5}
     figure.add_scatter(row=2, col=2, mode="lines+markers", line=line, marker={"size": 4})
     figure.data[-1].update(name="slowest rank", showlegend=False, **_NO_HISTORY)
-    for stage, (color, shape) in style.STAGE_STYLES.items():
+    for stage in style.STAGE_STYLES:
         figure.add_bar(row=2, col=1, name=stage, orientation="h", y=["gather"], x=[0])
-        edge = {"color": "#57606a", "width": 0.6}
-        figure.data[-1].marker = {"color": color, "line": edge, "pattern": style.hatch(shape)}
+        figure.data[-1].marker = style.stage_marker(stage)

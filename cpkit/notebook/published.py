@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Comparison:
-    """One collective before and after, over total bytes, on one machine."""
+    """One collective over total bytes on one machine: NCCL's ring, and its symmetric kernels."""
 
     source: str
     machine: str
-    before: str
-    after: str
     sizes_bytes: tuple[int, ...]
     before_us: tuple[float, ...]
     after_us: tuple[float, ...]
@@ -22,13 +20,7 @@ _MIB = 1 << 20
 SYMMETRIC = Comparison(
     source="Megatron-LM#5596",
     machine="8 × H100, NVLink",
-    before="NCCL ring",
-    after="NCCL symmetric kernels",
     sizes_bytes=(2 * _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB),
     before_us=(20.2, 43.4, 118.9, 385.3),
     after_us=(10.9, 27.4, 95.3, 363.2),
 )
-SEED_US = (
-    27.584,
-    13.696,
-)  # SGLang #17756: CP all-gather of a 16K input on 8 GPUs, before and after

@@ -16,6 +16,8 @@ from cpkit.notebook.charts import byte_words
 
 Curve = Mapping[int, float]  # bytes to µs
 _MEASURED, _OUTLINE = "#8f9ba8", "#24292f"
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "x")
 
 
 def roof(
@@ -120,35 +122,45 @@ def gain(
 
 
 def scale_out(table: pd.DataFrame) -> go.Figure:
-    """Modelled µs over cp_size; `table` has the columns cp_size, where, time_us."""
+    """Modelled µs over cp_size, a line a machine and size.
+
+    `table` has the columns machine, size_bytes, cp_size, time_us.
+    """
     figure = go.Figure()
-    dashes = ("solid", "dash", "dot", "dashdot")
-    for number, (where, rows) in enumerate(table.groupby("where", sort=False)):
+    machines, widest = list(table["machine"].unique()), table["cp_size"].max()
+    lines = table.groupby(["machine", "size_bytes"], sort=False)
+    for (machine, _), rows in lines:
+        look, size = machines.index(machine), float(rows["size_bytes"].iloc[0])
         figure.add_scatter(
-            name=str(where),
-            mode="lines+markers",
+            name=machine,
+            legendgroup=machine,
+            showlegend=size == float(table["size_bytes"].min()),
+            mode="lines+markers+text",
             x=rows["cp_size"].tolist(),
             y=rows["time_us"].tolist(),
-            line={"color": style.INK, "dash": dashes[number % 4], "width": 1.5},
-            marker={"symbol": f"{('circle', 'square', 'diamond', 'x')[number % 4]}-open"},
-            hovertemplate=f"{where}: cp_size %{{x}}, %{{y:,.0f}} µs<extra></extra>",
+            text=[f" {byte_words(size)}" if n == widest else "" for n in rows["cp_size"]],
+            textposition="middle right",
+            line={"color": style.INK, "dash": _DASHES[look % 4], "width": 1.5},
+            marker={"symbol": f"{_SYMBOLS[look % 4]}-open", "size": 9},
+            hovertemplate=f"{machine}: cp_size %{{x}}, %{{y:,.0f}} µs<extra></extra>",
         )
     sizes = sorted(int(size) for size in table["cp_size"].unique())
     ticks = {"tickvals": sizes, "ticktext": [str(size) for size in sizes]}
     figure.update_layout(
-        xaxis=style.axis("cp_size (ranks)", type="log", **ticks),
+        xaxis=style.axis("cp_size (ranks)", type="log", range=[0.25, 2.0], **ticks),
         yaxis=style.axis("modelled time (µs)", type="log", dtick=1),
         legend=style.legend_below(240, gap=60),
         margin={"l": 66, "r": 16, "t": 66, "b": 110},
     )
-    last = table.groupby("where", sort=False).last()
     words = ", ".join(
-        f"{row.Index}: {row.time_us:,.0f} µs at cp_size {row.cp_size}" for row in last.itertuples()
+        f"{machine}: {byte_words(float(rows['size_bytes'].iloc[-1]))} in "
+        f"{rows['time_us'].iloc[-1]:,.0f} µs at cp_size {rows['cp_size'].iloc[-1]}"
+        for (machine, _), rows in lines
     )
     return style.finish(
         figure,
         title="Modelled: beyond one machine",
-        subtitle="computed from published constants; nothing here was measured by this notebook",
+        subtitle="computed from published and assumed constants; nothing here was measured",
         alt=f"Modelled, not measured. {words}.",
         height=420,
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import html
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, get_args
 
 import ipywidgets as widgets
-import plotly.graph_objects as go
 
 from cpkit.control.messages import Algorithm
-from cpkit.notebook import style
 from cpkit.notebook.grids import StagedGather, stage_grid
-from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.live import LivePanel, redraw
 
 
 class GatheringLab(Protocol):
@@ -36,8 +32,10 @@ class Wish(NamedTuple):
     algorithm: str
 
 
-class Stepper:
-    """Display it as the last line of a cell. Each change runs a real gather and redraws it."""
+class Stepper(LivePanel[Wish]):
+    """Each change runs a real gather and draws its stages."""
+
+    words = "Panel: choose cp_size and algorithm, see the stages"
 
     def __init__(self, lab: GatheringLab, lengths: Sequence[int], cp_size: int) -> None:
         self.cp_size = widgets.SelectionSlider(
@@ -47,62 +45,15 @@ class Stepper:
             options=get_args(Algorithm), value="padded", description="algorithm"
         )
         self.cp_size.add_class("cp-size")
-        self.gathers = 0  # verified gathers drawn so far
-        self.widget = go.FigureWidget()
         self._lab, self._lengths = lab, list(lengths)
-        self._status = widgets.HTML()
-        self._drawn = threading.Condition()
-        controls = widgets.HBox([self.cp_size, self.algorithm, self._status])
-        self._box = widgets.VBox([controls, self.widget])
-        self._worker = LatestWins("cpkit-stepper", self._gather, self._fail)
-        for control in (self.cp_size, self.algorithm):
-            control.observe(self._ask, "value")
-        self._ask()
+        super().__init__([self.cp_size, self.algorithm])
 
-    def wait(self, gathers: int = 1, timeout_s: float = 30.0) -> None:
-        """Wait until so many gathers were drawn. Raises TimeoutError."""
-        with self._drawn:
-            if not self._drawn.wait_for(lambda: self.gathers >= gathers, timeout_s):
-                raise TimeoutError(
-                    f"{self.gathers} of {gathers} gathers were drawn in {timeout_s} s; "
-                    f"the panel says: {self._status.value or 'nothing'}"
-                )
+    def _wish(self) -> Wish:
+        return Wish(self.cp_size.value, self.algorithm.value)
 
-    def close(self) -> None:
-        """End the thread and free the widgets."""
-        self._worker.close()
-        self.widget.close()
-        self._box.close()
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        data: dict[str, Any] = self._box._repr_mimebundle_()
-        return data | {"text/plain": "Panel: choose cp_size and algorithm, see the stages"}
-
-    def _ask(self, _: object = None) -> None:
-        self._worker.ask(Wish(self.cp_size.value, self.algorithm.value))
-
-    def _gather(self, wish: Wish, is_newest: Callable[[], bool]) -> None:
+    def _follow(self, wish: Wish, is_newest: Callable[[], bool]) -> str:
         gathered = self._lab.gather(self._lengths, wish.cp_size, algorithm=wish.algorithm)
         if not is_newest():
-            return
+            return ""
         redraw(self.widget, stage_grid(gathered))
-        self._status.value = "✓ every byte checked"
-        with self._drawn:
-            self.gathers += 1
-            self._drawn.notify_all()
-
-    def _fail(self, problem: Exception) -> None:
-        words = html.escape(f"{type(problem).__name__}: {problem}")
-        self._status.value = f'<span style="color: {style.WRONG}">✗ {words}</span>'
-
-
-def redraw(widget: go.FigureWidget, figure: go.Figure) -> None:
-    """Make a live widget show another figure, in one batch."""
-    with widget.batch_update():
-        widget.layout.update(figure.layout)
-        for old, new in zip(widget.data, figure.data, strict=False):
-            old.update(new.to_plotly_json() | {"visible": True, "uid": old.uid}, overwrite=True)
-        for old in widget.data[len(figure.data) :]:
-            old.visible = False
-    if len(figure.data) > len(widget.data):
-        widget.add_traces(figure.data[len(widget.data) :])
+        return "every byte checked"

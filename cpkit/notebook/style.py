@@ -77,6 +77,13 @@ def stage_style(stage: str) -> tuple[str, str]:
     return STAGE_STYLES.get(stage, ("#b0b8c0", ""))
 
 
+def stage_marker(stage: str) -> dict[str, Any]:
+    """How the bar of a stage is filled, for plotly."""
+    color, shape = stage_style(stage)
+    line = {"color": "#57606a", "width": 0.6}
+    return {"color": color, "line": line, "pattern": hatch(shape)}
+
+
 def algorithm_line(algorithm: str) -> tuple[str, str, str]:
     """Colour, dash and marker of an algorithm's line."""
     return ALGORITHM_LINES.get(algorithm, (INK, "longdash", "triangle-up"))

@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
+from cpkit.failure_report import RankReport
+
 CASES = (
     "skips_the_rendezvous",
     "sizes_differ",
@@ -34,33 +36,13 @@ DEADLINE_S = 1.5
 _TIMEOUT_S = 35.0
 
 
-class Witness(msgspec.Struct, frozen=True):
-    """One rank's end and what it wrote down; see cpkit.failures.RankReport."""
-
-    rank: int
-    error: str = ""
-    said: str = ""
-    waited_s: float = 0.0
-    paths: dict[str, str] = msgspec.field(default_factory=dict)
-    reason: str = ""
-    wrong: str = ""
-    exit_code: int = 0
-
-    @property
-    def ended(self) -> str:
-        """How the process ended, in words."""
-        if self.exit_code < 0:
-            return f"killed by {signal.Signals(-self.exit_code).name}"
-        return f"exit code {self.exit_code}"
-
-
 @dataclass(frozen=True)
 class PostMortem:
     """All ranks of one case. Shown as a table in a notebook."""
 
     case: str
     deadline_s: float
-    ranks: tuple[Witness, ...]
+    ranks: tuple[RankReport, ...]
 
     @property
     def symptom(self) -> str:
@@ -110,8 +92,8 @@ def throw_away(
         folder = Path(directory)
         with _ranks(case, size, victim, folder, deadline_s) as processes:
             codes = _wait(processes, _TIMEOUT_S)
-        witnesses = [_witness(folder, rank, code) for rank, code in enumerate(codes)]
-    return PostMortem(case, deadline_s, tuple(witnesses))
+        reports = [_report(folder, rank, code) for rank, code in enumerate(codes)]
+    return PostMortem(case, deadline_s, tuple(reports))
 
 
 @contextmanager
@@ -160,18 +142,19 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> lis
     return codes
 
 
-def _witness(folder: Path, rank: int, code: int | None) -> Witness:
+def _report(folder: Path, rank: int, code: int | None) -> RankReport:
     note = folder / f"{rank}.json"
     ended = -signal.SIGKILL if code is None else code
     if note.exists():
-        witness = msgspec.json.decode(note.read_bytes(), type=Witness)
-        return msgspec.structs.replace(witness, exit_code=ended)
+        report = msgspec.json.decode(note.read_bytes(), type=RankReport)
+        return msgspec.structs.replace(report, exit_code=ended)
     lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
     late = "did not end in time and was killed by the lab; " if code is None else ""
-    return Witness(rank, said=late + (lines[-1] if lines else "no last words"), exit_code=ended)
+    said = late + (lines[-1] if lines else "no last words")
+    return RankReport(rank, said=said, exit_code=ended)
 
 
-def _saw(rank: Witness) -> str:
+def _saw(rank: RankReport) -> str:
     if rank.error:
         return f"{rank.error}: {rank.said}"
     if rank.wrong:

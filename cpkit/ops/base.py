@@ -63,6 +63,11 @@ class Operation(Generic[B, R]):
 
     def steps(self, group: CPGroup, state: RankState) -> Steps[R]:
         """This rank's reports: one a yield, the last one returned. Collective over the group."""
+        return self.only_step(group, state)
+        yield  # makes this a generator, as all steps are
+
+    def only_step(self, group: CPGroup, state: RankState) -> R:
+        """The report of an operation that is over after one step."""
         raise NotImplementedError
 
     def collect(self, reports: list[R], *, over: bool) -> Iterator[ReplyBody]:

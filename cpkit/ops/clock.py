@@ -13,7 +13,6 @@ before the clock starts, or after it stopped where the cold start is what is loo
 from __future__ import annotations
 
 import mmap
-import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from cpkit.control.messages import Array, Clock, ClockResult, Message, Progress,
 from cpkit.devices import finish
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps
-from cpkit.ops.workload import Run, prepare
+from cpkit.ops.workload import Run, longest_s, prepare
 from cpkit.plain import plain_all_gather
 
 _CHUNK_S = 0.05  # work between two looks at who else waits
@@ -65,7 +64,7 @@ class ClockOperation(Operation[Clock, ClockReport]):
                     kept.append(sample)
             if iteration + 1 == body.iterations:
                 break
-            if _longest(time.monotonic() - started_s, group) > _CHUNK_S:
+            if longest_s(time.monotonic() - started_s, group) > _CHUNK_S:
                 yield ClockReport(max(0, iteration + 1))
                 started_s = time.monotonic()
                 if body.warmup:  # after a rest, the first one is slow
@@ -101,12 +100,6 @@ def _sample(call: Call, group: CPGroup, body: Clock) -> tuple[int, int]:
         result.wait()  # outside the clock: the mistake that `launch` shows
     finish()
     return begin_ns, end_ns
-
-
-def _longest(elapsed_s: float, group: CPGroup) -> float:
-    """The largest of all ranks' numbers, on every rank. Collective."""
-    notes = group.exchange(struct.pack("d", elapsed_s))
-    return max(float(struct.unpack("d", note)[0]) for note in notes)
 
 
 @dataclass

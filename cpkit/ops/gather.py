@@ -25,7 +25,7 @@ from cpkit.control.messages import (
 )
 from cpkit.devices import default_device, finish
 from cpkit.group import CPGroup
-from cpkit.ops.base import Operation, RankState, Steps
+from cpkit.ops.base import Operation, RankState
 from cpkit.ops.workload import Run, layout_of, prepare
 from cpkit.symm import symmetric_pool
 
@@ -48,8 +48,8 @@ class GatherOperation(Operation[Gather, GatherReport]):
 
     report = GatherReport
 
-    def steps(self, group: CPGroup, state: RankState) -> Steps[GatherReport]:
-        """One step."""
+    def only_step(self, group: CPGroup, state: RankState) -> GatherReport:
+        """Compare, show, time."""
         run = prepare(self.body.workload, group, self.body.round)
         _poison_pool(run)
         with stages.record(keep_arrays=self._is_shown(run)) as recorder:
@@ -62,7 +62,6 @@ class GatherOperation(Operation[Gather, GatherReport]):
         timing = time_calls({"": run.gather}, group, _ITERATIONS)[""]
         path = run.path()
         return GatherReport(checked, path.path, path.reason, timing.median_us, shown)
-        yield  # makes this a generator, as all steps are
 
     def collect(self, reports: list[GatherReport], *, over: bool) -> Iterator[ReplyBody]:
         """The result."""
@@ -98,8 +97,8 @@ class TraceOperation(Operation[Trace, TraceReport]):
 
     report = TraceReport
 
-    def steps(self, group: CPGroup, state: RankState) -> Steps[TraceReport]:
-        """One step."""
+    def only_step(self, group: CPGroup, state: RankState) -> TraceReport:
+        """Two gathers to warm up, then the recorded one."""
         run = prepare(self.body.workload, group, state.round)
         for _ in range(2):
             run.verified_gather()
@@ -107,7 +106,6 @@ class TraceOperation(Operation[Trace, TraceReport]):
         with stages.record() as recorder:
             run.gather()
         return TraceReport(tuple(recorder.spans), group.spans_hosts)
-        yield
 
     def collect(self, reports: list[TraceReport], *, over: bool) -> Iterator[ReplyBody]:
         """All spans on one clock, which begins when the first rank enters."""
@@ -128,13 +126,12 @@ class ExplainOperation(Operation[Explain, PathInfo]):
 
     report = PathInfo
 
-    def steps(self, group: CPGroup, state: RankState) -> Steps[PathInfo]:
-        """One step."""
+    def only_step(self, group: CPGroup, state: RankState) -> PathInfo:
+        """Gather, and look at the path."""
         run = prepare(self.body.workload, group, state.round)
         run.verified_gather()
         path = run.path()
         return PathInfo(group.rank, path.path, path.reason, path.send, path.recv)
-        yield
 
     def collect(self, reports: list[PathInfo], *, over: bool) -> Iterator[ReplyBody]:
         """One row a rank."""

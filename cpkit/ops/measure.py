@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from cpkit.control.messages import (
 )
 from cpkit.group import CPGroup
 from cpkit.ops.base import Operation, RankState, Steps, Timed
-from cpkit.ops.workload import prepare, timed
+from cpkit.ops.workload import longest_s, prepare, timed
 
 _CHUNK_S = 0.05  # work between two looks at the clock, and at who else waits
 _FIRST_ITERATIONS = 3
@@ -156,10 +155,8 @@ def _time_for(
     while done < at_most:
         parts.append(time_calls(calls, group, min(done or 1, at_most - done), warmup=0))
         done += len(parts[-1][next(iter(calls))].times_us)
-        took = struct.pack("d", time.monotonic() - start)
-        longest_s = max(struct.unpack("d", note)[0] for note in group.exchange(took))
-        if longest_s > budget_s / 2:  # the next batch would take as long as all until now
-            break
+        if longest_s(time.monotonic() - start, group) > budget_s / 2:
+            break  # the next batch would take as long as all until now
     return _joined(parts)
 
 

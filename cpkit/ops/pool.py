@@ -10,7 +10,7 @@ import torch
 from cpkit.control.messages import Message, Pool, PoolMoment, PoolResult, PoolStats, ReplyBody
 from cpkit.devices import default_device
 from cpkit.group import CPGroup
-from cpkit.ops.base import Operation, RankState, Steps
+from cpkit.ops.base import Operation, RankState
 from cpkit.ops.workload import DTYPES
 from cpkit.pool import SymmetricPool
 from cpkit.symm import symmetric_pool, use_symmetric_memory
@@ -31,8 +31,8 @@ class PoolOperation(Operation[Pool, PoolReport]):
 
     report = PoolReport
 
-    def steps(self, group: CPGroup, state: RankState) -> Steps[PoolReport]:
-        """One step."""
+    def only_step(self, group: CPGroup, state: RankState) -> PoolReport:
+        """The action, and the pool afterwards."""
         note = self._act(symmetric_pool(group, default_device()), state)
         pool = symmetric_pool(group, default_device())
         pool.meet("look at the pool")  # blocks that all ranks have dropped return here
@@ -40,7 +40,6 @@ class PoolOperation(Operation[Pool, PoolReport]):
         samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         history = tuple(PoolMoment(*sample) for sample in samples)
         return PoolReport(PoolStats(rank=group.rank, **stats), note, history)
-        yield
 
     def collect(self, reports: list[PoolReport], *, over: bool) -> Iterator[ReplyBody]:
         """One row a rank."""

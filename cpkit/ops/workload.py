@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,12 @@ def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
         for n in range(workload.tensors)
     ]
     return Run(workload, metadata, group, round_number, tensors)
+
+
+def longest_s(elapsed_s: float, group: CPGroup) -> float:
+    """The largest of all ranks' numbers, on every rank. Collective."""
+    notes = group.exchange(struct.pack("d", elapsed_s))
+    return max(float(struct.unpack("d", note)[0]) for note in notes)
 
 
 def timed(timing: Timing, path: PathReport) -> Timed:

@@ -902,9 +902,9 @@ stepper = Stepper(lab, batch, cp_size=cp)
 stepper
 
 # %% stepper-check
-stepper.wait(gathers=1)
+stepper.wait(done=1)
 stepper.cp_size.value = 2  # as if you had moved the slider
-stepper.wait(gathers=2)
+stepper.wait(done=2)
 assert len(stepper.widget.data[0].y) > 0
 
 # %% s10 [markdown]

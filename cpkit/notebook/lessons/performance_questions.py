@@ -122,16 +122,18 @@ LESSON.ask(
 )
 LESSON.ask(
     "nodes",
-    "256 MB, 16 GPUs in two nodes, one 50 GB/s network card a GPU; one NVLink domain of 16 gives "
-    "328 GB/s. How often longer does the model say it takes over two nodes?",
-    answer=1.42,
+    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network for each "
+    "GPU), or inside one NVL72 (720 GB/s). How often longer do two nodes take, by the model?",
+    answer=2.25,
     unit="times",
     close=0.12,
     wrong={
-        6.56: "That is 328 / 50. But only the other node's half crosses the network, once for "
-        "each node: 8 cards share it.",
-        1.0: "The network has to carry half of the bytes into each node.",
+        16: "That is 720 / 45. But only the other node's half crosses the network, once for each "
+        "node: 8 cards share it.",
+        3.3: "That adds network and NVLink. They work at the same time: the slower one counts.",
+        1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
-    why="The other node's 128 MB enter through 8 cards, 16 MB each: 320 µs. Then NVLink carries "
-    "everything, as before.",
+    why="The other node's 128 MB enter through 8 cards, 16 MB each: 356 µs. Meanwhile every GPU "
+    "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. Large gathers wait for "
+    "NVLink, not for the network.",
 )

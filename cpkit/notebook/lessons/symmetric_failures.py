@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from cpkit.failure_report import RankReport
 from cpkit.notebook.lessons.symmetric_questions import LESSON
-from cpkit.notebook.throwaway import CASES, PostMortem, Witness
+from cpkit.notebook.throwaway import CASES, PostMortem
 from cpkit.notebook.verdict import Score, Wrong
 
-Cause = Callable[[list[Witness]], str]
+Cause = Callable[[list[RankReport]], str]
 
 
 @LESSON.exercise("e7", "post-mortem to cause")

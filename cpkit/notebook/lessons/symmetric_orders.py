@@ -16,36 +16,31 @@ RANDOM_RANKS, RANDOM_ROUNDS, RANDOM_ORDERS = 5, 4, 64
 Steps = Any
 
 
-def no_barrier(me: Rank) -> Steps:
-    """Put to all, read from all; nobody waits."""
-    for number in me.rounds:
-        for peer in me.everybody:
-            yield me.put(peer, number)
-        for writer in me.everybody:
-            yield me.read(writer, number)
+def exchange_with(barriers: int) -> Program:
+    """Put to all and read from all, round after round, with 0, 1 or 2 barriers in each.
+
+    The first stands between puts and reads, the second before the memory is written again.
+    """
+
+    def program(me: Rank) -> Steps:
+        for number in me.rounds:
+            for peer in me.everybody:
+                yield me.put(peer, number)
+            if barriers > 0:
+                yield me.barrier()
+            for writer in me.everybody:
+                yield me.read(writer, number)
+            if barriers > 1:
+                yield me.barrier()
+
+    return program
 
 
-def one_barrier(me: Rank) -> Steps:
-    """A barrier between the puts and the reads, and none before the buffer is used again."""
-    for number in me.rounds:
-        for peer in me.everybody:
-            yield me.put(peer, number)
-        yield me.barrier()
-        for writer in me.everybody:
-            yield me.read(writer, number)
+no_barrier, one_barrier, two_barriers = map(exchange_with, range(3))
 
 
-def _two_barriers(me: Rank) -> Steps:
-    for number in me.rounds:
-        for peer in me.everybody:
-            yield me.put(peer, number)
-        yield me.barrier()
-        for writer in me.everybody:
-            yield me.read(writer, number)
-        yield me.barrier()
-
-
-def _with_signals(me: Rank) -> Steps:
+def with_signals(me: Rank) -> Steps:
+    """The same among peers: each waits for those whose rows it reads or overwrites."""
     for number in me.rounds:
         for peer in me.peers:
             if number > 1:
@@ -63,7 +58,7 @@ def check_exchange(exchange: Program) -> Score:
     """All orders of 2 and 3 ranks, then random orders of 5."""
     program = guard.guarded_steps(exchange)
     cases = _must_pass(program, everybody=True)
-    return Score(cases, {"barriers a round": _a_round(program, _two_barriers, "barrier")})
+    return Score(cases, {"barriers a round": _a_round(program, two_barriers, "barrier")})
 
 
 @LESSON.exercise("e3", "make it fail")
@@ -92,7 +87,7 @@ def check_signals(exchange: Program) -> Score:
     cases = _must_pass(program, everybody=False)
     if _count(program, "barrier"):
         raise Wrong("there is still a barrier in it: use me.signal and me.wait")
-    return Score(cases, {"signals a round, 4 ranks": _a_round(program, _with_signals, "signal")})
+    return Score(cases, {"signals a round, 4 ranks": _a_round(program, with_signals, "signal")})
 
 
 def held_up(program: Program, size: int, slow: int) -> int:

@@ -1,0 +1,158 @@
+"""What a client hears while it waits: busy, renewed, failed, cancelled, closed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+
+from cpkit.control.errors import (
+    BadRequest,
+    Cancelled,
+    NoAnswer,
+    RequestFailed,
+    WorkersBusy,
+)
+from cpkit.control.messages import (
+    Cancel,
+    Done,
+    Failed,
+    Measure,
+    Put,
+    Reply,
+    Request,
+    Sample,
+    Status,
+    StatusResult,
+    decode,
+    encode,
+)
+from tests.desk import WORKLOAD, Desk, in_background, wait_for
+
+
+def test_status_is_answered_at_once_though_nobody_works(desk: Desk) -> None:
+    client = desk.client()
+    thread, _ = in_background(client.call, Put(2), Done, 0.5)
+    time.sleep(0.1)
+    assert client.call(Status(), StatusResult, 1.0).ahead == 1
+    thread.join()
+
+
+def test_nobody_answers(tmp_path: Path, desk: Desk) -> None:
+    client = desk.client(endpoint=f"ipc://{tmp_path}/nobody")
+    with pytest.raises(NoAnswer, match=r"no answer within 0\.3 s.*the logs"):
+        client.call(Status(), StatusResult, 0.3)
+
+
+def test_who_waits_behind_others_is_told_and_then_the_workers_are_busy(desk: Desk) -> None:
+    first, second = desk.client(), desk.client()
+    told: list[int] = []
+    second.on_wait = told.append
+    thread, _ = in_background(first.call, Put(2), Done, 5.0)
+    job = desk.server.turns.take(5)
+    assert job
+    with pytest.raises(WorkersBusy, match=r"1 request\(s\)") as caught:
+        second.call(Put(2), Done, 0.8)
+    assert caught.value.ahead == 1
+    assert told == [1]
+    desk.server.tell(job, Done())
+    desk.server.turns.done()
+    thread.join()
+    assert len(desk.server.turns) == 0, "who gave up must not stay in the line"
+
+
+def test_replies_renew_the_deadline(desk: Desk) -> None:
+    client = desk.client()
+    sample = Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
+
+    def work() -> None:
+        job = desk.server.turns.take(5)
+        assert job
+        for _ in range(4):
+            time.sleep(0.25)
+            desk.server.tell(job, sample)
+        desk.server.tell(job, Done())
+
+    thread, _ = in_background(work)
+    replies = list(client.stream(Measure(WORKLOAD), 0.6))
+    assert [type(reply) for reply in replies] == [Sample] * 4 + [Done]
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "words"),
+    [
+        (Failed("bad_request", "no such thing"), BadRequest, "no such thing"),
+        (Failed("cancelled", "given up"), Cancelled, "given up"),
+        (Failed("busy", "full"), WorkersBusy, "full"),
+        (Failed("internal", "it broke", 3), RequestFailed, "rank 3: it broke"),
+    ],
+)
+def test_each_failure_is_an_error_of_its_own(
+    desk: Desk, failure: Failed, error: type[Exception], words: str
+) -> None:
+    thread, said = in_background(desk.client().call, Put(2), Done, 5.0)
+    job = desk.server.turns.take(5)
+    assert job
+    desk.server.tell(job, failure)
+    desk.server.turns.done()
+    thread.join()
+    assert isinstance(said[0], error)
+    assert words in str(said[0])
+
+
+def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(desk: Desk) -> None:
+    client = desk.client()
+    stream = client.stream(Measure(WORKLOAD))
+    thread, _ = in_background(next, stream)
+    job = desk.server.turns.take(5)
+    assert job
+    desk.server.tell(job, Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", ""))
+    thread.join()
+    stream.close()
+    wait_for(lambda: job.cancelled)
+
+    gone = desk.raw()
+    gone.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
+    desk.server.turns.done()
+    job = desk.server.turns.take(5)
+    assert job
+    gone.close()
+    wait_for(lambda: desk.server.tell(job, Done()) or job.cancelled)
+
+
+def test_cancelling_what_waits_and_what_nobody_knows(desk: Desk) -> None:
+    dealer = desk.raw()
+    dealer.send(encode(Request("w", 30.0, Put(2))))
+    dealer.send(encode(Request("c", 1.0, Cancel("w"))))
+    said = {reply.id: reply.body for reply in (decode(dealer.recv(), Reply) for _ in range(2))}
+    assert said["c"] == Done("cancelled")
+    assert isinstance(said["w"], Failed)
+    assert said["w"].kind == "cancelled"
+    dealer.send(encode(Request("d", 1.0, Cancel("w"))))
+    body = decode(dealer.recv(), Reply).body
+    assert isinstance(body, Done)
+    assert "no such request" in body.text
+    dealer.close()
+
+
+def test_a_closed_client_says_so(desk: Desk) -> None:
+    client = desk.client()
+    thread, said = in_background(client.call, Put(2), Done, 30.0)
+    assert desk.server.turns.take(5)
+    client.close()
+    thread.join()
+    assert isinstance(said[0], NoAnswer)
+    assert "closed" in str(said[0])
+
+
+def test_closing_is_quick_even_when_nobody_can_be_told(desk: Desk) -> None:
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    stranger = desk.client(client_public_key=public, client_secret_key=secret)
+    with pytest.raises(NoAnswer):
+        stranger.call(Put(2), Done, 5.0)
+    started = time.monotonic()
+    stranger.close()
+    assert time.monotonic() - started < 1.0

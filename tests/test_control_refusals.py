@@ -1,0 +1,66 @@
+"""What a `Lab` refuses: in words, before anything is allocated, and the ranks stay usable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+import cpkit
+from cpkit.lab import Lab
+
+pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
+
+BAD = [
+    (lambda lab: lab.gather([64], 3), r"cp_size is 3.*divide the 4 ranks.*1, 2, 4"),
+    (lambda lab: lab.gather([64], 0), "cp_size is 0"),
+    (lambda lab: lab.gather([64], -2), "cp_size is -2"),
+    (lambda lab: lab.gather([64], 8), "cp_size is 8"),
+    (lambda lab: lab.put(3), "cp_size is 3"),
+    (lambda lab: lab.pool.stats(3), "cp_size is 3"),
+    (lambda lab: lab.gather([]), "number of sequences is 0"),
+    (lambda lab: lab.gather([0]), "at least one token"),
+    (lambda lab: lab.gather([64, -1]), "at least one token"),
+    (lambda lab: lab.gather(["64"]), "lengths is"),
+    (lambda lab: lab.gather([6.5]), "lengths is"),
+    (lambda lab: lab.gather([7], 4), "8 blocks.*falls back to no split"),
+    (lambda lab: lab.gather([64], algorithm="magic"), "magic"),
+    (lambda lab: lab.gather([64], strategy="spiral"), "spiral"),
+    (lambda lab: lab.gather([64], dtype="float31"), "float31"),
+    (lambda lab: lab.gather([64], heads=0), "heads is 0"),
+    (lambda lab: lab.gather([64], tensors=17), "tensors is 17"),
+    (lambda lab: lab.gather([64], colour="red"), "colour"),
+    (lambda lab: lab.gather([1 << 40]), r"needs about \d+ bytes.*limit is \d+ bytes"),
+    (lambda lab: next(lab.measure([64], samples=0)), "samples is 0"),
+    (lambda lab: next(lab.measure([64], interval_s=-1.0)), "interval_s is -1.0"),
+    (lambda lab: lab.sweep(), "either sizes_bytes or lengths"),
+    (lambda lab: lab.sweep(lengths=[]), "number of workloads is 0"),
+    (lambda lab: lab.sweep(lengths=[64], iterations=0), "iterations is 0"),
+    (lambda lab: lab.pool.allocate(0), "nbytes is 0"),
+    (lambda lab: lab.pool.allocate(1 << 50), "nbytes is"),
+    (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
+    (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
+    (lambda lab: lab.put(rounds=0), "rounds is 0"),
+    (lambda lab: lab.clock([], [64]), "number of calls is 0"),
+    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; what can be timed is padded"),
+    (lambda lab: lab.clock(["direct"], [64], iterations=1 << 40), "iterations is"),
+    (lambda lab: lab.clock(["direct"], [64], warmup=-1), "warmup is -1"),
+    (lambda lab: lab.clock(["direct"], [64], late_us=1e9), "late_us is"),
+    (lambda lab: lab.clock(["direct"], [1 << 40]), "limit is"),
+]
+
+
+@pytest.mark.parametrize(("ask", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_refused_in_words(lab: Lab, ask: Callable[[Lab], object], words: str) -> None:
+    with pytest.raises(cpkit.BadRequest, match=words):
+        ask(lab)
+
+
+def test_a_refused_gather_is_refused_before_anything_is_allocated(lab: Lab) -> None:
+    before = lab.pool.stats()
+    started = time.monotonic()
+    with pytest.raises(cpkit.BadRequest, match="limit"):
+        lab.gather([1 << 30] * 64)
+    assert time.monotonic() - started < 1
+    assert lab.pool.stats().equals(before)
