@@ -39,7 +39,7 @@ def check_call(
     """(why all_gather_kv refuses these arguments, the call in words); one of them is empty.
 
     A model makes the same call layer after layer: one like a call that was fine is not taken apart
-    again. Only ordinary CPU tensors are remembered; which GPU is a rank's own can change.
+    again. Only ordinary tensors are remembered.
     """
     like = _likeness(tensors, metadata, group, algorithm, symmetric)
     known = _fine.get(like) if like else None
@@ -66,9 +66,11 @@ def _likeness(
         return None
     like: list[object] = [metadata, group.rank, group.size, algorithm, symmetric]
     for x in tensors:
-        if type(x) is not torch.Tensor or not x.is_cpu or x.layout is not torch.strided:
+        if type(x) is not torch.Tensor or x.layout is not torch.strided:
             return None
-        like += (x.shape, x.dtype)
+        like += (x.shape, x.dtype, x.device)
+        if x.is_cuda:
+            like.append(torch.cuda.current_device())
     return tuple(like)
 
 
