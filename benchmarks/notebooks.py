@@ -1,0 +1,86 @@
+"""Run the committed notebooks as they are, on this machine, and record what happened.
+
+    python -m benchmarks.notebooks [--no-record] [01 02 03]
+
+The notebooks find their device themselves: with a GPU their four ranks run on it. The record says
+what the first cell printed (device, ranks, tier), how long each notebook took, and what failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+
+from benchmarks.gpu import gpu_environment
+from benchmarks.machine import environment
+from cpkit.notebook import run
+
+ROOT = Path(__file__).parents[1]
+COMMAND = "python -m benchmarks.notebooks"
+
+
+def main() -> int:
+    """1 when a cell of any notebook failed."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
+    parser.add_argument("--no-record", action="store_true", help="print, but write no file")
+    options = parser.parse_args()
+    wanted = tuple(options.notebooks or [""])
+    paths = [p for p in sorted(ROOT.glob("notebooks/*.ipynb")) if p.stem.startswith(wanted)]
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    where = gpu_environment() if kind == "gpu" else environment(COMMAND, "cpu")
+    record = {
+        "environment": {**where, "command": COMMAND},
+        "notebooks": [ran(path) for path in paths],
+    }
+    for each in record["notebooks"]:
+        print(f"{each['name']}: {each['code_cells']} code cells, {each['took_s']:.0f} s,", end=" ")
+        print(f"{len(each['errors'])} failed {each['errors'] or ''}")
+    if not options.no_record:
+        path = ROOT / "benchmarks" / "results" / f"{where['date']}-notebooks-{kind}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"recorded in {path.relative_to(ROOT)}")
+    return int(any(each["errors"] for each in record["notebooks"]))
+
+
+def ran(path: Path) -> dict[str, Any]:
+    """One notebook, run to its end whatever fails on the way."""
+    print(f"{path.stem} ...", file=sys.stderr, flush=True)
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    start_s = time.monotonic()
+    run.execute(notebook, path.parent, {}, allow_errors=True)
+    took_s = time.monotonic() - start_s
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    slowest = sorted(code, key=run.seconds, reverse=True)[:3]
+    return {
+        "name": path.stem,
+        "code_cells": len(code),
+        "took_s": round(took_s, 1),
+        "slowest_s": {cell.id: round(run.seconds(cell), 1) for cell in slowest},
+        "said": printed(next(cell for cell in code if cell.id == "connect")),
+        "errors": [error for cell in code if (error := error_of(cell))],
+    }
+
+
+def printed(cell: Any) -> str:
+    """What a cell wrote to its standard output."""
+    return "".join(o["text"] for o in cell.outputs if o["output_type"] == "stream")
+
+
+def error_of(cell: Any) -> str:
+    """Which cell failed, and with what; empty for one that did not."""
+    for output in cell.outputs:
+        if output["output_type"] == "error":
+            return f"{cell.id}: {output['ename']}: {output['evalue']}"[:300]
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
