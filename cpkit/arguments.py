@@ -180,8 +180,7 @@ def describe_seed(
     """A call of the seed's functions in words."""
     return (
         f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype} "
-        f"{x.device.type}; "
-        f"{total_len=}, {_describe_layout(metadata)}, {symmetric=})"
+        f"{x.device.type}; {total_len=}, {_describe_layout(metadata)}, {symmetric=})"
     )
 
 

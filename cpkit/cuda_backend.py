@@ -141,10 +141,9 @@ class CudaBackend:
             return ""
         return (
             f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
-            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in "
-            "it, or replayed its "
-            f"graph another number of times. The group is out of step since then: start the job "
-            f"anew."
+            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in it, "
+            f"or replayed its graph another number of times. The group is out of step since then: "
+            f"start the job anew."
         )
 
     def check(self) -> None:
@@ -166,8 +165,7 @@ class CudaBackend:
     def _prepare_windows(self) -> str:
         """Why NCCL can't have windows here; empty when it can, or has no part in this. Collective.
 
-        NCCL registers memory with a communicator that has run a collective already (pytorch
-        #188567).
+        NCCL wants a communicator that has run a collective already (pytorch#188567).
         """
         if not self.group.has_nccl:
             return ""
@@ -180,9 +178,7 @@ class CudaBackend:
         return ""
 
     def _register_window(self, pool: torch.cuda.MemPool) -> str:
-        """Have NCCL know a segment, which all ranks have by now; why it doesn't, on every rank.
-        Collective.
-        """
+        """Have NCCL know a segment; on every rank why it does not, if so. Collective."""
         problem = ""
         try:
             nccl: Any = self.group.process_group._get_backend(self.device)

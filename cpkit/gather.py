@@ -1,5 +1,4 @@
-"""The padded context-parallel KV-cache all-gather, and the better ones. Four algorithms, one
-result.
+"""The padded context-parallel KV-cache all-gather, and better ones: four algorithms, one result.
 
     W = cp_size, T = tokens of the batch, P = padded rows of a rank, n_r = rows that rank r holds
 

@@ -221,9 +221,7 @@ def host_id() -> str:
 
 
 def gpu_id() -> str:
-    """The GPU that is this process's current device, whatever number it has here; "" without
-    one.
-    """
+    """The GPU of this process, whatever number it has here; empty without one."""
     if os.environ.get("CPKIT_DEVICE") == "cpu" or not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
@@ -277,9 +275,7 @@ def _make_group(world: _World, cp_size: int) -> CPGroup:
 
 
 def _nccl_is_possible(world: _World, crowded: bool) -> bool:
-    """NCCL takes one rank a GPU. `CPKIT_NCCL=1` uses it all the same (with a NCCL_HOSTID a
-    rank).
-    """
+    """NCCL takes one rank a GPU. `CPKIT_NCCL=1` uses it all the same, with a NCCL_HOSTID a rank."""
     if not all(world.gpus) or not dist.is_nccl_available():
         return False
     return not crowded or os.environ.get("CPKIT_NCCL") == "1"

@@ -83,9 +83,8 @@ def agree_on_caches(
     if outside:
         raise ValueError(
             "'direct' stores straight into every rank's cache, so the caches must be in the "
-            "group's "
-            f"pool: allocate them once inside `with use_symmetric_memory(group)`, or use another "
-            f"algorithm, which gathers first and then scatters. {'; '.join(outside)}"
+            "group's pool: allocate them once inside `with use_symmetric_memory(group)`, or use "
+            f"another algorithm, which gathers first and then scatters. {'; '.join(outside)}"
         )
     if any(each.places != said[0].places for each in said):
         raise ValueError(

@@ -54,9 +54,8 @@ def _padded(transport: str) -> PathReport:
     ordinary = "ordinary memory"
     if transport == "cuda":
         reason = (
-            "NCCL refuses two ranks on one GPU, so each rank copied its shard into the pool, "
-            "and its "
-            "peers pulled it from there into ordinary memory"
+            "NCCL refuses two ranks on one GPU, so each rank copied its shard into the pool, and "
+            "its peers pulled it from there into ordinary memory"
         )
         return PathReport("staged", reason, "a copy in the pool", ordinary)
     reason = "algorithm 'padded' uses ordinary memory and the collective of torch.distributed"

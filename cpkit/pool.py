@@ -205,9 +205,7 @@ class SymmetricPool:
         return report if transport else without_windows(report, self.backend.window_problem())
 
     def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Move shards that all ranks have agreed on; complete on return, on CUDA in stream
-        order.
-        """
+        """Move shards that all ranks have agreed on. Complete on return; on CUDA in stream order."""
         if path.path == "fallback" or self.backend.transport().startswith("nccl"):
             plain_all_gather(output, input, self.group)
             return
@@ -219,8 +217,7 @@ class SymmetricPool:
         self.backend.leave()
 
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
-        """Store this rank's shard into its place of every peer's symmetric output. Not
-        synchronized.
+        """Store this rank's shard into every peer's symmetric output. Not synchronized.
 
         Ranks start at different peers, so that they do not all write to the same memory at once.
         """
@@ -273,9 +270,7 @@ class SymmetricPool:
             self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
 
     def _make_room(self, needed: int, purpose: str) -> None:
-        """One arena if possible: while nobody holds a block, a larger one takes the place of
-        all.
-        """
+        """One arena if possible: while nobody holds a block, a larger one replaces all."""
         if self._ledger.blocks:
             self._grow(needed, purpose)
             self._arena_bytes += needed

@@ -1,9 +1,11 @@
 """Memory that every rank of a machine can address: one file a rank, mapped by all its peers.
 
-    rank 0                         rank 1 create A, reserve, map         create B, reserve, map
-    ──────────────── exchange names and sizes ──────────────── map B                          map A
-    ──────────────── exchange "mapped" ─────────────────────── unlink A                       unlink
-    B        nothing has a name any more: a crash leaves nothing
+    rank 0                      rank 1
+    create A, reserve, map      create B, reserve, map
+    ──────────── exchange names and sizes ────────────
+    map B                       map A
+    ──────────────── exchange "mapped" ───────────────
+    unlink A                    unlink B                  no names any more: a crash leaves nothing
 
 A process that is killed before it can unlink leaves a file whose name says who made it; the next
 one to make a segment removes it.

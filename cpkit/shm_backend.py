@@ -12,9 +12,7 @@ _MAX_DEFAULT_BYTES = 64 << 20
 
 
 class PosixBackend:
-    """Shared files that every rank maps; making one is collective. Stores are complete when they
-    return.
-    """
+    """Shared files that every rank maps. Making one is collective; stores are complete at once."""
 
     name = "POSIX shared memory"
     device = torch.device("cpu")

@@ -3,11 +3,11 @@
 Rows travel as bytes: `[rows, lanes]`, where a lane is the widest integer that fits the row. So fp8
 and bool move like any other dtype, bit by bit.
 
-    pad      [rows, lanes]           → [max_len, lanes] wire     [max_len, lanes]        → [cp_size
-    · max_len, lanes]     rank order, padding between the ranks strip    [cp_size · max_len, …]  →
-    [total, lanes]                 rank order reorder  [total, lanes]          → [total, lanes]
-    token order push     [rows, lanes]           → [total, lanes] of every peer   token order at
-    once
+    pad      [rows, lanes]       → [max_len, lanes]
+    wire     [max_len, lanes]    → [cp_size · max_len, lanes]       rank order, with padding
+    strip    [cp_size · max_len] → [total, lanes]                   rank order
+    reorder  [total, lanes]      → [total, lanes]                   token order
+    push     [rows, lanes]       → [total, lanes] of every peer     token order at once
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What an operation is: steps that every rank of the first group takes, and what rank 0 makes of
-them.
+"""What an operation is: steps of every rank of the first group, and what rank 0 makes of them.
 
     rank 0   steps: report ─┐             ┌─▶ collect ─▶ replies to the client
     rank 1   steps: report ─┼─ gathered ──┘

@@ -1,5 +1,4 @@
-"""Every rank writes its stamp into every peer's memory, and reads what its peers wrote into its
-own.
+"""Every rank writes its stamp into every peer's memory, and reads what peers wrote into its own.
 
     round n, with barriers      write n everywhere │ barrier │ read: n everywhere │ barrier │ next
     round without                     write n everywhere, read: whatever is there by now, next round
