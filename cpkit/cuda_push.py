@@ -138,8 +138,8 @@ def capture_problem(
         if (known, rank, known_bytes, known_mapped) == (metadata, group.rank, row_bytes, mapped):
             return ""
     return (
-        "this gather is captured in a CUDA graph before it has run: run it once (same lengths, same "
-        "tensors) before torch.cuda.graph, so that the pool, the kernel and its tables are there"
+        "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
+        "same tensors) before torch.cuda.graph, so that pool, kernel and tables are there"
     )
 
 

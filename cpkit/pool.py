@@ -205,7 +205,7 @@ class SymmetricPool:
         return report if transport else without_windows(report, self.backend.window_problem())
 
     def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Move shards that all ranks have agreed on. Complete on return; on CUDA in stream order."""
+        """Move shards that all have agreed on. Complete on return; on CUDA in stream order."""
         if path.path == "fallback" or self.backend.transport().startswith("nccl"):
             plain_all_gather(output, input, self.group)
             return
