@@ -1,4 +1,4 @@
-"""A benchmark record as text: for the terminal, and between the markers of README.md."""
+"""A benchmark record as text: for the terminal, README.md and docs/performance.md."""
 
 from __future__ import annotations
 
@@ -54,7 +54,22 @@ def as_text(record: Record) -> str:
 
 
 def as_summary(record: Record) -> str:
-    """One line a size, for README.md."""
+    """Ratios, one line a size, for README.md."""
+    where = record["environment"]
+    words = (
+        f"{where['date']}, {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
+        f"{where['open_mpi']}, commit {where['commit']}, `{where['command']}`."
+    )
+    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in RATIOS)]
+    lines = [
+        [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us)]
+        for (cp_size, nbytes), us in times_us(record["gather"]).items()
+    ]
+    return f"{words}\n\n{table(header, lines)}"
+
+
+def as_details(record: Record) -> str:
+    """Times, barriers, control path, cost model and goals, for docs/performance.md."""
     return "\n\n".join([conditions(record), *summary_tables(record)])
 
 
@@ -99,10 +114,15 @@ def summary_lines(rows: list[Record]) -> list[list[str]]:
         [
             *map(cell, key),
             *(cell(us.get(name)) for name in SUMMARY_VARIANTS),
-            *(ratio(us, above, below) for _, above, below in RATIOS),
+            *quotients(us),
         ]
         for key, us in times_us(rows).items()
     ]
+
+
+def quotients(us: dict[str, float]) -> list[str]:
+    """The ratios of one size."""
+    return [ratio(us, above, below) for _, above, below in RATIOS]
 
 
 def gather_lines(rows: list[Record]) -> list[list[str]]:
@@ -175,21 +195,35 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def fill_readme(readme: Path, record_path: Path) -> None:
-    """Replace what stands between the markers by the figures of a record."""
-    text = readme.read_text()
-    readme.write_text(filled(text, json.loads(record_path.read_text()), record_path.name))
+def fill_pages(root: Path, record_path: Path) -> None:
+    """Put the figures of a record between the markers of each page that shows them."""
+    record = json.loads(record_path.read_text())
+    write_pages(root, (BEGIN, END), pages(record, record_path.name))
 
 
-def filled(text: str, record: Record, name: str) -> str:
-    """README's text with the figures of a record. Raises ValueError without the markers."""
-    body = f"{as_summary(record)}\n\nSource: [{name}](benchmarks/results/{name})"
-    return put_between(text, BEGIN, END, body)
+def pages(record: Record, name: str) -> dict[str, str]:
+    """What stands between the markers, by page."""
+    return sourced(as_summary(record), as_details(record), name)
+
+
+def sourced(summary: str, details: str, name: str) -> dict[str, str]:
+    """The text of both pages, with the record that it comes from."""
+    return {
+        "README.md": f"{summary}\n\nSource: [{name}](benchmarks/results/{name})",
+        "docs/performance.md": f"{details}\n\nSource: [{name}](../benchmarks/results/{name})",
+    }
+
+
+def write_pages(root: Path, markers: tuple[str, str], bodies: dict[str, str]) -> None:
+    """Fill each page."""
+    for page, body in bodies.items():
+        path = root / page
+        path.write_text(put_between(path.read_text(), *markers, body))
 
 
 def put_between(text: str, begin: str, end: str, body: str) -> str:
     """A text with `body` between its two markers. Raises ValueError without them."""
     if begin not in text or end not in text:
-        raise ValueError(f"README.md has no {begin} … {end} to put the figures between")
+        raise ValueError(f"the page has no {begin} … {end} to put the figures between")
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)

@@ -42,10 +42,10 @@ def main() -> int:
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
     parser.add_argument("--cp-sizes", default="2,4,8", help="comma-separated, default 2,4,8")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
-    parser.add_argument("--fill", type=Path, help="only put this record's figures into README.md")
+    parser.add_argument("--fill", type=Path, help="only put this record's figures into the pages")
     options = parser.parse_args()
     if options.fill:
-        gpu_figures.fill_readme(ROOT / "README.md", options.fill)
+        gpu_figures.fill_pages(ROOT, options.fill)
         return 0
     if not torch.cuda.is_available():
         print("make bench-gpu needs a CUDA device and a CUDA build of torch; `make bench` does not")
@@ -123,8 +123,8 @@ def keep(record: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record['environment']['date']}-gpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    gpu_figures.fill_readme(ROOT / "README.md", path)
-    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md")
+    gpu_figures.fill_pages(ROOT, path)
+    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md and docs/performance.md")
 
 
 if __name__ == "__main__":

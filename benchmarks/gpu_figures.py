@@ -1,4 +1,4 @@
-"""A record of `make bench-gpu` as text: for the terminal, and between README's markers. Pure."""
+"""A record of `make bench-gpu` as text: for the terminal and the pages that show it. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import SIZE_COLUMNS, TIME_COLUMNS, cell, goal_lines, put_between, table
+from benchmarks.figures import (
+    SIZE_COLUMNS,
+    TIME_COLUMNS,
+    cell,
+    goal_lines,
+    sourced,
+    table,
+    write_pages,
+)
 from benchmarks.goals import times_us
 from benchmarks.gpu_goals import LOW_CONTENTION, SEED, opponent_us
 
@@ -19,6 +27,13 @@ VARIANTS = (
     "seed graph",
     "low-contention",
     "low-contention graph",
+)
+RATIOS = (
+    ("plan / floor", "plan", "floor"),
+    ("seed / plan", "seed", "plan"),
+    ("seed graph / plan", "seed graph", "plan"),
+    ("low-contention / plan", "low-contention", "plan"),
+    ("low-contention graph / plan", "low-contention graph", "plan"),
 )
 COLUMNS = (
     *SIZE_COLUMNS,
@@ -46,8 +61,10 @@ def conditions(record: dict[str, Any]) -> str:
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
         f"torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times between "
         f"CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
-        f"rounds. `plan` is the prepared call of `direct`; ratios to an opponent take the faster "
-        f"of its eager call and its CUDA graph. The floor is (cp + 1) · size at the device's own "
+        f"rounds. `plan` is the prepared call of `direct`, `graph` that call in a caller's CUDA "
+        f"graph. `seed` is the seed's pipeline on symmetric buffers, `low-contention` torch's "
+        f"_low_contention_all_gather with strip and reorder after it; each is shown as it is "
+        f"called, and captured in a CUDA graph. The floor is (cp + 1) · size at the device's own "
         f"copy rate in the same run; it is said where all ranks share one device."
     )
 
@@ -72,39 +89,50 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_summary(record: dict[str, Any]) -> str:
-    """One line a size, for README.md."""
-    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in VARIANTS), "floor (us)"]
-    header += ["plan / floor", "seed / plan", "low-contention / plan"]
-    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record["gather"]}
-    lines = [summary_line(key, us, floors[key]) for key, us in times_us(record["gather"]).items()]
+    """Ratios, one line a size, for README.md."""
+    where = record["environment"]
+    words = (
+        f"{where['date']}, {where['device']}, torch {where['torch']}, commit {where['commit']}, "
+        f"`{where['command']}`."
+    )
+    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in RATIOS)]
+    lines = [
+        [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us)]
+        for (cp_size, nbytes), us in with_floors(record).items()
+    ]
+    return f"{words}\n\n{table(header, lines)}"
+
+
+def as_details(record: dict[str, Any]) -> str:
+    """Times, one line a size, and the goals, for docs/performance.md."""
+    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in (*VARIANTS, "floor"))]
+    header += [name for name, *_ in RATIOS]
+    lines = [
+        [*map(cell, key), *(cell(us.get(name)) for name in (*VARIANTS, "floor")), *quotients(us)]
+        for key, us in with_floors(record).items()
+    ]
     goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
     return "\n\n".join([conditions(record), table(header, lines), goals])
 
 
-def summary_line(key: tuple[int, int], us: dict[str, float], floor_us: float | None) -> list[str]:
-    """One size with its ratios."""
-
-    def quotient(above: float | None, below: float | None) -> str:
-        return f"{above / below:.2f}" if above and below else "not measured"
-
-    plan_us = us.get("plan")
-    return [
-        *map(cell, key),
-        *(cell(us.get(name)) for name in VARIANTS),
-        cell(floor_us),
-        quotient(plan_us, floor_us),
-        quotient(opponent_us(us, SEED), plan_us),
-        quotient(opponent_us(us, LOW_CONTENTION), plan_us),
-    ]
+def with_floors(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The times of every size, and the floor among them."""
+    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record["gather"]}
+    return {k: {**us, "floor": floors[k]} for k, us in times_us(record["gather"]).items()}
 
 
-def fill_readme(readme: Path, record_path: Path) -> None:
-    """Replace what stands between the GPU markers by the figures of a record."""
+def quotients(us: dict[str, Any]) -> list[str]:
+    """The ratios of one size; what was not measured is said."""
+    pairs = ((us.get(above), us.get(below)) for _, above, below in RATIOS)
+    return [f"{a / b:.2f}" if a and b else "not measured" for a, b in pairs]
+
+
+def fill_pages(root: Path, record_path: Path) -> None:
+    """Put the figures of a record between the markers of each page that shows them."""
     record = json.loads(record_path.read_text())
-    readme.write_text(filled(readme.read_text(), record, record_path.name))
+    write_pages(root, (BEGIN, END), pages(record, record_path.name))
 
 
-def filled(text: str, record: dict[str, Any], name: str) -> str:
-    """README's text with the figures of a record. Raises ValueError without the markers."""
-    body = f"{as_summary(record)}\n\nSource: [{name}](benchmarks/results/{name})"
-    return put_between(text, BEGIN, END, body)
+def pages(record: dict[str, Any], name: str) -> dict[str, str]:
+    """What stands between the markers, by page."""
+    return sourced(as_summary(record), as_details(record), name)

@@ -44,7 +44,7 @@ def main() -> int:
         print(f"{each['name']}: {each['code_cells']} code cells, {each['took_s']:.0f} s,", end=" ")
         print(f"{len(each['errors'])} failed {each['errors'] or ''}")
     if not options.no_record:
-        path = ROOT / "benchmarks" / "results" / f"{where['date']}-notebooks-{kind}.json"
+        path = ROOT / "benchmarks" / "results" / f"{where['date']}-{kind}-notebooks.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"recorded in {path.relative_to(ROOT)}")
     return int(any(each["errors"] for each in record["notebooks"]))

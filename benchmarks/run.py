@@ -1,11 +1,11 @@
 """`make bench`: measure on this machine, print the figures with their ratios, record them.
 
-    python -m benchmarks.run [--quick] [--no-record]
+    python -m benchmarks.run [--quick] [--no-record] [--fill RECORD]
 
 The configuration is frozen below. A round is one launch of our ranks under torchrun and one of Open
 MPI's under mpirun; rounds alternate, so that a noisy neighbour meets both. Every launch checks
 every bit before it times anything. Writes benchmarks/results/DATE-cpu.json with machine and
-versions, and fills the figures of README.md from that file.
+versions, and fills the figures of README.md and docs/performance.md from that file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure cpkit on this machine.")
     parser.add_argument("--quick", action="store_true", help="a short look, nothing recorded")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
+    parser.add_argument("--fill", type=Path, help="only put this record's figures into the pages")
     options = parser.parse_args()
+    if options.fill:
+        figures.fill_pages(ROOT, options.fill)
+        return 0
     plan = QUICK if options.quick else FROZEN
     record: dict[str, Any] = {"environment": environment("make bench"), "gather": [], "barrier": []}
     record["plan"] = {**vars(plan), "warmup": 2, "strategy": "zigzag", "rows": [8, 128]}
@@ -124,8 +128,8 @@ def keep(record: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record['environment']['date']}-cpu.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    figures.fill_readme(ROOT / "README.md", path)
-    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md")
+    figures.fill_pages(ROOT, path)
+    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md and docs/performance.md")
 
 
 if __name__ == "__main__":

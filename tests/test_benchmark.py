@@ -25,10 +25,18 @@ def record() -> dict[str, Any]:
     return dict(json.loads(RESULTS[-1].read_text()))
 
 
-def test_readme_shows_the_latest_record(record: dict[str, Any]) -> None:
-    readme = (ROOT / "README.md").read_text()
-    name = RESULTS[-1].name
-    assert figures.filled(readme, record, name) == readme
+def is_shown(pages: dict[str, str], markers: tuple[str, str]) -> bool:
+    """Whether each page has exactly this between its markers."""
+    texts = {page: (ROOT / page).read_text() for page in pages}
+    return all(
+        figures.put_between(texts[page], *markers, body) == texts[page]
+        for page, body in pages.items()
+    )
+
+
+def test_pages_show_the_latest_record(record: dict[str, Any]) -> None:
+    name, markers = RESULTS[-1].name, (figures.BEGIN, figures.END)
+    assert is_shown(figures.pages(record, name), markers)
     for change in (
         lambda r: r["gather"][0].update(time_us=1.5),
         lambda r: r["barrier"][0].update(p95_us=1.5),
@@ -37,7 +45,7 @@ def test_readme_shows_the_latest_record(record: dict[str, Any]) -> None:
     ):
         changed = copy.deepcopy(record)
         change(changed)
-        assert figures.filled(readme, changed, name) != readme
+        assert not is_shown(figures.pages(changed, name), markers)
 
 
 def test_the_record_says_where_it_comes_from(record: dict[str, Any]) -> None:
@@ -119,24 +127,24 @@ def test_gpu_goals_see_a_slow_one() -> None:
 
 def test_gpu_figures_have_their_ratios() -> None:
     record = gpu_record(600.0)
-    (line,) = [
-        line for line in gpu_figures.as_summary(record).splitlines() if line.startswith("|       8")
-    ]
+    ratios = [f"{600 / 562:.2f}", f"{3200 / 600:.2f}", f"{3100 / 600:.2f}", "5.50", "not measured"]
+    (line,) = [x for x in gpu_figures.as_summary(record).splitlines() if x.startswith("|       8")]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["8", "268", "600", *ratios]
+    (line,) = [x for x in gpu_figures.as_details(record).splitlines() if x.startswith("|       8")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:7] == ["600", "600", "not measured", "3200", "3100"]
-    assert cells[7:9] == ["3300", "not measured"]
-    assert cells[10:] == [f"{600 / 562:.2f}", f"{3100 / 600:.2f}", "5.50"]
+    assert cells[2:9] == ["600", "600", "not measured", "3200", "3100", "3300", "not measured"]
+    assert cells[9:] == ["562", *ratios]
     assert "not measured, cp_size 8: {'graph': 'too large'}" in gpu_figures.as_text(record)
 
 
-def test_readme_shows_the_latest_gpu_record() -> None:
+def test_pages_show_the_latest_gpu_record() -> None:
     if not GPU_RESULTS:
         pytest.skip("no GPU record yet: run make bench-gpu on a machine with a GPU")
-    readme = (ROOT / "README.md").read_text()
+    name, markers = GPU_RESULTS[-1].name, (gpu_figures.BEGIN, gpu_figures.END)
     record = json.loads(GPU_RESULTS[-1].read_text())
-    assert gpu_figures.filled(readme, record, GPU_RESULTS[-1].name) == readme
+    assert is_shown(gpu_figures.pages(record, name), markers)
     record["gather"][0]["time_us"] *= 2
-    assert gpu_figures.filled(readme, record, GPU_RESULTS[-1].name) != readme
+    assert not is_shown(gpu_figures.pages(record, name), markers)
 
 
 @pytest.mark.workers

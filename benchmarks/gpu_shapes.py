@@ -1,0 +1,125 @@
+"""Which shape of a launch suits a GPU: the gather kernel alone, in one process, without signals.
+
+    python -m benchmarks.gpu_shapes [--cp-sizes 2,8] [--mib 256]
+
+One process stores one source into `cp` outputs, with the whole GPU to itself. So the times say what
+the copies cost, and nothing about ranks that wait for each other. `cpkit.cuda_launch` has the
+shapes that were chosen. Every variant's outputs are compared before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cpkit import cuda_launch
+from cpkit.cuda_launch import Shape
+from cpkit.kernels import PAGE_WORDS
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.tiles import tile_table
+
+ROW_BYTES = 2048
+SAMPLES, CALLS = 7, 4
+SHAPES = tuple(
+    Shape(tile, warps, blocks)
+    for tile, warps, blocks in (
+        (1024, 4, 8), (2048, 8, 4), (2048, 8, 8), (4096, 8, 2), (4096, 16, 2), (4096, 16, 4),
+        (8192, 8, 2), (8192, 16, 1), (8192, 16, 2), (16384, 16, 1), (16384, 32, 1),
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """A group of which this process plays rank 0 and owns all memory."""
+
+    size: int
+    rank: int = 0
+    ranks_on_gpu: int = 1
+
+
+@dataclass(frozen=True)
+class Words:
+    """A page of counters that all ranks share, since nobody signals."""
+
+    group: OneProcess
+    device: torch.device
+    pages: torch.Tensor
+    late: torch.Tensor
+
+
+def main() -> int:
+    """Print the shapes, fastest first, with their ratio to the floor."""
+    parser = argparse.ArgumentParser(description="Time the gather kernel's launch shapes.")
+    parser.add_argument("--cp-sizes", default="2,8", help="comma-separated, default 2,8")
+    parser.add_argument("--mib", type=int, default=256, help="size of the source, default 256")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu_shapes needs a CUDA device")
+        return 2
+    cuda_launch.SYNC = False
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.mib} MiB")
+    for cp_size in map(int, options.cp_sizes.split(",")):
+        compare(cp_size, options.mib << 20)
+    return 0
+
+
+def compare(cp_size: int, nbytes: int) -> None:
+    """All shapes at one number of outputs."""
+    source = torch.arange(nbytes // 8, dtype=torch.int64, device="cuda")
+    outputs = [torch.empty_like(source) for _ in range(cp_size)]
+    copy_us = time_us(lambda: outputs[0].copy_(source))
+    floor_us = (cp_size + 1) / 2 * copy_us
+    print(f"cp_size {cp_size}: floor {floor_us:.1f} us ({2 * nbytes / copy_us / 1e6:.2f} TB/s)")
+    times = {}
+    for shape in SHAPES:
+        call = launcher(source, outputs, shape)
+        for output in outputs:
+            output.fill_(-1)
+        call()
+        assert all(torch.equal(output, source) for output in outputs), shape
+        times[shape] = time_us(call)
+    for shape, us in sorted(times.items(), key=lambda item: item[1]):
+        print(f"  {us:7.1f} us  {us / floor_us:.3f} of the floor  {shape}")
+
+
+def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) -> Callable[[], None]:
+    """A launch that copies the source to all outputs."""
+    rows = source.numel() * 8 // ROW_BYTES
+    runs = prepare_context_parallel_metadata([rows], 1, "contiguous").runs(0)
+    tiles = tile_table(runs, [ROW_BYTES], [True], 1, shape.tile, mapped=False).cuda()
+    bases = torch.tensor([output.data_ptr() for output in outputs], device="cuda")
+    page = torch.zeros(PAGE_WORDS, dtype=torch.int64, device="cuda")
+    pages = torch.full((len(outputs),), page.data_ptr(), dtype=torch.int64, device="cuda")
+    words = Words(OneProcess(len(outputs)), source.device, pages, page)
+
+    def call(keep: torch.Tensor = page) -> None:
+        launch = ([source.data_ptr()], [outputs[0].data_ptr()], [bases.data_ptr()])
+        cuda_launch.launch_gather(words, tiles, *launch, shape=shape)  # type: ignore[arg-type]
+
+    return call
+
+
+def time_us(call: Callable[[], object]) -> float:
+    """Median µs of a call, between CUDA events around several."""
+    call()
+    samples = []
+    for _ in range(SAMPLES):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(CALLS):
+            call()
+        stop.record()
+        torch.cuda.synchronize()
+        samples.append(float(start.elapsed_time(stop)) * 1e3 / CALLS)
+    return statistics.median(samples)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
