@@ -98,7 +98,7 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
     pages = torch.full((len(outputs),), page.data_ptr(), dtype=torch.int64, device="cuda")
     words = Words(OneProcess(len(outputs)), source.device, pages, page)
 
-    def call(keep: torch.Tensor = page) -> None:
+    def call() -> None:
         launch = ([source.data_ptr()], [outputs[0].data_ptr()], [bases.data_ptr()])
         cuda_launch.launch_gather(words, tiles, *launch, shape=shape)  # type: ignore[arg-type]
 
