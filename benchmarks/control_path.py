@@ -31,7 +31,8 @@ from cpkit.processes import process_id
 
 ROOT = Path(__file__).parents[1]
 INTERVAL_S = 0.01
-IDLE_S = 3.0
+IDLE_S = 10.0
+IDLE = "idle worker, of one core"
 GOALS = {
     "launch to ready, 4 workers": (15_000, "ms"),
     "connect to running workers": (1_000, "ms"),
@@ -39,7 +40,7 @@ GOALS = {
     "status round trip": (1, "ms"),
     "cp_size change to first sample": (60, "ms"),
     "next sample of a stream, 10 ms apart": (20, "ms"),
-    "idle worker, of one core": (1, "%"),
+    IDLE: (1, "%"),
 }
 
 
@@ -104,6 +105,10 @@ def idle_percent(lab: cpkit.Lab) -> float:
 
 
 def _used_s(process: psutil.Process) -> float:
+    """CPU time: by Linux' scheduler, which counts nanoseconds, or else in ticks of 10 ms."""
+    threads = list(Path(f"/proc/{process.pid}/task").glob("*/schedstat"))
+    if threads:
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
     return float(sum(process.cpu_times()[:2]))
 
 
@@ -135,7 +140,8 @@ def row(name: str, samples: list[float]) -> dict[str, object]:
         "min": round(min(samples), 3),
         "goal": goal,
         "unit": unit,
-        "reached": p50 <= goal,
+        "below": name == IDLE,
+        "reached": p50 < goal or (name != IDLE and p50 == goal),
         "samples": len(samples),
     }
 

@@ -1,4 +1,8 @@
-"""Is the cost model any good? Fit it to part of the sweep, predict the rest, say the errors."""
+"""Is the cost model any good? Fit it to part of the sweep, predict the rest, say the errors.
+
+The model knows nothing of other programs on the machine. So what it is fitted to, and what it is
+compared with, is the time of the quietest round, each round's figure being a median by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from cpkit.cost import PASSES, Host
+from cpkit.cost import PASSES, Host, HostModel
 from cpkit.cost_fit import Measured, describe, fit
 from cpkit.cost_presets import COPY_PASSES, PRESETS
 
@@ -26,7 +30,7 @@ def check(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, An
         return None
     host = Host(where["cores"], where["cache_bytes"])
     model = fit([_point(row) for row in known], host)
-    predictions = [_prediction(row, model.predict_us(*_point(row)[:3])) for row in unknown]
+    predictions = [_prediction(row, model) for row in unknown]
     errors = [abs(each["error_pct"]) for each in predictions]
     return {
         "fitted": {"cp_sizes": FITTED_CP_SIZES, "tokens": FITTED_TOKENS},
@@ -71,15 +75,18 @@ def _is_fitted(row: dict[str, Any]) -> bool:
 
 
 def _point(row: dict[str, Any]) -> Measured:
-    return Measured(row["variant"], row["size_bytes"], row["cp_size"], row["time_us"])
+    return Measured(row["variant"], row["size_bytes"], row["cp_size"], min(row["rounds_us"]))
 
 
-def _prediction(row: dict[str, Any], predicted_us: float) -> dict[str, Any]:
+def _prediction(row: dict[str, Any], model: HostModel) -> dict[str, Any]:
+    point = _point(row)
+    predicted_us = model.predict_us(point.algorithm, point.total_bytes, point.cp_size)
     return {
-        "algorithm": row["variant"],
-        "cp_size": row["cp_size"],
-        "size_bytes": row["size_bytes"],
-        "time_us": row["time_us"],
+        "algorithm": point.algorithm,
+        "cp_size": point.cp_size,
+        "size_bytes": point.total_bytes,
+        "time_us": point.time_us,
         "predicted_us": predicted_us,
-        "error_pct": 100 * (predicted_us / row["time_us"] - 1),
+        "error_pct": 100 * (predicted_us / point.time_us - 1),
+        "spread_pct": row["spread_pct"],
     }

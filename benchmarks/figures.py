@@ -169,7 +169,7 @@ def cost_tables(cost: Record | None) -> list[str]:
     """What the cost model made of the sweep."""
     if not cost:
         return []
-    header = ["cost model", "cp_size", "size (B)", "measured (us)", "predicted (us)", "error (%)"]
+    header = ["cost model", "cp_size", "size (B)", "best round (us)", "predicted (us)", "error (%)"]
     columns = ("algorithm", "cp_size", "size_bytes", "time_us", "predicted_us", "error_pct")
     worst = sorted(cost["predictions"], key=lambda each: -abs(each["error_pct"]))[:6]
     return [table(header, [[cell(each[name]) for name in columns] for each in worst])]

@@ -35,7 +35,8 @@ def goals_of(record: Record) -> list[Record]:
         }
         found += entry(f"barrier of {cp_size} ranks (us)", ours, limit_us, max)
     for row in record.get("control", {}).get("rows", []):
-        found += entry(f"{row['what']} ({row['unit']})", {(0, 0): row["p50"]}, row["goal"], max)
+        name, value = f"{row['what']} ({row['unit']})", {(0, 0): row["p50"]}
+        found += entry(name, value, row["goal"], max, strict=row.get("below", False))
     return found + _cost_goals(record.get("cost"))
 
 
@@ -59,15 +60,24 @@ def _against(
 
 
 def entry(
-    name: str, values: dict[tuple[int, int], float], limit: float, worst: Callable[..., float]
+    name: str,
+    values: dict[tuple[int, int], float],
+    limit: float,
+    worst: Callable[..., float],
+    *,
+    strict: bool = False,
 ) -> list[Record]:
-    """Nothing without values: a run that did not measure it says nothing about it."""
+    """Nothing without values: a run that did not measure it says nothing about it.
+
+    `strict`: the limit itself is too much.
+    """
     if not values:
         return []
     reached = worst(values.values())
     best = (min if worst is max else max)(values.values())
     met = reached <= limit if worst is max else reached >= limit
-    sign = "at most" if worst is max else "at least"
+    met = met and not (strict and reached == limit)
+    sign = ("below" if strict else "at most") if worst is max else "at least"
     return [{"goal": f"{name}: {sign} {limit:g}", "worst": reached, "best": best, "met": met}]
 
 

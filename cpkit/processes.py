@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
+_HAS_PROC = Path("/proc/self/stat").exists()
+
 
 class ProcessId(NamedTuple):
     """A process for as long as the machine is up.
@@ -36,7 +38,7 @@ def process_id(pid: int | None = None) -> ProcessId:
 def _start_ticks(pid: int) -> int | None:
     """When a process started; None when it does not run."""
     try:
-        if Path("/proc/self/stat").exists():
+        if _HAS_PROC:
             # "pid (name) state …": the name may hold blanks and brackets, so count from its end.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             return int(fields[19]) if fields[0] not in "ZX" else None
