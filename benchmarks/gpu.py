@@ -67,6 +67,7 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
     """All rounds at one cp_size, added to the record."""
     print(f"gather, cp_size {cp_size} ...", file=sys.stderr, flush=True)
     shared = cp_size > torch.cuda.device_count()
+    one_memory = torch.cuda.device_count() == 1
     with TemporaryDirectory(prefix="cpkit-") as directory, ExitStack() as stack:
         if shared:
             words = stack.enter_context(mps.serve(Path(directory)))
@@ -81,8 +82,9 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
         for name in sizes[0]["variants"]:
             samples = [size["variants"][name]["samples_us"] for size in sizes]
             line = row(name, cp_size, count, sizes[0]["padded_bytes"], samples)
-            floor_us = (cp_size + 1) * line["size_bytes"] / ceiling_gbps / 1e3 if shared else None
-            record["gather"].append({**line, "floor_us": floor_us, "ceiling_gbps": ceiling_gbps})
+            floor_us = (cp_size + 1) * line["size_bytes"] / ceiling_gbps / 1e3
+            line |= {"floor_us": floor_us if one_memory else None, "ceiling_gbps": ceiling_gbps}
+            record["gather"].append(line)
 
 
 def one_round(cp_size: int, tokens: tuple[int, ...]) -> dict[str, Any]:

@@ -194,12 +194,18 @@ def _gather(size: Size, algorithm: str) -> list[torch.Tensor]:
 
 
 def _check(call: Callable[[], Any], size: Size) -> None:
-    """Twice: a plan takes two outputs in turns."""
+    """Into poisoned memory, twice: a plan takes two outputs in turns. What the others allocate
+    comes from where the poisoned results have just gone back to.
+    """
+    for result in [result for _ in range(2) for result in call()]:
+        provenance.poison_(result)
+    del result
     for _ in range(2):
+        torch.cuda.synchronize()
+        size.group.barrier()
         (got,) = call()
         torch.cuda.synchronize()
         _compare(got, size)
-        size.group.barrier()
 
 
 def _compare(got: torch.Tensor, size: Size) -> None:

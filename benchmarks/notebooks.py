@@ -4,6 +4,7 @@
 
 The notebooks find their device themselves: with a GPU their four ranks run on it. The record says
 what the first cell printed (device, ranks, tier), how long each notebook took, and what failed.
+There is one only of all notebooks together.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> int:
     for each in record["notebooks"]:
         print(f"{each['name']}: {each['code_cells']} code cells, {each['took_s']:.0f} s,", end=" ")
         print(f"{len(each['errors'])} failed {each['errors'] or ''}")
-    if not options.no_record:
+    if not (options.no_record or options.notebooks):
         path = ROOT / "benchmarks" / "results" / f"{where['date']}-{kind}-notebooks.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"recorded in {path.relative_to(ROOT)}")

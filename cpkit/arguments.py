@@ -135,6 +135,8 @@ def seed_problem(
         return _NO_METADATA.format(metadata)
     if not isinstance(total_len, int) or isinstance(total_len, bool):
         return f"total_len is {total_len!r}; it must be a whole number of tokens"
+    if type(cp_size) is not int:
+        return f"cp_size is {cp_size!r}; it must be a whole number of ranks"
     if cp_size != group.size or cp_size != metadata.cp_size:
         return (
             f"cp_size is {cp_size}; the metadata is for {metadata.cp_size} and the current group "

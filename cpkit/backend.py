@@ -68,7 +68,7 @@ class Backend(Protocol):
 
 
 def make_backend(group: CPGroup, device: str) -> Backend:
-    """The backend for tensors on this kind of device. Collective over the group for "cuda".
+    """The backend for tensors on this kind of device. Collective over the group.
 
     Raises ValueError for a device without one.
     """

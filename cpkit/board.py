@@ -35,14 +35,23 @@ from cpkit.shm import make_segment
 PAGE_BYTES = 16384
 NOTE_BYTES = 7168
 _NOTES = (1024, 1024 + 7680)
+_LENGTH_BITS = 16  # of a note's first word; the turn that it belongs to stands above them
 _SHORT_WAIT_S = 0.02
 _SHORT_NAP_S = 1e-6  # as short as the system can; Linux makes it about 55 µs
 _YIELDS = (4, 64)  # least and most before a nap, where ranks share a core
 _NAP_S = 0.0002
 
-_lock = threading.Lock()
-_lock.acquire()
-_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+class _OwnLock(threading.local):
+    """A lock for each thread, held by it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+
+_own = _OwnLock()
+give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class BarrierTimeout(TimeoutError):
@@ -57,8 +66,8 @@ def cores() -> int:
 
 def fence() -> None:
     """Order all memory accesses before it before all accesses after it."""
-    _lock.release()
-    _lock.acquire()
+    _own.lock.release()
+    _own.lock.acquire()
 
 
 class Board:
@@ -88,14 +97,25 @@ class Board:
         fence()
 
     def exchange(self, note: bytes) -> list[bytes]:
-        """A barrier at which everybody reads everybody's note (at most NOTE_BYTES bytes)."""
+        """A barrier at which everybody reads everybody's note (at most NOTE_BYTES bytes).
+
+        Raises RuntimeError when a rank has come to it without a note, in another call.
+        """
         if len(note) > NOTE_BYTES:
             raise ValueError(f"a note has {len(note)} bytes; at most {NOTE_BYTES} fit on the board")
-        place = _NOTES[(self._turn + 1) % 2]
-        self._words[self.rank][place // 8] = len(note)
+        turn = self._turn + 1
+        place = _NOTES[turn % 2]
+        self._words[self.rank][place // 8] = turn << _LENGTH_BITS | len(note)
         self._pages[self.rank][place + 8 : place + 8 + len(note)] = note
         self.barrier()
-        lengths = [words[place // 8] for words in self._words]
+        pinned = [words[place // 8] for words in self._words]
+        silent = [rank for rank, word in enumerate(pinned) if word >> _LENGTH_BITS != turn]
+        if silent:
+            raise RuntimeError(
+                f"{self._name}: rank(s) {', '.join(map(str, silent))} came to barrier {turn} "
+                f"without a note: they are in another call than rank {self.rank}, such as a plan's"
+            )
+        lengths = [word & (1 << _LENGTH_BITS) - 1 for word in pinned]
         pairs = zip(self._pages, lengths, strict=True)
         return [bytes(page[place + 8 : place + 8 + length]) for page, length in pairs]
 
@@ -125,7 +145,7 @@ class Board:
                     if self._crowded:
                         self._yields = min(self._yields + _YIELDS[0], _YIELDS[1])
                     return
-                _yield()
+                give_way()
             if self._crowded:
                 self._yields = _YIELDS[0]
                 time.sleep(_SHORT_NAP_S)

@@ -101,7 +101,7 @@ class CudaBackend:
         return int(min(free // (8 * max(1, self.group.ranks_on_gpu)), _MAX_DEFAULT_BYTES))
 
     def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
-        """Allocate from torch's symmetric pool and map the peers' memory. Collective.
+        """Allocate from torch's symmetric memory and map the peers'. Collective.
 
         rank 0   allocate ─ all have? ─ rendezvous ─ all have? ─ go on
         rank 1   allocate ─ all have? ─ rendezvous ─ all have? ─ go on

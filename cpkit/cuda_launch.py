@@ -18,7 +18,8 @@ SYNC = True  # tests switch it off, to see that they notice
 class Shape(NamedTuple):
     """How a launch is cut: units of a tile, warps of a block, blocks for each multiprocessor.
 
-    All blocks of all ranks must be resident at once, since they wait for each other.
+    All blocks of all ranks must be resident at once, since they wait for each other: if the first
+    ranks' blocks took all places, the last rank's signal would never come.
     """
 
     tile: int
@@ -29,6 +30,7 @@ class Shape(NamedTuple):
 # Large tiles are some percent faster where the rows take long; small ones start sooner.
 _SMALL, _LARGE = Shape(2048, 8, 4), Shape(8192, 16, 1)
 _LARGE_FROM_BYTES = 4 << 20
+_REGISTERS = 65536  # of a multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
 
 
@@ -77,6 +79,7 @@ def launch_gather(
         ENTRY=SYNC and entry,
         THREADS=shape.warps * 32,
         num_warps=shape.warps,
+        maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
     )
 
 

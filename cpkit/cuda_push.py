@@ -1,19 +1,21 @@
 """How a CUDA rank stores its rows at their final place in every peer's memory: one kernel launch.
 
-The readable reference with the same signature is `cpkit.steps.push_all_reference`.
+The readable reference is `cpkit.steps.push_all_reference`.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from cpkit.cuda_backend import CudaBackend, CudaSegment
-from cpkit.cuda_launch import launch_gather, shape_for
+from cpkit.cuda_launch import Shape, launch_gather, shape_for
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -23,7 +25,27 @@ from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
 _MAX_TABLES = 64
 _Key = tuple[object, ...]
 _tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
-_captured: dict[_Key, torch.Tensor] = {}
+_captured: dict[_Key, torch.Tensor] = {}  # what graphs read: kept for ever
+
+
+class Cut(NamedTuple):
+    """How a rank's rows are cut into tiles: equal cuts of one layout have equal tables."""
+
+    row_bytes: tuple[int, ...]
+    wide: tuple[bool, ...]
+    narrow: int
+    shape: Shape
+
+    @classmethod
+    def of(cls, rows: int, row_bytes: Sequence[int], addresses: Sequence[int]) -> Cut:
+        """For `rows` rows of each tensor; an address is the OR of a tensor's and its output's."""
+        units = [unit_bytes(n, place) for n, place in zip(row_bytes, addresses, strict=True)]
+        return cls(
+            tuple(row_bytes),
+            tuple(unit == WIDE_BYTES for unit in units),
+            min((unit for unit in units if unit < WIDE_BYTES), default=0),
+            shape_for(rows * sum(row_bytes)),
+        )
 
 
 def push_all(
@@ -47,23 +69,20 @@ def push_all(
     if not present:
         pool.backend.leave()
         return
-    row_bytes = tuple(x.shape[1] * x.element_size() for x, _ in present)
-    units = [
-        unit_bytes(nbytes, x.data_ptr() | y.data_ptr())
-        for nbytes, (x, y) in zip(row_bytes, present, strict=True)
-    ]
-    narrow = min((unit for unit in units if unit < WIDE_BYTES), default=0)
-    wide = tuple(unit == WIDE_BYTES for unit in units)
-    shape = shape_for(sum(x.numel() * x.element_size() for x, _ in present))
+    cut = Cut.of(
+        len(present[0][0]),
+        [x.shape[1] * x.element_size() for x, _ in present],
+        [x.data_ptr() | y.data_ptr() for x, y in present],
+    )
     launch_gather(
         _signals(pool),
-        _table(metadata, pool, row_bytes, wide, narrow, shape.tile, mapped=slots is not None),
+        _table(metadata, pool, cut, mapped=slots is not None),
         [x.data_ptr() for x, _ in present],
         [y.data_ptr() for _, y in present],
         [_segment_table(y, pool) for _, y in present],
         slots,
-        narrow,
-        shape=shape,
+        cut.narrow,
+        shape=cut.shape,
         entry=entry,
     )
 
@@ -78,9 +97,9 @@ class _Shared:
 class PreparedPush:
     """`push_all` as a CUDA graph of one kernel, for outputs that a plan takes in turns.
 
-    Making one is collective: the kernel runs once, since it can't be compiled during capture. Once
-    a caller's graph has captured a push, nobody knows which outputs its replays fill when, and
-    every push of the plan has its entry synchronization from then on.
+    Making one is collective: the kernel runs with and without its entry synchronization, since it
+    can't be compiled during capture. Once a caller's graph has captured a push, nobody knows which
+    outputs its replays fill when, and every push of the plan waits at its entry from then on.
     """
 
     def __init__(
@@ -93,23 +112,20 @@ class PreparedPush:
     ) -> None:
         self._launch = partial(push_all, rows, outputs, metadata, pool)
         self._pool, self._shared = pool, shared
-        self._graphs = {entry: self._captured(entry) for entry in (True, False)}
-
-    def _captured(self, entry: bool) -> torch.cuda.CUDAGraph:
-        self._launch(entry=entry)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch(entry=entry)
-        return graph
+        self._launch(entry=True)
+        self._launch(entry=False)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._launch(entry=False)
 
     def __call__(self) -> None:
         """Gather, in stream order. Raises BarrierTimeout when an earlier call was given up."""
         self._pool.backend.check()
-        if is_capturing(self._pool.device.type):
-            self._shared.captured = True
+        self._shared.captured |= is_capturing(self._pool.device.type)
+        if self._shared.captured:
             self._launch(entry=True)
         else:
-            self._graphs[self._shared.captured].replay()
+            self._graph.replay()
 
 
 def prepare_pushes(
@@ -127,16 +143,19 @@ def capture_problem(
     tensors: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,
     group: CPGroup,
-    *,
-    mapped: bool,
+    into: Sequence[torch.Tensor] | None,
 ) -> str:
     """Why a gather of this layout can't be captured in a CUDA graph yet; empty when it can."""
-    row_bytes = tuple(
-        size for x in tensors if x.numel() and (size := x[0].numel() * x.element_size())
-    )
-    for known, rank, _, known_bytes, *_, known_mapped in _tables:
-        if (known, rank, known_bytes, known_mapped) == (metadata, group.rank, row_bytes, mapped):
-            return ""
+    sizes = [math.prod(x.shape[1:]) * x.element_size() for x in tensors]
+    # What is made for the gather, an output or a dense copy of strided rows, is aligned.
+    places = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
+    if into is not None:
+        places = [place | cache.data_ptr() for place, cache in zip(places, into, strict=True)]
+    present = [(n, place) for n, place in zip(sizes, places, strict=True) if n]
+    cut = Cut.of(len(tensors[0]), [n for n, _ in present], [place for _, place in present])
+    key = _key(metadata, group.rank, tensors[0].device, cut, mapped=into is not None)
+    if not present or key in _tables or key in _captured:
+        return ""
     return (
         "this gather is captured in a CUDA graph before it has run: run it once (same lengths, "
         "same tensors) before torch.cuda.graph, so that pool, kernel and tables are there"
@@ -155,27 +174,27 @@ def _signals(pool: SymmetricPool) -> CudaBackend:
     return pool.backend
 
 
+def _key(
+    metadata: ContextParallelMetadata, rank: int, device: torch.device, cut: Cut, *, mapped: bool
+) -> _Key:
+    return metadata, rank, device, cut, mapped
+
+
 def _table(
-    metadata: ContextParallelMetadata,
-    pool: SymmetricPool,
-    row_bytes: tuple[int, ...],
-    wide: tuple[bool, ...],
-    narrow: int,
-    tile: int,
-    *,
-    mapped: bool,
+    metadata: ContextParallelMetadata, pool: SymmetricPool, cut: Cut, *, mapped: bool
 ) -> torch.Tensor:
     """The tiles on the device: made once for a layout, kept for ever where a graph reads them."""
-    rank = pool.group.rank
-    key = (metadata, rank, pool.device, row_bytes, wide, narrow, tile, mapped)
+    key = _key(metadata, pool.group.rank, pool.device, cut, mapped=mapped)
     table = _tables.pop(key, _captured.get(key))
     if table is None:
-        runs = metadata.runs(rank)
-        made = tile_table(runs, row_bytes, wide, narrow or 1, tile, mapped=mapped)
+        runs, narrow = metadata.runs(pool.group.rank), cut.narrow or 1
+        made = tile_table(runs, cut.row_bytes, cut.wide, narrow, cut.shape.tile, mapped=mapped)
         table = made.to(pool.device)
     _tables[key] = table
     while len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     if is_capturing(pool.device.type):
         _captured[key] = table
+    else:
+        table.record_stream(torch.cuda.current_stream())  # it may be forgotten before it is read
     return table

@@ -52,6 +52,13 @@ def growth_problem(device: str) -> str:
     )
 
 
+def stream_problem(stream: object) -> str:
+    """Why nothing can run on this stream; empty when it can. None is the current one."""
+    if stream is None or isinstance(stream, torch.cuda.Stream):
+        return ""
+    return f"stream is {stream!r:.80}; it must be a torch.cuda.Stream, or None for the current one"
+
+
 _HERE: AbstractContextManager[None] = nullcontext()
 
 

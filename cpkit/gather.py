@@ -21,9 +21,9 @@ import torch
 
 from cpkit import arguments, steps
 from cpkit.arguments import ALGORITHMS
-from cpkit.devices import device_type, is_capturing, on_stream
+from cpkit.devices import device_type, is_capturing, on_stream, stream_problem
 from cpkit.group import CPGroup, get_attention_cp_group
-from cpkit.into import agree_on_caches, into_problem, read_slots
+from cpkit.into import agree_on_caches, into_problem, read_slots, values_problem
 from cpkit.layout import ContextParallelMetadata
 from cpkit.path import PathReport
 from cpkit.paths import path_of, path_of_result, remember
@@ -79,15 +79,16 @@ def all_gather_kv(
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     problem, call = arguments.check_call(tensors, metadata, group, algorithm, symmetric)
+    problem = problem or stream_problem(stream) or into_problem(tensors, metadata, into, slots)
     known = read_slots(slots) if not problem else None
-    problem = problem or into_problem(tensors, metadata, into, slots, known)
-    problem = problem or _capture_problem(tensors, metadata, group, algorithm, into)
+    problem = problem or values_problem(known, into)
+    problem = problem or _capture_problem(tensors, metadata, group, algorithm, symmetric, into)
     if into is not None:
         call = f"{call} into caches"
     if problem:
         call = ""
     inputs = [] if problem else [*tensors, *(into or []), *([] if slots is None else [slots])]
-    with on_stream(stream, *inputs):
+    with on_stream(None if problem else stream, *inputs):
         device = "cpu" if problem else device_type(tensors[0])
         pool = enter(group, call, problem, symmetric, device)
         rows = [steps.as_rows(x) for x in tensors]
@@ -125,11 +126,12 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
     problem = arguments.seed_problem(input_tensor, total_len, cp_size, metadata, group)
+    problem = problem or stream_problem(stream)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     call = (
         arguments.describe_seed(input_tensor, total_len, metadata, symmetric) if not problem else ""
     )
-    with on_stream(stream, *([input_tensor] if not problem else ())):
+    with on_stream(None if problem else stream, *([input_tensor] if not problem else ())):
         pool = enter(group, call, problem, symmetric, device_type(input_tensor))
         rows = steps.as_rows(input_tensor)
         keep("shard", rows)
@@ -245,17 +247,21 @@ def _capture_problem(
     metadata: ContextParallelMetadata,
     group: CPGroup,
     algorithm: str,
+    symmetric: bool,
     into: Sequence[torch.Tensor] | None,
 ) -> str:
     """Why this gather can't be captured in a CUDA graph now; empty when it can."""
     if not is_capturing(device_type(tensors[0])):
         return ""
-    if algorithm == "direct":
+    if algorithm == "direct" and symmetric:
         from cpkit.cuda_push import capture_problem
 
-        return capture_problem(tensors, metadata, group, mapped=into is not None)
+        return capture_problem(tensors, metadata, group, into)
     if into is not None:
-        return f"{algorithm!r} into caches looks at the slots on the host; capture 'direct' instead"
+        return (
+            "only 'direct' in symmetric memory can be captured into caches: the others look at the "
+            "slots on the host"
+        )
     return ""
 
 

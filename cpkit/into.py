@@ -11,26 +11,26 @@ import torch
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.path import Where
 from cpkit.plain import describe
 from cpkit.pool import SymmetricPool
 from cpkit.where import locate
 
 
 class _Caches(msgspec.Struct):
-    """What a rank brings: where its caches are, and a digest of its slots."""
-
-    places: list[Where]
-    slots: int
-
-
-def read_slots(slots: object) -> torch.Tensor | None:
-    """Slots where the host can look at them, which on CUDA waits for the stream; None for what is
-    no tensor, and while a graph is captured.
+    """What a rank brings: digests of its caches' places and of its slots; the first cache that is
+    not in the pool, in words.
     """
-    if not isinstance(slots, torch.Tensor) or is_capturing(slots.device.type):
-        return None
-    return slots.cpu()
+
+    places: int
+    slots: int
+    outside: str = ""
+
+
+def read_slots(slots: torch.Tensor | None) -> torch.Tensor | None:
+    """Slots where the host can look at them, which on CUDA waits for the stream; None without any,
+    and while a graph is captured.
+    """
+    return None if slots is None or is_capturing(slots.device.type) else slots.cpu()
 
 
 def into_problem(
@@ -38,11 +38,8 @@ def into_problem(
     metadata: ContextParallelMetadata,
     into: Sequence[torch.Tensor] | None,
     slots: torch.Tensor | None,
-    known: torch.Tensor | None,
 ) -> str:
-    """Why caches and slots are refused; empty when they aren't. `known` is what `read_slots` read,
-    and without it the values of the slots are not judged.
-    """
+    """Why caches and slots are refused, by all but the slots' values; empty when they aren't."""
     if into is None and slots is None:
         return ""
     if into is None or slots is None:
@@ -53,10 +50,22 @@ def into_problem(
         problem = _cache_problem(cache, x, f"into[{number}]")
         if problem:
             return problem
-    if len({cache.data_ptr() for cache in into}) < len(into):
-        return "into names the same cache twice; every tensor needs a cache of its own"
-    problem = _slots_problem(slots, metadata, tensors[0].device)
-    return problem or _values_problem(known, min(len(cache) for cache in into))
+    problem = _overlap_problem(into, tensors)
+    return problem or _slots_problem(slots, metadata, tensors[0].device)
+
+
+def values_problem(known: torch.Tensor | None, into: Sequence[torch.Tensor] | None) -> str:
+    """Why the values of slots that `read_slots` read are refused; empty when they aren't."""
+    if known is None or into is None:
+        return ""
+    rows = min(len(cache) for cache in into)
+    least, most = int(known.min()), int(known.max())
+    if least < -1 or most >= rows:
+        return f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
+    stored = known[known >= 0]
+    if len(stored.unique()) < len(stored):
+        return "slots name a row twice; every stored token needs a row of its own"
+    return ""
 
 
 def agree_on_caches(
@@ -71,20 +80,17 @@ def agree_on_caches(
     those only when they are `known`.
     """
     places = [locate(cache, group) for cache in into] if pool else []
+    outside = [f"into[{number}] is {place}" for number, place in enumerate(places) if place.other]
     digest = 0 if known is None else zlib.crc32(known.numpy().tobytes())
-    note = msgspec.msgpack.encode(_Caches(places, digest))
+    mine = _Caches(zlib.crc32(msgspec.msgpack.encode(places)), digest, "".join(outside[:1]))
+    note = msgspec.msgpack.encode(mine)
     said = [msgspec.msgpack.decode(each, type=_Caches) for each in group.exchange(note)]
-    outside = [
-        f"rank {rank}: into[{number}] is {place}"
-        for rank, each in enumerate(said)
-        for number, place in enumerate(each.places)
-        if place.other
-    ]
-    if outside:
+    faults = [f"rank {rank}: {each.outside}" for rank, each in enumerate(said) if each.outside]
+    if faults:
         raise ValueError(
             "'direct' stores straight into every rank's cache, so the caches must be in the "
             "group's pool: allocate them once inside `with use_symmetric_memory(group)`, or use "
-            f"another algorithm, which gathers first and then scatters. {'; '.join(outside)}"
+            f"another algorithm, which gathers first and then scatters. {'; '.join(faults)}"
         )
     if any(each.places != said[0].places for each in said):
         raise ValueError(
@@ -123,13 +129,20 @@ def _slots_problem(
     return "" if slots.is_contiguous() else "slots must be contiguous"
 
 
-def _values_problem(known: torch.Tensor | None, rows: int) -> str:
-    if known is None:
-        return ""
-    least, most = int(known.min()), int(known.max())
-    if least < -1 or most >= rows:
-        return f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
-    stored = known[known >= 0]
-    if len(stored.unique()) < len(stored):
-        return "slots name a row twice; every stored token needs a row of its own"
+def _overlap_problem(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> str:
+    """Rows would be overwritten before they are read, or by rows of another tensor."""
+    named = [(f"into[{i}]", *_extent(x)) for i, x in enumerate(into)]
+    named += [(f"tensors[{i}]", *_extent(x)) for i, x in enumerate(tensors)]
+    for number, (cache, first, last) in enumerate(named[: len(into)]):
+        for other, start, stop in named[number + 1 :]:
+            if first < stop and start < last:
+                return f"{cache} and {other} share memory; every tensor needs a cache of its own"
     return ""
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and after the last one; an empty tensor has none."""
+    if not x.numel():
+        return 0, 0
+    items = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + items * x.element_size()

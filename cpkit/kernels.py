@@ -6,9 +6,9 @@ peer's output, with the ranks' entry and exit synchronization inside.
                                ↑ every peer's output is free                          all rows have
                                                                                       landed ↑
 
-Each rank has a page of words in symmetric memory (see the constants below). A word counts gathers
-(*epochs*) and only grows, so nothing has to be reset, and a captured graph can be replayed: the
-kernel itself reads the last epoch and counts on.
+Each rank has a page of words in symmetric memory (see the constants below). The words of entry and
+exit count gathers (*epochs*) and only grow, so that peers never wait for a reset, and a captured
+graph can be replayed: the kernel itself reads the last epoch and counts on.
 
 Memory ordering is PTX's: the stores of a block come before its barrier, before the release of its
 arrival, before the release (system scope) of the exit signal that a peer acquires.
@@ -19,13 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ENTRY, EXIT, EPOCH, ARRIVED, TICKET = 0, 128, 256, 257, 258
+ENTRY, EXIT, EPOCH, ARRIVED, TICKET, BROKEN = 0, 128, 256, 257, 258, 259
 PAGE_WORDS = 512
 MAX_RANKS = 128
 
 _ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
-_EPOCH, _ARRIVED, _TICKET = tl.constexpr(EPOCH), tl.constexpr(ARRIVED), tl.constexpr(TICKET)
-_GAVE_UP = tl.constexpr(1 << 32)  # added to the count of arrived blocks by one that gave up
+_EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
+_TICKET, _BROKEN = tl.constexpr(TICKET), tl.constexpr(BROKEN)
 
 _SIGNAL = """
 {
@@ -210,34 +210,34 @@ def _copy_tiles(
 
 
 @triton.jit
+def _give_up(words, late, rank):
+    """Say which rank did not come (one past it; 0: all did). From then on this rank stands still:
+    a launch that came after would store and signal in a round that its peers are not in.
+    """
+    if rank > 0:
+        tl.store(late, rank)
+        tl.store(words + _BROKEN, 1)
+
+
+@triton.jit
 def _leave(
-    pages,
-    words,
-    epoch,
-    rank,
-    missing,
-    late,
-    timeout_ns,
-    CP: tl.constexpr,
-    SYNC: tl.constexpr,
-    THREADS: tl.constexpr,
-):
+    pages, words, epoch, rank, late, timeout_ns,
+    CP: tl.constexpr, SYNC: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
     """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
     until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
     the peers give up as well.
     """
     tl.debug_barrier()
-    step = tl.where(missing > 0, _GAVE_UP + 1, 1).to(tl.int64)
-    arrived = tl.atomic_add(words + _ARRIVED, step, sem="acq_rel", scope="gpu") + step
-    if arrived % _GAVE_UP == tl.num_programs(0):
+    arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
         tl.store(words + _ARRIVED, 0)
         tl.store(words + _TICKET, 0)
         if SYNC:
-            if arrived < _GAVE_UP:
+            if tl.load(words + _BROKEN, volatile=True) == 0:
                 _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
                 late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
-                if late_rank > 0:
-                    tl.store(late, late_rank)
+                _give_up(words, late, late_rank)
                 tl.store(words + _EPOCH, epoch)
 
 
@@ -278,16 +278,17 @@ def gather_kernel(
     """
     words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
     epoch = tl.load(words + _EPOCH, volatile=True) + 1
-    missing = 0
+    missing = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
     if ENTRY:
-        if tl.program_id(0) == 0:
-            _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
-        missing = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
-        if missing > 0:
-            tl.store(late, missing)
-            n_tiles = 0
+        if missing == 0:
+            if tl.program_id(0) == 0:
+                _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
+            missing = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
+            _give_up(words, late, missing)
+    if missing > 0:
+        n_tiles = 0
     _copy_tiles(
         sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
         TENSORS, CP, BLOCK, NARROW, SLOTS,
     )  # fmt: skip
-    _leave(pages, words, epoch, rank, missing, late, timeout_ns, CP, SYNC, THREADS)
+    _leave(pages, words, epoch, rank, late, timeout_ns, CP, SYNC, THREADS)

@@ -83,6 +83,10 @@ class ContextParallelMetadata:
     cp_size: int
     strategy: str
 
+    def __post_init__(self) -> None:
+        """A list of lengths is as good; hashed it must be, to be a key of what is made of it."""
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+
     @cached_property
     def total_tokens(self) -> int:
         """Tokens of the whole batch."""

@@ -112,7 +112,7 @@ def nccl_version(transport: str) -> Version | None:
     """
     if transport in ("posix", "cuda"):
         return None
-    found = re.fullmatch(r"nccl (\d+(?:\.\d+)+)", transport)
+    found = re.fullmatch(r"nccl (\d+(?:\.\d+)+)", str(transport))
     if not found:
         raise ValueError(
             f"transport is {transport!r}; it must be 'posix', 'cuda', or NCCL with its version, "

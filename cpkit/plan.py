@@ -9,12 +9,12 @@ wait for: it takes its outputs in turns.
     rank 1   store A │exit 1│ read A … store B │exit 2│ read B … store A │exit 3│
                                      ↑ A is read         ↑ rank 0 may store into A from here on
 
+Rank 0 stores into A again only once it is past exit 2, and nobody gets past exit 2 before rank 1
+has come to it: so rank 1 is in call 2 by then, and done with A.
+
 On CUDA the same holds in stream order, and a call replays a CUDA graph of one kernel. A plan that
 is itself captured in a caller's graph keeps its entry barrier, since nothing tells how often that
 graph is replayed.
-
-Rank 0 stores into A again only once it is past exit 2, and nobody gets past exit 2 before rank 1
-has come to it: so rank 1 is in call 2 by then, and done with A.
 
 So a result is valid until this rank calls the plan again. With one output, rank 0's second call
 would store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` takes
@@ -119,7 +119,6 @@ def plan_gather_kv(
     turns: list[_Turn] = []
     if algorithm == "direct" and pool:
         made = [_outputs(tensors, metadata, pool) for _ in range(keep + 1)]
-        pool.backend.enter()  # on CUDA, a peer's stream may still read what these outputs held
         turns = _take_turns(tensors, made, metadata, pool)
     return GatherPlan(tensors, metadata, group, algorithm, turns, pool)
 

@@ -25,7 +25,7 @@ from cpkit.offers import SymmetricMemoryError
 from cpkit.path import PathReport, Place, decide, without_windows
 from cpkit.plain import describe, gather_problem, plain_all_gather
 from cpkit.pool_history import PoolHistory, PoolStatistics
-from cpkit.prealloc import agree_on_prealloc, warm_up_bytes
+from cpkit.prealloc import agree_on_prealloc, warm_up_bytes, warm_up_problem
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.where import place_of, register
@@ -135,8 +135,11 @@ class SymmetricPool:
             growth_problem(self.device.type),
         )
         block = self._ledger.place(nbytes)
-        if self._ledger.is_full():
-            raise ValueError(f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy them")
+        if block is None and self._ledger.is_full():
+            raise ValueError(
+                f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy them. Those that a "
+                f"CUDA graph captured stay for its replays: gather into= caches there"
+            )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
             self.history.spilled(
@@ -258,12 +261,9 @@ class SymmetricPool:
 
         At most `max_tokens` tokens in at most `sequences` sequences; see `warm_up_bytes`.
         """
-        whole = all(isinstance(n, int) and n > 0 for n in (max_tokens, tensors, sequences))
-        problem = f"{max_tokens=}, {tensors=}, {sequences=}: each must be a number, 1 or more"
-        self.meet(
-            f"warm_up({max_tokens}, {list(trailing_shape)}, {dtype}, {tensors}, {sequences})",
-            "" if whole else problem,
-        )
+        problem = warm_up_problem(max_tokens, trailing_shape, dtype, tensors, sequences)
+        shape = [] if problem else list(trailing_shape)
+        self.meet(f"warm_up({max_tokens}, {shape}, {dtype}, {tensors}, {sequences})", problem)
         row_bytes = math.prod(trailing_shape) * dtype.itemsize
         needed = tensors * warm_up_bytes(max_tokens, row_bytes, self.group.size, sequences)
         if self._ledger.largest_free() < needed:

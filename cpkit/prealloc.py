@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import msgspec
+import torch
 
 from cpkit.arena import rounded
 from cpkit.rendezvous import Rendezvous
@@ -31,6 +32,21 @@ def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None, default: int
     if problems:
         raise ValueError(problems[0])
     return min(size for _, size in said) if prealloc is None else offer
+
+
+def warm_up_problem(
+    max_tokens: object, trailing_shape: object, dtype: object, tensors: object, sequences: object
+) -> str:
+    """Why `SymmetricPool.warm_up` refuses these; empty when it doesn't."""
+    counts = {"max_tokens": max_tokens, "tensors": tensors, "sequences": sequences}
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            return f"{name} is {value!r}; it must be a whole number, 1 or more"
+    if not isinstance(trailing_shape, list | tuple) or not all(
+        type(n) is int and n >= 0 for n in trailing_shape
+    ):
+        return f"trailing_shape is {trailing_shape!r}; it must be a row's shape, such as (8, 128)"
+    return "" if isinstance(dtype, torch.dtype) else f"dtype is {dtype!r}; it must be a torch.dtype"
 
 
 def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int) -> int:

@@ -3,26 +3,26 @@
 A pair of ranks has two counters, each written by one of them only: what the sender has sent, and
 what the receiver has taken. So no store is ever lost, and no atomic operation is needed.
 
-    rank 0   store row ─ sent[1] = 1 ──────────────── wait until taken = 1 ─ store row ─ sent[1] = 2
-    rank 1               wait until sent = 1 ─ read row ─ taken[0] = 1
+    rank 0   store row ─ sent[1] = 1
+    rank 1               wait until sent[1] = 1 ─ taken[0] = 1 ─ read row
+
+A word that was taken says nothing about the row: before rank 0 stores the next one, rank 1 has to
+say by a signal of its own that it has read this one.
 
 Memory ordering: as in cpkit.board, a fence before a counter is stored and after it is seen.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
-from cpkit.board import BarrierTimeout, fence
+from cpkit.board import BarrierTimeout, fence, give_way
 from cpkit.rendezvous import Rendezvous, deadline_s
 from cpkit.shm import make_segment
 
 _SHORT_WAIT_S = 0.02
 _NAP_S = 0.0002
-
-_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 class Signals:
@@ -60,6 +60,6 @@ class Signals:
                     f"{what}; it died, hangs, or took another way through the program"
                 )
             if waited_s < _SHORT_WAIT_S:
-                _yield()
+                give_way()
             else:
                 time.sleep(_NAP_S)

@@ -1,11 +1,10 @@
 """Symmetric memory: buffers that every rank allocated alike, and that all peers address directly.
 
     with use_symmetric_memory(group):
-        recv = torch.empty(rows * group.size, 8, 128)      # the group's pool, same offset
-        everywhere
+        recv = torch.empty(rows * group.size, 8, 128)  # the group's pool, one offset on all ranks
 
-    pool = symmetric_pool(group) pool.peer_view(recv, 1)                                # rank 1's
-    recv: an ordinary tensor over it
+    pool = symmetric_pool(group)
+    pool.peer_view(recv, 1)  # rank 1's recv: an ordinary tensor over it
 
 Only ranks of one machine can share memory; a group that spans machines allocates as usual.
 """
@@ -105,9 +104,10 @@ def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
         rank 0   peer_view(inbox, 1).copy_(row) ─ put_signal(group, 1)
         rank 1                                     wait_signal(group, 0) ─ read inbox
 
-    The group's pool is made at the first use of symmetric memory, which is collective. Raises
-    ValueError for a peer that is no rank of the group, TimeoutError after the deadline (on CUDA,
-    the kernel traps instead).
+    Before rank 0 stores the next row, rank 1 has to tell that it has read this one: by a signal
+    back. `device` is "cpu" or "cuda", and may be left out when the group has symmetric memory on
+    one of them only. Raises ValueError for a peer that is no rank of the group and for a device
+    without symmetric memory so far; TimeoutError after the deadline (on CUDA the kernel traps).
     """
     _backend_with(group, peer, device).put_signal(peer)
 
@@ -119,9 +119,16 @@ def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
 
 def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     check_group(group)
-    if not isinstance(peer, int) or not 0 <= peer < group.size:
+    if type(peer) is not int or not 0 <= peer < group.size:
         raise ValueError(f"peer is {peer!r}; the group has ranks 0 to {group.size - 1}")
-    return symmetric_pool(group, device).backend
+    known = sorted(group.transports)
+    pool = group.transports.get(device or (known[0] if len(known) == 1 else ""))
+    if not isinstance(pool, SymmetricPool):
+        raise ValueError(
+            f"device is {device!r}, and the group has symmetric memory on {known or 'no device'}; "
+            f"name one of them, or allocate there first, inside `with use_symmetric_memory(group)`"
+        )
+    return pool.backend
 
 
 def explain_path(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.launch import assert_passed
-from tests.ranks import gathers, groups, mutants, plans, signals, symmetric, waits
+from tests.ranks import caches, gathers, groups, mutants, plans, signals, symmetric, waits
 
 pytestmark = pytest.mark.workers
 
@@ -18,6 +18,12 @@ def checks(module: object) -> list[str]:
 @pytest.mark.parametrize("check", checks(gathers))
 def test_gathers(check: str, nproc: int) -> None:
     assert_passed("tests.ranks.gathers", nproc, check)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("check", checks(caches))
+def test_caches(check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.caches", nproc, check)
 
 
 @pytest.mark.parametrize("nproc", [4])

@@ -15,7 +15,7 @@ import torch
 import cpkit
 from cpkit.control import mps
 from tests.launch import assert_passed
-from tests.ranks import gathers, signals
+from tests.ranks import caches, gathers, plans, signals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +75,18 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
 @pytest.mark.parametrize("check", checks(gathers))
 def test_gathers(sharing: str, check: str, nproc: int) -> None:
     assert_passed("tests.ranks.gathers", nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks(caches))
+def test_caches(sharing: str, check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.caches", nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks(plans))
+def test_plans(sharing: str, check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.plans", nproc, check, variables(sharing), 550)
 
 
 @pytest.mark.parametrize("nproc", RANKS)

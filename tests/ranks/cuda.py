@@ -232,6 +232,27 @@ def check_paths_are_what_really_happens() -> None:
     assert late.path == "symmetric"
 
 
+def check_rows_of_narrow_units_fit_on_the_gpu_with_all_ranks() -> None:
+    """Two megabytes a rank of 132 and of 33 bytes a row: kernels that need many registers, with as
+    many blocks as a multiprocessor has room for. If they did not fit, the entry would never come.
+    """
+    group = world_group()
+    for shape, dtype in (((33,), torch.float32), ((33,), torch.uint8)):
+        row_bytes = 33 * dtype.itemsize
+        tokens = group.size * (2 << 20) // row_bytes
+        metadata = prepare_context_parallel_metadata([tokens], group.size)
+        rows = provenance.shard_rows(metadata, group.rank, shape, dtype, round=7).cuda()
+        for strided in (False, True):
+            slots = torch.arange(tokens, device="cuda") if strided else None
+            caches = None
+            if strided:
+                with use_symmetric_memory(group):
+                    caches = [torch.empty(tokens, *shape, dtype=dtype, device="cuda")]
+            (got,) = all_gather_kv([rows], metadata, group, into=caches, slots=slots)
+            provenance.check(got, metadata, round=7)
+            del got, caches
+
+
 def check_devices_that_differ_are_everybodys_error() -> None:
     group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
@@ -253,16 +274,22 @@ def check_z_a_rank_that_does_not_replay_in_time_is_named() -> None:
     rounds = Rounds(group, metadata)
     os.environ["CPKIT_DEADLINE_S"] = "2"
     try:
-        graph, _ = captured(lambda: all_gather_kv([rounds.mine], metadata, group))
+        graph, result = captured(lambda: all_gather_kv([rounds.mine], metadata, group))
     finally:
         del os.environ["CPKIT_DEADLINE_S"]
+    result.fill_(-1)
+    torch.cuda.synchronize()
+    group.barrier()
     if group.rank != 1:
         start = time.monotonic()
+        graph.replay()
         graph.replay()
         torch.cuda.synchronize()
         assert time.monotonic() - start < 20
     group.barrier()
+    assert (result == -1).all(), "rows of a rank that had given up"
     if group.rank == 1:
+        graph.replay()
         graph.replay()
         torch.cuda.synchronize()
     try:

@@ -166,7 +166,7 @@ def check_only_direct_is_captured_into_caches() -> None:
         said = error_of(gather, "padded")
         unknown = error_of(gather, "direct")
         rounds.mine.add_(0)
-    assert "capture 'direct' instead" in said
+    assert "only 'direct' in symmetric memory" in said
     assert "run it once" in unknown
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +21,7 @@ from cpkit.gather import (
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.reference import all_gather_kv_reference
-from cpkit.symm import batch_symmetry, use_symmetric_memory
+from cpkit.symm import batch_symmetry, explain_path
 from tests.ranks.device import DEVICE, finish, pool_of, shard_rows
 from tests.ranks.errors import error_of
 
@@ -216,81 +216,6 @@ def check_rows_that_require_grad_are_data_like_any_other() -> None:
         provenance.check(got, metadata, round=2)
 
 
-def check_rows_land_in_the_slots_of_every_ranks_cache() -> None:
-    """Paged cache: rows that no slot names stay as they were, on every rank."""
-    for round, (group, metadata, rng) in enumerate(batches("slots", 1)):
-        total = metadata.total_tokens
-        generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-        slots = torch.randperm(2 * total, generator=generator)[:total]
-        slots[torch.rand(total, generator=generator) < 0.2] = -1
-        kinds = [(torch.bfloat16, (2, 8)), (torch.uint8, (33,))]
-        shards = [
-            shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i)
-            for i, (dtype, shape) in enumerate(kinds)
-        ]
-        with use_symmetric_memory(group):
-            caches = [
-                torch.empty(2 * total, *shape, dtype=dtype, device=DEVICE) for dtype, shape in kinds
-            ]
-        for algorithm in ALGORITHMS:
-            for cache in caches:
-                provenance.poison_(cache)
-            finish()
-            group.barrier()
-            got = all_gather_kv(
-                shards, metadata, group, algorithm=algorithm, into=caches, slots=slots.to(DEVICE)
-            )
-            assert [x.data_ptr() for x in got] == [x.data_ptr() for x in caches]
-            assert_in_slots(caches, slots, metadata, kinds, round)
-
-
-def assert_in_slots(
-    caches: list[torch.Tensor],
-    slots: torch.Tensor,
-    metadata: ContextParallelMetadata,
-    kinds: list[tuple[torch.dtype, tuple[int, ...]]],
-    round: int,
-) -> None:
-    """Every token in its slot, poison everywhere else."""
-    stored = slots >= 0
-    for i, (cache, (dtype, shape)) in enumerate(zip(caches, kinds, strict=True)):
-        want = provenance.expected_rows(metadata, shape, dtype, round=round, tensor=i)
-        whole = provenance.poison_(torch.empty(cache.shape, dtype=dtype))
-        whole[slots[stored]] = want[stored]
-        assert torch.equal(cache.cpu().view(torch.uint8), whole.view(torch.uint8))
-
-
-def check_bad_caches_and_slots_are_everybodys_error() -> None:
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
-    slots = torch.arange(64, device=DEVICE)
-    with use_symmetric_memory(group):
-        cache = torch.empty(64, 8, device=DEVICE)
-    ordinary = torch.empty(64, 8, device=DEVICE)
-    first = group.rank == 0
-    cases = [
-        ([cache], None, "go together"),
-        ([cache, cache], slots, "has 2 caches for 1 tensors"),
-        ([cache[:, :4]], slots, "must be equal"),
-        ([ordinary], slots, "inside `with use_symmetric_memory(group)`"),
-        ([ordinary if first else cache], slots, "rank 0: into[0] is ordinary memory"),
-        ([cache], slots + 1, "slots go from 1 to 64"),
-        ([cache], slots // 2, "name a row twice"),
-        ([cache], slots.flip(0) if first else slots, "slots differ between the ranks"),
-        ([cache], slots[:5] if first else slots, "rank(s) 0: slots is [5] int64"),
-    ]
-    into_some = {"into": [cache], "slots": slots} if first else {}
-    assert "different collectives" in error_of(all_gather_kv, [rows], metadata, group, **into_some)
-    twice = {"into": [cache, cache], "slots": slots}
-    assert "same cache twice" in error_of(all_gather_kv, [rows, rows], metadata, group, **twice)
-    for into, where, words in cases:
-        said = error_of(all_gather_kv, [rows], metadata, group, into=into, slots=where)
-        assert words in said, (words, said)
-    (got,) = all_gather_kv([rows], metadata, group)
-    provenance.check(got, metadata, round=1)
-
-
 def check_a_result_knows_its_path() -> None:
     group = init_context_parallel(dist.get_world_size())
     metadata = prepare_context_parallel_metadata([64], group.size)
@@ -317,32 +242,46 @@ def check_the_reference_push_agrees() -> None:
             for i, (dtype, shape) in enumerate(kinds)
         ]
         outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-        for output in outputs:
-            provenance.poison_(output)
-        finish()
-        group.barrier()
-        steps.push_all_reference(rows, outputs, metadata, pool)
-        for i, (output, (dtype, shape)) in enumerate(zip(outputs, kinds, strict=True)):
-            like = torch.empty(0, *shape, dtype=dtype, device=DEVICE)
-            provenance.check(steps.from_rows(output, like), metadata, round=round, tensor=i)
-        pool.meet("next")
+        for push in (steps.push_all_reference, fast_push()):
+            for output in outputs:
+                provenance.poison_(output)
+            finish()
+            group.barrier()
+            push(rows, outputs, metadata, pool)
+            finish()
+            for i, (output, (dtype, shape)) in enumerate(zip(outputs, kinds, strict=True)):
+                like = torch.empty(0, *shape, dtype=dtype, device=DEVICE)
+                provenance.check(steps.from_rows(output, like), metadata, round=round, tensor=i)
+            pool.meet("next")
 
 
-def check_rows_of_another_alignment_land_in_a_cache() -> None:
-    """Rank 0's rows begin at an odd element, so that they move in narrower lanes than the cache."""
+def fast_push() -> Callable[..., None]:
+    """The device's own."""
+    if DEVICE == "cpu":
+        return steps.push_all
+    from cpkit.cuda_push import push_all
+
+    return push_all
+
+
+def check_a_wrong_type_on_one_rank_is_everybodys_error() -> None:
     group = init_context_parallel(dist.get_world_size())
     metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (4,), torch.bfloat16, round=3)
-    if group.rank == 0:
-        wider = torch.empty(rows.numel() + 1, dtype=rows.dtype, device=DEVICE)
-        wider[1:] = rows.flatten()
-        rows = wider[1:].view(rows.shape)
-    slots = torch.arange(64, device=DEVICE)
-    with use_symmetric_memory(group):
-        cache = torch.empty(64, 4, dtype=torch.bfloat16, device=DEVICE)
-    for algorithm in ALGORITHMS:
-        provenance.poison_(cache)
-        finish()
-        group.barrier()
-        all_gather_kv([rows], metadata, group, algorithm=algorithm, into=[cache], slots=slots)
-        provenance.check(cache, metadata, round=3)
+    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+    first, pool = group.rank == 0, pool_of(group)
+    batch = SimpleNamespace(attn_cp_metadata=metadata)
+    seed = cp_all_gather_reorganized_into_tensor_kv_cache
+    for words, call, *arguments in (
+        ("stream is 'x'", all_gather_kv, [rows], metadata, group),
+        ("stream is 'x'", seed, rows, 64, group.size, batch),
+        ("cp_size is 2.0", seed, rows, 64, 2.0 if first else group.size, batch),
+        ("transport is 5", explain_path, rows, rows, group, 5 if first else None),
+        ("trailing_shape is 8", pool.warm_up, 10, 8 if first else (8,)),
+        ("dtype is 'x'", pool.warm_up, 10, (8,), "x" if first else torch.int8),
+        ("tensors is True", pool.warm_up, 10, (8,), torch.int8, True if first else 1),
+    ):
+        extra = {"stream": "x"} if first and "stream" in words else {}
+        assert words in error_of(call, *arguments, **extra), words
+    listed = ContextParallelMetadata([64], group.size, "zigzag")  # type: ignore[arg-type]
+    (got,) = all_gather_kv([rows], listed if first else metadata, group)
+    provenance.check(got, metadata, round=1)

@@ -14,15 +14,13 @@ from cpkit.gather import ALGORITHMS, last_path
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import GatherPlan, plan_gather_kv
-from cpkit.symm import symmetric_pool
+from tests.ranks.device import DEVICE, pool_of, shard_rows
 from tests.ranks.mutants import planted
 
 
 def stamp(rows: torch.Tensor, metadata: ContextParallelMetadata, rank: int, round: int) -> None:
     """Fill the memory that a plan reads with the rows of another round."""
-    rows.copy_(
-        provenance.shard_rows(metadata, rank, tuple(rows.shape[1:]), rows.dtype, round=round)
-    )
+    rows.copy_(shard_rows(metadata, rank, tuple(rows.shape[1:]), rows.dtype, round=round))
 
 
 def everybody_and_rows(
@@ -30,7 +28,7 @@ def everybody_and_rows(
 ) -> tuple[CPGroup, ContextParallelMetadata, torch.Tensor]:
     group = init_context_parallel(dist.get_world_size())
     metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
-    rows = provenance.shard_rows(metadata, group.rank, (16,), torch.float32, round=0)
+    rows = shard_rows(metadata, group.rank, (16,), torch.float32, round=0)
     return group, metadata, rows
 
 
@@ -38,7 +36,7 @@ def check_every_algorithm_and_strategy_is_bit_exact_in_every_call() -> None:
     for strategy in STRATEGIES:
         for algorithm in ALGORITHMS:
             group, metadata, rows = everybody_and_rows(strategy)
-            symmetric_pool(group).poison_free()
+            pool_of(group).poison_free()
             group.barrier()
             gather = plan_gather_kv([rows], metadata, group, algorithm=algorithm)
             for round in range(1, 8):
@@ -50,10 +48,10 @@ def check_several_tensors_of_several_kinds() -> None:
     group, metadata, _ = everybody_and_rows()
     kinds = ((torch.bfloat16, (8, 16)), (torch.float8_e4m3fn, (5,)), (torch.bool, (3, 2)))
     rows = [
-        provenance.shard_rows(metadata, group.rank, shape, dtype, round=3, tensor=number)
+        shard_rows(metadata, group.rank, shape, dtype, round=3, tensor=number)
         for number, (dtype, shape) in enumerate(kinds)
     ]
-    rows.append(torch.empty(rows[0].shape[0], 0))
+    rows.append(torch.empty(rows[0].shape[0], 0, device=DEVICE))
     *got, nothing = plan_gather_kv(rows, metadata, group)()
     for number, tensor in enumerate(got):
         provenance.check(tensor, metadata, round=3, tensor=number)
@@ -65,7 +63,7 @@ def check_a_large_shard_is_cut_into_tiles() -> None:
     group = init_context_parallel(dist.get_world_size())
     for strategy in STRATEGIES:
         metadata = prepare_context_parallel_metadata([700 * group.size + 1], group.size, strategy)
-        rows = provenance.shard_rows(metadata, group.rank, (2, 1031), torch.bfloat16, round=5)
+        rows = shard_rows(metadata, group.rank, (2, 1031), torch.bfloat16, round=5)
         provenance.check(plan_gather_kv([rows], metadata, group)()[0], metadata, round=5)
 
 
@@ -98,7 +96,7 @@ def check_one_output_without_an_entry_barrier_is_seen() -> None:
         made.append(made[0] if made else real(*args))
         return made[-1]
 
-    with planted(plan_module, "_take_turn", first_again):
+    with planted(plan_module, "_outputs", first_again):
         said = wrong_rows(keep=1)
     assert any("wanted round" in each for each in said), said
 
@@ -117,7 +115,7 @@ def check_keep_makes_results_last_longer() -> None:
 
 def check_bad_arguments_are_refused_on_every_rank() -> None:
     group, metadata, rows = everybody_and_rows()
-    strided = torch.empty(*rows.shape, 2)[..., 0]
+    strided = torch.empty(*rows.shape, 2, device=DEVICE)[..., 0]
     mine = strided if group.rank == 0 else rows
     for tensors, keep, words in (
         ([mine], 1, "strided"),
@@ -148,7 +146,7 @@ def check_it_says_its_path_and_its_stages() -> None:
 
 def check_outputs_return_to_the_pool_with_the_plan() -> None:
     group, metadata, rows = everybody_and_rows()
-    pool = symmetric_pool(group)
+    pool = pool_of(group)
     for _ in range(3):
         plan_gather_kv([rows], metadata, group)()
         pool.meet("settle")
@@ -159,7 +157,7 @@ def check_a_plan_outlives_the_pool_that_it_was_made_in() -> None:
     """Its copies write through that pool's maps."""
     group, metadata, rows = everybody_and_rows()
     gather = plan_gather_kv([rows], metadata, group)
-    symmetric_pool(group).configure(1 << 20)
+    pool_of(group).configure(1 << 20)
     for round in range(1, 4):
         stamp(rows, metadata, group.rank, round)
         provenance.check(gather()[0], metadata, round=round)

@@ -70,9 +70,38 @@ def check_a_row_read_before_its_signal_is_stale() -> None:
     assert any(int(note) for note in group.exchange(str(len(wrong)).encode()))
 
 
+def check_a_word_is_not_set_again_before_it_is_taken() -> None:
+    """On the CPU, where the host waits: the second signal comes back once the first is taken."""
+    group = world_group()
+    pool_of(group)
+    group.barrier()
+    if group.rank == 0:
+        put_signal(group, 1, DEVICE)
+        start = time.monotonic()
+        put_signal(group, 1, DEVICE)
+        waited_s = time.monotonic() - start
+        assert DEVICE == "cuda" or waited_s > 0.04, waited_s
+    if group.rank == 1:
+        time.sleep(0.05)
+        wait_signal(group, 0, DEVICE)
+        wait_signal(group, 0, DEVICE)
+    finish()
+    group.barrier()
+
+
+def check_the_device_may_be_left_out_when_there_is_one() -> None:
+    group = world_group()
+    pool_of(group)
+    right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    put_signal(group, right)
+    wait_signal(group, left)
+    other = "cpu" if DEVICE == "cuda" else "cuda"
+    assert f"symmetric memory on ['{DEVICE}']" in error_of(put_signal, group, right, other)
+
+
 def check_a_peer_that_is_not_there_is_an_error() -> None:
     group = world_group()
-    for peer in (-1, group.size, "0"):
+    for peer in (-1, group.size, "0", True):
         said = error_of(put_signal, group, peer, DEVICE)
         assert f"ranks 0 to {group.size - 1}" in said
         assert f"{peer!r}" in error_of(wait_signal, group, peer, DEVICE)

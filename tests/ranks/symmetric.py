@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 import torch
 import torch.distributed as dist
 
+from cpkit.arena import MAX_BLOCKS
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
@@ -250,3 +251,32 @@ def check_a_file_that_cannot_be_reserved_is_a_clear_error() -> None:
     assert f"{MIB} bytes each" in said
     assert own_files() == []
     gather_works()
+
+
+def check_the_last_block_of_the_books_is_given_out_once() -> None:
+    """1024 blocks are alive; one is dropped, and the next one takes its place."""
+    group = world_group()
+    pool = symmetric_pool(group)
+    held = [pool.empty([1], torch.uint8) for _ in range(MAX_BLOCKS)]
+    assert "1024 symmetric tensors are alive" in error_of(pool.empty, [1], torch.uint8)
+    for _ in range(3):
+        held.pop()
+        held.append(pool.empty([1], torch.uint8))
+    del held
+    pool.meet("settle")
+    assert pool.stats().live_blocks == 0
+
+
+def check_a_rank_that_came_without_a_note_is_named() -> None:
+    """Rank 0 is in a plan's call, which is a barrier; the others exchange notes."""
+    group = world_group()
+    if group.rank == 0:
+        group.barrier()
+        said = ""
+    else:
+        try:
+            group.exchange(b"here")
+        except RuntimeError as error:
+            said = str(error)
+    assert group.rank == 0 or "rank(s) 0 came to barrier" in said, said
+    gather_works(group)

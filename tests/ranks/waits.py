@@ -50,3 +50,19 @@ def check_the_way_follows_from_ranks_and_cores() -> None:
     group, board = group_and_board()
     assert board._crowded == (group.size > cores())
     assert (board._polls == 0) == board._crowded
+
+
+def check_patience_is_learned() -> None:
+    """Where ranks share a core: a wait that napped makes it short, one that did not, longer."""
+    group, board = group_and_board()
+    late = group.rank == group.size - 1
+    board._polls, board._yields, board._crowded = 0, 64, True
+    group.barrier()
+    if late:
+        time.sleep(0.01)
+    group.barrier()
+    assert late or board._yields <= 8, board._yields
+    board._yields = 4
+    for _ in range(200):
+        group.barrier()
+    assert board._yields > 4
