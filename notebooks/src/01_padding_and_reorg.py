@@ -515,7 +515,7 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 # ### Exercise 5 · One index for strip and reorder
 #
 # **Goal** Write `gather_index`, so that `wire[gather_index(...)]` is in token order at once, padding gone. `rank_rows` is a
-# list: the tokens that each rank holds, in its order.
+# list of tensors: the tokens that each rank holds, in its order.
 #
 # **Example** Rank 0 holds tokens 0 and 3, rank 1 holds 1, 2 and 4; both are padded to 3 rows. The wire's slots hold tokens
 # 0 3 · 1 2 4. Token 0 is in slot 0, token 1 in slot 3, token 2 in slot 4, token 3 in slot 1: the index is [0, 3, 4, 1, 5].
@@ -694,8 +694,9 @@ def cp_attention(q, k, v, tokens):
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that sees everything
 #
-# Here are eight broken gathers. Each is a fault that somebody has shipped: exchanged ranks, a stale round, padding left in.
-# And here are four checks as they are often written.
+# Here are eight broken gathers, each a fault that somebody has shipped: two ranks exchanged, the reorder forgotten, a rank's
+# last round, padding in the place of a row, a row twice, two neighbours exchanged, written by a rank that is not the owner, the
+# last row lost. And here are four checks as they are often written.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)

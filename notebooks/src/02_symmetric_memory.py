@@ -254,6 +254,17 @@ def exchange(me):
 lesson.check_exchange(exchange)
 
 
+# %% e2-mutant-barriers-without-yield
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        me.barrier()
+        for writer in me.everybody:
+            yield me.read(writer, number)
+        me.barrier()
+
+
 # %% e2-mutant-before-the-read
 def exchange(me):
     for number in me.rounds:
@@ -409,10 +420,11 @@ figures.show(figures.schedule_timeline(overrun.failure))
 def exchange_signals(me):
     """Put to all peers and read from all peers, with signals alone."""
     for number in me.rounds:
+        # >>> your code
+        #: for peer in me.peers:
+        #:     yield me.put(peer, number)
+        #:     yield me.signal(peer, "full")
         for peer in me.peers:
-            # >>> your code
-            #: yield me.put(peer, number)
-            #: yield me.signal(peer, "full")
             if number > 1:
                 yield me.wait(peer, "free")
             yield me.put(peer, number)
@@ -421,7 +433,7 @@ def exchange_signals(me):
             yield me.wait(peer, "full")
             yield me.read(peer, number)
             yield me.signal(peer, "free")
-            # <<<
+        # <<<
 
 
 # %% e4-check
@@ -896,8 +908,9 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of what went wrong, one of `CASES`, from what the ranks saw. Each has `rank`, `exit_code`
-# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths`, `reason`,
-# `wrong` (the first wrong row, or ""). The ranks come in any order.
+# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths` (transport to
+# path), `reason` (why that path, in words), `wrong` (the first wrong row, or ""). The ranks come in any order; to look at
+# one: `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank says `BarrierTimeout`, the other has exit code −9: `"a_rank_dies"`.
 #

@@ -815,7 +815,8 @@ def break_even_bytes(slow, fast, gain):
 # 3. Untick **symmetric memory**: what does the path say?
 # 4. Take the small preset. Which algorithm wins when S is tiny?
 #
-# The sliders obey the arrow keys. The table beside the plot says the same in numbers.
+# The sliders obey the arrow keys. The table under the plot says the same in numbers. While it measures, other cells wait for
+# the same cores: press **Stop** when you go on.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
