@@ -33,7 +33,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "waste",
-    "13 and 9 tokens over 4 ranks, zigzag: which share of the gathered slots is padding?",
+    "13 and 9 tokens over 4 ranks, zigzag: which share (0 to 1) of the gathered slots is padding?",
     answer=2 / 24,
     unit="of all slots",
     close=0.05,

@@ -67,7 +67,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "alpha",
-    "16 KB by direct: which share of its time is alpha, the part that does not depend on bytes?",
+    "16 KB by direct: which share (0 to 1) of the time is alpha, which does not depend on bytes?",
     answer=0.9,
     unit="of the time",
     close=0.45,

@@ -73,7 +73,10 @@ def check_order(order: Sequence[int]) -> Score:
         raise Wrong(f"your order cannot happen: {impossible}") from None
     if failure is None:
         run = schedules.replay(one_barrier, 2, 2, order)
-        at = ", ".join(f"rank {r} before `{s or 'its end'}`" for r, s in enumerate(run.next))
+        at = ", ".join(
+            f"rank {r} before `{s}`" if s else f"rank {r} at its end"
+            for r, s in enumerate(run.next)
+        )
         raise Wrong(f"no read is wrong in these {len(order)} steps; they leave {at}")
     smallest = schedules.smallest_failure(one_barrier, 2, 2).failure
     assert smallest is not None
