@@ -816,7 +816,7 @@ def break_even_bytes(slow, fast, gain):
 # 4. Take the small preset. Which algorithm wins when S is tiny?
 #
 # The sliders obey the arrow keys. The table under the plot says the same in numbers. While it measures, other cells wait for
-# the same cores: press **Stop** when you go on.
+# the same cores: press **Stop** at the end of this section.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
