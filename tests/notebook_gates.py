@@ -86,6 +86,7 @@ def rerun_faults(path: Path, limit_s: float = RUN_LIMIT_S, end_s: float = 10.0) 
         "IPYTHONDIR": str(home / "ipython"),
         "TMPDIR": str(home / "tmp"),
         "CPKIT_SHM_DIR": str(shm),
+        "TORCHINDUCTOR_CACHE_DIR": str(home / "torch"),  # a cache is meant to stay
     }
     try:
         return _nbval(path, os.environ | private, limit_s) + _wait_for_end(home, shm, end_s)

@@ -58,14 +58,14 @@ class Cell:
     hover: str
 
 
-def rows_of(metadata: ContextParallelMetadata, rank: int, round_: int = 1) -> Ints:
-    """The rows that `rank` holds, as decoded provenance: int64 `[rows, 4]`."""
-    return _describe(metadata, metadata.rank_rows(rank).numpy(), round_)
+def rows_of(metadata: ContextParallelMetadata, rank: int) -> Ints:
+    """The rows that `rank` holds, as decoded provenance of round 1: int64 `[rows, 4]`."""
+    return _describe(metadata, metadata.rank_rows(rank).numpy())
 
 
-def token_line(metadata: ContextParallelMetadata, round_: int = 1) -> Ints:
-    """All tokens in token order, as decoded provenance: int64 `[total_tokens, 4]`."""
-    return _describe(metadata, np.arange(metadata.total_tokens), round_)
+def token_line(metadata: ContextParallelMetadata) -> Ints:
+    """All tokens in token order, as decoded provenance of round 1: int64 `[total_tokens, 4]`."""
+    return _describe(metadata, np.arange(metadata.total_tokens))
 
 
 def pad_rows(slots: Ints, length: int) -> Ints:
@@ -168,12 +168,12 @@ def in_words(slots: Ints) -> str:
     return ", ".join(shown) + (", …" if len(runs) > 12 else "")
 
 
-def _describe(metadata: ContextParallelMetadata, tokens: Ints, round_: int) -> Ints:
+def _describe(metadata: ContextParallelMetadata, tokens: Ints) -> Ints:
     owners = metadata.owners().numpy()[tokens]
     ends = np.cumsum(metadata.lengths)
     sequences = np.searchsorted(ends, tokens, side="right")
     starts = np.array(metadata.starts)[sequences]
-    columns = [np.full_like(tokens, round_), owners, sequences, tokens - starts]
+    columns = [np.ones_like(tokens), owners, sequences, tokens - starts]
     return np.stack(columns, axis=1).astype(np.int64)
 
 
