@@ -36,7 +36,9 @@ def path_of(algorithm: str, group: CPGroup, device: torch.device | None = None) 
         reason = f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"
         return PathReport("fallback", reason, ordinary, ordinary)
     if not is_allocation_symmetric():
-        reason = "is_allocation_symmetric() is false: this batch differs between ranks"
+        reason = (
+            "is_allocation_symmetric() is false: symmetric memory was switched off for this batch"
+        )
         return PathReport("fallback", reason, ordinary, ordinary)
     pool = group.transports.get(device.type if device else "cpu")
     transport = pool.backend.transport() if isinstance(pool, SymmetricPool) else "posix"

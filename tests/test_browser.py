@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cpkit.notebook import source
 from cpkit.notebook.build import NOTEBOOKS, SOURCES
 from cpkit.notebook.show import find_browser
+from tests.lab_server import JupyterLab, code_cells
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = find_browser()
@@ -48,93 +40,11 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-SETTINGS = {
-    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
-    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
-}
 LIVE_PLOT = "[...document.querySelectorAll('.js-plotly-plot')].find(p => p.layout.uirevision)"
+STILL = "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.layout.uirevision)[1]"
 
 NO_CELL_RUNS = """() =>
     ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))"""
-
-
-class JupyterLab:
-    """A server of its own: private directories, random token, copies of the notebooks."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.token, self.port = home, secrets.token_hex(16), _free_port()
-        self.notebooks = home / "notebooks"
-        self.notebooks.mkdir()
-        for path in NOTEBOOKS.glob("*.ipynb"):
-            _copy_unrun(path, self.notebooks / path.name)
-        for name, values in SETTINGS.items():
-            file = home / "settings" / f"{name}.jupyterlab-settings"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(values))
-        self.log = (home / "lab.log").open("w+")
-        self.process = subprocess.Popen(
-            self._command(), env=os.environ | self._environment(), stdout=self.log, stderr=self.log
-        )
-
-    def _command(self) -> list[str]:
-        options = {
-            "ServerApp.port": self.port,
-            "ServerApp.port_retries": 0,
-            "ServerApp.root_dir": self.notebooks,
-            "IdentityProvider.token": self.token,
-        }
-        flags = ["--no-browser", "--ip=127.0.0.1", "--allow-root"]
-        flags += [f"--{name}={value}" for name, value in options.items()]
-        return [sys.executable, "-m", "jupyterlab", *flags]
-
-    def _environment(self) -> dict[str, str]:
-        names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
-        private = {name: str(self.home / name.lower()) for name in names}
-        private["JUPYTERLAB_SETTINGS_DIR"] = str(self.home / "settings")
-        private["JUPYTERLAB_WORKSPACES_DIR"] = str(self.home / "workspaces")
-        return private
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{path}?token={self.token}"
-
-    def wait(self, timeout_s: float = 60) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.text()
-            try:
-                with urllib.request.urlopen(self.url("api/status"), timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
-        pytest.fail(f"JupyterLab did not start in {timeout_s} s:\n{self.text()}")
-
-    def text(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-    def left_behind(self, timeout_s: float = 10.0) -> list[str]:
-        """Processes with our runtime directory in their environment that do not end in time."""
-        deadline = time.monotonic() + timeout_s
-        ours = self._environment()["JUPYTER_RUNTIME_DIR"]
-        while True:
-            processes = psutil.process_iter(["pid", "cmdline", "environ"])
-            environs = [
-                (p, (p.info["environ"] or {}).get("JUPYTER_RUNTIME_DIR")) for p in processes
-            ]
-            left = [f"{p.pid}: {p.info['cmdline']}" for p, found in environs if found == ours]
-            if not left or time.monotonic() > deadline:
-                return left
-            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +107,7 @@ def a_larger_arena_spills_less(page) -> None:
 def test_the_slider_changes_the_plot(lab: JupyterLab, page) -> None:
     run_all(lab, page, "03_allgather_perf")
     page.wait_for_function(f"() => {LIVE_PLOT}?.data[2].y.length === 4", timeout=20_000)
+    a_still_picture_keeps_its_axes(page)
     before = page.evaluate(f"{LIVE_PLOT}.layout.title.text")
     handle = page.locator(".cp-size .noUi-handle")
     handle.scroll_into_view_if_needed()
@@ -215,6 +126,16 @@ def test_the_slider_changes_the_plot(lab: JupyterLab, page) -> None:
     page.locator(".stop").click()
     page.get_by_text("○ stopped").wait_for(timeout=10_000)
     shut_down_kernel(page)
+
+
+def a_still_picture_keeps_its_axes(page) -> None:
+    """An open page takes data out of the widget's dict, once the kernel has time to hear of it."""
+    page.locator(".jp-Cell", has_text="panel.panel.still()").locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(timeout=10_000)
+    page.wait_for_function(NO_CELL_RUNS, timeout=30_000)
+    names = page.evaluate(f"[{STILL}.data[2].x, {STILL}.data[4].y].map(names => [...names ?? []])")
+    assert names == [[f"rank {rank}" for rank in range(4)], ["gather"]]
 
 
 def test_a_learner_predicts_opens_hints_and_solves(lab: JupyterLab, page) -> None:
@@ -289,26 +210,8 @@ def _saved(path: Path, timeout_s: float = 20.0) -> list[dict]:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(json.JSONDecodeError):  # it is being written
-            cells = _code_cells(json.loads(path.read_text()))
+            cells = code_cells(json.loads(path.read_text()))
             if [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1)):
                 return cells
         time.sleep(0.1)
     pytest.fail(f"{path.name} was not saved with all cells run; see its execution counts")
-
-
-def _code_cells(notebook: dict) -> list[dict]:
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def _copy_unrun(source: Path, target: Path) -> None:
-    """A notebook without outputs, so that every output is of this run."""
-    notebook = json.loads(source.read_text())
-    for cell in _code_cells(notebook):
-        cell.update(outputs=[], execution_count=None)
-    target.write_text(json.dumps(notebook))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -105,7 +105,7 @@ def test_a_guess_after_the_reveal_is_shown_as_one(lesson: Lesson) -> None:
     assert "0.25 of it (changed after the reveal)" in said(lesson.progress)
 
 
-@pytest.mark.parametrize("guess", ["a lot", True, ["a"]])
+@pytest.mark.parametrize("guess", ["a lot", True, ["a"], float("nan")])
 def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
     assert "is not" in said(lesson.predict, "share", guess)
     assert "is not an order of b, a" in said(lesson.predict, "order", guess)

@@ -132,10 +132,27 @@ def test_a_rank_that_misses_a_barrier_leaves_the_others_there() -> None:
     assert "rank 1 at the barrier" in str(schedules.smallest_failure(program, 2, 1).failure)
 
 
+def test_steps_without_yield_are_told() -> None:
+    def program(me):
+        yield me.put(0, 1)
+        me.barrier()
+
+    with pytest.raises(BadProgram, match="rank 0 makes `barrier` without `yield`"):
+        schedules.smallest_failure(program, 1, 1)
+
+
+def test_loading_what_nobody_stored_is_told() -> None:
+    def program(me):
+        yield me.load(1, 3)
+
+    with pytest.raises(BadProgram, match="rank 0 loads from rank 1, which has stored nothing yet"):
+        schedules.smallest_failure(program, 2, 1)
+
+
 def test_impossible_orders_are_refused() -> None:
-    with pytest.raises(ValueError, match="step 3: rank 0 has to wait"):
+    with pytest.raises(ValueError, match="step 4: rank 0 waits at the barrier for rank 1"):
         schedules.replay(one_barrier, 2, 1, [0, 0, 0, 0])
-    with pytest.raises(ValueError, match="step 8: rank 1 has nothing left to do"):
+    with pytest.raises(ValueError, match="step 9: rank 1 has nothing left to do"):
         schedules.replay(no_barrier, 2, 2, [1] * 8 + [1])
     with pytest.raises(ValueError, match="more than 5 states"):
         schedules.smallest_failure(two_barriers, 3, 2, max_states=5)

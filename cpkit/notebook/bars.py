@@ -67,7 +67,7 @@ def byte_bars(layout: ContextParallelMetadata, models: Mapping[str, int]) -> go.
         figure,
         title="What one layer's gather writes",
         subtitle=f"{layout.strategy}, cp_size {layout.cp_size}, {layout.total_tokens} tokens; "
-        "counted, not timed",
+        "a rank that pads; counted, not timed",
         alt=words + ".",
         height=170 + 34 * len(rows),
     )

@@ -28,6 +28,7 @@ from cpkit.notebook.live import wrong_html
 from cpkit.notebook.panel import Panel
 
 DRAW_EVERY_S = 0.1
+_NUMBER = 'style="padding: 0 8px; text-align: right"'
 
 
 class MeasuringLab(Protocol):
@@ -101,9 +102,11 @@ class Explorer:
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until the newest wish has so many samples; returns the latest.
 
-        Raises what the measurement raised, and TimeoutError.
+        Raises what the measurement raised, RuntimeError while it is stopped, and TimeoutError.
         """
         with self._arrived:
+            if not self._running and len(self._samples) < samples:
+                raise RuntimeError("the panel is stopped: press Start, then run this cell again")
             done = self._arrived.wait_for(
                 lambda: self._error or len(self._samples) >= samples, timeout_s
             )
@@ -111,8 +114,7 @@ class Explorer:
                 raise self._error
             if not done:
                 raise TimeoutError(
-                    f"{len(self._samples)} of {samples} samples came in {timeout_s} s; "
-                    f"is the panel started?"
+                    f"{len(self._samples)} of {samples} samples came in {timeout_s} s"
                 )
             return self._samples[-1]
 
@@ -212,10 +214,11 @@ def _table(sample: Sample, metadata: ContextParallelMetadata) -> str:
     """The plot as a table, for readers who can't see it."""
     head = ("rank", "rows", "padding rows", "median µs", "min µs", "p95 µs")
     longest = metadata.max_rank_len[0]
-    lines = ["<tr>" + "".join(f'<th scope="col">{name}</th>' for name in head) + "</tr>"]
+    heads = "".join(f'<th scope="col" {_NUMBER}>{name}</th>' for name in head)
+    lines = [f"<tr>{heads}</tr>"]
     for rank, rows in enumerate(metadata.per_rank_actual_token):
         times = (sample.per_rank_us, sample.per_rank_min_us, sample.per_rank_p95_us)
         cells = [str(rank), str(rows), str(longest - rows), *(f"{t[rank]:,.0f}" for t in times)]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        lines.append("<tr>" + "".join(f"<td {_NUMBER}>{cell}</td>" for cell in cells) + "</tr>")
     caption = f"<caption>{sample.iterations} gathers in this sample</caption>"
     return f'<table class="cpkit-ranks">{caption}{"".join(lines)}</table>'

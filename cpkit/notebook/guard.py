@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import math
 import reprlib
 from collections.abc import Callable, Generator
 from types import TracebackType
@@ -25,7 +26,7 @@ def _guarded(attempt: Callable[..., Any]) -> Callable[..., Any]:
         except Wrong:
             raise
         except Exception as problem:  # noqa: BLE001  whatever it is, the learner wrote it
-            words = ", ".join(map(reprlib.repr, arguments))
+            words = ", ".join(map(_in_words, arguments))
             raise _blame(attempt, words, problem) from None
 
     return call
@@ -52,6 +53,15 @@ def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, A
 def _blame(attempt: Callable[..., Any], words: str, problem: Exception) -> Wrong:
     where = _line(problem.__traceback__)
     return Wrong(f"{_name(attempt)}({words}) raised {type(problem).__name__}: {problem}{where}")
+
+
+def _in_words(argument: object) -> str:
+    """An argument in a few words; of a large array only its shape: `float64 [2, 4, 8]`."""
+    shape = getattr(argument, "shape", None)
+    if not shape or math.prod(shape) <= 8:
+        return reprlib.repr(argument)
+    dtype = str(getattr(argument, "dtype", "array")).removeprefix("torch.")
+    return f"{dtype} {list(shape)}"
 
 
 def _name(attempt: Callable[..., Any]) -> str:

@@ -45,7 +45,10 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
         xaxis=style.axis("slot, written by", ticks="", showgrid=False),
         yaxis=style.axis("memory of", autorange="reversed", automargin=True, ticks=""),
     )
-    words = f"{int(wrong.sum())} of {size * size} cells are not of round {rounds}"
+    right = f"all {size * size} cells are of round {rounds}"
+    words = (
+        f"{int(wrong.sum())} of {size * size} are not of round {rounds}" if wrong.any() else right
+    )
     return style.finish(
         figure,
         title="Who wrote where",

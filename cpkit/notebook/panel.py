@@ -41,7 +41,9 @@ class Panel:
         padding = [metadata.max_rank_len[0] - count for count in rows]
         colors = [style.rank_color(rank) for rank in range(metadata.cp_size)]
         with self.widget.batch_update():
-            self.widget.layout.title.text = describe(workload)
+            title, subtitle = describe(workload)
+            self.widget.layout.title.text = title
+            self.widget.layout.title.subtitle.text = subtitle
             self._rows.update(x=ranks, y=rows, marker={"color": colors})
             self._padding.update(x=ranks, y=padding)
             nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
@@ -72,12 +74,14 @@ class Panel:
     def still(self) -> go.Figure:
         """The picture as it is now, as a plain figure: to show where no JavaScript runs."""
         figure = go.Figure(self.widget.to_dict())
-        for trace in figure.data:
-            trace.uid = None
+        # An open page takes what it knows out of the widget's dict; its traces still answer.
+        for trace, live in zip(figure.data, self.widget.data, strict=True):
+            trace.update(uid=None, x=live.x, y=live.y)
         slowest = f"{self._times_us[-1]:.0f} µs" if self._times_us else "nothing measured yet"
         return style.finish(
             figure,
             title=figure.layout.title.text,
+            subtitle=figure.layout.title.subtitle.text or "",
             alt=f"The live panel: rows, times, stages and history. Slowest rank: {slowest}.",
             height=560,
         )
@@ -87,14 +91,15 @@ class Panel:
         self.widget.close()
 
 
-def describe(workload: Workload) -> str:
-    """A workload in one line."""
+def describe(workload: Workload) -> tuple[str, str]:
+    """A workload in a title and a subtitle, short enough for the page's buttons beside them."""
     lengths = ", ".join(str(length) for length in workload.lengths[:4])
     more = f", … ({len(workload.lengths)} sequences)" if len(workload.lengths) > 4 else ""
     memory = "symmetric memory" if workload.symmetric else "ordinary memory"
+    rows = f"rows of {workload.heads}×{workload.head_dim} {workload.dtype}"
     return (
-        f"cp_size {workload.cp_size} · {workload.algorithm} · {memory} · {workload.strategy} · "
-        f"lengths {lengths}{more} · {workload.heads}×{workload.head_dim} {workload.dtype}"
+        f"cp_size {workload.cp_size} · {workload.algorithm} · {memory}",
+        f"{workload.strategy}, lengths {lengths}{more} tokens; {rows}",
     )
 
 

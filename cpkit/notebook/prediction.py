@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -38,7 +39,7 @@ class Prediction:
             if guess not in self.choices:
                 raise ValueError(f"{guess!r} is none of {', '.join(self.choices)}")
             return str(guess)
-        if not isinstance(guess, Real) or isinstance(guess, bool):
+        if not isinstance(guess, Real) or isinstance(guess, bool) or not math.isfinite(guess):
             raise ValueError(f"{guess!r} is not a number")
         return float(guess)
 

@@ -54,6 +54,7 @@ class Rank:
     rank: int
     size: int
     rounds: range
+    made: list[Step] = field(default_factory=list, compare=False, repr=False)  # not yielded yet
 
     @property
     def everybody(self) -> range:
@@ -67,31 +68,35 @@ class Rank:
 
     def put(self, peer: int, number: int) -> Step:
         """Write the stamp of round `number` into this rank's slot of a peer's memory."""
-        return Step("put", peer, number)
+        return self._make("put", peer, number)
 
     def read(self, writer: int, number: int) -> Step:
         """Read a writer's slot of this rank's own memory; it must hold round `number`."""
-        return Step("read", writer, number)
+        return self._make("read", writer, number)
 
     def barrier(self) -> Step:
         """Go on when all ranks have come to as many barriers."""
-        return Step("barrier")
+        return self._make("barrier")
 
     def signal(self, peer: int, channel: str = "full") -> Step:
         """Set the signal word of this rank at a peer; waits until the word is empty."""
-        return Step("signal", peer, channel=channel)
+        return self._make("signal", peer, channel=channel)
 
     def wait(self, peer: int, channel: str = "full") -> Step:
         """Wait until a peer's signal word here is set, and empty it."""
-        return Step("wait", peer, channel=channel)
+        return self._make("wait", peer, channel=channel)
 
     def store(self, rows: Any) -> Step:
         """Copy rows (a tensor) into this rank's own symmetric buffer."""
-        return Step("store", data=rows)
+        return self._make("store", data=rows)
 
     def load(self, peer: int, count: int) -> Step:
         """Read the first `count` rows of a peer's symmetric buffer; the yield returns them."""
-        return Step("load", peer, data=count)
+        return self._make("load", peer, data=count)
+
+    def _make(self, kind: str, peer: int = -1, number: int = 0, **more: Any) -> Step:
+        self.made.append(Step(kind, peer, number, **more))
+        return self.made[-1]
 
 
 Program = Callable[[Rank], Generator[Step, Any, None]]
@@ -190,8 +195,12 @@ class Run:
             case "store":
                 self.buffers[rank] = step.data.clone()
             case "load":
-                rows = self.buffers[step.peer]
-                answer = None if rows is None else rows[: step.data].clone()
+                if self.buffers[step.peer] is None:
+                    raise BadProgram(
+                        f"rank {rank} loads from rank {step.peer}, which has stored nothing yet: "
+                        "stale (read after write)"
+                    )
+                answer = self.buffers[step.peer][: step.data].clone()
         self._fetch(rank, answer)
         return found
 
@@ -201,9 +210,15 @@ class Run:
             step = self._programs[rank].send(answer)
         except StopIteration:
             self.next[rank] = None
+            if made := self.ranks[rank].made:
+                raise BadProgram(
+                    f"rank {rank} makes `{made[0]}` without `yield`: that does nothing"
+                ) from None
             return
         if not isinstance(step, Step):
             raise BadProgram(f"rank {rank} yields {step!r}; yield steps, such as me.barrier()")
+        if step in self.ranks[rank].made:
+            self.ranks[rank].made.remove(step)
         if step.kind not in ("barrier", "store") and step.peer not in range(self.size):
             raise BadProgram(f"rank {rank} names rank {step.peer}; there are {self.size} ranks")
         if self.taken[rank] >= MAX_STEPS:

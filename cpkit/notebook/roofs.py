@@ -6,6 +6,7 @@ What is computed is drawn as an outline or a thin line, what was measured as a f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -36,8 +37,9 @@ def roof(
     if fit is not None:
         words.append(_add_fit(figure, sizes, *fit))
     ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes], "type": "log"}
+    ends = [math.log10(sizes[0] / 1.3), math.log10(sizes[-1] * 1.3)]  # both end ticks are drawn
     figure.update_layout(
-        xaxis=style.axis("size: all gathered bytes", **ticks),
+        xaxis=style.axis("size: all gathered bytes", range=ends, **ticks),
         yaxis=style.axis("time (µs, slowest rank)", type="log", dtick=1),
         legend=style.legend_below(300, gap=60),
         margin={"l": 66, "r": 16, "t": 66, "b": 96},

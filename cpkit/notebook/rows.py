@@ -81,9 +81,10 @@ def must_equal(
             first = [
                 words(rows[slot]) if slot < len(rows) else "nothing" for rows in (held, wanted)
             ]
+            count = f" ({len(got)} rows, wanted {len(want)})" if len(got) != len(want) else ""
             raise Wrong(
                 f"{where}: slot {slot} holds {first[0]}; wanted {first[1]}"
-                f"{_kind(held, wanted, slot)} ({len(got)} rows, wanted {len(want)})"
+                f"{_kind(held, wanted, slot)}{count}"
             )
 
 

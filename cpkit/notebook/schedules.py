@@ -52,7 +52,8 @@ class Failure:
         )
         if self.stuck:
             who = ", ".join(f"rank {rank} at {where}" for rank, where in self.stuck)
-            return f"deadlock, {who}, after {len(self.events)} steps ({steps})"
+            when = f"after {len(self.events)} steps ({steps})" if steps else "at the first step"
+            return f"deadlock, {who}, {when}"
         last = self.events[-1]
         found = f"round {last.found}" if last.found else "nothing yet"
         return (
@@ -98,12 +99,20 @@ def smallest_failure(program: Program, size: int, rounds: int, max_states: int =
 def replay(program: Program, size: int, rounds: int, order: Sequence[int]) -> Run:
     """Run in a given order. Raises ValueError where the rank whose turn it is cannot go on."""
     run = Run(program, size, rounds)
-    for number, rank in enumerate(order):
+    for number, rank in enumerate(order, start=1):
         if rank not in run.ready():
-            why = "has nothing left to do" if rank not in run.waiting() else "has to wait"
-            raise ValueError(f"step {number}: rank {rank} {why}")
+            raise ValueError(f"step {number}: rank {rank} {_why_not(run, rank)}")
         run.advance(rank)
     return run
+
+
+def _why_not(run: Run, rank: int) -> str:
+    """Why a rank cannot take a step now."""
+    if rank not in run.waiting():
+        return "has nothing left to do"
+    if run.arrived[rank] > min(run.arrived):
+        return f"waits at the barrier for rank {run.arrived.index(min(run.arrived))}"
+    return f"has to wait before {run.next[rank]}"
 
 
 def first_fault(program: Program, size: int, rounds: int, order: Sequence[int]) -> Failure | None:

@@ -36,7 +36,8 @@ class Score:
     def line(self) -> str:
         """All of it in one line."""
         costs = [f"{unit} {mine:,} (reference {ref:,})" for unit, (mine, ref) in self.costs.items()]
-        return "; ".join([f"{self.cases:,} cases", *costs, *([self.note] if self.note else [])])
+        cases = f"{self.cases:,} case{'s' * (self.cases != 1)}"
+        return "; ".join([cases, *costs, *([self.note] if self.note else [])])
 
 
 def show_open(words: str) -> None:

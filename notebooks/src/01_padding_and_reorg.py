@@ -5,7 +5,7 @@
 # of its tokens. But attention needs the keys and values of **all** tokens. So the ranks gather the KV cache:
 # pad, all-gather, strip, reorder. Here real processes do it, and you write each step.
 #
-# **Time** 60 minutes. **Needs** any laptop: four CPU processes. **Know before** tensors, and what a KV cache is.
+# **Time** 70 minutes. **Needs** any laptop: four CPU processes. **Know before** tensors, and what a KV cache is.
 #
 # You will be able to
 # 1. say which rank owns token *t*, and what that costs in causal attention;
@@ -81,7 +81,7 @@ for name, layout in layouts.items():
 # Tokens 0, 1, 2 are block 0, so `owner(2, 9, 2)` is 0. Token 3 is in block 1: `owner(3, 9, 2)` is 1. Token 8 is in
 # block 3, the mirror of block 0: `owner(8, 9, 2)` is 0.
 #
-# **About** 8 minutes, ★★☆
+# **About** 7 minutes, ★★☆
 
 
 # %% e1
@@ -181,7 +181,7 @@ lesson.reveal("work", work["contiguous"][3] / work["contiguous"][0])
 # **Example** `lengths` [3, 2] are tokens 0 1 2 and 3 4. A rank with tokens 1 and 3 looks at 2 keys (0, 1) and 1 key
 # (3 alone): `keys_seen(tensor([1, 3]), [3, 2])` is 3.
 #
-# **About** 5 minutes, ★☆☆
+# **About** 4 minutes, ★☆☆
 
 
 # %% e2
@@ -291,7 +291,7 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 # **Example** `padded_len([9], 2)` is 5: blocks of 3, 2, 2, 2 tokens; rank 0 holds 3 + 2, rank 1 holds 2 + 2.
 # `padded_len([4097] * 16, 4)` is 16400.
 #
-# **About** 8 minutes, ★★☆
+# **About** 6 minutes, ★★☆
 
 
 # %% e3
@@ -435,7 +435,7 @@ assert (reorder[:, 0] == 7).all(), "all rows are of the round we asked for"
 # **Example** `wire` of rows a b · c d e, where · is padding, with `per_rank_actual_token` [2, 3] and `max_rank_len` 3 gives
 # a b c d e.
 #
-# **About** 5 minutes, ★☆☆
+# **About** 4 minutes, ★☆☆
 
 
 # %% e4
@@ -515,12 +515,12 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 # ### Exercise 5 · One index for strip and reorder
 #
 # **Goal** Write `gather_index`, so that `wire[gather_index(...)]` is in token order at once, padding gone. `rank_rows` is a
-# list: the tokens that each rank holds, in its order.
+# list of tensors: the tokens that each rank holds, in its order.
 #
 # **Example** Rank 0 holds tokens 0 and 3, rank 1 holds 1, 2 and 4; both are padded to 3 rows. The wire's slots hold tokens
 # 0 3 · 1 2 4. Token 0 is in slot 0, token 1 in slot 3, token 2 in slot 4, token 3 in slot 1: the index is [0, 3, 4, 1, 5].
 #
-# **About** 10 minutes, ★★☆
+# **About** 8 minutes, ★★☆
 
 
 # %% e5
@@ -632,7 +632,7 @@ lesson.reveal("order", int(right.sum()))
 #
 # **Example** 4 tokens over 2 ranks, zigzag: rank 0 holds tokens 0 and 3. Its mask has the rows `1 0 0 0` and `1 1 1 1`.
 #
-# **About** 8 minutes, ★★☆
+# **About** 5 minutes, ★★☆
 
 
 # %% e6
@@ -694,8 +694,9 @@ def cp_attention(q, k, v, tokens):
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that sees everything
 #
-# Here are eight broken gathers. Each is a fault that somebody has shipped: exchanged ranks, a stale round, padding left in.
-# And here are four checks as they are often written.
+# Here are eight broken gathers, each a fault that somebody has shipped: two ranks exchanged, the reorder forgotten, a rank's
+# last round, padding in the place of a row, a row twice, two neighbours exchanged, written by a rank that is not the owner, the
+# last row lost. And here are four checks as they are often written.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -722,7 +723,7 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 #
 # **Example** `lengths` [2], `owners` [0, 1], round 5: only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
 #
-# **About** 8 minutes, ★★☆
+# **About** 6 minutes, ★★☆
 
 
 # %% e7
@@ -810,7 +811,7 @@ figures.show(figures.stage_grid(direct))
 # **Example** Rank 0 holds 2 rows, rank 1 holds 3; a row has 10 bytes. Rank 0 pads (30 bytes), receives 2 · 3 slots (60), and
 # strips and reorders 5 rows (50 each): `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire": 60, "strip": 50, "reorder": 50}`.
 #
-# **About** 6 minutes, ★★☆
+# **About** 4 minutes, ★★☆
 
 
 # %% e8

@@ -5,7 +5,7 @@
 # its own. That is fast. It also moves the burden to you: nobody waits unless you say so, and nobody notices when you
 # forget.
 #
-# **Time** 80 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
+# **Time** 85 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
 #
 # You will be able to
 # 1. say what is symmetric about symmetric memory, and compute a peer's pointer;
@@ -69,7 +69,7 @@ assert same_offset, "else the memory is not symmetric"
 # **Example** `bases` = [1000, 5000]. On rank 0, address 1064 is offset 64. The same byte of rank 1 is at 5064:
 # `peer_pointer(1064, 0, 1, [1000, 5000])` is 5064.
 #
-# **About** 4 minutes, ★☆☆
+# **About** 3 minutes, ★☆☆
 
 
 # %% e1
@@ -231,7 +231,7 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 #
 # **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as you saw.
 #
-# **About** 5 minutes, ★☆☆
+# **About** 4 minutes, ★☆☆
 
 
 # %% e2
@@ -252,6 +252,17 @@ def exchange(me):
 
 # %% e2-check
 lesson.check_exchange(exchange)
+
+
+# %% e2-mutant-barriers-without-yield
+def exchange(me):
+    for number in me.rounds:
+        for peer in me.everybody:
+            yield me.put(peer, number)
+        me.barrier()
+        for writer in me.everybody:
+            yield me.read(writer, number)
+        me.barrier()
 
 
 # %% e2-mutant-before-the-read
@@ -320,7 +331,7 @@ def exchange(me):
 #
 # **Example** `[1, 1, 1, 0, 0, 0]`: rank 1 puts twice and comes to the barrier, then rank 0 does. All reads can follow.
 #
-# **About** 6 minutes, ★★☆
+# **About** 5 minutes, ★★☆
 
 # %% e3
 # Whose turn it is: 0 or 1, step by step.
@@ -402,17 +413,18 @@ figures.show(figures.schedule_timeline(overrun.failure))
 #
 # **Example** Two channels are enough: `full` (my data are at your place) and `free` (I have read yours, write again).
 #
-# **About** 12 minutes, ★★★
+# **About** 10 minutes, ★★★
 
 
 # %% e4
 def exchange_signals(me):
     """Put to all peers and read from all peers, with signals alone."""
     for number in me.rounds:
+        # >>> your code
+        #: for peer in me.peers:
+        #:     yield me.put(peer, number)
+        #:     yield me.signal(peer, "full")
         for peer in me.peers:
-            # >>> your code
-            #: yield me.put(peer, number)
-            #: yield me.signal(peer, "full")
             if number > 1:
                 yield me.wait(peer, "free")
             yield me.put(peer, number)
@@ -421,7 +433,7 @@ def exchange_signals(me):
             yield me.wait(peer, "full")
             yield me.read(peer, number)
             yield me.signal(peer, "free")
-            # <<<
+        # <<<
 
 
 # %% e4-check
@@ -586,7 +598,7 @@ assert not same.diverged
 # **Example** Rank 0 has let go of {1, 2}, rank 1 of {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2, 3}], 0)` is {2},
 # and on rank 1 it is the same.
 #
-# **About** 5 minutes, ★★☆
+# **About** 4 minutes, ★★☆
 
 
 # %% e5
@@ -677,7 +689,7 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 # **Example** Two ranks, both `recv` at `("attn_cp", 4096)`, both `send` `None`, group `"attn_cp"`: True for `(2, 29, 7)`, False for
 # `(2, 28, 9)`.
 #
-# **About** 10 minutes, ★★☆
+# **About** 8 minutes, ★★☆
 
 
 # %% e6
@@ -896,12 +908,13 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of what went wrong, one of `CASES`, from what the ranks saw. Each has `rank`, `exit_code`
-# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths`, `reason`,
-# `wrong` (the first wrong row, or ""). The ranks come in any order.
+# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths` (transport to
+# path), `reason` (why that path, in words), `wrong` (the first wrong row, or ""). The ranks come in any order; to look at
+# one: `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank says `BarrierTimeout`, the other has exit code −9: `"a_rank_dies"`.
 #
-# **About** 10 minutes, ★★☆
+# **About** 8 minutes, ★★☆
 
 
 # %% e7
@@ -995,7 +1008,7 @@ def cause(ranks):
 #
 # **Example** 2 ranks, `tokens` = [[0, 3], [1, 2]]. On both ranks `out[[0, 3]]` becomes rank 0's two rows, `out[[1, 2]]` rank 1's.
 #
-# **About** 15 minutes, ★★★
+# **About** 12 minutes, ★★★
 
 
 # %% e8

@@ -125,7 +125,7 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # **Example** 32 MiB on 8 ranks, 5.3 µs, 328 GB/s: `light_us(33554432, 8, 5.3, 328)` is 94.8; measured were 95.3 µs.
 #
-# **About** 4 minutes, ★☆☆
+# **About** 3 minutes, ★☆☆
 
 
 # %% e2
@@ -326,7 +326,7 @@ lesson.reveal("damage", tuple(order))
 #
 # **Example** `[[90, 80], [10, 12], [30, 11], [9, 13]]` with `warmup=1`: the gathers took 12, 30 and 13, so 13.
 #
-# **About** 5 minutes, ★★☆
+# **About** 4 minutes, ★★☆
 
 
 # %% e3
@@ -451,7 +451,7 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 #
 # **Example** Times of exactly 10 µs + bytes / 1000: `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0, 0.001)`.
 #
-# **About** 8 minutes, ★★☆
+# **About** 7 minutes, ★★☆
 
 
 # %% e4
@@ -521,7 +521,7 @@ passes
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
 #
-# **About** 6 minutes, ★★☆
+# **About** 5 minutes, ★★☆
 
 
 # %% e5
@@ -625,7 +625,7 @@ figures.show(figures.stage_split(split))
 #
 # **Example** A rank holds tokens `[0, 1, 6, 7]`: `copies([0, 1, 6, 7])` is `[(0, 0, 2), (2, 6, 2)]`.
 #
-# **About** 9 minutes, ★★★
+# **About** 8 minutes, ★★★
 
 
 # %% e6
@@ -754,7 +754,7 @@ lesson.reveal("stops", SYMMETRIC.before_us[-1] / SYMMETRIC.after_us[-1])
 # **Example** 20 µs + 3·10⁻⁶ a byte against 10 µs + 3·10⁻⁶: `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes:
 # there 50 µs stand against 40.
 #
-# **About** 8 minutes, ★★★
+# **About** 7 minutes, ★★★
 
 # %% e7
 import math
@@ -815,7 +815,8 @@ def break_even_bytes(slow, fast, gain):
 # 3. Untick **symmetric memory**: what does the path say?
 # 4. Take the small preset. Which algorithm wins when S is tiny?
 #
-# The sliders obey the arrow keys. The table beside the plot says the same in numbers.
+# The sliders obey the arrow keys. The table under the plot says the same in numbers. While it measures, other cells wait for
+# the same cores: press **Stop** at the end of this section.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer

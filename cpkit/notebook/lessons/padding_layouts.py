@@ -91,6 +91,6 @@ def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: list[
     if not isinstance(got, int):
         return f"{call}, and a length is an int"
     if got > max(held):
-        return f"{call}: every rank would pad to {got - max(held)} slots more than anybody fills"
+        return f"{call}: {max(held)} slots are enough, any more are padding on all ranks"
     rank = held.index(max(held))
     return f"{call}: of rank {rank} the last {max(held) - got} would be cut off"

@@ -57,9 +57,12 @@ def _output_error(
     wrong = (errors > TOLERANCE).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
+        token = int(layout.rank_rows(rank)[row])
+        keys = f"keys 0 to {token}" if token else "key 0"
         raise Wrong(
-            f"{where}: row {row} is token {int(layout.rank_rows(rank)[row])}; its output is off by "
-            f"{float(errors[row]):.2f} ({len(wrong)} of {len(errors)} rows are wrong)"
+            f"{where}: row {row} is token {token}, which looks at {keys} and at no other; its "
+            f"output is off by {float(errors[row]):.2f} ({len(wrong)} of {len(errors)} rows are "
+            "wrong)"
         )
     return float(errors.max()) if len(errors) else 0.0
 
@@ -96,7 +99,7 @@ def broken_gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Ro
     made["two ranks exchanged"] = _exchanged(right, one, other)
     made["rank order: reorder forgotten"] = right[layout.rank_order.numpy()]
     made["stale: one rank's last round"][owner == one, 0] = round_ - 1
-    made["padding left in"][at] = -1
+    made["padding in the place of a row"][at] = -1
     made["a row twice"][at + 1] = right[at]
     made["two neighbours exchanged"][[at, at + 1]] = right[[at + 1, at]]
     made["written by a rank that is not the owner"][owner == one, 1] = other
@@ -108,7 +111,7 @@ MUTANTS = (
     "two ranks exchanged",
     "rank order: reorder forgotten",
     "stale: one rank's last round",
-    "padding left in",
+    "padding in the place of a row",
     "a row twice",
     "two neighbours exchanged",
     "written by a rank that is not the owner",

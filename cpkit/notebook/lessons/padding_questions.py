@@ -20,7 +20,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "work",
-    "Contiguous, 24 tokens, 4 ranks: how many times the keys of rank 0 does rank 3 look at?",
+    "Contiguous, 24 tokens, 4 ranks: how many times as many keys as rank 0 does rank 3 look at?",
     answer=129 / 21,
     unit="times",
     wrong={
@@ -33,7 +33,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "waste",
-    "13 and 9 tokens over 4 ranks, zigzag: which share of the gathered slots is padding?",
+    "13 and 9 tokens over 4 ranks, zigzag: which share (0 to 1) of the gathered slots is padding?",
     answer=2 / 24,
     unit="of all slots",
     close=0.05,
@@ -73,7 +73,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "passes",
-    "padded: how often is a row of another rank written until attention may read it?",
+    "padded: how many times is a row written until the attention of another rank may read it?",
     answer=4,
     unit="times",
     close=0.01,
@@ -102,7 +102,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "survivors",
-    "8 broken gathers: how many does a check of lengths alone let pass?",
+    "8 broken gathers: how many does a check of the number of rows let pass?",
     answer=7,
     unit="of 8",
     close=0.01,
@@ -116,13 +116,13 @@ LESSON.ask(
 )
 LESSON.ask(
     "bill",
-    "32767 tokens, 4 ranks: padded writes how many times the bytes of direct, on each rank?",
+    "32767 tokens, 4 ranks: how many times the bytes of direct does a rank that pads write?",
     answer=3.25,
     unit="times",
     close=0.02,
     wrong={
         4: "The pad copies only the rank's own shard: a quarter of the rows, not all.",
-        3: "Nearly: wire, strip and reorder. The pad copies the shard once more, a quarter.",
+        3: "Right for a rank that does not pad. The pad copies the shard once more, a quarter.",
         1: "Both move the same rows, but padded writes most of them three times.",
     },
     why="Pad 1/4, wire 1, strip 1, reorder 1; direct writes each row once, at its final place.",

@@ -67,7 +67,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "alpha",
-    "16 KB by direct: which share of its time is alpha, the part that does not depend on bytes?",
+    "16 KB by direct: which share (0 to 1) of the time is alpha, which does not depend on bytes?",
     answer=0.9,
     unit="of the time",
     close=0.45,
@@ -79,7 +79,8 @@ LESSON.ask(
 )
 LESSON.ask(
     "passes",
-    "padded_symm copies the result twice more than direct. How often faster is direct at 16 MiB?",
+    "padded_symm copies the result twice more than direct. How many times as fast is direct at "
+    "16 MiB?",
     answer=4.0,
     unit="times",
     close=0.7,
@@ -92,7 +93,8 @@ LESSON.ask(
 )
 LESSON.ask(
     "padding",
-    "64 sequences of 9 tokens over 4 ranks, zigzag: the padded wire carries how often the bytes?",
+    "64 sequences of 9 tokens over 4 ranks, zigzag: how many times the bytes does the padded wire "
+    "carry?",
     answer=768 / 576,
     unit="times",
     close=0.02,
@@ -123,7 +125,7 @@ LESSON.ask(
 LESSON.ask(
     "nodes",
     "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network for each "
-    "GPU), or inside one NVL72 (720 GB/s). How often longer do two nodes take, by the model?",
+    "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
     answer=2.25,
     unit="times",
     close=0.12,

@@ -1,0 +1,122 @@
+"""A JupyterLab for a test: private directories, random token, copies of the notebooks."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cpkit.notebook.build import NOTEBOOKS
+
+SETTINGS = {
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    "@jupyterlab/docmanager-extension/plugin": {"autosave": False},
+}
+
+
+class JupyterLab:
+    """A server of its own: private directories, random token, copies of the notebooks."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.token, self.port = home, secrets.token_hex(16), _free_port()
+        self.notebooks = home / "notebooks"
+        self.notebooks.mkdir()
+        for path in NOTEBOOKS.glob("*.ipynb"):
+            _copy_unrun(path, self.notebooks / path.name)
+        for name, values in SETTINGS.items():
+            file = home / "settings" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
+        self.log = (home / "lab.log").open("w+")
+        self.process = subprocess.Popen(
+            self._command(), env=os.environ | self._environment(), stdout=self.log, stderr=self.log
+        )
+
+    def _command(self) -> list[str]:
+        options = {
+            "ServerApp.port": self.port,
+            "ServerApp.port_retries": 0,
+            "ServerApp.root_dir": self.notebooks,
+            "IdentityProvider.token": self.token,
+        }
+        flags = ["--no-browser", "--ip=127.0.0.1", "--allow-root"]
+        flags += [f"--{name}={value}" for name, value in options.items()]
+        return [sys.executable, "-m", "jupyterlab", *flags]
+
+    def _environment(self) -> dict[str, str]:
+        names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+        private = {name: str(self.home / name.lower()) for name in names}
+        private["JUPYTERLAB_SETTINGS_DIR"] = str(self.home / "settings")
+        private["JUPYTERLAB_WORKSPACES_DIR"] = str(self.home / "workspaces")
+        return private
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}?token={self.token}"
+
+    def wait(self, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.text()
+            try:
+                with urllib.request.urlopen(self.url("api/status"), timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        pytest.fail(f"JupyterLab did not start in {timeout_s} s:\n{self.text()}")
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    def left_behind(self, timeout_s: float = 10.0) -> list[str]:
+        """Processes with our runtime directory in their environment that do not end in time."""
+        deadline = time.monotonic() + timeout_s
+        ours = self._environment()["JUPYTER_RUNTIME_DIR"]
+        while True:
+            processes = psutil.process_iter(["pid", "cmdline", "environ"])
+            environs = [
+                (p, (p.info["environ"] or {}).get("JUPYTER_RUNTIME_DIR")) for p in processes
+            ]
+            left = [f"{p.pid}: {p.info['cmdline']}" for p, found in environs if found == ours]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+
+
+def code_cells(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def _copy_unrun(source: Path, target: Path) -> None:
+    """A notebook without outputs, so that every output is of this run."""
+    notebook = json.loads(source.read_text())
+    for cell in code_cells(notebook):
+        cell.update(outputs=[], execution_count=None)
+    target.write_text(json.dumps(notebook))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
