@@ -5,9 +5,9 @@
     ──────────────── exchange "mapped" ─────────────────────── unlink A                       unlink
     B        nothing has a name any more: a crash leaves nothing
 
-Large segments get huge pages where Linux (6.1 or newer) has some to give: stores into 4 KiB pages of
-every peer miss the TLB all the time. Beside 4 KiB pages, in turns, plans of 2 ranks took 0.88 of
-the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
+Large segments get huge pages where Linux (6.1 or newer) has some to give: stores into 4 KiB pages
+of every peer miss the TLB all the time. Beside 4 KiB pages, in turns, plans of 2 ranks took 0.88
+of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
 
 A process that is killed before it can unlink leaves a file whose name says who made it; the next
 one to make a segment removes it.
