@@ -19,8 +19,8 @@ another, so what a rank moves counts `turns` = ranks per core times:
     time = start · steps + turns · (cached / cache rate + far / memory rate
                                     + fresh / first-touch rate + socket / socket rate)
 
-`steps` are the waits for each other: every rank of a core waits for every other, turns² times. A
-ring over sockets waits so W-1 times, as each of its steps needs what the step before brought.
+`steps` are the waits for each other: every rank of a core waits for every other, turns² times; a
+ring over sockets has W-1 steps one after the other, each as long as all ranks of a core take.
 `cached` and `far` are the bytes of copies that hit the last-level cache or go to memory, decided by
 the working set of all ranks; `fresh` is ordinary memory that the C library maps anew in every call,
 page fault by page fault.
@@ -90,8 +90,8 @@ class Host:
 
     def steps(self, algorithm: str, cp_size: int) -> float:
         """How often ranks wait for each other, in units of one rank with a core of its own."""
-        rounds = cp_size - 1 if algorithm == "padded" else 1
-        return rounds * self.turns(cp_size) ** 2
+        turns = self.turns(cp_size)
+        return turns * (cp_size - 1) if algorithm == "padded" else turns**2
 
     def far_share(self, working_set_bytes: float) -> float:
         """Share of the bytes that the cache does not serve: none up to a quarter of it, all from
