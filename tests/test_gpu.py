@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torch
 import cpkit
 from cpkit.control import mps
 from tests.launch import assert_passed
-from tests.ranks import caches, gathers, plans, signals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,19 +27,16 @@ RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split("
 ROUNDS = {"mps": "1000", "turns": "60"}
 
 
-def checks(module: ModuleType) -> list[str]:
-    return [name for name in vars(module) if name.startswith("check_")]
+# One launch runs them all, in this order: the last check of `cuda` leaves its group out of step.
+MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda")
 
 
-def cuda_checks() -> list[tuple[str, str]]:
-    """Modules and names, read from the source: importing it needs Triton and a GPU."""
-    return [(module, name) for module in ("cuda_pool", "cuda") for name in checks_of(module)]
-
-
-def checks_of(module: str) -> list[str]:
-    source = (Path(__file__).parent / "ranks" / f"{module}.py").read_text()
+def checks() -> list[str]:
+    """Their names, read from the sources: importing some of them needs Triton and a GPU."""
+    sources = [(Path(__file__).parent / "ranks" / f"{name}.py").read_text() for name in MODULES]
     return [
         line.removeprefix("def ").partition("(")[0]
+        for source in sources
         for line in source.splitlines()
         if line.startswith("def check_")
     ]
@@ -72,33 +67,10 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
 
 
 @pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", checks(gathers))
-def test_gathers(sharing: str, check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.gathers", nproc, check, variables(sharing), 550)
-
-
-@pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", checks(caches))
-def test_caches(sharing: str, check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.caches", nproc, check, variables(sharing), 550)
-
-
-@pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", checks(plans))
-def test_plans(sharing: str, check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.plans", nproc, check, variables(sharing), 550)
-
-
-@pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", checks(signals))
-def test_signals(sharing: str, check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.signals", nproc, check, variables(sharing), 550)
-
-
-@pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize(("module", "check"), cuda_checks())
-def test_cuda(sharing: str, module: str, check: str, nproc: int) -> None:
-    assert_passed(f"tests.ranks.{module}", nproc, check, variables(sharing), 550)
+@pytest.mark.parametrize("check", checks())
+def test_ranks(sharing: str, check: str, nproc: int) -> None:
+    modules = ",".join(f"tests.ranks.{name}" for name in MODULES)
+    assert_passed(modules, nproc, check, variables(sharing), 550)
 
 
 @pytest.mark.parametrize(

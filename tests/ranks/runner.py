@@ -1,6 +1,6 @@
-"""What torchrun starts for a multi-process test: every `check_*` of a module, on every rank.
+"""What torchrun starts for a multi-process test: every `check_*` of some modules, on every rank.
 
-    torchrun … -m tests.ranks.runner MODULE RESULTS_DIR
+    torchrun … -m tests.ranks.runner MODULE[,MODULE…] RESULTS_DIR
 
 Each rank writes one JSON file: check → "" when it passed, else the traceback. A check that fails on
 one rank must not disturb the next, so groups are forgotten in between, by all ranks.
@@ -20,13 +20,19 @@ from cpkit.group import forget_groups
 
 
 def main() -> None:
-    module = importlib.import_module(sys.argv[1])
+    modules = [importlib.import_module(name) for name in sys.argv[1].split(",")]
+    checks = {
+        name: check
+        for module in modules
+        for name, check in vars(module).items()
+        if name.startswith("check_")
+    }
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     results: dict[str, str] = {}
-    for name in [name for name in vars(module) if name.startswith("check_")]:
+    for name, check in checks.items():
         try:
-            getattr(module, name)()
+            check()
             results[name] = ""
         except BaseException:  # noqa: BLE001 - whatever it is, it goes into the report
             results[name] = traceback.format_exc()
