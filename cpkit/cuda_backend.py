@@ -7,6 +7,7 @@ that signals every peer and waits for every peer's signal, so they can be captur
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable
@@ -114,7 +115,7 @@ class CudaBackend:
         assert buffer is not None
         handle, problem = self._map(buffer)
         agree(meeting, Offer("", nbytes, problem), f"{purpose} (map the peers' memory)")
-        if self.group.has_nccl and not self._windows:
+        if self._uses_nccl and not self._windows:
             self._windows = self._register_window(pool)
         return CudaSegment(buffer, pool, handle, self.device)
 
@@ -162,12 +163,17 @@ class CudaBackend:
         """Why NCCL does not know the pool's memory; empty when it does, or has no part in this."""
         return self._windows
 
+    @property
+    def _uses_nccl(self) -> bool:
+        """A rank alone has nobody to gather from."""
+        return self.group.has_nccl and self.group.size > 1
+
     def _prepare_windows(self) -> str:
         """Why NCCL can't have windows here; empty when it can, or has no part in this. Collective.
 
         NCCL wants a communicator that has run a collective already (pytorch#188567).
         """
-        if not self.group.has_nccl:
+        if not self._uses_nccl:
             return ""
         if self.group.shares_gpu:
             return "ranks share a GPU, and NCCL has no symmetric windows there"
@@ -183,6 +189,7 @@ class CudaBackend:
         try:
             nccl: Any = self.group.process_group._get_backend(self.device)
             nccl.register_mem_pool(pool, symm=True)
+            _never_free(pool)
         except (RuntimeError, AttributeError, TypeError) as error:
             problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
         answers = self.group.exchange(problem.encode())
@@ -215,6 +222,15 @@ class CudaBackend:
             return symm_mem.rendezvous(buffer, self.group.process_group), ""
         except RuntimeError as error:
             return None, f"cannot map the peers' memory: {error}"
+
+
+def _never_free(pool: torch.cuda.MemPool) -> None:
+    """Keep a pool that NCCL knows for as long as the process lives.
+
+    NCCL's hook on it outlives the communicator: freeing the pool after `destroy_process_group` ends
+    the process in std::terminate (~MemPool, torch 2.11).
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
 
 __all__ = ["CudaBackend", "CudaSegment", "SymmetricMemoryError"]
