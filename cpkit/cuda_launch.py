@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 # Large tiles are some percent faster where the rows take long; small ones start sooner.
-_SMALL, _LARGE = Shape(2048, 8, 4), Shape(4096, 16, 2)
+_SMALL, _LARGE = Shape(2048, 8, 4), Shape(8192, 16, 1)
 _LARGE_FROM_BYTES = 4 << 20
 _REGISTERS = 65536  # of a multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
