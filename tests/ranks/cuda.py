@@ -232,25 +232,26 @@ def check_paths_are_what_really_happens() -> None:
     assert late.path == "symmetric"
 
 
-def check_rows_of_narrow_units_fit_on_the_gpu_with_all_ranks() -> None:
-    """Two megabytes a rank of 132 and of 33 bytes a row: kernels that need many registers, with as
-    many blocks as a multiprocessor has room for. If they did not fit, the entry would never come.
+def check_large_shards_fit_on_the_gpu_with_all_ranks() -> None:
+    """Both shapes of a launch, with rows of wide and of narrow units: as many blocks as there is
+    room for, of kernels that need many registers. If they did not fit, the entry would never come.
     """
     group = world_group()
-    for shape, dtype in (((33,), torch.float32), ((33,), torch.uint8)):
-        row_bytes = 33 * dtype.itemsize
-        tokens = group.size * (2 << 20) // row_bytes
-        metadata = prepare_context_parallel_metadata([tokens], group.size)
-        rows = provenance.shard_rows(metadata, group.rank, shape, dtype, round=7).cuda()
-        for strided in (False, True):
-            slots = torch.arange(tokens, device="cuda") if strided else None
-            caches = None
-            if strided:
-                with use_symmetric_memory(group):
-                    caches = [torch.empty(tokens, *shape, dtype=dtype, device="cuda")]
-            (got,) = all_gather_kv([rows], metadata, group, into=caches, slots=slots)
+    for own_bytes in (2 << 20, 5 << 20):
+        for row_bytes in (1024, 132, 165):
+            tokens = group.size * own_bytes // row_bytes
+            metadata = prepare_context_parallel_metadata([tokens], group.size)
+            shape = (row_bytes,)
+            rows = provenance.shard_rows(metadata, group.rank, shape, torch.uint8, round=7).cuda()
+            (got,) = all_gather_kv([rows], metadata, group)
             provenance.check(got, metadata, round=7)
-            del got, caches
+            del got
+            with use_symmetric_memory(group):
+                cache = torch.empty(tokens, row_bytes, dtype=torch.uint8, device="cuda")
+            slots = torch.arange(tokens, device="cuda")
+            all_gather_kv([rows], metadata, group, into=[cache], slots=slots)
+            provenance.check(cache, metadata, round=7)
+            del cache
 
 
 def check_devices_that_differ_are_everybodys_error() -> None:
