@@ -279,4 +279,4 @@ def check_a_rank_that_came_without_a_note_is_named() -> None:
         except RuntimeError as error:
             said = str(error)
     assert group.rank == 0 or "rank(s) 0 came to barrier" in said, said
-    gather_works(group)
+    gather_works()
