@@ -135,7 +135,8 @@ def a_still_picture_keeps_its_axes(page) -> None:
     before = prompt.inner_text()
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
-    playwright.expect(prompt).not_to_have_text(before, timeout=10_000)  # [*] may be gone before it is seen
+    # Not by "[*]", which may be gone before it is seen.
+    playwright.expect(prompt).not_to_have_text(before, timeout=10_000)
     page.wait_for_function(NO_CELL_RUNS, timeout=30_000)
     names = page.evaluate(f"[{STILL}.data[2].x, {STILL}.data[4].y].map(names => [...names ?? []])")
     assert names == [[f"rank {rank}" for rank in range(4)], ["gather"]]
