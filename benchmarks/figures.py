@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from benchmarks import cost_check
 from benchmarks.goals import times_us
 
 Record = dict[str, Any]
+Times = Mapping[tuple[int, int], Mapping[str, float | None]]
+Ratios = Sequence[tuple[str, str, str]]  # name, above, below
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SUMMARY_VARIANTS = ("plan", "direct", "padded", "gloo alone", "Open MPI", "memcpy")
 SIZE_COLUMNS = (("cp_size", "cp_size"), ("size_bytes", "size (B)"))
@@ -60,12 +63,17 @@ def as_summary(record: Record) -> str:
         f"{where['date']}, {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
         f"{where['open_mpi']}, commit {where['commit']}, `{where['command']}`."
     )
-    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in RATIOS)]
+    return f"{words}\n\n{ratio_table(times_us(record['gather']), RATIOS)}"
+
+
+def ratio_table(times: Times, ratios: Ratios) -> str:
+    """One line a size: the plan's time, and the ratios."""
+    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in ratios)]
     lines = [
-        [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us)]
-        for (cp_size, nbytes), us in times_us(record["gather"]).items()
+        [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us, ratios)]
+        for (cp_size, nbytes), us in times.items()
     ]
-    return f"{words}\n\n{table(header, lines)}"
+    return table(header, lines)
 
 
 def as_details(record: Record) -> str:
@@ -114,15 +122,15 @@ def summary_lines(rows: list[Record]) -> list[list[str]]:
         [
             *map(cell, key),
             *(cell(us.get(name)) for name in SUMMARY_VARIANTS),
-            *quotients(us),
+            *quotients(us, RATIOS),
         ]
         for key, us in times_us(rows).items()
     ]
 
 
-def quotients(us: dict[str, float]) -> list[str]:
+def quotients(us: Mapping[str, float | None], ratios: Ratios) -> list[str]:
     """The ratios of one size."""
-    return [ratio(us, above, below) for _, above, below in RATIOS]
+    return [ratio(us, above, below) for _, above, below in ratios]
 
 
 def gather_lines(rows: list[Record]) -> list[list[str]]:
@@ -141,9 +149,10 @@ def gather_lines(rows: list[Record]) -> list[list[str]]:
     return lines
 
 
-def ratio(us: dict[str, float], above: str, below: str) -> str:
+def ratio(us: Mapping[str, float | None], above: str, below: str) -> str:
     """A quotient of two times; what was not measured is said."""
-    return f"{us[above] / us[below]:.2f}" if {above, below} <= us.keys() else "not measured"
+    a, b = us.get(above), us.get(below)
+    return f"{a / b:.2f}" if a and b else "not measured"
 
 
 def barrier_lines(rows: list[Record]) -> list[list[str]]:

@@ -11,6 +11,8 @@ from benchmarks.figures import (
     TIME_COLUMNS,
     cell,
     goal_lines,
+    quotients,
+    ratio_table,
     sourced,
     table,
     write_pages,
@@ -95,12 +97,7 @@ def as_summary(record: dict[str, Any]) -> str:
         f"{where['date']}, {where['device']}, torch {where['torch']}, commit {where['commit']}, "
         f"`{where['command']}`."
     )
-    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in RATIOS)]
-    lines = [
-        [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us)]
-        for (cp_size, nbytes), us in with_floors(record).items()
-    ]
-    return f"{words}\n\n{table(header, lines)}"
+    return f"{words}\n\n{ratio_table(with_floors(record), RATIOS)}"
 
 
 def as_details(record: dict[str, Any]) -> str:
@@ -108,7 +105,11 @@ def as_details(record: dict[str, Any]) -> str:
     header = ["cp_size", "size (B)", *(f"{name} (us)" for name in (*VARIANTS, "floor"))]
     header += [name for name, *_ in RATIOS]
     lines = [
-        [*map(cell, key), *(cell(us.get(name)) for name in (*VARIANTS, "floor")), *quotients(us)]
+        [
+            *map(cell, key),
+            *(cell(us.get(name)) for name in (*VARIANTS, "floor")),
+            *quotients(us, RATIOS),
+        ]
         for key, us in with_floors(record).items()
     ]
     goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
@@ -119,12 +120,6 @@ def with_floors(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]
     """The times of every size, and the floor among them."""
     floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record["gather"]}
     return {k: {**us, "floor": floors[k]} for k, us in times_us(record["gather"]).items()}
-
-
-def quotients(us: dict[str, Any]) -> list[str]:
-    """The ratios of one size; what was not measured is said."""
-    pairs = ((us.get(above), us.get(below)) for _, above, below in RATIOS)
-    return [f"{a / b:.2f}" if a and b else "not measured" for a, b in pairs]
 
 
 def fill_pages(root: Path, record_path: Path) -> None:

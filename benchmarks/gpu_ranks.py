@@ -90,7 +90,7 @@ def copy_ceiling(group: CPGroup) -> float:
     if group.rank == 0:
         source = torch.ones(CEILING_BYTES, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        times = [_events_us(lambda: target.copy_(source), 1) for _ in range(SAMPLES)]
+        times = [events_us(lambda: target.copy_(source), 1) for _ in range(SAMPLES)]
         rate = 2 * CEILING_BYTES / statistics.median(times[2:])
     rates = torch.tensor([rate], dtype=torch.float64)
     dist.broadcast(rates, 0)
@@ -105,7 +105,7 @@ def measure(size: Size) -> dict[str, Any]:
     for _ in range(SAMPLES + 2):
         for name, call in calls.items():
             size.group.barrier()
-            samples[name].append(_events_us(call, size.calls_per_sample))
+            samples[name].append(events_us(call, size.calls_per_sample))
     timings = {name: bench.Timing(tuple(us[2:]), {}) for name, us in samples.items()}
     timed = {
         name: [each.times_us for each in bench.everybody(timing, size.group)]
@@ -214,7 +214,7 @@ def _compare(got: torch.Tensor, size: Size) -> None:
         provenance.check(got, size.metadata, round=1)
 
 
-def _events_us(call: Call, calls: int) -> float:
+def events_us(call: Call, calls: int) -> float:
     """µs a call between two CUDA events around several of them."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()

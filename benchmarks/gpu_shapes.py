@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu_ranks import events_us
 from cpkit import cuda_launch
 from cpkit.cuda_launch import Shape
 from cpkit.kernels import PAGE_WORDS
@@ -108,17 +109,7 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
 def time_us(call: Callable[[], object]) -> float:
     """Median µs of a call, between CUDA events around several."""
     call()
-    samples = []
-    for _ in range(SAMPLES):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(CALLS):
-            call()
-        stop.record()
-        torch.cuda.synchronize()
-        samples.append(float(start.elapsed_time(stop)) * 1e3 / CALLS)
-    return statistics.median(samples)
+    return statistics.median(events_us(call, CALLS) for _ in range(SAMPLES))
 
 
 if __name__ == "__main__":

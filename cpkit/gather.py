@@ -83,10 +83,7 @@ def all_gather_kv(
     known = read_slots(slots) if not problem else None
     problem = problem or values_problem(known, into)
     problem = problem or _capture_problem(tensors, metadata, group, algorithm, symmetric, into)
-    if into is not None:
-        call = f"{call} into caches"
-    if problem:
-        call = ""
+    call = "" if problem else call + (" into caches" if into is not None else "")
     inputs = [] if problem else [*tensors, *(into or []), *([] if slots is None else [slots])]
     with on_stream(None if problem else stream, *inputs):
         device = "cpu" if problem else device_type(tensors[0])

@@ -80,9 +80,9 @@ def agree_on_caches(
     those only when they are `known`.
     """
     places = [locate(cache, group) for cache in into] if pool else []
-    outside = [f"into[{number}] is {place}" for number, place in enumerate(places) if place.other]
+    outside = (f"into[{number}] is {place}" for number, place in enumerate(places) if place.other)
     digest = 0 if known is None else zlib.crc32(known.numpy().tobytes())
-    mine = _Caches(zlib.crc32(msgspec.msgpack.encode(places)), digest, "".join(outside[:1]))
+    mine = _Caches(zlib.crc32(msgspec.msgpack.encode(places)), digest, next(outside, ""))
     note = msgspec.msgpack.encode(mine)
     said = [msgspec.msgpack.decode(each, type=_Caches) for each in group.exchange(note)]
     faults = [f"rank {rank}: {each.outside}" for rank, each in enumerate(said) if each.outside]
@@ -131,12 +131,16 @@ def _slots_problem(
 
 def _overlap_problem(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> str:
     """Rows would be overwritten before they are read, or by rows of another tensor."""
-    named = [(f"into[{i}]", *_extent(x)) for i, x in enumerate(into)]
-    named += [(f"tensors[{i}]", *_extent(x)) for i, x in enumerate(tensors)]
-    for number, (cache, first, last) in enumerate(named[: len(into)]):
-        for other, start, stop in named[number + 1 :]:
-            if first < stop and start < last:
-                return f"{cache} and {other} share memory; every tensor needs a cache of its own"
+    named = [(*_extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
+    named += [(*_extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
+    furthest = furthest_cache = (0, "")  # where what lies before ends, and its name
+    for start, stop, name, is_cache in sorted(named):
+        end, other = furthest if is_cache else furthest_cache  # rows may share memory with rows
+        if start < end:
+            return f"{name} and {other} share memory; every tensor needs a cache of its own"
+        furthest = max(furthest, (stop, name))
+        if is_cache:
+            furthest_cache = max(furthest_cache, (stop, name))
     return ""
 
 
