@@ -42,6 +42,7 @@ class OneProcess:
     size: int
     rank: int = 0
     ranks_on_gpu: int = 1
+    shares_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Words:
     device: torch.device
     pages: torch.Tensor
     late: torch.Tensor
+
+    def enter(self) -> None:
+        """Nobody to wait for."""
+
+    def in_order(self) -> None:
+        """One stream."""
 
 
 def main() -> int:

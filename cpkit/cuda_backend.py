@@ -16,14 +16,17 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 
+from cpkit import cuda_launch
 from cpkit.board import BarrierTimeout
-from cpkit.cuda_launch import launch_barrier
+from cpkit.cuda_launch import launch_entry, launch_exit
+from cpkit.devices import is_capturing, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import MAX_RANKS, PAGE_WORDS
 from cpkit.offers import Offer, SymmetricMemoryError, agree
 from cpkit.plain import plain_all_gather
 from cpkit.rendezvous import deadline_s
 
+_Launch = Callable[[cuda_launch.Signals], None]
 _MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)
 
 
@@ -95,6 +98,10 @@ class CudaBackend:
         torch.cuda.synchronize()
         group.exchange(b"")  # nobody signals into a page that is not zero yet
         self.pages = self._page.peers
+        self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
+        self._graphs: dict[tuple[_Launch, float], torch.cuda.CUDAGraph] = {}
+        launch_entry(self)  # both are compiled now, and not while a peer waits or a graph is made
+        launch_exit(self)
 
     def default_prealloc(self) -> int:
         """4 GiB as upstream, but at most an eighth of the free memory for each rank on this GPU."""
@@ -120,12 +127,37 @@ class CudaBackend:
         return CudaSegment(buffer, pool, handle, self.device)
 
     def enter(self) -> None:
-        """On the stream: every rank has come here, so its buffers may be written."""
-        launch_barrier(self)
+        """On the stream: every rank has come here, so its buffers may be written. Then `leave`."""
+        self._replay(launch_entry)
 
     def leave(self) -> None:
         """On the stream: every rank's stores before it have landed."""
-        launch_barrier(self)
+        self._replay(launch_exit)
+
+    def in_order(self) -> None:
+        """Make the current stream wait for this rank's launches on other streams.
+
+        A rank has one page of counters, so it has one launch at a time. Replays of a graph that a
+        caller captured are the caller's to order.
+        """
+        if is_capturing("cuda") or raw_stream() == self._raw_stream:
+            return
+        before, self._stream = self._stream, torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        self._raw_stream = raw_stream()
+
+    def _replay(self, launch: _Launch) -> None:
+        """As a graph of one kernel: a replay is a tenth of what Triton's launch costs the host."""
+        if is_capturing("cuda") or not cuda_launch.SYNC:
+            launch(self)
+            return
+        key = launch, deadline_s()
+        if key not in self._graphs:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                launch(self)
+        self.in_order()
+        self._graphs[key].replay()
 
     def put_signal(self, peer: int) -> None:
         """On the stream, by torch's own kernel, which traps when the deadline has passed."""
@@ -221,11 +253,14 @@ class CudaBackend:
         try:
             return symm_mem.rendezvous(buffer, self.group.process_group), ""
         except RuntimeError as error:
-            return None, f"cannot map the peers' memory: {error}"
+            return None, (
+                f"cannot map the peers' memory: {error}. (Ranks with GPUs of their own must all "
+                f"see them: with one in CUDA_VISIBLE_DEVICES each, torch takes them for the same.)"
+            )
 
 
 def _never_free(pool: torch.cuda.MemPool) -> None:
-    """Keep a pool that NCCL knows for as long as the process lives.
+    """Keep a pool that NCCL knows, and its memory on the GPU, for as long as the process lives.
 
     NCCL's hook on it outlives the communicator: freeing the pool after `destroy_process_group` ends
     the process in std::terminate (~MemPool, torch 2.11).

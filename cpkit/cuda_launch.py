@@ -1,4 +1,12 @@
-"""Launching the gather kernel: how many blocks, how large its tiles, with which words."""
+"""Launching the gather kernel: how many blocks, how large its tiles, with which words.
+
+Where ranks share a GPU, blocks that wait for a peer take the room that the peer's own blocks need,
+and those of whatever it runs before its gather. So one block waits there, in a launch of its own,
+and the blocks that copy start when the outputs are free:
+
+    own GPUs      rank 0   │ every block waits ─ copies ─ the last one waits │
+    shared GPU    rank 0   │ one block waits │ every block copies ─ the last one waits │
+"""
 
 from __future__ import annotations
 
@@ -18,8 +26,8 @@ SYNC = True  # tests switch it off, to see that they notice
 class Shape(NamedTuple):
     """How a launch is cut: units of a tile, warps of a block, blocks for each multiprocessor.
 
-    All blocks of all ranks must be resident at once, since they wait for each other: if the first
-    ranks' blocks took all places, the last rank's signal would never come.
+    A rank has as many blocks as find room at once beside those of the ranks that share its GPU:
+    each takes tile after tile, so more would only wait for a place.
     """
 
     tile: int
@@ -28,10 +36,12 @@ class Shape(NamedTuple):
 
 
 # Large tiles are some percent faster where the rows take long; small ones start sooner.
-_SMALL, _LARGE = Shape(2048, 8, 4), Shape(8192, 16, 1)
+_SMALL, _LARGE = Shape(2048, 8, 4), Shape(4096, 16, 2)
 _LARGE_FROM_BYTES = 4 << 20
 _REGISTERS = 65536  # of a multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
+_Addresses = tuple[int, ...]
+_NO_PLACES: tuple[_Addresses, _Addresses, _Addresses] = ((0,), (0,), (0,))
 
 
 class Signals(Protocol):
@@ -41,6 +51,12 @@ class Signals(Protocol):
     device: torch.device
     pages: torch.Tensor
     late: torch.Tensor
+
+    def enter(self) -> None:
+        """On the stream: `launch_entry`."""
+
+    def in_order(self) -> None:
+        """Make the current stream wait for this rank's launches on other streams."""
 
 
 def launch_gather(
@@ -56,13 +72,40 @@ def launch_gather(
     entry: bool = True,
 ) -> None:
     """Start `gather_kernel` on the current stream; its arguments are explained there."""
+    if entry and SYNC and signals.group.shares_gpu:
+        signals.enter()
+        entry = False
+    places = tuple(sources), tuple(targets), tuple(bases)
+    _launch(signals, tiles, places, slots, narrow_bytes, shape, entry=entry)
+
+
+def launch_entry(signals: Signals) -> None:
+    """Wait, on the current stream, until every rank's stream has come here. An exit follows."""
+    _launch(signals, signals.pages[:0], _NO_PLACES, leave=False)
+
+
+def launch_exit(signals: Signals) -> None:
+    """Wait, on the current stream, until every rank's stream has come here."""
+    _launch(signals, signals.pages[:0], _NO_PLACES, entry=False)
+
+
+def _launch(
+    signals: Signals,
+    tiles: torch.Tensor,
+    places: tuple[_Addresses, _Addresses, _Addresses],
+    slots: torch.Tensor | None = None,
+    narrow_bytes: int = 0,
+    shape: Shape = _SMALL,
+    *,
+    entry: bool = True,
+    leave: bool = True,
+) -> None:
     import triton.language as tl
 
     group = signals.group
+    signals.in_order()
     gather_kernel[(_blocks(signals, len(tiles), shape),)](
-        tuple(sources),
-        tuple(targets),
-        tuple(bases),
+        *places,
         signals.pages if slots is None else slots,
         tiles,
         len(tiles),
@@ -70,22 +113,17 @@ def launch_gather(
         signals.late,
         int(deadline_s() * 1e9),
         group.rank,
-        TENSORS=len(sources),
+        TENSORS=len(places[0]),
         CP=group.size,
         BLOCK=shape.tile,
         NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
         SLOTS=slots is not None,
-        SYNC=SYNC,
         ENTRY=SYNC and entry,
+        EXIT=SYNC and leave,
         THREADS=shape.warps * 32,
         num_warps=shape.warps,
         maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
     )
-
-
-def launch_barrier(signals: Signals) -> None:
-    """Wait, on the current stream, until every rank's stream has come here."""
-    launch_gather(signals, signals.pages[:0], [0], [0], [0])
 
 
 def shape_for(own_bytes: int) -> Shape:

@@ -16,7 +16,7 @@ import torch
 
 from cpkit.cuda_backend import CudaBackend, CudaSegment
 from cpkit.cuda_launch import Shape, launch_gather, shape_for
-from cpkit.devices import is_capturing
+from cpkit.devices import is_capturing, raw_stream
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.pool import SymmetricPool
@@ -25,26 +25,35 @@ from cpkit.tiles import WIDE_BYTES, tile_table, unit_bytes
 _MAX_TABLES = 64
 _Key = tuple[object, ...]
 _tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
+_readers: dict[_Key, set[int]] = {}  # the streams that may read a table when it is forgotten
 _captured: dict[_Key, torch.Tensor] = {}  # what graphs read: kept for ever
+_captured_pushes: list[PreparedPush] = []  # and what their replays store into
 
 
 class Cut(NamedTuple):
-    """How a rank's rows are cut into tiles: equal cuts of one layout have equal tables."""
+    """How a rank's rows are cut into tiles, and which variant of the kernel Triton makes for them:
+    gathers of one layout with equal cuts have equal tables, and nothing is compiled for the second.
+    """
 
     row_bytes: tuple[int, ...]
     wide: tuple[bool, ...]
+    aligned: tuple[tuple[bool, bool], ...]  # a tensor and its output, to 16 bytes
     narrow: int
     shape: Shape
 
     @classmethod
-    def of(cls, rows: int, row_bytes: Sequence[int], addresses: Sequence[int]) -> Cut:
-        """For `rows` rows of each tensor; an address is the OR of a tensor's and its output's."""
-        units = [unit_bytes(n, place) for n, place in zip(row_bytes, addresses, strict=True)]
+    def of(cls, max_rows: int, row_bytes: Sequence[int], places: Sequence[tuple[int, int]]) -> Cut:
+        """For at most `max_rows` rows a rank; a place is a tensor's address and its output's.
+
+        All ranks cut alike, since blocks of different sizes may not fit on a shared GPU together.
+        """
+        units = [unit_bytes(n, x | y) for n, (x, y) in zip(row_bytes, places, strict=True)]
         return cls(
             tuple(row_bytes),
             tuple(unit == WIDE_BYTES for unit in units),
+            tuple((x % 16 == 0, y % 16 == 0) for x, y in places),
             min((unit for unit in units if unit < WIDE_BYTES), default=0),
-            shape_for(rows * sum(row_bytes)),
+            shape_for(max_rows * sum(row_bytes)),
         )
 
 
@@ -70,9 +79,9 @@ def push_all(
         pool.backend.leave()
         return
     cut = Cut.of(
-        len(present[0][0]),
+        metadata.max_rank_len[0],
         [x.shape[1] * x.element_size() for x, _ in present],
-        [x.data_ptr() | y.data_ptr() for x, y in present],
+        [(x.data_ptr(), y.data_ptr()) for x, y in present],
     )
     launch_gather(
         _signals(pool),
@@ -121,10 +130,13 @@ class PreparedPush:
     def __call__(self) -> None:
         """Gather, in stream order. Raises BarrierTimeout when an earlier call was given up."""
         self._pool.backend.check()
-        self._shared.captured |= is_capturing(self._pool.device.type)
+        if is_capturing(self._pool.device.type):
+            self._shared.captured = True
+            _captured_pushes.append(self)
         if self._shared.captured:
             self._launch(entry=True)
         else:
+            _signals(self._pool).in_order()
             self._graph.replay()
 
 
@@ -148,11 +160,12 @@ def capture_problem(
     """Why a gather of this layout can't be captured in a CUDA graph yet; empty when it can."""
     sizes = [math.prod(x.shape[1:]) * x.element_size() for x in tensors]
     # What is made for the gather, an output or a dense copy of strided rows, is aligned.
-    places = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
-    if into is not None:
-        places = [place | cache.data_ptr() for place, cache in zip(places, into, strict=True)]
+    sources = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
+    targets = [0] * len(tensors) if into is None else [cache.data_ptr() for cache in into]
+    places = list(zip(sources, targets, strict=True))
     present = [(n, place) for n, place in zip(sizes, places, strict=True) if n]
-    cut = Cut.of(len(tensors[0]), [n for n, _ in present], [place for _, place in present])
+    longest = metadata.max_rank_len[0]
+    cut = Cut.of(longest, [n for n, _ in present], [place for _, place in present])
     key = _key(metadata, group.rank, tensors[0].device, cut, mapped=into is not None)
     if not present or key in _tables or key in _captured:
         return ""
@@ -192,9 +205,12 @@ def _table(
         table = made.to(pool.device)
     _tables[key] = table
     while len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
+        forgotten, _ = _tables.popitem(last=False)
+        del _readers[forgotten]
+    readers = _readers.setdefault(key, set())
     if is_capturing(pool.device.type):
         _captured[key] = table
-    else:
-        table.record_stream(torch.cuda.current_stream())  # it may be forgotten before it is read
+    elif raw_stream() not in readers:
+        table.record_stream(torch.cuda.current_stream())
+        readers.add(raw_stream())
     return table

@@ -62,7 +62,9 @@ def all_gather_kv(
     false) all algorithms do what `padded` does, and `last_path` says so.
 
     On CUDA the gather runs on `stream` (default: the current one) after what the current stream has
-    been given so far; make the stream that reads the results wait for it.
+    been given so far; make the stream that reads the results wait for it. The host does not wait,
+    so a rank that does not come is found out later: the next call, or `group.check()` after a
+    synchronization, raises TimeoutError.
 
     `into` and `slots` put the rows into a paged KV cache instead: one cache `[slots, …]` a tensor,
     and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks, -1 for a

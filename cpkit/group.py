@@ -49,7 +49,7 @@ class CPGroup:
     """One context-parallel group, seen from one of its ranks.
 
     `ranks_on_gpu` counts the ranks of the whole job whose GPU is this rank's (0 without one);
-    `shares_gpu` says that two ranks of the group have the same one, which NCCL refuses.
+    `shares_gpu` says that some GPU of the job has several ranks, of this group or another.
     `transports` are the group's symmetric pools, by device type.
     """
 
@@ -255,7 +255,7 @@ def _make_group(world: _World, cp_size: int) -> CPGroup:
     ]
     index, rank = divmod(world.rank, cp_size)
     ranks = everybody[index]
-    gpu = world.gpus[world.rank]
+    gpu, gpus = world.gpus[world.rank], [each for each in world.gpus if each]
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
     meeting = Rendezvous(world.store, f"cp{cp_size}.{index}.{_generation}", rank, cp_size)
     board = None if spans_hosts else Board(meeting, f"make the board of cp_size {cp_size}")
@@ -269,7 +269,7 @@ def _make_group(world: _World, cp_size: int) -> CPGroup:
         meeting,
         board,
         ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
-        shares_gpu=bool(gpu) and crowded[index],
+        shares_gpu=len(set(gpus)) < len(gpus),
         has_nccl=has_nccl,
     )
 

@@ -6,6 +6,8 @@ peer's output, with the ranks' entry and exit synchronization inside.
                                ↑ every peer's output is free                          all rows have
                                                                                       landed ↑
 
+Without tiles it is only an entry or only an exit, of one block (see cpkit.cuda_launch).
+
 Each rank has a page of words in symmetric memory (see the constants below). The words of entry and
 exit count gathers (*epochs*) and only grow, so that peers never wait for a reset, and a captured
 graph can be replayed: the kernel itself reads the last epoch and counts on.
@@ -210,19 +212,19 @@ def _copy_tiles(
 
 
 @triton.jit
-def _give_up(words, late, rank):
+def _note_late(words, late, late_rank):
     """Say which rank did not come (one past it; 0: all did). From then on this rank stands still:
     a launch that came after would store and signal in a round that its peers are not in.
     """
-    if rank > 0:
-        tl.store(late, rank)
+    if late_rank > 0:
+        tl.store(late, late_rank)
         tl.store(words + _BROKEN, 1)
 
 
 @triton.jit
 def _leave(
     pages, words, epoch, rank, late, timeout_ns,
-    CP: tl.constexpr, SYNC: tl.constexpr, THREADS: tl.constexpr,
+    CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
     until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
@@ -233,17 +235,21 @@ def _leave(
     if arrived == tl.num_programs(0) - 1:
         tl.store(words + _ARRIVED, 0)
         tl.store(words + _TICKET, 0)
-        if SYNC:
+        if EXIT:
             if tl.load(words + _BROKEN, volatile=True) == 0:
                 _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
                 late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
-                _give_up(words, late, late_rank)
+                _note_late(words, late, late_rank)
                 tl.store(words + _EPOCH, epoch)
 
 
-# Triton compiles anew when an integer outgrows 32 bits, and the peers would wait meanwhile. So a
-# place is told by its address, which always does, and not by its offset in a segment.
-@triton.jit(do_not_specialize=["n_tiles", "rank", "timeout_ns"])
+# Triton compiles anew when an integer outgrows 32 bits or its alignment is another, and the peers
+# would wait meanwhile, or a capture fail. So a place is told by its address, which needs 64 bits
+# (0, where there are no rows, is a variant of its own), and not by its offset in a segment.
+@triton.jit(
+    do_not_specialize=["n_tiles", "rank", "timeout_ns"],
+    do_not_specialize_on_alignment=["slots"],
+)
 def gather_kernel(
     sources,
     targets,
@@ -253,17 +259,11 @@ def gather_kernel(
     n_tiles,
     pages,
     late,
-    timeout_ns,
+    timeout_ns: tl.int64,
     rank,
-    TENSORS: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NARROW: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SYNC: tl.constexpr,
-    ENTRY: tl.constexpr,
-    THREADS: tl.constexpr,
-):
+    TENSORS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
+    SLOTS: tl.constexpr, ENTRY: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
     """Store this rank's tiles into all peers' outputs.
 
     sources   addresses of this rank's rows, one a tensor
@@ -273,22 +273,25 @@ def gather_kernel(
     tiles     int64 `[n_tiles, 8]`, see cpkit.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
     late      one word of host memory: one past the rank that a wait was given up for
-    SYNC      off: no signals, which the interpreter can't run
-    ENTRY     off: the caller knows that all outputs are free (so it is without SYNC)
+    ENTRY     signal and wait at the entry; off when all outputs are known to be free
+    EXIT      signal and wait at the exit (the interpreter can do neither)
     """
     words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
     epoch = tl.load(words + _EPOCH, volatile=True) + 1
-    missing = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
     if ENTRY:
-        if missing == 0:
+        # An atomic, since a block that gives up may write it now: one answer for a whole block.
+        stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
+        if stop == 0:
             if tl.program_id(0) == 0:
                 _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
-            missing = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
-            _give_up(words, late, missing)
-    if missing > 0:
+            stop = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
+            _note_late(words, late, stop)
+    else:
+        stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
+    if stop > 0:  # one past a late rank, or 1 where this rank stands still
         n_tiles = 0
     _copy_tiles(
         sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
         TENSORS, CP, BLOCK, NARROW, SLOTS,
     )  # fmt: skip
-    _leave(pages, words, epoch, rank, late, timeout_ns, CP, SYNC, THREADS)
+    _leave(pages, words, epoch, rank, late, timeout_ns, CP, EXIT, THREADS)

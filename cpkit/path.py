@@ -161,7 +161,10 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
     racy = (
         "; mind its race with the kernel before it (sglang#37768)" if nccl_is_racy(version) else ""
     )
-    return "symmetric", f"{words} registered at one offset on all ranks{racy}"
+    return "symmetric", (
+        f"{words} registered at one offset on all ranks, which is enough where all GPUs of the "
+        f"group reach each other over NVLink; its log proves it (cpkit.witness){racy}"
+    )
 
 
 def _fault(name: str, where: list[Where]) -> str:

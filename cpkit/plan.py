@@ -75,7 +75,7 @@ class GatherPlan:
 
     def __call__(self) -> list[torch.Tensor]:
         """Gather what the plan's tensors hold now. Collective. Raises TimeoutError naming the ranks
-        that did not come.
+        that did not come; on CUDA the next call does, or `group.check()` after a synchronization.
         """
         if self._turns is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)

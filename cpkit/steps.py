@@ -103,7 +103,8 @@ def _gather_in_pool(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list
             else:
                 pool.push_shard(output, shard)
     with stage("exit"):
-        pool.backend.leave()
+        if not by_nccl:  # which is done when its kernel is
+            pool.backend.leave()
     return gathered
 
 

@@ -49,7 +49,7 @@ def tile_table(
     A tensor that is `wide` is counted in words of 8 bytes of which each tile has an even number;
     the others in units of `narrow_bytes`. `mapped` says that a slot mapping follows, so that no
     tile is flat. A run of 2³¹ units or more is cut into shorter ones, since the kernel counts the
-    units of a run in 32 bits.
+    units of a run in 32 bits. Raises ValueError for a row of as many.
     """
     parts = [
         _tiles_of_run(run, number, row, is_wide, narrow_bytes, tile_units, mapped)
@@ -63,8 +63,10 @@ def tile_table(
 
 
 def _cut(runs: Sequence[Run], row_units: int) -> Iterator[Run]:
-    """The same rows in runs of fewer than MAX_RUN_UNITS units, or of one row."""
-    most = max(1, (MAX_RUN_UNITS - 1) // row_units)
+    """The same rows in runs of fewer than MAX_RUN_UNITS units."""
+    most = (MAX_RUN_UNITS - 1) // row_units
+    if not most:
+        raise ValueError(f"a row has {row_units} units; the kernel counts up to {MAX_RUN_UNITS}")
     for run in runs:
         for done in range(0, run.length, most):
             length = min(most, run.length - done)

@@ -28,7 +28,7 @@ ROUNDS = {"mps": "1000", "turns": "60"}
 
 
 # One launch runs them all, in this order: the last check of `cuda` leaves its group out of step.
-MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda")
+MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda_order", "cuda")
 
 
 def checks() -> list[str]:

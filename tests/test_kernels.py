@@ -96,8 +96,8 @@ def launch(
         BLOCK=BLOCK,
         NARROW=getattr(tl, NARROW[narrow]) if narrow else None,
         SLOTS=slots is not None,
-        SYNC=False,
         ENTRY=False,
+        EXIT=False,
         THREADS=32,
     )
     assert not words.any()  # counters are as the next kernel wants them

@@ -35,6 +35,7 @@ class Rounds:
     """Rows that grow a round older at every `tick`, and how many words came out wrong so far."""
 
     def __init__(self, group: CPGroup, metadata: ContextParallelMetadata) -> None:
+        self.metadata = metadata
         shape, dtype = (4, 16), torch.float32
         self.mine = provenance.shard_rows(metadata, group.rank, shape, dtype, round=0).cuda()
         self.want = provenance.expected_rows(metadata, shape, dtype, round=0).cuda()

@@ -1,0 +1,137 @@
+"""Launches that could get in each other's way: on two streams, in too little room, in graphs that
+live longer than what they store into.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import torch
+
+from cpkit import provenance
+from cpkit.gather import all_gather_kv
+from cpkit.group import CPGroup
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.plan import plan_gather_kv
+from cpkit.symm import use_symmetric_memory
+from tests.ranks.cuda import Rounds, captured, gather_works, world_group, wrong_words
+from tests.ranks.errors import error_of
+
+FEW, MANY = [97, 64], [160000]  # tokens: a block or two a rank, and blocks on the whole GPU
+
+
+def rounds_of(lengths: list[int], group: CPGroup) -> Rounds:
+    return Rounds(group, prepare_context_parallel_metadata(lengths, group.size))
+
+
+def check_two_streams_take_turns() -> None:
+    """A rank has one page of counters: the second launch must not count the blocks of the first."""
+    group = world_group()
+    many, few = rounds_of(MANY, group), rounds_of(FEW, group)
+    plan = plan_gather_kv([few.mine], few.metadata, group)
+    side = torch.cuda.Stream()
+    for _ in range(30):
+        many.tick()
+        few.tick()
+        (long,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
+        (short,) = all_gather_kv([few.mine], few.metadata, group)
+        few.judge(short)
+        (long_too,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
+        few.judge(plan()[0])
+        torch.cuda.current_stream().wait_stream(side)
+        many.judge(long)
+        many.judge(long_too)
+        del long, short, long_too
+    assert wrong_words(few, group) + wrong_words(many, group) == 0
+
+
+def check_ranks_whose_rows_straddle_the_limit_cut_alike() -> None:
+    """One rank has a row more than the others, and comes last: its blocks must find room."""
+    group = world_group()
+    tokens = group.size * 2048 - 1  # of 2 KiB: 4 MiB a rank, or a row less
+    metadata = prepare_context_parallel_metadata([tokens], group.size)
+    shape, dtype = (8, 128), torch.bfloat16
+    rows = provenance.shard_rows(metadata, group.rank, shape, dtype, round=3).cuda()
+    start = time.monotonic()
+    for late in range(group.size):
+        if group.rank == late:
+            torch.cuda._sleep(20_000_000)  # ten milliseconds or so
+        (got,) = all_gather_kv([rows], metadata, group)
+        provenance.check(got, metadata, round=3)
+    assert time.monotonic() - start < 20
+
+
+def check_a_peer_that_computes_first_finds_room() -> None:
+    """Its matrix products need whole multiprocessors, while the others wait for it."""
+    group = world_group()
+    many = rounds_of(MANY, group)
+    matrix = torch.ones(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    start = time.monotonic()
+    for late in range(group.size):
+        many.tick()
+        if group.rank == late:
+            for _ in range(20):
+                matrix @ matrix
+        (got,) = all_gather_kv([many.mine], many.metadata, group)
+        many.judge(got)
+        del got
+    assert wrong_words(many, group) == 0
+    assert time.monotonic() - start < 20
+
+
+def check_blocks_that_wait_at_their_own_entry() -> None:
+    """As where every rank has a GPU of its own."""
+    group = world_group()
+    group.shares_gpu = False
+    few = rounds_of(FEW, group)
+    graph, result = captured(lambda: all_gather_kv([few.mine], few.metadata, group))
+    for _ in range(50):
+        few.tick()
+        graph.replay()
+        few.judge(result)
+        (got,) = all_gather_kv([few.mine], few.metadata, group)
+        few.judge(got)
+        del got
+    assert wrong_words(few, group) == 0
+
+
+def check_the_outputs_of_a_captured_plan_are_never_given_away() -> None:
+    group = world_group()
+    few = rounds_of(FEW, group)
+    plan = plan_gather_kv([few.mine], few.metadata, group)
+    graph, result = captured(plan)
+    del plan, result
+    gc.collect()
+    others = [all_gather_kv([few.mine], few.metadata, group)[0] for _ in range(4)]
+    few.tick()
+    graph.replay()
+    torch.cuda.synchronize()
+    group.barrier()
+    for other in others:
+        provenance.check(other, few.metadata, round=0)
+
+
+def check_a_variant_that_was_not_compiled_is_not_captured() -> None:
+    """Triton would compile another kernel for tensors that are aligned otherwise."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata(FEW, group.size)
+    rows, total = metadata.per_rank_actual_token[group.rank], metadata.total_tokens
+    memory = torch.zeros(rows * 132 + 16, dtype=torch.uint8, device="cuda")
+    aligned, shifted = (memory[at : at + rows * 132].view(rows, 132) for at in (0, 4))
+    all_gather_kv([aligned], metadata, group)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        said = error_of(all_gather_kv, [shifted], metadata, group)
+        memory.add_(1)  # an empty graph is a warning
+    assert "run it once" in said
+    with use_symmetric_memory(group):
+        cache = torch.empty(total, 132, dtype=torch.uint8, device="cuda")
+    numbers = torch.arange(-1, total, device="cuda")
+    slots = numbers[1:]
+    all_gather_kv([aligned], metadata, group, into=[cache], slots=slots.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # slots are at an odd word, and the kernel is the same
+        all_gather_kv([aligned], metadata, group, into=[cache], slots=slots)
+    graph.replay()
+    torch.cuda.synchronize()
+    gather_works(group)
