@@ -6,14 +6,15 @@ from pathlib import Path
 
 from cpkit.witness import Selections, count, count_file, environment
 
-LOG = """\
-node:1:9 [0] NCCL INFO AllGather: 1048576 Bytes -> Algo RING proto SIMPLE channel{Lo..Hi}={0..15}
-node:1:9 [0] NCCL INFO AllGather [Symmetric]: 65536 Bytes -> Kernel AllGather_STMC nchannels 4
-nthreads 512 node:1:9 [0] NCCL INFO AllGather [Symmetric]: 512 Bytes -> Kernel AllGather_LL
-nchannels 1 nthreads 512 node:1:9 [0] NCCL INFO AllGather [Copy Engine]: 65536 Bytes -> cudaMemcpy;
-CE synchronization node:1:9 [0] NCCL INFO AllReduce: 8 Bytes -> Algo RING proto LL
-channel{Lo..Hi}={0..0} node:1:9 [0] NCCL INFO Symmetric memory is not supported. cuMemEnable 0
-"""
+_SAID = (
+    "AllGather: 1048576 Bytes -> Algo RING proto SIMPLE channel{Lo..Hi}={0..15}",
+    "AllGather [Symmetric]: 65536 Bytes -> Kernel AllGather_STMC nchannels 4 nthreads 512",
+    "AllGather [Symmetric]: 512 Bytes -> Kernel AllGather_LL nchannels 1 nthreads 512",
+    "AllGather [Copy Engine]: 65536 Bytes -> cudaMemcpy; CE synchronization",
+    "AllReduce: 8 Bytes -> Algo RING proto LL channel{Lo..Hi}={0..0}",
+    "Symmetric memory is not supported. cuMemEnable 0",
+)
+LOG = "".join(f"node:1:9 [0] NCCL INFO {words}\n" for words in _SAID)
 
 
 def test_selections_are_counted_by_kind_and_collective() -> None:
