@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
+MAX_BYTES = 1 << 60  # of a segment: more is a mistake, and would not fit a message
 
 
 class Arena:

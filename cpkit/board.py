@@ -10,7 +10,7 @@ Two places are enough: rank 0 overwrites its note n at turn n+2, and it gets the
 every rank has come to turn n+1, which is after reading the notes of turn n.
 
 Ranks that come to one barrier out of different calls all hear of it: else a rank that left a gather
-half-way, by an exception, would end its peers' gather with its next call, and rows would be missing.
+half-way, by an exception, would end its peers' gather with its next call, without its rows.
 
 Memory ordering: what a rank wrote before its counter must be visible to whoever sees the counter.
 x86 keeps that order by itself; arm64 does not, and plain Python stores have no release semantics.
