@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
+MAX_BYTES = 1 << 60  # of a segment: more is a mistake, and would not fit a message
 
 
 class Arena:
@@ -153,5 +154,6 @@ def explain_divergence(recent: list[list[int]]) -> str:
         f"the ranks have not made the same symmetric allocations, so an offset would not "
         f"mean the same block on each of them. Bytes of the latest blocks, {lists}. Every "
         f"rank has to allocate the same sizes in the same order; derive them from "
-        f"max_rank_len, never from this rank's own rows."
+        f"max_rank_len, never from this rank's own rows. After an exception in the midst of a "
+        f"gather, start clean with cpkit.group.forget_groups() on every rank."
     )

@@ -66,7 +66,7 @@ def _likeness(
         return None
     like: list[object] = [metadata, group.rank, group.size, algorithm, symmetric]
     for x in tensors:
-        if type(x) is not torch.Tensor or x.layout is not torch.strided:
+        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
             return None
         like += (x.shape, x.dtype, x.device)
         if x.is_cuda:
@@ -110,8 +110,9 @@ def _rows_problem(
     rows = metadata.per_rank_actual_token[group.rank]
     if not isinstance(x, torch.Tensor):
         return f"{name} is {x!r}; it must be a tensor of this rank's rows"
-    if x.layout is not torch.strided:
-        return f"{name} has layout {x.layout}; it must be an ordinary strided tensor"
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "is nested" if x.is_nested else f"has layout {x.layout}"
+        return f"{name} {kind}; it must be an ordinary strided tensor"
     wrong_device = device_problem(name, x)
     if wrong_device:
         return wrong_device

@@ -1,13 +1,16 @@
 """A barrier, and a board on which each rank pins a note that all others read at that barrier.
 
 Each rank owns one page in shared memory that only it writes: a counter of barriers it has come to,
-and two places for notes that take turns.
+and two places that take turns, for a note and for the call that it is in.
 
-    rank 0   pin note n ── counter = n ── wait for all counters ≥ n ── read all notes n
-    rank 1        pin note n ── counter = n ── wait …                ── read all notes n
+    rank 0   pin call and note n ── counter = n ── wait for all counters ≥ n ── read all of turn n
+    rank 1        pin call and note n ── counter = n ── wait …               ── read all of turn n
 
 Two places are enough: rank 0 overwrites its note n at turn n+2, and it gets there only after
 every rank has come to turn n+1, which is after reading the notes of turn n.
+
+Ranks that come to one barrier out of different calls all hear of it: else a rank that left a gather
+half-way, by an exception, would end its peers' gather with its next call, without its rows.
 
 Memory ordering: what a rank wrote before its counter must be visible to whoever sees the counter.
 x86 keeps that order by itself; arm64 does not, and plain Python stores have no release semantics.
@@ -35,7 +38,8 @@ from cpkit.shm import make_segment
 PAGE_BYTES = 16384
 NOTE_BYTES = 7168
 _NOTES = (1024, 1024 + 7680)
-_LENGTH_BITS = 16  # of a note's first word; the turn that it belongs to stands above them
+_CALLS = (1, 2)  # words beside the counter
+PLAIN, MEETING = 0, 1  # calls; a plan's are numbers from `Board.new_call`
 _SHORT_WAIT_S = 0.02
 _SHORT_NAP_S = 1e-6  # as short as the system can; Linux makes it about 55 µs
 _YIELDS = (4, 64)  # least and most before a nap, where ranks share a core
@@ -70,6 +74,10 @@ def fence() -> None:
     _own.lock.acquire()
 
 
+class CallsDiffer(RuntimeError):
+    """The ranks came to a barrier out of different calls. Raised on every rank."""
+
+
 class Board:
     """Barriers and notes between the ranks of one machine. Every rank calls the same, in order."""
 
@@ -83,39 +91,41 @@ class Board:
         self._crowded = self.size > cores()
         self._polls, self._yields = (0, _YIELDS[0]) if self._crowded else (500, 256)
 
-    def barrier(self) -> None:
-        """Wait for all ranks. Raises BarrierTimeout naming those that did not come."""
+    def new_call(self, number: int) -> int:
+        """A name for calls to come, the same on every rank and no other's; for each number below
+        65536 one. Ranks that are in step have come to equally many barriers.
+        """
+        return self._turn << 16 | number
+
+    def barrier(self, call: int = PLAIN) -> None:
+        """Wait for all ranks. Raises BarrierTimeout naming those that did not come, and CallsDiffer
+        on every rank when one came out of another call.
+        """
         if self._broken:
             raise BarrierTimeout(f"{self._broken} The group is out of step since then.")
         self._turn += 1
         turn = self._turn
+        place = _CALLS[turn % 2]
+        self._words[self.rank][place] = call
         fence()
         self._words[self.rank][0] = turn
         for counter in self._words:
             if counter[0] < turn:
                 self._wait(counter, turn)
         fence()
+        for words in self._words:
+            if words[place] != call:
+                raise self._calls_differ([words[place] for words in self._words])
 
     def exchange(self, note: bytes) -> list[bytes]:
-        """A barrier at which everybody reads everybody's note (at most NOTE_BYTES bytes).
-
-        Raises RuntimeError when a rank has come to it without a note, in another call.
-        """
+        """A barrier at which everybody reads everybody's note (at most NOTE_BYTES bytes)."""
         if len(note) > NOTE_BYTES:
             raise ValueError(f"a note has {len(note)} bytes; at most {NOTE_BYTES} fit on the board")
-        turn = self._turn + 1
-        place = _NOTES[turn % 2]
-        self._words[self.rank][place // 8] = turn << _LENGTH_BITS | len(note)
+        place = _NOTES[(self._turn + 1) % 2]
+        self._words[self.rank][place // 8] = len(note)
         self._pages[self.rank][place + 8 : place + 8 + len(note)] = note
-        self.barrier()
-        pinned = [words[place // 8] for words in self._words]
-        silent = [rank for rank, word in enumerate(pinned) if word >> _LENGTH_BITS != turn]
-        if silent:
-            raise RuntimeError(
-                f"{self._name}: rank(s) {', '.join(map(str, silent))} came to barrier {turn} "
-                f"without a note: they are in another call than rank {self.rank}, such as a plan's"
-            )
-        lengths = [word & (1 << _LENGTH_BITS) - 1 for word in pinned]
+        self.barrier(MEETING)
+        lengths = [words[place // 8] for words in self._words]
         pairs = zip(self._pages, lengths, strict=True)
         return [bytes(page[place + 8 : place + 8 + length]) for page, length in pairs]
 
@@ -164,3 +174,18 @@ class Board:
         return BarrierTimeout(
             f"{self._broken} They died, hang, or took another way through the program."
         )
+
+    def _calls_differ(self, calls: list[int]) -> CallsDiffer:
+        said = ", ".join(f"rank {rank} at {_in_words(call)}" for rank, call in enumerate(calls))
+        return CallsDiffer(
+            f"{self._name}: the ranks came to barrier {self._turn} out of different calls: {said}. "
+            f"What this call gathered is not whole. Every rank has to make the same calls in the "
+            f"same order; after an exception in the midst of one, start clean with "
+            f"cpkit.group.forget_groups() on every rank"
+        )
+
+
+def _in_words(call: int) -> str:
+    if call >> 16:
+        return f"the end of a plan's call (plan {call >> 16}, output {call & 0xFFFF})"
+    return "the meeting before a collective" if call == MEETING else "the end of a gather or alone"

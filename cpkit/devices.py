@@ -25,6 +25,11 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
+def stores_as_shown(x: torch.Tensor) -> bool:
+    """Whether what is stored into its memory is what it shows; a conjugated view shows another."""
+    return not (x.is_conj() or x.is_neg())
+
+
 def device_problem(name: str, x: torch.Tensor) -> str:
     """Why a gather can't take a tensor on this device; empty when it can."""
     if x.device.type not in ("cpu", "cuda"):

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -24,7 +25,7 @@ from cpkit.notes import explain_disagreement, pack_note
 from cpkit.path import PathReport
 from cpkit.plain import describe, exchange_over, gather_problem, plain_all_gather
 from cpkit.rendezvous import Rendezvous, deadline_s
-from cpkit.shm import shm_dir
+from cpkit.shm import shm_dir, shm_problem
 
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
@@ -202,8 +203,15 @@ def _world() -> _World:
     if _state is None or _state.store is not store:
         rank, size = dist.get_rank(), dist.get_world_size()
         meeting = Rendezvous(store, f"world{_generation}", rank, size)
-        answers = meeting.exchange(f"{host_id()}\n{gpu_id()}".encode(), "find each other")
-        hosts, gpus = zip(*(answer.decode().split("\n") for answer in answers), strict=True)
+        problem = shm_problem()
+        mine = [problem, "" if problem else host_id(), gpu_id()]
+        answers = meeting.exchange(msgspec.msgpack.encode(mine), "find each other")
+        said = [msgspec.msgpack.decode(answer, type=list[str]) for answer in answers]
+        problems, hosts, gpus = zip(*said, strict=True)
+        if any(problems):
+            raise ValueError(
+                "; ".join(f"rank {r}: {each}" for r, each in enumerate(problems) if each)
+            )
         board = Board(meeting, "make the world's board") if len(set(hosts)) == 1 else None
         _state = _World(rank, size, list(hosts), list(gpus), store, meeting, board)
     return _state

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from cpkit.devices import is_capturing
+from cpkit.devices import is_capturing, stores_as_shown
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.plain import describe
@@ -115,8 +115,8 @@ def _cache_problem(cache: torch.Tensor, x: torch.Tensor, name: str) -> str:
             f"{name} is {describe(cache)} and its rows come from {describe(x)}: dtype, device and "
             f"the shape after the first dimension must be equal"
         )
-    if not cache.is_contiguous():
-        return f"{name} {describe(cache)} must be contiguous"
+    if not (cache.is_contiguous() and stores_as_shown(cache)):
+        return f"{name} {describe(cache)} must be contiguous, and no conjugated or negated view"
     return ""
 
 

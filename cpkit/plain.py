@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from cpkit.board import NOTE_BYTES
-from cpkit.devices import device_problem
+from cpkit.devices import device_problem, stores_as_shown
 
 
 class Members(Protocol):
@@ -34,8 +34,8 @@ def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
             f"cannot gather {size} shards of {describe(input)} into {describe(output)}: "
             f"output must be {want} of the same dtype"
         )
-    if not output.is_contiguous():
-        return f"output {describe(output)} must be contiguous; make it with torch.empty"
+    if not (output.is_contiguous() and stores_as_shown(output)):
+        return f"output {describe(output)} must be contiguous, no conjugated view"
     return ""
 
 

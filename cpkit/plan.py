@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -75,7 +76,8 @@ class GatherPlan:
 
     def __call__(self) -> list[torch.Tensor]:
         """Gather what the plan's tensors hold now. Collective. Raises TimeoutError naming the ranks
-        that did not come; on CUDA the next call does, or `group.check()` after a synchronization.
+        that did not come (on CUDA the next call does, or `group.check()` after a synchronization),
+        CallsDiffer on every rank when one is in another call.
         """
         if self._turns is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
@@ -145,7 +147,12 @@ def _take_turns(
             _Turn([push], _waits_itself, outputs, _results(outputs, tensors))
             for push, outputs in zip(pushes, made, strict=True)
         ]
-    return [_take_turn(tensors, outputs, metadata, pool) for outputs in made]
+    board = pool.group.board
+    assert board, "ranks that share memory have a board"
+    return [
+        _take_turn(tensors, outputs, metadata, pool, partial(board.barrier, board.new_call(number)))
+        for number, outputs in enumerate(made)
+    ]
 
 
 def _results(outputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -157,16 +164,18 @@ def _take_turn(
     outputs: list[torch.Tensor],
     metadata: ContextParallelMetadata,
     pool: SymmetricPool,
+    leave: Copy,
 ) -> _Turn:
     rows = [steps.as_rows(x) for x in tensors]
     results = _results(outputs, tensors)
-    copies = [
-        copy
-        for x, output in zip(rows, outputs, strict=True)
-        if output.numel()
-        for copy in steps.push_copies(x, output, metadata, pool)
-    ]
-    return _Turn(copies, pool.group.barrier, outputs, results)
+    with torch.inference_mode(False):  # else the copies could not be made outside that mode
+        copies = [
+            copy
+            for x, output in zip(rows, outputs, strict=True)
+            if output.numel()
+            for copy in steps.push_copies(x, output, metadata, pool)
+        ]
+    return _Turn(copies, leave, outputs, results)
 
 
 def _waits_itself() -> None:

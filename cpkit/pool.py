@@ -275,9 +275,10 @@ class SymmetricPool:
             self._grow(needed, purpose)
             self._arena_bytes += needed
             return
-        self._ledger, self._segments = Ledger(), []
-        self._arena_bytes = max(needed, self._arena_bytes)
-        self._grow(self._arena_bytes, purpose)
+        larger = max(needed, self._arena_bytes)
+        self._ledger, self._segments, self._arena_bytes = Ledger(), [], 0
+        self._grow(larger, purpose)
+        self._arena_bytes = larger
 
     def check(self) -> None:
         """See Backend.check."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import msgspec
 import torch
 
-from cpkit.arena import rounded
+from cpkit.arena import MAX_BYTES, rounded
 from cpkit.rendezvous import Rendezvous
 
 
@@ -21,10 +22,12 @@ def agree_on_prealloc(rendezvous: Rendezvous, prealloc: int | None, default: int
     problem, offer = "", 0
     if prealloc is None:
         problem, offer = _default(default)
-    elif isinstance(prealloc, int) and prealloc > 0:
+    elif isinstance(prealloc, int) and 0 < prealloc <= MAX_BYTES:
         offer = rounded(prealloc)
     else:
-        problem = f"prealloc is {prealloc!r} bytes; it must be 1 or more, or None for the default"
+        problem = (
+            f"prealloc is {prealloc!r} bytes; it must be 1 to {MAX_BYTES}, or None for the default"
+        )
     note = msgspec.msgpack.encode((problem, offer))
     answers = rendezvous.exchange(note, "agree on the pool's size")
     said = [msgspec.msgpack.decode(answer, type=tuple[str, int]) for answer in answers]
@@ -46,7 +49,11 @@ def warm_up_problem(
         type(n) is int and n >= 0 for n in trailing_shape
     ):
         return f"trailing_shape is {trailing_shape!r}; it must be a row's shape, such as (8, 128)"
-    return "" if isinstance(dtype, torch.dtype) else f"dtype is {dtype!r}; it must be a torch.dtype"
+    if not isinstance(dtype, torch.dtype):
+        return f"dtype is {dtype!r}; it must be a torch.dtype"
+    if math.prod((*counts.values(), *trailing_shape)) * dtype.itemsize > MAX_BYTES // 8:
+        return f"{max_tokens} tokens of {list(trailing_shape)} {dtype} are too many for any memory"
+    return ""
 
 
 def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int) -> int:
@@ -68,6 +75,6 @@ def _default(default: int) -> tuple[str, int]:
         nbytes = int(float(chosen_gb) * (1 << 30))
     except (ValueError, OverflowError):
         nbytes = 0
-    if nbytes < 1:
+    if not 1 <= nbytes <= MAX_BYTES:
         return f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be GiB, such as 4 or 0.5", 0
     return "", rounded(nbytes)

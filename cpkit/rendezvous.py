@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _made: Counter[str] = Counter()
+_LONGEST_S = 86400
 
 
 class RendezvousTimeout(TimeoutError):
@@ -24,8 +25,19 @@ class RendezvousTimeout(TimeoutError):
 
 
 def deadline_s() -> float:
-    """Seconds that a rank waits for others anywhere in cpkit: `CPKIT_DEADLINE_S`, default 30."""
-    return float(os.environ.get("CPKIT_DEADLINE_S", "30"))
+    """Seconds that a rank waits for others anywhere in cpkit: `CPKIT_DEADLINE_S`, default 30.
+
+    Raises ValueError for what is not a time: a wait must end.
+    """
+    chosen = os.environ.get("CPKIT_DEADLINE_S") or "30"
+    try:
+        if 0 < float(chosen) <= _LONGEST_S:
+            return float(chosen)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"CPKIT_DEADLINE_S is {chosen!r}; it must be seconds, above 0 and up to {_LONGEST_S}"
+    )
 
 
 class Rendezvous:

@@ -50,6 +50,13 @@ def shm_dir() -> Path:
     return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
+def shm_problem() -> str:
+    """Why there can't be any segments; empty when there can."""
+    if shm_dir().is_dir():
+        return ""
+    return f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
+
+
 def free_bytes() -> int:
     """Bytes that can still be reserved in `shm_dir()`."""
     stat = os.statvfs(shm_dir())
@@ -206,4 +213,6 @@ def _in_words(error: OSError, nbytes: int, ranks: int) -> str:
             f"{nbytes} bytes each. Make it larger (docker run --shm-size=2g), gather less, "
             f"or set CPKIT_SHM_DIR to a larger tmpfs"
         )
+    if error.errno == errno.EMFILE:
+        return f"too many open files: each segment takes {ranks}; raise the limit (ulimit -n)"
     return f"cannot create a segment in {shm_dir()}: {error}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.launch import assert_passed
-from tests.ranks import caches, gathers, groups, mutants, plans, signals, symmetric, waits
+from tests.ranks import caches, crossed, gathers, groups, mutants, plans, signals, symmetric, waits
 
 pytestmark = pytest.mark.workers
 
@@ -53,6 +53,12 @@ def test_planted_bugs_are_seen(check: str) -> None:
 @pytest.mark.parametrize("check", checks(plans))
 def test_plans(check: str, nproc: int) -> None:
     assert_passed("tests.ranks.plans", nproc, check)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("check", checks(crossed))
+def test_ranks_in_different_calls(check: str, nproc: int) -> None:
+    assert_passed("tests.ranks.crossed", nproc, check)
 
 
 @pytest.mark.parametrize("nproc", [2, 4])

@@ -150,3 +150,18 @@ def check_any_number_of_caches_fits_into_the_meeting() -> None:
     mine = ordinary if group.rank == 0 else caches
     said = error_of(all_gather_kv, [rows] * count, metadata, group, into=mine, slots=slots)
     assert "rank 0: into[0] is ordinary memory" in said
+
+
+def check_a_cache_that_does_not_show_what_it_stores_is_refused() -> None:
+    group = init_context_parallel(dist.get_world_size())
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = shard_rows(metadata, group.rank, (8,), torch.complex64, round=1)
+    slots = torch.arange(64, device=DEVICE)
+    with use_symmetric_memory(group):
+        cache = torch.zeros(64, 8, dtype=torch.complex64, device=DEVICE)
+    mine = cache.conj() if group.rank == 0 else cache
+    for algorithm in ALGORITHMS:
+        said = error_of(
+            all_gather_kv, [rows], metadata, group, algorithm=algorithm, into=[mine], slots=slots
+        )
+        assert "no conjugated or negated view" in said, said

@@ -16,7 +16,7 @@ from cpkit.gather import (
     last_path,
 )
 from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_context_parallel
-from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.layout import prepare_context_parallel_metadata, shard
 from cpkit.rendezvous import RendezvousTimeout
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
 from tests.ranks.errors import error_of
@@ -90,6 +90,15 @@ def check_one_ranks_bad_argument_is_everybodys_error() -> None:
     gather_works()
 
 
+def check_a_nested_tensor_is_everybodys_error() -> None:
+    group = init_context_parallel(4)
+    metadata = prepare_context_parallel_metadata([64], 4)
+    rows = shard(torch.randn(64, 2), metadata, group.rank)
+    bad = torch.nested.as_nested_tensor([rows, rows]) if group.rank == 0 else rows
+    assert "tensors[0] is nested" in error_of(all_gather_kv, [bad], metadata, group)
+    gather_works()
+
+
 def check_metadata_for_another_cp_size() -> None:
     group = init_context_parallel(2)
     metadata = prepare_context_parallel_metadata([40], 4)
@@ -120,6 +129,9 @@ def check_the_plain_collective_checks_its_buffers() -> None:
     assert output[:, 0].tolist() == [float(rank) for rank in range(4) for _ in range(3)]
     said = error_of(group.cp_all_gather_into_tensor_async, output[:9], shard)
     assert "output must be [12, 2]" in said
+    view = torch.zeros(12, 2, dtype=torch.complex64).conj()
+    said = error_of(group.cp_all_gather_into_tensor_async, view, view[:3].clone())
+    assert "no conjugated view" in said
     one = shard.double() if group.rank == 0 else shard
     assert "rank(s) 0" in error_of(group.cp_all_gather_into_tensor_async, output, one)
 
@@ -178,4 +190,19 @@ def check_groups_that_span_machines_fall_back_and_say_so() -> None:
         del os.environ["CPKIT_HOST_ID"]
         host_id.cache_clear()
         forget_groups()
+    gather_works()
+
+
+def check_a_rank_without_a_directory_for_segments_is_named() -> None:
+    forget_groups()
+    before = os.environ.get("CPKIT_SHM_DIR")
+    try:
+        if dist.get_rank() == 1:
+            os.environ["CPKIT_SHM_DIR"] = "/not/there"
+        said = error_of(init_context_parallel, 4)
+    finally:
+        os.environ.pop("CPKIT_SHM_DIR", None)
+        if before:
+            os.environ["CPKIT_SHM_DIR"] = before
+    assert said.startswith("rank 1: CPKIT_SHM_DIR is '/not/there'"), said
     gather_works()

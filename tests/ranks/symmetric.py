@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -267,16 +268,16 @@ def check_the_last_block_of_the_books_is_given_out_once() -> None:
     assert pool.stats().live_blocks == 0
 
 
-def check_a_rank_that_came_without_a_note_is_named() -> None:
-    """Rank 0 is in a plan's call, which is a barrier; the others exchange notes."""
+def check_sizes_beyond_all_memory_are_refused_on_every_rank() -> None:
+    """By their own words, and the pool is as it was."""
     group = world_group()
-    if group.rank == 0:
-        group.barrier()
-        said = ""
-    else:
-        try:
-            group.exchange(b"here")
-        except RuntimeError as error:
-            said = str(error)
-    assert group.rank == 0 or "rank(s) 0 came to barrier" in said, said
+    first = group.rank == 0
+    assert "prealloc is" in error_of(SymmetricPool, group, 1 << 70 if first else 1 << 20)
+    pool = symmetric_pool(group)
+    before = pool.stats()
+    assert "too many" in error_of(pool.warm_up, 10**30 if first else 10)
+    assert pool.stats() == before
+    with pytest.raises(SymmetricMemoryError, match="full"):
+        pool.warm_up(10**10)
+    assert pool.stats().spill_bytes == 0
     gather_works()
