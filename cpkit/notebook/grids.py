@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +16,11 @@ import plotly.graph_objects as go
 
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
+from cpkit.results import Gathered
 
 Ints = npt.NDArray[np.int64]
 RANK = 1  # column of the decoded provenance
 MAX_LABELLED = 72  # slots in the longest line that still get a cell and a label each
-
-
-class StagedGather(Protocol):
-    """What `stage_grid` needs of a gather: its layout and its stages, `[slots, 4]` each."""
-
-    @property
-    def metadata(self) -> ContextParallelMetadata:
-        """Who owned what."""
-
-    @property
-    def stages(self) -> Sequence[str]:
-        """Names of the stages, in order."""
-
-    def stage(self, name: str, rank: int) -> Ints:
-        """The slots of one stage on one rank."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +100,7 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
     )
 
 
-def stage_grid(
-    gathered: StagedGather, stages: Iterable[str] | None = None, rank: int = 0
-) -> go.Figure:
+def stage_grid(gathered: Gathered, stages: Iterable[str] | None = None, rank: int = 0) -> go.Figure:
     """What a real gather held after each stage; from `wire` on, as `rank` received it."""
     wanted = list(stages if stages is not None else dict.fromkeys(["shard", *gathered.stages]))
     lines = [line for name in wanted for line in _stage_lines(gathered, name, rank)]
@@ -187,7 +171,7 @@ def _label_words(metadata: ContextParallelMetadata, longest: int) -> str:
     return "; a cell shows " + ("its token" if len(metadata.lengths) == 1 else "sequence:token")
 
 
-def _stage_lines(gathered: StagedGather, name: str, rank: int) -> Iterator[Line]:
+def _stage_lines(gathered: Gathered, name: str, rank: int) -> Iterator[Line]:
     """`shard` and `pad` happen on every rank, one line each; the rest is seen by one rank."""
     ranks = range(gathered.metadata.cp_size)
     if name == "shard":

@@ -15,13 +15,14 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook.show import png
 from cpkit.notebook.style import text_alternative
+from cpkit.results import LabStatus
 
 METHOD = (
     "Every gather was compared bit by bit before it was timed. Algorithms of one size took turns. "
@@ -35,17 +36,7 @@ _STYLE = (
 )
 
 
-class Status(Protocol):
-    """What is read of a lab's status."""
-
-    version: str
-    torch_version: str
-    device: str
-    world_size: int
-    symmetric_backend: str
-
-
-def environment(status: Status) -> dict[str, Any]:
+def environment(status: LabStatus) -> dict[str, Any]:
     """Where and with what: machine, versions, commit, date; what a reader needs to compare."""
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
@@ -65,7 +56,7 @@ def environment(status: Status) -> dict[str, Any]:
 
 def write(
     folder: Path,
-    status: Status,
+    status: LabStatus,
     table: pd.DataFrame,
     *,
     repeat: str,
