@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 import cpkit
 from tests.desk import Desk
+from tests.processes import until
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
@@ -74,10 +74,7 @@ def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
 def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
     """After every test: nothing waits, and a gather is right."""
     yield
-    give_up = time.monotonic() + 5
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up, "something was left behind in the line"
-        time.sleep(0.02)
+    until(lambda: lab.status().state == "idle", 5, "something was left behind in the line")
     assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
 
 

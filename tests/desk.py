@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import msgspec
@@ -85,10 +84,3 @@ def in_background(function: object, *arguments: object) -> tuple[threading.Threa
     thread = threading.Thread(target=run)
     thread.start()
     return thread, said
-
-
-def wait_for(condition: object) -> None:
-    give_up = time.monotonic() + 5
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < give_up
-        time.sleep(0.02)

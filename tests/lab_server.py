@@ -14,10 +14,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cpkit.notebook.build import NOTEBOOKS
+from tests.processes import left_after, processes_with
 
 SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -91,17 +91,8 @@ class JupyterLab:
 
     def left_behind(self, timeout_s: float = 10.0) -> list[str]:
         """Processes with our runtime directory in their environment that do not end in time."""
-        deadline = time.monotonic() + timeout_s
-        ours = self._environment()["JUPYTER_RUNTIME_DIR"]
-        while True:
-            processes = psutil.process_iter(["pid", "cmdline", "environ"])
-            environs = [
-                (p, (p.info["environ"] or {}).get("JUPYTER_RUNTIME_DIR")) for p in processes
-            ]
-            left = [f"{p.pid}: {p.info['cmdline']}" for p, found in environs if found == ours]
-            if not left or time.monotonic() > deadline:
-                return left
-            time.sleep(0.1)
+        ours = "JUPYTER_RUNTIME_DIR", self._environment()["JUPYTER_RUNTIME_DIR"]
+        return left_after(timeout_s, lambda: list(processes_with(*ours).values()))
 
 
 def code_cells(notebook: dict) -> list[dict]:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import psutil
 
 from cpkit.notebook import source
 from cpkit.notebook.show import PLOTLY_MIME
+from tests.processes import left_after, processes_with
 
 ROOT = Path(__file__).parents[1]
 CELL_LIMIT_S = 60
@@ -89,7 +89,8 @@ def rerun_faults(path: Path, limit_s: float = RUN_LIMIT_S, end_s: float = 10.0) 
         "TORCHINDUCTOR_CACHE_DIR": str(home / "torch"),  # a cache is meant to stay
     }
     try:
-        return _nbval(path, os.environ | private, limit_s) + _wait_for_end(home, shm, end_s)
+        faults = _nbval(path, os.environ | private, limit_s)
+        return faults + left_after(end_s, lambda: _left_behind(home, shm))
     finally:
         for process in _processes_of(home):
             process.kill()
@@ -125,29 +126,14 @@ def _run(command: list[str], environment: Mapping[str, str], limit_s: float) -> 
     return process.returncode, text
 
 
-def _wait_for_end(home: Path, shm: Path, timeout_s: float) -> list[str]:
-    """What is still there after a while: processes, shared memory, sockets and connection files."""
-    deadline = time.monotonic() + timeout_s
-    while (left := _left_behind(home, shm)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
 def _left_behind(home: Path, shm: Path) -> list[str]:
-    processes = [f"process {p.pid}: {' '.join(p.cmdline())}" for p in _processes_of(home)]
+    """Processes, sockets, connection files and shared memory of a run."""
+    processes = list(_processes_of(home).values())
     sockets = [str(path) for path in (home / "tmp").iterdir()]
     connections = [str(path) for path in (home / "runtime").rglob("connection.json")]
     left = processes + sockets + connections + [str(path) for path in shm.iterdir()]
     return [f"left behind: {what}" for what in left]
 
 
-def _processes_of(home: Path) -> list[psutil.Process]:
-    """Processes that were started with our runtime directory in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("JUPYTER_RUNTIME_DIR") == str(home / "runtime"):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def _processes_of(home: Path) -> dict[psutil.Process, str]:
+    return processes_with("JUPYTER_RUNTIME_DIR", home / "runtime")

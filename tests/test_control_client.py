@@ -29,7 +29,8 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
-from tests.desk import WORKLOAD, Desk, in_background, wait_for
+from tests.desk import WORKLOAD, Desk, in_background
+from tests.processes import until
 
 
 def test_status_is_answered_at_once_though_nobody_works(desk: Desk) -> None:
@@ -112,7 +113,7 @@ def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(desk: Desk) 
     desk.server.tell(job, Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", ""))
     thread.join()
     stream.close()
-    wait_for(lambda: job.cancelled)
+    until(lambda: job.cancelled, 5)
 
     gone = desk.raw()
     gone.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
@@ -120,7 +121,7 @@ def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(desk: Desk) 
     job = desk.server.turns.take(5)
     assert job
     gone.close()
-    wait_for(lambda: desk.server.tell(job, Done()) or job.cancelled)
+    until(lambda: desk.server.tell(job, Done()) or job.cancelled, 5)
 
 
 def test_cancelling_what_waits_and_what_nobody_knows(desk: Desk) -> None:

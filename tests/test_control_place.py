@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,7 @@ from cpkit.control.place import (
 )
 from cpkit.control.settings import Launch, address_of, from_json, loopback
 from cpkit.processes import process_id
+from tests.processes import until
 
 
 @pytest.fixture
@@ -161,8 +161,6 @@ def test_a_process_is_alive_until_it_is_a_zombie() -> None:
         identity = process_id(child.pid)
         assert identity.is_alive()
         child.kill()
-        give_up = time.monotonic() + 10
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < give_up
+        until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
         assert not identity.is_alive()
     assert not identity.is_alive()

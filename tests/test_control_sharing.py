@@ -12,6 +12,7 @@ import cpkit
 from cpkit.control import launch as launcher
 from cpkit.control.messages import Measure, Put, PutResult
 from cpkit.lab import Lab
+from tests.processes import until
 
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
 
@@ -21,9 +22,7 @@ def test_closing_a_measurement_cancels_it_within_moments(lab: Lab) -> None:
     next(stream)
     assert lab.status().state == "busy"
     stream.close()
-    give_up = time.monotonic() + 1
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up
+    until(lambda: lab.status().state == "idle", 1)
 
 
 def test_an_interrupt_cancels_and_keeps_the_workers(lab: Lab) -> None:
@@ -82,10 +81,7 @@ def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> No
     client._outbox.clear()
     client._ring()
     client._thread.join()
-    give_up = time.monotonic() + 5
-    while lab.status().state == "busy":
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    until(lambda: lab.status().state == "idle", 5)
 
 
 def test_connect_attaches_to_who_runs(lab: Lab) -> None:

@@ -10,6 +10,7 @@ import pytest
 import cpkit
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.stepper import Stepper
+from tests.processes import until
 
 pytestmark = pytest.mark.workers
 
@@ -60,7 +61,7 @@ def test_bad_input_is_said_in_the_panel_and_does_no_harm(
     panel.start()
     panel.wait()
     panel.controls.lengths.value = text
-    _until(lambda: message in panel.status_html)
+    until(lambda: message in panel.status_html)
     assert "✗" in panel.status_html
     panel.controls.lengths.value = "128"
     assert panel.wait().workload.lengths == (128,)
@@ -80,15 +81,15 @@ def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
 def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
     panel = Explorer(lab, lengths=[64], cp_size=2, pause_after_s=0.5)
     panel.start().wait()
-    _until(lambda: "paused" in panel.status_html)
-    _until(lambda: lab.status().state == "idle")
+    until(lambda: "paused" in panel.status_html)
+    until(lambda: lab.status().state == "idle")
     panel.controls.cp_size.value = 4
     assert panel.wait().workload.cp_size == 4, "a change goes on after a pause"
     panel.stop()
-    _until(lambda: "stopped" in panel.status_html)
+    until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2
-    _until(lambda: len(panel.panel.widget.data[0].x) == 2, why="the layout is drawn all the same")
-    _until(lambda: lab.status().state == "idle")
+    until(lambda: len(panel.panel.widget.data[0].x) == 2, why="the layout is drawn all the same")
+    until(lambda: lab.status().state == "idle")
     panel.close()
 
 
@@ -96,7 +97,7 @@ def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
     panel = Explorer(lab, lengths=[4096], cp_size=4).start()
     panel.wait()
     panel.close()
-    _until(lambda: lab.status().state == "idle")
+    until(lambda: lab.status().state == "idle")
 
 
 def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
@@ -111,10 +112,3 @@ def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
     names = [trace.name for trace in stepper.widget.data if trace.visible is not False]
     assert names == ["rank 0", "rank 1"]
     stepper.close()
-
-
-def _until(condition, timeout_s: float = 10.0, why: str = "did not happen in time") -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.02)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,7 @@ import cpkit
 from cpkit.control import launch as launcher
 from cpkit.control.place import Place
 from cpkit.shm import shm_dir
+from tests.processes import left_after, processes_with, until
 
 pytestmark = pytest.mark.workers
 ROOT = Path(__file__).parents[1]
@@ -29,22 +30,13 @@ def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
     """No process, segment, socket or connection file more than before, a moment after each test."""
     before = leftovers(runtime_dir)
     yield
-    wait_for(lambda: leftovers(runtime_dir) <= before, 10)
-    assert leftovers(runtime_dir) - before == set()
+    assert left_after(10, lambda: leftovers(runtime_dir) - before) == set()
 
 
 def leftovers(runtime_dir: Path) -> set[str]:
     """Everything that a set of workers makes and must take away again."""
-    ours = set()
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        command = " ".join(process.info["cmdline"] or [])
-        alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and ("cpkit.worker" in command or "cpkit.control.agent" in command):
-            try:
-                if process.environ().get("JUPYTER_RUNTIME_DIR") == str(runtime_dir):
-                    ours.add(f"process {process.pid}: {command}")
-            except psutil.Error:
-                continue
+    found = processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).values()
+    ours = {words for words in found if "cpkit.worker" in words or "cpkit.control.agent" in words}
     sockets = {str(agent.socket_dir) for agent in agents(runtime_dir)}
     ours |= {f"socket {path}" for path in sockets if Path(path).exists()}
     ours |= {f"file {path}" for path in runtime_dir.glob("cpkit/*/connection.json")}
@@ -61,12 +53,6 @@ def agents(runtime_dir: Path) -> Iterator[object]:
 def segments() -> set[str]:
     """Shared memory whose name says that cpkit made it, of processes that are gone."""
     return {path.name for path in shm_dir().glob("cpkit*")}
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
-    give_up = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < give_up:
-        time.sleep(0.02)
 
 
 def pids(lab: cpkit.Lab) -> list[int]:
@@ -112,8 +98,7 @@ def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
     with pytest.raises(cpkit.WorkersDied, match="agent"):
         deque(lab.measure([64], 2), maxlen=0)
     assert time.monotonic() - killed < 2.0
-    wait_for(lambda: all(map(gone, workers)), 2)
-    assert all(map(gone, workers))
+    until(lambda: all(map(gone, workers)), 2)
     assert not Place("agentless").connection_file.exists()
     lab.close()
 
@@ -148,7 +133,7 @@ def test_connection_file_of_dead_workers_is_removed_with_a_word(
     for pid in (connection.agent.pid, *pids(lab)):
         os.kill(pid, signal.SIGKILL)
     lab.close()
-    wait_for(lambda: not Place("dead").is_held(), 5)
+    until(lambda: not Place("dead").is_held(), 5)
     assert Place("dead").connection_file.exists()
     with pytest.raises(cpkit.NoWorkers):
         cpkit.connect("dead", launch=False)
@@ -242,7 +227,7 @@ def test_a_dead_rank_is_started_again_when_that_was_asked_for(runtime_dir: Path)
     with cpkit.connect("restarted", launch=False) as lab:
         first = pids(lab)
         os.kill(first[1], signal.SIGKILL)
-        wait_for(lambda: gone(first[0]), 5)
+        until(lambda: gone(first[0]), 5)
     with cpkit.connect("restarted", launch=False) as lab:
         assert not set(first) & set(pids(lab))
         assert lab.gather([64], 2).verified

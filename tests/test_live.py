@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 import plotly.graph_objects as go
 import pytest
@@ -17,6 +16,7 @@ from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.live import redraw
 from cpkit.notebook.panel import Panel
 from tests.drawn import LAYOUT, Padded, sample
+from tests.processes import until
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,12 @@ def test_the_newest_wish_wins() -> None:
 
     worker = LatestWins("test", work, failures.append)
     worker.ask(0)
-    _until(lambda: begun == [0])
+    until(lambda: begun == [0])
     for wish in range(1, 10):
         worker.ask(wish)
     go_on.set()
-    _until(lambda: len(failures) == 1)
+    until(lambda: len(failures) == 1)
     assert begun == [0, 9], "wishes 1 to 8 were overtaken"
     worker.ask(10)
-    _until(lambda: begun[-1] == 10)
+    until(lambda: begun[-1] == 10)
     assert worker.close(), "a failure does not end the thread; close does"
-
-
-def _until(condition, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)

@@ -16,6 +16,7 @@ import pytest
 from cpkit import failures
 from cpkit.notebook import throwaway
 from cpkit.notebook.throwaway import CASES, SYMPTOMS, throw_away
+from tests.processes import left_after, processes_with
 
 pytestmark = [pytest.mark.workers, pytest.mark.timeout(90)]
 WANTED = dict(
@@ -40,23 +41,13 @@ def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("CPKIT_SHM_DIR", str(tmp_path / "shm"))
     (tmp_path / "shm").mkdir()
     yield
-    deadline = time.monotonic() + 10
-    while (left := left_behind(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left
+    assert not left_after(10, lambda: left_behind(tmp_path))
 
 
 def left_behind(home: Path) -> list[str]:
-    found = [str(path) for path in (home / "shm").iterdir()]
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if process.environ().get("CPKIT_SHM_DIR") == str(home / "shm") and (
-                "cpkit.failures" in (process.info["cmdline"] or [])
-            ):
-                found.append(f"process {process.pid}")
-        except psutil.Error:
-            continue
-    return found
+    processes = processes_with("CPKIT_SHM_DIR", home / "shm").values()
+    segments = [str(path) for path in (home / "shm").iterdir()]
+    return segments + [words for words in processes if "cpkit.failures" in words]
 
 
 def test_both_sides_know_the_same_cases() -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 import html
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import ipywidgets as widgets
 import msgspec
 
 from cpkit.control.messages import Sample, Workload
+from cpkit.lab import Lab
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
@@ -29,19 +30,6 @@ from cpkit.notebook.panel import Panel
 
 DRAW_EVERY_S = 0.1
 _NUMBER = 'style="padding: 0 8px; text-align: right"'
-
-
-class MeasuringLab(Protocol):
-    """What the panel needs of a `Lab`."""
-
-    @property
-    def cp_sizes(self) -> tuple[int, ...]:
-        """Divisors of the world size."""
-
-    def measure(
-        self, lengths: Sequence[int], cp_size: int | None = None, **options: Any
-    ) -> Generator[Sample]:
-        """Samples without end; closing the generator cancels on the workers."""
 
 
 class Wish(NamedTuple):
@@ -61,7 +49,7 @@ class Explorer:
 
     def __init__(
         self,
-        lab: MeasuringLab,
+        lab: Lab,
         lengths: Sequence[int] = (4096,),
         *,
         interval_s: float = 0.12,

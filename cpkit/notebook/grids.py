@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +16,11 @@ import plotly.graph_objects as go
 
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
+from cpkit.results import Gathered
 
 Ints = npt.NDArray[np.int64]
 RANK = 1  # column of the decoded provenance
 MAX_LABELLED = 72  # slots in the longest line that still get a cell and a label each
-
-
-class StagedGather(Protocol):
-    """What `stage_grid` needs of a gather: its layout and its stages, `[slots, 4]` each."""
-
-    @property
-    def metadata(self) -> ContextParallelMetadata:
-        """Who owned what."""
-
-    @property
-    def stages(self) -> Sequence[str]:
-        """Names of the stages, in order."""
-
-    def stage(self, name: str, rank: int) -> Ints:
-        """The slots of one stage on one rank."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +100,7 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
     )
 
 
-def stage_grid(
-    gathered: StagedGather, stages: Iterable[str] | None = None, rank: int = 0
-) -> go.Figure:
+def stage_grid(gathered: Gathered, stages: Iterable[str] | None = None, rank: int = 0) -> go.Figure:
     """What a real gather held after each stage; from `wire` on, as `rank` received it."""
     wanted = list(stages if stages is not None else dict.fromkeys(["shard", *gathered.stages]))
     lines = [line for name in wanted for line in _stage_lines(gathered, name, rank)]
@@ -155,7 +139,7 @@ def draw_lines(
         margin={"l": 8, "r": 16, "t": 66, "b": 84},
         uniformtext={"mode": "hide", "minsize": 8},
         xaxis=style.axis(axis_title, range=[-0.5, longest - 0.5], showgrid=False, title_standoff=4),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", showgrid=False),
+        yaxis=style.names_axis(showgrid=False),
     )
     figure.update_yaxes(categoryorder="array", categoryarray=[line.label for line in lines])
     return style.finish(figure, title=title, subtitle=subtitle, alt=alt, height=150 + plot_height)
@@ -187,7 +171,7 @@ def _label_words(metadata: ContextParallelMetadata, longest: int) -> str:
     return "; a cell shows " + ("its token" if len(metadata.lengths) == 1 else "sequence:token")
 
 
-def _stage_lines(gathered: StagedGather, name: str, rank: int) -> Iterator[Line]:
+def _stage_lines(gathered: Gathered, name: str, rank: int) -> Iterator[Line]:
     """`shard` and `pad` happen on every rank, one line each; the rest is seen by one rank."""
     ranks = range(gathered.metadata.cp_size)
     if name == "shard":

@@ -11,14 +11,15 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from cpkit.lab import connect
-from cpkit.notebook.grids import Line, StagedGather, draw_lines, in_words
+from cpkit.notebook.grids import Line, draw_lines, in_words
 from cpkit.notebook.show import png
+from cpkit.results import Gathered
 
 LENGTHS = [13, 9]
 CP_SIZE = 4
 
 
-def gather_picture(padded: StagedGather, direct: StagedGather) -> go.Figure:
+def gather_picture(padded: Gathered, direct: Gathered) -> go.Figure:
     """What the padded pipeline does in four passes, and `direct` in one."""
     shards = [Line(f"rank {rank} holds", padded.stage("shard", rank)) for rank in range(CP_SIZE)]
     passes = {"wire": "padded: pad, all-gather", "strip": "then strip", "reorder": "then reorder"}

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import ipywidgets as widgets
 
+from cpkit.lab import Lab
 from cpkit.notebook.live import LivePanel, redraw
-from cpkit.notebook.requests import Pools, Served, pool_requests, serve
+from cpkit.notebook.requests import Served, pool_requests, serve
 
 ARENAS_MB = (2, 8, 16, 32, 64)
-
-
-class PooledLab(Protocol):
-    """What the panel needs of a `Lab`."""
-
-    @property
-    def pool(self) -> Pools:
-        """The symmetric pools of the workers."""
 
 
 class PoolLive(LivePanel[int]):
@@ -27,7 +19,7 @@ class PoolLive(LivePanel[int]):
     words = "Panel: choose the arena, see which requests spill"
 
     def __init__(
-        self, lab: PooledLab, requests_mb: Sequence[float], cp_size: int, arena_mb: int = 16
+        self, lab: Lab, requests_mb: Sequence[float], cp_size: int, arena_mb: int = 16
     ) -> None:
         self.arena_mb = widgets.SelectionSlider(
             options=ARENAS_MB, value=arena_mb, description="arena (MB)", continuous_update=False

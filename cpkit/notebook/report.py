@@ -10,18 +10,19 @@ import datetime as dt
 import json
 import os
 import platform
-import subprocess
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from cpkit import machine
 from cpkit.notebook.show import png
 from cpkit.notebook.style import text_alternative
+from cpkit.results import LabStatus
 
 METHOD = (
     "Every gather was compared bit by bit before it was timed. Algorithms of one size took turns. "
@@ -35,26 +36,16 @@ _STYLE = (
 )
 
 
-class Status(Protocol):
-    """What is read of a lab's status."""
-
-    version: str
-    torch_version: str
-    device: str
-    world_size: int
-    symmetric_backend: str
-
-
-def environment(status: Status) -> dict[str, Any]:
+def environment(status: LabStatus) -> dict[str, Any]:
     """Where and with what: machine, versions, commit, date; what a reader needs to compare."""
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
         "cpkit": status.version,
-        "commit": _commit(),
+        "commit": machine.commit(),
         "torch": status.torch_version,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": machine.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_1min": round(os.getloadavg()[0], 2),
         "device": status.device,
@@ -65,7 +56,7 @@ def environment(status: Status) -> dict[str, Any]:
 
 def write(
     folder: Path,
-    status: Status,
+    status: LabStatus,
     table: pd.DataFrame,
     *,
     repeat: str,
@@ -138,22 +129,3 @@ def _picture(figure: go.Figure) -> str:
         return f"<p>{escape(words)}</p>"
     data = b64encode(picture).decode()
     return f'<p><img alt="{escape(words)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _commit() -> str:
-    """The commit of this checkout, marked when it had changes; empty outside of one."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return said.stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

@@ -5,30 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from cpkit.notebook import style
+from cpkit.pool_lab import PoolLab
 
 MB = 1_000_000
-
-
-class Pools(Protocol):
-    """What is needed of `lab.pool`."""
-
-    def configure(
-        self, prealloc_bytes: int | None = None, cp_size: int | None = None
-    ) -> pd.DataFrame:
-        """Start over with another arena."""
-
-    def allocate(self, nbytes: int, cp_size: int | None = None) -> pd.DataFrame:
-        """Hold one more block on every rank."""
-
-    def release(self, cp_size: int | None = None) -> pd.DataFrame:
-        """Let go of all blocks."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +28,18 @@ class Served:
 
 
 def serve(
-    pools: Pools, arena_mb: float, requests_mb: Sequence[float], cp_size: int
+    pool: PoolLab, arena_mb: float, requests_mb: Sequence[float], cp_size: int
 ) -> Iterator[Served]:
     """A fresh arena, then one request after the other; each lets go before the next begins."""
-    before = pools.configure(round(arena_mb * MB), cp_size)
+    before = pool.configure(round(arena_mb * MB), cp_size)
     for asked_mb in requests_mb:
         start_s = time.perf_counter()
-        after = pools.allocate(round(asked_mb * MB), cp_size)
+        after = pool.allocate(round(asked_mb * MB), cp_size)
         answer_ms = (time.perf_counter() - start_s) * 1e3
         spill_ms = float((after["spill_ms"] - before["spill_ms"]).max())
         arena, spilled = float(after["arena_bytes"].max()), float(after["spill_bytes"].max())
         yield Served(asked_mb, answer_ms, spill_ms, arena / MB, spilled / MB)
-        before = pools.release(cp_size)
+        before = pool.release(cp_size)
 
 
 def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import NamedTuple, get_args
 
 import ipywidgets as widgets
 
 from cpkit.control.messages import Algorithm
-from cpkit.notebook.grids import StagedGather, stage_grid
+from cpkit.lab import Lab
+from cpkit.notebook.grids import stage_grid
 from cpkit.notebook.live import LivePanel, redraw
-
-
-class GatheringLab(Protocol):
-    """What the stepper needs of a `Lab`."""
-
-    @property
-    def cp_sizes(self) -> tuple[int, ...]:
-        """Divisors of the world size."""
-
-    def gather(
-        self, lengths: Sequence[int], cp_size: int | None = None, **options: Any
-    ) -> StagedGather:
-        """One verified gather with its stages."""
 
 
 class Wish(NamedTuple):
     """One gather to look at."""
 
     cp_size: int
-    algorithm: str
+    algorithm: Algorithm
 
 
 class Stepper(LivePanel[Wish]):
@@ -37,7 +25,7 @@ class Stepper(LivePanel[Wish]):
 
     words = "Panel: choose cp_size and algorithm, see the stages"
 
-    def __init__(self, lab: GatheringLab, lengths: Sequence[int], cp_size: int) -> None:
+    def __init__(self, lab: Lab, lengths: Sequence[int], cp_size: int) -> None:
         self.cp_size = widgets.SelectionSlider(
             options=lab.cp_sizes, value=cp_size, description="cp_size", continuous_update=False
         )

@@ -6,32 +6,12 @@ The same notebooks run on CPU ranks, on one GPU that all ranks share, and on a G
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
+
+from cpkit.results import LabStatus
 
 TierName = Literal["cpu", "one_gpu", "gpus"]
 VERIFIED_WITH = "torch 2.13.0, Python 3.11, Linux"
-
-
-class Status(Protocol):
-    """What is read of a lab's status."""
-
-    world_size: int
-    device: str
-    torch_version: str
-    symmetric_backend: str
-    workers: tuple[Worker, ...]
-
-
-class Worker(Protocol):
-    """What is read of one rank."""
-
-    @property
-    def host(self) -> str:
-        """Its machine."""
-
-    @property
-    def device(self) -> str:
-        """`cpu`, or `cuda:0` and so on."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ TIERS: dict[TierName, Tier] = {
 }
 
 
-def tier_of(status: Status) -> Tier:
+def tier_of(status: LabStatus) -> Tier:
     """The tier of a set of workers."""
     if status.device == "cpu":
         return TIERS["cpu"]
@@ -92,7 +72,7 @@ def tier_of(status: Status) -> Tier:
     return TIERS["one_gpu" if len(places) < status.world_size else "gpus"]
 
 
-def describe(status: Status) -> str:
+def describe(status: LabStatus) -> str:
     """Ranks, versions beside those that were verified, and the tier with what it lacks."""
     return (
         f"{status.world_size} ranks on {status.device}; torch {status.torch_version} "

@@ -5,36 +5,21 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
+from cpkit.control.messages import Algorithm
+from cpkit.lab import Lab
 from cpkit.notebook.lessons.performance_questions import LESSON
 from cpkit.notebook.published import SYMMETRIC
 from cpkit.notebook.verdict import Score, Wrong
+from cpkit.results import Gathered
 
 GatherTime = Callable[[np.ndarray, int], float]
 Fit = Callable[[Sequence[int], Sequence[float]], tuple[float, float]]
 Price = Callable[[Mapping[str, int], int, float, float, float], float]
 _SIZES = tuple(1 << power for power in range(14, 28, 2))  # 16 KB … 64 MB
 _UNSEEN = tuple(3 << power for power in range(13, 25, 2))
-
-
-class Gathered(Protocol):
-    """What is read of a gather."""
-
-    algorithm: str
-    stages: tuple[str, ...]
-
-    def stage(self, name: str, rank: int) -> np.ndarray:
-        """What a rank held after a stage, row by row."""
-
-
-class GatheringLab(Protocol):
-    """What is used of a lab."""
-
-    def gather(self, lengths: Sequence[int], cp_size: int | None = None, **options: Any) -> Any:
-        """One verified gather."""
 
 
 @LESSON.exercise("e3", "the time of a gather")
@@ -83,10 +68,11 @@ def check_fit(fit: Fit) -> Score:
 
 
 @LESSON.exercise("e5", "the price of a gather")
-def check_price(lab: GatheringLab, price_us: Price) -> Score:
+def check_price(lab: Lab, price_us: Price) -> Score:
     """The stages of real gathers, with drawn prices."""
     draw, cases = random.Random(29), 0
-    for algorithm in ("padded", "padded_symm", "direct"):
+    algorithms: tuple[Algorithm, ...] = ("padded", "padded_symm", "direct")
+    for algorithm in algorithms:
         for lengths in ([13, 9], [17] * 3, [64]):
             gathered = lab.gather(lengths, 4, algorithm=algorithm)
             rows, total = rows_written(gathered), sum(lengths)
