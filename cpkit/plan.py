@@ -14,8 +14,8 @@ has come to it: so rank 1 is in call 2 by then, and done with A.
 
 On CUDA the same holds in stream order, and a call replays a CUDA graph of one kernel. A plan that
 is itself captured in a caller's graph keeps its entry barrier, since nothing tells how often that
-graph is replayed. Ranks don't meet on the host there: plans that one rank calls in another order than
-its peers are not noticed, and their rows are wrong.
+graph is replayed. Ranks don't meet on the host there: plans that one rank calls in another order
+than its peers are not noticed, and their rows are wrong.
 
 So a result is valid until this rank calls the plan again. With one output, rank 0's second call
 would store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` takes
