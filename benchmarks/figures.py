@@ -14,6 +14,7 @@ from benchmarks.goals import times_us
 Record = dict[str, Any]
 Times = Mapping[tuple[int, int], Mapping[str, float | None]]
 Ratios = Sequence[tuple[str, str, str]]  # name, above, below
+Columns = Sequence[tuple[str, str]]  # key of a row, title
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SUMMARY_VARIANTS = ("plan", "direct", "padded", "gloo alone", "Open MPI", "memcpy")
 SIZE_COLUMNS = (("cp_size", "cp_size"), ("size_bytes", "size (B)"))
@@ -41,6 +42,28 @@ GATHER_COLUMNS = (
     ("open_mpi_ratio", "Open MPI / this"),
     ("memcpy_ratio", "this / memcpy"),
 )
+BARRIER_COLUMNS = (
+    ("who", "barrier"),
+    ("cp_size", "cp_size"),
+    ("time_us", "p50 (us)"),
+    ("p95_us", "p95 (us)"),
+    ("spread_pct", "spread (%)"),
+)
+CONTROL_COLUMNS = (
+    ("what", "control path"),
+    ("p50", "p50"),
+    ("p95", "p95"),
+    ("goal", "goal"),
+    ("unit", "unit"),
+)
+COST_COLUMNS = (
+    ("algorithm", "cost model"),
+    *SIZE_COLUMNS,
+    ("time_us", "best round (us)"),
+    ("predicted_us", "predicted (us)"),
+    ("error_pct", "error (%)"),
+)
+GOAL_COLUMNS = (("goal", "goal"), ("worst", "worst"), ("best", "best"), ("met", "reached"))
 RATIOS = (
     ("plan / Open MPI", "plan", "Open MPI"),
     ("direct / Open MPI", "direct", "Open MPI"),
@@ -51,7 +74,7 @@ RATIOS = (
 
 def as_text(record: Record) -> str:
     """All figures as Markdown, for the terminal; the shortest and most important last."""
-    gather = table([label for _, label in GATHER_COLUMNS], gather_lines(record["gather"]))
+    gather = table_of(with_ratios(record["gather"]), GATHER_COLUMNS)
     modelled = table(cost_check.MODELLED_HEADER, cost_check.modelled_lines())
     return "\n\n".join([conditions(record), gather, modelled, *summary_tables(record)])
 
@@ -83,17 +106,12 @@ def as_details(record: Record) -> str:
 
 def summary_tables(record: Record) -> list[str]:
     """Sizes, barriers, the control path, and the goals."""
-    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in SUMMARY_VARIANTS)]
-    summary = table([*header, *(name for name, *_ in RATIOS)], summary_lines(record["gather"]))
-    barrier_header = ["barrier", "cp_size", "p50 (us)", "p95 (us)", "spread (%)"]
-    control_header = ["control path", "p50", "p95", "goal", "unit"]
-    goal_header = ["goal", "worst", "best", "reached"]
     return [
-        summary,
-        table(barrier_header, barrier_lines(record["barrier"])),
-        table(control_header, control_lines(record["control"])),
+        time_table(times_us(record["gather"]), SUMMARY_VARIANTS, RATIOS),
+        table_of(record["barrier"], BARRIER_COLUMNS),
+        table_of(record["control"]["rows"], CONTROL_COLUMNS),
         *cost_tables(record.get("cost")),
-        table(goal_header, goal_lines(record["goals"])),
+        table_of(record["goals"], GOAL_COLUMNS),
     ]
 
 
@@ -116,16 +134,14 @@ def conditions(record: Record) -> str:
     )
 
 
-def summary_lines(rows: list[Record]) -> list[list[str]]:
-    """One line a size with its ratios."""
-    return [
-        [
-            *map(cell, key),
-            *(cell(us.get(name)) for name in SUMMARY_VARIANTS),
-            *quotients(us, RATIOS),
-        ]
-        for key, us in times_us(rows).items()
+def time_table(times: Times, variants: Sequence[str], ratios: Ratios) -> str:
+    """One line a size: every variant's time, and the ratios."""
+    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in variants)]
+    lines = [
+        [*map(cell, key), *(cell(us.get(name)) for name in variants), *quotients(us, ratios)]
+        for key, us in times.items()
     ]
+    return table([*header, *(name for name, *_ in ratios)], lines)
 
 
 def quotients(us: Mapping[str, float | None], ratios: Ratios) -> list[str]:
@@ -133,20 +149,20 @@ def quotients(us: Mapping[str, float | None], ratios: Ratios) -> list[str]:
     return [ratio(us, above, below) for _, above, below in ratios]
 
 
-def gather_lines(rows: list[Record]) -> list[list[str]]:
-    """One line a variant, with its ratios to the opponents of the same run."""
+def with_ratios(rows: list[Record]) -> list[Record]:
+    """Each row with its ratios to the opponents of the same run."""
     all_us = times_us(rows)
-    lines = []
+    found = []
     for row in rows:
         us = all_us[row["cp_size"], row["size_bytes"]] | {"this": row["time_us"]}
-        quotients = {
+        ratios = {
             "padded_ratio": ratio(us, "padded", "this"),
             "gloo_ratio": ratio(us, "gloo alone", "this"),
             "open_mpi_ratio": ratio(us, "Open MPI", "this"),
             "memcpy_ratio": ratio(us, "this", "memcpy"),
         }
-        lines.append([cell({**row, **quotients}[name]) for name, _ in GATHER_COLUMNS])
-    return lines
+        found.append(row | ratios)
+    return found
 
 
 def ratio(us: Mapping[str, float | None], above: str, below: str) -> str:
@@ -155,42 +171,29 @@ def ratio(us: Mapping[str, float | None], above: str, below: str) -> str:
     return f"{a / b:.2f}" if a and b else "not measured"
 
 
-def barrier_lines(rows: list[Record]) -> list[list[str]]:
-    """One line a number of ranks."""
-    columns = ("who", "cp_size", "time_us", "p95_us", "spread_pct")
-    return [[cell(row[name]) for name in columns] for row in rows]
-
-
-def control_lines(control: Record) -> list[list[str]]:
-    """One line a figure of the control path."""
-    columns = ("what", "p50", "p95", "goal", "unit")
-    return [[cell(row[name]) for name in columns] for row in control["rows"]]
-
-
-def goal_lines(goals: list[Record]) -> list[list[str]]:
-    """One line a goal."""
-    return [
-        [g["goal"], cell(g["worst"]), cell(g["best"]), "yes" if g["met"] else "no"] for g in goals
-    ]
-
-
 def cost_tables(cost: Record | None) -> list[str]:
     """What the cost model made of the sweep."""
     if not cost:
         return []
-    header = ["cost model", "cp_size", "size (B)", "best round (us)", "predicted (us)", "error (%)"]
-    columns = ("algorithm", "cp_size", "size_bytes", "time_us", "predicted_us", "error_pct")
     worst = sorted(cost["predictions"], key=lambda each: -abs(each["error_pct"]))[:6]
-    return [table(header, [[cell(each[name]) for name in columns] for each in worst])]
+    return [table_of(worst, COST_COLUMNS)]
 
 
 def cell(value: object) -> str:
-    """Numbers with three digits that count, all else as it is."""
+    """Numbers with three digits that count, all else in words."""
     if value is None:
         return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
+
+
+def table_of(rows: Sequence[Record], columns: Columns) -> str:
+    """A line for each row, under the columns' titles."""
+    lines = [[cell(row.get(name)) for name, _ in columns] for row in rows]
+    return table([title for _, title in columns], lines)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

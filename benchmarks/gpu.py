@@ -11,8 +11,6 @@ device's own copy in the same run.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -24,12 +22,11 @@ import torch
 
 from benchmarks import gpu_figures
 from benchmarks.gpu_goals import goals_of
+from benchmarks.launch import ROOT, keep, on_ranks, say
 from benchmarks.machine import environment
 from benchmarks.rows import row
 from cpkit.control import mps
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 TOKENS = (512, 2048, 9216, 36864, 65536, 131072)  # 1, 4, 19, 75, 134, 268 MB
 QUICK_TOKENS = (512, 36864)
 ROUNDS = 3
@@ -59,21 +56,21 @@ def main() -> int:
     record["goals"] = goals_of(record["gather"])
     print(gpu_figures.as_text(record))
     if not (options.quick or options.no_record):
-        keep(record)
+        keep(record, "gpu", gpu_figures.fill_pages)
     return 0
 
 
 def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], rounds: int) -> None:
     """All rounds at one cp_size, added to the record."""
-    print(f"gather, cp_size {cp_size} ...", file=sys.stderr, flush=True)
+    say(f"gather, cp_size {cp_size} ...")
     shared = cp_size > torch.cuda.device_count()
     one_memory = torch.cuda.device_count() == 1
     with TemporaryDirectory(prefix="cpkit-") as directory, ExitStack() as stack:
         if shared:
             words = stack.enter_context(mps.serve(Path(directory)))
-            print(words, file=sys.stderr, flush=True)
+            say(words)
             record["sharing"] = words.replace(directory, "…")
-        launches = [one_round(cp_size, tokens) for _ in range(rounds)]
+        launches = [on_ranks(cp_size, "benchmarks.gpu_ranks", *tokens) for _ in range(rounds)]
     ceilings = [launch["ceiling_gbps"] for launch in launches]
     ceiling_gbps = sorted(ceilings)[len(ceilings) // 2]
     for place, count in enumerate(tokens):
@@ -85,22 +82,6 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
             floor_us = (cp_size + 1) * line["size_bytes"] / ceiling_gbps / 1e3
             line |= {"floor_us": floor_us if one_memory else None, "ceiling_gbps": ceiling_gbps}
             record["gather"].append(line)
-
-
-def one_round(cp_size: int, tokens: tuple[int, ...]) -> dict[str, Any]:
-    """One launch of the rank side."""
-    with TemporaryDirectory() as directory:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
-        launch.append(f"--log-dir={directory}")
-        output = Path(directory) / "samples.json"
-        subprocess.run(
-            [sys.executable, *launch, "-m", "benchmarks.gpu_ranks", str(output), *map(str, tokens)],
-            cwd=ROOT,
-            check=True,
-            timeout=900,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        return dict(json.loads(output.read_text()))
 
 
 def gpu_environment() -> dict[str, Any]:
@@ -118,15 +99,6 @@ def gpu_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver.stdout.split("\n")[0].strip(),
     }
-
-
-def keep(record: dict[str, Any]) -> None:
-    """Write the dated record and the README's figures."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{record['environment']['date']}-gpu.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    gpu_figures.fill_pages(ROOT, path)
-    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md and docs/performance.md")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import (
+    GOAL_COLUMNS,
     SIZE_COLUMNS,
     TIME_COLUMNS,
-    cell,
-    goal_lines,
-    quotients,
     ratio_table,
     sourced,
-    table,
+    table_of,
+    time_table,
     write_pages,
 )
 from benchmarks.goals import times_us
@@ -50,10 +49,8 @@ def as_text(record: dict[str, Any]) -> str:
     """All figures as Markdown; the goals, the most important, last."""
     missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items() if why]
     rows = with_ratios(record["gather"])
-    lines = [[cell(each.get(name)) for name, _ in COLUMNS] for each in rows]
-    figures = table([label for _, label in COLUMNS], lines)
-    goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
-    return "\n\n".join([conditions(record), *missing, figures, goals])
+    goals = table_of(record["goals"], GOAL_COLUMNS)
+    return "\n\n".join([conditions(record), *missing, table_of(rows, COLUMNS), goals])
 
 
 def conditions(record: dict[str, Any]) -> str:
@@ -102,18 +99,8 @@ def as_summary(record: dict[str, Any]) -> str:
 
 def as_details(record: dict[str, Any]) -> str:
     """Times, one line a size, and the goals, for docs/performance.md."""
-    header = ["cp_size", "size (B)", *(f"{name} (us)" for name in (*VARIANTS, "floor"))]
-    header += [name for name, *_ in RATIOS]
-    lines = [
-        [
-            *map(cell, key),
-            *(cell(us.get(name)) for name in (*VARIANTS, "floor")),
-            *quotients(us, RATIOS),
-        ]
-        for key, us in with_floors(record).items()
-    ]
-    goals = table(["goal", "worst", "best", "reached"], goal_lines(record["goals"]))
-    return "\n\n".join([conditions(record), table(header, lines), goals])
+    times = time_table(with_floors(record), (*VARIANTS, "floor"), RATIOS)
+    return "\n\n".join([conditions(record), times, table_of(record["goals"], GOAL_COLUMNS)])
 
 
 def with_floors(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import openmpi
-
-ROOT = Path(__file__).parents[1]
+from cpkit.machine import commit, processor
 
 
 def environment(command: str, device: str = "cpu") -> dict[str, Any]:
@@ -23,7 +21,7 @@ def environment(command: str, device: str = "cpu") -> dict[str, Any]:
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "time_utc": dt.datetime.now(tz=dt.UTC).time().isoformat(timespec="seconds"),
         "command": command,
-        "commit": commit(),
+        "commit": commit() or "not a git checkout",
         "device": device,
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -36,26 +34,6 @@ def environment(command: str, device: str = "cpu") -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
-
-
-def commit() -> str:
-    """The commit that was measured, marked when the tree had changes."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return said.stdout.strip() or "not a git checkout"
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def cache_bytes() -> int:

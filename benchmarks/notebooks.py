@@ -20,10 +20,10 @@ import nbformat
 import torch
 
 from benchmarks.gpu import gpu_environment
+from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
 from cpkit.notebook import run
 
-ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.notebooks"
 
 
@@ -45,7 +45,7 @@ def main() -> int:
         print(f"{each['name']}: {each['code_cells']} code cells, {each['took_s']:.0f} s,", end=" ")
         print(f"{len(each['errors'])} failed {each['errors'] or ''}")
     if not (options.no_record or options.notebooks):
-        path = ROOT / "benchmarks" / "results" / f"{where['date']}-{kind}-notebooks.json"
+        path = RESULTS / f"{where['date']}-{kind}-notebooks.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"recorded in {path.relative_to(ROOT)}")
     return int(any(each["errors"] for each in record["notebooks"]))
@@ -53,7 +53,7 @@ def main() -> int:
 
 def ran(path: Path) -> dict[str, Any]:
     """One notebook, run to its end whatever fails on the way."""
-    print(f"{path.stem} ...", file=sys.stderr, flush=True)
+    say(f"{path.stem} ...")
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     start_s = time.monotonic()
     run.execute(notebook, path.parent, {}, allow_errors=True)

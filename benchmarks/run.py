@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,9 @@ from typing import Any
 
 from benchmarks import cost_check, figures, openmpi
 from benchmarks.goals import goals_of
+from benchmarks.launch import ROOT, keep, on_ranks, run_here, say
 from benchmarks.machine import environment
 from benchmarks.rows import rows_of
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def main() -> int:
     record["goals"] = goals_of(record)
     print(figures.as_text(record))
     if not (options.quick or options.no_record):
-        keep(record)
+        keep(record, "cpu", figures.fill_pages)
     return 0
 
 
@@ -80,21 +76,11 @@ def measure(plan: Plan) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]
     for number in range(plan.rounds):
         for cp_size in plan.cp_sizes:
             say(f"gather, round {number + 1} of {plan.rounds}, cp_size {cp_size} ...")
-            ours[cp_size].append(our_round(cp_size, plan))
+            rows = on_ranks(cp_size, "benchmarks.gather", plan.block_s, *plan.tokens)
+            ours[cp_size].append(rows)
             if not missing:
                 theirs[cp_size].append(openmpi.measure(cp_size, plan.tokens, plan.block_s))
     return [rows_of(cp_size, ours[cp_size], theirs[cp_size]) for cp_size in plan.cp_sizes]
-
-
-def our_round(cp_size: int, plan: Plan) -> list[dict[str, Any]]:
-    """One launch of the rank side."""
-    with TemporaryDirectory() as directory:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
-        launch.append(f"--log-dir={directory}")
-        output = Path(directory) / "samples.json"
-        script = ["-m", "benchmarks.gather", str(output), str(plan.block_s)]
-        run_here([*launch, *script, *map(str, plan.tokens)])
-        return list(json.loads(output.read_text()))
 
 
 def control_figures(rounds: int) -> dict[str, Any]:
@@ -104,32 +90,6 @@ def control_figures(rounds: int) -> dict[str, Any]:
         script = ["-m", "benchmarks.control_path", "--json", str(output)]
         run_here([*script, "--rounds", str(rounds)], quiet=True)
         return dict(json.loads(output.read_text()))
-
-
-def run_here(arguments: list[str], *, quiet: bool = False) -> None:
-    """Run this Python with these arguments from the repository root; fails loudly."""
-    subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        check=True,
-        timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL if quiet else None,
-    )
-
-
-def say(text: str) -> None:
-    """Progress, apart from the figures."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def keep(record: dict[str, Any]) -> None:
-    """Write the dated record and the README's figures."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{record['environment']['date']}-cpu.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    figures.fill_pages(ROOT, path)
-    print(f"recorded in {path.relative_to(ROOT)}, figures in README.md and docs/performance.md")
 
 
 if __name__ == "__main__":

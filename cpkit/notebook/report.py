@@ -10,7 +10,6 @@ import datetime as dt
 import json
 import os
 import platform
-import subprocess
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -20,6 +19,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from cpkit import machine
 from cpkit.notebook.show import png
 from cpkit.notebook.style import text_alternative
 from cpkit.results import LabStatus
@@ -41,11 +41,11 @@ def environment(status: LabStatus) -> dict[str, Any]:
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
         "cpkit": status.version,
-        "commit": _commit(),
+        "commit": machine.commit(),
         "torch": status.torch_version,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": machine.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_1min": round(os.getloadavg()[0], 2),
         "device": status.device,
@@ -129,22 +129,3 @@ def _picture(figure: go.Figure) -> str:
         return f"<p>{escape(words)}</p>"
     data = b64encode(picture).decode()
     return f'<p><img alt="{escape(words)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _commit() -> str:
-    """The commit of this checkout, marked when it had changes; empty outside of one."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return said.stdout.strip()
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
