@@ -56,7 +56,16 @@ def byte_bars(layout: ContextParallelMetadata, models: Mapping[str, int]) -> go.
         padded = {f"{name}, padded": sizes[stage] for name, sizes in bills.items()}
         direct = {f"{name}, direct": sizes["strip"] for name, sizes in bills.items()}
         shown = padded | (direct if stage == "wire" else {})
-        figure.add_trace(_stage_bar(stage, rows, [shown.get(row, 0) / 1e6 for row in rows]))
+        megabytes = [shown.get(row, 0) / 1e6 for row in rows]
+        figure.add_trace(
+            style.stage_bar(
+                stage,
+                y=rows,
+                x=megabytes,
+                text=[f"{stage} {value:,.1f}" if value else "" for value in megabytes],
+                hovertemplate=f"{stage}: %{{x:,.1f}} MB<extra></extra>",
+            )
+        )
     _lay_out(figure, "", "bytes written on each rank (MB, one layer)", barmode="stack")
     figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=rows)
     words = "; ".join(
@@ -85,21 +94,6 @@ def _bar(name: str, x: Sequence[str], y: Sequence[float], color: str) -> go.Bar:
         textfont={"color": style.text_color(color)},
         marker={"color": color},
         hovertemplate=f"{name}, %{{x}}: %{{y:,}} keys<extra></extra>",
-    )
-
-
-def _stage_bar(stage: str, rows: Sequence[str], megabytes: Sequence[float]) -> go.Bar:
-    return go.Bar(
-        name=stage,
-        orientation="h",
-        y=list(rows),
-        x=list(megabytes),
-        text=[f"{stage} {value:,.1f}" if value else "" for value in megabytes],
-        textposition="inside",
-        insidetextanchor="middle",
-        textfont={"color": style.text_color(style.stage_style(stage)[0])},
-        marker=style.stage_marker(stage),
-        hovertemplate=f"{stage}: %{{x:,.1f}} MB<extra></extra>",
     )
 
 

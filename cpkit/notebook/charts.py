@@ -1,4 +1,4 @@
-"""Pictures of measured times: stages and timelines.
+"""Pictures of measured times: stages and timelines, and the axes of sizes and times.
 
 All take what a `Lab` returns and draw what is in it; nothing is smoothed or left out.
 """
@@ -6,6 +6,7 @@ All take what a `Lab` returns and draw what is in it; nothing is smoothed or lef
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ def stage_split(samples: Sequence[Sample]) -> go.Figure:
         margin={"l": 8, "r": 16, "t": 66, "b": 92},
         uniformtext={"mode": "hide", "minsize": 9},
         xaxis=style.axis("time (µs, mean over ranks)"),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks=""),
+        yaxis=style.names_axis(),
     )
     words = "; ".join(
         f"{name}: " + ", ".join(f"{stage} {us:.0f} µs" for stage, us in split.items())
@@ -56,7 +57,7 @@ def timeline(table: pd.DataFrame, label: str) -> go.Figure:
         margin={"l": 8, "r": 16, "t": 66, "b": 92},
         uniformtext={"mode": "hide", "minsize": 9},
         xaxis=style.axis("time since the first rank entered (µs)", rangemode="tozero"),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", showgrid=False),
+        yaxis=style.names_axis(showgrid=False),
     )
     chips = [f'<span style="color: {style.rank_color(r)}">■</span> rank {r}' for r in ranks]
     figure.update_yaxes(tickvals=ranks, ticktext=chips)
@@ -80,6 +81,18 @@ def byte_words(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def size_axis(sizes_bytes: Sequence[int], **options: object) -> dict[str, Any]:
+    """A logarithmic axis of sizes, each written out in bytes."""
+    words = [byte_words(size) for size in sizes_bytes]
+    ticks = {"tickvals": list(sizes_bytes), "ticktext": words}
+    return style.axis("size: all gathered bytes", type="log", **ticks, **options)
+
+
+def time_axis() -> dict[str, Any]:
+    """A logarithmic axis of the slowest rank's time."""
+    return style.axis("time (µs, slowest rank)", type="log", dtick=1)
+
+
 def _mean_stages(sample: Sample) -> dict[str, float]:
     means = {stage: float(np.mean(times)) for stage, times in sample.stage_us.items()}
     return {stage: means[stage] for stage in _ordered(set(means))}
@@ -93,33 +106,23 @@ def _ordered(stages: set[str]) -> list[str]:
 def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go.Bar:
     values = [split.get(stage, 0.0) for _, split in splits]
     meaning = style.STAGE_MEANINGS.get(stage, "")
-    return go.Bar(
-        name=stage,
-        orientation="h",
+    return style.stage_bar(
+        stage,
         y=[name for name, _ in splits],
         x=values,
         text=[f"{stage} {value:,.0f}" if value else "" for value in values],
-        textposition="inside",
-        insidetextanchor="middle",
         textangle=0,
-        textfont={"color": style.text_color(style.stage_style(stage)[0])},
-        marker=style.stage_marker(stage),
         hovertemplate=f"{stage}: %{{x:.1f}} µs<br>{meaning}<extra></extra>",
     )
 
 
 def _timeline_bars(stage: str, rows: pd.DataFrame) -> go.Bar:
-    return go.Bar(
-        name=stage,
-        orientation="h",
+    return style.stage_bar(
+        stage,
         y=rows["rank"].tolist(),
         x=(rows["stop_us"] - rows["start_us"]).tolist(),
         base=rows["start_us"].tolist(),
         text=[stage] * len(rows),
-        textposition="inside",
-        insidetextanchor="middle",
         textangle=0,
-        textfont={"color": style.text_color(style.stage_style(stage)[0])},
-        marker=style.stage_marker(stage),
         hovertemplate=f"rank %{{y}}, {stage}: %{{x:.1f}} µs from %{{base:.1f}} µs<extra></extra>",
     )

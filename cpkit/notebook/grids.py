@@ -139,7 +139,7 @@ def draw_lines(
         margin={"l": 8, "r": 16, "t": 66, "b": 84},
         uniformtext={"mode": "hide", "minsize": 8},
         xaxis=style.axis(axis_title, range=[-0.5, longest - 0.5], showgrid=False, title_standoff=4),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", showgrid=False),
+        yaxis=style.names_axis(showgrid=False),
     )
     figure.update_yaxes(categoryorder="array", categoryarray=[line.label for line in lines])
     return style.finish(figure, title=title, subtitle=subtitle, alt=alt, height=150 + plot_height)

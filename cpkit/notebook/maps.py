@@ -43,7 +43,7 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
     figure.update_layout(
         margin={"l": 8, "r": 16, "t": 66, "b": 56},
         xaxis=style.axis("slot, written by", ticks="", showgrid=False),
-        yaxis=style.axis("memory of", autorange="reversed", automargin=True, ticks=""),
+        yaxis=style.names_axis("memory of"),
     )
     right = f"all {size * size} cells are of round {rounds}"
     words = (
@@ -82,9 +82,7 @@ def waste_map(
     figure.update_layout(
         margin={"l": 8, "r": 16, "t": 66, "b": 44},
         xaxis=style.axis("", type="category", ticks="", showgrid=False),
-        yaxis=style.axis(
-            "", type="category", autorange="reversed", automargin=True, ticks="", showgrid=False
-        ),
+        yaxis=style.names_axis(type="category", showgrid=False),
     )
     known = [value for row in shares for value in row if value is not None]
     return style.finish(

@@ -57,7 +57,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     figure.add_vline(x=1, line={"color": style.INK, "width": 1.5})
     figure.update_layout(
         xaxis=style.axis("reported time / right time", type="log", dtick=1, range=_room(found)),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks="", type="category"),
+        yaxis=style.names_axis(type="category"),
         legend=style.legend_below(46 * len(names)),
         margin={"l": 8, "r": 24, "t": 66, "b": 92},
     )

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words
+from cpkit.notebook.charts import byte_words, size_axis, time_axis
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 _SAME_AS = {"seed": "padded_symm_recv"}  # what the benchmark on GPUs calls it
@@ -99,10 +99,9 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
         _add_line(figure, algorithm, rows, "recorded", open_marks=True)
     _add_floor(figure, rows)
     sizes = _apart(sorted({*mine["size_bytes"], *rows["size_bytes"]}))
-    ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes]}
     figure.update_layout(
-        xaxis=style.axis("size: all gathered bytes", type="log", tickangle=30, **ticks),
-        yaxis=style.axis("time (µs, slowest rank)", type="log", dtick=1),
+        xaxis=size_axis(sizes, tickangle=30),
+        yaxis=time_axis(),
         legend=style.legend_below(300, gap=76),
         margin={"l": 66, "r": 16, "t": 66, "b": 130},
     )

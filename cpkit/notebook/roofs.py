@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words
+from cpkit.notebook.charts import byte_words, size_axis, time_axis
 
 Curve = Mapping[int, float]  # bytes to µs
 _MEASURED, _OUTLINE = "#8f9ba8", "#24292f"
@@ -36,11 +36,10 @@ def roof(
         words += _add_sweep(figure, table, light)
     if fit is not None:
         words.append(_add_fit(figure, sizes, *fit))
-    ticks = {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes], "type": "log"}
     ends = [math.log10(sizes[0] / 1.3), math.log10(sizes[-1] * 1.3)]  # both end ticks are drawn
     figure.update_layout(
-        xaxis=style.axis("size: all gathered bytes", range=ends, **ticks),
-        yaxis=style.axis("time (µs, slowest rank)", type="log", dtick=1),
+        xaxis=size_axis(sizes, range=ends),
+        yaxis=time_axis(),
         legend=style.legend_below(300, gap=60),
         margin={"l": 66, "r": 16, "t": 66, "b": 96},
     )
@@ -76,7 +75,7 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
         legend=style.legend_below(64 * len(names)),
         margin={"l": 8, "r": 16, "t": 66, "b": 92},
         xaxis=style.axis("time (µs, slowest rank)", rangemode="tozero"),
-        yaxis=style.axis("", autorange="reversed", automargin=True, ticks=""),
+        yaxis=style.names_axis(),
     )
     words = "; ".join(
         f"{name}: predicted {predicted[name]:,.0f} µs, measured {measured[name]:,.0f} µs"
@@ -109,10 +108,9 @@ def gain(
         hovertemplate="%{x:,} B: %{y:.2f} ×<extra></extra>",
     )
     figure.add_hline(y=1, line={"color": _MEASURED, "dash": "dot"})
-    ticks = {"tickvals": list(sizes_bytes), "ticktext": [byte_words(s) for s in sizes_bytes]}
     figure.update_layout(
         showlegend=False,
-        xaxis=style.axis("size: all gathered bytes", type="log", **ticks),
+        xaxis=size_axis(sizes_bytes),
         yaxis=style.axis("time ratio, ring / symmetric", range=[0.9, max(ratios) * 1.12]),
         margin={"l": 66, "r": 16, "t": 66, "b": 60},
     )

@@ -84,6 +84,19 @@ def stage_marker(stage: str) -> dict[str, Any]:
     return {"color": color, "line": line, "pattern": hatch(shape)}
 
 
+def stage_bar(stage: str, **options: object) -> go.Bar:
+    """A horizontal bar of a stage, with its words inside."""
+    return go.Bar(
+        name=stage,
+        orientation="h",
+        textposition="inside",
+        insidetextanchor="middle",
+        textfont={"color": text_color(stage_style(stage)[0])},
+        marker=stage_marker(stage),
+        **options,
+    )
+
+
 def algorithm_line(algorithm: str) -> tuple[str, str, str]:
     """Colour, dash and marker of an algorithm's line."""
     return ALGORITHM_LINES.get(algorithm, (INK, "longdash", "triangle-up"))
@@ -100,6 +113,11 @@ def axis(title: str, **options: object) -> dict[str, Any]:
         "tickcolor": FAINT,
         **options,
     }
+
+
+def names_axis(title: str = "", **options: object) -> dict[str, Any]:
+    """A vertical axis of names, the first on top."""
+    return axis(title, autorange="reversed", automargin=True, ticks="", **options)
 
 
 def hatch(shape: str = "/") -> dict[str, Any]:
