@@ -95,7 +95,7 @@ def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     size = {"tokens": 256, "padded_bytes": 1, "variants": {"plan": {"samples_us": [[1.0], [2.0]]}}}
     gathers, _ = rows_of(2, [[size]], [])
     times = figures.time_table(times_us(gathers), ("plan", "Open MPI"), figures.RATIOS)
-    assert "| not measured |" in times.splitlines()[-1]
+    assert "not measured" in map(str.strip, times.splitlines()[-1].split("|"))
 
 
 def gpu_record(direct_us: float) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from benchmarks.gather import Config, measure
 from benchmarks.rows import summarize
 from cpkit import steps
-from cpkit.group import init_context_parallel
 from cpkit.provenance import ProvenanceError
+from tests.ranks.device import world_group
 from tests.ranks.mutants import planted
 
 SMALL = Config(tokens=512, block_s=0.01)
@@ -21,7 +21,7 @@ SLOW_S = 0.02
 
 def measured() -> dict[str, float]:
     """The time of every variant, in µs."""
-    variants = measure(SMALL, init_context_parallel(dist.get_world_size()))["variants"]
+    variants = measure(SMALL, world_group())["variants"]
     return {name: summarize([timed["samples_us"]])["time_us"] for name, timed in variants.items()}
 
 
@@ -56,7 +56,7 @@ def check_a_slow_one_is_seen() -> None:
 
 
 def check_every_rank_is_in_the_samples() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     variants = measure(SMALL, group)["variants"]
     assert {len(timed["samples_us"]) for timed in variants.values()} == {group.size}
     assert {"direct", "plan", "padded", "gloo alone", "memcpy"} <= variants.keys()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from cpkit import provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv
-from cpkit.group import init_context_parallel
+from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.symm import use_symmetric_memory
-from tests.ranks.device import DEVICE, finish, shard_rows
+from tests.ranks.device import DEVICE, finish, shard_rows, world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import batches
 
@@ -43,6 +42,16 @@ def check_rows_land_in_the_slots_of_every_ranks_cache() -> None:
             assert_in_slots(caches, slots, metadata, kinds, round)
 
 
+def one_sequence(
+    trailing: tuple[int, ...], dtype: torch.dtype = torch.float32, round: int = 1
+) -> tuple[CPGroup, ContextParallelMetadata, torch.Tensor, torch.Tensor]:
+    """64 tokens over all ranks: group, layout, this rank's rows, and token t to slot t."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([64], group.size)
+    rows = shard_rows(metadata, group.rank, trailing, dtype, round=round)
+    return group, metadata, rows, torch.arange(64, device=DEVICE)
+
+
 def assert_in_slots(
     caches: list[torch.Tensor],
     slots: torch.Tensor,
@@ -60,10 +69,7 @@ def assert_in_slots(
 
 
 def check_bad_caches_and_slots_are_everybodys_error() -> None:
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
-    slots = torch.arange(64, device=DEVICE)
+    group, metadata, rows, slots = one_sequence((8,))
     with use_symmetric_memory(group):
         cache = torch.empty(64, 8, device=DEVICE)
     ordinary = torch.empty(64, 8, device=DEVICE)
@@ -91,14 +97,11 @@ def check_bad_caches_and_slots_are_everybodys_error() -> None:
 
 def check_rows_of_another_alignment_land_in_a_cache() -> None:
     """Rank 0's rows begin at an odd element, so that they move in narrower lanes than the cache."""
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (4,), torch.bfloat16, round=3)
+    group, metadata, rows, slots = one_sequence((4,), torch.bfloat16, round=3)
     if group.rank == 0:
         wider = torch.empty(rows.numel() + 1, dtype=rows.dtype, device=DEVICE)
         wider[1:] = rows.flatten()
         rows = wider[1:].view(rows.shape)
-    slots = torch.arange(64, device=DEVICE)
     with use_symmetric_memory(group):
         cache = torch.empty(64, 4, dtype=torch.bfloat16, device=DEVICE)
     for algorithm in ALGORITHMS:
@@ -110,10 +113,7 @@ def check_rows_of_another_alignment_land_in_a_cache() -> None:
 
 
 def check_caches_that_overlap_are_everybodys_error() -> None:
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (4,), torch.float32, round=1)
-    slots = torch.arange(64, device=DEVICE)
+    group, metadata, rows, slots = one_sequence((4,))
     with use_symmetric_memory(group):
         large = torch.empty(160, 4, device=DEVICE)
     inside = large[: len(rows)]
@@ -134,11 +134,8 @@ def check_caches_that_overlap_are_everybodys_error() -> None:
 
 
 def check_any_number_of_caches_fits_into_the_meeting() -> None:
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([64], group.size)
+    group, metadata, rows, slots = one_sequence((4,))
     count = 300
-    rows = shard_rows(metadata, group.rank, (4,), torch.float32, round=1)
-    slots = torch.arange(64, device=DEVICE)
     with use_symmetric_memory(group):
         caches = list(torch.empty(count, 64, 4, device=DEVICE))
     provenance.check(
@@ -153,7 +150,7 @@ def check_any_number_of_caches_fits_into_the_meeting() -> None:
 
 
 def check_a_cache_that_does_not_show_what_it_stores_is_refused() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.complex64, round=1)
     slots = torch.arange(64, device=DEVICE)

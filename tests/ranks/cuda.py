@@ -11,24 +11,20 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from cpkit import cuda_launch, provenance
 from cpkit.board import BarrierTimeout
 from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import CPGroup
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
+from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 
 ROUNDS = int(os.environ.get("CPKIT_TEST_ROUNDS", "1000"))
 MIB = 1 << 20
 NEXT_ROUND = 1 << 52
-
-
-def world_group() -> CPGroup:
-    return init_context_parallel(dist.get_world_size())
 
 
 class Rounds:

@@ -15,7 +15,8 @@ from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import use_symmetric_memory
-from tests.ranks.cuda import Rounds, captured, gather_works, world_group, wrong_words
+from tests.ranks.cuda import Rounds, captured, gather_works, wrong_words
+from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 
 FEW, MANY = [97, 64], [160000]  # tokens: a block or two a rank, and blocks on the whole GPU

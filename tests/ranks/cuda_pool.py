@@ -14,7 +14,8 @@ from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metad
 from cpkit.offers import SymmetricMemoryError
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
-from tests.ranks.cuda import MIB, Rounds, captured, gather_works, world_group, wrong_words
+from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
+from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 
 

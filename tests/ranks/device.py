@@ -1,4 +1,4 @@
-"""The device that rank checks use: `CPKIT_TEST_DEVICE`, "cpu" or "cuda"."""
+"""Where rank checks run: the device `CPKIT_TEST_DEVICE`, "cpu" or "cuda", and all ranks of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cpkit import provenance
-from cpkit.group import CPGroup
+from cpkit.group import CPGroup, init_context_parallel
 from cpkit.pool import SymmetricPool
 from cpkit.symm import symmetric_pool
 
 DEVICE = os.environ.get("CPKIT_TEST_DEVICE", "cpu")
+
+
+def world_group() -> CPGroup:
+    """All ranks as one group."""
+    return init_context_parallel(dist.get_world_size())
 
 
 def shard_rows(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.reference import all_gather_kv_reference
 from cpkit.symm import batch_symmetry, explain_path
-from tests.ranks.device import DEVICE, finish, pool_of, shard_rows
+from tests.ranks.device import DEVICE, finish, pool_of, shard_rows, world_group
 from tests.ranks.errors import error_of
 
 DTYPES = (
@@ -93,7 +93,7 @@ def check_every_algorithm_is_bit_exact() -> None:
 
 def check_many_rounds_back_to_back() -> None:
     """Without a pause between rounds: a missing barrier shows as a stale or torn row."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([97, 64], group.size)
     for round in range(1, 201):
         algorithm = ALGORITHMS[round % 4] if round % 3 else "direct"
@@ -104,7 +104,7 @@ def check_many_rounds_back_to_back() -> None:
 
 def check_results_that_are_kept_stay_valid() -> None:
     """Ranks keep different results for different times: offsets must not drift apart."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([50], group.size)
     kept: dict[int, torch.Tensor] = {}
     rng = random.Random(dist.get_rank())
@@ -131,7 +131,7 @@ def check_the_seeds_functions() -> None:
 
 
 def check_one_sequence_takes_the_seeds_own_total_len() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([101], group.size)
     rows = shard_rows(metadata, group.rank, (4,), torch.float32, round=1)
     batch = SimpleNamespace(attn_cp_metadata=metadata)
@@ -140,7 +140,7 @@ def check_one_sequence_takes_the_seeds_own_total_len() -> None:
 
 
 def check_ranks_without_rows_and_rows_without_bytes() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     for strategy in ("interleave", "contiguous"):
         metadata = prepare_context_parallel_metadata([1], group.size, strategy)
         for algorithm in ALGORITHMS:
@@ -160,7 +160,7 @@ def check_the_reference_agrees() -> None:
 
 
 def check_an_asymmetric_batch_falls_back_and_says_so() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
     for algorithm in ALGORITHMS:
@@ -179,7 +179,7 @@ def check_an_asymmetric_batch_falls_back_and_says_so() -> None:
 
 
 def check_stages_are_recorded() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([67, 50], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=4)
     with stages.record(keep_arrays=True) as recorder:
@@ -195,7 +195,7 @@ def check_stages_are_recorded() -> None:
 
 def check_one_strided_row_a_rank() -> None:
     """One row counts as contiguous to torch, whatever its strides are."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([group.size], group.size, "interleave")
     for dtype in (torch.float32, torch.complex128, torch.uint8):
         for algorithm in ALGORITHMS:
@@ -207,7 +207,7 @@ def check_one_strided_row_a_rank() -> None:
 
 
 def check_rows_that_require_grad_are_data_like_any_other() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([40], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
     for algorithm in ALGORITHMS:
@@ -217,7 +217,7 @@ def check_rows_that_require_grad_are_data_like_any_other() -> None:
 
 
 def check_a_result_knows_its_path() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
     direct, padded = (
@@ -265,7 +265,7 @@ def fast_push() -> Callable[..., None]:
 
 
 def check_a_wrong_type_on_one_rank_is_everybodys_error() -> None:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
     first, pool = group.rank == 0, pool_of(group)

@@ -19,13 +19,14 @@ from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_con
 from cpkit.layout import prepare_context_parallel_metadata, shard
 from cpkit.rendezvous import RendezvousTimeout
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
+from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
 
 
 def gather_works() -> None:
     """The ranks are still in step: a gather goes through, bit-exact."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([40], group.size)
     rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=9)
     provenance.check(all_gather_kv([rows], metadata, group)[0], metadata, round=9)

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from cpkit import provenance, steps
 from cpkit.board import Board
 from cpkit.gather import all_gather_kv
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.symm import symmetric_pool
+from tests.ranks.device import world_group
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def planted(owner: object, name: str, bug: Any) -> Iterator[Any]:
 
 def complaints(algorithm: str) -> list[str]:
     """What each rank's check says of two gathers by this algorithm, the first one unharmed."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([40, 33], group.size)
     said = ""
     for round in (1, 2):
@@ -62,7 +63,7 @@ def check_a_peer_that_is_left_out() -> None:
         addresses: list[int] = real(pool, tensor)
         return [*addresses[:-1], addresses[pool.group.rank]]
 
-    pool_class = type(symmetric_pool(init_context_parallel(dist.get_world_size())))
+    pool_class = type(symmetric_pool(world_group()))
     with planted(pool_class, "peer_addresses", last_is_me):
         expect("direct", "poison (nobody wrote here)")
 
@@ -88,7 +89,7 @@ def check_no_barrier_after_the_wire() -> None:
             real(group)
 
     waiting = [True]
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     symmetric_pool(group).poison_free()
     metadata = prepare_context_parallel_metadata([40], group.size)
     rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
@@ -132,7 +133,7 @@ def check_a_barrier_that_lets_everybody_through() -> None:
     def through(real: Any, board: Board, call: int) -> None:
         board._turn += 1
 
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     if group.rank == 0:
         time.sleep(0.2)
     with planted(Board, "barrier", through):

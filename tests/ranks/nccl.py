@@ -8,19 +8,14 @@ from pathlib import Path
 os.environ["NCCL_HOSTID"] = f"cpkit-{os.environ['RANK']}"
 
 import torch
-import torch.distributed as dist
 
 from cpkit import provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
-from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.path import nccl_rule
 from cpkit.symm import explain_path, use_symmetric_memory
 from cpkit.witness import count_file
-
-
-def world_group() -> CPGroup:
-    return init_context_parallel(dist.get_world_size())
+from tests.ranks.device import world_group
 
 
 def check_every_algorithm_is_bit_exact() -> None:

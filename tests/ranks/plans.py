@@ -6,15 +6,14 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from cpkit import plan as plan_module
 from cpkit import provenance, stages
 from cpkit.gather import ALGORITHMS, last_path
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import CPGroup
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import GatherPlan, plan_gather_kv
-from tests.ranks.device import DEVICE, pool_of, shard_rows
+from tests.ranks.device import DEVICE, pool_of, shard_rows, world_group
 from tests.ranks.mutants import planted
 
 
@@ -26,7 +25,7 @@ def stamp(rows: torch.Tensor, metadata: ContextParallelMetadata, rank: int, roun
 def everybody_and_rows(
     strategy: str = "zigzag",
 ) -> tuple[CPGroup, ContextParallelMetadata, torch.Tensor]:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
     rows = shard_rows(metadata, group.rank, (16,), torch.float32, round=0)
     return group, metadata, rows
@@ -60,7 +59,7 @@ def check_several_tensors_of_several_kinds() -> None:
 
 def check_a_large_shard_is_cut_into_tiles() -> None:
     """3 MiB a rank and more: several tiles, the last one shorter."""
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     for strategy in STRATEGIES:
         metadata = prepare_context_parallel_metadata([700 * group.size + 1], group.size, strategy)
         rows = shard_rows(metadata, group.rank, (2, 1031), torch.bfloat16, round=5)

@@ -6,21 +6,16 @@ import os
 import time
 
 import torch
-import torch.distributed as dist
 
 from cpkit import provenance, shm_backend
 from cpkit.board import BarrierTimeout
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.symm import put_signal, use_symmetric_memory, wait_signal
-from tests.ranks.device import DEVICE, finish, pool_of, shard_rows
+from tests.ranks.device import DEVICE, finish, pool_of, shard_rows, world_group
 from tests.ranks.errors import error_of
 
 ROUNDS = min(300, int(os.environ.get("CPKIT_TEST_ROUNDS", "300")))
-
-
-def world_group() -> CPGroup:
-    return init_context_parallel(dist.get_world_size())
 
 
 def pass_around(group: CPGroup, rounds: int, *, wait: bool = True) -> list[str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from cpkit.arena import MAX_BLOCKS
 from cpkit.gather import all_gather_kv, last_path
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.shm import free_bytes, reap_dead_files, shm_dir
 from cpkit.symm import (
@@ -26,15 +26,12 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
+from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
 from tests.ranks.groups import gather_works
 
 MIB = 1 << 20
-
-
-def world_group() -> CPGroup:
-    return init_context_parallel(dist.get_world_size())
 
 
 def own_files() -> list[Path]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 
-import torch.distributed as dist
-
 from cpkit.board import Board
-from cpkit.group import CPGroup, init_context_parallel
+from cpkit.group import CPGroup
+from tests.ranks.device import world_group
 
 WAYS = ((0, 64, True), (500, 256, False), (0, 1, True), (0, 1, False))
 LATE_S = 1.0
 
 
 def group_and_board() -> tuple[CPGroup, Board]:
-    group = init_context_parallel(dist.get_world_size())
+    group = world_group()
     assert group.board is not None
     return group, group.board
 
