@@ -1,8 +1,8 @@
 """Launching the gather kernel: how many blocks, how large its tiles, with which words.
 
-Where ranks share a GPU, blocks that wait for a peer take the room that the peer's own blocks need,
-and those of whatever it runs before its gather. So one block waits there, in a launch of its own,
-and the blocks that copy start when the outputs are free:
+Where ranks share a GPU, blocks that wait for a peer may take the room that the peer's own blocks
+need. So one block waits there, in a launch of its own, and the blocks that copy start when the
+outputs are free:
 
     own GPUs      rank 0   │ every block waits ─ copies ─ the last one waits │
     shared GPU    rank 0   │ one block waits │ every block copies ─ the last one waits │

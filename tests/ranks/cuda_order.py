@@ -63,24 +63,6 @@ def check_ranks_whose_rows_straddle_the_limit_cut_alike() -> None:
     assert time.monotonic() - start < 20
 
 
-def check_a_peer_that_computes_first_finds_room() -> None:
-    """Its matrix products need whole multiprocessors, while the others wait for it."""
-    group = world_group()
-    many = rounds_of(MANY, group)
-    matrix = torch.ones(2048, 2048, dtype=torch.bfloat16, device="cuda")
-    start = time.monotonic()
-    for late in range(group.size):
-        many.tick()
-        if group.rank == late:
-            for _ in range(20):
-                matrix @ matrix
-        (got,) = all_gather_kv([many.mine], many.metadata, group)
-        many.judge(got)
-        del got
-    assert wrong_words(many, group) == 0
-    assert time.monotonic() - start < 20
-
-
 def check_blocks_that_wait_at_their_own_entry() -> None:
     """As where every rank has a GPU of its own."""
     group = world_group()
