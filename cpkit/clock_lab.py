@@ -22,14 +22,11 @@ class Clocked:
     """
 
     def __init__(self, result: ClockResult) -> None:
-        import numpy as np
-
         self.workload = result.workload
         self.cp_size = result.workload.cp_size
         self.total_bytes = result.workload.total_bytes
         self.calls = _told_apart(result.calls)
-        spans = np.frombuffer(result.samples_us.data, dtype=result.samples_us.dtype)
-        self._spans = spans.reshape(result.samples_us.shape)
+        self._spans = result.samples_us.numpy()
 
     def begin_us(self, call: str) -> np.ndarray:
         """When each rank began: float64 `[iterations, ranks]`, one clock for all. As `times_us`."""

@@ -5,20 +5,25 @@
     copies = 2 · S · passes after the wire / memory rate
 
 That is the collective with symmetric memory; without it, it takes longer by a factor that shrinks
-with the size (`RING_FACTORS`): symmetric memory buys latency, not bandwidth. Everything here is a
+with the size (`ring_factor`): symmetric memory buys latency, not bandwidth. Everything here is a
 model, not a measurement: `modelled` is true in each preset, and figures made from it say so.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
+
+import numpy as np
 
 COPY_PASSES = {"direct": 0, "padded_symm": 2, "padded_symm_recv": 2, "padded": 2}
-# Ring over symmetric by total MiB, 8 H100: 20.2/10.9, 43.4/27.4, 118.9/95.3, 385.3/363.2 µs.
+# µs by NCCL's ring and by its symmetric kernels, by total bytes, on 8 H100.
 # Source: NVIDIA/Megatron-LM#5596. NCCL changes its protocol with the size, so this is no line.
-RING_FACTORS = ((2, 20.2 / 10.9), (8, 43.4 / 27.4), (32, 118.9 / 95.3), (128, 385.3 / 363.2))
+RING_AND_SYMMETRIC_US = {
+    2 << 20: (20.2, 10.9),
+    8 << 20: (43.4, 27.4),
+    32 << 20: (118.9, 95.3),
+    128 << 20: (385.3, 363.2),
+}
 
 
 @dataclass(frozen=True)
@@ -85,22 +90,10 @@ class Preset:
 
 
 def ring_factor(total_bytes: int) -> float:
-    """`RING_FACTORS` at any size: a line over the logarithm of the size, level outside."""
-    size = math.log(max(total_bytes, 1) / (1 << 20))
-    points = [(math.log(mebibytes), factor) for mebibytes, factor in RING_FACTORS]
-    if size <= points[0][0]:
-        return points[0][1]
-    for (left, before), (right, after) in pairwise(points):
-        if size <= right:
-            return before + (after - before) * (size - left) / (right - left)
-    return points[-1][1]
-
-
-def pays_up_to_bytes(gain: float) -> int:
-    """The size up to which symmetric memory makes the collective `gain` times faster or more."""
-    sizes = [1 << shift for shift in range(10, 34)]
-    paying = [size for size in sizes if ring_factor(size) >= gain]
-    return max(paying, default=0)
+    """Ring by symmetric time at any size: a line over the logarithm of the size, level outside."""
+    sizes = np.log(list(RING_AND_SYMMETRIC_US))
+    factors = [ring_us / symmetric_us for ring_us, symmetric_us in RING_AND_SYMMETRIC_US.values()]
+    return float(np.interp(np.log(max(total_bytes, 1)), sizes, factors))
 
 
 _START = (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from cpkit.chrome_trace import chrome_trace
 from cpkit.control.messages import (
-    Array,
     ExplainResult,
     GatherResult,
     PoolResult,
@@ -103,7 +102,7 @@ class Gathered(_Shown):
         """
         for stage in self.result.stages:
             if stage.stage == name and stage.rank == rank:
-                return _numpy(stage.rows)
+                return stage.rows.numpy()
         if not self.stages:
             raise ValueError(
                 f"this gather brought no stages: {sum(self.lengths)} tokens are too many to show, "
@@ -188,7 +187,7 @@ class PutReport(_Shown):
     @property
     def stamps(self) -> np.ndarray:
         """The last read: int64 `[reader, writer]`, `writer << 32 | round`."""
-        return _numpy(self.result.matrix)
+        return self.result.matrix.numpy()
 
     @property
     def matrix(self) -> np.ndarray:
@@ -275,9 +274,3 @@ def _table(rows: tuple[Any, ...]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame([msgspec.structs.asdict(row) for row in rows])
-
-
-def _numpy(array: Array) -> np.ndarray:
-    import numpy as np
-
-    return np.frombuffer(array.data, dtype=np.dtype(array.dtype)).reshape(array.shape)

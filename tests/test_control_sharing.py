@@ -79,7 +79,7 @@ def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> No
     next(stream)
     client._closing = True  # the socket goes without a word, as with a killed kernel
     client._outbox.clear()
-    client._ring()
+    client._bell.ring()
     client._thread.join()
     until(lambda: lab.status().state == "idle", 5)
 

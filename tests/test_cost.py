@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cpkit.cost import FEATURES, PASSES, Host, HostModel, features, traffic
 from cpkit.cost_fit import Measured, describe, fit, nonnegative_least_squares
-from cpkit.cost_presets import COPY_PASSES, PRESETS, Preset, pays_up_to_bytes
+from cpkit.cost_presets import COPY_PASSES, PRESETS, Preset, ring_factor
 from cpkit.gather import ALGORITHMS
 
 HOST = Host(cores=2, cache_bytes=32 << 20)
@@ -133,9 +133,11 @@ def test_upstreams_figures_on_8_h100(mebibytes: int, symmetric_us: float, ring_u
 
 
 def test_where_symmetric_memory_stops_paying() -> None:
-    assert pays_up_to_bytes(1.25) == 16 << 20  # 1.42 there, 1.25 (a little less) at 32 MiB
-    assert pays_up_to_bytes(1.1) == 64 << 20
-    assert pays_up_to_bytes(3.0) == 0
+    measured = {size: ring_factor(size << 20) for size in (2, 8, 32, 128)}
+    assert measured == pytest.approx({2: 1.853, 8: 1.584, 32: 1.248, 128: 1.061}, abs=0.001)
+    assert ring_factor(16 << 20) == pytest.approx((1.584 + 1.248) / 2, abs=0.001)  # halfway in log
+    assert ring_factor(1) == ring_factor(2 << 20)
+    assert ring_factor(1 << 40) == ring_factor(128 << 20)
     assert H100.symmetric_gain(24 << 20, 8) > H100.symmetric_gain(48 << 20, 8)
 
 

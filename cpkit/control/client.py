@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
 import threading
 import uuid
 from collections import deque
@@ -20,6 +19,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from cpkit.control.bell import Bell
 from cpkit.control.errors import (
     BadRequest,
     Cancelled,
@@ -80,8 +80,7 @@ class Client:
         self._outbox: deque[bytes] = deque()
         self._broken: ControlError | None = None
         self._closing = False
-        self._bell, self._rung = socket.socketpair()
-        self._bell.setblocking(False)
+        self._bell = Bell()
         self._context = zmq.Context()
         self._dealer = _dealer(self._context, connection)
         self._doorman = self._dealer.get_monitor_socket(_REFUSED | _NO_HANDSHAKE)
@@ -98,7 +97,7 @@ class Client:
     def close(self) -> None:
         """Stop talking; calls that still wait get NoAnswer. The workers stay."""
         self._closing = True
-        self._ring()
+        self._bell.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2)
 
@@ -169,22 +168,18 @@ class Client:
 
     def _send(self, data: bytes) -> None:
         self._outbox.append(data)
-        self._ring()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # it rings already, or nobody listens any more
-            self._bell.send(b"\0")
+        self._bell.ring()
 
     # ---------------------------------------------------------------- the thread
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for readable in (self._dealer, self._doorman, self._rung):
+        for readable in (self._dealer, self._doorman, self._bell):
             poller.register(readable, zmq.POLLIN)
         while not self._closing:
             ready = dict(poller.poll(_LOOK_EVERY_MS if self._waiting else None))
-            if self._rung.fileno() in ready:
-                self._rung.recv(4096)
+            if self._bell.fileno() in ready:
+                self._bell.silence()
             self._flush()
             if self._dealer in ready:
                 self._receive()
@@ -196,8 +191,7 @@ class Client:
         self._break(NoAnswer("this client was closed"))
         self._dealer.disable_monitor()
         self._context.destroy(linger=200)
-        for end in (self._bell, self._rung):
-            end.close()
+        self._bell.close()
 
     def _flush(self) -> None:
         """Send what can be sent; without a connection it waits here, or is dropped by `close`."""

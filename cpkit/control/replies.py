@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cpkit.control.requests import ClockCall, Message, Workload
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import numpy as np
 
 Path = Literal["symmetric", "staged", "fallback"]
 FailureKind = Literal["bad_request", "version", "cancelled", "busy", "internal"]
@@ -16,6 +21,17 @@ class Array(Message, frozen=True):
     dtype: Literal["int64", "int32", "float64", "uint8"]
     shape: tuple[int, ...]
     data: bytes
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Self:
+        """An array as a message."""
+        return cls(values.dtype.name, values.shape, values.tobytes())  # type: ignore[arg-type]
+
+    def numpy(self) -> np.ndarray:
+        """The array again; read-only."""
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
 
 
 class Queued(Message, frozen=True, tag="queued", tag_field="is"):

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import logging
 import math
-import socket
 import threading
 import time
 from collections import deque
@@ -21,6 +19,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
+from cpkit.control.bell import Bell
 from cpkit.control.complaints import in_words
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
@@ -67,9 +66,7 @@ class Server:
         self._client_key = client_public_key
         self._numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
-        self._bell, self._rung = socket.socketpair()
-        self._bell.setblocking(False)
-        self._rung.setblocking(False)
+        self._bell = Bell()
         self._closing = False
         self._context = zmq.Context()
         self._zap = self._context.socket(zmq.REP)
@@ -87,37 +84,32 @@ class Server:
         """Send a reply to the job's client, from any thread; one that is gone cancels its jobs."""
         job.last_word = time.monotonic()
         self._outbox.append((job.client, _packed(job.request.id, body)))
-        self._ring()
+        self._bell.ring()
 
     def close(self) -> None:
         """Send what is still to be sent, then stop."""
         self._closing = True
-        self._ring()
+        self._bell.ring()
         self._thread.join(timeout=2)
 
     # ------------------------------------------------------------- the thread
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for readable in (self._router, self._zap, self._rung):
+        for readable in (self._router, self._zap, self._bell):
             poller.register(readable, zmq.POLLIN)
         while not (self._closing and not self._outbox):
             ready = dict(poller.poll(200 if len(self.turns) else None))
             if self._zap in ready:
                 self._admit()
-            if self._rung.fileno() in ready:
-                self._rung.recv(4096)
+            if self._bell.fileno() in ready:
+                self._bell.silence()
             if self._router in ready:
                 self._receive()
             self._mind_the_line()
             self._flush()
         self._context.destroy(linger=500)
-        for end in (self._bell, self._rung):
-            end.close()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # it rings already, or nobody listens any more
-            self._bell.send(b"\0")
+        self._bell.close()
 
     def _admit(self) -> None:
         """ZeroMQ asks whether a client's key is welcome (RFC 27); exactly one is."""

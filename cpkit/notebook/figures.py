@@ -13,8 +13,7 @@ from cpkit.notebook.grids import (
     stage_grid,
     token_line,
 )
-from cpkit.notebook.maps import waste_map, who_wrote_where
-from cpkit.notebook.memory import memory_map
+from cpkit.notebook.maps import memory_map, waste_map, who_wrote_where
 from cpkit.notebook.mistakes import damage
 from cpkit.notebook.requests import pool_requests
 from cpkit.notebook.roofs import gain, roof, scale_out, steps

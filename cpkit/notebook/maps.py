@@ -1,4 +1,4 @@
-"""Pictures of memory: who wrote where, how much is padding."""
+"""Pictures of memory: who wrote where, whose rows lie where, how much is padding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from cpkit.divergence import Divergence
 from cpkit.layout import can_cp_split, prepare_context_parallel_metadata
 from cpkit.notebook import style
+from cpkit.notebook.grids import Line, draw_lines
 
 
 def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
@@ -57,6 +59,27 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
         height=140 + 44 * size,
         width=140 + 110 * size if size > 3 else 520,
     )
+
+
+def memory_map(found: Divergence) -> go.Figure:
+    """The arenas of all ranks: one line a rank, one cell a row; red: lost or overwritten."""
+    lines = []
+    for rank, rows in enumerate(found.memory):
+        wrong = np.zeros(len(rows), dtype=np.bool_)
+        wrong[found.overwritten[rank]] = True
+        wrong[found.recv[rank] + found.lost[rank]] = True
+        lines.append(Line(f"rank {rank}, recv at {found.recv[rank]}", rows, wrong))
+    bad = sum(map(len, found.lost)) + sum(map(len, found.overwritten))
+    figure = draw_lines(
+        lines,
+        title="Equal offsets" if not found.diverged else "Rows that land in the wrong place",
+        subtitle="colour: who wrote the row; a cell shows block:row, block 0 is the gather; "
+        "hatched: never written",
+        alt=f"{found.explain()}. {bad} rows are wrong.",
+        axis_title="row of the rank's arena",
+    )
+    figure.for_each_trace(lambda trace: trace.update(name="never written"), {"name": "padding"})
+    return figure
 
 
 def waste_map(

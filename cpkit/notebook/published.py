@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpkit.cost_presets import RING_AND_SYMMETRIC_US
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -16,11 +18,11 @@ class Comparison:
     after_us: tuple[float, ...]
 
 
-_MIB = 1 << 20
+_BEFORE_US, _AFTER_US = zip(*RING_AND_SYMMETRIC_US.values(), strict=True)
 SYMMETRIC = Comparison(
     source="Megatron-LM#5596",
     machine="8 × H100, NVLink",
-    sizes_bytes=(2 * _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB),
-    before_us=(20.2, 43.4, 118.9, 385.3),
-    after_us=(10.9, 27.4, 95.3, 363.2),
+    sizes_bytes=tuple(RING_AND_SYMMETRIC_US),
+    before_us=_BEFORE_US,
+    after_us=_AFTER_US,
 )

@@ -80,11 +80,10 @@ class ClockOperation(Operation[Clock, ClockReport]):
         if not over:
             yield Progress(reports[0].done, body.iterations, "iterations")
             return
-        shape = (len(body.calls), body.iterations, len(reports), 2)
         ns = torch.tensor([report.samples_ns for report in reports], dtype=torch.int64)
         by_call = ns.view(len(reports), len(body.calls), body.iterations, 2).permute(1, 2, 0, 3)
-        us = ((by_call - ns.min()).to(torch.float64) / 1e3).contiguous()
-        yield ClockResult(body.workload, body.calls, Array("float64", shape, us.numpy().tobytes()))
+        us = (by_call - ns.min()).to(torch.float64) / 1e3
+        yield ClockResult(body.workload, body.calls, Array.of(us.numpy()))
 
 
 def _sample(call: Call, group: CPGroup, body: Clock) -> tuple[int, int]:

@@ -147,6 +147,5 @@ def _poison_pool(run: Run) -> None:
 
 
 def _show(name: str, rank: int, rows: torch.Tensor) -> StageArrays:
-    decoded = provenance.decode_rows(rows)
-    array = Array("int64", tuple(decoded.shape), decoded.cpu().contiguous().numpy().tobytes())
-    return StageArrays(name, rank, array)
+    decoded = provenance.decode_rows(rows).cpu()
+    return StageArrays(name, rank, Array.of(decoded.numpy()))

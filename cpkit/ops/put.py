@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from cpkit.control.messages import Array, Message, Progress, Put, PutResult, ReplyBody
@@ -63,17 +64,14 @@ class PutOperation(Operation[Put, PutReport]):
         if not over:
             yield Progress(reports[0].reads // self.body.cp_size, self.body.rounds, "rounds")
             return
-        cp_size = self.body.cp_size
-        rows = [report.row for report in reports]
-        matrix = torch.tensor(rows, dtype=torch.int64, device="cpu")
         yield PutResult(
-            cp_size=cp_size,
+            cp_size=self.body.cp_size,
             rounds=self.body.rounds,
             barrier=self.body.barrier,
             reads=sum(report.reads for report in reports),
             stale=sum(report.stale for report in reports),
             ahead=sum(report.ahead for report in reports),
-            matrix=Array("int64", (cp_size, cp_size), matrix.numpy().tobytes()),
+            matrix=Array.of(np.array([report.row for report in reports], dtype=np.int64)),
             offsets=tuple(report.offset for report in reports),
             addresses=tuple(report.address for report in reports),
             examples=tuple(e for report in reports for e in report.examples)[:_MAX_EXAMPLES],
