@@ -197,7 +197,9 @@ def run_all(lab: JupyterLab, page, name: str) -> None:
     cells = _saved(lab.notebooks / f"{name}.ipynb")
     failed = [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error"]
     assert not failed, json.dumps(failed, indent=1)
-    assert page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
+    said = page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").all_inner_texts()
+    # The live panel measures on: on a busy machine a cell that asks meanwhile says that it waits.
+    assert not [text for text in said if not text.startswith("the workers are busy:")], said
 
 
 def shut_down_kernel(page) -> None:
