@@ -188,6 +188,4 @@ class Board:
 def _in_words(call: int) -> str:
     if call >> 16:
         return f"the end of a plan's call (plan {call >> 16}, output {call & 0xFFFF})"
-    if call == MEETING:
-        return "the meeting before a collective"
-    return "a barrier by itself or the end of a gather"
+    return "the meeting before a collective" if call == MEETING else "the end of a gather or alone"

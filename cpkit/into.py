@@ -64,7 +64,7 @@ def values_problem(known: torch.Tensor | None, into: Sequence[torch.Tensor] | No
         return f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
     stored = known[known >= 0]
     named = torch.zeros(rows, dtype=torch.bool, device="cpu")
-    named[stored] = True  # sorting 65536 slots took five times as long
+    named[stored] = True  # sorting them takes ten times as long
     if int(named.sum()) < len(stored):
         return "slots name a row twice; every stored token needs a row of its own"
     return ""

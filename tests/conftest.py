@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,6 @@ _heading = pytest.StashKey[int]()
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are then run by the interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-# A shell that starts pytest in the background has it ignore Ctrl-C, which some tests send.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

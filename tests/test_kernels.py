@@ -197,14 +197,6 @@ def test_a_run_too_long_for_32_bits_is_cut(strategy: str, monkeypatch: pytest.Mo
     assert (tiles[:, COLUMNS.index("first")] + tiles[:, COLUMNS.index("count")]).max() < 20
 
 
-def test_a_row_too_long_for_32_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles_module, "MAX_RUN_UNITS", 20)
-    runs = prepare_context_parallel_metadata([16], 2).runs(0)
-    assert len(tile_table(runs, [19], [False], 1, 8, mapped=True))
-    with pytest.raises(ValueError, match="a row has 20 units"):
-        tile_table(runs, [20], [False], 1, 8, mapped=True)
-
-
 def assert_every_unit_is_covered_once(
     metadata: ContextParallelMetadata, row_units: int, tile_units: int
 ) -> None:

@@ -67,7 +67,7 @@ def check_a_plan_and_a_gather() -> None:
 def check_a_barrier_and_a_gather() -> None:
     group, metadata, rows = everybody_and_rows()
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
-    expect(group.barrier if group.rank == 0 else gather, "rank 0 at a barrier by itself")
+    expect(group.barrier if group.rank == 0 else gather, "rank 0 at the end of a gather or alone")
 
 
 def check_an_interrupted_gather_ends_nobody_elses() -> None:
