@@ -16,7 +16,6 @@ nccl-tests do; it begins with all ranks at a barrier. Variants take turns, sampl
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from cpkit import bench, provenance, steps
+from cpkit.devices import use_local_gpu
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
@@ -65,7 +65,7 @@ class Size:
 def main() -> None:
     """Benchmark all sizes on the group of all ranks."""
     output, *tokens = sys.argv[1:]
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    use_local_gpu()
     dist.init_process_group("gloo")
     group = init_context_parallel(dist.get_world_size())
     ceiling_bytes_per_us = copy_ceiling(group)

@@ -19,7 +19,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from cpkit import cuda_launch
 from cpkit.board import BarrierTimeout
 from cpkit.cuda_launch import launch_entry, launch_exit
-from cpkit.devices import is_capturing, raw_stream
+from cpkit.devices import is_capturing, loaded_nccl_version, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import MAX_RANKS, PAGE_WORDS
 from cpkit.offers import Offer, SymmetricMemoryError, agree
@@ -189,7 +189,7 @@ class CudaBackend:
         """NCCL where each rank has a GPU of its own, else pushes over peer access."""
         if not self.group.has_nccl:
             return "cuda"
-        return "nccl " + ".".join(map(str, torch.cuda.nccl.version()))
+        return "nccl " + ".".join(map(str, loaded_nccl_version()))
 
     def window_problem(self) -> str:
         """Why NCCL does not know the pool's memory; empty when it does, or has no part in this."""

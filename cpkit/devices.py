@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,38 @@ def device_type(x: object) -> str:
 def default_device() -> str:
     """What a worker's rank runs on, chosen by its agent: `CPKIT_DEVICE`, default "cpu"."""
     return os.environ.get("CPKIT_DEVICE", "cpu")
+
+
+def use_local_gpu(*, shared: bool = False) -> None:
+    """Make the GPU of `LOCAL_RANK` (set by torchrun) this process's current one.
+
+    Ranks that outnumber the GPUs share them in turn; with `shared` all ranks take the first one.
+    Call it before `init_context_parallel`, which records each rank's GPU. Without a GPU it does
+    nothing.
+    """
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(0 if shared else local_rank % torch.cuda.device_count())
+
+
+def loaded_nccl_version() -> tuple[int, ...]:
+    """Return the version of the NCCL library that this process uses, for example (2, 28, 9).
+
+    `torch.cuda.nccl.version()` is the version that torch was compiled with; another library can
+    take its place (LD_PRELOAD, a newer nvidia-nccl package). A torch that contains NCCL has no
+    such library, and its own number is right.
+    """
+    number = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+        status = library.ncclGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        status = -1
+    if status != 0:
+        version: tuple[int, ...] = torch.cuda.nccl.version()
+        return version
+    major, rest = divmod(number.value, 10000)
+    return major, rest // 100, rest % 100
 
 
 def finish() -> None:

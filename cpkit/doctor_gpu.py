@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cpkit.control import mps
+from cpkit.devices import loaded_nccl_version
 from cpkit.findings import Finding
 from cpkit.path import NCCL_RACY, Place, Where, decide, nccl_is_racy, nccl_rule
 
@@ -87,14 +88,14 @@ def _mps() -> Finding:
 
 
 def _version() -> str:
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, loaded_nccl_version()))
 
 
 def _nccl() -> Iterator[Finding]:
     if not dist.is_nccl_available():
         yield Finding("NCCL", "this build of torch has none", "ranks go through gloo and the host")
         return
-    version = torch.cuda.nccl.version()
+    version = loaded_nccl_version()
     newer = (
         "receive-only registration (the seed, #24040) falls back: use padded_symm or direct, or "
         "NCCL 2.29.2 or newer"

@@ -230,7 +230,13 @@ def _gather_rank_order(
         symmetric_send = algorithm == "padded_symm" and pool is not None
         shards = [steps.pad_rows(x, max_len, group, symmetric=symmetric_send) for x in rows]
     keep("pad", shards[0])
-    gathered = steps.gather_all(shards, group, pool, in_pool=algorithm != "padded")
+    gathered = steps.gather_all(
+        shards,
+        group,
+        pool,
+        symmetric_send=symmetric_send,
+        symmetric_recv=algorithm != "padded",
+    )
     keep("wire", gathered[0])
     with stage("strip"):
         stripped = [steps.strip_padding(x, rows_per_rank) for x in gathered]

@@ -14,7 +14,11 @@ What a path needs depends on who moves the rows, the *transport*:
 * `nccl 2.28.9`, or any other version: NCCL picks a kernel, and the rule is a table (`NCCL_RULES`).
 
 A buffer is symmetric when three things hold on all ranks: it is registered, with *this* group, at
-the same offset. Each fails in its own way, and the reason says which.
+the same offset. Each fails in its own way, and the reason says which. NCCL reads the send buffer
+through this rank's own pointer, so there the offset of the receive buffer alone counts.
+
+A report does not bind NCCL: it chooses a kernel from the windows that this rank's buffers lie in.
+So `unsafe_for_nccl` says which buffers must not be given to it.
 """
 
 from __future__ import annotations
@@ -91,10 +95,38 @@ def decide(places: list[Place], rank: int, transport: str = "posix") -> PathRepo
     if version is None:
         path, reason = _pushed(send_fault, recv_fault, places[rank].shard_bytes)
     else:
-        path, reason = _by_nccl(version, send_fault, recv_fault)
+        registered = _registration_fault("send", [place.send for place in places])
+        path, reason = _by_nccl(version, registered, recv_fault)
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
+        if any(unsafe_for_nccl(places)):
+            reason += "; NCCL is given ordinary copies, or it would store at this rank's own offset"
     mine = places[rank]
     return PathReport(path, reason, str(mine.send), str(mine.recv))
+
+
+def unsafe_for_nccl(places: list[Place]) -> tuple[bool, bool]:
+    """Return whether (send, recv) must reach NCCL as ordinary copies; the same on every rank.
+
+    NCCL selects a kernel on each rank from the windows of that rank's buffers, and a symmetric
+    kernel stores into every peer's window at *this* rank's receive offset:
+
+        rank 0   recv at offset    0   │ stores at    0 of rank 1's window   wrong rows
+        rank 1   recv at offset 4096   │ stores at 4096 of rank 0's window   wrong rows
+
+    So a receive buffer in symmetric memory has to lie at one offset of this group's pool on all
+    ranks. A send buffer is read by its own rank only, so beside such a receive buffer its offset is
+    free; but all ranks or none must have it in the pool, or they select different kernels.
+    Measured with NCCL 2.28.9: shards of 2 MiB and more were wrong without an error.
+    """
+    recv = [place.recv for place in places]
+    send = [place.send for place in places]
+    recv_is_symmetric = not _fault("recv", recv)
+    send_is_in_pool = not _registration_fault("send", send)
+    safe_recv = _all_ordinary(recv) or recv_is_symmetric
+    safe_send = (
+        _all_ordinary(send) or (send_is_in_pool and recv_is_symmetric) or not _fault("send", send)
+    )
+    return not safe_send, not safe_recv
 
 
 def without_windows(report: PathReport, problem: str) -> PathReport:
@@ -157,26 +189,36 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
             f"up to 2.29.1 an all-gather needs both buffers registered, and {send_fault}. "
             f"Or use NCCL 2.29.2 or newer, which asks for recv only"
         )
-    words = "both buffers are" if needs == "both" or not send_fault else "recv is"
+    also = "" if send_fault else ", send is registered too"
     racy = (
-        "; mind its race with the kernel before it (sglang#37768)" if nccl_is_racy(version) else ""
+        "; its kernels do not wait for the kernel before them (sglang#37768)"
+        if nccl_is_racy(version)
+        else ""
     )
     return "symmetric", (
-        f"{words} registered at one offset on all ranks, which is enough where all GPUs of the "
-        f"group reach each other over NVLink; its log proves it (cpkit.witness){racy}"
+        f"recv is registered at one offset on all ranks{also}, which is enough where all GPUs of "
+        f"the group reach each other over NVLink; its log proves it (cpkit.witness){racy}"
     )
 
 
 def _fault(name: str, where: list[Where]) -> str:
     """Why these buffers are not symmetric, and what to do; empty when they are."""
+    fault = _registration_fault(name, where)
+    offsets = [(place.segment, place.offset) for place in where]
+    if fault or len(set(offsets)) == 1:
+        return fault
+    said = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
+    return f"{name} is at different segments/offsets on the ranks ({said}): {_REMEDY['offset']}"
+
+
+def _registration_fault(name: str, where: list[Where]) -> str:
+    """Why one of these buffers is not in this group's pool, and what to do; empty when all are."""
     for rank, place in enumerate(where):
         if place.other:
             remedy = _REMEDY.get(place.fault)
             return f"{name} of rank {rank} is {place.other}" + (f": {remedy}" if remedy else "")
-    offsets = [(place.segment, place.offset) for place in where]
-    if len(set(offsets)) > 1:
-        said = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
-        return (
-            f"{name} stands at different segment/offset on the ranks ({said}): {_REMEDY['offset']}"
-        )
     return ""
+
+
+def _all_ordinary(where: list[Where]) -> bool:
+    return all(place.fault == "unregistered" for place in where)

@@ -1,7 +1,13 @@
-"""torch.distributed without symmetric memory: the collective, and an exchange of notes."""
+"""torch.distributed without symmetric memory: the collective, and an exchange of notes.
+
+Every gather that NCCL makes for cpkit goes through `plain_all_gather`. NCCL decides by the address
+of a buffer which kernel it takes, whatever the caller means, so the default is safe: a buffer in
+symmetric memory is replaced by an ordinary copy unless the caller says that the ranks have agreed.
+"""
 
 from __future__ import annotations
 
+import weakref
 from typing import Protocol
 
 import torch
@@ -55,20 +61,64 @@ def describe(*tensors: torch.Tensor) -> str:
     )
 
 
-def plain_all_gather(output: torch.Tensor, input: torch.Tensor, group: Members) -> None:
+class Segment(Protocol):
+    """What of a segment is needed here: where each rank's memory is in this process."""
+
+    nbytes: int
+    addresses: list[int]
+
+
+_segments: weakref.WeakKeyDictionary[Segment, int] = weakref.WeakKeyDictionary()
+
+
+def register_segment(segment: Segment, rank: int) -> None:
+    """Remember memory that is symmetric for as long as it lives, whatever becomes of its pool."""
+    _segments[segment] = rank
+
+
+def in_symmetric_memory(x: torch.Tensor) -> bool:
+    """True when this rank's tensor begins in a segment of any group."""
+    address = x.data_ptr()
+    return any(
+        0 <= address - segment.addresses[rank] < segment.nbytes
+        for segment, rank in list(_segments.items())
+    )
+
+
+def ordinary_copy(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy in ordinary memory of one in symmetric memory."""
+    return x.clone() if in_symmetric_memory(x) else x
+
+
+def plain_all_gather(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    group: Members,
+    *,
+    symmetric_send: bool = False,
+    symmetric_recv: bool = False,
+) -> None:
     """The collective of torch.distributed, on bytes: not every dtype is known to every backend.
 
     CUDA tensors go through NCCL where each rank has a GPU of its own, else over the host and gloo.
+    NCCL gets a buffer in symmetric memory as it is only where `symmetric_send`, `symmetric_recv`
+    say that all ranks have agreed to it (`path.unsafe_for_nccl`).
     """
     if output.numel() == 0:
         return
-    out, shard = (flat_bytes(t) for t in (output, input))
-    if out.device.type == "cpu" or group.has_nccl:
-        _all_gather_single(out, shard, group.process_group)
-        return
-    host = torch.empty(out.shape, dtype=out.dtype, device="cpu")
-    _all_gather_single(host, shard.cpu(), group.process_group)
-    out.copy_(host)
+    recv, send = (flat_bytes(t) for t in (output, input))
+    if recv.device.type == "cpu":
+        _all_gather_single(recv, send, group.process_group)
+    elif not group.has_nccl:
+        host = torch.empty(recv.shape, dtype=recv.dtype, device="cpu")
+        _all_gather_single(host, send.cpu(), group.process_group)
+        recv.copy_(host)
+    else:
+        send = send if symmetric_send else ordinary_copy(send)
+        target = recv if symmetric_recv else ordinary_copy(recv)
+        _all_gather_single(target, send, group.process_group)
+        if target is not recv:
+            recv.copy_(target)
 
 
 def _all_gather_single(

@@ -22,8 +22,8 @@ from cpkit.backend import Backend, Segment, make_backend
 from cpkit.devices import growth_problem, is_capturing
 from cpkit.group import CPGroup
 from cpkit.offers import SymmetricMemoryError
-from cpkit.path import PathReport, Place, decide, without_windows
-from cpkit.plain import describe, gather_problem, plain_all_gather
+from cpkit.path import PathReport, Place, decide, unsafe_for_nccl, without_windows
+from cpkit.plain import describe, gather_problem, plain_all_gather, register_segment
 from cpkit.pool_history import PoolHistory, PoolStatistics
 from cpkit.prealloc import agree_on_prealloc, warm_up_bytes, warm_up_problem
 from cpkit.provenance import POISON_BYTE
@@ -151,7 +151,9 @@ class SymmetricPool:
     def _grow(self, nbytes: int, purpose: str) -> float:
         """Make one more segment, together; the milliseconds that it took."""
         start = time.perf_counter()
-        self._segments.append(self.backend.make_segment(nbytes, purpose))
+        segment = self.backend.make_segment(nbytes, purpose)
+        register_segment(segment, self.group.rank)
+        self._segments.append(segment)
         self._ledger.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
         self.history.registered(took_ms)
@@ -192,25 +194,45 @@ class SymmetricPool:
             output, input = output.detach(), input.detach().resolve_conj().resolve_neg()
         call = "" if problem else f"gather {describe(output, input)}"
         with stage("agree"):
-            path = self.agree_on_path(call, problem, input, output)
+            places = self._agree_on_places(call, problem, input, output)
+            path = self._decide(places)
         with stage("wire"):
-            self._move(path, output, input)
+            self._move(path, places, output, input)
         self.group.last_path = path
 
     def agree_on_path(
         self, call: str, problem: str, send: torch.Tensor, recv: torch.Tensor, transport: str = ""
     ) -> PathReport:
         """Meet, and hear where everybody's buffers are. Raises as `meet` does. Collective."""
+        places = self._agree_on_places(call, problem, send, recv)
+        return decide(places, self.group.rank, transport) if transport else self._decide(places)
+
+    def _agree_on_places(
+        self, call: str, problem: str, send: torch.Tensor, recv: torch.Tensor
+    ) -> list[Place]:
         place = place_of(send, recv, self.group)
         notes = self.meet(call, problem, msgspec.msgpack.encode(place))
-        places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
-        report = decide(places, self.group.rank, transport or self.backend.transport())
-        return report if transport else without_windows(report, self.backend.window_problem())
+        return [msgspec.msgpack.decode(note, type=Place) for note in notes]
 
-    def _move(self, path: PathReport, output: torch.Tensor, input: torch.Tensor) -> None:
+    def _decide(self, places: list[Place]) -> PathReport:
+        report = decide(places, self.group.rank, self.backend.transport())
+        return without_windows(report, self.backend.window_problem())
+
+    def _move(
+        self, path: PathReport, places: list[Place], output: torch.Tensor, input: torch.Tensor
+    ) -> None:
         """Move shards that all have agreed on. Complete on return; on CUDA in stream order."""
         if path.path == "fallback" or self.backend.transport().startswith("nccl"):
-            plain_all_gather(output, input, self.group)
+            unsafe_send, unsafe_recv = unsafe_for_nccl(places)
+            # Where a rank could not register the pool, the others may have windows all the same.
+            windows = not self.backend.window_problem()
+            plain_all_gather(
+                output,
+                input,
+                self.group,
+                symmetric_send=windows and not unsafe_send,
+                symmetric_recv=windows and not unsafe_recv,
+            )
             return
         self.backend.enter()
         if path.path == "symmetric":

@@ -71,16 +71,21 @@ def pad_rows(rows: torch.Tensor, max_len: int, group: CPGroup, *, symmetric: boo
 
 
 def gather_all(
-    shards: Sequence[torch.Tensor], group: CPGroup, pool: SymmetricPool | None, *, in_pool: bool
+    shards: Sequence[torch.Tensor],
+    group: CPGroup,
+    pool: SymmetricPool | None,
+    *,
+    symmetric_send: bool,
+    symmetric_recv: bool,
 ) -> list[torch.Tensor]:
     """Every rank's padded shards, in rank order: `[cp_size · max_len, lanes]` for each tensor.
 
-    `in_pool` receives in symmetric memory, if there is a pool: ranks push, or NCCL moves the
+    `symmetric_recv` receives in symmetric memory, if there is a pool: ranks push, or NCCL moves the
     shards. Otherwise the ordinary collective of torch.distributed does it, which on a shared GPU
-    is staged.
+    is staged. `symmetric_send` says that `pad_rows` put the shards into the pool on all ranks.
     """
-    if pool and in_pool:
-        return _gather_in_pool(shards, pool)
+    if pool and symmetric_recv:
+        return _gather_in_pool(shards, pool, symmetric_send=symmetric_send)
     if pool and pool.backend.transport() == "cuda":
         return _gather_staged(shards, pool)
     with stage("wire"):
@@ -90,7 +95,9 @@ def gather_all(
     return gathered
 
 
-def _gather_in_pool(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[torch.Tensor]:
+def _gather_in_pool(
+    shards: Sequence[torch.Tensor], pool: SymmetricPool, *, symmetric_send: bool
+) -> list[torch.Tensor]:
     with stage("wire"):
         with use_symmetric_memory(pool.group):
             gathered = [x.new_empty(x.shape[0] * pool.group.size, x.shape[1]) for x in shards]
@@ -99,13 +106,31 @@ def _gather_in_pool(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list
             pool.backend.enter()
         for output, shard in zip(gathered, shards, strict=True):
             if by_nccl:
-                plain_all_gather(output, shard, pool.group)
+                _gather_by_nccl(output, shard, pool, symmetric_send=symmetric_send)
             else:
                 pool.push_shard(output, shard)
     with stage("exit"):
         if not by_nccl:  # which is done when its kernel is
             pool.backend.leave()
     return gathered
+
+
+def _gather_by_nccl(
+    output: torch.Tensor, shard: torch.Tensor, pool: SymmetricPool, *, symmetric_send: bool
+) -> None:
+    """Into an output that the pool placed at one offset on all ranks.
+
+    A shard that needed no padding is the caller's own tensor, which may lie in symmetric memory on
+    some ranks only: without `symmetric_send` NCCL gets an ordinary copy of such a one.
+    """
+    windows = not pool.backend.window_problem()
+    plain_all_gather(
+        output,
+        shard,
+        pool.group,
+        symmetric_send=windows and symmetric_send,
+        symmetric_recv=windows,
+    )
 
 
 def _gather_staged(shards: Sequence[torch.Tensor], pool: SymmetricPool) -> list[torch.Tensor]:

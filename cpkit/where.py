@@ -9,6 +9,7 @@ import torch
 
 from cpkit.group import CPGroup
 from cpkit.path import Place, Where
+from cpkit.plain import in_symmetric_memory
 
 
 class Pool(Protocol):
@@ -52,4 +53,6 @@ def locate(tensor: torch.Tensor, group: CPGroup) -> Where:
             return Where(other="in the pool but not contiguous", fault="unregistered")
         if place:
             return Where(*place)
+    if in_symmetric_memory(tensor):
+        return Where(other="in a pool that was configured away", fault="foreign")
     return Where(other="ordinary memory", fault="unregistered")

@@ -38,11 +38,15 @@ class Selections:
 
 
 def environment(log: Path) -> dict[str, str]:
-    """What to set before NCCL starts, so that it writes its selections to `log`."""
+    """What to set before NCCL starts, so that it writes its selections to `log`.
+
+    Each process writes a file of its own, `log` with its process id appended: NCCL opens its file
+    for writing, not for appending, so two ranks with one file would overwrite each other's lines.
+    """
     return {
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_SUBSYS": "TUNING,REG,INIT",
-        "NCCL_DEBUG_FILE": str(log),
+        "NCCL_DEBUG_FILE": f"{log}.%p",
     }
 
 
@@ -59,7 +63,9 @@ def count(lines: Iterable[str], operation: str = "AllGather") -> Selections:
 
 
 def count_file(log: Path, operation: str = "AllGather") -> Selections:
-    """The same for a log file; nothing was selected where there is none."""
-    if not log.exists():
-        return Selections()
-    return count(log.read_text(errors="replace").splitlines(), operation)
+    """The same for the log of all processes; nothing was selected where there is none."""
+    files = sorted(log.parent.glob(f"{log.name}.*"))
+    return count(
+        (line for file in files for line in file.read_text(errors="replace").splitlines()),
+        operation,
+    )

@@ -26,7 +26,7 @@ from cpkit.control.place import Agent, Connection, Place, Worker, write_private
 from cpkit.control.server import Server
 from cpkit.control.settings import Launch, address_of, from_environment
 from cpkit.control.watch import forget, watch
-from cpkit.devices import default_device
+from cpkit.devices import default_device, use_local_gpu
 from cpkit.ops.limits import memory_limit_bytes
 from cpkit.ops.loop import Conductor, Performer
 from cpkit.ops.orders import Orders
@@ -41,7 +41,8 @@ def main() -> None:
     _log_to_one_file()
     launch, place, agent = _surroundings()
     watch(place, agent, launch.owner)
-    _take_gpu(launch)
+    if default_device() == "cuda":
+        use_local_gpu(shared=launch.share_gpu)
     memory_limit_bytes()  # what is available now, not once requests have taken some of it
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     orders = Orders()
@@ -118,13 +119,6 @@ def _status(
             WorkerInfo(w.rank, w.process.pid, w.host, default_device(), w.log) for w in workers
         ),
     )
-
-
-def _take_gpu(launch: Launch) -> None:
-    """This rank's GPU: the one of its local rank, or the first one when all share it."""
-    if default_device() == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(0 if launch.share_gpu else local % torch.cuda.device_count())
 
 
 def _device_words() -> str:

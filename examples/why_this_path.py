@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from cpkit.devices import use_local_gpu
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata, shard
@@ -28,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Which path a gather takes, and why.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
+    if device == "cuda":
+        use_local_gpu()
     dist.init_process_group("gloo")
     group = init_context_parallel(dist.get_world_size())
     for title, lines in (

@@ -1,4 +1,6 @@
-"""Gathers on a GPU: 2, 4 and 8 ranks that share it, with and without MPS; NCCL; the workers."""
+"""Gathers on GPUs: 2, 4 and 8 ranks that share one, with and without MPS, or have one each; NCCL;
+the workers.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,18 @@ pytestmark = [
 ]
 RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split(",")]
 # Without MPS the ranks take turns on the GPU, milliseconds each: fewer rounds, the same checks.
-ROUNDS = {"mps": "1000", "turns": "60"}
+ROUNDS = {"mps": "1000", "turns": "60", "own": "1000"}
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 # One launch runs them all, in this order: the last check of `cuda` leaves its group out of step.
 MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda_order", "cuda")
 
 
-def checks() -> list[str]:
+def checks(*modules: str) -> list[str]:
     """Their names, read from the sources: importing some of them needs Triton and a GPU."""
-    sources = [(Path(__file__).parent / "ranks" / f"{name}.py").read_text() for name in MODULES]
+    sources = [(Path(__file__).parent / "ranks" / f"{name}.py").read_text() for name in modules]
     return [
         line.removeprefix("def ").partition("(")[0]
         for source in sources
@@ -42,12 +46,12 @@ def checks() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=["mps", "turns"])
+@pytest.fixture(scope="module", params=["mps", "turns", "own"])
 def sharing(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """Whether the ranks are clients of one MPS daemon."""
-    if request.param == "turns":
+    """How ranks use the GPUs: one for all, with one MPS daemon or without; or one each."""
+    if request.param != "mps":
         yield request.param
         return
     if not mps.is_installed():
@@ -58,17 +62,25 @@ def sharing(
 
 
 def variables(sharing: str) -> tuple[tuple[str, str], ...]:
-    return (
+    chosen = (
         ("CPKIT_TEST_DEVICE", "cuda"),
         ("CPKIT_TEST_ROUNDS", ROUNDS[sharing]),
+        ("CPKIT_TEST_SHARING", sharing),
         ("CPKIT_SYMM_PREALLOC_GB", "0.25"),
-        ("CPKIT_SHARING", sharing),  # one launch for each kind of sharing
     )
+    return chosen if sharing == "own" else (*chosen, ("CUDA_VISIBLE_DEVICES", ONE_GPU))
+
+
+def needs_gpus(count: int) -> None:
+    if count > GPUS:
+        pytest.skip(f"needs {count} GPUs, one per rank; torch sees {GPUS}")
 
 
 @pytest.mark.parametrize("nproc", RANKS)
-@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize("check", checks(*MODULES))
 def test_ranks(sharing: str, check: str, nproc: int) -> None:
+    if sharing == "own":
+        needs_gpus(nproc)
     modules = ",".join(f"tests.ranks.{name}" for name in MODULES)
     assert_passed(modules, nproc, check, variables(sharing), 550)
 
@@ -85,8 +97,27 @@ def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     from cpkit.witness import environment
 
     log = tmp_path_factory.getbasetemp() / "nccl.log"
-    variables = {**environment(log), "CPKIT_NCCL": "1", "CPKIT_SYMM_PREALLOC_GB": "0.25"}
-    assert_passed("tests.ranks.nccl", 2, check, tuple(variables.items()), 300)
+    settings = {
+        **environment(log),
+        "CPKIT_NCCL": "1",
+        "CPKIT_SYMM_PREALLOC_GB": "0.25",
+        "CPKIT_TEST_DEVICE": "cuda",
+        "CUDA_VISIBLE_DEVICES": ONE_GPU,
+    }
+    assert_passed("tests.ranks.nccl", 2, check, tuple(settings.items()), 300)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks("windows"))
+def test_nccl_with_a_gpu_per_rank(
+    check: str, nproc: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from cpkit.witness import environment
+
+    needs_gpus(nproc)
+    log = tmp_path_factory.getbasetemp() / f"nccl-{nproc}.log"
+    settings = (*variables("own"), *environment(log).items())
+    assert_passed("tests.ranks.windows", nproc, check, settings, 300)
 
 
 def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:

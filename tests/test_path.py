@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cpkit.path import Place, Where, decide, without_windows
+from cpkit.path import Place, Where, decide, unsafe_for_nccl, without_windows
 
 A, B = Where(0, 256), Where(0, 512)
-ORDINARY = Where(other="ordinary memory")
+ORDINARY = Where(other="ordinary memory", fault="unregistered")
+FOREIGN = Where(other="in the pool of another group", fault="foreign")
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ ORDINARY = Where(other="ordinary memory")
         ([A, A], [ORDINARY, ORDINARY], "staged", "recv of rank 0 is ordinary memory"),
         ([A, A], [B, ORDINARY], "staged", "recv of rank 1 is ordinary memory"),
         ([A, ORDINARY], [B, ORDINARY], "fallback", "recv of rank 1"),
-        ([A, B], [A, B], "fallback", "different segment/offset"),
+        ([A, B], [A, B], "fallback", "different segments/offsets"),
         ([A, A], [A, Where(1, 256)], "staged", "rank 0: 0/256, rank 1: 1/256"),
     ],
 )
@@ -48,6 +49,40 @@ def test_nccls_rule_is_a_table_of_versions(version: str, send: Where, path: str)
     assert report.reason.startswith(f"NCCL {version}: ")
     # Without a symmetric receive buffer no version helps, and nobody pulls.
     assert decide([Place(A, ORDINARY)] * 2, 0, f"nccl {version}").path == "fallback"
+
+
+@pytest.mark.parametrize(
+    ("send", "recv", "unsafe"),
+    [
+        ([A, A], [B, B], (False, False)),
+        ([ORDINARY] * 2, [ORDINARY] * 2, (False, False)),
+        ([ORDINARY] * 2, [B, B], (False, False)),
+        ([A, A], [ORDINARY] * 2, (False, False)),
+        ([A, B], [B, B], (False, False)),  # each rank reads its own shard
+        ([A, B], [ORDINARY] * 2, (True, False)),
+        ([A, ORDINARY], [B, B], (True, False)),  # the ranks would select different kernels
+        ([A, A], [A, B], (False, True)),
+        ([A, B], [A, B], (True, True)),
+        ([A, A], [B, ORDINARY], (False, True)),
+        ([FOREIGN] * 2, [FOREIGN] * 2, (True, True)),
+    ],
+)
+def test_nccl_is_not_given_what_it_would_store_to_the_wrong_place(
+    send: list[Where], recv: list[Where], unsafe: tuple[bool, bool]
+) -> None:
+    places = [Place(s, r) for s, r in zip(send, recv, strict=True)]
+    assert unsafe_for_nccl(places) == unsafe
+    if unsafe[1]:
+        report = decide(places, 0, "nccl 2.30.7")
+        assert report.path == "fallback"
+        assert "NCCL is given ordinary copies" in report.reason
+
+
+def test_the_send_buffers_offset_is_free_for_nccl() -> None:
+    places = [Place(A, B), Place(B, B)]
+    assert decide(places, 0, "nccl 2.28.9").path == "symmetric"
+    places = [Place(A, A), Place(A, B)]
+    assert decide(places, 0, "nccl 2.28.9").path == "fallback"
 
 
 @pytest.mark.parametrize(

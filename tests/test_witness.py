@@ -23,9 +23,10 @@ def test_selections_are_counted_by_kind_and_collective() -> None:
     assert str(count([])) == "0 symmetric, 0 copy engine, 0 fallback"
 
 
-def test_a_log_file_that_nobody_wrote_counts_nothing(tmp_path: Path) -> None:
+def test_the_logs_of_all_processes_are_counted(tmp_path: Path) -> None:
     log = tmp_path / "nccl.log"
     assert count_file(log) == Selections()
-    log.write_text(LOG)
-    assert count_file(log).symmetric == 2
-    assert environment(log)["NCCL_DEBUG_FILE"] == str(log)
+    for pid in ("7", "8"):
+        (tmp_path / f"nccl.log.{pid}").write_text(LOG)
+    assert count_file(log).symmetric == 4
+    assert environment(log)["NCCL_DEBUG_FILE"] == f"{log}.%p", "two ranks never share a file"

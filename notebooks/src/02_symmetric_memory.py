@@ -653,15 +653,18 @@ def may_free(dropped, me):
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
-# Whether a gather takes the fast path depends on three facts about each buffer, **on all ranks**:
+# Whether a gather takes the fast path depends on three facts, **on all ranks**:
 #
-# | fact | if it is not so | seen in |
+# | fact | if it does not hold | seen in |
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
-# | registered with *this group* | silent fallback | sglang#19329 |
-# | at the *same offset* everywhere | wrong rows, no error | pytorch#178138 |
+# | it is registered with *this group* | silent fallback | sglang#19329 |
+# | the *receive* buffer is at the *same offset* everywhere | wrong rows, no error | pytorch#178138 |
 #
-# And on which buffers must be so, which is a table of versions.
+# The offset of the send buffer is free: each rank reads its own shard through its own pointer, and only stores go to peers. A
+# shard that is sent from its slice of the receive buffer (`recv + rank · shard`) has another offset on every rank, and is right.
+#
+# Which buffers must be registered depends on NCCL's version.
 
 # %% recv-predict
 lesson.predict("recv", ...)
@@ -699,10 +702,11 @@ def fast_path(version, group, send, recv):
     # >>> your code
     #: return None not in send and None not in recv
     def registered(buffers):
-        return len(set(buffers)) == 1 and buffers[0] is not None and buffers[0][0] == group
+        return all(buffer is not None and buffer[0] == group for buffer in buffers)
 
-    needed = [recv] if version >= (2, 29, 2) else [send, recv]
-    return version >= (2, 27) and all(map(registered, needed))
+    symmetric_recv = registered(recv) and len(set(recv)) == 1
+    send_counts = version < (2, 29, 2)
+    return version >= (2, 27) and symmetric_recv and (registered(send) or not send_counts)
     # <<<
 
 
@@ -712,13 +716,24 @@ lesson.check_fast_path(fast_path)
 
 # %% e6-mutant-always-both
 def fast_path(version, group, send, recv):
-    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
-    return version >= (2, 27) and all(good)
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    return version >= (2, 27) and all(good) and len(set(recv)) == 1
 
 
 # %% e6-mutant-any-group
 def fast_path(version, group, send, recv):
-    good = [len(set(b)) == 1 and b[0] is not None for b in (send, recv)]
+    good = [None not in b for b in (send, recv)]
+    return (
+        version >= (2, 27)
+        and good[1]
+        and len(set(recv)) == 1
+        and (good[0] or version >= (2, 29, 2))
+    )
+
+
+# %% e6-mutant-send-offsets-count-too
+def fast_path(version, group, send, recv):
+    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
     return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
 
 
@@ -736,32 +751,41 @@ def fast_path(version, group, send, recv):
 
 # %% e6-mutant-send-is-what-counts
 def fast_path(version, group, send, recv):
-    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
-    return version >= (2, 27) and good[0] and (good[1] or version >= (2, 29, 2))
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    return (
+        version >= (2, 27)
+        and good[0]
+        and len(set(recv)) == 1
+        and (good[1] or version >= (2, 29, 2))
+    )
 
 
 # %% e6-mutant-the-change-came-with-2-29
 def fast_path(version, group, send, recv):
-    good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
-    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29))
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    return (
+        version >= (2, 27) and good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    )
 
 
 # %% e6-help [markdown]
-# First write what "registered" means for *one* buffer over all ranks. Then ask which buffers need it.
+# First write what "registered" means for *one* buffer over all ranks. Then ask which buffers need it, and which need one offset.
 #
 # ---
-# For one buffer: no rank has `None`, all name the gather's group, all have one offset. Tuples compare as you want:
-# `(2, 28, 9) < (2, 29, 2)`.
+# For one buffer: no rank has `None`, and all name the gather's group. Only `recv` needs one offset as well. Tuples compare as
+# you want: `(2, 28, 9) < (2, 29, 2)`.
 #
 # ---
-# `len(set(buffers)) == 1 and buffers[0] is not None and buffers[0][0] == group`; then `recv` alone from 2.29.2 on, both
-# before, and nothing before 2.27.
+# `all(b is not None and b[0] == group for b in buffers)`; `recv` also needs `len(set(recv)) == 1`. From 2.29.2 on `recv` alone
+# is enough, before that both are needed, and before 2.27 nothing helps.
 #
 # ---
-# **Why** NCCL itself does *not* compare offsets: there it is your duty, and the price is wrong rows. cpkit's ranks tell each other
-# where their buffers are before every gather (`where.py`, `path.py`), so that it costs a fallback with a reason.
+# **Why** NCCL itself does *not* compare offsets. On two H100s with NCCL 2.28.9 and a receive buffer at another offset on each rank,
+# shards of 64 KiB were right, because the kernel for small sizes goes through a staging buffer. Shards of 2 MiB were wrong on
+# every rank, without an error. cpkit's ranks exchange where their buffers are before every gather (`where.py`, `path.py`), and
+# give NCCL an ordinary copy of such a buffer: the path is `fallback`, with the reason.
 #
-# **Another way** Send from your own slice of the receive buffer. Then one registration serves both, on every version, and the
+# **Another way** Send from your own slice of the receive buffer. One registration then serves both, on every version, and the
 # copy that pads is gone as well: sglang#37337's remedy for `interleave`.
 
 # %% recv-reveal

@@ -19,7 +19,7 @@ from cpkit.group import CPGroup
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
-from tests.ranks.device import world_group
+from tests.ranks.device import OWN_GPU, path_by_table, world_group
 from tests.ranks.errors import error_of
 
 ROUNDS = int(os.environ.get("CPKIT_TEST_ROUNDS", "1000"))
@@ -212,10 +212,12 @@ def check_paths_are_what_really_happens() -> None:
         symm_recv = torch.empty(4 * group.size, 4, device="cuda")
     send = torch.full((4, 4), rank, device="cuda")
     recv = torch.empty(4 * group.size, 4, device="cuda")
+    # Peers pull from a symmetric send buffer only where our own ranks move the rows.
+    staged = "fallback" if OWN_GPU else "staged"
     for source, target, path, by_nccl in (
-        (symm_send, symm_recv, "symmetric", "symmetric"),
-        (send, symm_recv, "symmetric", "fallback"),
-        (symm_send, recv, "staged", "fallback"),
+        (symm_send, symm_recv, path_by_table("padded_symm"), "symmetric"),
+        (send, symm_recv, path_by_table("padded_symm_recv"), "fallback"),
+        (symm_send, recv, staged, "fallback"),
         (send, recv, "fallback", "fallback"),
     ):
         target.fill_(-1)

@@ -15,7 +15,7 @@ from cpkit.offers import SymmetricMemoryError
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
 from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
-from tests.ranks.device import world_group
+from tests.ranks.device import OWN_GPU, world_group
 from tests.ranks.errors import error_of
 
 
@@ -55,6 +55,10 @@ def check_dropped_memory_goes_back_to_the_gpu() -> None:
     taken = before - free_bytes(group)
     symmetric_pool(group, "cuda").configure(4 * MIB)
     left = before - free_bytes(group)
+    if OWN_GPU:  # NCCL holds on to what it registered (cuda_backend._never_free)
+        assert taken > 0.9 * large, taken
+        assert left > 0.9 * large, "NCCL gives memory back now: say so in cuda_backend"
+        return
     assert taken > 0.9 * large * group.size, taken
     assert left < 0.1 * large, left
 

@@ -22,7 +22,14 @@ from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.reference import all_gather_kv_reference
 from cpkit.symm import batch_symmetry, explain_path
-from tests.ranks.device import DEVICE, finish, pool_of, shard_rows, world_group
+from tests.ranks.device import (
+    DEVICE,
+    finish,
+    path_by_table,
+    pool_of,
+    shard_rows,
+    world_group,
+)
 from tests.ranks.errors import error_of
 
 DTYPES = (
@@ -174,8 +181,7 @@ def check_an_asymmetric_batch_falls_back_and_says_so() -> None:
         all_gather_kv([rows], metadata, group, algorithm=algorithm)
         report = last_path(group)
         assert report is not None
-        ordinary = "staged" if DEVICE == "cuda" else "fallback"  # ranks of one GPU go over a stage
-        assert report.path == (ordinary if algorithm == "padded" else "symmetric")
+        assert report.path == path_by_table(algorithm), report
 
 
 def check_stages_are_recorded() -> None:
@@ -226,9 +232,9 @@ def check_a_result_knows_its_path() -> None:
     )
     told = path_of_result(direct), path_of_result(padded)
     assert told[0] is not None
-    assert told[0].path == "symmetric"
+    assert told[0].path == path_by_table("direct")
     assert told[1] is not None
-    assert told[1].path == ("staged" if DEVICE == "cuda" else "fallback")
+    assert told[1].path == path_by_table("padded")
     assert path_of_result(rows) is None
 
 

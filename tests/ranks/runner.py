@@ -16,10 +16,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from cpkit.devices import use_local_gpu
 from cpkit.group import forget_groups
+from tests.ranks.device import DEVICE
 
 
 def main() -> None:
+    if DEVICE == "cuda":
+        use_local_gpu()
     modules = [importlib.import_module(name) for name in sys.argv[1].split(",")]
     checks = {
         name: check
