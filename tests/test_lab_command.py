@@ -93,7 +93,7 @@ def test_connect_takes_what_runs_unless_it_is_asked_for_something_else(
         with pytest.raises(cpkit.OtherWorkers) as caught:
             cpkit.connect("met", launch=launch, nproc=8, device="cuda")
         assert "nproc=8 and device='cuda'" in str(caught.value)
-        assert "are 1 rank(s) on cpu" in str(caught.value)
+        assert "already run on cpu: 1 rank" in str(caught.value)
         assert "cpkit.connect('met').stop()" in str(caught.value)
     for options in ({"nproc": 0}, {"device": "gpu"}):
         with pytest.raises(ValueError, match="must be"):

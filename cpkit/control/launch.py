@@ -207,10 +207,10 @@ def _check_as_asked(
     name = connection.name
     wanted = " and ".join(f"{key}={value!r}" for key, value in asked.items())
     raise OtherWorkers(
-        f"asked for {wanted}, but the workers {name!r} that run already are {running.world_size} "
-        f"rank(s) on {running.device} ({describe(connection)}). To use them, leave out "
-        f"{' and '.join(asked)}. To start others beside them, choose another name. To end them: "
-        f"`python -m cpkit stop --name {name}`, or in a notebook cpkit.connect({name!r}).stop()."
+        f"asked for {wanted}, but workers {name!r} already run on {running.device}: "
+        f"{describe(connection)}. To use them, leave out {' and '.join(asked)}. To start others "
+        f"beside them, choose another name. To end them: `python -m cpkit stop --name {name}`, or "
+        f"in a notebook cpkit.connect({name!r}).stop()."
     )
 
 
