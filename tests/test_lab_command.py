@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import msgspec
+import psutil
 import pytest
 
 import cpkit
@@ -60,24 +61,29 @@ def test_the_workers_and_the_way_out_are_described(first: subprocess.Popen[str])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "asked"),
-    [
-        (["lab", "--nproc", "2"], "asked for nproc=2"),
-        (["lab", "--device", "cuda"], "asked for device='cuda'"),
-        (["start", "--nproc", "2"], "run already"),
-    ],
+    ("option", "asked"), [("--nproc=2", "nproc=2"), ("--device=cuda", "device='cuda'")]
 )
-def test_what_was_asked_for_and_does_not_run_is_refused(
-    first: subprocess.Popen[str],
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    asked: str,
+def test_a_lab_that_asks_for_other_workers_is_refused(
+    first: subprocess.Popen[str], option: str, asked: str
 ) -> None:
-    assert main([*arguments, "--name", "met"]) == 1
+    with pytest.raises(cpkit.OtherWorkers, match=f"asked for {asked}") as caught:
+        _workers_for_lab(_parser().parse_args(["lab", "--name=met", option]))
+    assert_names_the_lab(str(caught.value), first.pid)
+
+
+def test_starting_others_of_the_same_name_is_refused(
+    first: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["start", "--name=met", "--nproc=2"]) == 1
     said = capsys.readouterr().err
-    assert asked in said
+    assert "workers named 'met' run already" in said
+    assert_names_the_lab(said, first.pid)
+
+
+def assert_names_the_lab(said: str, pid: int) -> None:
+    """The message says what runs, who started it, and both ways out."""
     assert "1 rank since 20" in said
-    assert f"`make lab` (process {first.pid})" in said
+    assert f"`make lab` (process {pid}); they end with it" in said
     assert "python -m cpkit stop --name met" in said
     assert "choose another name" in said
 
@@ -105,6 +111,7 @@ def test_the_kind_of_owner_is_named(module: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("JPY_SESSION_NAME", "workspace/02_symmetric_memory.ipynb")
     command = [sys.executable, "-m", module]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as owner:
+        until(psutil.Process(owner.pid).cmdline)  # empty for a moment after the exec
         said = describe(here(process_id(owner.pid)))
         owner.kill()
     if module == "ipykernel_launcher":
