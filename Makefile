@@ -2,7 +2,7 @@
 # Each target first makes .venv and installs what it needs; a second call finds that done.
 
 PYTHON ?= python3
-NPROC ?= 4
+NPROC ?=
 NAME ?= default
 ARGS ?=
 
@@ -21,7 +21,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 lab: $(VENV)/.has-notebooks ## start NPROC workers and open JupyterLab on the first notebook
-	$(PY) -m cpkit lab --nproc $(NPROC) --name $(NAME) $(ARGS)
+	$(PY) -m cpkit lab --name $(NAME) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: $(VENV)/.has-test ## run all tests, cheapest first (ARGS goes to pytest)
 	$(PY) -m pytest $(ARGS)

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 from cpkit.control import launch as launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.messages import Status, StatusResult
+from cpkit.control.origin import describe
 from cpkit.control.settings import Launch
+from cpkit.notebook import workspace
 from cpkit.processes import ProcessId, process_id
 
-_FIRST_NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_padding_and_reorg.ipynb"
+_FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as of init scripts
 
 
@@ -106,19 +107,11 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
     """Start workers, open JupyterLab on the first notebook, and end both together."""
-    settings = Launch(
-        name=options.name,
-        nproc=options.nproc,
-        device=options.device,
-        share_gpu=options.share_gpu,
-        owner=process_id(),
-    )
-    if launcher.running(options.name):
-        print(f"workers {options.name!r} run already and will be used; they stay afterwards")
-    else:
-        print(_start(settings))
+    for message in workspace.refresh():
+        print(message, flush=True)
+    print(_workers_for_lab(options), flush=True)
     command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
-    jupyter = subprocess.Popen(command, env={**os.environ, "CPKIT_NAME": options.name})
+    jupyter = subprocess.Popen(command, env=_lab_environment(options.name))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab gets it as well, and asks
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
     code = jupyter.wait()
@@ -128,14 +121,42 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     return code
 
 
+def _workers_for_lab(options: argparse.Namespace) -> str:
+    """Attach to the workers of this name, or start some that end with us; what to tell the user."""
+    name = options.name
+    client = launcher.attach(name, options.nproc, options.device)
+    if client is None:
+        settings = Launch(
+            name=name,
+            nproc=Launch().nproc if options.nproc is None else options.nproc,
+            device=options.device,
+            share_gpu=options.share_gpu,
+            owner=process_id(),
+        )
+        return _start(settings)
+    with client:
+        return (
+            f"workers {name!r} run already and will be used: {describe(client.connection)}.\n"
+            f"To end them: ./launch_workers.sh stop --name {name}. "
+            f"For workers of its own: make lab NAME=another-name"
+        )
+
+
 def _lab_options() -> list[str]:
     """Show the first notebook, and run as root too, which is who one is in most containers."""
-    page = f"/lab/tree/{_FIRST_NOTEBOOK.parent.name}/{_FIRST_NOTEBOOK.name}"
+    folder = workspace.WORKSPACE
     options = [
-        f"--ServerApp.root_dir={_FIRST_NOTEBOOK.parents[1]}",
-        f"--LabApp.default_url={page}",
+        f"--ServerApp.root_dir={folder.parent}",
+        f"--LabApp.default_url=/lab/tree/{folder.name}/{_FIRST_NOTEBOOK}",
     ]
     return [*options, "--allow-root"] if os.geteuid() == 0 else options
+
+
+def _lab_environment(name: str) -> dict[str, str]:
+    """The name for `cpkit.connect()`, and JupyterLab's defaults after the user's own."""
+    own = os.environ.get("JUPYTER_CONFIG_PATH", "")
+    path = os.pathsep.join(filter(None, [own, str(workspace.JUPYTER_DEFAULTS)]))
+    return {**os.environ, "CPKIT_NAME": name, "JUPYTER_CONFIG_PATH": path}
 
 
 def _start(settings: Launch) -> str:
@@ -197,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name in ("start", "lab"):
         _add_size(parsers[name])
+    parsers["start"].set_defaults(nproc=Launch().nproc)
     _add_start(parsers["start"])
     parsers["logs"].add_argument("--lines", type=int, default=40, help="of each log (40)")
     parsers["logs"].add_argument("--follow", action="store_true", help="go on until interrupted")
@@ -207,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc", type=int, default=4, help="ranks on this machine (4)")
+    parser.add_argument("--nproc", type=int, help="ranks on this machine (4)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--share-gpu",

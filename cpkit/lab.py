@@ -76,37 +76,38 @@ def connect(
     name: str = "default",
     *,
     launch: bool = True,
-    nproc: int = 4,
+    nproc: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Lab:
-    """Attach to the running workers of this name, or start `nproc` of them.
+    """Attach to the running workers of this name, or start `nproc` of them (default: 4).
 
     Workers started here end with this process. "default" is the name in CPKIT_NAME where `make lab`
-    has set one. Raises NoWorkers when there are none and `launch` is false, ControlError when they
-    can't be reached or started, ValueError for bad arguments.
+    has set one. Raises NoWorkers when there are none and `launch` is false, OtherWorkers when those
+    that run are not as `nproc` or `device` asks, ControlError when they can't be reached or
+    started, ValueError for bad arguments.
     """
     if name == "default":
         name = os.environ.get("CPKIT_NAME", name)
+    ranks = Launch().nproc if nproc is None else nproc
+    settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
+    settings.check()
     for _ in range(_ATTEMPTS if launch else 0):
-        client = launcher.attach(name)
+        client = launcher.attach(name, nproc, device)
         if client is not None:
             return Lab(client)
-        _launch(Launch(name=name, nproc=nproc, device=device, owner=process_id()))
-    return Lab(launcher.require(name))
+        _launch(settings)
+    return Lab(launcher.require(name, nproc, device))
 
 
 def _launch(settings: Launch) -> None:
-    try:
+    """Start workers and wait for them, or return when another process is starting them."""
+    with contextlib.suppress(NameTaken):
         agent = launcher.start(settings)
-    except NameTaken:
-        return  # somebody else starts them at this very moment
-    try:
-        launcher.wait_until_ready(agent, settings)
-    except NameTaken:
-        return
-    except BaseException:  # also an interrupt: half-started workers must not stay
-        agent.terminate()
-        raise
+        try:
+            launcher.wait_until_ready(agent, settings)
+        except BaseException:  # also an interrupt: half-started workers must not stay
+            agent.terminate()
+            raise
 
 
 class Lab:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked when it has changes; empty outside of one."""
+    """The commit of this checkout, marked when it has changes; empty without a checkout or git."""
+    if shutil.which("git") is None:
+        return ""
     said = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=Path(__file__).parent,

@@ -24,8 +24,13 @@ RANK_SIDE = ("cpkit.group", "cpkit.gather", "cpkit.symm", "cpkit.worker", "cpkit
 @cache
 def imports(module: str) -> frozenset[str]:
     """What a module of cpkit imports, at the top or inside a function; cpkit's by module name."""
+    return imported_names(ast.parse(MODULES[module].read_text()))
+
+
+def imported_names(tree: ast.AST) -> frozenset[str]:
+    """What a piece of code imports, also inside functions and by `import_module("name")`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -33,6 +38,8 @@ def imports(module: str) -> frozenset[str]:
             inner = whole & MODULES.keys()
             found |= inner or {node.module}
             found |= whole & {"torch.distributed"}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return frozenset(found)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from cpkit.clock_lab import Clocked
 from cpkit.control.messages import Array, ClockResult, Workload
-from cpkit.notebook import figures, published, recordings, report
+from cpkit.notebook import figures, published, recordings, report, style
 from cpkit.notebook.lessons import performance
 from cpkit.notebook.mistakes import Mistake, noisy_neighbour
 
@@ -166,6 +166,22 @@ def test_a_report_has_all_that_a_stranger_needs(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "lab.sweep(sizes_bytes=[1 &lt; 2])" in text
     assert json.loads(unescape(text.split("<pre>")[-1].split("</pre>")[0])) == content
+
+
+def test_a_report_without_a_browser_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    roofs = [figures.roof(LIGHT), figures.roof(LIGHT)]
+    page, _ = report.write(tmp_path, STATUS, sweep(), repeat="", results={}, figures=roofs)
+    said = capfd.readouterr()
+    assert said.err == "", "stderr is a red box in a notebook"
+    (line,) = said.out.splitlines()
+    assert "no pictures" in line
+    assert "apt-get install chromium" in line
+    assert page.read_text().count("apt-get install chromium") == 2
+    assert unescape(page.read_text()).count(style.text_alternative(roofs[0])) == 2
 
 
 def test_a_report_without_spread_is_refused(tmp_path: Path) -> None:

@@ -54,10 +54,16 @@ def test_a_missing_browser_means_no_picture_and_no_failure(monkeypatch: pytest.M
     assert "image/png" not in show.bundle(figures.padding_grid(LAYOUT))
 
 
-def test_a_broken_browser_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
-    with pytest.warns(UserWarning, match="no static picture"):
-        assert show.png(figures.padding_grid(LAYOUT)) is None
+@pytest.mark.parametrize(
+    ("path", "words"), [("/bin/false", "/bin/false did not draw"), ("/nonexistent", "not an exec")]
+)
+def test_why_there_is_no_picture_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, path: str, words: str
+) -> None:
+    monkeypatch.setenv("BROWSER_PATH", path)
+    with pytest.raises(show.NoPicture, match=words) as caught:
+        show.png(figures.padding_grid(LAYOUT))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.browser

@@ -15,6 +15,10 @@ class NoWorkers(ControlError):
     """No workers run under this name: start them."""
 
 
+class OtherWorkers(ControlError):
+    """Workers of this name run, but not as asked: use them as they are, or choose another name."""
+
+
 class WorkersDied(ControlError):
     """A worker process ended; the message has rank, exit code and last log lines. Connect again.
 

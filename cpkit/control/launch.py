@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cpkit.control.client import Client
-from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, Unreadable
+from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers, Unreadable
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
 from cpkit.control.obituary import dead_workers, last_lines
+from cpkit.control.origin import describe, describe_place
 from cpkit.control.place import NAME_TAKEN_CODE, Connection, NameTaken, Place
 from cpkit.control.settings import Launch
 
@@ -62,14 +63,17 @@ def running(name: str) -> Connection | None:
     )
 
 
-def attach(name: str) -> Client | None:
-    """A client of the living workers of this name, which have answered; None without any."""
+def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
+    """A client of the living workers of this name, which have answered; None without any.
+
+    Raises OtherWorkers when `nproc` or `device` is given and the workers differ from it.
+    """
     connection = running(name)
     if connection is None:
         return None
     client = Client(connection)
     try:
-        client.call(Status(), StatusResult)
+        _check_as_asked(connection, client.call(Status(), StatusResult), nproc, device)
     except BaseException:
         client.close()
         raise
@@ -86,7 +90,7 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
     place = Place(launch.place_name)
     place.make()
     if place.is_held():
-        raise NameTaken(launch.name)
+        raise NameTaken(launch.name, describe_place(place))
     with place.agent_log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "cpkit.control.agent", launch.to_json()],
@@ -178,15 +182,36 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def require(name: str) -> Client:
-    """A client of the living workers of this name. Raises NoWorkers when there are none."""
-    client = attach(name)
+def require(name: str, nproc: int | None = None, device: str = "auto") -> Client:
+    """What `attach` returns. Raises NoWorkers when there are no living workers of this name."""
+    client = attach(name, nproc, device)
     if client is None:
         raise NoWorkers(
             f"no workers named {name!r} run on this machine: start them with "
             f"`./launch_workers.sh --name {name}`, or let cpkit.connect(launch=True) do it"
         )
     return client
+
+
+def _check_as_asked(
+    connection: Connection, running: StatusResult, nproc: int | None, device: str
+) -> None:
+    """Raise OtherWorkers for workers of another number of ranks or on another kind of device."""
+    asked: dict[str, object] = {}
+    if nproc is not None and nproc != running.world_size:
+        asked["nproc"] = nproc
+    if device not in ("auto", running.device.partition(":")[0]):
+        asked["device"] = device
+    if not asked:
+        return
+    name = connection.name
+    wanted = " and ".join(f"{key}={value!r}" for key, value in asked.items())
+    raise OtherWorkers(
+        f"asked for {wanted}, but workers {name!r} already run on {running.device}: "
+        f"{describe(connection)}. To use them, leave out {' and '.join(asked)}. To start others "
+        f"beside them, choose another name. To end them: `python -m cpkit stop --name {name}`, or "
+        f"in a notebook cpkit.connect({name!r}).stop()."
+    )
 
 
 def _is_ending(connection: Connection) -> bool:
@@ -228,7 +253,7 @@ def _environment() -> dict[str, str]:
 def _did_not_start(code: int, place: Place) -> ControlError:
     lines = "\n".join(f"  {line}" for line in last_lines(str(place.agent_log)))
     if code == NAME_TAKEN_CODE:
-        return NameTaken(place.name)
+        return NameTaken(place.name, describe_place(place))
     report = place.post_mortem()
     if report and report.deaths:
         first = report.deaths[0]

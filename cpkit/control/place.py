@@ -35,10 +35,11 @@ T = TypeVar("T", bound=msgspec.Struct)
 class NameTaken(ControlError):
     """Workers of this name run already."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, description: str = "") -> None:
         super().__init__(
-            f"workers named {name!r} run already: see them with `python -m cpkit status --name "
-            f"{name}`, end them with `python -m cpkit stop --name {name}`, or choose another name"
+            f"workers named {name!r} run already{f' ({description})' if description else ''}: see "
+            f"them with `python -m cpkit status --name {name}`, end them with `python -m cpkit "
+            f"stop --name {name}`, or choose another name"
         )
 
 

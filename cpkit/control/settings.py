@@ -39,6 +39,8 @@ class Launch(Message, frozen=True):
         """Raise ValueError, in words, for settings that cannot work."""
         if self.nproc < 1:
             raise ValueError(f"--nproc is {self.nproc}; it must be 1 or more ranks on this machine")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}; it must be auto, cpu or cuda")
         if self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
             raise ValueError(
                 f"--nnodes is {self.nnodes} and --node-rank is {self.node_rank}; "

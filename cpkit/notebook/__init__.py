@@ -7,5 +7,6 @@ Knows the layout and the control client; never `torch.distributed`. Where to loo
     questions     lessons/ (one a notebook), lesson, prediction, verdict; guard, ledger, rows
     experiments   programs, schedules (simulated ranks), throwaway (real ones), requests (a pool)
     records       recordings, published, report, tiers
+    opening them  workspace (the copies that `make lab` opens)
     making them   source, build, run, rehearse, show, glossary, picture (the README's)
 """

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 
 from cpkit.notebook import run, source
-from cpkit.notebook.show import find_browser
+from cpkit.notebook.show import NO_BROWSER, find_browser
 
 MAX_BYTES = 1_000_000  # of a committed notebook, pictures included
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return check(sorted(NOTEBOOKS.glob("*.ipynb")))
     if find_browser() is None:
-        sys.stderr.write("No Chromium here: the notebooks get no static pictures.\n")
+        sys.stderr.write(f"The notebooks need static pictures: {NO_BROWSER}.\n")
         return 1
     for path in named(options.notebooks):
         start_s = time.monotonic()

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from cpkit.lab import connect
 from cpkit.notebook.grids import Line, draw_lines, in_words
-from cpkit.notebook.show import png
+from cpkit.notebook.show import NoPicture, png
 from cpkit.results import Gathered
 
 LENGTHS = [13, 9]
@@ -41,9 +41,10 @@ def main() -> int:
         padded = lab.gather(LENGTHS, CP_SIZE, algorithm="padded")
         direct = lab.gather(LENGTHS, CP_SIZE, algorithm="direct")
         lab.stop()
-    picture = png(gather_picture(padded, direct), scale=1.5)
-    if picture is None:
-        sys.stderr.write("No picture: no Chromium here that can draw it.\n")
+    try:
+        picture = png(gather_picture(padded, direct), scale=1.5)
+    except NoPicture as problem:
+        sys.stderr.write(f"No picture: {problem}.\n")
         return 1
     Path(sys.argv[1]).write_bytes(picture)
     return 0

@@ -1,7 +1,7 @@
 """A report of a run that a stranger can read, and repeat: one page, and the same as JSON.
 
-The page needs no network and no JavaScript: tables, and figures as pictures where a Chromium can
-draw them. The JSON stands in the page as well, so one file is enough.
+The page needs no network and no JavaScript: tables, and figures as pictures, or as text where no
+Chromium can draw them. The JSON stands in the page as well, so one file is enough.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import os
 import platform
+import sys
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -20,7 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit import machine
-from cpkit.notebook.show import png
+from cpkit.notebook.show import NoPicture, png
 from cpkit.notebook.style import text_alternative
 from cpkit.results import LabStatus
 
@@ -81,11 +82,28 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "report.json"
     data.write_text(json.dumps(content, indent=1) + "\n")
-    page.write_text(_page(content, table, figures))
+    pictures = _pictures(figures)
+    page.write_text(_page(content, table, pictures))
     return page, data
 
 
-def _page(content: Mapping[str, Any], table: pd.DataFrame, figures: Sequence[go.Figure]) -> str:
+def _pictures(figures: Sequence[go.Figure]) -> list[str]:
+    """Each figure as HTML: a picture, or its text alternative and why, which is also printed."""
+    parts, reason = [], ""
+    for figure in figures:
+        words = escape(text_alternative(figure))
+        try:
+            data = b64encode(png(figure)).decode()
+            parts.append(f'<p><img alt="{words}" src="data:image/png;base64,{data}"></p>')
+        except NoPicture as problem:
+            reason = f"The report has no pictures: {problem}."
+            parts.append(f"<p>{words}</p><p>{escape(reason)}</p>")
+    if reason:
+        sys.stdout.write(f"{reason}\n")
+    return parts
+
+
+def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[str]) -> str:
     columns = (
         "size_bytes cp_size algorithm time_us min_us p95_us iterations algbw_gbps busbw_gbps path"
     )
@@ -100,7 +118,7 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, figures: Sequence[go.
         _pairs(content["results"]),
         "<h2>Times</h2>",
         shown.to_html(index=False, border=0),
-        *map(_picture, figures),
+        *pictures,
         "<h2>Measure it again</h2>",
         f"<pre>{escape(content['repeat'])}</pre>",
         f"<details><summary>All numbers, as JSON</summary><pre>{escape(raw)}</pre></details>",
@@ -120,12 +138,3 @@ def _words(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def _picture(figure: go.Figure) -> str:
-    words = text_alternative(figure)
-    picture = png(figure)
-    if picture is None:
-        return f"<p>{escape(words)}</p>"
-    data = b64encode(picture).decode()
-    return f'<p><img alt="{escape(words)}" src="data:image/png;base64,{data}"></p>'

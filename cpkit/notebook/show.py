@@ -1,19 +1,18 @@
 """Show a figure so that it can be seen anywhere: live, without JavaScript, and read aloud.
 
 A notebook page gets plotly's own format; a text alternative goes beside it. With CPKIT_STATIC=1 a
-PNG is added, for readers such as GitHub that run no JavaScript. Drawing a PNG needs a Chromium;
-where there is none, the figure is shown without it, and nothing fails.
+PNG is added, for readers such as GitHub that run no JavaScript. Drawing a PNG needs Chromium or
+Chrome. Without one the figure is shown without a PNG, and no cell fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import shutil
-import warnings
 from base64 import b64encode
-from importlib import import_module
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,6 +21,10 @@ from IPython.display import display
 from cpkit.notebook.style import text_alternative
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
+NO_BROWSER = (
+    "no Chromium or Chrome was found: install one (Debian and Ubuntu: apt-get install chromium), "
+    "or set BROWSER_PATH to its path"
+)
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -34,35 +37,42 @@ def bundle(figure: go.Figure) -> dict[str, Any]:
     """The figure as MIME type to content. All but the PNG follow from the figure alone."""
     data: dict[str, Any] = {"text/plain": text_alternative(figure)}
     data[PLOTLY_MIME] = json.loads(figure.to_json()) | {"config": {"displaylogo": False}}
-    picture = png(figure) if os.environ.get("CPKIT_STATIC") == "1" else None
-    if picture:
-        data["image/png"] = b64encode(picture).decode()
+    if os.environ.get("CPKIT_STATIC") == "1":
+        with contextlib.suppress(NoPicture):
+            data["image/png"] = b64encode(png(figure)).decode()
     return data
 
 
-def png(figure: go.Figure, scale: float = 1.0) -> bytes | None:
-    """The figure as PNG bytes, or None (with a warning) where no Chromium can draw it."""
+class NoPicture(RuntimeError):
+    """A figure can't be drawn as a PNG here. The message is one line: why, and what to install."""
+
+
+def png(figure: go.Figure, scale: float = 1.0) -> bytes:
+    """Return the figure as PNG bytes. Raises NoPicture."""
     browser = find_browser()
     if browser is None:
-        return None
+        named = os.environ.get("BROWSER_PATH")
+        raise NoPicture(f"BROWSER_PATH is {named!r}, not an executable" if named else NO_BROWSER)
     try:
-        kaleido = import_module("kaleido")  # only here: a live figure does not need it
-        # A browser for each picture: kaleido's shared server waits for ever if its browser dies.
+        import kaleido  # only here: a live figure does not need it
+
+        # One browser per picture: kaleido's shared server waits forever if its browser dies.
         picture: bytes = kaleido.calc_fig_sync(
             figure,
             opts={"format": "png", "scale": scale},
             kopts={"path": browser, "mathjax": False, "timeout": 30},
         )
-    except Exception as problem:  # noqa: BLE001  a missing picture must not stop a lesson
-        warnings.warn(f"no static picture: {problem}", stacklevel=2)
-        return None
-    return _with_palette(picture)
+        return _with_palette(picture)
+    except Exception as problem:  # kaleido raises many kinds
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise NoPicture(f"{browser} did not draw the figure: {reason}") from problem
 
 
 def _with_palette(picture: bytes) -> bytes:
     """The same PNG in 256 colours: a third of the bytes. Flat colours and text stay as they are."""
-    image = import_module("PIL.Image")
-    few = image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=image.Dither.NONE)
+    from PIL import Image
+
+    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small = io.BytesIO()
     few.save(small, "PNG", optimize=True)
     return small.getvalue()

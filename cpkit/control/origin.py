@@ -1,0 +1,62 @@
+"""Where a set of workers comes from, in words for a user who did not start it."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import time
+from pathlib import PurePath
+
+import psutil
+
+from cpkit.control.errors import ControlError
+from cpkit.control.place import Connection, Place
+from cpkit.processes import ProcessId, process_id
+
+_COMMAND_CHARS = 80  # of a command line in a message
+
+
+def describe(connection: Connection) -> str:
+    """Return how many ranks run, since when, which process started them, and when they end."""
+    ranks = f"{connection.world_size} rank{'s' if connection.world_size > 1 else ''}"
+    if connection.host != socket.gethostname():
+        return f"{ranks}, started on {connection.host}"
+    ranks += _since(connection.agent)
+    if connection.owner is None:
+        return f"{ranks}, started by launch_workers.sh; they run until they are stopped"
+    return f"{ranks}, started by {_process_words(connection.owner)}; they end with it"
+
+
+def describe_place(place: Place) -> str:
+    """Return the same for the workers that hold a name, which may still be starting."""
+    try:
+        connection = place.connection()
+    except ControlError as error:
+        return str(error)
+    return describe(connection) if connection else "they are starting or ending at the moment"
+
+
+def _since(agent: ProcessId) -> str:
+    try:
+        started = time.localtime(psutil.Process(agent.pid).create_time())
+    except psutil.Error:
+        return ""
+    return time.strftime(" since %Y-%m-%d %H:%M", started)
+
+
+def _process_words(owner: ProcessId) -> str:
+    """What kind of process it is: a notebook's kernel, `make lab`, or its command line."""
+    if owner == process_id():
+        return f"this process ({owner.pid})"
+    try:
+        process = psutil.Process(owner.pid)
+        command = process.cmdline()
+        notebook = process.environ().get("JPY_SESSION_NAME", "")  # set by Jupyter for its kernels
+    except psutil.Error:
+        return f"process {owner.pid}"
+    if "ipykernel_launcher" in command:
+        name = f" {PurePath(notebook).name}" if notebook else ""
+        return f"the notebook{name} (kernel: process {owner.pid})"
+    if command[1:4] == ["-m", "cpkit", "lab"]:
+        return f"`make lab` (process {owner.pid})"
+    return f"process {owner.pid} (`{shlex.join(command)[:_COMMAND_CHARS]}`)"

@@ -1,0 +1,75 @@
+"""The learner's copies of the notebooks, which `make lab` opens: the originals stay as committed.
+
+An unmodified copy follows its original. A modified copy is never overwritten: when its original
+changes, the new version is put beside it as NAME.new.ipynb. A deleted copy is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links lead to the same files
+# For JUPYTER_CONFIG_PATH: its labconfig/ has defaults of JupyterLab, which a user may override.
+JUPYTER_DEFAULTS = Path(__file__).parent
+_RECORD = ".originals.json"  # name of each copy -> SHA-256 of the original that it was made from
+
+
+def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -> list[str]:
+    """Bring the copies up to date. Return one message per copy that changed or was kept.
+
+    Raises ValueError when there are no originals: an installed cpkit does not contain them.
+    """
+    found = sorted(originals.glob("*.ipynb"))
+    if not found:
+        raise ValueError(f"there are no notebooks in {originals}; run this in a clone of cpkit")
+    workspace.mkdir(exist_ok=True)
+    record = _read_record(workspace / _RECORD)
+    messages = [_refresh_one(path, workspace, record.get(path.name)) for path in found]
+    made_from = {path.name: _digest(path) for path in found}
+    (workspace / _RECORD).write_text(json.dumps(made_from, indent=1) + "\n")
+    return list(filter(None, messages))
+
+
+def _refresh_one(original: Path, workspace: Path, made_from: str | None) -> str:
+    """Bring one copy up to date; `made_from` is None where that is not known."""
+    copy, current = workspace / original.name, _digest(original)
+    shown = f"{workspace.name}/{copy.name}"
+    if not copy.exists():
+        shutil.copyfile(original, copy)
+        return ""
+    if current in (made_from, _digest(copy)):
+        return ""
+    if made_from == _digest(copy):
+        shutil.copyfile(original, copy)
+        return f"{shown} was updated: you had not modified it, and its original has changed."
+    beside = _free_name(copy)
+    shutil.copyfile(original, beside)
+    return (
+        f"{shown} was kept, because you have modified it. Its original has changed: "
+        f"the new version is {workspace.name}/{beside.name}."
+    )
+
+
+def _free_name(copy: Path) -> Path:
+    """NAME.new.ipynb, or NAME.new2.ipynb and so on where that exists."""
+    beside, number = copy.with_suffix(".new.ipynb"), 2
+    while beside.exists():
+        beside, number = copy.with_suffix(f".new{number}.ipynb"), number + 1
+    return beside
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    """The record; empty where it is missing or damaged, so that every differing copy is kept."""
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
