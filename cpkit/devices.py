@@ -81,8 +81,8 @@ def grad_problem(name: str, x: torch.Tensor) -> str:
         return ""
     return (
         f"{name} requires grad, and a gather has no backward: its gradient would be dropped. For "
-        f"inference pass {name}.detach(), or call inside torch.no_grad(). To train, wrap the "
-        f"gather in an autograd.Function whose backward is a reduce-scatter"
+        f"inference pass {name}.detach(), or call inside torch.no_grad(). To train, give the "
+        f"gather a backward as docs/training.md does"
     )
 
 
