@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cpkit.devices import device_problem
+from cpkit.devices import device_problem, grad_problem
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.plain import describe
@@ -68,6 +68,8 @@ def _likeness(
     for x in tensors:
         if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
             return None
+        if grad_problem("", x):
+            return None
         like += (x.shape, x.dtype, x.device)
         if x.is_cuda:
             like.append(torch.cuda.current_device())
@@ -113,9 +115,9 @@ def _rows_problem(
     if x.layout is not torch.strided or x.is_nested:
         kind = "is nested" if x.is_nested else f"has layout {x.layout}"
         return f"{name} {kind}; it must be an ordinary strided tensor"
-    wrong_device = device_problem(name, x)
-    if wrong_device:
-        return wrong_device
+    unfit = device_problem(name, x) or grad_problem(name, x)
+    if unfit:
+        return unfit
     if x.ndim < 1 or x.shape[0] != rows:
         return (
             f"{name} is {describe(x)}, and rank {group.rank} holds {rows} rows of this batch "

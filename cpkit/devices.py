@@ -75,6 +75,17 @@ def device_problem(name: str, x: torch.Tensor) -> str:
     return ""
 
 
+def grad_problem(name: str, x: torch.Tensor) -> str:
+    """Why autograd would lose this tensor's gradient; empty when there is none to lose."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return ""
+    return (
+        f"{name} requires grad, and a gather has no backward: its gradient would be dropped. For "
+        f"inference pass {name}.detach(), or call inside torch.no_grad(). To train, give the "
+        f"gather a backward as docs/training.md does"
+    )
+
+
 def is_capturing(device: str) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return device == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from cpkit.devices import is_capturing, stores_as_shown
+from cpkit.devices import grad_problem, is_capturing, stores_as_shown
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.plain import describe
@@ -117,7 +117,7 @@ def _cache_problem(cache: torch.Tensor, x: torch.Tensor, name: str) -> str:
         )
     if not (cache.is_contiguous() and stores_as_shown(cache)):
         return f"{name} {describe(cache)} must be contiguous, and no conjugated or negated view"
-    return ""
+    return grad_problem(name, cache)
 
 
 def _slots_problem(

@@ -6,32 +6,54 @@ holds, in the order it holds them. Over all ranks it is a bijection onto `range(
     lengths=[8], cp_size=2
     zigzag       rank 0: 0 1 6 7     rank 1: 2 3 4 5     blocks 0,3 | 1,2  (causal work balanced)
     interleave   rank 0: 0 2 4 6     rank 1: 1 3 5 7     token t -> rank t mod 2
-    contiguous   rank 0: 0 1 2 3     rank 1: 4 5 6 7     one block a rank
+    contiguous   rank 0: 0 1 2 3     rank 1: 4 5 6 7     one block per rank
+
+A layout is computed with numpy, without Python work per token or per sequence: a serving engine
+lays out a new batch for every forward pass. What is cached is handed out as tuples, read-only
+arrays or copies, so that no caller can change the layout of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import index
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 STRATEGIES = ("zigzag", "interleave", "contiguous")
+Integers = npt.NDArray[np.int64]
 
 
-class Run(NamedTuple):
-    """Rows that a rank holds side by side and that lie `step` apart in token order.
+class Runs(NamedTuple):
+    """Arithmetic runs of a rank's rows; each field is an int64 array `[runs]`.
 
     Rows `row .. row+length` of the rank are tokens `token, token+step, …`.
     """
 
-    row: int
-    token: int
-    step: int
-    length: int
+    row: Integers
+    token: Integers
+    step: Integers
+    length: Integers
+
+    def cut(self, most: int) -> Runs:
+        """Return the same rows in runs of at most `most` rows.
+
+        row 0, token 4, step 1, length 5, cut at 2 → lengths 2, 2, 1 at rows 0, 2, 4, tokens 4, 6, 8
+        """
+        pieces = -(-self.length // most)
+        run = np.repeat(np.arange(len(pieces)), pieces)
+        done: Integers = most * (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run])
+        return Runs(
+            self.row[run] + done,
+            self.token[run] + done * self.step[run],
+            self.step[run],
+            np.minimum(most, self.length[run] - done),
+        )
 
 
 def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag") -> bool:
@@ -93,41 +115,46 @@ class ContextParallelMetadata:
         return sum(self.lengths)
 
     @cached_property
-    def per_rank_actual_token(self) -> list[int]:
+    def per_rank_actual_token(self) -> tuple[int, ...]:
         """Rows that each rank really holds."""
-        return [sum(run.length for run in self.runs(rank)) for rank in range(self.cp_size)]
+        return tuple(int(self._pieces(rank)[2].sum()) for rank in range(self.cp_size))
 
     @cached_property
-    def max_rank_len(self) -> list[int]:
+    def max_rank_len(self) -> tuple[int, ...]:
         """The padded length, cp_size times, as upstream keeps it."""
-        return [max(self.per_rank_actual_token)] * self.cp_size
+        return (max(self.per_rank_actual_token),) * self.cp_size
 
     def rank_rows(self, rank: int) -> torch.Tensor:
         """Token index of each row that `rank` holds, in the order it holds them: int64 `[rows]`."""
-        parts = [
-            torch.arange(run.length, dtype=torch.int64, device="cpu") * run.step + run.token
-            for run in self.runs(rank)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
+        row, token, step, length = self.runs(rank)
+        rows = np.arange(int(length.sum()))
+        tokens = np.repeat(token - row * step, length) + rows * np.repeat(step, length)
+        return torch.from_numpy(tokens)
 
-    def runs(self, rank: int) -> tuple[Run, ...]:
-        """`rank_rows` as few arithmetic runs: what a gather copies, one slice a run."""
+    def runs(self, rank: int) -> Runs:
+        """`rank_rows` as few arithmetic runs: what a gather copies, one slice per run."""
         _check_rank(rank, self.cp_size)
+        if rank not in self._runs:
+            self._runs[rank] = _merge(*self._pieces(rank))
         return self._runs[rank]
 
     @cached_property
-    def _runs(self) -> tuple[tuple[Run, ...], ...]:
-        pieces = {
-            "zigzag": self._zigzag_pieces,
-            "interleave": self._interleave_pieces,
-            "contiguous": self._contiguous_pieces,
-        }[self.strategy]
-        return tuple(tuple(_merge(pieces(rank))) for rank in range(self.cp_size))
+    def _runs(self) -> dict[int, Runs]:
+        """Of each rank that was asked for: a gather needs those of its own rank only."""
+        return {}
 
     @cached_property
-    def starts(self) -> list[int]:
+    def starts(self) -> tuple[int, ...]:
         """First token of each sequence in the flattened batch."""
-        return [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        return tuple(self._starts.tolist())
+
+    @cached_property
+    def _lengths(self) -> Integers:
+        return np.array(self.lengths, dtype=np.int64)
+
+    @cached_property
+    def _starts(self) -> Integers:
+        return np.cumsum(self._lengths) - self._lengths
 
     def owners(self) -> torch.Tensor:
         """Rank that holds each token: int64 `[total_tokens]`."""
@@ -141,63 +168,83 @@ class ContextParallelMetadata:
         ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.searchsorted(ends, tokens, right=True)
 
-    @cached_property
+    @property
     def rank_order(self) -> torch.Tensor:
         """Token index of each row once padding is stripped: rank 0's rows, rank 1's rows …"""
         return torch.cat([self.rank_rows(rank) for rank in range(self.cp_size)])
 
-    @cached_property
+    @property
     def token_order(self) -> torch.Tensor:
-        """Inverse of `rank_order`: where in rank order token t stands (`x[token_order]`)."""
-        return self.rank_order.argsort()
+        """Inverse of `rank_order`: the position in rank order of token t (`x[token_order]`)."""
+        order = self.rank_order
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device="cpu")
+        return inverse
 
     # ------------------------------------------------------- upstream's zigzag lists
 
     @cached_property
-    def split_list(self) -> list[int]:
+    def split_list(self) -> tuple[int, ...]:
         """Block sizes in token order: 2·cp blocks of sequence 0, then of sequence 1 …"""
         self._only_zigzag("split_list")
-        return [size for length in self.lengths for size in _block_sizes(length, 2 * self.cp_size)]
+        return tuple(self._block_sizes.flatten().tolist())
 
-    def zigzag_index(self, rank: int) -> list[int]:
+    def zigzag_index(self, rank: int) -> tuple[int, ...]:
         """Blocks of `split_list` that `rank` holds: all first blocks, then all second blocks."""
         self._only_zigzag("zigzag_index")
         _check_rank(rank, self.cp_size)
-        blocks = 2 * self.cp_size
-        firsts = [sequence * blocks + rank for sequence in range(len(self.lengths))]
-        seconds = [sequence * blocks + blocks - 1 - rank for sequence in range(len(self.lengths))]
-        return firsts + seconds
+        return tuple(self._zigzag_blocks[rank].tolist())
 
     @cached_property
-    def reverse_split_len(self) -> list[int]:
+    def reverse_split_len(self) -> tuple[int, ...]:
         """Block sizes in rank order: how to cut the stripped gather into blocks."""
-        sizes = self.split_list
-        return [sizes[block] for rank in range(self.cp_size) for block in self.zigzag_index(rank)]
+        self._only_zigzag("reverse_split_len")
+        return tuple(self._block_sizes.flatten()[self._zigzag_blocks.flatten()].tolist())
 
     @cached_property
-    def cp_reverse_index(self) -> list[int]:
-        """Where in rank order the blocks of token order stand; `cat` them so to reorganize."""
-        rank_order = [b for rank in range(self.cp_size) for b in self.zigzag_index(rank)]
-        position = {block: place for place, block in enumerate(rank_order)}
-        return [position[block] for block in range(len(rank_order))]
+    def cp_reverse_index(self) -> tuple[int, ...]:
+        """Position in rank order of each block of token order; `cat` them so to reorganize."""
+        self._only_zigzag("cp_reverse_index")
+        return tuple(self._zigzag_blocks.flatten().argsort().tolist())
 
-    # ------------------------------------------------------------------ the strategies
+    @property
+    def _block_sizes(self) -> Integers:
+        """Tokens of each block, `[sequences, 2·cp]`: the first `length % (2·cp)` have one more."""
+        size, longer = np.divmod(self._lengths[:, None], 2 * self.cp_size)
+        return size + (np.arange(2 * self.cp_size) < longer)
 
-    def _zigzag_pieces(self, rank: int) -> Iterator[Run]:
+    @property
+    def _zigzag_blocks(self) -> Integers:
+        """Blocks of each rank, `[cp_size, 2·sequences]`."""
         blocks = 2 * self.cp_size
-        for block in (rank, blocks - 1 - rank):
-            for start, length in zip(self.starts, self.lengths, strict=True):
-                size, longer = divmod(length, blocks)
-                yield Run(0, start + block * size + min(block, longer), 1, size + (block < longer))
+        firsts = np.arange(len(self.lengths)) * blocks
+        rank = np.arange(self.cp_size)[:, None]
+        return np.concatenate([firsts + rank, firsts + blocks - 1 - rank], axis=1)
 
-    def _interleave_pieces(self, rank: int) -> Iterator[Run]:
+    # ------------------------------------- the strategies: (first token, step, rows) of each piece
+
+    def _pieces(self, rank: int) -> tuple[Integers, int, Integers]:
+        strategies = {
+            "zigzag": self._zigzag_pieces,
+            "interleave": self._interleave_pieces,
+            "contiguous": self._contiguous_pieces,
+        }
+        return strategies[self.strategy](rank)
+
+    def _zigzag_pieces(self, rank: int) -> tuple[Integers, int, Integers]:
+        blocks = 2 * self.cp_size
+        size, longer = np.divmod(self._lengths, blocks)
+        held = np.array([[rank], [blocks - 1 - rank]])
+        tokens = self._starts + held * size + np.minimum(held, longer)
+        return tokens.flatten(), 1, (size + (held < longer)).flatten()
+
+    def _interleave_pieces(self, rank: int) -> tuple[Integers, int, Integers]:
         count = (self.total_tokens - rank + self.cp_size - 1) // self.cp_size
-        yield Run(0, rank, self.cp_size, count)
+        return np.array([rank]), self.cp_size, np.array([count])
 
-    def _contiguous_pieces(self, rank: int) -> Iterator[Run]:
-        for start, length in zip(self.starts, self.lengths, strict=True):
-            first, stop = (length * edge // self.cp_size for edge in (rank, rank + 1))
-            yield Run(0, start + first, 1, stop - first)
+    def _contiguous_pieces(self, rank: int) -> tuple[Integers, int, Integers]:
+        first, stop = (self._lengths * edge // self.cp_size for edge in (rank, rank + 1))
+        return self._starts + first, 1, stop - first
 
     def _only_zigzag(self, name: str) -> None:
         if self.strategy != "zigzag":
@@ -227,33 +274,28 @@ def _cached_metadata(
     return ContextParallelMetadata(lengths, cp_size, strategy)
 
 
-def _block_sizes(length: int, blocks: int) -> list[int]:
-    """The first `length % blocks` blocks are one token longer."""
-    size, longer = divmod(length, blocks)
-    return [size + (block < longer) for block in range(blocks)]
+def _merge(token: Integers, step: int, length: Integers) -> Runs:
+    """Drop empty pieces, join each piece that continues the one before it, number the rows.
 
-
-def _merge(pieces: Iterable[Run]) -> Iterator[Run]:
-    """Number the rows, drop empty pieces, join each piece that goes on where the last ended."""
-    last: Run | None = None
-    row = 0
-    for _, token, step, length in pieces:
-        if length <= 0:
-            continue
-        if last and last.step == step and token == last.token + last.length * step:
-            last = last._replace(length=last.length + length)
-        else:
-            if last:
-                yield last
-            last = Run(row, token, step, length)
-        row += length
-    if last:
-        yield last
+    token 0 4 8, step 1, length 4 0 2 → runs (row 0, token 0, length 4), (row 4, token 8, length 2)
+    """
+    token, length = token[length > 0], length[length > 0]
+    starts_run = np.ones(len(token), dtype=bool)
+    starts_run[1:] = token[1:] != token[:-1] + step * length[:-1]
+    if len(token):
+        length = np.add.reduceat(length, np.flatnonzero(starts_run))
+    token = token[starts_run]
+    runs = Runs(np.cumsum(length) - length, token, np.full_like(token, step), length)
+    for field in runs:
+        field.setflags(write=False)
+    return runs
 
 
 def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     try:
-        sizes = tuple(index(n) for n in lengths if not isinstance(n, bool))
+        sizes = tuple(lengths)
+        if set(map(type, sizes)) != {int}:  # numbers of other libraries
+            sizes = tuple(index(n) for n in sizes if not isinstance(n, bool))
     except TypeError:
         sizes = ()
     if not sizes or len(sizes) < len(lengths) or min(sizes) < 1:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cpkit.board import NOTE_BYTES
-from cpkit.devices import device_problem, stores_as_shown
+from cpkit.devices import device_problem, grad_problem, stores_as_shown
 
 
 class Members(Protocol):
@@ -29,7 +29,7 @@ def gather_problem(output: torch.Tensor, input: torch.Tensor, size: int) -> str:
     for name, x in (("output", output), ("input", input)):
         if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
             return f"{name} is {type(x).__name__}; it must be an ordinary strided tensor"
-        problem = device_problem(name, x)
+        problem = device_problem(name, x) or grad_problem(name, x)
         if problem:
             return problem
     if output.device != input.device:

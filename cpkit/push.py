@@ -16,77 +16,52 @@ row, and little per tile.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 
-from cpkit.layout import ContextParallelMetadata, Run
+from cpkit.layout import ContextParallelMetadata, Runs
 
 TILE_BYTES = 1 << 20
 Copy = Callable[[], object]
 
 
-class Tile(NamedTuple):
-    """A piece of a rank's rows; `step` is 1 where its tokens lie side by side."""
-
-    row: int
-    token: int
-    step: int
-    length: int
-
-
 @lru_cache(maxsize=256)
 def tiles(
     metadata: ContextParallelMetadata, rank: int, row_bytes: int, tile_bytes: int = TILE_BYTES
-) -> tuple[Tile, ...]:
+) -> Runs:
     """The rows of a rank in pieces of at most `tile_bytes`, and of at least one row.
 
     lengths [8], cp_size 2, rows of 1 byte, tiles of 3 bytes: rank 1 holds tokens 2 3 4 5 as
     (row 0, token 2, length 3), (row 3, token 5, length 1)
     """
-    rows = max(1, tile_bytes // max(1, row_bytes))
-    return tuple(piece for run in metadata.runs(rank) for piece in _cut(run, rows))
+    return metadata.runs(rank).cut(max(1, tile_bytes // max(1, row_bytes)))
 
 
-def _cut(run: Run, rows: int) -> Iterator[Tile]:
-    for first in range(0, run.length, rows):
-        length = min(rows, run.length - first)
-        yield Tile(run.row + first, run.token + first * run.step, run.step, length)
-
-
-def dense_copies(
-    source: int, targets: Sequence[int], row_bytes: int, pieces: Sequence[Tile]
-) -> list[Copy]:
+def dense_copies(source: int, targets: Sequence[int], row_bytes: int, pieces: Runs) -> list[Copy]:
     """The copies of rows whose tokens lie side by side, from the address of a rank's rows to that
     of every target. Each is a call without arguments.
 
     They stay valid as long as the memory does, whatever it holds by then; the caller keeps it.
     """
+    in_target, in_source, nbytes = (
+        (field * row_bytes).tolist() for field in (pieces.token, pieces.row, pieces.length)
+    )
     return [
-        partial(
-            ctypes.memmove,
-            target + piece.token * row_bytes,
-            source + piece.row * row_bytes,
-            piece.length * row_bytes,
-        )
-        for piece in pieces
+        partial(ctypes.memmove, target + to, source + start, count)
+        for to, start, count in zip(in_target, in_source, nbytes, strict=True)
         for target in targets
     ]
 
 
-def spread_copies(
-    rows: torch.Tensor, targets: Sequence[torch.Tensor], pieces: Sequence[Tile]
-) -> list[Copy]:
+def spread_copies(rows: torch.Tensor, targets: Sequence[torch.Tensor], pieces: Runs) -> list[Copy]:
     """The same for any tokens: from `[rows, lanes]` to every `[tokens, lanes]`."""
     return [
         partial(
-            target[
-                piece.token : piece.token + (piece.length - 1) * piece.step + 1 : piece.step
-            ].copy_,
-            rows[piece.row : piece.row + piece.length],
+            target[token : token + (length - 1) * step + 1 : step].copy_,
+            rows[row : row + length],
         )
-        for piece in pieces
+        for row, token, step, length in zip(*(field.tolist() for field in pieces), strict=True)
         for target in targets
     ]

@@ -174,8 +174,12 @@ def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) 
 
 @lru_cache(maxsize=256)
 def token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> torch.Tensor:
-    """`metadata.token_order`, kept on the device: a captured graph can't copy it there."""
-    return metadata.token_order.to(device)
+    """`metadata.token_order`, kept on the device: a captured graph can't copy it there.
+
+    Made outside inference mode, whatever the first caller's mode is: autograd may save it later.
+    """
+    with torch.inference_mode(False):
+        return metadata.token_order.to(device)
 
 
 def scatter_into(
@@ -245,7 +249,7 @@ def push_copies(
     peers = [(rank + step) % size for step in range(size)]
     row_bytes = rows.shape[1] * rows.element_size()
     pieces = push.tiles(metadata, rank, row_bytes)
-    if all(piece.step == 1 for piece in pieces):
+    if (pieces.step == 1).all():
         places = pool.peer_addresses(output)
         return push.dense_copies(rows.data_ptr(), [places[p] for p in peers], row_bytes, pieces)
     return push.spread_copies(rows, [pool.peer_view(output, p) for p in peers], pieces)

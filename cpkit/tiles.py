@@ -1,6 +1,6 @@
 """How the rows of a rank are cut into tiles, the pieces of work of the CUDA gather kernel. Pure.
 
-A *run* (`layout.Run`) is a range of a rank's rows whose tokens lie `step` apart. A tile is a range
+A *run* (`layout.Runs`) is a range of a rank's rows whose tokens lie `step` apart. A tile is a range
 of one run, counted in *units*: the widest integers that every row is a whole number of.
 
     run      rows 4..8 of the shard, tokens 12..16, 3 units a row
@@ -14,11 +14,12 @@ strategy, and rows that a slot mapping sends into a paged cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from cpkit.layout import Run
+from cpkit.layout import Integers, Runs
 
 WIDE_BYTES = 16
 COLUMNS = ("kind", "tensor", "source", "first", "count", "token", "step", "row_units")
@@ -36,7 +37,7 @@ def unit_bytes(row_bytes: int, address: int) -> int:
 
 
 def tile_table(
-    runs: Sequence[Run],
+    runs: Runs,
     row_bytes: Sequence[int],
     wide: Sequence[bool],
     narrow_bytes: int,
@@ -52,38 +53,35 @@ def tile_table(
     units of a run in 32 bits. Raises ValueError for a row of as many.
     """
     parts = [
-        _tiles_of_run(run, number, row, is_wide, narrow_bytes, tile_units, mapped)
+        _tiles_of(
+            runs, number, row // (8 if is_wide else narrow_bytes), is_wide, tile_units, mapped
+        )
         for number, (row, is_wide) in enumerate(zip(row_bytes, wide, strict=True))
         if row
-        for run in _cut(runs, row // (8 if is_wide else narrow_bytes))
     ]
-    return (
-        torch.cat(parts) if parts else torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
-    )
+    table = np.concatenate(parts) if parts else np.empty((0, len(COLUMNS)), dtype=np.int64)
+    return torch.from_numpy(table)
 
 
-def _cut(runs: Sequence[Run], row_units: int) -> Iterator[Run]:
-    """The same rows in runs of fewer than MAX_RUN_UNITS units."""
-    most = (MAX_RUN_UNITS - 1) // row_units
-    if not most:
+def _tiles_of(
+    runs: Runs, tensor: int, row_units: int, wide: bool, tile_units: int, mapped: bool
+) -> Integers:
+    if row_units >= MAX_RUN_UNITS:
         raise ValueError(f"a row has {row_units} units; the kernel counts up to {MAX_RUN_UNITS}")
-    for run in runs:
-        for done in range(0, run.length, most):
-            length = min(most, run.length - done)
-            yield Run(run.row + done, run.token + done * run.step, run.step, length)
-
-
-def _tiles_of_run(
-    run: Run, tensor: int, row: int, wide: bool, narrow_bytes: int, tile_units: int, mapped: bool
-) -> torch.Tensor:
-    row_units = row // (8 if wide else narrow_bytes)
-    units = run.length * row_units
-    first = torch.arange(0, units, tile_units, device="cpu")
-    flat = run.step == 1 and not mapped
-    kind = (FLAT if flat else MAPPED) if wide else (FLAT_NARROW if flat else MAPPED_NARROW)
-    table = torch.empty(len(first), len(COLUMNS), dtype=torch.int64, device="cpu")
-    constants = (kind, tensor, run.row * row_units, 0, 0, run.token, run.step, row_units)
-    table[:] = torch.tensor(constants, device="cpu")
-    table[:, 3] = first
-    table[:, 4] = (units - first).clamp(max=tile_units)
-    return table
+    runs = runs.cut((MAX_RUN_UNITS - 1) // row_units)
+    units = runs.length * row_units
+    tiles = -(-units // tile_units)
+    run = np.repeat(np.arange(len(tiles)), tiles)
+    first = tile_units * (np.arange(len(run)) - (np.cumsum(tiles) - tiles)[run])
+    flat = (runs.step[run] == 1) & (not mapped)
+    columns = {
+        "kind": np.where(flat, FLAT, MAPPED) + (0 if wide else FLAT_NARROW),
+        "tensor": np.full_like(run, tensor),
+        "source": runs.row[run] * row_units,
+        "first": first,
+        "count": np.minimum(units[run] - first, tile_units),
+        "token": runs.token[run],
+        "step": runs.step[run],
+        "row_units": np.full_like(run, row_units),
+    }
+    return np.stack([columns[name] for name in COLUMNS], axis=1)

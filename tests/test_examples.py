@@ -32,12 +32,13 @@ runpy.run_path(path, run_name="__main__")
 """
 
 
-def test_readme_script_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize(("page", "nproc"), [("README.md", 2), ("docs/training.md", 3)])
+def test_the_script_of_a_page_runs(page: str, nproc: int, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (source,) = (block for block in blocks if "init_process_group" in block)
-    script = tmp_path / "readme.py"
+    script = tmp_path / "page.py"
     script.write_text(source)
-    done = torchrun(str(script), nproc=2)
+    done = torchrun(str(script), nproc=nproc)
     assert done.returncode == 0, done.stdout
 
 

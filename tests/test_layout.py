@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit import provenance
+from cpkit import provenance, push
 from cpkit.layout import (
     STRATEGIES,
     ContextParallelMetadata,
@@ -15,6 +17,7 @@ from cpkit.layout import (
     prepare_context_parallel_metadata,
     shard,
 )
+from cpkit.steps import token_order_on
 from cpkit.tiles import tile_table
 
 
@@ -64,8 +67,8 @@ def test_owners_match_the_definition(metadata: ContextParallelMetadata) -> None:
 @given(layouts())
 def test_lengths_follow_from_the_permutation(metadata: ContextParallelMetadata) -> None:
     rows = [len(metadata.rank_rows(rank)) for rank in range(metadata.cp_size)]
-    assert metadata.per_rank_actual_token == rows
-    assert metadata.max_rank_len == [max(rows)] * metadata.cp_size
+    assert metadata.per_rank_actual_token == tuple(rows)
+    assert metadata.max_rank_len == (max(rows),) * metadata.cp_size
     assert sum(rows) == metadata.total_tokens == sum(metadata.lengths)
 
 
@@ -73,9 +76,9 @@ def test_lengths_follow_from_the_permutation(metadata: ContextParallelMetadata) 
 def test_runs_say_the_same_as_rank_rows_in_order(metadata: ContextParallelMetadata) -> None:
     for rank in range(metadata.cp_size):
         spelled = [
-            (run.row + i, run.token + i * run.step)
-            for run in metadata.runs(rank)
-            for i in range(run.length)
+            (row + i, token + i * step)
+            for row, token, step, length in zip(*metadata.runs(rank), strict=True)
+            for i in range(length)
         ]
         assert spelled == list(enumerate(metadata.rank_rows(rank).tolist()))
 
@@ -103,19 +106,19 @@ def test_upstreams_zigzag_lists_reorganize(metadata: ContextParallelMetadata) ->
 
 def test_zigzag_of_one_sequence_by_hand() -> None:
     metadata = prepare_context_parallel_metadata([10], 2)
-    assert metadata.split_list == [3, 3, 2, 2]
+    assert metadata.split_list == (3, 3, 2, 2)
     assert metadata.rank_rows(0).tolist() == [0, 1, 2, 8, 9]
     assert metadata.rank_rows(1).tolist() == [3, 4, 5, 6, 7]
-    assert metadata.zigzag_index(0) == [0, 3]
-    assert metadata.reverse_split_len == [3, 2, 3, 2]
-    assert metadata.cp_reverse_index == [0, 2, 3, 1]
+    assert metadata.zigzag_index(0) == (0, 3)
+    assert metadata.reverse_split_len == (3, 2, 3, 2)
+    assert metadata.cp_reverse_index == (0, 2, 3, 1)
 
 
 def test_several_sequences_need_more_rows_than_the_seeds_formula() -> None:
     metadata = prepare_context_parallel_metadata([4097] * 16, 4)
-    assert metadata.per_rank_actual_token == [16400, 16384, 16384, 16384]
+    assert metadata.per_rank_actual_token == (16400, 16384, 16384, 16384)
     assert -(-metadata.total_tokens // 4) == 16388
-    assert metadata.max_rank_len == [16400] * 4
+    assert metadata.max_rank_len == (16400,) * 4
 
 
 @given(st.integers(1, 9), st.integers(0, 80))
@@ -135,12 +138,12 @@ def test_one_rank_takes_even_one_token() -> None:
 
 
 def test_ranks_may_hold_nothing() -> None:
-    assert prepare_context_parallel_metadata([2], 4, "interleave").per_rank_actual_token == [
+    assert prepare_context_parallel_metadata([2], 4, "interleave").per_rank_actual_token == (
         1,
         1,
         0,
         0,
-    ]
+    )
     empty = prepare_context_parallel_metadata([1], 3, "contiguous")
     assert sum(empty.per_rank_actual_token) == 1
     assert shard(torch.zeros(1, 4), empty, 0).shape[0] == empty.per_rank_actual_token[0]
@@ -212,3 +215,64 @@ def test_a_default_device_of_the_user_changes_no_layout(strategy: str) -> None:
         )
         decoded = provenance.decode_rows(made[3])
     assert {x.device.type for x in (*made, decoded)} == {"cpu"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_caller_can_change_the_layout_of_another(strategy: str) -> None:
+    """Layouts are cached: the next caller with these lengths gets the same object."""
+    metadata = prepare_context_parallel_metadata([9, 8], 2, strategy)
+    want = metadata.rank_rows(0).tolist(), metadata.token_order.tolist()
+    for made in (metadata.rank_rows(0), metadata.rank_order, metadata.token_order):
+        made.fill_(-1)
+    for field in metadata.runs(0):
+        with pytest.raises(ValueError, match="read-only"):
+            field[0] = 7
+    names = ["lengths", "per_rank_actual_token", "max_rank_len", "starts"]
+    names += ["split_list", "reverse_split_len", "cp_reverse_index"] * (strategy == "zigzag")
+    assert all(type(getattr(metadata, name)) is tuple for name in names)
+    again = prepare_context_parallel_metadata([9, 8], 2, strategy)
+    assert again is metadata
+    assert (again.rank_rows(0).tolist(), again.token_order.tolist()) == want
+
+
+@pytest.mark.parametrize("order", ["rank_order", "token_order"])
+def test_a_layout_first_read_in_inference_mode_serves_autograd_later(order: str) -> None:
+    metadata = prepare_context_parallel_metadata([7, 13, 41], 2, "interleave")
+    with torch.inference_mode():
+        getattr(metadata, order)
+        token_order_on(metadata, torch.device("cpu"))
+    x = torch.ones(61, requires_grad=True)
+    (x[getattr(metadata, order)] + x[token_order_on(metadata, x.device)]).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0] * 61
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_layout_takes_no_python_work_per_sequence(strategy: str) -> None:
+    """A serving engine lays out a new batch of many sequences for every forward pass."""
+
+    def calls(sequences: int) -> int:
+        """Functions, of Python and of C, entered for one new layout."""
+        made = 0
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            nonlocal made
+            made += event in ("call", "c_call")
+
+        lengths = [64] * (sequences - 1) + [65]
+        sys.setprofile(count)
+        try:
+            metadata = prepare_context_parallel_metadata(lengths, 4, strategy)
+            assert metadata.starts
+            assert metadata.max_rank_len
+            metadata.rank_rows(1)
+            push.tiles(metadata, 1, 1152)
+            tile_table(metadata.runs(1), [1152], [True], 4, 4096, mapped=False)
+            if strategy == "zigzag":
+                assert metadata.cp_reverse_index
+                assert metadata.reverse_split_len
+        finally:
+            sys.setprofile(None)
+        return made
+
+    assert calls(4000) == calls(40)

@@ -37,7 +37,7 @@ def test_the_panel_follows_layout_and_samples() -> None:
     panel = Panel()
     four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
     panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
-    assert list(panel.widget.data[0].y) == four.per_rank_actual_token
+    assert tuple(panel.widget.data[0].y) == four.per_rank_actual_token
     panel.note(sample())
     panel.note(sample(first_us=20))
     panel.show_sample(sample(first_us=20))

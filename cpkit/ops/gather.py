@@ -71,7 +71,7 @@ class GatherOperation(Operation[Gather, GatherReport]):
             workload=workload,
             round=self.body.round,
             total_bytes=workload.total_bytes,
-            per_rank_actual_token=tuple(metadata.per_rank_actual_token),
+            per_rank_actual_token=metadata.per_rank_actual_token,
             max_rank_len=metadata.max_rank_len[0],
             checked_rows=sum(report.checked_rows for report in reports),
             path=reports[0].path,

@@ -247,7 +247,7 @@ lesson.predict("waste", ...)
 # %% padding
 batch = [13, 9]
 layout = prepare_context_parallel_metadata(batch, cp)
-print("rows each rank holds:", layout.per_rank_actual_token)
+print("rows each rank holds:", list(layout.per_rank_actual_token))
 print("padded to:           ", layout.max_rank_len[0])
 figures.show(figures.padding_grid(layout))
 
@@ -275,7 +275,7 @@ lesson.predict("cut", ...)
 # %% trap
 many = prepare_context_parallel_metadata([4097] * 16, cp)
 formula = -(-many.total_tokens // cp)
-print("rows each rank holds:", many.per_rank_actual_token)
+print("rows each rank holds:", list(many.per_rank_actual_token))
 print("ceil(total / cp):    ", formula)
 assert formula < max(many.per_rank_actual_token)
 

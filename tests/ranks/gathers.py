@@ -20,6 +20,7 @@ from cpkit.gather import (
 )
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.plan import plan_gather_kv
 from cpkit.reference import all_gather_kv_reference
 from cpkit.symm import batch_symmetry, explain_path
 from tests.ranks.device import (
@@ -212,14 +213,42 @@ def check_one_strided_row_a_rank() -> None:
             provenance.check(got, metadata, round=1)
 
 
-def check_rows_that_require_grad_are_data_like_any_other() -> None:
+def check_rows_that_require_grad_are_refused_on_every_rank() -> None:
+    """A gather has no backward: training would go on with a gradient that is silently wrong."""
     group = world_group()
-    metadata = prepare_context_parallel_metadata([40], group.size)
+    metadata = prepare_context_parallel_metadata([8 * group.size], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
-    for algorithm in ALGORITHMS:
-        (got,) = all_gather_kv([rows.requires_grad_()], metadata, group, algorithm=algorithm)
-        assert not got.requires_grad
+    trained = rows.clone().requires_grad_(group.rank == 0)
+    batch = SimpleNamespace(attn_cp_metadata=metadata)
+    recv = torch.empty(8 * group.size, 8, device=DEVICE)
+    cache, slots = torch.empty_like(recv), torch.arange(8 * group.size, device=DEVICE)
+    learning_cache = cache.clone().requires_grad_(group.rank == 0)
+    into = {"algorithm": "padded", "slots": slots}
+    for name, call, arguments, options in (
+        *(
+            ("tensors[0]", all_gather_kv, ([trained], metadata, group), {"algorithm": algorithm})
+            for algorithm in ALGORITHMS
+        ),
+        ("into[0]", all_gather_kv, ([rows], metadata, group), {**into, "into": [learning_cache]}),
+        ("tensors[0]", plan_gather_kv, ([trained], metadata, group), {}),
+        (
+            "input_tensor",
+            cp_all_gather_reorganized_into_tensor_kv_cache,
+            (trained, metadata.total_tokens, group.size, batch),
+            {},
+        ),
+        ("input", group.cp_all_gather_into_tensor_async, (recv, trained), {}),
+    ):
+        said = error_of(call, *arguments, **options)
+        assert f"{name} requires grad" in said, said
+        assert f"{name}.detach()" in said
+        assert "torch.no_grad()" in said
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            (got,) = all_gather_kv([trained], metadata, group)
         provenance.check(got, metadata, round=2)
+    (got,) = all_gather_kv([trained.detach()], metadata, group)
+    provenance.check(got, metadata, round=2)
 
 
 def check_a_result_knows_its_path() -> None:

@@ -85,9 +85,9 @@ def _batches() -> Iterator[tuple[Sequence[int], int]]:
         yield tuple(draw.randint(2 * cp_size, 60) for _ in range(count)), cp_size
 
 
-def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: list[int]) -> str:
+def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Sequence[int]) -> str:
     shown = f"[{lengths[0]}] * {len(lengths)}" if len(lengths) > 8 else str(list(lengths))
-    call = f"padded_len({shown}, {cp_size}) is {got}; the ranks hold {held} rows"
+    call = f"padded_len({shown}, {cp_size}) is {got}; the ranks hold {list(held)} rows"
     if not isinstance(got, int):
         return f"{call}, and a length is an int"
     if got > max(held):
