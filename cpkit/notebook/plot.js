@@ -64,13 +64,15 @@ async function render({ model, el }) {
   el.style.minWidth = 0;
   el.append(notice, plot);
 
-  let Plotly, timer, drawnWidth, drawing = false, closed = false, isLost = false;
-  // Several changes in a row are one drawing, always of the newest figure.
-  const request = () => (timer ??= setTimeout(draw));
+  let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
+  // Changes in quick succession are one drawing, of the newest figure. Drawing takes at most half of
+  // the page's time, so that a slow page still obeys its controls.
+  const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
   async function draw() {
     timer = undefined;
     if (closed || drawing || !Plotly) return;
     drawing = true;
+    const startedAt = performance.now();
     const figure = JSON.parse(state.get("figure"));
     const { data, layout } = themed(figure, el);
     drawnWidth = el.clientWidth;
@@ -84,6 +86,7 @@ async function render({ model, el }) {
       notice.textContent = `The plot could not be drawn: ${error}`;
     }
     drawing = false;
+    restUntil = 2 * performance.now() - startedAt;
     const newest = JSON.parse(state.get("figure")).revision;
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }
