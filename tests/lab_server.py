@@ -76,6 +76,14 @@ class JupyterLab:
                 time.sleep(0.1)
         pytest.fail(f"JupyterLab did not start in {timeout_s} s:\n{self.text()}")
 
+    def end_kernels(self) -> None:
+        """Shut all kernels down."""
+        with urllib.request.urlopen(self.url("api/kernels"), timeout=20) as answer:
+            kernels = json.load(answer)
+        for kernel in kernels:
+            url = self.url(f"api/kernels/{kernel['id']}")
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=20).close()
+
     def text(self) -> str:
         self.log.seek(0)
         return self.log.read()

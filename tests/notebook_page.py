@@ -54,12 +54,12 @@ def record(panel, name):
 
 READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot => ({
     revision: Number(plot.dataset.revision),
-    title: plot.layout.title.text,
+    title: plot.layout?.title?.text,
     label: plot.getAttribute('aria-label'),
     width: plot.clientWidth,
-    paper: plot.layout.paper_bgcolor,
+    paper: plot.layout?.paper_bgcolor,
     range: plot._fullLayout.xaxis?.range,
-    traces: plot._fullData.map(trace => Object.fromEntries(
+    traces: (plot._fullData ?? []).map(trace => Object.fromEntries(
         ['x', 'y', 'z'].filter(key => trace[key]).map(key => [key, Array.from(trace[key])]))),
     marks: [...plot.querySelectorAll('.points path, .js-line, .heatmaplayer image')]
         .filter(mark => mark.tagName !== 'path' || (mark.getAttribute('d') ?? 'M0,0Z') !== 'M0,0Z')
@@ -75,7 +75,7 @@ class NotebookPage:
         self.page, self.lab = page, lab
         self.errors: list[str] = []
         self.console: list[str] = []
-        self.runs: dict[str, int] = {}
+        self.runs: dict[str, int] = {}  # how often each cell was run
         self._cells: list[str] = []
         page.on("pageerror", lambda error: self._report(f"uncaught: {error}"))
         page.on("console", self._listen)
@@ -86,7 +86,9 @@ class NotebookPage:
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook["metadata"]["kernelspec"] = kernel
         (self.lab.notebooks / f"{name}.ipynb").write_text(json.dumps(notebook))
-        self._cells = [cell.id for cell in cells]
+        for figure in self.lab.notebooks.glob("sent/*.json"):
+            figure.unlink()
+        self._cells, self.runs = [cell.id for cell in cells], {}
         self.page.goto(self.lab.url(f"lab/tree/{name}.ipynb") + "&reset")
         self.wait_for_kernel()
 

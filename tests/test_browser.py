@@ -6,13 +6,9 @@ a count of plots or by a screenshot.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,9 +17,9 @@ import cpkit
 from cpkit.notebook import source
 from cpkit.notebook.build import SOURCES
 from cpkit.notebook.show import find_browser
-from cpkit.notebook.source import Cell
 from tests.lab_server import JupyterLab
-from tests.notebook_page import CHROMIUM_FLAGS, RECORD, NotebookPage
+from tests.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.notebook_page import CHROMIUM_FLAGS, NotebookPage
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = find_browser()
@@ -35,51 +31,6 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome: apt-get install chromium"),
 ]
-
-LIVE_CELLS = [
-    Cell(
-        "setup",
-        "code",
-        f"""{RECORD}
-import threading
-import cpkit, ipywidgets
-from cpkit.notebook.explorer import Explorer
-from cpkit.notebook.pool_live import PoolLive
-from cpkit.notebook.stepper import Stepper
-lab = cpkit.connect(launch=False)
-pause_s = globals().get("pause_s", 120)""",
-    ),
-    Cell(
-        "stepper",
-        "code",
-        """stepper = Stepper(lab, [13, 9], cp_size=4)
-record(stepper, "stepper")
-stepper""",
-    ),
-    Cell(
-        "pool",
-        "code",
-        """pool = PoolLive(lab, [2, 4, 8, 24], 2, arena_mb=16)
-record(pool, "pool")
-pool""",
-    ),
-    Cell(
-        "panel",
-        "code",
-        """panel = Explorer(lab, lengths=[256, 64], cp_size=2, pause_after_s=pause_s)
-record(panel, "panel")
-panel.start()""",
-    ),
-    Cell("second-view", "code", "panel"),
-    Cell(
-        "count",
-        "code",
-        """print("threads", sorted(t.name for t in threading.enumerate() if "cpkit" in t.name))
-print("widgets", len(ipywidgets.widgets.widget._instances))""",
-    ),
-    Cell("scratch", "code", ""),
-]
-WIDGETS = ("stepper", "pool", "panel")
 
 
 @pytest.fixture(scope="module")
@@ -278,16 +229,3 @@ def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> No
     assert "Exercise 4, strip the padding: solved" in text["e4-check"].inner_text()
     notebook.run("progress")
     assert "1 of 9 predicted, 1 of 8 solved" in text["progress"].inner_text()
-
-
-@contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    """Run busy loops, each in a session of its own: the scheduler groups those of one session."""
-    loop = ["sh", "-c", "while :; do :; done"]
-    loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in loops:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
