@@ -218,7 +218,10 @@ class NotebookPage:
 
     def describe(self) -> str:
         """Return what a person needs to see why something failed."""
-        text = self.page.locator("body").inner_text(timeout=5_000)
+        try:
+            text = self.page.locator("body").inner_text(timeout=10_000)
+        except Exception as problem:  # noqa: BLE001  the failure itself must still be reported
+            text = f"the page did not answer: {problem}"
         console = "\n".join(self.console[-30:])
         return f"{text}\n--- console\n{console}\n--- JupyterLab\n{self.lab.text()[-3000:]}"
 
