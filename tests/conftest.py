@@ -43,6 +43,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     item.config.stash[_heading] = number
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show the page, its console and the server's log beside the failure of a browser test."""
+    report = yield
+    page = getattr(item, "funcargs", {}).get("notebook")
+    if report.failed and page:
+        report.sections.append(("the page when it failed", page.describe()))
+    return report
+
+
 def layer(item: pytest.Item) -> int:
     """The index into LAYERS of the dearest layer that the test is marked with."""
     return max(n for n, name in enumerate(LAYERS) if n == 0 or item.get_closest_marker(name))

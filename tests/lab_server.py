@@ -1,4 +1,4 @@
-"""A JupyterLab for a test: private directories, random token, copies of the notebooks."""
+"""A JupyterLab for a test: private directories, random token, an empty notebook directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from cpkit.notebook.build import NOTEBOOKS
 from tests.processes import left_after, processes_with
 
 SETTINGS = {
@@ -27,14 +26,14 @@ SETTINGS = {
 
 
 class JupyterLab:
-    """A server of its own: private directories, random token, copies of the notebooks."""
+    """A server of its own. Its kernels meet the workers of `runtime_dir`, by default their own."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, runtime_dir: Path | None = None, name: str = "default") -> None:
         self.home, self.token, self.port = home, secrets.token_hex(16), _free_port()
+        self._shared = {"CPKIT_NAME": name}
+        self._shared["JUPYTER_RUNTIME_DIR"] = str(runtime_dir or home / "runtime")
         self.notebooks = home / "notebooks"
         self.notebooks.mkdir()
-        for path in NOTEBOOKS.glob("*.ipynb"):
-            _copy_unrun(path, self.notebooks / path.name)
         for name, values in SETTINGS.items():
             file = home / "settings" / f"{name}.jupyterlab-settings"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,14 +49,15 @@ class JupyterLab:
             "ServerApp.port_retries": 0,
             "ServerApp.root_dir": self.notebooks,
             "IdentityProvider.token": self.token,
+            "LabApp.expose_app_in_browser": True,  # for commands without a menu item
         }
         flags = ["--no-browser", "--ip=127.0.0.1", "--allow-root"]
         flags += [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "jupyterlab", *flags]
 
     def _environment(self) -> dict[str, str]:
-        names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
-        private = {name: str(self.home / name.lower()) for name in names}
+        names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+        private = {name: str(self.home / name.lower()) for name in names} | self._shared
         private["JUPYTERLAB_SETTINGS_DIR"] = str(self.home / "settings")
         private["JUPYTERLAB_WORKSPACES_DIR"] = str(self.home / "workspaces")
         return private
@@ -76,6 +76,14 @@ class JupyterLab:
                 time.sleep(0.1)
         pytest.fail(f"JupyterLab did not start in {timeout_s} s:\n{self.text()}")
 
+    def end_kernels(self) -> None:
+        """Shut all kernels down."""
+        with urllib.request.urlopen(self.url("api/kernels"), timeout=20) as answer:
+            kernels = json.load(answer)
+        for kernel in kernels:
+            url = self.url(f"api/kernels/{kernel['id']}")
+            urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=20).close()
+
     def text(self) -> str:
         self.log.seek(0)
         return self.log.read()
@@ -90,21 +98,9 @@ class JupyterLab:
         self.log.close()
 
     def left_behind(self, timeout_s: float = 10.0) -> list[str]:
-        """Processes with our runtime directory in their environment that do not end in time."""
-        ours = "JUPYTER_RUNTIME_DIR", self._environment()["JUPYTER_RUNTIME_DIR"]
+        """Processes with our config directory in their environment that do not end in time."""
+        ours = "JUPYTER_CONFIG_DIR", self._environment()["JUPYTER_CONFIG_DIR"]
         return left_after(timeout_s, lambda: list(processes_with(*ours).values()))
-
-
-def code_cells(notebook: dict) -> list[dict]:
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def _copy_unrun(source: Path, target: Path) -> None:
-    """A notebook without outputs, so that every output is of this run."""
-    notebook = json.loads(source.read_text())
-    for cell in code_cells(notebook):
-        cell.update(outputs=[], execution_count=None)
-    target.write_text(json.dumps(notebook))
 
 
 def _free_port() -> int:

@@ -1,25 +1,25 @@
-"""What a newcomer does: open JupyterLab, run the three notebooks, move the slider.
+"""The live widgets and a learner's steps, in a real JupyterLab in a real Chromium.
 
-A real JupyterLab, a real kernel, real workers, a real Chromium. The page is looked at through its
-DOM and plotly's own data, not through screenshots.
+One server, one browser, one page. A plot is judged by its points (tests/notebook_page.py), never by
+a count of plots or by a screenshot.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import cpkit
 from cpkit.notebook import source
-from cpkit.notebook.build import NOTEBOOKS, SOURCES
+from cpkit.notebook.build import SOURCES
 from cpkit.notebook.show import find_browser
-from tests.lab_server import JupyterLab, code_cells
+from tests.lab_server import JupyterLab
+from tests.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.notebook_page import CHROMIUM_FLAGS, NotebookPage
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = find_browser()
@@ -28,196 +28,204 @@ pytestmark = [
     pytest.mark.workers,
     pytest.mark.notebook,
     pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(180),
     pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome: apt-get install chromium"),
 ]
-RUN_TIMEOUT_MS = 180_000
-CHROMIUM_FLAGS = [
-    "--no-sandbox",  # a container's root may not make one; the page is our own
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-LIVE_PLOT = "[...document.querySelectorAll('.js-plotly-plot')].find(p => p.layout.uirevision)"
-STILL = "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.layout.uirevision)[1]"
-
-NO_CELL_RUNS = """() =>
-    ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))"""
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[JupyterLab]:
+def server(lab: cpkit.Lab, runtime_dir: Path) -> Iterator[JupyterLab]:
+    """A JupyterLab whose kernels use the session's workers."""
     home = Path(tempfile.mkdtemp(prefix="lab-"))
-    server = JupyterLab(home)
+    started = JupyterLab(home, runtime_dir, "tests")
     try:
-        server.wait()
-        yield server
+        started.wait()
+        yield started
     finally:
-        server.stop()
-        left = server.left_behind()
+        started.stop()
+        left = started.left_behind()
         shutil.rmtree(home, ignore_errors=True)
-    assert not left, "kernels and workers end with the server"
+    assert not left, "kernels end with the server"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
+def browser_page(server: JupyterLab) -> Iterator[NotebookPage]:
     with playwright.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
-        yield chromium
+        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60_000)  # a page beside busy loops answers late
+        yield NotebookPage(page, server)
         chromium.close()
 
 
 @pytest.fixture
-def page(browser) -> Iterator[object]:
-    """A page; every error that it reports fails the test."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    fresh = context.new_page()
-    errors: list[str] = []
-    fresh.on("pageerror", lambda error: errors.append(f"uncaught: {error}"))
-    fresh.on(
-        "console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else None
-    )
-    yield fresh
-    context.close()
-    assert not errors, "\n".join(errors)
+def notebook(browser_page: NotebookPage) -> Iterator[NotebookPage]:
+    """The page. Every error that it reports fails the test."""
+    with browser_page.without_errors():
+        yield browser_page
 
 
-@pytest.mark.parametrize("name", ["01_padding_and_reorg", "02_symmetric_memory"])
-def test_a_notebook_runs_from_top_to_bottom(lab: JupyterLab, page, name: str) -> None:
-    run_all(lab, page, name)
-    plots = page.locator(".js-plotly-plot")
-    assert plots.count() >= 3, "figures are live in the page"
-    if name.startswith("02"):
-        a_larger_arena_spills_less(page)
-    shut_down_kernel(page)
+@pytest.fixture
+def live(notebook: NotebookPage) -> NotebookPage:
+    """The notebook of the three live widgets, each of them shown."""
+    if not notebook.runs:
+        notebook.open("live", LIVE_CELLS)
+        for cell in ("setup", *WIDGETS):
+            notebook.run(cell)
+    return notebook
 
 
-def a_larger_arena_spills_less(page) -> None:
-    """The live pool is still there after the whole notebook, and serves the requests again."""
-    handle = page.locator(".arena-mb .noUi-handle")
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    page.keyboard.press("End")
-    titles = "[...document.querySelectorAll('.js-plotly-plot')].map(p => p.layout.title.text)"
-    page.wait_for_function(f"() => {titles}.includes('0 of 9 requests spill')", timeout=30_000)
+def test_each_live_widget_shows_what_the_kernel_sent(live: NotebookPage) -> None:
+    for widget in WIDGETS:
+        plot = live.wait_for_plot(widget)
+        assert plot["title"] in plot["label"], "the text alternative"
+        assert 300 < plot["width"] <= 860
 
 
-def test_the_slider_changes_the_plot(lab: JupyterLab, page) -> None:
-    run_all(lab, page, "03_allgather_perf")
-    page.wait_for_function(f"() => {LIVE_PLOT}?.data[2].y.length === 4", timeout=20_000)
-    a_still_picture_keeps_its_axes(page)
-    before = page.evaluate(f"{LIVE_PLOT}.layout.title.text")
-    handle = page.locator(".cp-size .noUi-handle")
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    page.keyboard.press("ArrowLeft")
-    measured = (
-        f"() => {{ const y = {LIVE_PLOT}.data[2].y; return y.length === 2 && y.every(t => t > 0) }}"
-    )
-    page.wait_for_function(measured, timeout=20_000)
-    after = page.evaluate(f"{LIVE_PLOT}.layout.title.text")
-    assert before.startswith("cp_size 4"), before
-    assert after.startswith("cp_size 2"), after
-    assert page.locator(".cpkit-ranks tr").count() == 3, "the table beside the plot says the same"
-    times = page.evaluate(f"[...{LIVE_PLOT}.data[3].y]")
-    page.wait_for_function(f"() => {LIVE_PLOT}.data[3].y.length > {len(times) + 3}", timeout=10_000)
-    page.locator(".stop").click()
-    page.get_by_text("○ stopped").wait_for(timeout=10_000)
-    shut_down_kernel(page)
+def test_a_control_changes_the_plot(live: NotebookPage) -> None:
+    for widget, slider, key, such in (
+        ("stepper", ".cp-size", "Home", lambda plot: "rank 3" not in plot["label"]),
+        ("pool", ".arena-mb", "End", lambda plot: plot["title"] == "0 of 4 requests spill"),
+        ("panel", ".cp-size", "End", lambda plot: len(plot["traces"][2]["y"]) == 4),
+    ):
+        handle = live.cell(widget).locator(f"{slider} .noUi-handle")
+        handle.focus()
+        live.page.keyboard.press(key)
+        live.wait_for_plot(widget, such=such)
+    table = live.cell("panel").locator(".cpkit-ranks tr")
+    live.until(lambda: table.count() == 5, 10, "the table beside the plot has a row per rank")
 
 
-def a_still_picture_keeps_its_axes(page) -> None:
-    """An open page takes data out of the widget's dict, once the kernel has time to hear of it."""
-    cell = page.locator(".jp-Cell", has_text="panel.panel.still()")
-    prompt = cell.locator(".jp-InputPrompt")
-    before = prompt.inner_text()
-    cell.locator(".cm-content").click()
-    page.keyboard.press("Control+Enter")
-    # Not by "[*]", which may be gone before it is seen.
-    playwright.expect(prompt).not_to_have_text(before, timeout=10_000)
-    page.wait_for_function(NO_CELL_RUNS, timeout=30_000)
-    names = page.evaluate(f"[{STILL}.data[2].x, {STILL}.data[4].y].map(names => [...names ?? []])")
-    assert names == [[f"rank {rank}" for rank in range(4)], ["gather"]]
+def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
+    live.run("second-view")
+    first = live.wait_for_plot("second-view", made_by="panel")
+    for cell in ("panel", "second-view"):
+        live.wait_for_plot(
+            cell, made_by="panel", such=lambda plot: plot["revision"] > first["revision"] + 5
+        )
+    live.run("second-view", "pass")  # later tests replace the panel, and this view with it
 
 
-def test_a_learner_predicts_opens_hints_and_solves(lab: JupyterLab, page) -> None:
-    name = "01_padding_and_reorg"
-    run_all(lab, page, name)
-    made = source.read(SOURCES / f"{name}.py")
-    ids = [cell.id for cell in made.rendered()]
-    cells = page.locator(".jp-Notebook .jp-Cell")
+def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
+    rows = live.cell("panel").locator(".js-plotly-plot .xy .nsewdrag, .nsewdrag[data-subplot=xy]")
+    rows.first.scroll_into_view_if_needed()
+    box = rows.first.bounding_box()
+    before = live.wait_for_plot("panel")
+    live.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
+    live.page.mouse.down()
+    live.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.8, steps=4)
+    live.page.mouse.up()
+    zoomed = live.wait_for_plot("panel", such=lambda plot: plot["range"] != before["range"])
+    later = live.wait_for_plot("panel", such=lambda plot: plot["revision"] > zoomed["revision"] + 3)
+    assert later["range"] == zoomed["range"]
 
-    def cell(id_: str):
-        return cells.nth(ids.index(id_))
 
-    def write(id_: str, text: str) -> None:
-        cell(id_).locator(".cm-content").click()
-        page.keyboard.press("Control+a")
-        page.keyboard.insert_text(text)
-        page.keyboard.press("Shift+Enter")
+def test_plots_follow_the_theme_of_the_page(live: NotebookPage) -> None:
+    named = "theme => document.body.dataset.jpThemeName === theme"
+    paper = "getComputedStyle(document.body).getPropertyValue('--jp-layout-color0').trim()"
+    seen = []
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        live.command("apputils:change-theme", theme=theme)
+        live.page.wait_for_function(named, arg=theme)
+        seen.append(live.page.evaluate(paper))
+        for widget in WIDGETS:
+            live.wait_for_plot(widget, such=lambda plot: plot["paper"] == seen[-1])
+    assert seen[1] in ("white", "#fff", "#ffffff"), seen
+    assert seen[0] != seen[1]
 
-    def run_again(id_: str) -> None:
-        cell(id_).locator(".cm-content").click()
-        page.keyboard.press("Shift+Enter")
 
-    write("waste-predict", 'lesson.predict("waste", 0)')
-    cell("waste-predict").get_by_text("Written down: 0 of all slots.").wait_for(timeout=20_000)
-    run_again("waste-reveal")
-    cell("waste-reveal").get_by_text("you said 0 of all slots; it is 0.08333").wait_for()
-    assert "do not divide evenly" in cell("waste-reveal").inner_text(), "what 0 overlooks"
+def test_a_cell_that_runs_again_replaces_its_widget(live: NotebookPage) -> None:
+    counts = []
+    for _ in range(2):
+        live.run_all(*WIDGETS)
+        for widget in WIDGETS:
+            live.wait_for_plot(widget)
+        live.run("count")
+        counts.append(live.cell("count").locator(".jp-OutputArea-output").inner_text())
+    assert counts[0] == counts[1], "threads and widgets do not grow"
+    assert counts[0].count("cpkit-") >= len(WIDGETS), counts
 
-    assert "not solved yet" in cell("e4-check").inner_text()
-    hints = cell("e4-help").locator("summary")
+
+def test_a_reloaded_page_shows_the_widgets_of_the_living_kernel(live: NotebookPage) -> None:
+    live.reload()
+    for widget in WIDGETS:
+        live.wait_for_plot(widget)
+    first = live.wait_for_plot("panel")
+    live.wait_for_plot("panel", such=lambda plot: plot["revision"] > first["revision"])
+
+
+def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage) -> None:
+    """Two seconds after a model was made, anywidget drops its messages. Here it does at once."""
+    live.page.evaluate("AbortSignal.limit = AbortSignal.timeout")
+    live.page.evaluate("AbortSignal.timeout = ms => AbortSignal.limit(ms === 2000 ? 0 : ms)")
+    for widget in WIDGETS:
+        live.run(widget)
+        live.wait_for_plot(widget)
+    live.page.evaluate("AbortSignal.timeout = AbortSignal.limit")
+
+
+def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
+    """Two fresh pages, and in each all cells run twice."""
+    live.run("scratch", "pause_s = 1")  # the panels shown so far should not compete for the cores
+    for _ in range(2):
+        live.reload()
+        with busy_loops(12):
+            for _ in range(2):
+                live.run_all(*WIDGETS)
+                for widget in WIDGETS:
+                    live.wait_for_plot(widget, 60)
+
+
+def test_a_dead_kernel_is_said_in_the_widget(live: NotebookPage) -> None:
+    live.run("scratch", "pause_s = 120")
+    live.run("panel")
+    status = live.cell("panel").locator(".cpkit-status")
+    live.wait_for_plot("panel")
+    live.until(lambda: "● measuring" in status.inner_text(), 10, "the panel measures")
+    live.command("kernelmenu:restart")
+    live.page.locator(".jp-Dialog .jp-mod-accept").click()
+    for widget in WIDGETS:
+        output = live.cell(widget)
+        live.until(
+            lambda output=output: "run this cell again" in output.inner_text(),
+            20,
+            f"{widget} says that its kernel is gone",
+        )
+    assert "measuring" not in status.inner_text()
+    live.until(lambda: live.page.evaluate("commandEnded"), 60, "the kernel has restarted")
+    live.wait_for_kernel()
+    live.runs.clear()
+    live.run("setup")
+    live.run("panel")
+    live.wait_for_plot("panel")
+    assert "run this cell again" not in live.cell("panel").inner_text()
+    live.cell("panel").locator(".stop").click()
+
+
+def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> None:
+    made = source.read(SOURCES / "01_padding_and_reorg.py")
+    needed = ("connect", "setup", "waste-predict", "padding", "waste-reveal")
+    needed += ("e4", "e4-check", "e4-help", "progress")
+    notebook.open("lesson", [cell for cell in made.rendered() if cell.id in needed])
+    for id_ in needed:
+        if id_ != "e4-help":
+            notebook.run(id_)
+    text = {id_: notebook.cell(id_) for id_ in needed}
+
+    notebook.run("waste-predict", 'lesson.predict("waste", 0)')
+    assert "Written down: 0 of all slots." in text["waste-predict"].inner_text()
+    notebook.run("waste-reveal")
+    assert "you said 0 of all slots; it is 0.08333" in text["waste-reveal"].inner_text()
+    assert "do not divide evenly" in text["waste-reveal"].inner_text(), "what 0 overlooks"
+
+    assert "not solved yet" in text["e4-check"].inner_text()
+    hints = text["e4-help"].locator("summary")
     assert [hint.is_visible() for hint in hints.all()] == [True, False, False, False]
     hints.nth(0).click()
     assert [hint.is_visible() for hint in hints.all()] == [True, True, False, False]
-    assert not cell("e4-help").locator("code", has_text="torch.cat").first.is_visible()
-    write("e4", made.exercises["e4"].solution)
-    run_again("e4-check")
-    cell("e4-check").get_by_text("Exercise 4, strip the padding: solved").wait_for(timeout=20_000)
-    run_again("progress")
-    cell("progress").get_by_text("1 of 9 predicted, 1 of 8 solved").wait_for(timeout=20_000)
-    shut_down_kernel(page)
-
-
-def run_all(lab: JupyterLab, page, name: str) -> None:
-    """Open a notebook as it is committed, run all cells by the menu, save, and look for errors."""
-    # What an earlier test saved shows widgets of a kernel that is gone.
-    shutil.copy(NOTEBOOKS / f"{name}.ipynb", lab.notebooks / f"{name}.ipynb")
-    page.goto(lab.url(f"lab/tree/{name}.ipynb") + "&reset")
-    page.get_by_text("| Idle").wait_for(timeout=60_000)
-    page.locator(".jp-Notebook .jp-Cell").first.click()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(timeout=10_000)
-    page.wait_for_function(NO_CELL_RUNS, timeout=RUN_TIMEOUT_MS)
-    page.keyboard.press("Control+s")
-    cells = _saved(lab.notebooks / f"{name}.ipynb")
-    failed = [o for cell in cells for o in cell["outputs"] if o["output_type"] == "error"]
-    assert not failed, json.dumps(failed, indent=1)
-    said = page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").all_inner_texts()
-    # The live panel measures on: on a busy machine a cell that asks meanwhile says that it waits.
-    assert not [text for text in said if not text.startswith("the workers are busy:")], said
-
-
-def shut_down_kernel(page) -> None:
-    """End the kernel by the menu; its workers end with it, and the next notebook starts its own."""
-    page.get_by_role("menuitem", name="Kernel", exact=True).click()
-    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
-    page.get_by_text("| No Kernel").or_(page.get_by_text("No Kernel")).first.wait_for(
-        timeout=20_000
-    )
-
-
-def _saved(path: Path, timeout_s: float = 20.0) -> list[dict]:
-    """The code cells of a notebook once it was saved after a full run."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(json.JSONDecodeError):  # it is being written
-            cells = code_cells(json.loads(path.read_text()))
-            if [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1)):
-                return cells
-        time.sleep(0.1)
-    pytest.fail(f"{path.name} was not saved with all cells run; see its execution counts")
+    assert not text["e4-help"].locator("code", has_text="torch.cat").first.is_visible()
+    notebook.run("e4", made.exercises["e4"].solution)
+    notebook.run("e4-check")
+    assert "Exercise 4, strip the padding: solved" in text["e4-check"].inner_text()
+    notebook.run("progress")
+    assert "1 of 9 predicted, 1 of 8 solved" in text["progress"].inner_text()

@@ -44,7 +44,7 @@ def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer)
             panel.controls.cp_size.value = cp_size
     assert time.monotonic() - start_s < 1.0, "40 changes only leave 40 wishes"
     assert panel.wait(samples=3).workload.cp_size == 2
-    assert list(panel.panel.widget.data[0].x) == ["rank 0", "rank 1"]
+    assert list(panel.panel.figure.data[0].x) == ["rank 0", "rank 1"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2
-    until(lambda: len(panel.panel.widget.data[0].x) == 2, why="the layout is drawn all the same")
+    until(lambda: len(panel.panel.figure.data[0].x) == 2, why="the layout is drawn all the same")
     until(lambda: lab.status().state == "idle")
     panel.close()
 
@@ -103,12 +103,12 @@ def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
 def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
     stepper = Stepper(lab, [13, 9], cp_size=4)
     stepper.wait(done=1)
-    assert "→ reorder" in stepper.widget.layout.title.text
+    assert "→ reorder" in stepper.figure.layout.title.text
     stepper.algorithm.value = "direct"
     stepper.wait(done=2)
-    assert stepper.widget.layout.title.text.endswith("shard → wire")
+    assert stepper.figure.layout.title.text.endswith("shard → wire")
     stepper.cp_size.value = 2
     stepper.wait(done=3)
-    names = [trace.name for trace in stepper.widget.data if trace.visible is not False]
+    names = [trace.name for trace in stepper.figure.data]
     assert names == ["rank 0", "rank 1"]
     stepper.close()

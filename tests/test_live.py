@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
+from typing import Any
 
+import ipywidgets
 import plotly.graph_objects as go
 import pytest
 
 from cpkit.control.messages import Workload
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.notebook import figures, show
+from cpkit.notebook import figures, show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
-from cpkit.notebook.live import redraw
 from cpkit.notebook.panel import Panel
+from cpkit.notebook.plot import LivePlot
 from tests.drawn import LAYOUT, Padded, sample
 from tests.processes import until
 
@@ -37,27 +40,56 @@ def test_the_panel_follows_layout_and_samples() -> None:
     panel = Panel()
     four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
     panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
-    assert tuple(panel.widget.data[0].y) == four.per_rank_actual_token
+    assert tuple(panel.figure.data[0].y) == four.per_rank_actual_token
     panel.note(sample())
     panel.note(sample(first_us=20))
     panel.show_sample(sample(first_us=20))
-    assert list(panel.widget.data[2].y) == [20, 21, 22, 23]
-    assert list(panel.widget.data[3].y) == [13, 23], "the history is that of the slowest rank"
+    assert list(panel.figure.data[2].y) == [20, 21, 22, 23]
+    assert list(panel.figure.data[3].y) == [13, 23], "the history is that of the slowest rank"
     panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
-    assert list(panel.widget.data[3].y) == [None], "a new history"
+    assert list(panel.figure.data[3].y) == [None], "a new history"
     assert "cp_size 2" in panel.still().layout.title.text
     assert "uid" not in json.dumps(show.bundle(panel.still())), "or no two runs would be equal"
-    panel.close()
+    panel.plot.close()
 
 
-def test_redraw_replaces_a_live_figure() -> None:
-    widget = go.FigureWidget()
-    for figure in (figures.stage_grid(Padded()), figures.ownership_strip(LAYOUT)):
-        redraw(widget, figure)
-        visible = [trace for trace in widget.data if trace.visible in (None, True)]
-        assert [trace.name for trace in visible] == [trace.name for trace in figure.data]
-        assert [list(a.x) for a in visible] == [list(b.x) for b in figure.data]
-        assert widget.layout.title.text == figure.layout.title.text
+def test_a_published_figure_is_the_state_of_the_plot() -> None:
+    plot = LivePlot(figures.stage_grid(Padded()))
+    assert shown(plot)["revision"] == 1, "a view that opens now shows the first figure"
+    figure = figures.ownership_strip(LAYOUT)
+    plot.publish(figure)
+    state = shown(plot)
+    assert state["revision"] == plot.revision == 2
+    assert go.Figure(state["data"], state["layout"]).data == figure.data
+    assert state["alt"] == style.text_alternative(figure)
+    assert state["layout"]["uirevision"], "or each update would undo the reader's zoom"
+    plot.close()
+
+
+def test_figures_that_come_too_fast_are_skipped() -> None:
+    plot = LivePlot(go.Figure())
+    plot.publish(go.Figure())
+    assert not plot.is_due()
+    until(plot.is_due, timeout_s=1)
+    plot.close()
+
+
+def test_one_library_serves_all_plots_even_after_all_widgets_were_closed() -> None:
+    first, second = LivePlot(go.Figure()), LivePlot(go.Figure())
+    assert first.plotly_library is second.plotly_library
+    script = gzip.decompress(first.plotly_library.gzip)
+    assert script.startswith(b"/**\n* plotly.js"), "of the installed package, not of a CDN"
+    assert len(first.plotly_library.gzip) < 2_000_000
+    ipywidgets.Widget.close_all()
+    assert LivePlot(go.Figure()).plotly_library.comm is not None
+    ipywidgets.Widget.close_all()
+
+
+def shown(plot: LivePlot) -> dict[str, Any]:
+    """What a view of the plot reads now."""
+    state = plot.get_state()
+    assert state["plot_state"] == f"IPY_MODEL_{plot.plot_state.model_id}"
+    return json.loads(plot.plot_state.get_state()["figure"])
 
 
 def test_the_newest_wish_wins() -> None:

@@ -99,7 +99,7 @@ def test_it_reads_well(path: Path) -> None:
     assert max(len(cell.source.splitlines()) for cell in cells) <= 15
     assert sum("assert " in cell.source for cell in cells) >= 6
     panels = sum(cell.source.count(name) for cell in cells for name in PANELS)
-    assert panels <= 1, "a FigureWidget brings 5 MB to the page"
+    assert panels <= 1, "one live panel per notebook: two would compete for the workers"
 
 
 @pytest.mark.workers

@@ -10,6 +10,7 @@ import ipywidgets as widgets
 
 from cpkit.control.messages import Algorithm, Workload
 from cpkit.layout import STRATEGIES
+from cpkit.notebook.live import controls_box
 
 PRESETS: dict[str, str] = {
     "one sequence of 4096 tokens": "4096",
@@ -94,9 +95,7 @@ class Controls:
             (self.lengths, self.preset, self.strategy),
             (self.heads, self.head_dim, self.dtype),
         )
-        return widgets.HBox(
-            [widgets.VBox(column) for column in columns], layout={"flex_flow": "row wrap"}
-        )
+        return controls_box([widgets.VBox(column) for column in columns], flex_flow="row wrap")
 
     def _watched(self) -> tuple[Any, ...]:
         first = (self.cp_size, self.heads, self.head_dim, self.dtype)

@@ -22,13 +22,19 @@ import msgspec
 from cpkit.control.messages import Sample, Workload
 from cpkit.lab import Lab
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.notebook import cells
 from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.latest import LatestWins
-from cpkit.notebook.live import wrong_html
+from cpkit.notebook.live import (
+    close_widgets,
+    controls_box,
+    live_box,
+    status_line,
+    wrong_html,
+)
 from cpkit.notebook.panel import Panel
 
-DRAW_EVERY_S = 0.1
 _NUMBER = 'style="padding: 0 8px; text-align: right"'
 
 
@@ -57,10 +63,11 @@ class Explorer:
         **options: Any,
     ) -> None:
         first: dict[str, Any] = {"cp_size": max(lab.cp_sizes), "lengths": tuple(lengths)} | options
+        cells.replace_previous(self)
         self.controls = Controls(lab.cp_sizes, Workload(**first))
         self.panel = Panel()
         self._lab, self._interval_s, self._pause_after_s = lab, interval_s, pause_after_s
-        self._summary, self._table, self._status = (widgets.HTML() for _ in range(3))
+        self._summary, self._table, self._status = widgets.HTML(), widgets.HTML(), status_line()
         self._box = self._build()
         self._arrived = threading.Condition()
         self._running = False
@@ -84,8 +91,8 @@ class Explorer:
     def close(self) -> None:
         """End the measurement and its thread, and free the widgets."""
         self._worker.close()
-        self.panel.close()
-        self._box.close()
+        close_widgets(self._box)
+        cells.forget(self)
 
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until the newest wish has so many samples; returns the latest.
@@ -127,10 +134,9 @@ class Explorer:
         stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers stay")
         start.add_class("start").on_click(lambda _: self.start())
         stop.add_class("stop").on_click(lambda _: self.stop())
-        self._status.add_class("cpkit-status")
-        buttons = widgets.HBox([start, stop, self._status])
-        picture = widgets.HBox([self.panel.widget, self._table], layout={"flex_flow": "row wrap"})
-        return widgets.VBox([self.controls.box(), buttons, self._summary, picture])
+        buttons = widgets.HBox([controls_box([start, stop]), self._status])
+        picture = widgets.HBox([self.panel.plot, self._table], layout={"flex_flow": "row wrap"})
+        return live_box(self.controls.box(), buttons, self._summary, picture)
 
     def _ask(self) -> None:
         """Leave a wish; never waits."""
@@ -156,18 +162,19 @@ class Explorer:
         if not wish.measure:
             return
         stop_at = time.monotonic() + self._pause_after_s
-        drawn_at = 0.0
+        sample = None
         options = msgspec.structs.asdict(work) | {"interval_s": self._interval_s}
         with closing(self._lab.measure(**options)) as samples:
             for sample in samples:
                 if not is_newest():
                     return
                 self._keep(wish, sample)
-                if time.monotonic() - drawn_at >= DRAW_EVERY_S:
-                    drawn_at = time.monotonic()
+                if self.panel.plot.is_due():
                     self._draw(sample, metadata)
-                if drawn_at > stop_at:
+                if time.monotonic() > stop_at:
                     break
+        if sample:
+            self._draw(sample, metadata)
         self._status.value = "○ paused: no control was touched for a while; Start goes on"
 
     def _keep(self, wish: Wish, sample: Sample) -> None:

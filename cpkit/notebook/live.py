@@ -1,4 +1,4 @@
-"""The frame of a small live panel: controls, one status line, and a figure that is drawn anew."""
+"""The frame of a small live panel: controls, one status line, and a live plot."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any, ClassVar, Generic, TypeVar
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from cpkit.notebook import style
+from cpkit.notebook import cells, style
 from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.plot import LivePlot
 
 Wish = TypeVar("Wish")
 
 
 class LivePanel(Generic[Wish]):
-    """Display it as the last line of a cell. The newest wish of the controls is shown, live.
+    """Display it as the last line of a cell. It follows the latest setting of its controls.
 
-    A panel says what its controls ask for (`_wish`), and does it (`_follow`).
+    A subclass reads its controls (`_wish`), and does what they say (`_follow`). `figure` is the
+    figure that the page shows.
     """
 
     words: ClassVar[str]  # instead of the panel, where no widgets are shown
 
     def __init__(self, controls: Sequence[Any], figure: go.Figure | None = None) -> None:
-        self.widget = go.FigureWidget(figure)
-        self.done = 0  # wishes that were followed to the end
-        self._status = widgets.HTML()
+        cells.replace_previous(self)
+        self.figure = figure or waiting_figure()
+        self.plot = LivePlot(self.figure)
+        self.done = 0  # settings that were followed to the end
+        self._status = status_line()
         self._changed = threading.Condition()
-        self._box = widgets.VBox([widgets.HBox([*controls, self._status]), self.widget])
+        self._box = live_box(widgets.HBox([controls_box(controls), self._status]), self.plot)
         self._worker = LatestWins(f"cpkit-{type(self).__name__}", self._work, self._fail)
         for control in controls:
             control.observe(self._ask, "value")
         self._ask()
 
     def wait(self, done: int = 1, timeout_s: float = 60.0) -> None:
-        """Wait until so many wishes were followed to the end. Raises TimeoutError."""
+        """Wait until so many settings were followed to the end. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done >= done, timeout_s):
                 raise TimeoutError(
@@ -47,16 +51,20 @@ class LivePanel(Generic[Wish]):
     def close(self) -> None:
         """End the thread and free the widgets."""
         self._worker.close()
-        self.widget.close()
-        self._box.close()
+        close_widgets(self._box)
+        cells.forget(self)
 
     def _wish(self) -> Wish:
-        """What the controls say."""
+        """Return what the controls say."""
         raise NotImplementedError
 
     def _follow(self, wish: Wish, is_newest: Callable[[], bool]) -> str:
-        """Do it and draw it; words for the status line, or none when a newer wish came."""
+        """Do it and draw it. Returns the status line, or "" if a newer setting arrived."""
         raise NotImplementedError
+
+    def _draw(self, figure: go.Figure) -> None:
+        self.figure = figure
+        self.plot.publish(figure)
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
         data: dict[str, Any] = self._box._repr_mimebundle_()
@@ -78,19 +86,43 @@ class LivePanel(Generic[Wish]):
         self._status.value = wrong_html(problem)
 
 
+def waiting_figure() -> go.Figure:
+    """Return the figure of a panel that has no result yet."""
+    words = "Waiting for the workers"
+    figure = go.Figure(layout={"xaxis": {"visible": False}, "yaxis": {"visible": False}})
+    return style.finish(figure, title=words, alt=f"{words}.", height=490)
+
+
+# When the kernel is lost, plot.js finds these classes, disables controls, and replaces the status
+# line.
+
+
+def live_box(*children: widgets.Widget) -> widgets.VBox:
+    """Stack the parts of a live panel."""
+    return widgets.VBox(children, _dom_classes=("cpkit-live",))
+
+
+def controls_box(controls: Sequence[widgets.Widget], **layout: str) -> widgets.HBox:
+    """Put controls side by side."""
+    return widgets.HBox(controls, layout=layout, _dom_classes=("cpkit-controls",))
+
+
+def status_line() -> widgets.HTML:
+    """Return the line that says what the panel does now."""
+    return widgets.HTML(_dom_classes=("cpkit-status",))
+
+
+def close_widgets(widget: widgets.Widget) -> None:
+    """Close a widget, its children, and their layouts and styles."""
+    for child in getattr(widget, "children", ()):
+        close_widgets(child)
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if part is not None:
+            part.close()
+    widget.close()
+
+
 def wrong_html(problem: Exception) -> str:
-    """An error as a status line."""
+    """Return an error as HTML for the status line."""
     words = html.escape(f"{type(problem).__name__}: {problem}")
     return f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {words}</span>'
-
-
-def redraw(widget: go.FigureWidget, figure: go.Figure) -> None:
-    """Make a live widget show another figure, in one batch."""
-    with widget.batch_update():
-        widget.layout.update(figure.layout)
-        for old, new in zip(widget.data, figure.data, strict=False):
-            old.update(new.to_plotly_json() | {"visible": True, "uid": old.uid}, overwrite=True)
-        for old in widget.data[len(figure.data) :]:
-            old.visible = False
-    if len(figure.data) > len(widget.data):
-        widget.add_traces(figure.data[len(widget.data) :])

@@ -1,11 +1,8 @@
-"""The live panel's picture: one FigureWidget whose traces are made once and then only updated.
-
-A FigureWidget brings 5 MB of JavaScript with it, so there is one, with four plots, and a new sample
-is one batched update: a handful of messages, whatever the number of ranks.
-"""
+"""The live panel's figure: four plots whose traces are made once and then only updated."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import Any
 
@@ -15,19 +12,25 @@ from plotly.subplots import make_subplots
 from cpkit.control.messages import Sample, Workload
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
+from cpkit.notebook.plot import LivePlot
 
 HISTORY = 120  # samples the history plot remembers
-# Not an empty list: plotly.js hides a trace without points, and stumbles when its axes come back.
+# Not an empty list: plotly.js removes the axes of a trace without points.
 _NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
 _TITLES = ("Rows of each rank", "Time of each rank", "Stages (mean over ranks)", "History")
 
 
 class Panel:
-    """Four plots of one workload: rows, time per rank, stages, history."""
+    """Four plots of one workload: rows, time per rank, stages, history.
+
+    One thread updates `figure` and publishes it; other threads read it with `still`.
+    """
 
     def __init__(self) -> None:
-        self.widget = go.FigureWidget(_empty_figure())
-        self._rows, self._padding, self._times, self._history, *stages = self.widget.data
+        self.figure = _empty_figure()
+        self.plot = LivePlot(self.figure)
+        self._lock = threading.Lock()
+        self._rows, self._padding, self._times, self._history, *stages = self.figure.data
         self._stages = dict(zip(style.STAGE_STYLES, stages, strict=True))
         self._times_us: deque[float] = deque(maxlen=HISTORY)
         self._taken = 0
@@ -40,10 +43,10 @@ class Panel:
         rows = metadata.per_rank_actual_token
         padding = [metadata.max_rank_len[0] - count for count in rows]
         colors = [style.rank_color(rank) for rank in range(metadata.cp_size)]
-        with self.widget.batch_update():
+        with self._lock:
             title, subtitle = describe(workload)
-            self.widget.layout.title.text = title
-            self.widget.layout.title.subtitle.text = subtitle
+            self.figure.layout.title.text = title
+            self.figure.layout.title.subtitle.text = subtitle
             self._rows.update(x=ranks, y=rows, marker={"color": colors})
             self._padding.update(x=ranks, y=padding)
             nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
@@ -51,6 +54,9 @@ class Panel:
                 x=ranks, y=nothing, error_y={"array": nothing}, marker={"color": colors}
             )
             self._history.update(**_NO_HISTORY)
+            for bar in self._stages.values():
+                bar.x = [0]
+            self._publish()
 
     def show_sample(self, sample: Sample) -> None:
         """Draw one sample. Samples that came since the last drawing are kept by `note`."""
@@ -58,13 +64,14 @@ class Panel:
             p95 - us for us, p95 in zip(sample.per_rank_us, sample.per_rank_p95_us, strict=True)
         ]
         first = self._taken - len(self._times_us)
-        with self.widget.batch_update():
+        with self._lock:
             self._times.y = list(sample.per_rank_us)
             self._times.error_y.array = [max(0.0, us) for us in late]
             self._history.update(x=list(range(first, self._taken)), y=list(self._times_us))
             for stage, bar in self._stages.items():
                 times_us = sample.stage_us.get(stage, ())
                 bar.x = [sum(times_us) / len(times_us)] if times_us else [0]
+            self._publish()
 
     def note(self, sample: Sample) -> None:
         """Remember a sample for the history, drawn or not."""
@@ -73,22 +80,14 @@ class Panel:
 
     def still(self) -> go.Figure:
         """The picture as it is now, as a plain figure: to show where no JavaScript runs."""
-        figure = go.Figure(self.widget.to_dict())
-        # An open page takes what it knows out of the widget's dict; its traces still answer.
-        for trace, live in zip(figure.data, self.widget.data, strict=True):
-            trace.update(uid=None, x=live.x, y=live.y)
-        slowest = f"{self._times_us[-1]:.0f} µs" if self._times_us else "nothing measured yet"
-        return style.finish(
-            figure,
-            title=figure.layout.title.text,
-            subtitle=figure.layout.title.subtitle.text or "",
-            alt=f"The live panel: rows, times, stages and history. Slowest rank: {slowest}.",
-            height=560,
-        )
+        with self._lock:
+            return go.Figure(self.figure)
 
-    def close(self) -> None:
-        """Free the widget's memory in the page."""
-        self.widget.close()
+    def _publish(self) -> None:
+        slowest = f"{self._times_us[-1]:.0f} µs" if self._times_us else "nothing measured yet"
+        alt = f"The live panel: rows, times, stages and history. Slowest rank: {slowest}."
+        self.figure.layout.meta = {"alt": alt}
+        self.plot.publish(self.figure)
 
 
 def describe(workload: Workload) -> tuple[str, str]:

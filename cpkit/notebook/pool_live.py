@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import ipywidgets as widgets
 
 from cpkit.lab import Lab
-from cpkit.notebook.live import LivePanel, redraw
+from cpkit.notebook.live import LivePanel
 from cpkit.notebook.requests import Served, pool_requests, serve
 
 ARENAS_MB = (2, 8, 16, 32, 64)
@@ -36,8 +36,9 @@ class PoolLive(LivePanel[int]):
         self.served = []
         for request in serve(self._lab.pool, wish, self._requests_mb, self._cp_size):
             self.served.append(request)
-            redraw(self.widget, pool_requests(self.served, len(self._requests_mb)))
             if not is_newest():
                 return ""
+            if self.plot.is_due() or len(self.served) == len(self._requests_mb):
+                self._draw(pool_requests(self.served, len(self._requests_mb)))
         spills = sum(bool(request.spill_ms) for request in self.served)
         return f"{len(self.served)} requests, {spills} spills"

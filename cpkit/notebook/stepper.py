@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from cpkit.control.messages import Algorithm
 from cpkit.lab import Lab
 from cpkit.notebook.grids import stage_grid
-from cpkit.notebook.live import LivePanel, redraw
+from cpkit.notebook.live import LivePanel
 
 
 class Wish(NamedTuple):
@@ -43,5 +43,5 @@ class Stepper(LivePanel[Wish]):
         gathered = self._lab.gather(self._lengths, wish.cp_size, algorithm=wish.algorithm)
         if not is_newest():
             return ""
-        redraw(self.widget, stage_grid(gathered))
+        self._draw(stage_grid(gathered).update_layout(uirevision=str(wish)))
         return "every byte checked"

@@ -906,7 +906,7 @@ stepper
 stepper.wait(done=1)
 stepper.cp_size.value = 2  # as if you had moved the slider
 stepper.wait(done=2)
-assert len(stepper.widget.data[0].y) > 0
+assert len(stepper.figure.data[0].y) > 0
 
 # %% s10 [markdown]
 # ## How far did you come?

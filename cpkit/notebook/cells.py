@@ -1,0 +1,58 @@
+"""Running a cell again replaces the live panels that its previous run made.
+
+A panel owns a thread, a measurement and widgets. Its variable is rebound when the cell runs again,
+but nothing tells the old panel to stop, so each panel registers here when it is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from IPython.core.getipython import get_ipython
+
+
+class Closable(Protocol):
+    """What can be replaced."""
+
+    def close(self) -> None:
+        """End all work and free all resources. May be called twice."""
+
+
+class Run(NamedTuple):
+    """One execution of a cell. `request` is None where no cell is known."""
+
+    cell: str
+    request: str | None
+
+
+_panels: dict[Closable, Run] = {}
+
+
+def replace_previous(panel: Closable) -> None:
+    """Close the panels that earlier runs of this cell made, and remember `panel`.
+
+    JupyterLab names the cell in each execute request, so panels of other cells, and several panels
+    of one run, stay. Without that name (a script, nbval, a console) the class of the panel takes
+    its place: a new panel closes the earlier ones of its class.
+    """
+    run = _current_run() or Run(type(panel).__name__, None)
+    previous = [
+        old
+        for old, made in _panels.items()
+        if made.cell == run.cell and (made.request != run.request or run.request is None)
+    ]
+    for old in previous:
+        old.close()
+    _panels[panel] = run
+
+
+def forget(panel: Closable) -> None:
+    """Drop a panel that was closed."""
+    _panels.pop(panel, None)
+
+
+def _current_run() -> Run | None:
+    get_parent = getattr(get_ipython(), "get_parent", dict)  # a terminal's IPython has none
+    parent: dict[str, Any] = get_parent()
+    cell = parent.get("metadata", {}).get("cellId")
+    return Run(cell, parent["header"]["msg_id"]) if cell else None

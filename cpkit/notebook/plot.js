@@ -1,0 +1,129 @@
+// The page's half of plot.py: draws the figure that the kernel published last.
+
+const CONFIG = { displaylogo: false };
+const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
+const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
+const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure made for white paper
+
+// Plotly, loaded once per page and version.
+function loadPlotly(library) {
+  const key = `cpkit-plotly-${library.get("version")}`;
+  globalThis[key] ??= unpack(library.get("gzip")).catch((error) => {
+    delete globalThis[key]; // the next view tries again
+    throw error;
+  });
+  // The library must not be written into saved notebooks: the page keeps it, the model does not.
+  return globalThis[key].then((Plotly) => {
+    library.set("gzip", new DataView(new ArrayBuffer(0)));
+    return Plotly;
+  });
+}
+
+async function unpack(compressed) {
+  const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = new Blob([await new Response(stream).blob()], { type: "text/javascript" });
+  const url = URL.createObjectURL(script);
+  const others = globalThis.Plotly;
+  await import(url);
+  URL.revokeObjectURL(url);
+  const loaded = globalThis.Plotly;
+  globalThis.Plotly = others;
+  return loaded;
+}
+
+// The figure in the colours of the page's theme.
+function themed({ data, layout }, element) {
+  const css = getComputedStyle(element);
+  const color = (name, otherwise) => css.getPropertyValue(name).trim() || otherwise;
+  const paper = color("--jp-layout-color0", "#ffffff");
+  const ink = color("--jp-content-font-color1", PRINT_INK);
+  const faint = color("--jp-border-color2", "#d0d7de");
+  Object.assign(layout, { paper_bgcolor: paper, plot_bgcolor: paper });
+  layout.font = { ...layout.font, color: ink };
+  if (layout.title?.subtitle?.font) {
+    layout.title.subtitle.font.color = color("--jp-content-font-color2", "#57606a");
+  }
+  for (const axis of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
+    Object.assign(layout[axis], { gridcolor: faint, linecolor: faint, tickcolor: faint });
+  }
+  for (const part of data.flatMap((trace) => [trace.line, trace.error_y])) {
+    if (part?.color === PRINT_INK) part.color = ink;
+  }
+  return { data, layout };
+}
+
+async function render({ model, el }) {
+  const child = (name) =>
+    model.widget_manager.get_model(model.get(name).replace("IPY_MODEL_", ""));
+  const [state, library] = await Promise.all([child("plot_state"), child("plotly_library")]);
+  const notice = document.createElement("div");
+  notice.setAttribute("role", "status");
+  const plot = document.createElement("div");
+  plot.setAttribute("role", "img");
+  plot.style.overflow = "hidden"; // a wide drawing must not keep its container from shrinking
+  el.style.minWidth = 0;
+  el.append(notice, plot);
+
+  let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
+  // Changes in quick succession are one drawing, of the newest figure. Drawing takes at most half of
+  // the page's time, so that a slow page still obeys its controls.
+  const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
+  async function draw() {
+    timer = undefined;
+    if (closed || drawing || !Plotly) return;
+    drawing = true;
+    const startedAt = performance.now();
+    const figure = JSON.parse(state.get("figure"));
+    const { data, layout } = themed(figure, el);
+    drawnWidth = el.clientWidth;
+    layout.width = drawnWidth || layout.width;
+    try {
+      await Plotly.react(plot, data, layout, CONFIG);
+      plot.setAttribute("aria-label", figure.alt);
+      plot.dataset.revision = figure.revision;
+      if (!isLost) notice.textContent = "";
+    } catch (error) {
+      notice.textContent = `The plot could not be drawn: ${error}`;
+    }
+    drawing = false;
+    restUntil = 2 * performance.now() - startedAt;
+    const newest = JSON.parse(state.get("figure")).revision;
+    if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
+  }
+
+  const lost = () => {
+    isLost = true;
+    notice.textContent = LOST_TEXT;
+    const panel = el.closest(".cpkit-live") ?? el;
+    panel.classList.add("cpkit-lost");
+    for (const line of panel.querySelectorAll(".cpkit-status")) line.textContent = "○ no kernel";
+    for (const controls of panel.querySelectorAll(".cpkit-controls")) controls.inert = true;
+  };
+  const onComm = () => state.comm_live || lost();
+  const kernel = model.widget_manager.context?.sessionContext; // JupyterLab's
+  const onKernel = (_, status) => KERNEL_LOST.includes(status) && lost();
+  state.on("change:figure", request);
+  state.on("comm_live_update", onComm);
+  kernel?.statusChanged.connect(onKernel);
+  onComm();
+  const resized = new ResizeObserver(() => el.clientWidth !== drawnWidth && request());
+  resized.observe(el);
+  const theme = new MutationObserver(request);
+  theme.observe(document.body, { attributeFilter: ["data-jp-theme-name"] });
+  loadPlotly(library).then(
+    (loaded) => { Plotly = loaded; request(); },
+    (error) => { notice.textContent = `plotly.js could not be loaded: ${error}`; },
+  );
+
+  return () => {
+    closed = true;
+    state.off("change:figure", request);
+    state.off("comm_live_update", onComm);
+    kernel?.statusChanged.disconnect(onKernel);
+    resized.disconnect();
+    theme.disconnect();
+    Plotly?.purge(plot);
+  };
+}
+
+export default { render };

@@ -1,0 +1,102 @@
+"""A live plot: every view shows the figure that the kernel published last.
+
+    kernel                          page
+    PlotState.figure   ──state──▶   plot.js ──▶ Plotly.react
+    PlotlyLibrary.gzip ──state──▶      │  once per page
+    LivePlot           ──view───▶   one element per view
+
+The figure is the state of a widget, so a view that is made late, made twice, or made after the page
+was reloaded reads the same figure as the first view. Figure and library are plain widgets because
+messages to an `AnyWidget` can be lost: if its front-end module is evaluated more than two seconds
+after the model was created, anywidget drops all further messages to that model. `LivePlot` itself
+never sends any.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import ipywidgets as widgets
+import plotly
+import plotly.graph_objects as go
+import traitlets
+
+from cpkit.notebook import style
+
+UPDATE_INTERVAL_S = 0.1  # 5 to 10 figures per second look continuous
+MAX_WIDTH_PX = 860
+
+
+class PlotlyLibrary(widgets.Widget):  # type: ignore[misc]
+    """The plotly.js of the installed plotly, compressed. One per kernel, shared by all plots."""
+
+    version = traitlets.Unicode(plotly.__version__).tag(sync=True)
+    gzip = traitlets.Bytes().tag(sync=True)
+
+
+class PlotState(widgets.Widget):  # type: ignore[misc]
+    """The published figure as JSON, with its revision number."""
+
+    figure = traitlets.Unicode().tag(sync=True)
+
+
+class LivePlot(anywidget.AnyWidget):
+    """A plot in the page. `publish` replaces its figure in every view."""
+
+    _esm = Path(__file__).with_name("plot.js")
+    plotly_library = traitlets.Instance(PlotlyLibrary).tag(
+        sync=True, **widgets.widget_serialization
+    )
+    plot_state = traitlets.Instance(PlotState).tag(sync=True, **widgets.widget_serialization)
+
+    def __init__(self, figure: go.Figure) -> None:
+        self.revision = 0
+        self._published_at_s = 0.0
+        super().__init__(
+            plotly_library=_library(),
+            plot_state=PlotState(figure=self._next_revision(figure)),
+            layout={"width": "100%", "max_width": f"{MAX_WIDTH_PX}px"},
+        )
+
+    def publish(self, figure: go.Figure) -> None:
+        """Show this figure in every view, from now on. Zoom is kept while `uirevision` is."""
+        self.plot_state.figure = self._next_revision(figure)
+
+    def is_due(self) -> bool:
+        """True when the last figure is old enough for a smooth update. Skip the figure if not."""
+        return time.monotonic() - self._published_at_s >= UPDATE_INTERVAL_S
+
+    def close(self) -> None:
+        """Remove the plot from every page."""
+        if getattr(self, "plot_state", None) is not None:
+            self.plot_state.close()
+        super().close()
+
+    def _next_revision(self, figure: go.Figure) -> str:
+        self.revision += 1
+        self._published_at_s = time.monotonic()
+        content: dict[str, Any] = json.loads(figure.to_json())
+        content["layout"].setdefault("uirevision", "live")
+        content |= {"revision": self.revision, "alt": style.text_alternative(figure)}
+        return json.dumps(content)
+
+
+def _library() -> PlotlyLibrary:
+    """The kernel's library widget; a new one if `Widget.close_all()` has closed it."""
+    library = _open_library()
+    if library.comm is None:
+        _open_library.cache_clear()
+        library = _open_library()
+    return library
+
+
+@cache
+def _open_library() -> PlotlyLibrary:
+    script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    return PlotlyLibrary(gzip=gzip.compress(script.read_bytes(), compresslevel=6))
