@@ -16,6 +16,7 @@ from cpkit.control.errors import ControlError
 from cpkit.control.messages import Status, StatusResult
 from cpkit.control.settings import Launch
 from cpkit.processes import ProcessId, process_id
+from cpkit.tied import tied
 
 _FIRST_NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as of init scripts
@@ -118,7 +119,10 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         print(_start(settings))
     command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
-    jupyter = subprocess.Popen(command, env={**os.environ, "CPKIT_NAME": options.name})
+    jupyter = subprocess.Popen(
+        tied(command, signal.SIGTERM),  # at which JupyterLab ends its kernels
+        env={**os.environ, "CPKIT_NAME": options.name},
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab gets it as well, and asks
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
     code = jupyter.wait()
@@ -141,12 +145,7 @@ def _lab_options() -> list[str]:
 def _start(settings: Launch) -> str:
     """Start workers and wait until they are ready; what to tell the user."""
     began = time.monotonic()
-    agent = launcher.start(settings)
-    try:
-        launcher.wait_until_ready(agent, settings)
-    except KeyboardInterrupt:
-        agent.terminate()
-        raise
+    launcher.wait_until_ready(launcher.start(settings), settings)
     took_s = time.monotonic() - began
     if settings.node_rank > 0:
         return (

@@ -96,17 +96,8 @@ def connect(
 
 
 def _launch(settings: Launch) -> None:
-    try:
-        agent = launcher.start(settings)
-    except NameTaken:
-        return  # somebody else starts them at this very moment
-    try:
-        launcher.wait_until_ready(agent, settings)
-    except NameTaken:
-        return
-    except BaseException:  # also an interrupt: half-started workers must not stay
-        agent.terminate()
-        raise
+    with contextlib.suppress(NameTaken):  # somebody else starts them at this very moment
+        launcher.wait_until_ready(launcher.start(settings), settings)
 
 
 class Lab:
