@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ _heading = pytest.StashKey[int]()
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are then run by the interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts what runs in its background with interrupts ignored. Tests send some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)
@@ -74,7 +80,7 @@ def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
 def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
     """After every test: nothing waits, and a gather is right."""
     yield
-    until(lambda: lab.status().state == "idle", 5, "something was left behind in the line")
+    until(lambda: lab.status().state == "idle", why="the line of requests to be empty")
     assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
 
 

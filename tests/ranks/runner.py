@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main() -> None:
     rank = dist.get_rank()
     results: dict[str, str] = {}
     for name, check in checks.items():
+        began = time.monotonic()
         try:
             check()
             results[name] = ""
@@ -38,6 +40,8 @@ def main() -> None:
             results[name] = traceback.format_exc()
         forget_groups()
         dist.barrier()
+        if rank == 0:  # for the log of a launch that hangs or is slow
+            print(f"{time.monotonic() - began:6.2f} s  {name}", flush=True)
     (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
