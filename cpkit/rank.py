@@ -15,6 +15,7 @@ import threading
 from cpkit.control.place import Agent, Place, agent_from_environment
 from cpkit.control.settings import Launch, from_environment
 from cpkit.control.watch import watch
+from cpkit.processes import leave
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     from cpkit import worker
 
     worker.main(launch, place, agent)
+    leave(0)
 
 
 def _surroundings() -> tuple[Launch, Place, Agent]:

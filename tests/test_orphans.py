@@ -18,6 +18,7 @@ import pytest
 
 import cpkit
 from cpkit.control import launch as launcher
+from cpkit.control.place import Place
 from cpkit.control.settings import Launch
 from cpkit.processes import process_id
 from cpkit.tied import PARENT_GONE_CODE, tied
@@ -97,6 +98,23 @@ def test_a_killed_agent_leaves_no_rank_and_its_successor_is_unharmed(
         until(lambda: not any(rank.is_running() for rank in ranks), 30, "the first ranks to end")
         assert lab.gather([64], 2).verified
         lab.stop()
+
+
+def test_a_start_that_hangs_is_ended_and_says_in_which_step(
+    runtime_dir: object, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agent and ranks are stopped, so that they take no SIGTERM: only SIGKILL ends them."""
+    settings = Launch(name="stuck", nproc=2, owner=process_id())
+    agent = launcher.start(settings)
+    steps = Place("stuck").steps
+    until(lambda: {"rank 0", "rank 1"} <= steps().keys(), why=lambda: str(steps()))
+    for process in processes_with(MARK, mark):
+        process.suspend()
+    for limit in ("READY_S", "_ENDING_S", "_LEAVING_S"):
+        monkeypatch.setattr(launcher, limit, 1.0)
+    with pytest.raises(cpkit.NoAnswer, match=r"rank 0: .*, rank 1: .*agent\.log"):
+        launcher.wait_until_ready(agent, settings)
+    assert not processes_with(MARK, mark)
 
 
 def test_a_command_whose_parent_is_gone_is_not_run(capfd: pytest.CaptureFixture[str]) -> None:

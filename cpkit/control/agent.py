@@ -37,7 +37,7 @@ from cpkit.control.place import (
     write_private,
 )
 from cpkit.control.settings import Launch, from_json, loopback
-from cpkit.processes import ProcessId, process_id
+from cpkit.processes import ProcessId, leave, process_id
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -226,4 +226,4 @@ def _death(rank: int, failure: Any, place: Place) -> Death:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from cpkit.group import forget_groups
+from cpkit.processes import leave
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
             print(f"{time.monotonic() - began:6.2f} s  {name}", flush=True)
     (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
