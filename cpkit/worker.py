@@ -20,7 +20,7 @@ import zmq
 
 from cpkit import __version__
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
-from cpkit.control.place import Agent, Connection, Place, Worker, write_private
+from cpkit.control.place import READY, Agent, Connection, Place, Worker, write_private
 from cpkit.control.server import Server
 from cpkit.control.settings import Launch, address_of
 from cpkit.control.watch import forget
@@ -44,7 +44,7 @@ def main(launch: Launch, place: Place, agent: Agent) -> None:
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     orders = Orders()
     workers = _introduce(orders, place)
-    place.note_step(me, "ready")
+    place.note_step(me, READY)
     try:
         if orders.rank == 0:
             _serve(launch, place, agent, workers, orders)

@@ -30,6 +30,7 @@ from cpkit.processes import ProcessId
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
+READY = "ready"  # the last step of a rank's start
 _AGENT_VARIABLE = "CPKIT_AGENT"
 NAME_TAKEN_CODE = 3  # exit code of an agent that came second
 T = TypeVar("T", bound=msgspec.Struct)
