@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
+.PHONY: help lab test test-all test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
@@ -23,8 +23,11 @@ help: ## list the targets
 lab: $(VENV)/.has-notebooks ## start NPROC workers and open JupyterLab on the first notebook
 	$(PY) -m cpkit lab --name $(NAME) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
-test: $(VENV)/.has-test ## run all tests, cheapest first (ARGS goes to pytest)
+test: $(VENV)/.has-test ## run the tests, cheapest first, but not the slow ones (ARGS goes to pytest)
 	$(PY) -m pytest $(ARGS)
+
+test-all: test ## the same, then the tests marked slow
+	$(PY) -m pytest --slow $(ARGS)
 
 lint: $(VENV)/.has-dev ## ruff, mypy --strict on cpkit, shellcheck
 	$(VENV)/bin/ruff check .

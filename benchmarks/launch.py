@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from cpkit.tied import tied
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,7 +31,7 @@ def on_ranks(cp_size: int, module: str, *arguments: object) -> Any:
 def run_here(arguments: list[str], *, quiet: bool = False) -> None:
     """Run this Python with these arguments from the repository root; fails loudly."""
     subprocess.run(
-        [sys.executable, *arguments],
+        tied([sys.executable, *arguments], signal.SIGTERM),  # at which torchrun ends its ranks
         cwd=ROOT,
         check=True,
         timeout=1200,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from cpkit.tied import tied
 
 ROOT = Path(__file__).parents[1]
 ROW_BYTES = 8 * 128 * 2
@@ -50,7 +53,10 @@ def measure(cp_size: int, tokens: tuple[int, ...], block_s: float) -> list[dict[
         output = Path(directory) / "samples.json"
         script = ["-m", "benchmarks.openmpi", str(output), str(block_s), *map(str, tokens)]
         subprocess.run(
-            [str(_mpirun()), "--oversubscribe", "-n", str(cp_size), sys.executable, *script],
+            tied(
+                [str(_mpirun()), "--oversubscribe", "-n", str(cp_size), sys.executable, *script],
+                signal.SIGTERM,
+            ),
             cwd=ROOT,
             env=_environment(),
             check=True,

@@ -17,6 +17,7 @@ from cpkit.control.origin import describe
 from cpkit.control.settings import Launch
 from cpkit.notebook import workspace
 from cpkit.processes import ProcessId, process_id
+from cpkit.tied import tied
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as of init scripts
@@ -111,7 +112,10 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
     command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
-    jupyter = subprocess.Popen(command, env=_lab_environment(options.name))
+    jupyter = subprocess.Popen(
+        tied(command, signal.SIGTERM),  # at which JupyterLab ends its kernels
+        env=_lab_environment(options.name),
+    )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab gets it as well, and asks
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
     code = jupyter.wait()
@@ -162,12 +166,7 @@ def _lab_environment(name: str) -> dict[str, str]:
 def _start(settings: Launch) -> str:
     """Start workers and wait until they are ready; what to tell the user."""
     began = time.monotonic()
-    agent = launcher.start(settings)
-    try:
-        launcher.wait_until_ready(agent, settings)
-    except KeyboardInterrupt:
-        agent.terminate()
-        raise
+    launcher.wait_until_ready(launcher.start(settings), settings)
     took_s = time.monotonic() - began
     if settings.node_rank > 0:
         return (

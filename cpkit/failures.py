@@ -1,10 +1,10 @@
 """One throw-away rank: makes one mistake on purpose, and writes down what it saw.
 
-    python -m cpkit.failures CASE VICTIM DEADLINE_S DIRECTORY     (RANK and WORLD_SIZE in the
-    environment)
+    python -m cpkit.failures CASE VICTIM DEADLINE_S DIRECTORY PARENT_PID
+    (RANK and WORLD_SIZE in the environment)
 
-`cpkit.notebook.throwaway` starts these ranks and ends them. A rank ends by itself when its parent
-is gone or its time is up, so that a mistake can't outlive the lesson about it.
+`cpkit.notebook.throwaway` starts these ranks, tied to its own process by cpkit.tied, and ends them.
+A rank also ends on its own when its time is up: a mistake can't outlive the lesson about it.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def _gather(group: CPGroup, shard: torch.Tensor, output: torch.Tensor) -> RankRe
     return RankReport(group.rank, paths=dict(paths), reason="\n".join(reasons), wrong=wrong)
 
 
-def main(case: str, victim: int, deadline_s: str, directory: Path) -> None:
+def main(case: str, victim: int, deadline_s: str, directory: Path, parent_pid: int) -> None:
     """Run one case on this rank. Does not return: the exit code is 1 when it ended in an error."""
-    _live_no_longer_than_my_parent()
+    _limit_life(parent_pid)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _store(directory, rank, size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -198,12 +198,15 @@ def _stay_until_all_have_written(directory: Path, size: int) -> None:
         time.sleep(0.02)
 
 
-def _live_no_longer_than_my_parent() -> None:
-    """A daemon thread that ends this process when its parent is gone or its time is up."""
-    parent, give_up = os.getppid(), time.monotonic() + _LIFE_S
+def _limit_life(parent_pid: int) -> None:
+    """Start a thread that ends this process when its time is up.
+
+    Or when its parent is gone, for systems on which cpkit.tied has only the pid to go by.
+    """
+    give_up = time.monotonic() + _LIFE_S
 
     def watch() -> None:
-        while os.getppid() == parent and time.monotonic() < give_up:
+        while os.getppid() == parent_pid and time.monotonic() < give_up:
             time.sleep(0.1)
         os._exit(3)
 
@@ -211,4 +214,4 @@ def _live_no_longer_than_my_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))

@@ -102,12 +102,7 @@ def connect(
 def _launch(settings: Launch) -> None:
     """Start workers and wait for them, or return when another process is starting them."""
     with contextlib.suppress(NameTaken):
-        agent = launcher.start(settings)
-        try:
-            launcher.wait_until_ready(agent, settings)
-        except BaseException:  # also an interrupt: half-started workers must not stay
-            agent.terminate()
-            raise
+        launcher.wait_until_ready(launcher.start(settings), settings)
 
 
 class Lab:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import psutil
 
@@ -24,6 +26,17 @@ class ProcessId(NamedTuple):
     def is_alive(self) -> bool:
         """Whether that very process still runs; a zombie does not."""
         return _start_ticks(self.pid) == self.start_ticks
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process without Python's own tear-down, which takes half a CPU second with torch.
+
+    Only for a process that has closed what others can see: sockets, files, locks.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def process_id(pid: int | None = None) -> ProcessId:

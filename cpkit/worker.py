@@ -1,4 +1,4 @@
-"""What each torchrun rank runs: `python -m cpkit.worker`, started by the agent.
+"""What each rank does once its watch is armed and torch is imported; started by `cpkit.rank`.
 
 Rank 0 serves the control socket; the other ranks follow its orders. A rank that loses a peer waits
 to be ended by the agent, which knows who died first.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
-import threading
 import time
 from datetime import timedelta
 from typing import NoReturn
@@ -22,10 +20,10 @@ import zmq
 
 from cpkit import __version__
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
-from cpkit.control.place import Agent, Connection, Place, Worker, write_private
+from cpkit.control.place import READY, Agent, Connection, Place, Worker, write_private
 from cpkit.control.server import Server
-from cpkit.control.settings import Launch, address_of, from_environment
-from cpkit.control.watch import forget, watch
+from cpkit.control.settings import Launch, address_of
+from cpkit.control.watch import forget
 from cpkit.devices import default_device, use_local_gpu
 from cpkit.ops.limits import memory_limit_bytes
 from cpkit.ops.loop import Conductor, Performer
@@ -36,17 +34,18 @@ _LOST_PEER_PATIENCE_S = 10.0
 _log = logging.getLogger("cpkit")
 
 
-def main() -> None:
+def main(launch: Launch, place: Place, agent: Agent) -> None:
     """Join the job, then serve or follow until told to leave."""
-    _log_to_one_file()
-    launch, place, agent = _surroundings()
-    watch(place, agent, launch.owner)
+    me = f"rank {os.environ['RANK']}"
+    place.note_step(me, "preparing its device")
     if default_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
     memory_limit_bytes()  # what is available now, not once requests have taken some of it
+    place.note_step(me, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     orders = Orders()
     workers = _introduce(orders, place)
+    place.note_step(me, READY)
     try:
         if orders.rank == 0:
             _serve(launch, place, agent, workers, orders)
@@ -147,34 +146,11 @@ def _introduce(orders: Orders, place: Place) -> tuple[Worker, ...]:
     return tuple(msgspec.msgpack.decode(answer, type=Worker) for answer in answers)
 
 
-def _surroundings() -> tuple[Launch, Place, Agent]:
-    launch = from_environment()
-    place = Place(launch.place_name) if launch else None
-    agent = place.agent() if place else None
-    if not (launch and place and agent):
-        sys.exit("cpkit.worker is started by an agent: use ./launch_workers.sh or cpkit.connect()")
-    return launch, place, agent
-
-
 def _my_log(place: Place) -> str:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     rank = os.environ.get("LOCAL_RANK", "0")
     found = sorted(place.log_dir.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))
     return str(found[-1]) if found else ""
-
-
-def _log_to_one_file() -> None:
-    """All output in the order in which it came; an error in any thread ends the process."""
-    sys.stdout.flush()
-    os.dup2(2, 1)
-    logging.basicConfig(format=f"%(asctime)s rank {os.environ.get('RANK')} %(message)s")
-    threading.excepthook = _die_with_thread
-
-
-def _die_with_thread(failure: threading.ExceptHookArgs) -> None:
-    sys.excepthook(failure.exc_type, failure.exc_value or failure.exc_type(), failure.exc_traceback)
-    sys.stderr.flush()
-    os._exit(70)
 
 
 def _wait_for_the_end(error: Exception) -> NoReturn:
@@ -183,7 +159,3 @@ def _wait_for_the_end(error: Exception) -> NoReturn:
     time.sleep(_LOST_PEER_PATIENCE_S)
     _log.error("nobody ended this rank, so it leaves by itself: %s", error)
     os._exit(1)  # tearing down a broken process group may wait for ever
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,18 @@
 """Puts the layers of the test suite in order, cheapest first, and heads each with its name.
 
-A test's layer is the dearest of its markers in `LAYERS`; one without any is pure: no processes.
+A test's layer is the most expensive of its markers in `LAYERS`; one without any is pure: no
+processes. Tests marked `slow(reason)` run only with `--slow`, which runs nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,27 +24,64 @@ from tests.processes import until
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
+_left_out = pytest.StashKey[dict[str, int]]()  # why so many tests were not selected
+_seconds = pytest.StashKey[dict[str, float]]()  # by layer
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are then run by the interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts what runs in its background with interrupts ignored. Tests send some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, and only them")
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort by layer; the order inside a layer stays."""
-    items.sort(key=layer)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the slow tests or all others, and sort by layer; the order inside a layer stays."""
+    wanted = config.getoption("--slow")
+    other = [item for item in items if bool(item.get_closest_marker("slow")) != wanted]
+    items[:] = sorted((item for item in items if item not in other), key=layer)
+    config.hook.pytest_deselected(items=other)
+    reasons = config.stash.setdefault(_left_out, defaultdict(int))
+    for item in other:
+        marker = item.get_closest_marker("slow")
+        if marker:
+            reasons[f"{Path(item.path).name}: {marker.args[0] if marker.args else 'slow'}"] += 1
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Write a heading before the first test of each layer."""
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what each layer took, and what was left out."""
+    took = config.stash.get(_seconds, {})
+    layers = [f"{name} {took[name]:.0f} s" for name in LAYERS if name in took]
+    terminalreporter.write_line(f"Time by layer: {', '.join(layers)}")
+    for reason, count in config.stash.get(_left_out, {}).items():
+        terminalreporter.write_line(f"left to `make test-all`: {count} of {reason}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Write a heading before the first test of each layer, and add up its time."""
     number = layer(item)
     reporter = item.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and item.config.stash.get(_heading, None) != number:
         reporter.ensure_newline()
         reporter.write_sep("-", f"{LAYERS[number]} tests")
     item.config.stash[_heading] = number
+    began = time.monotonic()
+    try:
+        return (yield)
+    finally:
+        took = item.config.stash.setdefault(_seconds, defaultdict(float))
+        took[LAYERS[number]] += time.monotonic() - began
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,7 +95,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def layer(item: pytest.Item) -> int:
-    """The index into LAYERS of the dearest layer that the test is marked with."""
+    """The index into LAYERS of the most expensive layer that the test is marked with."""
     return max(n for n, name in enumerate(LAYERS) if n == 0 or item.get_closest_marker(name))
 
 
@@ -84,7 +125,7 @@ def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
 def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
     """After every test: nothing waits, and a gather is right."""
     yield
-    until(lambda: lab.status().state == "idle", 5, "something was left behind in the line")
+    until(lambda: lab.status().state == "idle", why="the line of requests to be empty")
     assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
 
 

@@ -55,7 +55,7 @@ class Desk:
         dealer.curve_serverkey = self.server_keys[0]
         dealer.curve_publickey, dealer.curve_secretkey = self.client_keys
         dealer.linger = 0
-        dealer.rcvtimeo = 5000
+        dealer.rcvtimeo = 60_000
         dealer.connect(self.server.endpoint)
         return dealer
 

@@ -7,14 +7,24 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import psutil
+import pytest
 
 Found = TypeVar("Found")
+LIMIT_S = 60.0  # a condition that comes true ends the wait at once, so a large limit costs nothing
 
 
-def until(condition: Callable[[], object], timeout_s: float = 10.0, why: str = "") -> None:
-    """Return once the condition is true; fail when that takes too long."""
-    late = left_after(timeout_s, lambda: not condition())
-    assert not late, why or f"did not happen within {timeout_s:g} s"
+def until(
+    condition: Callable[[], object],
+    timeout_s: float = LIMIT_S,
+    why: str | Callable[[], str] = "",
+) -> None:
+    """Return once the condition is true; fail when that takes too long.
+
+    `why`: what is waited for, or a function that describes what is there instead.
+    """
+    if left_after(timeout_s, lambda: not condition()):
+        words = why() if callable(why) else why
+        pytest.fail(f"not within {timeout_s:g} s: {words or 'see the line that waits'}")
 
 
 def left_after(timeout_s: float, find: Callable[[], Found]) -> Found:

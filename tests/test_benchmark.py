@@ -1,4 +1,7 @@
-"""The benchmark refuses a wrong gather, sees a slow one, and README shows what was recorded."""
+"""The benchmark's figures, and README shows what was recorded.
+
+tests/ranks/benchmark.py, run by test_gather.py: it refuses a wrong gather and sees a slow one.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ import pytest
 from benchmarks import figures, gpu_figures, gpu_goals, openmpi
 from benchmarks.goals import goals_of, times_us
 from benchmarks.rows import ROW_BYTES, row, rows_of, summarize
-from tests.launch import ROOT, assert_passed
-from tests.ranks import benchmark
+from tests.launch import ROOT
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-cpu.json"))
 GPU_RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-gpu.json"))
@@ -146,9 +148,3 @@ def test_pages_show_the_latest_gpu_record() -> None:
     assert is_shown(gpu_figures.pages(record, name), markers)
     record["gather"][0]["time_us"] *= 2
     assert not is_shown(gpu_figures.pages(record, name), markers)
-
-
-@pytest.mark.workers
-@pytest.mark.parametrize("check", [name for name in vars(benchmark) if name.startswith("check_")])
-def test_negative_controls(check: str) -> None:
-    assert_passed("tests.ranks.benchmark", 2, check)

@@ -139,12 +139,12 @@ def test_the_clock_brings_every_sample_of_every_rank(lab: Lab) -> None:
 
 
 def test_without_the_barrier_the_clock_counts_waiting(lab: Lab) -> None:
-    """A rank that comes first waits inside its clock for the one that comes 3 · 20 ms later."""
+    """A rank that comes first waits inside its clock for the one that comes 3 · 60 ms later."""
     fair, unfair = (
-        lab.clock(["direct"], [64], 4, iterations=3, late_us=20_000, barrier=barrier)
+        lab.clock(["direct"], [64], 4, iterations=3, late_us=60_000, barrier=barrier)
         for barrier in (True, False)
     )
-    late_us = 3 * 20_000
+    late_us = 3 * 60_000
     first, last = unfair.begin_us("direct").min(axis=1), unfair.begin_us("direct").max(axis=1)
     assert (last - first > 0.9 * late_us).all()
     assert unfair.times_us("direct")[:, 0].min() > 0.8 * late_us
@@ -153,7 +153,8 @@ def test_without_the_barrier_the_clock_counts_waiting(lab: Lab) -> None:
 
 def test_what_is_not_waited_for_looks_quick(lab: Lab) -> None:
     clocked = lab.clock(["collective", "launch"], [8192], 4, iterations=5)
-    assert clocked.median_us("launch") < clocked.median_us("collective") / 2
+    quickest = clocked.table.set_index("call")["min_us"]
+    assert quickest["launch"] < quickest["collective"] / 2
 
 
 def test_a_cold_clock_starts_with_the_first_call(lab: Lab) -> None:

@@ -6,11 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cpkit.control import launch as launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.place import (
     Connection,
@@ -154,6 +156,19 @@ def test_nodes_that_share_a_home_have_places_of_their_own() -> None:
 def test_an_interface_has_an_address() -> None:
     assert address_of(loopback()) == "127.0.0.1"
     assert address_of("10.1.2.3") == "10.1.2.3"
+
+
+def test_each_step_of_a_start_renews_the_deadline(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "READY_S", 0.2)
+    patience = launcher._Patience(place)
+    for step in ("importing torch", "joining the process group"):
+        place.note_step("rank 0", step)
+        assert not patience.is_over(), "slow is not stuck"
+        time.sleep(0.3)
+    until(patience.is_over)
+    assert "within 0.2 s (rank 0: joining the process group)" in patience.words()
 
 
 def test_a_process_is_alive_until_it_is_a_zombie() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -59,8 +58,6 @@ def test_bad_input_is_refused_in_words(lab: Lab, ask: Callable[[Lab], object], w
 
 def test_a_refused_gather_is_refused_before_anything_is_allocated(lab: Lab) -> None:
     before = lab.pool.stats()
-    started = time.monotonic()
     with pytest.raises(cpkit.BadRequest, match="limit"):
         lab.gather([1 << 30] * 64)
-    assert time.monotonic() - started < 1
     assert lab.pool.stats().equals(before)

@@ -17,12 +17,12 @@ from tests.processes import until
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
 
 
-def test_closing_a_measurement_cancels_it_within_moments(lab: Lab) -> None:
+def test_closing_an_endless_measurement_cancels_it(lab: Lab) -> None:
     stream = lab.measure([256], 4)
     next(stream)
     assert lab.status().state == "busy"
     stream.close()
-    until(lambda: lab.status().state == "idle", 1)
+    until(lambda: lab.status().state == "idle", why="the measurement to end")
 
 
 def test_an_interrupt_cancels_and_keeps_the_workers(lab: Lab) -> None:
@@ -36,7 +36,7 @@ def test_an_interrupt_cancels_and_keeps_the_workers(lab: Lab) -> None:
 
 
 def test_a_second_notebook_is_told_how_many_are_ahead(lab: Lab) -> None:
-    sweep = threading.Thread(target=lab.sweep, kwargs={"lengths": [2048], "iterations": 20})
+    sweep = threading.Thread(target=lab.sweep, kwargs={"lengths": [2048], "iterations": 40})
     sweep.start()
     while lab.status().state == "idle":
         time.sleep(0.005)
@@ -81,13 +81,12 @@ def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> No
     client._outbox.clear()
     client._bell.ring()
     client._thread.join()
-    until(lambda: lab.status().state == "idle", 5)
+    until(lambda: lab.status().state == "idle", why="the server to notice the client is gone")
 
 
 def test_connect_attaches_to_who_runs(lab: Lab) -> None:
-    started = time.monotonic()
     with cpkit.connect(lab.name) as other:
         assert other.world_size == 4
-    assert time.monotonic() - started < 1
+        assert list(other.status().workers) == list(lab.status().workers)
     with pytest.raises(cpkit.NoWorkers, match=r"launch_workers\.sh --name nobody"):
         cpkit.connect("nobody", launch=False)

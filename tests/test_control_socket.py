@@ -33,8 +33,8 @@ def test_a_wrong_client_key_is_told_at_once_not_after_a_timeout(desk: Desk) -> N
     stranger = desk.client(client_public_key=public, client_secret_key=secret)
     started = time.monotonic()
     with pytest.raises(NoAnswer, match="refused the client key"):
-        stranger.call(Status(), StatusResult, 20.0)
-    assert time.monotonic() - started < 5
+        stranger.call(Status(), StatusResult, 60.0)
+    assert time.monotonic() - started < 30
     assert desk.client().call(Status(), StatusResult).name == "desk"
 
 

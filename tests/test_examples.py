@@ -42,7 +42,12 @@ def test_the_script_of_a_page_runs(page: str, nproc: int, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+OTHER_SIZES = pytest.mark.slow("the example with 1 and 4 ranks; test_gather.py has the gathers")
+
+
+@pytest.mark.parametrize(
+    "nproc", [pytest.param(1, marks=OTHER_SIZES), 2, pytest.param(4, marks=OTHER_SIZES)]
+)
 def test_example_is_bit_exact(nproc: int) -> None:
     done = torchrun(str(EXAMPLE), "--batches=2", nproc=nproc)
     assert done.returncode == 0, done.stdout

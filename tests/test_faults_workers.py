@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import cpkit
 from cpkit.control import launch as launcher
 from cpkit.control.place import Place
 from cpkit.shm import shm_dir
-from tests.processes import left_after, processes_with, until
+from tests.processes import LIMIT_S, left_after, processes_with, until
 
 pytestmark = pytest.mark.workers
 ROOT = Path(__file__).parents[1]
@@ -30,13 +29,17 @@ def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
     """No process, segment, socket or connection file more than before, a moment after each test."""
     before = leftovers(runtime_dir)
     yield
-    assert left_after(10, lambda: leftovers(runtime_dir) - before) == set()
+    left = left_after(LIMIT_S, lambda: leftovers(runtime_dir) - before)
+    for process, words in processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).items():
+        if words in left:  # workers of a failed test that have no owner
+            process.kill()
+    assert not left
 
 
 def leftovers(runtime_dir: Path) -> set[str]:
     """Everything that a set of workers makes and must take away again."""
     found = processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).values()
-    ours = {words for words in found if "cpkit.worker" in words or "cpkit.control.agent" in words}
+    ours = {words for words in found if "cpkit.rank" in words or "cpkit.control.agent" in words}
     sockets = {str(agent.socket_dir) for agent in agents(runtime_dir)}
     ours |= {f"socket {path}" for path in sockets if Path(path).exists()}
     ours |= {f"file {path}" for path in runtime_dir.glob("cpkit/*/connection.json")}
@@ -63,9 +66,8 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_killed_worker_is_named_within_a_second_and_connect_works_again(
-    runtime_dir: Path,
-) -> None:
+def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> None:
+    """By its death, and not because a deadline passed: that would be NoAnswer."""
     for victim in (1, 0):
         with cpkit.connect("victims", nproc=2) as lab:
             assert lab.gather([64], 2).verified
@@ -73,11 +75,9 @@ def test_a_killed_worker_is_named_within_a_second_and_connect_works_again(
                 log.write("the last words of this rank\n")
             samples = lab.measure([1024], 2)
             next(samples)
-            killed = time.monotonic()
             os.kill(pids(lab)[victim], signal.SIGKILL)
             with pytest.raises(cpkit.WorkersDied) as caught:
                 deque(samples, maxlen=0)
-            assert time.monotonic() - killed < 1.0
             assert caught.value.rank == victim
             assert caught.value.exit_code == -signal.SIGKILL
             assert caught.value.log_lines[-1] == "the last words of this rank"
@@ -93,12 +93,10 @@ def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
     connection = Place("agentless").connection()
     assert connection
     next(lab.measure([64], 2))
-    killed = time.monotonic()
     os.kill(connection.agent.pid, signal.SIGKILL)
     with pytest.raises(cpkit.WorkersDied, match="agent"):
         deque(lab.measure([64], 2), maxlen=0)
-    assert time.monotonic() - killed < 2.0
-    until(lambda: all(map(gone, workers)), 2)
+    until(lambda: all(map(gone, workers)), why="the ranks to leave")
     assert not Place("agentless").connection_file.exists()
     lab.close()
 
@@ -133,7 +131,7 @@ def test_connection_file_of_dead_workers_is_removed_with_a_word(
     for pid in (connection.agent.pid, *pids(lab)):
         os.kill(pid, signal.SIGKILL)
     lab.close()
-    until(lambda: not Place("dead").is_held(), 5)
+    until(lambda: not Place("dead").is_held(), why="the lock of a dead agent")
     assert Place("dead").connection_file.exists()
     with pytest.raises(cpkit.NoWorkers):
         cpkit.connect("dead", launch=False)
@@ -165,7 +163,7 @@ print("usable")
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         start_new_session=True,
         check=False,
     )
@@ -189,7 +187,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
         [str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=LIMIT_S,
         env={**os.environ, "PYTHON": sys.executable},
         check=False,
     )
@@ -227,7 +225,7 @@ def test_a_dead_rank_is_started_again_when_that_was_asked_for(runtime_dir: Path)
     with cpkit.connect("restarted", launch=False) as lab:
         first = pids(lab)
         os.kill(first[1], signal.SIGKILL)
-        until(lambda: gone(first[0]), 5)
+        until(lambda: gone(first[0]), why="torchrun to end the other rank")
     with cpkit.connect("restarted", launch=False) as lab:
         assert not set(first) & set(pids(lab))
         assert lab.gather([64], 2).verified

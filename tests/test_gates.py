@@ -6,7 +6,7 @@
     a figure without picture, title, units or text alternative                    figure_faults
     another form, another source, too large                              build.complaints
     a cell over its budget when the notebook is built                                     build
-    another result, too long for six minutes together, something left behind       rerun_faults
+    another result, a run that hangs, something left behind                         rerun_faults
 
 tests/test_source.py has the faults of a source, test_figures.py those of a figure's code.
 """

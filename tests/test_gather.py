@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from tests.launch import assert_passed
-from tests.ranks import caches, crossed, gathers, groups, mutants, plans, signals, symmetric, waits
+from tests.launch import LIMIT_S, MODULES, assert_passed_together
 
-pytestmark = pytest.mark.workers
-
-
-def checks(module: object) -> list[str]:
-    return [name for name in vars(module) if name.startswith("check_")]
+pytestmark = [pytest.mark.workers, pytest.mark.timeout(LIMIT_S + 120)]
 
 
-@pytest.mark.parametrize("nproc", [2, 3, 4])
-@pytest.mark.parametrize("check", checks(gathers))
-def test_gathers(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.gathers", nproc, check)
+def checks(module: str) -> list[str]:
+    found = vars(importlib.import_module(f"tests.ranks.{module}"))
+    return [name for name in found if name.startswith("check_")]
 
 
-@pytest.mark.parametrize("nproc", [2, 3])
-@pytest.mark.parametrize("check", checks(caches))
-def test_caches(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.caches", nproc, check)
+@pytest.mark.parametrize(
+    ("nproc", "module", "check"),
+    [
+        pytest.param(nproc, module, check, id=f"{nproc}-{module}-{check.removeprefix('check_')}")
+        for nproc, modules in MODULES.items()
+        for module in modules
+        for check in checks(module)
+    ],
+)
+def test_ranks(nproc: int, module: str, check: str) -> None:
+    assert_passed_together(module, nproc, check)
 
 
-@pytest.mark.parametrize("nproc", [4])
-@pytest.mark.parametrize("check", checks(groups))
-def test_groups(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.groups", nproc, check)
-
-
-@pytest.mark.parametrize("nproc", [2, 4])
-@pytest.mark.parametrize("check", checks(symmetric))
-def test_symmetric_memory(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.symmetric", nproc, check)
-
-
-@pytest.mark.parametrize("nproc", [2, 3])
-@pytest.mark.parametrize("check", checks(signals))
-def test_signals(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.signals", nproc, check)
-
-
-@pytest.mark.parametrize("check", checks(mutants))
-def test_planted_bugs_are_seen(check: str) -> None:
-    assert_passed("tests.ranks.mutants", 3, check)
-
-
-@pytest.mark.parametrize("nproc", [2, 3])
-@pytest.mark.parametrize("check", checks(plans))
-def test_plans(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.plans", nproc, check)
-
-
-@pytest.mark.parametrize("nproc", [2, 3])
-@pytest.mark.parametrize("check", checks(crossed))
-def test_ranks_in_different_calls(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.crossed", nproc, check)
-
-
-@pytest.mark.parametrize("nproc", [2, 4])
-@pytest.mark.parametrize("check", checks(waits))
-def test_waits(check: str, nproc: int) -> None:
-    assert_passed("tests.ranks.waits", nproc, check)
+@pytest.mark.parametrize("nproc", MODULES)
+def test_every_check_has_a_name_of_its_own(nproc: int) -> None:
+    """The results of one launch are kept by name."""
+    names = [check for module in MODULES[nproc] for check in checks(module)]
+    assert len(names) == len(set(names))

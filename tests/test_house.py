@@ -18,7 +18,14 @@ MODULES = {
 }
 # Where an import of torch.distributed, or of what uses it, would make a notebook join the job.
 CLIENT_SIDE = ("cpkit.notebook", "cpkit.control.client", "cpkit.lab")
-RANK_SIDE = ("cpkit.group", "cpkit.gather", "cpkit.symm", "cpkit.worker", "cpkit.control.server")
+RANK_SIDE = (
+    "cpkit.group",
+    "cpkit.gather",
+    "cpkit.symm",
+    "cpkit.worker",
+    "cpkit.rank",
+    "cpkit.control.server",
+)
 
 
 @cache

@@ -1,4 +1,8 @@
-"""Every exercise in a real kernel: the starter fails politely, mutants die, the solution passes."""
+"""Every exercise in a real kernel: the starter fails politely, mutants die, the solution passes.
+
+Slow: in `make test`, tests/test_notebooks.py runs the starters, test_lessons.py has the checks, and
+test_gates.py shows that the rehearsal finds each kind of fault.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,12 @@ from cpkit.notebook.build import SOURCES
 from cpkit.notebook.rehearse import Outcome, rehearse
 from cpkit.notebook.source import read
 
-pytestmark = [pytest.mark.workers, pytest.mark.notebook, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.workers,
+    pytest.mark.notebook,
+    pytest.mark.slow("runs every notebook once more, with solutions and mutants"),
+    pytest.mark.timeout(600),
+]
 PATHS = sorted(SOURCES.glob("*.py"))
 each_source = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 

@@ -13,6 +13,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +37,13 @@ from cpkit.control.place import (
     write_private,
 )
 from cpkit.control.settings import Launch, from_json, loopback
-from cpkit.processes import process_id
+from cpkit.processes import ProcessId, leave, process_id
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 BAD_SETTINGS_CODE = 2
+_PERIOD_S = 0.25
 _log = logging.getLogger("cpkit.agent")
 
 
@@ -55,6 +58,8 @@ def main(arguments: list[str]) -> int:
         return NAME_TAKEN_CODE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun has its own handlers
     _start_afresh(place)
+    if launch.owner:
+        threading.Thread(target=_end_with, args=(launch.owner,), daemon=True).start()
     report = PostMortem((), "the agent ended before the workers were there")
     socket_dir = _make_socket_dir()
     try:
@@ -73,6 +78,18 @@ def main(arguments: list[str]) -> int:
         _reap_segments()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
+
+
+def _end_with(owner: ProcessId) -> None:
+    """End this process like a SIGTERM from outside when the owner is gone.
+
+    The ranks watch the owner too, but it may be gone before there are ranks. PR_SET_PDEATHSIG will
+    not do here: it fires when the owner's *thread* that called `connect` ends.
+    """
+    while owner.is_alive():
+        time.sleep(_PERIOD_S)
+    _log.warning("leaving: the owner, process %d, is gone", owner.pid)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
@@ -95,12 +112,13 @@ def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
         f"--log-dir={place.log_dir}",
         "--redirects=3",
         "--module",
-        "cpkit.worker",
+        "cpkit.rank",
     ]
 
 
 def _run(launch: Launch, place: Place) -> PostMortem:
     """torchrun, from start to end, with the reason of its end."""
+    place.note_step("agent", "importing torch")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -112,10 +130,13 @@ def _run(launch: Launch, place: Place) -> PostMortem:
         arguments = torchrun_arguments(launch, place)
         if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch 2.12 and newer
             arguments.insert(0, "--shutdown-timeout=5")
+        place.note_step("agent", "running torchrun")
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
         return _post_mortem(failed, place)
     except SignalException as signalled:
+        if launch.owner and not launch.owner.is_alive():
+            return PostMortem((), f"their owner, process {launch.owner.pid}, is gone")
         return PostMortem((), f"the workers were ended by {signalled.sigval.name} to their agent")
     return PostMortem((), "the workers were told to end, or their owner is gone")
 
@@ -153,6 +174,7 @@ def _start_afresh(place: Place) -> None:
         os.truncate(place.agent_log, 0)
     place.clean()
     place.post_mortem_file.unlink(missing_ok=True)
+    shutil.rmtree(place.steps_dir, ignore_errors=True)
     previous = place.log_dir.with_name("logs.previous")
     if place.log_dir.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -177,8 +199,10 @@ def _make_socket_dir() -> str:
 
 
 def _introduce(lock: int, socket_dir: str) -> None:
+    agent = Agent(process_id(), socket_dir)
+    agent.export()
     os.ftruncate(lock, 0)
-    os.pwrite(lock, msgspec.json.encode(Agent(process_id(), socket_dir)), 0)
+    os.pwrite(lock, msgspec.json.encode(agent), 0)
 
 
 def _post_mortem(failed: ChildFailedError, place: Place) -> PostMortem:
@@ -202,4 +226,4 @@ def _death(rank: int, failure: Any, place: Place) -> Death:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

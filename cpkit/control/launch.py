@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from cpkit.control.client import Client
 from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers, Unreadable
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
@@ -19,9 +22,11 @@ from cpkit.control.obituary import dead_workers, last_lines
 from cpkit.control.origin import describe, describe_place
 from cpkit.control.place import NAME_TAKEN_CODE, Connection, NameTaken, Place
 from cpkit.control.settings import Launch
+from cpkit.processes import ProcessId, process_id
 
-READY_S = 90.0
-_ENDING_S = 10.0
+READY_S = 90.0  # without a step forward of any process
+_ENDING_S = 20.0  # torchrun gives its ranks 5 s of it
+_LEAVING_S = 5.0
 _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
 
@@ -33,8 +38,8 @@ def running(name: str) -> Connection | None:
     ones, with a word. Raises ControlError when the connection file is not to be trusted.
     """
     place = Place(name)
-    give_up = time.monotonic() + READY_S
-    while time.monotonic() < give_up:
+    patience = _Patience(place)
+    while not patience.is_over():
         is_held = place.is_held()
         try:
             connection = place.connection()
@@ -57,10 +62,7 @@ def running(name: str) -> Connection | None:
         if connection and not _is_ending(connection):
             return connection
         time.sleep(_PERIOD_S)
-    raise NoAnswer(
-        f"the workers {name!r} hold their name but were not ready within {READY_S:g} s; "
-        f"see {place.agent_log} and {place.log_dir}"
-    )
+    raise NoAnswer(f"the workers {name!r} hold their name but are not ready: {patience.words()}")
 
 
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
@@ -105,11 +107,22 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
 def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
     """Return when the workers can be asked. Raises NameTaken, or ControlError with what went wrong.
 
-    On a node without rank 0 it returns as soon as the agent has taken its name.
+    On a node without rank 0 it returns as soon as the agent has taken its name. Whatever else ends
+    the wait, an interrupt included, ends the agent and its ranks first.
     """
+    try:
+        _wait_until_ready(agent, launch)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            _end(process_id(agent.pid))
+        agent.wait(_ENDING_S)
+        raise
+
+
+def _wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
     place = Place(launch.place_name)
-    give_up = time.monotonic() + READY_S
-    while time.monotonic() < give_up:
+    patience = _Patience(place)
+    while not patience.is_over():
         code = agent.poll()
         if code is not None:
             raise _did_not_start(code, place)
@@ -118,11 +131,7 @@ def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
         if holder and holder.process.pid == agent.pid and is_ready:
             return
         time.sleep(_PERIOD_S)
-    agent.terminate()
-    raise NoAnswer(
-        f"the workers were not ready within {READY_S:g} s and were told to end; "
-        f"see {place.agent_log} and {place.log_dir}"
-    )
+    raise NoAnswer(f"the workers did not start and were ended: {patience.words()}")
 
 
 def stop(name: str) -> bool:
@@ -136,13 +145,32 @@ def stop(name: str) -> bool:
         if connection:
             _clean_up_after(place, connection)
         return False
+    agent = place.agent()
+    if agent:
+        _end(agent.process)
+    # The threads of a process that is a zombie already may hold its files for a moment.
+    if not wait_for(lambda: not place.is_held(), _LEAVING_S):
+        raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
+    return True
+
+
+def _end(agent: ProcessId) -> None:
+    """End an agent and its ranks, by SIGTERM and then by SIGKILL; returns when they are gone.
+
+    A killed agent can't end its ranks. They notice, unless they hang; so they are killed too.
+    """
+    ranks: set[psutil.Process] = set()
     for order in (signal.SIGTERM, signal.SIGKILL):
-        agent = place.agent()
-        if agent and agent.process.is_alive():
-            os.kill(agent.process.pid, order)
-        if wait_for(lambda: not place.is_held(), _ENDING_S):
-            return True
-    raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            ranks |= set(psutil.Process(agent.pid).children()) if agent.is_alive() else set()
+            if agent.is_alive():
+                os.kill(agent.pid, order)
+        if wait_for(lambda: not agent.is_alive(), _ENDING_S):
+            break
+    _, alive = psutil.wait_procs(ranks, timeout=_LEAVING_S)
+    for rank in alive:
+        rank.kill()
+    psutil.wait_procs(alive, timeout=_LEAVING_S)
 
 
 def shut_down(client: Client) -> None:
@@ -212,6 +240,30 @@ def _check_as_asked(
         f"beside them, choose another name. To end them: `python -m cpkit stop --name {name}`, or "
         f"in a notebook cpkit.connect({name!r}).stop()."
     )
+
+
+class _Patience:
+    """A deadline that each step of a start renews: slow is not stuck."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._steps: dict[str, str] | None = None
+        self._give_up = 0.0
+
+    def is_over(self) -> bool:
+        """Whether no process has made a step forward for READY_S."""
+        steps = self._place.steps()
+        if steps != self._steps:
+            self._steps, self._give_up = steps, time.monotonic() + READY_S
+        return time.monotonic() > self._give_up
+
+    def words(self) -> str:
+        """What was waited for, and where to read more."""
+        steps = ", ".join(f"{process}: {step}" for process, step in (self._steps or {}).items())
+        return (
+            f"no step forward within {READY_S:g} s ({steps or 'no process has begun'}); "
+            f"see {self._place.agent_log} and {self._place.log_dir}"
+        )
 
 
 def _is_ending(connection: Connection) -> bool:

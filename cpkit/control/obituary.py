@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from cpkit.control.errors import WorkersDied
-from cpkit.control.place import Connection, Death, Place, Worker
+from cpkit.control.place import READY, Connection, Death, Place, Worker
 
-_PATIENCE_S = 0.6  # for the agent's post-mortem, which has the exit codes
+_PATIENCE_S = 20.0  # for the post-mortem of an agent that lives; it has the exit codes
 _LAST_LINES = 8
 _LAST_BYTES = 16 << 10
 
@@ -22,7 +22,7 @@ def obituary(place: Place, connection: Connection) -> WorkersDied | None:
     dead = dead_workers(connection)
     if not dead and connection.agent.is_alive():
         return None
-    return _from_post_mortem(place) or _from_what_is_seen(connection, dead)
+    return _from_post_mortem(place, connection) or _from_what_is_seen(connection, dead)
 
 
 def dead_workers(connection: Connection) -> list[Worker]:
@@ -53,15 +53,24 @@ def describe_exit(exit_code: int) -> str:
         return f"exit code {exit_code}"
 
 
-def _from_post_mortem(place: Place) -> WorkersDied | None:
+def _from_post_mortem(place: Place, connection: Connection) -> WorkersDied | None:
+    """The agent's word, once it is written; None when none will come."""
     give_up = time.monotonic() + _PATIENCE_S
-    while True:
+    while time.monotonic() < give_up:
+        may_write = connection.agent.is_alive() and not _is_restarting(place)
         report = place.post_mortem()
         if report:
             return _named(report.deaths[0]) if report.deaths else WorkersDied(report.text)
-        if time.monotonic() > give_up:
+        if not may_write:
             return None
         time.sleep(0.02)
+    return None
+
+
+def _is_restarting(place: Place) -> bool:
+    """Whether torchrun has started the ranks again: they are in a step before the last."""
+    steps = place.steps()
+    return any(step != READY for process, step in steps.items() if process.startswith("rank"))
 
 
 def _named(death: Death) -> WorkersDied:

@@ -5,10 +5,12 @@
     connection.json   endpoint, keys, processes; mode 0600, refused when others could read it
     post_mortem.json  who died of what, written by the agent
     agent.log, logs/  what agent and ranks printed
+    steps/            how far each process has got with its start, one file per process
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -28,6 +30,8 @@ from cpkit.processes import ProcessId
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
+READY = "ready"  # the last step of a rank's start
+_AGENT_VARIABLE = "CPKIT_AGENT"
 NAME_TAKEN_CODE = 3  # exit code of an agent that came second
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -48,6 +52,19 @@ class Agent(Message, frozen=True):
 
     process: ProcessId
     socket_dir: str
+
+    def export(self) -> None:
+        """Put it in the environment for the ranks.
+
+        The lock file will not do: a rank whose agent was killed may find the next agent in it.
+        """
+        os.environ[_AGENT_VARIABLE] = msgspec.json.encode(self).decode()
+
+
+def agent_from_environment() -> Agent | None:
+    """The agent that started this process; None when none did."""
+    text = os.environ.get(_AGENT_VARIABLE)
+    return msgspec.json.decode(text, type=Agent) if text else None
 
 
 class Worker(Message, frozen=True):
@@ -113,6 +130,7 @@ class Place:
         self.post_mortem_file = self.directory / "post_mortem.json"
         self.agent_log = self.directory / "agent.log"
         self.log_dir = self.directory / "logs"
+        self.steps_dir = self.directory / "steps"
 
     def make(self) -> None:
         """Create the directory, for this user alone. Raises ControlError if others may write."""
@@ -178,6 +196,20 @@ class Place:
     def post_mortem(self) -> PostMortem | None:
         """What the agent wrote about the end of the workers, if it did."""
         return _read(self.post_mortem_file, PostMortem)
+
+    def note_step(self, process: str, step: str) -> None:
+        """Record which step of the start a process is in, for those who wait for it."""
+        with contextlib.suppress(OSError):  # the directory was removed, so no one waits
+            self.steps_dir.mkdir(mode=0o700, exist_ok=True)
+            (self.steps_dir / process).write_text(step)
+
+    def steps(self) -> dict[str, str]:
+        """The step of each process of this set of workers."""
+        found = {}
+        for path in sorted(self.steps_dir.glob("*")):
+            with contextlib.suppress(OSError):  # a new set of workers has just removed it
+                found[path.name] = path.read_text()
+        return found
 
     def clean(self) -> None:
         """Remove what only living workers need: the connection file and the socket's directory."""

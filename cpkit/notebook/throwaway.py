@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 from cpkit.failure_report import RankReport
+from cpkit.tied import tied
 
 CASES = (
     "skips_the_rendezvous",
@@ -101,7 +102,8 @@ def _ranks(
     case: str, size: int, victim: int, folder: Path, deadline_s: float
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The processes of one case, in sessions of their own; killed and reaped at the end."""
-    command = [sys.executable, "-m", "cpkit.failures"]
+    command = [sys.executable, "-m", "cpkit.failures", case]
+    command += [str(victim), str(deadline_s), str(folder), str(os.getpid())]
     common = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -115,7 +117,7 @@ def _ranks(
             with (folder / f"{rank}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(
-                        [*command, case, str(victim), str(deadline_s), str(folder)],
+                        tied(command),  # from this thread, which waits for them
                         env={**common, "RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
                         stdout=log,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from cpkit.devices import use_local_gpu
 from cpkit.group import forget_groups
+from cpkit.processes import leave
 from tests.ranks.device import DEVICE
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     rank = dist.get_rank()
     results: dict[str, str] = {}
     for name, check in checks.items():
+        began = time.monotonic()
         try:
             check()
             results[name] = ""
@@ -42,8 +45,11 @@ def main() -> None:
             results[name] = traceback.format_exc()
         forget_groups()
         dist.barrier()
+        if rank == 0:  # for the log of a launch that hangs or is slow
+            print(f"{time.monotonic() - began:6.2f} s  {name}", flush=True)
     (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
