@@ -21,7 +21,7 @@ import cpkit, ipywidgets
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.pool_live import PoolLive
 from cpkit.notebook.stepper import Stepper
-lab = cpkit.connect(launch=False)
+lab = globals().get("lab") or cpkit.connect(launch=False)
 pause_s = globals().get("pause_s", 120)""",
     ),
     Cell(
