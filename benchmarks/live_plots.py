@@ -48,6 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     command = f"{COMMAND} --busy-loops {options.busy_loops} --displays {options.displays}"
     where = environment(command)
+    del where["open_mpi"]  # not part of this measurement
     where["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
     displays = [d for page in pages(options.displays) for d in shown(page, options.busy_loops)]
     table = summary(displays)

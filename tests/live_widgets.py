@@ -21,7 +21,7 @@ import cpkit, ipywidgets
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.pool_live import PoolLive
 from cpkit.notebook.stepper import Stepper
-lab = cpkit.connect(launch=False)
+lab = globals().get("lab") or cpkit.connect(launch=False)
 pause_s = globals().get("pause_s", 120)""",
     ),
     Cell(
@@ -60,7 +60,8 @@ WIDGETS = ("stepper", "pool", "panel")
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
     """Run busy loops, each in a session of its own: the scheduler groups those of one session."""
-    loop = ["sh", "-c", "while :; do :; done"]
+    # A loop ends by itself when its owner is gone: an owner that is killed cleans nothing up.
+    loop = ["sh", "-c", f"while kill -0 {os.getpid()}; do :; done 2>/dev/null"]
     loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(count)]
     try:
         yield
