@@ -59,7 +59,8 @@ def third_party(names: Iterable[str]) -> set[str]:
     return {name.split(".")[0] for name in found} - LOCAL - sys.stdlib_module_names
 
 
-TESTS = [*ROOT.glob("tests/**/*.py"), ROOT / "benchmarks" / "notebooks.py"]
+NOTEBOOK_BENCHMARKS = [ROOT / "benchmarks" / f"{name}.py" for name in ("notebooks", "live_plots")]
+TESTS = [*ROOT.glob("tests/**/*.py"), *NOTEBOOK_BENCHMARKS]
 BENCHMARKS = set(ROOT.glob("benchmarks/*.py")) - {*TESTS}
 USERS = {
     "": LIBRARY,
