@@ -60,7 +60,7 @@ WIDGETS = ("stepper", "pool", "panel")
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
     """Run busy loops, each in a session of its own: the scheduler groups those of one session."""
-    # A loop ends by itself when its owner is gone: an owner that is killed cleans nothing up.
+    # Each loop checks its owner's pid, because an owner that is killed does not clean up.
     loop = ["sh", "-c", f"while kill -0 {os.getpid()}; do :; done 2>/dev/null"]
     loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(count)]
     try:

@@ -93,7 +93,7 @@ class NotebookPage:
         self.wait_for_kernel()
 
     def reload(self) -> None:
-        """Save the notebook and load the page anew. The kernel goes on."""
+        """Save the notebook and reload the page. The kernel keeps running."""
         self.page.keyboard.press("Control+s")
         saved = self.page.locator(".jp-mod-dirty")
         self.until(lambda: saved.count() == 0, 20, "the notebook is saved")

@@ -1,4 +1,4 @@
-"""Where a set of workers comes from, in words for a user who did not start it."""
+"""Describe who started a set of workers, for a user who did not."""
 
 from __future__ import annotations
 
