@@ -146,10 +146,11 @@ def seed_problem(
             f"has {group.size} ranks. All three must be equal: call init_context_parallel first"
         )
     max_len, needed = -(-total_len // cp_size), metadata.max_rank_len[0]
+    held = list(metadata.per_rank_actual_token)
     if max_len < needed:
         return (
             f"total_len={total_len} over {cp_size} ranks pads to {max_len} rows, but a rank holds "
-            f"{needed} (rows by rank: {metadata.per_rank_actual_token}): rows would be cut off. "
+            f"{needed} (rows by rank: {held}): rows would be cut off. "
             f"ceil(total_len / cp_size) fits one sequence only; pass total_len={needed * cp_size} "
             f"(max_rank_len · cp_size), or call all_gather_kv"
         )

@@ -94,7 +94,8 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
         title=f"Padded to one length: {share}",
         subtitle=f"{metadata.strategy}, lengths {list(metadata.lengths)} tokens, "
         f"max_rank_len {length} rows{_label_words(metadata, length)}",
-        alt=f"{metadata.cp_size} ranks with {metadata.per_rank_actual_token} rows, each padded to "
+        alt=f"{metadata.cp_size} ranks with {list(metadata.per_rank_actual_token)} rows, "
+        f"each padded to "
         f"{length} rows: {share}.",
         axis_title="slot (row of the rank's buffer)",
     )

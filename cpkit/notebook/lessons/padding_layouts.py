@@ -25,7 +25,8 @@ def check_owner(owner: Callable[[int, int, int], int]) -> Score:
                 if got != wanted:
                     raise Wrong(
                         f"owner(token={token}, length={length}, cp_size={cp_size}) is {got}; with "
-                        f"blocks of {layout.split_list} tokens, {token} belongs to rank {wanted}"
+                        f"blocks of {list(layout.split_list)} tokens, "
+                        f"{token} belongs to rank {wanted}"
                     )
                 cases += 1
     return Score(cases)
