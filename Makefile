@@ -49,10 +49,10 @@ bench-gpu: $(VENV)/.has-bench ## the same on this machine's GPUs
 	$(PY) -m benchmarks.gpu $(ARGS)
 
 notebooks: $(VENV)/.has-test ## make the notebooks of notebooks/src: run, pictures included (ARGS=01 for one)
-	$(PY) -m cpkit.notebook.build $(ARGS)
+	$(PY) -m tools.build $(ARGS)
 
 rehearse: $(VENV)/.has-test ## try starter, mutants and solution of every exercise (ARGS=01 for one notebook)
-	$(PY) -m cpkit.notebook.rehearse $(ARGS)
+	$(PY) -m tools.rehearse $(ARGS)
 
 lock: ## resolve all dependencies anew in an empty environment and write requirements.lock
 	@$(check_python)

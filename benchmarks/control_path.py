@@ -26,7 +26,7 @@ import psutil
 import cpkit
 from benchmarks.goals import entry
 from cpkit.bench import percentile
-from cpkit.control import launch as launcher
+from cpkit.control import launcher
 from cpkit.control.settings import Launch
 from cpkit.processes import process_id
 

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cost_fit import Measured, describe, fit
 from cpkit.cost import PASSES, Host, HostModel
-from cpkit.cost_fit import Measured, describe, fit
-from cpkit.cost_presets import COPY_PASSES, PRESETS
+from cpkit_lessons.cost_presets import COPY_PASSES, PRESETS
 
 FITTED_CP_SIZES = (2, 4)
 FITTED_TOKENS = (256, 2048, 8192, 65536)

@@ -33,7 +33,7 @@ from cpkit import bench, provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.plain import plain_all_gather
+from cpkit.memory.collective import plain_all_gather
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import symmetric_pool
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_shapes [--cp-sizes 2,8] [--mib 256]
 
 One process stores one source into `cp` outputs, with the whole GPU to itself. So the times say what
-the copies cost, and nothing about ranks that wait for each other. `cpkit.cuda_launch` has the
+the copies cost, and nothing about ranks that wait for each other. `cpkit.kernels.launch` has the
 shapes that were chosen. Every variant's outputs are compared before it is timed.
 """
 
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.gpu_ranks import events_us
-from cpkit import cuda_launch
-from cpkit.cuda_launch import Shape
-from cpkit.kernels import PAGE_WORDS
+from cpkit.kernels import launch as cuda_launch
+from cpkit.kernels.gather_kernel import PAGE_WORDS
+from cpkit.kernels.launch import Shape
+from cpkit.kernels.tiles import tile_table
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.tiles import tile_table
 
 ROW_BYTES = 2048
 SAMPLES, CALLS = 7, 4

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import openmpi
-from cpkit.machine import commit, processor
+from cpkit_lessons.machine import commit, processor
 
 
 def environment(command: str, device: str = "cpu") -> dict[str, Any]:

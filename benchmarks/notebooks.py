@@ -22,7 +22,7 @@ import torch
 from benchmarks.gpu import gpu_environment
 from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
-from cpkit.notebook import run
+from tools import run
 
 COMMAND = "python -m benchmarks.notebooks"
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Lab": "cpkit.lab",
-    "connect": "cpkit.lab",
+    "Lab": "cpkit.lab.lab",
+    "connect": "cpkit.lab.lab",
     "BadRequest": "cpkit.control.errors",
     "Cancelled": "cpkit.control.errors",
     "ControlError": "cpkit.control.errors",

@@ -10,14 +10,14 @@ import sys
 import time
 from collections import deque
 
-from cpkit.control import launch as launcher
+from cpkit.control import launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.messages import Status, StatusResult
 from cpkit.control.origin import describe
 from cpkit.control.settings import Launch
+from cpkit.control.tied import tied
 from cpkit.notebook import workspace
 from cpkit.processes import ProcessId, process_id
-from cpkit.tied import tied
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as of init scripts

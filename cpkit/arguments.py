@@ -16,7 +16,7 @@ import torch
 from cpkit.devices import device_problem, grad_problem
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.plain import describe
+from cpkit.memory.collective import describe
 
 ALGORITHMS = ("padded", "padded_symm_recv", "padded_symm", "direct")
 _NO_METADATA = (

@@ -10,20 +10,20 @@ import torch.distributed as dist
 
 from cpkit.control import mps
 from cpkit.devices import loaded_nccl_version
-from cpkit.findings import Finding
-from cpkit.path import NCCL_RACY, Place, Where, decide, nccl_is_racy, nccl_rule
+from cpkit.findings import Check
+from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
 
-_IN_POOL = Where(segment=0, offset=0)
-_ORDINARY = Where(other="ordinary memory", fault="unregistered")
+_IN_POOL = BufferLocation(segment=0, offset=0)
+_ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
 _GIB = 1 << 30
 
 
-def examine_gpus() -> Iterator[Finding]:
+def examine_gpus() -> Iterator[Check]:
     """GPUs, the links between them, MPS, NCCL, and the paths that follow."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
-        yield Finding("GPUs", f"none: {why}")
+        yield Check("GPUs", f"none: {why}")
         yield from _paths("posix", "ranks on the CPU push through POSIX shared memory")
         return
     yield from _devices(count)
@@ -36,20 +36,20 @@ def examine_gpus() -> Iterator[Finding]:
         yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather by NCCL")
 
 
-def _devices(count: int) -> Iterator[Finding]:
+def _devices(count: int) -> Iterator[Check]:
     for number in range(count):
         about = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
-        yield Finding(
+        yield Check(
             f"GPU {number}",
             f"{about.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, "
             f"{about.multi_processor_count} multiprocessors, compute {about.major}.{about.minor}",
         )
 
 
-def _links(count: int) -> Iterator[Finding]:
+def _links(count: int) -> Iterator[Check]:
     if count == 1:
-        yield Finding(
+        yield Check(
             "peer access",
             "one GPU: ranks share it",
             "their times are those of one memory, not a link",
@@ -62,13 +62,13 @@ def _links(count: int) -> Iterator[Finding]:
             if a != b and not torch.cuda.can_device_access_peer(a, b)
         ]
         advice = "groups over such a pair have no symmetric memory" if blind else ""
-        yield Finding("peer access", f"missing for {', '.join(blind)}" if blind else "all", advice)
+        yield Check("peer access", f"missing for {', '.join(blind)}" if blind else "all", advice)
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
-        yield Finding("multicast", "switched off by TORCH_SYMM_MEM_DISABLE_MULTICAST")
+        yield Check("multicast", "switched off by TORCH_SYMM_MEM_DISABLE_MULTICAST")
     else:
         has = count > 1 and _has_multicast()
         why = "" if has else "needs several GPUs behind one NVSwitch; cpkit's kernels do without"
-        yield Finding("multicast", "supported" if has else "not here", why)
+        yield Check("multicast", "supported" if has else "not here", why)
 
 
 def _has_multicast() -> bool:
@@ -78,22 +78,22 @@ def _has_multicast() -> bool:
     return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, 0))
 
 
-def _mps() -> Finding:
+def _mps() -> Check:
     if mps.is_configured():
-        return Finding("MPS", f"daemon at {os.environ['CUDA_MPS_PIPE_DIRECTORY']}")
+        return Check("MPS", f"daemon at {os.environ['CUDA_MPS_PIPE_DIRECTORY']}")
     if mps.is_installed():
-        return Finding("MPS", "installed; workers that share a GPU start a daemon of their own")
+        return Check("MPS", "installed; workers that share a GPU start a daemon of their own")
     cost = "ranks that share a GPU take turns: a barrier costs milliseconds instead of microseconds"
-    return Finding("MPS", "not installed", cost)
+    return Check("MPS", "not installed", cost)
 
 
 def _version() -> str:
     return ".".join(map(str, loaded_nccl_version()))
 
 
-def _nccl() -> Iterator[Finding]:
+def _nccl() -> Iterator[Check]:
     if not dist.is_nccl_available():
-        yield Finding("NCCL", "this build of torch has none", "ranks go through gloo and the host")
+        yield Check("NCCL", "this build of torch has none", "ranks go through gloo and the host")
         return
     version = loaded_nccl_version()
     newer = (
@@ -106,33 +106,33 @@ def _nccl() -> Iterator[Finding]:
         "recv": ("an all-gather is symmetric when the receive buffer is registered", ""),
     }
     found, advice = rules[nccl_rule(version)]
-    yield Finding("NCCL", f"{_version()}: {found}", advice)
+    yield Check("NCCL", f"{_version()}: {found}", advice)
     if nccl_is_racy(version):
         first, last = (".".join(map(str, v)) for v in NCCL_RACY)
-        yield Finding(
+        yield Check(
             "NCCL's faults",
             f"{first} to {last}: symmetric kernels do not wait for the kernel before them",
             "silent wrong results with CUDA graphs (sglang#37768): use 2.30.7 or newer for those",
         )
 
 
-def _triton() -> Finding:
+def _triton() -> Check:
     try:
         import triton
     except ImportError:
-        return Finding("triton", "not installed", "'direct' on CUDA needs it: pip install triton")
-    return Finding("triton", str(triton.__version__))
+        return Check("triton", "not installed", "'direct' on CUDA needs it: pip install triton")
+    return Check("triton", str(triton.__version__))
 
 
-def _paths(transport: str, words: str) -> Iterator[Finding]:
+def _paths(transport: str, words: str) -> Iterator[Check]:
     """What each algorithm does over one transport."""
-    yield Finding("paths", words)
+    yield Check("paths", words)
     for name, send, recv in (
         ("padded", _ORDINARY, _ORDINARY),
         ("padded_symm_recv", _ORDINARY, _IN_POOL),
         ("padded_symm", _IN_POOL, _IN_POOL),
     ):
-        report = decide([Place(send, recv)], 0, transport)
+        report = decide([BufferPair(send, recv)], 0, transport)
         path = report.path
         if name == "padded" and transport == "cuda":
             path, advice = "staged", "NCCL refuses two ranks on one GPU"
@@ -140,5 +140,5 @@ def _paths(transport: str, words: str) -> Iterator[Finding]:
             advice = "by design: the ordinary collective"
         else:
             advice = report.reason if path == "fallback" else ""
-        yield Finding(f"  {name}", path, advice)
-    yield Finding("  direct", "symmetric")
+        yield Check(f"  {name}", path, advice)
+    yield Check("  direct", "symmetric")

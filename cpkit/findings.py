@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Finding(NamedTuple):
+class Check(NamedTuple):
     """What was looked at, what was found, and what to do if that is too little."""
 
     subject: str

@@ -25,9 +25,9 @@ from cpkit.devices import device_type, is_capturing, on_stream, stream_problem
 from cpkit.group import CPGroup, get_attention_cp_group
 from cpkit.into import agree_on_caches, into_problem, read_slots, values_problem
 from cpkit.layout import ContextParallelMetadata
-from cpkit.path import PathReport
+from cpkit.memory.path import PathReport
+from cpkit.memory.pool import SymmetricPool
 from cpkit.paths import path_of, path_of_result, remember
-from cpkit.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool
 
@@ -191,7 +191,7 @@ def _direct(
         else:
             outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
     if pool.device.type == "cuda":
-        from cpkit.cuda_push import push_all
+        from cpkit.kernels.cuda_push import push_all
 
         with stage("wire"):
             push_all(rows, outputs, metadata, pool, slots)
@@ -259,7 +259,7 @@ def _capture_problem(
     if not is_capturing(device_type(tensors[0])):
         return ""
     if algorithm == "direct" and symmetric:
-        from cpkit.cuda_push import capture_problem
+        from cpkit.kernels.cuda_push import capture_problem
 
         return capture_problem(tensors, metadata, group, into)
     if into is not None:
@@ -275,6 +275,6 @@ def enter(
 ) -> SymmetricPool | None:
     """Meet all ranks; the group's pool afterwards, when the gather may use it."""
     with stage("agree"):
-        transport = group.transports.get(device)
+        transport = group.pools.get(device)
         (transport or group).meet(call, problem)
         return symmetric_pool(group, device) if symmetric else None

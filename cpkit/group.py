@@ -1,8 +1,8 @@
 """The context-parallel process groups: the world is cut into world/cp_size of them.
 
 Groups are made once per cp_size and kept, so changing cp_size is a look-up. Ranks of one machine
-get a board (cpkit.board) and may use symmetric memory; a group that spans machines does everything
-through torch.distributed.
+get a barrier in shared memory (cpkit.sync.barrier) and may use symmetric memory; a group that spans
+machines does everything through torch.distributed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from cpkit.board import Board
 from cpkit.devices import device_type, on_stream
-from cpkit.notes import explain_disagreement, pack_note
-from cpkit.path import PathReport
-from cpkit.plain import describe, exchange_over, gather_problem, plain_all_gather
-from cpkit.rendezvous import Rendezvous, deadline_s
-from cpkit.shm import shm_dir, shm_problem
+from cpkit.memory.collective import describe, exchange_over, gather_problem, plain_all_gather
+from cpkit.memory.path import PathReport
+from cpkit.sync.barrier import ShmBarrier
+from cpkit.sync.exchange import StoreExchange, deadline_s
+from cpkit.sync.notes import explain_disagreement, pack_note
+from cpkit.sync.shm import shm_dir, shm_problem
 
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
@@ -60,12 +60,12 @@ class CPGroup:
     index: int
     spans_hosts: bool
     process_group: dist.ProcessGroup
-    rendezvous: Rendezvous
-    board: Board | None
+    rendezvous: StoreExchange
+    board: ShmBarrier | None
     ranks_on_gpu: int = 0
     shares_gpu: bool = False
     has_nccl: bool = False
-    transports: dict[str, Transport] = field(default_factory=dict, repr=False)
+    pools: dict[str, Transport] = field(default_factory=dict, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
 
     def barrier(self) -> None:
@@ -77,7 +77,7 @@ class CPGroup:
 
     def check(self) -> None:
         """Raise TimeoutError when a kernel of this rank has given up waiting for a peer. Local."""
-        for transport in self.transports.values():
+        for transport in self.pools.values():
             transport.check()
 
     def exchange(self, note: bytes) -> list[bytes]:
@@ -119,7 +119,7 @@ class CPGroup:
         """
         tensors = [x for x in (output, input) if isinstance(x, torch.Tensor)]
         with on_stream(stream, *tensors):
-            transport = self.transports.get(device_type(input))
+            transport = self.pools.get(device_type(input))
             if transport:
                 transport.all_gather_into_tensor(output, input)
                 return
@@ -164,7 +164,7 @@ def forget_groups() -> None:
     _generation += 1
     if _state:
         for group in _state.groups.values():
-            group.transports.clear()
+            group.pools.clear()
             dist.destroy_process_group(group.process_group)
     _state = None
 
@@ -179,8 +179,8 @@ class _World:
     hosts: list[str]
     gpus: list[str]
     store: dist.Store
-    rendezvous: Rendezvous
-    board: Board | None
+    rendezvous: StoreExchange
+    board: ShmBarrier | None
     groups: dict[int, CPGroup] = field(default_factory=dict)
     current: CPGroup | None = None
 
@@ -202,7 +202,7 @@ def _world() -> _World:
     store = dist.distributed_c10d._get_default_store()
     if _state is None or _state.store is not store:
         rank, size = dist.get_rank(), dist.get_world_size()
-        meeting = Rendezvous(store, f"world{_generation}", rank, size)
+        meeting = StoreExchange(store, f"world{_generation}", rank, size)
         problem = shm_problem()
         mine = [problem, "" if problem else host_id(), gpu_id()]
         answers = meeting.exchange(msgspec.msgpack.encode(mine), "find each other")
@@ -212,7 +212,7 @@ def _world() -> _World:
             raise ValueError(
                 "; ".join(f"rank {r}: {each}" for r, each in enumerate(problems) if each)
             )
-        board = Board(meeting, "make the world's board") if len(set(hosts)) == 1 else None
+        board = ShmBarrier(meeting, "make the world's board") if len(set(hosts)) == 1 else None
         _state = _World(rank, size, list(hosts), list(gpus), store, meeting, board)
     return _state
 
@@ -265,8 +265,8 @@ def _make_group(world: _World, cp_size: int) -> CPGroup:
     ranks = everybody[index]
     gpu, gpus = world.gpus[world.rank], [each for each in world.gpus if each]
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
-    meeting = Rendezvous(world.store, f"cp{cp_size}.{index}.{_generation}", rank, cp_size)
-    board = None if spans_hosts else Board(meeting, f"make the board of cp_size {cp_size}")
+    meeting = StoreExchange(world.store, f"cp{cp_size}.{index}.{_generation}", rank, cp_size)
+    board = None if spans_hosts else ShmBarrier(meeting, f"make the board of cp_size {cp_size}")
     return CPGroup(
         rank,
         cp_size,

@@ -11,9 +11,9 @@ import torch
 from cpkit.devices import grad_problem, is_capturing, stores_as_shown
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.plain import describe
-from cpkit.pool import SymmetricPool
-from cpkit.where import locate
+from cpkit.memory.collective import describe
+from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.where import locate
 
 
 class _Caches(msgspec.Struct):

@@ -6,13 +6,13 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.group import CPGroup
-from cpkit.path import PathReport, Place, Where, decide, without_windows
-from cpkit.pool import SymmetricPool
+from cpkit.memory.path import BufferLocation, BufferPair, PathReport, decide, without_windows
+from cpkit.memory.pool import SymmetricPool
 from cpkit.symm import is_allocation_symmetric
 
 _reports = WeakTensorKeyDictionary()
-_IN_POOL = Where(segment=0, offset=0)
-_ORDINARY = Where(other="ordinary memory", fault="unregistered")
+_IN_POOL = BufferLocation(segment=0, offset=0)
+_ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
 
 
 def path_of_result(result: torch.Tensor) -> PathReport | None:
@@ -40,13 +40,13 @@ def path_of(algorithm: str, group: CPGroup, device: torch.device | None = None) 
             "is_allocation_symmetric() is false: symmetric memory was switched off for this batch"
         )
         return PathReport("fallback", reason, ordinary, ordinary)
-    pool = group.transports.get(device.type if device else "cpu")
+    pool = group.pools.get(device.type if device else "cpu")
     transport = pool.backend.transport() if isinstance(pool, SymmetricPool) else "posix"
     if algorithm == "padded":
         return _padded(transport)
     if transport.startswith("nccl") and algorithm != "direct":
         send = _IN_POOL if algorithm == "padded_symm" else _ORDINARY
-        report = decide([Place(send, _IN_POOL)] * group.size, group.rank, transport)
+        report = decide([BufferPair(send, _IN_POOL)] * group.size, group.rank, transport)
         assert isinstance(pool, SymmetricPool)
         return without_windows(report, pool.backend.window_problem())
     return PathReport("symmetric", *_SYMMETRIC_PATHS[algorithm])

@@ -35,10 +35,10 @@ from cpkit import arguments, steps
 from cpkit.devices import device_type, is_capturing
 from cpkit.gather import all_gather_kv, enter
 from cpkit.group import CPGroup
+from cpkit.kernels.push import Copy
 from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.pool import SymmetricPool
 from cpkit.paths import path_of, remember
-from cpkit.pool import SymmetricPool
-from cpkit.push import Copy
 from cpkit.stages import stage
 from cpkit.symm import check_group, is_allocation_symmetric
 
@@ -140,7 +140,7 @@ def _take_turns(
     pool: SymmetricPool,
 ) -> list[_Turn]:
     if pool.device.type == "cuda":
-        from cpkit.cuda_push import prepare_pushes
+        from cpkit.kernels.cuda_push import prepare_pushes
 
         rows = [steps.as_rows(x) for x in tensors]
         pushes = prepare_pushes(rows, made, metadata, pool)

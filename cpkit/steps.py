@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from cpkit import push
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
+from cpkit.kernels import push
 from cpkit.layout import ContextParallelMetadata
-from cpkit.plain import plain_all_gather
-from cpkit.pool import SymmetricPool
+from cpkit.memory.collective import plain_all_gather
+from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
 from cpkit.symm import use_symmetric_memory
 

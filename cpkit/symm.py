@@ -18,15 +18,15 @@ from contextvars import ContextVar
 import msgspec
 import torch
 
-from cpkit import factory
-from cpkit.backend import Backend
 from cpkit.devices import device_type
 from cpkit.group import CPGroup
-from cpkit.offers import SymmetricMemoryError
-from cpkit.path import PathReport, Place, decide, nccl_version
-from cpkit.pool import SymmetricPool
-from cpkit.pool_history import PoolStatistics
-from cpkit.where import place_of
+from cpkit.memory import factory
+from cpkit.memory.backend import Backend
+from cpkit.memory.path import BufferPair, PathReport, decide, nccl_version
+from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.statistics import PoolStatistics
+from cpkit.memory.where import place_of
+from cpkit.sync.offers import SymmetricMemoryError
 
 __all__ = [
     "PathReport",
@@ -90,7 +90,7 @@ def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
     Made at the first call; that call is collective over the group.
     """
     check_group(group)
-    pool = group.transports.get(device or torch.get_default_device().type)
+    pool = group.pools.get(device or torch.get_default_device().type)
     return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group, device=device)
 
 
@@ -121,8 +121,8 @@ def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     check_group(group)
     if type(peer) is not int or not 0 <= peer < group.size:
         raise ValueError(f"peer is {peer!r}; the group has ranks 0 to {group.size - 1}")
-    known = sorted(group.transports)
-    pool = group.transports.get(device or (known[0] if len(known) == 1 else ""))
+    known = sorted(group.pools)
+    pool = group.pools.get(device or (known[0] if len(known) == 1 else ""))
     if not isinstance(pool, SymmetricPool):
         raise ValueError(
             f"device is {device!r}, and the group has symmetric memory on {known or 'no device'}; "
@@ -156,11 +156,11 @@ def explain_path(
     except ValueError as error:
         problem = str(error)
     call = f"explain_path(transport={transport})"
-    pool = group.transports.get(device_type(recv))
+    pool = group.pools.get(device_type(recv))
     if isinstance(pool, SymmetricPool):
         return pool.agree_on_path(call, problem, send, recv, transport or "")
     notes = group.meet(call, problem, msgspec.msgpack.encode(place_of(send, recv, group)))
-    places = [msgspec.msgpack.decode(note, type=Place) for note in notes]
+    places = [msgspec.msgpack.decode(note, type=BufferPair) for note in notes]
     return decide(places, group.rank, transport or "posix")
 
 

@@ -10,7 +10,7 @@ import zmq
 
 from cpkit.control.client import Client
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, Workload
-from cpkit.control.place import Connection
+from cpkit.control.runtime_dir import Connection
 from cpkit.control.server import Server
 from cpkit.processes import process_id
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cpkit.control.messages import Sample, Workload
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.notebook import figures
+from cpkit_lessons import figures
 
 LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
 

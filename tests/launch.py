@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 
-from cpkit.tied import tied
+from cpkit.control.tied import tied
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 300.0  # a launch that ends costs what it takes; only one that hangs costs the limit

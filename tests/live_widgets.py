@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cpkit.notebook.source import Cell
 from tests.notebook_page import RECORD
+from tools.source import Cell
 
 LIVE_CELLS = [
     Cell(

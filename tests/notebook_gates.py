@@ -1,8 +1,8 @@
 """The gates that a notebook passes before it is committed, and when CI runs it again.
 
 tests/test_notebooks.py holds the three notebooks against them; tests/test_gates.py shows that each
-of them fails where something is wrong. More gates stand where they are used: `cpkit.notebook.build`
-(form, source, size, time of a cell) and `cpkit.notebook.rehearse` (starter, mutants, solution).
+of them fails where something is wrong. More gates stand where they are used: `tools.build`
+(form, source, size, time of a cell) and `tools.rehearse` (starter, mutants, solution).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import nbformat
 import psutil
 
-from cpkit.notebook import source
+from cpkit.control.tied import tied
 from cpkit.notebook.show import PLOTLY_MIME
-from cpkit.tied import tied
 from tests.processes import LIMIT_S, left_after, processes_with
+from tools import source
 
 ROOT = Path(__file__).parents[1]
 # These end what hangs. How long a cell may take on a quiet machine is its budget, checked when the

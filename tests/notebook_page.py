@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cpkit.notebook import run
-from cpkit.notebook.source import Cell
 from tests.lab_server import JupyterLab
+from tools import run
+from tools.source import Cell
 
 Found = TypeVar("Found")
 CHROMIUM_FLAGS = [

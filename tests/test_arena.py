@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit.arena import ALIGNMENT_BYTES, MAX_BLOCKS, Arena, Ledger, rounded
+from cpkit.memory.allocator import ALIGNMENT_BYTES, MAX_BLOCKS, Arena, BlockAllocator, rounded
 
 Steps = list[tuple[str, int]]
 steps = st.lists(st.tuples(st.sampled_from(["place", "drop"]), st.integers(1, 5000)), max_size=60)
@@ -37,7 +37,7 @@ def test_ranks_that_drop_at_different_times_keep_equal_books(
     script: Steps, delays: list[int]
 ) -> None:
     """Rank 1 lets go of everything later than rank 0; offsets stay equal all the same."""
-    ranks = [Ledger(), Ledger()]
+    ranks = [BlockAllocator(), BlockAllocator()]
     for ledger in ranks:
         ledger.add_segment(32768)
     live: list[int] = []
@@ -63,7 +63,7 @@ def test_ranks_that_drop_at_different_times_keep_equal_books(
 
 
 def test_different_books_have_different_digests() -> None:
-    ledgers = [Ledger(), Ledger()]
+    ledgers = [BlockAllocator(), BlockAllocator()]
     for ledger, size in zip(ledgers, (256, 512), strict=True):
         ledger.add_segment(4096)
         ledger.place(size)
@@ -71,7 +71,7 @@ def test_different_books_have_different_digests() -> None:
 
 
 def test_a_block_is_free_only_when_everybody_dropped_it() -> None:
-    ledger = Ledger()
+    ledger = BlockAllocator()
     ledger.add_segment(256)
     block = ledger.place(100)
     assert block is not None
@@ -83,7 +83,7 @@ def test_a_block_is_free_only_when_everybody_dropped_it() -> None:
 
 
 def test_the_books_have_an_end() -> None:
-    ledger = Ledger()
+    ledger = BlockAllocator()
     ledger.add_segment(ALIGNMENT_BYTES * (MAX_BLOCKS + 1))
     for _ in range(MAX_BLOCKS):
         assert ledger.place(1)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 import cpkit
-from cpkit.notebook import source
-from cpkit.notebook.build import SOURCES
 from cpkit.notebook.show import find_browser
 from tests.lab_server import JupyterLab
 from tests.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
 from tests.notebook_page import CHROMIUM_FLAGS, NotebookPage
+from tools import source
+from tools.build import SOURCES
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = find_browser()

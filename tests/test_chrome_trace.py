@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cpkit.control.messages import Span, TraceResult, Workload
-from cpkit.results import Timeline
+from cpkit.lab.results import Timeline
 
 SPANS = (
     Span(0, "agree", 0.0, 10.5),

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cpkit.control import launch as launcher
+from cpkit.control import launcher
 from cpkit.control.errors import ControlError
-from cpkit.control.place import (
+from cpkit.control.runtime_dir import (
     Connection,
     NameTaken,
-    Place,
+    RuntimeDir,
     Worker,
     remove_socket_dir,
     write_private,
@@ -28,9 +28,9 @@ from tests.processes import until
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-    place = Place("here")
+    place = RuntimeDir("here")
     place.make()
     return place
 
@@ -53,7 +53,7 @@ def connection() -> Connection:
     )
 
 
-def test_what_is_written_is_private_and_comes_back(place: Place) -> None:
+def test_what_is_written_is_private_and_comes_back(place: RuntimeDir) -> None:
     assert stat.S_IMODE(place.directory.stat().st_mode) == 0o700
     assert place.connection() is None
     write_private(place.connection_file, connection())
@@ -63,28 +63,30 @@ def test_what_is_written_is_private_and_comes_back(place: Place) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o622])
-def test_a_file_that_others_can_reach_is_refused_with_the_cure(place: Place, mode: int) -> None:
+def test_a_file_that_others_can_reach_is_refused_with_the_cure(
+    place: RuntimeDir, mode: int
+) -> None:
     write_private(place.connection_file, connection())
     place.connection_file.chmod(mode)
     with pytest.raises(ControlError, match=f"mode {mode:04o}.*chmod 600"):
         place.connection()
 
 
-def test_a_link_is_not_followed(place: Place, tmp_path: Path) -> None:
+def test_a_link_is_not_followed(place: RuntimeDir, tmp_path: Path) -> None:
     write_private(tmp_path / "elsewhere", connection())
     place.connection_file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ControlError, match=r"symbolic|Too many"):
         place.connection()
 
 
-def test_a_directory_that_others_may_write_to_is_refused(place: Place) -> None:
+def test_a_directory_that_others_may_write_to_is_refused(place: RuntimeDir) -> None:
     place.directory.chmod(0o777)
     with pytest.raises(ControlError, match=r"0777.*chmod 700"):
         place.make()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": "here"}', b"\x80\x04]."])
-def test_a_file_that_is_no_connection_file_is_refused(place: Place, content: bytes) -> None:
+def test_a_file_that_is_no_connection_file_is_refused(place: RuntimeDir, content: bytes) -> None:
     place.connection_file.touch(mode=0o600)
     place.connection_file.write_bytes(content)
     with pytest.raises(ControlError, match="not a connection file"):
@@ -94,12 +96,12 @@ def test_a_file_that_is_no_connection_file_is_refused(place: Place, content: byt
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-rf", "x" * 65, "a b", "é"])
 def test_names_are_plain_words(name: str) -> None:
     with pytest.raises(ValueError, match="letters"):
-        Place(name)
+        RuntimeDir(name)
 
 
-def test_a_name_is_taken_exactly_as_long_as_its_holder_lives(place: Place) -> None:
-    code = "import sys, time; from cpkit.control.place import Place; Place('here').hold(); print(1)"
-    code += "; sys.stdout.flush(); time.sleep(60)"
+def test_a_name_is_taken_exactly_as_long_as_its_holder_lives(place: RuntimeDir) -> None:
+    code = "import sys, time; from cpkit.control.runtime_dir import RuntimeDir"
+    code += "; RuntimeDir('here').hold(); print(1); sys.stdout.flush(); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         holder.stdout.readline()
@@ -159,7 +161,7 @@ def test_an_interface_has_an_address() -> None:
 
 
 def test_each_step_of_a_start_renews_the_deadline(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    place: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "READY_S", 0.2)
     patience = launcher._Patience(place)

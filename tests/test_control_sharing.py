@@ -9,7 +9,7 @@ import time
 import pytest
 
 import cpkit
-from cpkit.control import launch as launcher
+from cpkit.control import launcher
 from cpkit.control.messages import Measure, Put, PutResult
 from cpkit.lab import Lab
 from tests.processes import until

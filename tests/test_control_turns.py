@@ -6,7 +6,7 @@ import threading
 import time
 
 from cpkit.control.messages import Measure, Put, Request, Workload
-from cpkit.control.turns import Job, Turns
+from cpkit.control.queue import Job, JobQueue
 
 MEASURE = Measure(Workload(2, (16,)))
 
@@ -15,12 +15,12 @@ def job(number: int, client: bytes = b"a", deadline_s: float = 30.0) -> Job:
     return Job(number, client, Request(f"r{number}", deadline_s, Put(2)))
 
 
-def line(turns: Turns) -> list[tuple[int, int]]:
+def line(turns: JobQueue) -> list[tuple[int, int]]:
     return [(job.number, ahead) for job, ahead in turns.waiting()]
 
 
-def filled(count: int) -> tuple[Turns, list[Job]]:
-    turns, jobs = Turns(), [job(n) for n in range(count)]
+def filled(count: int) -> tuple[JobQueue, list[Job]]:
+    turns, jobs = JobQueue(), [job(n) for n in range(count)]
     for each in jobs:
         turns.add(each)
     return turns, jobs
@@ -61,7 +61,7 @@ def test_an_interval_leaves_time_for_others() -> None:
 
 
 def test_a_new_job_wakes_who_waits() -> None:
-    turns = Turns()
+    turns = JobQueue()
     threading.Timer(0.05, turns.add, [job(7)]).start()
     started = time.monotonic()
     taken = turns.take(60)
@@ -97,7 +97,7 @@ def test_a_client_that_is_gone_takes_its_jobs_along() -> None:
 
 
 def test_waiting_for_longer_than_the_deadline_ends_it() -> None:
-    turns = Turns()
+    turns = JobQueue()
     patient, hasty = job(1), job(2, deadline_s=0.01)
     turns.add(patient)
     turns.add(hasty)

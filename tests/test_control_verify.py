@@ -7,7 +7,7 @@ import torch
 
 from cpkit import provenance
 from cpkit.control.messages import Workload
-from cpkit.ops.workload import DTYPES, Run, layout_of
+from cpkit.worker.workload import DTYPES, Run, layout_of
 
 WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.cost_fit import Measured, describe, fit, nonnegative_least_squares
 from cpkit.cost import FEATURES, PASSES, Host, HostModel, features, traffic
-from cpkit.cost_fit import Measured, describe, fit, nonnegative_least_squares
-from cpkit.cost_presets import COPY_PASSES, PRESETS, Preset, ring_factor
 from cpkit.gather import ALGORITHMS
+from cpkit_lessons.cost_presets import COPY_PASSES, PRESETS, Preset, ring_factor
 
 HOST = Host(cores=2, cache_bytes=32 << 20)
 SIZES = tuple(2048 * tokens for tokens in (256, 1024, 2048, 8192, 16384, 65536))

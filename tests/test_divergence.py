@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit.divergence import BEFORE, GATHER, push_into
+from cpkit_lessons.divergence import BEFORE, GATHER, push_into
 
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
 EARLY = [*LATE, ("free", "old", 0)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from cpkit import factory
+from cpkit.memory import factory
 
 X = torch.arange(24, dtype=torch.float32).view(2, 3, 4)
 CALLS: dict[str, Callable[[], torch.Tensor]] = {

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 import cpkit
-from cpkit.control import launch as launcher
-from cpkit.control.place import Place
-from cpkit.shm import shm_dir
+from cpkit.control import launcher
+from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.sync.shm import shm_dir
 from tests.processes import LIMIT_S, left_after, processes_with, until
 
 pytestmark = pytest.mark.workers
@@ -39,7 +39,9 @@ def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
 def leftovers(runtime_dir: Path) -> set[str]:
     """Everything that a set of workers makes and must take away again."""
     found = processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).values()
-    ours = {words for words in found if "cpkit.rank" in words or "cpkit.control.agent" in words}
+    ours = {
+        words for words in found if "cpkit.worker.rank" in words or "cpkit.control.agent" in words
+    }
     sockets = {str(agent.socket_dir) for agent in agents(runtime_dir)}
     ours |= {f"socket {path}" for path in sockets if Path(path).exists()}
     ours |= {f"file {path}" for path in runtime_dir.glob("cpkit/*/connection.json")}
@@ -48,7 +50,7 @@ def leftovers(runtime_dir: Path) -> set[str]:
 
 def agents(runtime_dir: Path) -> Iterator[object]:
     for lock in runtime_dir.glob("cpkit/*/lock"):
-        agent = Place(lock.parent.name).agent()
+        agent = RuntimeDir(lock.parent.name).agent()
         if agent:
             yield agent
 
@@ -90,14 +92,14 @@ def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> 
 def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
     lab = cpkit.connect("agentless", nproc=2)
     workers = pids(lab)
-    connection = Place("agentless").connection()
+    connection = RuntimeDir("agentless").connection()
     assert connection
     next(lab.measure([64], 2))
     os.kill(connection.agent.pid, signal.SIGKILL)
     with pytest.raises(cpkit.WorkersDied, match="agent"):
         deque(lab.measure([64], 2), maxlen=0)
     until(lambda: all(map(gone, workers)), why="the ranks to leave")
-    assert not Place("agentless").connection_file.exists()
+    assert not RuntimeDir("agentless").connection_file.exists()
     lab.close()
 
 
@@ -125,19 +127,19 @@ def test_connection_file_of_dead_workers_is_removed_with_a_word(
     runtime_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lab = cpkit.connect("dead", nproc=1)
-    connection = Place("dead").connection()
+    connection = RuntimeDir("dead").connection()
     assert connection
     # All at once, so that nobody is there to tidy up.
     for pid in (connection.agent.pid, *pids(lab)):
         os.kill(pid, signal.SIGKILL)
     lab.close()
-    until(lambda: not Place("dead").is_held(), why="the lock of a dead agent")
-    assert Place("dead").connection_file.exists()
+    until(lambda: not RuntimeDir("dead").is_held(), why="the lock of a dead agent")
+    assert RuntimeDir("dead").connection_file.exists()
     with pytest.raises(cpkit.NoWorkers):
         cpkit.connect("dead", launch=False)
     assert "its workers" in caplog.text
     assert "are dead" in caplog.text
-    assert not Place("dead").connection_file.exists()
+    assert not RuntimeDir("dead").connection_file.exists()
 
 
 def test_an_interrupt_of_the_notebooks_process_group_spares_the_workers(
@@ -208,7 +210,7 @@ def test_the_script_starts_shows_and_stops(runtime_dir: Path) -> None:
         assert lab.status().log_dir in shown.stdout
     log = script("logs", "--name", "shell", "--lines", "5")
     assert "ready: 2 ranks" in log.stdout
-    place = Place("shell")
+    place = RuntimeDir("shell")
     place.connection_file.chmod(0o644)
     assert "chmod 600" in script("status", "--name", "shell").stderr
     place.connection_file.chmod(0o600)

@@ -11,14 +11,15 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from cpkit.divergence import push_into
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
-from cpkit.notebook import figures, show, style
-from cpkit.notebook.lessons.padding_gathers import ROW_BYTES, written_bytes
-from cpkit.notebook.lessons.symmetric_orders import no_barrier
-from cpkit.notebook.mistakes import Mistake
+from cpkit.notebook import show, style
 from cpkit.notebook.requests import Served
-from cpkit.notebook.schedules import smallest_failure
+from cpkit_lessons import figures
+from cpkit_lessons.divergence import push_into
+from cpkit_lessons.mistakes import Mistake
+from cpkit_lessons.padding_gathers import ROW_BYTES, written_bytes
+from cpkit_lessons.simulate import smallest_failure
+from cpkit_lessons.symmetric_orders import no_barrier
 from tests.drawn import LAYOUT, Padded, sample
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cpkit.notebook import source
-from cpkit.notebook.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, complaints
-from cpkit.notebook.rehearse import main, rehearse
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.notebook_gates import figure_faults, region_faults, rerun_faults
+from tools import source
+from tools.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, complaints
+from tools.rehearse import main, rehearse
 
 COMMITTED = min(NOTEBOOKS.glob("*.ipynb"))
 MEND = "run `make notebooks`"
@@ -31,8 +31,8 @@ MEND = "run `make notebooks`"
 # ----------------------------------------------------------- starter, mutants, solution, answer key
 
 PLANTED = """# %% setup
-from cpkit.notebook.lesson import Lesson
-from cpkit.notebook.verdict import Score, Wrong
+from cpkit_lessons.lesson import Lesson
+from cpkit_lessons.feedback import Score, Wrong
 
 lesson = Lesson("planted")
 lesson.ask("p", "What?", answer=1, why="Because.", wrong={})

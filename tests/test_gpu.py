@@ -94,7 +94,7 @@ def test_ranks(sharing: str, check: str, nproc: int) -> None:
     ],
 )
 def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from cpkit.witness import environment
+    from cpkit.memory.nccl_log import environment
 
     log = tmp_path_factory.getbasetemp() / "nccl.log"
     settings = {
@@ -112,7 +112,7 @@ def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_nccl_with_a_gpu_per_rank(
     check: str, nproc: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from cpkit.witness import environment
+    from cpkit.memory.nccl_log import environment
 
     needs_gpus(nproc)
     log = tmp_path_factory.getbasetemp() / f"nccl-{nproc}.log"

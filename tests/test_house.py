@@ -13,17 +13,41 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 450
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((ROOT / "cpkit").rglob("*.py"))
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for root, package in (
+        (ROOT, "cpkit"),
+        (ROOT / "notebooks" / "lessons", "cpkit_lessons"),
+        (ROOT, "tools"),
+    )
+    for path in sorted((root / package).rglob("*.py"))
 }
+# Lowest first: a module imports only what stands in its own layer or in one before it.
+LAYERS = (
+    ("cpkit.processes", "cpkit.devices", "cpkit.stages"),
+    ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
+    ("cpkit.sync",),
+    ("cpkit.memory.path", "cpkit.memory.collective", "cpkit.memory.nccl_log"),
+    ("cpkit.group",),
+    ("cpkit.kernels", "cpkit.memory"),
+    ("cpkit.symm",),
+    ("cpkit.gather", "cpkit.arguments", "cpkit.into", "cpkit.paths", "cpkit.steps"),
+    ("cpkit.plan", "cpkit.bench", "cpkit.reference"),
+    ("cpkit.control",),
+    ("cpkit.lab",),
+    ("cpkit.notebook",),
+    ("cpkit.worker",),
+    ("cpkit.findings", "cpkit.doctor", "cpkit.doctor_gpu"),
+    ("cpkit", "cpkit.__main__"),
+    ("cpkit_lessons",),
+    ("tools",),
+)
 # Where an import of torch.distributed, or of what uses it, would make a notebook join the job.
-CLIENT_SIDE = ("cpkit.notebook", "cpkit.control.client", "cpkit.lab")
+CLIENT_SIDE = ("cpkit.notebook", "cpkit.control.client", "cpkit.lab.lab")
 RANK_SIDE = (
     "cpkit.group",
     "cpkit.gather",
     "cpkit.symm",
     "cpkit.worker",
-    "cpkit.rank",
     "cpkit.control.server",
 )
 
@@ -64,6 +88,30 @@ def reaches(module: str) -> frozenset[str]:
 def test_imports_have_no_cycle() -> None:
     graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError and names the modules
+
+
+def layer_of(module: str) -> int:
+    """Number of the layer whose longest name contains this module."""
+    named = [
+        (len(name), number)
+        for number, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(named)[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    # `cpkit` itself holds the version, and loads its public names when they are first used.
+    below = imports(module) & MODULES.keys() - {"cpkit"}
+    up = {name for name in below if layer_of(name) > layer_of(module)}
+    assert module == "cpkit" or not up, f"{module} imports {up} from a layer above it"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("cpkit.worker")])
+def test_only_the_workers_import_the_worker(module: str) -> None:
+    assert not any(name.startswith("cpkit.worker") for name in imports(module))
 
 
 def test_layout_knows_nobody() -> None:

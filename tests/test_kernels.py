@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpkit import provenance
-from cpkit import tiles as tiles_module
+from cpkit.kernels import tiles as tiles_module
+from cpkit.kernels.tiles import COLUMNS, WIDE_BYTES, tile_table, unit_bytes
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.steps import as_rows
-from cpkit.tiles import COLUMNS, WIDE_BYTES, tile_table, unit_bytes
 
-kernels = pytest.importorskip("cpkit.kernels", reason="triton is not installed")
+kernels = pytest.importorskip("cpkit.kernels.gather_kernel", reason="triton is not installed")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton compiles here (there is a GPU); the gpu tests run the kernel itself",
@@ -75,7 +75,7 @@ def launch(
 ) -> None:
     import triton.language as tl
 
-    from cpkit.cuda_launch import NARROW
+    from cpkit.kernels.launch import NARROW
 
     words = torch.zeros(kernels.PAGE_WORDS, dtype=torch.int64)
     pages = torch.full((cp_size,), words.data_ptr(), dtype=torch.int64)

@@ -14,7 +14,7 @@ import pytest
 import cpkit
 from cpkit.__main__ import _parser, _workers_for_lab, main
 from cpkit.control.origin import describe
-from cpkit.control.place import Connection
+from cpkit.control.runtime_dir import Connection
 from cpkit.processes import ProcessId, process_id
 from tests.launch import ROOT
 from tests.processes import left_after, processes_with, until

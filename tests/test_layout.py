@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit import provenance, push
+from cpkit import provenance
+from cpkit.kernels import push
+from cpkit.kernels.tiles import tile_table
 from cpkit.layout import (
     STRATEGIES,
     ContextParallelMetadata,
@@ -18,7 +20,6 @@ from cpkit.layout import (
     shard,
 )
 from cpkit.steps import token_order_on
-from cpkit.tiles import tile_table
 
 
 @st.composite

@@ -10,15 +10,18 @@ from unittest import mock
 import pytest
 import torch
 
-from cpkit.notebook import glossary, ledger, tiers, verdict
-from cpkit.notebook.build import NOTEBOOKS, SOURCES
-from cpkit.notebook.lesson import KEY_VARIABLE, Lesson
-from cpkit.notebook.prediction import Prediction
-from cpkit.notebook.verdict import Score, Wrong
+from cpkit_lessons import capabilities as tiers
+from cpkit_lessons import copy_counter as ledger
+from cpkit_lessons import feedback as verdict
+from cpkit_lessons.feedback import Score, Wrong
+from cpkit_lessons.lesson import KEY_VARIABLE, Lesson
+from cpkit_lessons.prediction import Prediction
+from tools import glossary
+from tools.build import NOTEBOOKS, SOURCES
 
 MODULES = {"01": "padding", "02": "symmetric", "03": "performance"}
 LESSONS = {
-    path.stem: importlib.import_module(f"cpkit.notebook.lessons.{MODULES[path.stem[:2]]}").LESSON
+    path.stem: importlib.import_module(f"cpkit_lessons.{MODULES[path.stem[:2]]}").LESSON
     for path in sorted(SOURCES.glob("*.py"))
 }
 PREDICTIONS = [
@@ -207,7 +210,7 @@ def test_the_tier_follows_from_where_the_ranks_are(device, devices, name) -> Non
 
 def test_the_ledger_counts_kernels_and_bytes() -> None:
     x = torch.zeros(10, 4)
-    with ledger.Ledger() as counted:
+    with ledger.CopyCounter() as counted:
         view = x[2:8].reshape(-1)
         out = torch.empty(10, 4)
         assert (counted.kernels, counted.bytes_written) == (0, 0), "views and allocations are free"
@@ -217,7 +220,7 @@ def test_the_ledger_counts_kernels_and_bytes() -> None:
     assert (counted.kernels, counted.bytes_written) == (2, 80 + 320)
     assert counted.passes(x) == 2.5
     assert view.numel() == 24
-    with ledger.Ledger() as counted:
+    with ledger.CopyCounter() as counted:
         out[torch.tensor([1, 2])] = x[:2]
     assert (counted.kernels, counted.bytes_written) == (1, 32), "of a scatter, what it puts"
 

@@ -13,11 +13,12 @@ import pytest
 
 from cpkit.control.messages import Workload
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.notebook import figures, show, style
+from cpkit.notebook import show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.plot import LivePlot
+from cpkit_lessons import figures
 from tests.drawn import LAYOUT, Padded, sample
 from tests.processes import until
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cpkit.notebook import source
-from cpkit.notebook.build import NOTEBOOKS, SOURCES, complaints
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.notebook_gates import RUN_LIMIT_S, figure_faults, region_faults, rerun_faults
+from tools import source
+from tools.build import NOTEBOOKS, SOURCES, complaints
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 EXERCISES = {  # at least

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 import cpkit
-from cpkit.control import launch as launcher
-from cpkit.control.place import Place
+from cpkit.control import launcher
+from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.control.settings import Launch
+from cpkit.control.tied import PARENT_GONE_CODE, tied
 from cpkit.processes import process_id
-from cpkit.tied import PARENT_GONE_CODE, tied
 from tests.processes import processes_with, until
 
 pytestmark = pytest.mark.workers
@@ -41,7 +41,7 @@ class Popen(subprocess.Popen):
 subprocess.Popen = Popen
 """
 THROW_AWAY = """
-from cpkit.notebook.throwaway import throw_away
+from cpkit_lessons.throwaway import throw_away
 throw_away("skips_the_rendezvous", deadline_s=60.0)
 """
 CONNECT = """
@@ -106,7 +106,7 @@ def test_a_start_that_hangs_is_ended_and_says_in_which_step(
     """Agent and ranks are stopped, so that they take no SIGTERM: only SIGKILL ends them."""
     settings = Launch(name="stuck", nproc=2, owner=process_id())
     agent = launcher.start(settings)
-    steps = Place("stuck").steps
+    steps = RuntimeDir("stuck").steps
     until(lambda: {"rank 0", "rank 1"} <= steps().keys(), why=lambda: str(steps()))
     for process in processes_with(MARK, mark):
         process.suspend()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cpkit.path import Place, Where, decide, unsafe_for_nccl, without_windows
+from cpkit.memory.path import BufferLocation, BufferPair, decide, unsafe_for_nccl, without_windows
 
-A, B = Where(0, 256), Where(0, 512)
-ORDINARY = Where(other="ordinary memory", fault="unregistered")
-FOREIGN = Where(other="in the pool of another group", fault="foreign")
+A, B = BufferLocation(0, 256), BufferLocation(0, 512)
+ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
+FOREIGN = BufferLocation(other="in the pool of another group", fault="foreign")
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,13 @@ FOREIGN = Where(other="in the pool of another group", fault="foreign")
         ([A, A], [B, ORDINARY], "staged", "recv of rank 1 is ordinary memory"),
         ([A, ORDINARY], [B, ORDINARY], "fallback", "recv of rank 1"),
         ([A, B], [A, B], "fallback", "different segments/offsets"),
-        ([A, A], [A, Where(1, 256)], "staged", "rank 0: 0/256, rank 1: 1/256"),
+        ([A, A], [A, BufferLocation(1, 256)], "staged", "rank 0: 0/256, rank 1: 1/256"),
     ],
 )
-def test_paths(send: list[Where], recv: list[Where], path: str, words: str) -> None:
-    places = [Place(s, r) for s, r in zip(send, recv, strict=True)]
+def test_paths(
+    send: list[BufferLocation], recv: list[BufferLocation], path: str, words: str
+) -> None:
+    places = [BufferPair(s, r) for s, r in zip(send, recv, strict=True)]
     reports = [decide(places, rank) for rank in (0, 1)]
     assert {report.path for report in reports} == {path}
     assert words in reports[0].reason
@@ -43,12 +45,12 @@ def test_paths(send: list[Where], recv: list[Where], path: str, words: str) -> N
         ("2.30.7", ORDINARY, "symmetric"),
     ],
 )
-def test_nccls_rule_is_a_table_of_versions(version: str, send: Where, path: str) -> None:
-    report = decide([Place(send, B), Place(send, B)], 1, f"nccl {version}")
+def test_nccls_rule_is_a_table_of_versions(version: str, send: BufferLocation, path: str) -> None:
+    report = decide([BufferPair(send, B), BufferPair(send, B)], 1, f"nccl {version}")
     assert report.path == path
     assert report.reason.startswith(f"NCCL {version}: ")
     # Without a symmetric receive buffer no version helps, and nobody pulls.
-    assert decide([Place(A, ORDINARY)] * 2, 0, f"nccl {version}").path == "fallback"
+    assert decide([BufferPair(A, ORDINARY)] * 2, 0, f"nccl {version}").path == "fallback"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +70,9 @@ def test_nccls_rule_is_a_table_of_versions(version: str, send: Where, path: str)
     ],
 )
 def test_nccl_is_not_given_what_it_would_store_to_the_wrong_place(
-    send: list[Where], recv: list[Where], unsafe: tuple[bool, bool]
+    send: list[BufferLocation], recv: list[BufferLocation], unsafe: tuple[bool, bool]
 ) -> None:
-    places = [Place(s, r) for s, r in zip(send, recv, strict=True)]
+    places = [BufferPair(s, r) for s, r in zip(send, recv, strict=True)]
     assert unsafe_for_nccl(places) == unsafe
     if unsafe[1]:
         report = decide(places, 0, "nccl 2.30.7")
@@ -79,40 +81,45 @@ def test_nccl_is_not_given_what_it_would_store_to_the_wrong_place(
 
 
 def test_the_send_buffers_offset_is_free_for_nccl() -> None:
-    places = [Place(A, B), Place(B, B)]
+    places = [BufferPair(A, B), BufferPair(B, B)]
     assert decide(places, 0, "nccl 2.28.9").path == "symmetric"
-    places = [Place(A, A), Place(A, B)]
+    places = [BufferPair(A, A), BufferPair(A, B)]
     assert decide(places, 0, "nccl 2.28.9").path == "fallback"
 
 
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        ([Where(other="ordinary memory", fault="unregistered")] * 2, "SGLang #37337"),
-        ([Where(other="in the pool of another group", fault="foreign")] * 2, "SGLang #19329"),
+        ([BufferLocation(other="ordinary memory", fault="unregistered")] * 2, "SGLang #37337"),
+        (
+            [BufferLocation(other="in the pool of another group", fault="foreign")] * 2,
+            "SGLang #19329",
+        ),
         ([A, B], "pytorch#178138"),
     ],
 )
-def test_every_way_to_fail_has_its_remedy_and_number(where: list[Where], number: str) -> None:
-    report = decide([Place(A, place) for place in where], 0, "nccl 2.29.7")
+def test_every_way_to_fail_has_its_remedy_and_number(
+    where: list[BufferLocation], number: str
+) -> None:
+    report = decide([BufferPair(A, place) for place in where], 0, "nccl 2.29.7")
     assert number in report.reason
 
 
 def test_the_race_of_some_versions_is_named() -> None:
     for version, racy in (("2.27.7", False), ("2.28.9", True), ("2.30.4", True), ("2.30.7", False)):
-        reason = decide([Place(A, B)], 0, f"nccl {version}").reason
+        reason = decide([BufferPair(A, B)], 0, f"nccl {version}").reason
         assert ("sglang#37768" in reason) is racy
 
 
 def test_a_transport_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="it must be 'posix', 'cuda', or NCCL"):
-        decide([Place(A, B)], 0, "nccl")
+        decide([BufferPair(A, B)], 0, "nccl")
 
 
 def test_memory_that_nccl_does_not_know_is_no_symmetric_path() -> None:
-    symmetric = decide([Place(A, B)], 0, "nccl 2.30.7")
+    symmetric = decide([BufferPair(A, B)], 0, "nccl 2.30.7")
     assert without_windows(symmetric, "") == symmetric
     report = without_windows(symmetric, "NCCL did not register the pool")
     assert (report.path, report.reason) == ("fallback", "NCCL did not register the pool")
-    fallback = decide([Place(A, ORDINARY)], 0, "nccl 2.30.7")
+    fallback = decide([BufferPair(A, ORDINARY)], 0, "nccl 2.30.7")
     assert without_windows(fallback, "NCCL did not register the pool") == fallback

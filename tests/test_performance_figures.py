@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cpkit.clock_lab import Clocked
 from cpkit.control.messages import Array, ClockResult, Workload
-from cpkit.notebook import figures, published, recordings, report, style
-from cpkit.notebook.lessons import performance
-from cpkit.notebook.mistakes import Mistake, noisy_neighbour
+from cpkit.lab.clock import Clocked
+from cpkit.notebook import style
+from cpkit_lessons import figures, performance, published, recordings, report
+from cpkit_lessons.mistakes import Mistake, noisy_neighbour
 
 SIZES = (1 << 16, 1 << 20, 1 << 24)
 LIGHT = {size: 1.0 + size * 1e-4 for size in SIZES}

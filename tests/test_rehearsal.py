@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cpkit.notebook.build import SOURCES
-from cpkit.notebook.rehearse import Outcome, rehearse
-from cpkit.notebook.source import read
+from tools.build import SOURCES
+from tools.rehearse import StepResult, rehearse
+from tools.source import read
 
 pytestmark = [
     pytest.mark.workers,
@@ -26,7 +26,7 @@ each_source = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 @functools.cache
-def rehearsed(path: Path) -> tuple[list[Outcome], list[str]]:
+def rehearsed(path: Path) -> tuple[list[StepResult], list[str]]:
     return rehearse(path)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from cpkit.notebook import schedules
-from cpkit.notebook.lessons.symmetric_orders import (
+from cpkit_lessons import simulate as schedules
+from cpkit_lessons.programs import MAX_STEPS, BadProgram, Program, Rank, Run
+from cpkit_lessons.symmetric_orders import (
     held_up,
     no_barrier,
     one_barrier,
     two_barriers,
     with_signals,
 )
-from cpkit.notebook.programs import MAX_STEPS, BadProgram, Program, Rank, Run
 
 RIGHT = {"barriers": two_barriers, "signals": with_signals}
 

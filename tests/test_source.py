@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cpkit.notebook import source
-from cpkit.notebook.build import SOURCES
+from tools import source
+from tools.build import SOURCES
 
 TEXT = '''# %% e1-task [markdown]
 # ### Exercise 1 · Add

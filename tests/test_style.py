@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from cpkit.notebook import figures, show, style
+from cpkit.notebook import show, style
+from cpkit_lessons import figures
 from tests.drawn import LAYOUT
 
 

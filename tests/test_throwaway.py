@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cpkit import failures
-from cpkit.notebook import throwaway
-from cpkit.notebook.throwaway import CASES, SYMPTOMS, PostMortem, throw_away
+from cpkit_lessons import faults as failures
+from cpkit_lessons import throwaway
+from cpkit_lessons.throwaway import CASES, SYMPTOMS, PostMortem, throw_away
 from tests.processes import LIMIT_S, left_after, processes_with
 
 pytestmark = pytest.mark.workers
@@ -43,7 +43,7 @@ def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def left_behind(home: Path) -> list[str]:
     processes = processes_with("CPKIT_SHM_DIR", home / "shm").values()
     segments = [str(path) for path in (home / "shm").iterdir()]
-    return segments + [words for words in processes if "cpkit.failures" in words]
+    return segments + [words for words in processes if "cpkit_lessons.faults" in words]
 
 
 def test_both_sides_know_the_same_cases() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cpkit.witness import Selections, count, count_file, environment
+from cpkit.memory.nccl_log import Selections, count, count_file, environment
 
 _SAID = (
     "AllGather: 1048576 Bytes -> Algo RING proto SIMPLE channel{Lo..Hi}={0..15}",

@@ -1,7 +1,7 @@
 """The agent: torchrun in a process of its own session, which tidies up and says who died of what.
 
 It holds the lock of its name for as long as it lives. `python -m cpkit.control.agent <settings>` is
-started by `cpkit.control.launch`.
+started by `cpkit.control.launcher`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import msgspec
 import zmq
 
 from cpkit.control import mps
+from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
-from cpkit.control.obituary import describe_exit, last_lines
-from cpkit.control.place import (
+from cpkit.control.runtime_dir import (
     NAME_TAKEN_CODE,
     SOCKET_DIR_PREFIX,
     Agent,
     Death,
     NameTaken,
-    Place,
     PostMortem,
+    RuntimeDir,
     remove_socket_dir,
     write_private,
 )
@@ -50,7 +50,7 @@ _log = logging.getLogger("cpkit.agent")
 def main(arguments: list[str]) -> int:
     """Run one set of workers to its end; the exit code."""
     launch = from_json(arguments[0])
-    place = Place(launch.place_name)
+    place = RuntimeDir(launch.place_name)
     try:
         lock = place.hold()
     except NameTaken as taken:
@@ -92,7 +92,7 @@ def _end_with(owner: ProcessId) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
+def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
     """What `torchrun` would be called with."""
     if launch.nnodes == 1:
         meeting = ["--standalone", "--local-addr=127.0.0.1"]
@@ -112,11 +112,11 @@ def torchrun_arguments(launch: Launch, place: Place) -> list[str]:
         f"--log-dir={place.log_dir}",
         "--redirects=3",
         "--module",
-        "cpkit.rank",
+        "cpkit.worker.rank",
     ]
 
 
-def _run(launch: Launch, place: Place) -> PostMortem:
+def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
     """torchrun, from start to end, with the reason of its end."""
     place.note_step("agent", "importing torch")
     from torch.distributed import run as torchrun
@@ -168,7 +168,7 @@ def _prepare_environment(launch: Launch) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _start_afresh(place: Place) -> None:
+def _start_afresh(place: RuntimeDir) -> None:
     """Remove what a killed agent left; keep the last logs beside the new ones."""
     if place.agent_log.exists():
         os.truncate(place.agent_log, 0)
@@ -183,7 +183,7 @@ def _start_afresh(place: Place) -> None:
 
 def _reap_segments() -> None:
     """Ranks that were killed while the pool grew could not remove their files."""
-    from cpkit.shm import reap_dead_files
+    from cpkit.sync.shm import reap_dead_files
 
     with contextlib.suppress(OSError):
         reap_dead_files()
@@ -205,7 +205,7 @@ def _introduce(lock: int, socket_dir: str) -> None:
     os.pwrite(lock, msgspec.json.encode(agent), 0)
 
 
-def _post_mortem(failed: ChildFailedError, place: Place) -> PostMortem:
+def _post_mortem(failed: ChildFailedError, place: RuntimeDir) -> PostMortem:
     deaths = [_death(rank, failure, place) for rank, failure in failed.failures.items()]
     deaths.sort(key=_was_consequence)
     first = deaths[0]
@@ -217,7 +217,7 @@ def _was_consequence(death: Death) -> bool:
     return death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
 
 
-def _death(rank: int, failure: Any, place: Place) -> Death:
+def _death(rank: int, failure: Any, place: RuntimeDir) -> Death:
     logs = sorted(place.log_dir.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"))
     newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
     lines = last_lines(str(newest)) if newest else ()

@@ -19,7 +19,6 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from cpkit.control.bell import Bell
 from cpkit.control.errors import (
     BadRequest,
     Cancelled,
@@ -28,6 +27,7 @@ from cpkit.control.errors import (
     RequestFailed,
     WorkersBusy,
 )
+from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -44,8 +44,8 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
-from cpkit.control.obituary import obituary
-from cpkit.control.place import Connection, Place
+from cpkit.control.runtime_dir import Connection, RuntimeDir
+from cpkit.control.waker import Waker
 
 if TYPE_CHECKING:
     from typing import Self
@@ -74,13 +74,13 @@ class Client:
             )
         self.connection = connection
         self.on_wait: Callable[[int], None] | None = None
-        self._place = Place(connection.name)
+        self._place = RuntimeDir(connection.name)
         self._lock = threading.Lock()
         self._waiting: dict[str, Answers] = {}
         self._outbox: deque[bytes] = deque()
         self._broken: ControlError | None = None
         self._closing = False
-        self._bell = Bell()
+        self._bell = Waker()
         self._context = zmq.Context()
         self._dealer = _dealer(self._context, connection)
         self._doorman = self._dealer.get_monitor_socket(_REFUSED | _NO_HANDSHAKE)
@@ -225,7 +225,7 @@ class Client:
         )
 
     def _look_for_deaths(self) -> None:
-        death = obituary(self._place, self.connection)
+        death = exit_report(self._place, self.connection)
         if death:
             self._break(death)
 

@@ -10,7 +10,7 @@ from pathlib import PurePath
 import psutil
 
 from cpkit.control.errors import ControlError
-from cpkit.control.place import Connection, Place
+from cpkit.control.runtime_dir import Connection, RuntimeDir
 from cpkit.processes import ProcessId, process_id
 
 _COMMAND_CHARS = 80  # of a command line in a message
@@ -27,7 +27,7 @@ def describe(connection: Connection) -> str:
     return f"{ranks}, started by {_process_words(connection.owner)}; they end with it"
 
 
-def describe_place(place: Place) -> str:
+def describe_place(place: RuntimeDir) -> str:
     """Return the same for the workers that hold a name, which may still be starting."""
     try:
         connection = place.connection()

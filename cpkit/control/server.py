@@ -19,7 +19,6 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
-from cpkit.control.bell import Bell
 from cpkit.control.complaints import in_words
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
@@ -39,7 +38,8 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
-from cpkit.control.turns import Job, Turns
+from cpkit.control.queue import Job, JobQueue
+from cpkit.control.waker import Waker
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 _MAX_WAITING = 64
@@ -61,12 +61,12 @@ class Server:
         client_public_key: bytes,
         status: Callable[[int], StatusResult],
     ) -> None:
-        self.turns = Turns()
+        self.turns = JobQueue()
         self._status = status
         self._client_key = client_public_key
         self._numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
-        self._bell = Bell()
+        self._bell = Waker()
         self._closing = False
         self._context = zmq.Context()
         self._zap = self._context.socket(zmq.REP)

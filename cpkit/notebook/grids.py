@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from cpkit.lab.results import Gathered
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
-from cpkit.results import Gathered
 
 Ints = npt.NDArray[np.int64]
 RANK = 1  # column of the decoded provenance

@@ -10,8 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from cpkit.lab.pool import PoolLab
 from cpkit.notebook import style
-from cpkit.pool_lab import PoolLab
 
 MB = 1_000_000
 

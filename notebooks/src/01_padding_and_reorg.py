@@ -23,10 +23,10 @@
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
-from cpkit.notebook import tiers
+from cpkit_lessons import capabilities
 
 lab = cpkit.connect()
-print(tiers.describe(lab.status()))
+print(capabilities.describe(lab.status()))
 
 # %% connect-text [markdown]
 # That found running worker processes, or started them with `torchrun`. This notebook is not one of them: it
@@ -35,8 +35,8 @@ print(tiers.describe(lab.status()))
 # %% setup
 import torch
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.notebook import figures
-from cpkit.notebook.lessons import padding as lesson
+from cpkit_lessons import figures
+from cpkit_lessons import padding as lesson
 
 cp = max(size for size in lab.cp_sizes if size <= 4)
 assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"

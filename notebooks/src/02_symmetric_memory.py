@@ -18,16 +18,16 @@
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
-from cpkit.notebook import tiers
+from cpkit_lessons import capabilities
 
 lab = cpkit.connect()
-print(tiers.describe(lab.status()))
+print(capabilities.describe(lab.status()))
 
 # %% setup
 import pandas as pd
-from cpkit.notebook import figures
-from cpkit.notebook.lessons import symmetric as lesson
-from cpkit.notebook.schedules import smallest_failure
+from cpkit_lessons import figures
+from cpkit_lessons import symmetric as lesson
+from cpkit_lessons.simulate import smallest_failure
 
 cp = max(size for size in lab.cp_sizes if size <= 4)
 assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
@@ -568,7 +568,7 @@ assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
 # next gather buffer is made.
 
 # %% diverge
-from cpkit.divergence import push_into
+from cpkit_lessons.divergence import push_into
 
 early = [("alloc", "old", 8), ("alloc", "kv", 4), ("free", "old", 0)]
 late = [("alloc", "old", 8), ("alloc", "kv", 4)]
@@ -673,7 +673,7 @@ lesson.predict("recv", ...)
 lesson.version_table()
 
 # %% versions-text [markdown]
-# From `cpkit.path`, read out of NCCL's sources at these tags (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no
+# From `cpkit.memory.path`, read out of NCCL's sources at these tags (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no
 # symmetric kernels. The change came with 2.29.2: from there on only the receive buffer counts. So "both buffers must be
 # registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. Our own ranks push: they need the
 # receive buffer, and a symmetric send buffer only saves the copy that pads.
@@ -789,9 +789,13 @@ def fast_path(version, group, send, recv):
 # copy that pads is gone as well: sglang#37337's remedy for `interleave`.
 
 # %% recv-reveal
-from cpkit.path import Place, Where, decide
+from cpkit.memory.path import BufferPair, BufferLocation, decide
 
-places = [Place(Where(other="ordinary memory", fault="unregistered"), Where(0, 4096))] * 2
+places = [
+    BufferPair(
+        BufferLocation(other="ordinary memory", fault="unregistered"), BufferLocation(0, 4096)
+    )
+] * 2
 path = decide(places, 0, "nccl 2.28.9").path
 lesson.reveal("recv", path)
 
@@ -807,7 +811,7 @@ lesson.reveal("recv", path)
 # - `silently wrong`: no error, and rows that are wrong.
 
 # %% lab
-from cpkit.notebook.throwaway import CASES, throw_away
+from cpkit_lessons.throwaway import CASES, throw_away
 
 cards = {}
 

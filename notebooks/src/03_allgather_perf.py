@@ -16,17 +16,17 @@
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
-from cpkit.notebook import tiers
+from cpkit_lessons import capabilities
 
 lab = cpkit.connect()
-print(tiers.describe(lab.status()))
+print(capabilities.describe(lab.status()))
 
 # %% setup
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from cpkit.notebook import figures
-from cpkit.notebook.lessons import performance as lesson
+from cpkit_lessons import figures
+from cpkit_lessons import performance as lesson
 
 cp = max(size for size in lab.cp_sizes if size <= 4)
 assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
@@ -254,7 +254,7 @@ lesson.reveal("late", unfair.median_us("direct") / 1000)
 lesson.predict("damage", ...)
 
 # %% mistakes-1 tags=["nbval-ignore-output"] budget_s=60
-from cpkit.notebook.mistakes import Mistake, noisy_neighbour
+from cpkit_lessons.mistakes import Mistake, noisy_neighbour
 
 tokens = 4096
 lab.pool.configure(1 << 20, cp)  # a small arena: the first gather must make a new segment
@@ -730,7 +730,7 @@ lesson.reveal("padding", carried["64 × 9"] / sum(batches["64 × 9"]))
 lesson.predict("stops", ...)
 
 # %% stops
-from cpkit.notebook.published import SYMMETRIC
+from cpkit_lessons.published import SYMMETRIC
 
 ring = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.before_us)
 symmetric = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.after_us)
@@ -847,7 +847,7 @@ print(f"{sample.time_us:.0f} µs, busbw {sample.busbw_gbps:.2f} GB/s, path {samp
 # %% s11 [markdown]
 # ## 11. Beyond one machine, by the model
 #
-# Nobody here has 72 GPUs. `cpkit.cost_presets` has such machines as models: time = start + what each GPU must receive / rate.
+# Nobody here has 72 GPUs. `cpkit_lessons.cost_presets` has such machines as models: time = start + what each GPU must receive / rate.
 # Between nodes, every GPU's network card brings in its share of the other node's rows while NVLink spreads them; the slower
 # of the two ways counts. **All of this is modelled: no number of this section was measured here.** Each is printed below with its
 # source, or with the word "assumed".
@@ -856,7 +856,7 @@ print(f"{sample.time_us:.0f} µs, busbw {sample.busbw_gbps:.2f} GB/s, path {samp
 lesson.predict("nodes", ...)
 
 # %% nodes-sources
-from cpkit.cost_presets import PRESETS
+from cpkit_lessons.cost_presets import PRESETS
 
 for name, machine in PRESETS.items():
     network = f", network {machine.network_gbps:.0f} GB/s a GPU" if machine.network_gbps else ""
@@ -901,7 +901,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # your sweep. Open marks are recorded, filled ones are yours.
 
 # %% recorded tags=["nbval-ignore-output"]
-from cpkit.notebook import recordings
+from cpkit_lessons import recordings
 
 known = recordings.read()
 print(recordings.describe(known))
@@ -930,7 +930,7 @@ with cpkit.connect(nproc={lab.world_size}) as lab:
 print(repeat)
 
 # %% report tags=["nbval-ignore-output"] budget_s=60
-from cpkit.notebook import report
+from cpkit_lessons import report
 
 results = {
     "alpha_us": alpha_us,

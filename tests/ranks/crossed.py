@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from cpkit import provenance, steps
-from cpkit.board import CallsDiffer
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata, shard
 from cpkit.plan import plan_gather_kv
+from cpkit.sync.barrier import CallsDiffer
 from tests.ranks.mutants import planted
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from cpkit import cuda_launch, provenance
-from cpkit.board import BarrierTimeout
+from cpkit import provenance
 from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
 from cpkit.group import CPGroup
+from cpkit.kernels import launch as cuda_launch
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
+from cpkit.sync.barrier import BarrierTimeout
 from tests.ranks.device import OWN_GPU, path_by_table, world_group
 from tests.ranks.errors import error_of
 

@@ -6,14 +6,15 @@ import gc
 
 import torch
 
-from cpkit import cuda_push, provenance
+from cpkit import provenance
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup
-from cpkit.kernels import gather_kernel
+from cpkit.kernels import cuda_push
+from cpkit.kernels.gather_kernel import gather_kernel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.offers import SymmetricMemoryError
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
+from cpkit.sync.offers import SymmetricMemoryError
 from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
 from tests.ranks.device import OWN_GPU, world_group
 from tests.ranks.errors import error_of

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from cpkit import provenance
 from cpkit.devices import loaded_nccl_version
 from cpkit.group import CPGroup, init_context_parallel
-from cpkit.path import nccl_rule
-from cpkit.pool import SymmetricPool
+from cpkit.memory.path import nccl_rule
+from cpkit.memory.pool import SymmetricPool
 from cpkit.symm import symmetric_pool
 
 DEVICE = os.environ.get("CPKIT_TEST_DEVICE", "cpu")

@@ -294,7 +294,7 @@ def fast_push() -> Callable[..., None]:
     """The device's own."""
     if DEVICE == "cpu":
         return steps.push_all
-    from cpkit.cuda_push import push_all
+    from cpkit.kernels.cuda_push import push_all
 
     return push_all
 

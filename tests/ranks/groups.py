@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from cpkit import provenance
-from cpkit.board import BarrierTimeout
 from cpkit.gather import (
     all_gather_kv,
     cp_all_gather_reorganized_into_tensor_kv_cache,
@@ -17,8 +16,9 @@ from cpkit.gather import (
 )
 from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata, shard
-from cpkit.rendezvous import RendezvousTimeout
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
+from cpkit.sync.barrier import BarrierTimeout
+from cpkit.sync.exchange import ExchangeTimeout
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
@@ -152,7 +152,7 @@ def check_a_rank_that_never_comes_is_named() -> None:
                 raise AssertionError("the barrier did not wait for rank 3")
             try:
                 group.rendezvous.exchange(b"", "grow the symmetric pool")
-            except RendezvousTimeout as error:
+            except ExchangeTimeout as error:
                 assert "rank(s) 3 to grow the symmetric pool" in str(error)  # noqa: PT017
             else:
                 raise AssertionError("the rendezvous did not wait for rank 3")

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from cpkit import provenance, steps
-from cpkit.board import Board
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.symm import symmetric_pool
+from cpkit.sync.barrier import ShmBarrier
 from tests.ranks.device import world_group
 
 
@@ -128,15 +128,15 @@ def check_a_round_that_was_not_sent() -> None:
 
 
 def check_a_barrier_that_lets_everybody_through() -> None:
-    """Board.barrier itself is broken: notes are read before they are pinned."""
+    """ShmBarrier.barrier itself is broken: notes are read before they are pinned."""
 
-    def through(real: Any, board: Board, call: int) -> None:
+    def through(real: Any, board: ShmBarrier, call: int) -> None:
         board._turn += 1
 
     group = world_group()
     if group.rank == 0:
         time.sleep(0.2)
-    with planted(Board, "barrier", through):
+    with planted(ShmBarrier, "barrier", through):
         notes = group.exchange(b"here %d" % group.rank)
     wrong = notes != [b"here %d" % rank for rank in range(group.size)]
     found = torch.tensor(int(wrong))

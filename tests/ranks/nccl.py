@@ -13,9 +13,9 @@ from cpkit import provenance
 from cpkit.devices import loaded_nccl_version
 from cpkit.gather import ALGORITHMS, all_gather_kv, last_path
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
-from cpkit.path import nccl_rule
+from cpkit.memory.nccl_log import count_file
+from cpkit.memory.path import nccl_rule
 from cpkit.symm import explain_path, use_symmetric_memory
-from cpkit.witness import count_file
 from tests.ranks.device import world_group
 
 
@@ -53,7 +53,7 @@ def check_the_path_is_that_of_this_nccls_version() -> None:
 
 
 def check_the_witness_counts_what_nccl_selected() -> None:
-    """Over sockets NCCL has no symmetric kernels, whatever is registered: the witness says so."""
+    """Over sockets NCCL has no symmetric kernels, whatever is registered: NCCL's log says so."""
     group = world_group()
     if group.rank == 0:
         log = Path(os.environ["NCCL_DEBUG_FILE"].removesuffix(".%p"))

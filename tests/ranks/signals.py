@@ -7,11 +7,12 @@ import time
 
 import torch
 
-from cpkit import provenance, shm_backend
-from cpkit.board import BarrierTimeout
+from cpkit import provenance
 from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.memory import posix as shm_backend
 from cpkit.symm import put_signal, use_symmetric_memory, wait_signal
+from cpkit.sync.barrier import BarrierTimeout
 from tests.ranks.device import DEVICE, finish, pool_of, shard_rows, world_group
 from tests.ranks.errors import error_of
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cpkit.arena import MAX_BLOCKS
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.shm import free_bytes, reap_dead_files, shm_dir
+from cpkit.memory.allocator import MAX_BLOCKS
 from cpkit.symm import (
     SymmetricMemoryError,
     SymmetricPool,
@@ -26,6 +25,7 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
+from cpkit.sync.shm import free_bytes, reap_dead_files, shm_dir
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
@@ -112,7 +112,7 @@ def check_allocations_that_differ_are_an_error_not_corruption() -> None:
     with use_symmetric_memory(group):
         torch.empty(size, dtype=torch.uint8)
     try:
-        group.transports["cpu"].meet("anything")
+        group.pools["cpu"].meet("anything")
     except SymmetricMemoryError as error:
         said = str(error)
     assert "rank 0: [4096]" in said
@@ -177,7 +177,7 @@ def check_files_of_killed_processes_are_reaped() -> None:
     if dist.get_rank() == 0:
         directory = mkdtemp()
         os.environ["CPKIT_SHM_DIR"] = directory
-        code = "import os, cpkit.shm as s; s._create(4096, 1); os.kill(os.getpid(), 9)"
+        code = "import os, cpkit.sync.shm as s; s._create(4096, 1); os.kill(os.getpid(), 9)"
         subprocess.run([sys.executable, "-c", code], check=False)
         left = list(Path(directory).iterdir())
         assert len(left) == 1

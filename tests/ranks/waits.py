@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
-from cpkit.board import Board
 from cpkit.group import CPGroup
+from cpkit.sync.barrier import ShmBarrier
 from tests.ranks.device import world_group
 
 WAYS = ((0, 64, True), (500, 256, False), (0, 1, True), (0, 1, False))
 LATE_S = 1.0
 
 
-def group_and_board() -> tuple[CPGroup, Board]:
+def group_and_board() -> tuple[CPGroup, ShmBarrier]:
     group = world_group()
     assert group.board is not None
     return group, group.board
@@ -44,7 +44,7 @@ def check_a_long_wait_leaves_the_core_alone() -> None:
 
 
 def check_the_way_follows_from_ranks_and_cores() -> None:
-    from cpkit.board import cores
+    from cpkit.sync.barrier import cores
 
     group, board = group_and_board()
     assert board._crowded == (group.size > cores())

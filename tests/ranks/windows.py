@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from cpkit import pool as pool_module
 from cpkit import provenance
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.memory import pool as pool_module
+from cpkit.memory.nccl_log import count_file
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
-from cpkit.witness import count_file
 from tests.ranks.device import path_by_table, world_group
 from tests.ranks.mutants import planted
 
@@ -190,4 +190,4 @@ def check_without_the_copy_the_rows_are_wrong() -> None:
             wrong = True
         else:
             wrong = False
-    assert wrong, "NCCL has become safe: see cpkit.path.unsafe_for_nccl"
+    assert wrong, "NCCL has become safe: see cpkit.memory.path.unsafe_for_nccl"

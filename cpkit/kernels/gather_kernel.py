@@ -1,0 +1,297 @@
+"""The Triton kernel of `direct` on CUDA: read each tile once, store it at its final place in every
+peer's output, with the ranks' entry and exit synchronization inside.
+
+    rank 0   signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
+    rank 1      signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
+                               ↑ every peer's output is free                          all rows have
+                                                                                      landed ↑
+
+Without tiles it is only an entry or only an exit, of one block (see cpkit.kernels.launch).
+
+Each rank has a page of words in symmetric memory (see the constants below). The words of entry and
+exit count gathers (*epochs*) and only grow, so that peers never wait for a reset, and a captured
+graph can be replayed: the kernel itself reads the last epoch and counts on.
+
+Memory ordering is PTX's: the stores of a block come before its barrier, before the release of its
+arrival, before the release (system scope) of the exit signal that a peer acquires.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ENTRY, EXIT, EPOCH, ARRIVED, TICKET, BROKEN = 0, 128, 256, 257, 258, 259
+PAGE_WORDS = 512
+MAX_RANKS = 128
+
+_ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
+_EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
+_TICKET, _BROKEN = tl.constexpr(TICKET), tl.constexpr(BROKEN)
+
+_SIGNAL = """
+{
+  .reg .pred %p<1>;
+  setp.ne.s32 %p0, $3, 0;
+  @%p0 st.release.sys.global.b64 [$1], $2;
+  mov.u32 $0, 0;
+}
+"""
+# Spins until the word at $1 has reached $2; $0 is 1 when that took longer than $3 nanoseconds.
+_WAIT = """
+{
+  .reg .pred %p<2>;
+  .reg .b64 %v, %start, %now;
+  mov.u32 $0, 0;
+  setp.eq.s32 %p0, $4, 0;
+  @%p0 bra done;
+  mov.u64 %start, %globaltimer;
+poll:
+  ld.acquire.sys.global.b64 %v, [$1];
+  setp.ge.s64 %p0, %v, $2;
+  @%p0 bra done;
+  mov.u64 %now, %globaltimer;
+  sub.s64 %now, %now, %start;
+  setp.lt.s64 %p1, %now, $3;
+  @%p1 bra poll;
+  mov.u32 $0, 1;
+done:
+}
+"""
+_SIGNAL_ASM, _WAIT_ASM = tl.constexpr(_SIGNAL), tl.constexpr(_WAIT)
+
+
+@triton.jit
+def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
+    """Store `epoch` into word `word` of every rank's page, after all that this block did before."""
+    lanes = tl.arange(0, THREADS)
+    active = lanes < CP
+    page = tl.load(pages + lanes, mask=active, other=0)
+    tl.debug_barrier()
+    tl.inline_asm_elementwise(
+        _SIGNAL_ASM,
+        "=r,l,l,r",
+        [page + word * 8, tl.full([THREADS], 0, tl.int64) + epoch, active.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
+    """Wait until every peer has stored `epoch`; one past the last rank that did not, or 0."""
+    lanes = tl.arange(0, THREADS)
+    active = lanes < CP
+    late = tl.inline_asm_elementwise(
+        _WAIT_ASM,
+        "=r,l,l,l,r",
+        [
+            words.to(tl.int64) + (word + lanes) * 8,
+            tl.full([THREADS], 0, tl.int64) + epoch,
+            tl.full([THREADS], 0, tl.int64) + timeout_ns,
+            active.to(tl.int32),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    worst = tl.max(late * (lanes + 1), axis=0)
+    tl.debug_barrier()
+    return worst
+
+
+@triton.jit
+def _select(values, number, COUNT: tl.constexpr):
+    """values[number], for a number that is known at run time only."""
+    chosen = values[0].to(tl.int64)
+    for k in tl.static_range(1, COUNT):
+        chosen = tl.where(number == k, values[k].to(tl.int64), chosen)
+    return chosen
+
+
+@triton.jit
+def _pointer(address, WORD: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """An address as a pointer that the compiler knows to be aligned, so that it moves vectors."""
+    return tl.multiple_of(address.to(tl.pointer_type(WORD)), ALIGNMENT)
+
+
+@triton.jit
+def _copy_tile(
+    source,
+    bases,
+    offset,
+    slots,
+    tile,
+    rank,
+    is_mapped,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORD: tl.constexpr,
+    BYTES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One tile: BLOCK words into registers, and from there to every peer, starting at the next."""
+    run, first, count = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
+    token, step, row_units = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+    i = tl.arange(0, BLOCK)
+    inside = i < tl.multiple_of(count.to(tl.int32), VECTOR)
+    words = tl.load(
+        _pointer(source + (run + first) * BYTES, WORD, VECTOR * BYTES) + i,
+        mask=inside,
+    )
+    if is_mapped:
+        position = first.to(tl.int32) + i
+        row = position // row_units.to(tl.int32)
+        column = position - row * row_units.to(tl.int32)
+        place = token + row.to(tl.int64) * step
+        if SLOTS:
+            place = tl.load(slots + place, mask=inside, other=-1)
+            inside = inside & (place >= 0)
+        target = place * row_units + column
+        target = tl.max_contiguous(tl.multiple_of(target, VECTOR), VECTOR)
+        inside = tl.max_constancy(inside, VECTOR)
+        for turn in tl.static_range(CP):
+            base = tl.load(bases + (rank + 1 + turn) % CP) + offset
+            tl.store(
+                _pointer(base, WORD, VECTOR * BYTES) + target,
+                words,
+                mask=inside,
+                cache_modifier=".cs",
+            )
+    else:
+        shift = (token * row_units + first) * BYTES + offset
+        for turn in tl.static_range(CP):
+            base = tl.load(bases + (rank + 1 + turn) % CP) + shift
+            tl.store(
+                _pointer(base, WORD, VECTOR * BYTES) + i, words, mask=inside, cache_modifier=".cs"
+            )
+
+
+@triton.jit
+def _copy_tiles(
+    sources,
+    targets,
+    bases,
+    slots,
+    tiles,
+    n_tiles,
+    ticket,
+    rank,
+    TENSORS: tl.constexpr,
+    CP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NARROW: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Tile after tile, each taken by the block that is free next.
+
+    So the blocks of a rank stay close together in its memory, which the memory rewards: with every
+    n-th tile for each of n blocks they drift apart, and the same copies take 8 % longer (H200).
+    """
+    number = tl.program_id(0)
+    while number < n_tiles:
+        tile = tiles + number * 8
+        kind, tensor = tl.load(tile), tl.load(tile + 1)
+        source = _select(sources, tensor, TENSORS)
+        table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
+        offset = _select(targets, tensor, TENSORS) - tl.load(table + rank)
+        if kind < 2:
+            _copy_tile(
+                source, table, offset, slots, tile, rank, kind == 1,
+                CP, BLOCK, tl.int64, 8, 2, SLOTS,
+            )  # fmt: skip
+        elif NARROW is not None:
+            _copy_tile(
+                source, table, offset, slots, tile, rank, kind == 3,
+                CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS,
+            )  # fmt: skip
+        taken = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+        number = taken.to(tl.int32) + tl.num_programs(0)
+
+
+@triton.jit
+def _note_late(words, late, late_rank):
+    """Say which rank did not come (one past it; 0: all did). From then on this rank stands still:
+    a launch that came after would store and signal in a round that its peers are not in.
+    """
+    if late_rank > 0:
+        tl.store(late, late_rank)
+        tl.store(words + _BROKEN, 1)
+
+
+@triton.jit
+def _leave(
+    pages, words, epoch, rank, late, timeout_ns,
+    CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
+    until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
+    the peers give up as well.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(words + _ARRIVED, 0)
+        tl.store(words + _TICKET, 0)
+        if EXIT:
+            if tl.load(words + _BROKEN, volatile=True) == 0:
+                _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
+                late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
+                _note_late(words, late, late_rank)
+                tl.store(words + _EPOCH, epoch)
+
+
+# Triton compiles anew when an integer outgrows 32 bits or its alignment is another, and the peers
+# would wait meanwhile, or a capture fail. So a place is told by its address, which needs 64 bits
+# (0, where there are no rows, is a variant of its own), and not by its offset in a segment.
+@triton.jit(
+    do_not_specialize=["n_tiles", "rank", "timeout_ns"],
+    do_not_specialize_on_alignment=["slots"],
+)
+def gather_kernel(
+    sources,
+    targets,
+    bases,
+    slots,
+    tiles,
+    n_tiles,
+    pages,
+    late,
+    timeout_ns: tl.int64,
+    rank,
+    TENSORS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
+    SLOTS: tl.constexpr, ENTRY: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Store this rank's tiles into all peers' outputs.
+
+    sources   addresses of this rank's rows, one a tensor
+    targets   addresses of this rank's outputs, at the same offset in their segments on all ranks
+    bases     addresses of tables `[CP]` of the ranks' segments that these outputs lie in
+    slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
+    tiles     int64 `[n_tiles, 8]`, see cpkit.kernels.tiles
+    pages     addresses `[CP]` of the ranks' pages of signal words
+    late      one word of host memory: one past the rank that a wait was given up for
+    ENTRY     signal and wait at the entry; off when all outputs are known to be free
+    EXIT      signal and wait at the exit (the interpreter can do neither)
+    """
+    words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
+    epoch = tl.load(words + _EPOCH, volatile=True) + 1
+    if ENTRY:
+        # An atomic, since a block that gives up may write it now: one answer for a whole block.
+        stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
+        if stop == 0:
+            if tl.program_id(0) == 0:
+                _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
+            stop = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
+            _note_late(words, late, stop)
+    else:
+        stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
+    if stop > 0:  # one past a late rank, or 1 where this rank stands still
+        n_tiles = 0
+    _copy_tiles(
+        sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
+        TENSORS, CP, BLOCK, NARROW, SLOTS,
+    )  # fmt: skip
+    _leave(pages, words, epoch, rank, late, timeout_ns, CP, EXIT, THREADS)

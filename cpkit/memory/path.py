@@ -1,0 +1,224 @@
+"""Which path a gather takes, decided from where every rank's buffers are. Pure.
+
+| path | what happens |
+|---|---|
+| `symmetric` | rows go straight into peers' buffers: by our stores, or by NCCL's symmetric kernel |
+| `staged` | each rank loads the rows it needs out of every peer's symmetric send buffer |
+| `fallback` | the ordinary collective; no symmetric memory is involved |
+
+What a path needs depends on who moves the rows, the *transport*:
+
+* `posix`, `cuda`: our ranks push into peers' memory (on one GPU, or over peer access). They need
+  the receive buffer in the group's pool, at one offset on all ranks; a symmetric send buffer alone
+  lets peers pull.
+* `nccl 2.28.9`, or any other version: NCCL picks a kernel, and the rule is a table (`NCCL_RULES`).
+
+A buffer is symmetric when three things hold on all ranks: it is registered, with *this* group, at
+the same offset. Each fails in its own way, and the reason says which. NCCL reads the send buffer
+through this rank's own pointer, so there the offset of the receive buffer alone counts.
+
+A report does not bind NCCL: it chooses a kernel from the windows that this rank's buffers lie in.
+So `unsafe_for_nccl` says which buffers must not be given to it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+PathName = Literal["symmetric", "staged", "fallback"]
+Version = tuple[int, ...]
+
+# (first version, what an all-gather needs for NCCL's symmetric kernels). Source: NCCL's sources at
+# the tags 2.27.7, 2.28.9, 2.29.2, 2.30.7: scheduler/symmetric_sched.cc, sym_kernels.cc.
+NCCL_RULES: tuple[tuple[Version, Literal["none", "both", "recv"]], ...] = (
+    ((0,), "none"),
+    ((2, 27), "both"),
+    ((2, 29, 2), "recv"),
+)
+# Their symmetric kernels do not wait for the kernel before them (sglang#37768, silent wrong
+# results).
+NCCL_RACY = ((2, 28, 0), (2, 30, 4))
+
+_REMEDY = {
+    "unregistered": "make it inside `with use_symmetric_memory(group)` (SGLang #37337)",
+    "foreign": "make it in this group's own pool: a window belongs to one communicator (SGLang "
+    "#19329)",
+    "offset": "make the same tensors in the same order on all ranks (pytorch#178138)",
+}
+
+
+class BufferLocation(msgspec.Struct, frozen=True):
+    """Where a buffer is: its segment and offset in the pool, or why it has none.
+
+    `fault` is "unregistered" or "foreign", with the words for it in `other`.
+    """
+
+    segment: int = -1
+    offset: int = -1
+    other: str = ""
+    fault: str = ""
+
+    def __str__(self) -> str:
+        return self.other or f"in the pool: segment {self.segment}, offset {self.offset}"
+
+
+class BufferPair(msgspec.Struct, frozen=True):
+    """Where one rank's two buffers are, and the bytes of its shard."""
+
+    send: BufferLocation
+    recv: BufferLocation
+    shard_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PathReport:
+    """What a gather really does, why, and where this rank's buffers are."""
+
+    path: PathName
+    reason: str
+    send: str
+    recv: str
+
+
+def decide(places: list[BufferPair], rank: int, transport: str = "posix") -> PathReport:
+    """The path for buffers placed like this, as `rank` reports it; the same path on every rank.
+
+    Raises ValueError for a transport that nobody knows.
+    """
+    recv_fault = _fault("recv", [place.recv for place in places])
+    send_fault = _fault("send", [place.send for place in places])
+    version = nccl_version(transport)
+    if version is None:
+        path, reason = _pushed(send_fault, recv_fault, places[rank].shard_bytes)
+    else:
+        registered = _registration_fault("send", [place.send for place in places])
+        path, reason = _by_nccl(version, registered, recv_fault)
+        reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
+        if any(unsafe_for_nccl(places)):
+            reason += "; NCCL is given ordinary copies, or it would store at this rank's own offset"
+    mine = places[rank]
+    return PathReport(path, reason, str(mine.send), str(mine.recv))
+
+
+def unsafe_for_nccl(places: list[BufferPair]) -> tuple[bool, bool]:
+    """Return whether (send, recv) must reach NCCL as ordinary copies; the same on every rank.
+
+    NCCL selects a kernel on each rank from the windows of that rank's buffers, and a symmetric
+    kernel stores into every peer's window at *this* rank's receive offset:
+
+        rank 0   recv at offset    0   │ stores at    0 of rank 1's window   wrong rows
+        rank 1   recv at offset 4096   │ stores at 4096 of rank 0's window   wrong rows
+
+    So a receive buffer in symmetric memory has to lie at one offset of this group's pool on all
+    ranks. A send buffer is read by its own rank only, so beside such a receive buffer its offset is
+    free; but all ranks or none must have it in the pool, or they select different kernels.
+    Measured with NCCL 2.28.9: shards of 2 MiB and more were wrong without an error.
+    """
+    recv = [place.recv for place in places]
+    send = [place.send for place in places]
+    recv_is_symmetric = not _fault("recv", recv)
+    send_is_in_pool = not _registration_fault("send", send)
+    safe_recv = _all_ordinary(recv) or recv_is_symmetric
+    safe_send = (
+        _all_ordinary(send) or (send_is_in_pool and recv_is_symmetric) or not _fault("send", send)
+    )
+    return not safe_send, not safe_recv
+
+
+def without_windows(report: PathReport, problem: str) -> PathReport:
+    """The report of a gather whose memory NCCL does not know, for this reason (empty: it does)."""
+    if not problem or report.path != "symmetric":
+        return report
+    return PathReport("fallback", problem, report.send, report.recv)
+
+
+def nccl_version(transport: str) -> Version | None:
+    """(2, 28, 9) for "nccl 2.28.9", None for our own transports. Raises ValueError for others.
+
+    >>> nccl_version("nccl 2.28.9"), nccl_version("posix")
+    ((2, 28, 9), None)
+    """
+    if transport in ("posix", "cuda"):
+        return None
+    found = re.fullmatch(r"nccl (\d+(?:\.\d+)+)", str(transport))
+    if not found:
+        raise ValueError(
+            f"transport is {transport!r}; it must be 'posix', 'cuda', or NCCL with its version, "
+            f"for example 'nccl 2.28.9'"
+        )
+    return tuple(int(part) for part in found[1].split("."))
+
+
+def nccl_rule(version: Version) -> Literal["none", "both", "recv"]:
+    """Which buffers of an all-gather this NCCL wants in a symmetric window.
+
+    >>> nccl_rule((2, 28, 9)), nccl_rule((2, 29, 7))
+    ('both', 'recv')
+    """
+    return next(needs for first, needs in reversed(NCCL_RULES) if version >= first)
+
+
+def nccl_is_racy(version: Version) -> bool:
+    """Whether this NCCL's symmetric kernels have the race of sglang#37768."""
+    return NCCL_RACY[0] <= version <= NCCL_RACY[1]
+
+
+def _pushed(send_fault: str, recv_fault: str, shard_bytes: int) -> tuple[PathName, str]:
+    if not recv_fault:
+        also = f"; {send_fault}, which costs a push nothing" if send_fault else ", and so is send"
+        if send_fault and shard_bytes:
+            also += f" but the copy that padded it (up to {shard_bytes} bytes a rank)"
+        return "symmetric", f"recv is symmetric on all ranks{also}"
+    if not send_fault:
+        return "staged", f"{recv_fault}; peers pull from the symmetric send buffers"
+    return "fallback", f"{recv_fault}; {send_fault}"
+
+
+def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathName, str]:
+    needs = nccl_rule(version)
+    if needs == "none":
+        return "fallback", "symmetric kernels begin with 2.27; use a newer NCCL"
+    if recv_fault:
+        return "fallback", f"{recv_fault}" + (f"; {send_fault}" if send_fault else "")
+    if needs == "both" and send_fault:
+        return "fallback", (
+            f"up to 2.29.1 an all-gather needs both buffers registered, and {send_fault}. "
+            f"Or use NCCL 2.29.2 or newer, which asks for recv only"
+        )
+    also = "" if send_fault else ", send is registered too"
+    racy = (
+        "; its kernels do not wait for the kernel before them (sglang#37768)"
+        if nccl_is_racy(version)
+        else ""
+    )
+    return "symmetric", (
+        f"recv is registered at one offset on all ranks{also}, which is enough where all GPUs of "
+        f"the group reach each other over NVLink; its log proves it (cpkit.memory.nccl_log){racy}"
+    )
+
+
+def _fault(name: str, where: list[BufferLocation]) -> str:
+    """Why these buffers are not symmetric, and what to do; empty when they are."""
+    fault = _registration_fault(name, where)
+    offsets = [(place.segment, place.offset) for place in where]
+    if fault or len(set(offsets)) == 1:
+        return fault
+    said = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
+    return f"{name} is at different segments/offsets on the ranks ({said}): {_REMEDY['offset']}"
+
+
+def _registration_fault(name: str, where: list[BufferLocation]) -> str:
+    """Why one of these buffers is not in this group's pool, and what to do; empty when all are."""
+    for rank, place in enumerate(where):
+        if place.other:
+            remedy = _REMEDY.get(place.fault)
+            return f"{name} of rank {rank} is {place.other}" + (f": {remedy}" if remedy else "")
+    return ""
+
+
+def _all_ordinary(where: list[BufferLocation]) -> bool:
+    return all(place.fault == "unregistered" for place in where)

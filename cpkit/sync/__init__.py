@@ -1,0 +1,1 @@
+"""How ranks meet: store exchange, shared-memory segments, barrier, signals, agreement."""

@@ -1,0 +1,1 @@
+"""What each torchrun rank runs: the scheduler and its operations."""

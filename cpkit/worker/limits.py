@@ -1,0 +1,159 @@
+"""What is refused before any rank hears of it. Runs on rank 0; raises ValueError in words.
+
+Nothing here allocates: a request that is too large is refused with its numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import psutil
+import torch
+
+from cpkit.control.messages import (
+    Body,
+    Clock,
+    Explain,
+    Gather,
+    Measure,
+    Pool,
+    Put,
+    Sweep,
+    Trace,
+    Workload,
+)
+from cpkit.devices import default_device
+from cpkit.worker.workload import DTYPES, layout_of
+
+_MAX_WORKLOADS = 1024
+# What a row's stamp has room for (cpkit.provenance); beyond it two rows could look the same.
+_MAX_SEQUENCES = 1024
+_MAX_ROUND = 1023
+_MAX_ROUNDS = 100_000
+_MAX_CALLS = 16
+_CLOCK_COPIES = 3  # source, target and fresh memory of the calls that only copy
+_MAX_SAMPLES = 100_000  # of all ranks: 1.6 MB
+_MAX_LATE_US = 100_000.0
+_MAX_TOKENS = 1 << 20
+# Copies of the gathered result that a rank has alive at its worst, its own shard and the stamped
+# rows it is compared with included.
+_COPIES = {"padded": 5, "padded_symm_recv": 5, "padded_symm": 5, "direct": 4}
+
+
+@cache
+def memory_limit_bytes() -> int:
+    """Bytes that one request may need on all ranks together: `CPKIT_MEMORY_LIMIT_BYTES`, else half
+    of what is available (on the GPU, where ranks run there) when the workers start.
+    """
+    chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
+    if chosen:
+        return int(chosen)
+    if default_device() == "cuda":
+        return int(torch.cuda.mem_get_info()[0]) // 2
+    return int(psutil.virtual_memory().available) // 2
+
+
+def check(body: Body, world_size: int) -> None:
+    """Raise ValueError if this request can't be carried out by `world_size` ranks."""
+    match body:
+        case Gather(workload, round_number):
+            check_workload(workload, world_size)
+            _in_range("round", round_number, 0, _MAX_ROUND)
+        case Trace(workload) | Explain(workload):
+            check_workload(workload, world_size)
+        case Measure(workload, samples, interval_s):
+            check_workload(workload, world_size)
+            if samples is not None:
+                _in_range("samples", samples, 1, 1_000_000)
+            _in_range("interval_s", interval_s, 0.01, 60.0)
+        case Sweep(workloads, iterations):
+            _in_range("the number of workloads", len(workloads), 1, _MAX_WORKLOADS)
+            _in_range("iterations", iterations, 1, 10_000)
+            for workload in workloads:
+                check_workload(workload, world_size)
+        case Clock(workload):
+            check_workload(workload, world_size)
+            _check_clock(body)
+        case Pool():
+            _check_pool(body, world_size)
+        case Put(cp_size, rounds):
+            check_cp_size(cp_size, world_size)
+            _in_range("rounds", rounds, 1, _MAX_ROUNDS)
+
+
+def check_cp_size(cp_size: int, world_size: int) -> None:
+    """Raise ValueError unless cp_size divides the world."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    if cp_size not in divisors:
+        raise ValueError(
+            f"cp_size is {cp_size}, and it must divide the {world_size} ranks of these workers: "
+            f"use one of {', '.join(map(str, divisors))}, or start another number of workers"
+        )
+
+
+def check_workload(workload: Workload, world_size: int) -> None:
+    """Raise ValueError for a workload that can't be run here."""
+    check_cp_size(workload.cp_size, world_size)
+    _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
+    _in_range("the number of sequences", len(workload.lengths), 1, _MAX_SEQUENCES)
+    if min(workload.lengths) > 0:  # else the layout says what is wrong with them
+        _check_memory(workload)
+        _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)
+    layout_of(workload)
+
+
+def needed_bytes(workload: Workload) -> int:
+    """Bytes that all ranks together need for it, in the worst case."""
+    longest_rank = -(-sum(workload.lengths) // workload.cp_size) + 2 * len(workload.lengths)
+    padded = longest_rank * workload.cp_size * workload.row_bytes * workload.tensors
+    indices = 64 * sum(workload.lengths)  # int64 rows and orders, and what stamping makes of them
+    return workload.cp_size * (_COPIES[workload.algorithm] * padded + indices)
+
+
+def _check_memory(workload: Workload, more_copies: int = 0) -> None:
+    more_bytes = workload.cp_size * more_copies * workload.total_bytes
+    needed, limit = needed_bytes(workload) + more_bytes, memory_limit_bytes()
+    if needed > limit:
+        raise ValueError(
+            f"this gather of {workload.total_bytes} bytes needs about {needed} bytes on "
+            f"{workload.cp_size} ranks, and the limit is {limit} bytes: take fewer tokens, heads "
+            f"or tensors, a smaller cp_size, or start the workers with a larger "
+            f"CPKIT_MEMORY_LIMIT_BYTES"
+        )
+
+
+def _check_clock(body: Clock) -> None:
+    _check_memory(body.workload, _CLOCK_COPIES)
+    _in_range("the number of calls", len(body.calls), 1, _MAX_CALLS)
+    room = _MAX_SAMPLES // (len(body.calls) * body.workload.cp_size)
+    _in_range("iterations", body.iterations, 1, room)
+    _in_range("warmup", body.warmup, 0, 1000)
+    _in_range("late_us", body.late_us, 0.0, _MAX_LATE_US)
+
+
+def _check_pool(body: Pool, world_size: int) -> None:
+    check_cp_size(body.cp_size, world_size)
+    _check_shape(body.heads, body.head_dim, body.dtype, body.tensors)
+    room = memory_limit_bytes() // body.cp_size
+    if body.action == "configure" and body.prealloc_bytes is not None:
+        _in_range("prealloc_bytes", body.prealloc_bytes, 1, room)
+    if body.action == "allocate":
+        _in_range("nbytes", body.nbytes or 0, 1, room)
+    if body.action == "warm_up":
+        # Receive buffer and shard of each tensor, twice; see SymmetricPool.warm_up.
+        row = body.heads * body.head_dim * DTYPES[body.dtype].itemsize * 4 * body.tensors
+        _in_range("max_tokens", body.max_tokens or 0, 1, max(1, room // row))
+
+
+def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:
+    _in_range("heads", heads, 1, 4096)
+    _in_range("head_dim", head_dim, 1, 65536)
+    _in_range("tensors", tensors, 1, 16)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+
+def _in_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}; it must be from {least} to {most}")

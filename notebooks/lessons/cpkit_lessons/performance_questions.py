@@ -1,0 +1,141 @@
+"""Notebook 3: what is asked before it is measured, and what the typical wrong answers overlook."""
+
+from __future__ import annotations
+
+from cpkit_lessons.lesson import Lesson
+
+LESSON = Lesson("03_allgather_perf")
+predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
+
+LESSON.ask(
+    "busbw",
+    "4 ranks hold 8.4 MB each, and the gather takes 20 ms: which busbw in GB/s?",
+    answer=1.26,
+    unit="GB/s",
+    close=0.02,
+    wrong={
+        1.68: "That is algbw, S / t. A quarter of S is at home already: it crosses no link.",
+        0.42: "That is one rank's 8.4 MB by the time. S is the whole result: 33.6 MB.",
+        0.315: "Both at once: S is the whole result, 4 · 8.4 MB.",
+        2.24: "The factor is (n−1)/n, not its inverse: less crosses the links than is gathered.",
+        1.17: "You divided by 2³⁰. nccl-tests' GB is 10⁹ bytes.",
+    },
+    why="S = 33.6 MB, algbw = S / t = 1.68 GB/s, busbw = 1.68 · 3/4. nccl-tests itself once said "
+    "one in its text and computed the other (nccl-tests#45).",
+)
+LESSON.ask(
+    "late",
+    "Rank r comes r · 5 ms late, and no barrier stands before the clock: which time in ms is "
+    "reported for a small gather, by its slowest rank?",
+    answer=16.0,
+    unit="ms",
+    close=0.5,
+    wrong={
+        0.5: "That is about the gather. But rank 0 is ready, and waits inside its clock.",
+        5.0: "One step. Rank 0 waits for the last rank, which is three steps late.",
+        30.0: "Rank 0 waits for the latest only, not for one after the other.",
+    },
+    why="Rank 0 waits 3 · 5 ms inside its clock. Nothing is wrong with the gather: the lateness of "
+    "the work before it was measured. A barrier before the clock takes it out.",
+)
+LESSON.ask(
+    "damage",
+    "Three mistakes: which reports the smallest share of the right time, which the largest?",
+    choices=("no barrier", "fastest rank", "not waited for"),
+    answer=("not waited for", "fastest rank", "no barrier"),
+    wrong={
+        ("fastest rank", "not waited for", "no barrier"): "The fastest rank still moved its bytes. "
+        "A call that is not waited for has moved nothing yet.",
+        ("no barrier", "fastest rank", "not waited for"): "Without a barrier the early ranks wait "
+        "inside their clocks: the time grows.",
+    },
+    why="What is not waited for costs as much as its launch. The fastest rank leaves before the "
+    "others are done. Without a barrier the work before the gather is counted too.",
+)
+LESSON.ask(
+    "ranking",
+    "64 MiB over 4 ranks: which algorithm is fastest, which slowest?",
+    choices=("padded", "padded_symm", "direct"),
+    answer=("direct", "padded_symm", "padded"),
+    wrong={
+        ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies the "
+        "result twice more afterwards.",
+        ("padded", "padded_symm", "direct"): "This is fastest first: less work, less time.",
+    },
+    why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
+    "reorders, `direct` does neither.",
+)
+LESSON.ask(
+    "alpha",
+    "16 KB by direct: which share (0 to 1) of the time is alpha, which does not depend on bytes?",
+    answer=0.9,
+    unit="of the time",
+    close=0.45,
+    wrong={
+        0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Meeting costs more.",
+        0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
+    },
+    why="On the left everybody waits for everybody. There fewer meetings help, not bandwidth.",
+)
+LESSON.ask(
+    "passes",
+    "padded_symm copies the result twice more than direct. How many times as fast is direct at "
+    "16 MiB?",
+    answer=4.0,
+    unit="times",
+    close=0.7,
+    wrong={
+        1.0: "A copy of all bytes costs about what the push costs. Count passes.",
+        20.0: "That is more than padded against direct, where the collective is slow too.",
+    },
+    why="Pass by pass: push, strip, reorder against push alone, and one quarter pass to fill the "
+    "symmetric shard. Three passes to one, as long as the memory is the limit.",
+)
+LESSON.ask(
+    "padding",
+    "64 sequences of 9 tokens over 4 ranks, zigzag: how many times the bytes does the padded wire "
+    "carry?",
+    answer=768 / 576,
+    unit="times",
+    close=0.02,
+    wrong={
+        1.0: "9 tokens are 8 blocks, and one of them is longer. Whose is it, each time?",
+        9
+        / 8: "That is 9 tokens against 8. Each rank pads to the longest: 3 rows where most have 2.",
+        1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold 9/4.",
+    },
+    why="Rank 0 gets the odd token of every sequence: 3 rows, the others 2. All pad to 3: 12 slots "
+    "for 9 tokens. `direct` has no padding to carry.",
+)
+LESSON.ask(
+    "stops",
+    "8 × H100: symmetric memory is 1.85 times as fast at 2 MiB. And at 128 MiB?",
+    answer=385.3 / 363.2,
+    unit="times",
+    close=0.04,
+    wrong={
+        1.85: "The gain is in alpha, and alpha is a small part of 128 MiB.",
+        1.0: "Nearly: 6 % are left.",
+        1.5: "Less. Compare 10 µs saved with the 370 µs that the bytes need on the wire.",
+        3.0: "The links are the same. What is saved is the cost of meeting.",
+    },
+    why="Measured in Megatron-LM#5596: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. Symmetric memory buys "
+    "latency, not bandwidth.",
+)
+LESSON.ask(
+    "nodes",
+    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network for each "
+    "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
+    answer=2.25,
+    unit="times",
+    close=0.12,
+    wrong={
+        16: "That is 720 / 45. But only the other node's half crosses the network, once for each "
+        "node: 8 cards share it.",
+        3.3: "That adds network and NVLink. They work at the same time: the slower one counts.",
+        1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
+    },
+    why="The other node's 128 MB enter through 8 cards, 16 MB each: 356 µs. Meanwhile every GPU "
+    "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. Large gathers wait for "
+    "NVLink, not for the network.",
+)

@@ -1,0 +1,159 @@
+"""Runs of `make bench` that were recorded on other machines, to be laid beside yours.
+
+They are the files in benchmarks/results; each says where, when and from which commit it was taken.
+Nothing is shown as measured here: figures say "Recorded" in their title.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from cpkit.notebook import style
+from cpkit.notebook.charts import byte_words, size_axis, time_axis
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+_SAME_AS = {"seed": "padded_symm_recv"}  # what the benchmark on GPUs calls it
+_COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recorded run: its file, what it says of its machine, and its rows."""
+
+    name: str
+    environment: Mapping[str, Any]
+    table: pd.DataFrame
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it ran on GPUs."""
+        return bool(self.environment.get("device", "cpu") != "cpu")
+
+    @property
+    def machine(self) -> str:
+        """The machine in words."""
+        if self.is_gpu:
+            return str(self.environment["device"])
+        cores = self.environment.get("cores", "an unknown number of")
+        return f"{self.environment.get('processor', 'an unknown processor')}, {cores} cores"
+
+
+def read(folder: Path = RESULTS) -> list[Recording]:
+    """All recordings of gathers, the newest last. A file without any is left out."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        rows = content.get("gather", []) if isinstance(content, dict) else []
+        complete = [row for row in rows if all(column in row for column in _COLUMNS)]
+        if complete and isinstance(content.get("environment"), dict):
+            table = pd.DataFrame(complete).replace({"variant": _SAME_AS})
+            found.append(Recording(path.name, content["environment"], table))
+    return found
+
+
+def describe(found: list[Recording]) -> str:
+    """One line a recording, and what is missing."""
+    lines = [
+        f"{each.name}: {each.machine}, {each.environment.get('date', 'no date')}, commit "
+        f"{each.environment.get('commit', 'unknown')}, cp_size "
+        f"{', '.join(map(str, sorted(each.table['cp_size'].unique())))}"
+        for each in found
+    ]
+    if not any(each.is_gpu for each in found):
+        lines.append(
+            "missing: a run on GPUs; `make bench-gpu` on a machine that has some records one in "
+            "benchmarks/results"
+        )
+    return "\n".join(lines)
+
+
+def newest(found: list[Recording], cp_size: int) -> list[Recording]:
+    """Of each kind of machine, CPU and GPU, the newest recording that has this cp_size."""
+    fitting = [each for each in found if cp_size in set(each.table["cp_size"])]
+    kinds = {each.is_gpu: each for each in fitting}  # later ones replace earlier ones
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure:
+    """Your sweep and a recorded run over size; filled marks are yours, open ones are recorded.
+
+    Raises ValueError when the recording has nothing of this cp_size.
+    """
+    rows = recording.table[recording.table["cp_size"] == cp_size]
+    if rows.empty:
+        raise ValueError(
+            f"{recording.name} has no cp_size {cp_size}; it has "
+            f"{sorted(set(recording.table['cp_size'].tolist()))}"
+        )
+    mine = table[table["cp_size"] == cp_size].rename(columns={"algorithm": "variant"})
+    figure = go.Figure()
+    for algorithm in (*style.ALGORITHM_LINES, "plan"):  # direct, prepared once (cpkit.plan)
+        _add_line(figure, algorithm, mine, "yours", open_marks=False)
+        _add_line(figure, algorithm, rows, "recorded", open_marks=True)
+    _add_floor(figure, rows)
+    sizes = _apart(sorted({*mine["size_bytes"], *rows["size_bytes"]}))
+    figure.update_layout(
+        xaxis=size_axis(sizes, tickangle=30),
+        yaxis=time_axis(),
+        legend=style.legend_below(300, gap=76),
+        margin={"l": 66, "r": 16, "t": 66, "b": 130},
+    )
+    largest = rows[rows["size_bytes"] == rows["size_bytes"].max()]
+    words = ", ".join(f"{row.variant} {row.time_us:,.0f} µs" for row in largest.itertuples())
+    style.finish(
+        figure,
+        title=f"cp_size {cp_size}, beside yours",
+        alt=f"Recorded at {byte_words(float(rows['size_bytes'].max()))}: {words}.",
+        height=500,
+    )
+    date = str(recording.environment.get("date", "")) or "no date"
+    return style.recorded(figure, machine=recording.machine, date=date, source=recording.name)
+
+
+def _apart(sizes: list[int]) -> list[int]:
+    """Those of ascending sizes whose names have room beside each other on a log axis."""
+    kept: list[int] = []
+    for size in sizes:
+        if not kept or size > 1.6 * kept[-1]:
+            kept.append(size)
+    return kept
+
+
+def _add_floor(figure: go.Figure, rows: pd.DataFrame) -> None:
+    """The least that the recorded machine could take, where the recording says so."""
+    if "floor_us" not in rows or rows["floor_us"].isna().all():
+        return
+    floors = rows.groupby("size_bytes")["floor_us"].first()
+    figure.add_scatter(
+        name="floor, recorded",
+        mode="lines",
+        x=floors.index.tolist(),
+        y=floors.tolist(),
+        line={"color": style.INK, "width": 1},
+        hovertemplate="floor, recorded<br>%{x:,} B: %{y:,.0f} µs<extra></extra>",
+    )
+
+
+def _add_line(
+    figure: go.Figure, algorithm: str, rows: pd.DataFrame, whose: str, *, open_marks: bool
+) -> None:
+    chosen = rows[rows["variant"] == algorithm].sort_values("size_bytes")
+    if chosen.empty:
+        return
+    color, dash, marker = style.algorithm_line(algorithm)
+    figure.add_scatter(
+        name=f"{algorithm}, {whose}",
+        mode="lines+markers",
+        x=chosen["size_bytes"].tolist(),
+        y=chosen["time_us"].tolist(),
+        line={"color": color, "dash": dash, "width": 1 if open_marks else 2},
+        marker={"color": color, "symbol": marker + ("-open" if open_marks else ""), "size": 9},
+        hovertemplate=f"{algorithm}, {whose}<br>%{{x:,}} B: %{{y:,.0f}} µs<extra></extra>",
+    )

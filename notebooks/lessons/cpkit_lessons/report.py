@@ -1,0 +1,140 @@
+"""A report of a run that a stranger can read, and repeat: one page, and the same as JSON.
+
+The page needs no network and no JavaScript: tables, and figures as pictures, or as text where no
+Chromium can draw them. The JSON stands in the page as well, so one file is enough.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+import sys
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from cpkit.lab.results import LabStatus
+from cpkit.notebook.show import NoPicture, png
+from cpkit.notebook.style import text_alternative
+from cpkit_lessons import machine
+
+METHOD = (
+    "Every gather was compared bit by bit before it was timed. Algorithms of one size took turns. "
+    "Every sample began at a barrier. time_us is the median of the slowest rank, the largest of "
+    "the ranks' medians; min_us and p95_us are the largest of theirs."
+)
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:2px 10px;text-align:right;"
+    "border-bottom:1px solid #d0d7de}img{max-width:100%}pre{overflow:auto}"
+)
+
+
+def environment(status: LabStatus) -> dict[str, Any]:
+    """Where and with what: machine, versions, commit, date; what a reader needs to compare."""
+    return {
+        "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
+        "cpkit": status.version,
+        "commit": machine.commit(),
+        "torch": status.torch_version,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": machine.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "device": status.device,
+        "ranks": status.world_size,
+        "symmetric_backend": status.symmetric_backend,
+    }
+
+
+def write(
+    folder: Path,
+    status: LabStatus,
+    table: pd.DataFrame,
+    *,
+    repeat: str,
+    results: Mapping[str, Any],
+    figures: Sequence[go.Figure] = (),
+) -> tuple[Path, Path]:
+    """Write `report.html` and `report.json`; returns both paths.
+
+    `table` is `lab.sweep`'s, `repeat` the code that measures it again, `results` what was concluded
+    (name with its unit, value). Raises ValueError when the table lacks a column.
+    """
+    missing = {"size_bytes", "cp_size", "algorithm", "time_us", "p95_us", "iterations"} - {*table}
+    if missing:
+        raise ValueError(f"the table lacks {sorted(missing)}; pass what lab.sweep returned")
+    content = {
+        "environment": environment(status),
+        "method": METHOD,
+        "repeat": repeat,
+        "results": dict(results),
+        "sweep": json.loads(table.to_json(orient="records", double_precision=15)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    page, data = folder / "report.html", folder / "report.json"
+    data.write_text(json.dumps(content, indent=1) + "\n")
+    pictures = _pictures(figures)
+    page.write_text(_page(content, table, pictures))
+    return page, data
+
+
+def _pictures(figures: Sequence[go.Figure]) -> list[str]:
+    """Each figure as HTML: a picture, or its text alternative and why, which is also printed."""
+    parts, reason = [], ""
+    for figure in figures:
+        words = escape(text_alternative(figure))
+        try:
+            data = b64encode(png(figure)).decode()
+            parts.append(f'<p><img alt="{words}" src="data:image/png;base64,{data}"></p>')
+        except NoPicture as problem:
+            reason = f"The report has no pictures: {problem}."
+            parts.append(f"<p>{words}</p><p>{escape(reason)}</p>")
+    if reason:
+        sys.stdout.write(f"{reason}\n")
+    return parts
+
+
+def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[str]) -> str:
+    columns = (
+        "size_bytes cp_size algorithm time_us min_us p95_us iterations algbw_gbps busbw_gbps path"
+    )
+    shown = table[[name for name in columns.split() if name in table]].round(2)
+    raw = json.dumps(content, indent=1)
+    parts = [
+        "<h1>Padded all-gather: a measured run</h1>",
+        f"<p>{escape(content['method'])}</p>",
+        "<h2>Where and with what</h2>",
+        _pairs(content["environment"]),
+        "<h2>Results</h2>",
+        _pairs(content["results"]),
+        "<h2>Times</h2>",
+        shown.to_html(index=False, border=0),
+        *pictures,
+        "<h2>Measure it again</h2>",
+        f"<pre>{escape(content['repeat'])}</pre>",
+        f"<details><summary>All numbers, as JSON</summary><pre>{escape(raw)}</pre></details>",
+    ]
+    head = f'<meta charset="utf-8"><title>All-gather report</title><style>{_STYLE}</style>'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    )
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = [f"<tr><th>{escape(k)}</th><td>{escape(_words(v))}</td></tr>" for k, v in values.items()]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _words(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"

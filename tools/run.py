@@ -1,0 +1,77 @@
+"""Run a notebook in a fresh kernel with workers of its own, and say how long each cell took."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+from tools.source import BUDGET_S, Cell
+
+CELL_TIMEOUT_S = 120
+
+
+def notebook_of(cells: list[Cell]) -> Any:
+    """Cells as an nbformat notebook without outputs."""
+    made = []
+    for cell in cells:
+        metadata: dict[str, Any] = {"tags": list(cell.tags)} if cell.tags else {}
+        if cell.budget_s != BUDGET_S:
+            metadata["budget_s"] = cell.budget_s
+        node: dict[str, Any] = {
+            "id": cell.id,
+            "cell_type": cell.kind,
+            "metadata": metadata,
+            "source": cell.text,
+        }
+        if cell.kind == "code":
+            node |= {"outputs": [], "execution_count": None}
+        made.append(node)
+    whole = {"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    return nbformat.from_dict(whole)  # type: ignore[no-untyped-call]
+
+
+def execute(
+    notebook: Any, folder: Path, environment: Mapping[str, str], *, allow_errors: bool = False
+) -> Any:
+    """Run all cells from top to bottom; returns the notebook with its outputs.
+
+    Raises nbclient's CellExecutionError for a cell that fails, unless errors are allowed.
+    """
+    with tempfile.TemporaryDirectory(prefix="cpkit-build-") as runtime:
+        private = {"JUPYTER_RUNTIME_DIR": runtime, **environment}
+        NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT_S,
+            kernel_name="python3",
+            store_widget_state=False,
+            record_timing=True,
+            allow_errors=allow_errors,
+            resources={"metadata": {"path": str(folder)}},
+        ).execute(env=os.environ | private)
+    return notebook
+
+
+def seconds(cell: Any) -> float:
+    """How long an executed code cell ran."""
+    times = cell.metadata.get("execution", {})
+    begin, end = times.get("iopub.execute_input"), times.get("shell.execute_reply")
+    if not (begin and end):
+        return 0.0
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
+
+
+def over_budget(notebook: Any) -> list[str]:
+    """The cells that ran longer than their budget, in words."""
+    found = []
+    for cell in notebook.cells:
+        budget_s, took_s = cell.metadata.get("budget_s", BUDGET_S), seconds(cell)
+        if took_s > budget_s:
+            found.append(f"cell {cell.id} took {took_s:.1f} s; its budget is {budget_s:g} s")
+    return found
