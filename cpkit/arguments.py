@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from cpkit.algorithms import ALGORITHMS
 from cpkit.devices import device_problem, grad_problem
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.collective import describe
 
-ALGORITHMS = ("padded", "padded_symm_recv", "padded_symm", "direct")
 _NO_METADATA = (
     "the metadata is {0!r}; pass what prepare_context_parallel_metadata(lengths, cp_size) returned"
 )

@@ -32,13 +32,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PASSES = {
-    "padded": ("pad", "wire", "strip", "reorder"),
-    "padded_symm_recv": ("pad", "wire", "strip", "reorder"),
-    "padded_symm": ("wire", "strip", "reorder"),
-    "direct": ("wire",),
-    "plan": ("wire",),
-}
+from cpkit.algorithms import TABLE
+
+PASSES = {**{name: row.passes for name, row in TABLE.items()}, "plan": ("wire",)}
 MAPPED_ANEW_BYTES = 32 << 20  # glibc's malloc maps blocks from this size on, and unmaps them again
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cpkit import arguments, steps
-from cpkit.arguments import ALGORITHMS
+from cpkit.algorithms import ALGORITHMS
 from cpkit.devices import device_type, is_capturing, on_stream, stream_problem
 from cpkit.group import CPGroup, get_attention_cp_group
 from cpkit.into import agree_on_caches, into_problem, read_slots, values_problem

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cpkit.lab import ALGORITHMS, Lab
+from cpkit.algorithms import ALGORITHMS
+from cpkit.lab import Lab
 from cpkit.layout import prepare_context_parallel_metadata
 
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]

@@ -17,8 +17,9 @@ from tests.test_house import MODULES, ROOT, imported_names, imports, reaches
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALLED = packages_distributions()
 BROUGHT_BY = {"triton": "torch"}  # CUDA builds of torch depend on it, and only GPU code imports it
-LOCAL = {"cpkit", "tests", "benchmarks"}
-LIBRARY = {name for name in MODULES if not name.startswith("cpkit.notebook")}
+LOCAL = {"cpkit", "cpkit_lessons", "tools", "tests", "benchmarks"}
+NOTEBOOK_SIDE = ("cpkit.notebook", "cpkit_lessons", "tools")
+LIBRARY = {name for name in MODULES if not name.startswith(NOTEBOOK_SIDE)}
 
 
 def declared(extra: str) -> set[str]:

@@ -7,10 +7,11 @@ from typing import get_args, get_type_hints
 
 import msgspec
 
-from cpkit.control.requests import Algorithm, Pool, Strategy, Workload
+from cpkit.algorithms import AlgorithmName
+from cpkit.control.requests import Pool, Strategy, Workload
 
 _ALLOWED = {
-    "algorithm": get_args(Algorithm),
+    "algorithm": get_args(AlgorithmName),
     "strategy": get_args(Strategy),
     "action": get_args(get_type_hints(Pool)["action"]),
 }

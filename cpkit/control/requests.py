@@ -6,10 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from cpkit.algorithms import AlgorithmName
+
 PROTOCOL_VERSION = 1
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
-Algorithm = Literal["padded", "padded_symm_recv", "padded_symm", "direct"]
 ClockCall = Literal[
     "padded",
     "padded_symm_recv",
@@ -47,7 +48,7 @@ class Workload(Message, frozen=True):
     cp_size: int
     lengths: tuple[int, ...]
     strategy: Strategy = "zigzag"
-    algorithm: Algorithm = "direct"
+    algorithm: AlgorithmName = "direct"
     symmetric: bool = True
     heads: int = 8
     head_dim: int = 128

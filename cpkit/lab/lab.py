@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import msgspec
 
+from cpkit.algorithms import ALGORITHMS, AlgorithmName
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
 from cpkit.control.complaints import unknown_options
 from cpkit.control.errors import BadRequest
 from cpkit.control.messages import (
-    Algorithm,
     Explain,
     ExplainResult,
     Gather,
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-ALGORITHMS: tuple[Algorithm, ...] = ("padded", "padded_symm_recv", "padded_symm", "direct")
 Lengths = int | Sequence[int]
 _ATTEMPTS = 3  # somebody else may have begun to start them, and died at it
 _log = logging.getLogger("cpkit")
@@ -64,7 +63,7 @@ class Options(TypedDict, total=False):
     """Keyword arguments of every workload, with the defaults of `Workload`."""
 
     strategy: Strategy
-    algorithm: Algorithm
+    algorithm: AlgorithmName
     symmetric: bool
     heads: int
     head_dim: int
@@ -190,7 +189,7 @@ class Lab:
         sizes_bytes: Sequence[int] | None = None,
         lengths: Sequence[Lengths] | None = None,
         cp_sizes: Sequence[int] | None = None,
-        algorithms: Sequence[Algorithm] | None = None,
+        algorithms: Sequence[AlgorithmName] | None = None,
         iterations: int = 20,
         **options: Unpack[Options],
     ) -> pd.DataFrame:

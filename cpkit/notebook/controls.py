@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import ipywidgets as widgets
 
-from cpkit.control.messages import Algorithm, Workload
+from cpkit.algorithms import AlgorithmName
+from cpkit.control.messages import Workload
 from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
 
@@ -50,7 +51,7 @@ class Controls:
         self.heads = _slider("heads", HEADS, start.heads, "heads of a row")
         self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements of a head")
         self.dtype = _choice("dtype", DTYPES, start.dtype)
-        self.algorithm = _choice("algorithm", get_args(Algorithm), start.algorithm)
+        self.algorithm = _choice("algorithm", get_args(AlgorithmName), start.algorithm)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
         self.preset = _choice("preset", ["own lengths", *PRESETS], "own lengths")
         self.lengths = widgets.Text(

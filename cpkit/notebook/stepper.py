@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 
 import ipywidgets as widgets
 
-from cpkit.control.messages import Algorithm
+from cpkit.algorithms import AlgorithmName
 from cpkit.lab import Lab
 from cpkit.notebook.grids import stage_grid
 from cpkit.notebook.live import LivePanel
@@ -17,7 +17,7 @@ class Wish(NamedTuple):
     """One gather to look at."""
 
     cp_size: int
-    algorithm: Algorithm
+    algorithm: AlgorithmName
 
 
 class Stepper(LivePanel[Wish]):
@@ -30,7 +30,7 @@ class Stepper(LivePanel[Wish]):
             options=lab.cp_sizes, value=cp_size, description="cp_size", continuous_update=False
         )
         self.algorithm = widgets.Dropdown(
-            options=get_args(Algorithm), value="padded", description="algorithm"
+            options=get_args(AlgorithmName), value="padded", description="algorithm"
         )
         self.cp_size.add_class("cp-size")
         self._lab, self._lengths = lab, list(lengths)

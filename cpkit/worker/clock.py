@@ -23,7 +23,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from cpkit.arguments import ALGORITHMS
+from cpkit.algorithms import ALGORITHMS
 from cpkit.control.messages import Array, Clock, ClockResult, Message, Progress, ReplyBody
 from cpkit.devices import finish
 from cpkit.group import CPGroup

@@ -789,13 +789,10 @@ def fast_path(version, group, send, recv):
 # copy that pads is gone as well: sglang#37337's remedy for `interleave`.
 
 # %% recv-reveal
-from cpkit.memory.path import BufferPair, BufferLocation, decide
+from cpkit.memory.path import BufferLocation, BufferPair, decide
 
-places = [
-    BufferPair(
-        BufferLocation(other="ordinary memory", fault="unregistered"), BufferLocation(0, 4096)
-    )
-] * 2
+send = BufferLocation(other="ordinary memory", fault="unregistered")
+places = [BufferPair(send, BufferLocation(0, 4096))] * 2
 path = decide(places, 0, "nccl 2.28.9").path
 lesson.reveal("recv", path)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cpkit.control.messages import Algorithm
+from cpkit.algorithms import AlgorithmName
 from cpkit.lab import Lab
 from cpkit.lab.results import Gathered
 from cpkit_lessons.feedback import Score, Wrong
@@ -71,7 +71,7 @@ def check_fit(fit: Fit) -> Score:
 def check_price(lab: Lab, price_us: Price) -> Score:
     """The stages of real gathers, with drawn prices."""
     draw, cases = random.Random(29), 0
-    algorithms: tuple[Algorithm, ...] = ("padded", "padded_symm", "direct")
+    algorithms: tuple[AlgorithmName, ...] = ("padded", "padded_symm", "direct")
     for algorithm in algorithms:
         for lengths in ([13, 9], [17] * 3, [64]):
             gathered = lab.gather(lengths, 4, algorithm=algorithm)

@@ -1,0 +1,46 @@
+"""The algorithms of the gather as one table. Imports no torch, so the notebook side reads it too.
+
+    algorithm          full passes over the gathered data      symmetric buffers
+    padded             pad, wire, strip, reorder               none
+    padded_symm_recv   pad, wire, strip, reorder               receive
+    padded_symm        wire, strip, reorder                    send, receive
+    direct             wire                                    receive (the output itself)
+
+`cpkit.gather` maps each name to its function, `cpkit.notebook.style` to its colour. To add an
+algorithm, add its row here and its function there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+AlgorithmName = Literal["padded", "padded_symm_recv", "padded_symm", "direct"]
+ALGORITHMS: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One algorithm: the passes that it makes, and which of its buffers are symmetric.
+
+    `plan_gains` is true where a prepared gather (`cpkit.plan`) is faster than a single call.
+    """
+
+    name: AlgorithmName
+    passes: tuple[str, ...]
+    symmetric_send: bool = False
+    symmetric_recv: bool = False
+    plan_gains: bool = False
+
+
+_ALL_PASSES = ("pad", "wire", "strip", "reorder")
+
+TABLE: dict[str, Algorithm] = {
+    row.name: row
+    for row in (
+        Algorithm("padded", _ALL_PASSES),
+        Algorithm("padded_symm_recv", _ALL_PASSES, symmetric_recv=True),
+        Algorithm("padded_symm", _ALL_PASSES[1:], symmetric_send=True, symmetric_recv=True),
+        Algorithm("direct", ("wire",), symmetric_recv=True, plan_gains=True),
+    )
+}
