@@ -67,7 +67,7 @@ def test_who_waits_behind_others_is_told_and_then_the_workers_are_busy(desk: Des
 
 def test_replies_renew_the_deadline(desk: Desk) -> None:
     client = desk.client()
-    sample = Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
+    sample = Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
 
     def work() -> None:
         job = desk.server.turns.take(LIMIT_S)
@@ -111,7 +111,7 @@ def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(desk: Desk) 
     thread, _ = in_background(next, stream)
     job = desk.server.turns.take(LIMIT_S)
     assert job
-    desk.server.tell(job, Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", ""))
+    desk.server.tell(job, Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", ""))
     thread.join()
     stream.close()
     until(lambda: job.cancelled, why="the stream to be cancelled")

@@ -23,7 +23,7 @@ MODULES = {
 }
 # Lowest first: a module imports only what stands in its own layer or in one before it.
 LAYERS = (
-    ("cpkit.algorithms", "cpkit.processes", "cpkit.devices", "cpkit.stages"),
+    ("cpkit.algorithms", "cpkit.processes", "cpkit.devices", "cpkit.timing", "cpkit.stages"),
     ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
     ("cpkit.sync",),
     ("cpkit.memory.path", "cpkit.memory.collective", "cpkit.memory.nccl_log"),
