@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpkit import provenance
+from cpkit.gather import as_rows
 from cpkit.kernels import tiles as tiles_module
 from cpkit.kernels.tiles import COLUMNS, WIDE_BYTES, tile_table, unit_bytes
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.steps import as_rows
 
 kernels = pytest.importorskip("cpkit.kernels.gather_kernel", reason="triton is not installed")
 interpreted = pytest.mark.skipif(

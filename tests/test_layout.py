@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpkit import provenance
-from cpkit.kernels import push
+from cpkit.gather import _token_order_on
 from cpkit.kernels.tiles import tile_table
 from cpkit.layout import (
     STRATEGIES,
@@ -19,7 +19,7 @@ from cpkit.layout import (
     prepare_context_parallel_metadata,
     shard,
 )
-from cpkit.steps import token_order_on
+from cpkit.memory.posix import tiles
 
 
 @st.composite
@@ -241,9 +241,9 @@ def test_a_layout_first_read_in_inference_mode_serves_autograd_later(order: str)
     metadata = prepare_context_parallel_metadata([7, 13, 41], 2, "interleave")
     with torch.inference_mode():
         getattr(metadata, order)
-        token_order_on(metadata, torch.device("cpu"))
+        _token_order_on(metadata, torch.device("cpu"))
     x = torch.ones(61, requires_grad=True)
-    (x[getattr(metadata, order)] + x[token_order_on(metadata, x.device)]).sum().backward()
+    (x[getattr(metadata, order)] + x[_token_order_on(metadata, x.device)]).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [2.0] * 61
 
@@ -267,7 +267,7 @@ def test_a_layout_takes_no_python_work_per_sequence(strategy: str) -> None:
             assert metadata.starts
             assert metadata.max_rank_len
             metadata.rank_rows(1)
-            push.tiles(metadata, 1, 1152)
+            tiles(metadata, 1, 1152)
             tile_table(metadata.runs(1), [1152], [True], 4, 4096, mapped=False)
             if strategy == "zigzag":
                 assert metadata.cp_reverse_index

@@ -27,7 +27,7 @@ from cpkit.algorithms import ALGORITHMS
 from cpkit.control.messages import Array, Clock, ClockResult, Message, Progress, ReplyBody
 from cpkit.devices import finish
 from cpkit.group import CPGroup
-from cpkit.memory.collective import plain_all_gather
+from cpkit.sync.collective import ordinary_all_gather
 from cpkit.worker.operation import Operation, RankState, Steps
 from cpkit.worker.workload import Run, longest_s, prepare
 
@@ -138,7 +138,7 @@ class _Bench:
         return replace(self.run, workload=workload)
 
     def _collective(self, whole: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
-        plain_all_gather(whole, shard, self.group)
+        ordinary_all_gather(whole, shard, self.group)
         return whole
 
     def _launch(self, source: torch.Tensor, target: torch.Tensor) -> Call:

@@ -35,9 +35,9 @@ class PoolOperation(Operation[Pool, PoolReport]):
         """The action, and the pool afterwards."""
         note = self._act(symmetric_pool(group, default_device()), state)
         pool = symmetric_pool(group, default_device())
-        pool.meet("look at the pool")  # blocks that all ranks have dropped return here
+        pool.settle("look at the pool")  # blocks that all ranks have dropped return here
         stats = dataclasses.asdict(pool.stats())
-        samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
+        samples = list(pool.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         history = tuple(PoolMoment(*sample) for sample in samples)
         return PoolReport(PoolStats(rank=group.rank, **stats), note, history)
 

@@ -12,11 +12,10 @@ from cpkit.bench import Timing
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
 from cpkit.devices import default_device
-from cpkit.gather import all_gather_kv, last_path
+from cpkit.gather import all_gather_kv, as_rows, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.memory.path import PathReport
-from cpkit.steps import as_rows
 from cpkit.symm import batch_symmetry
 from cpkit.worker.operation import Timed
 
