@@ -405,6 +405,8 @@ class _PreparedPush:
             else:
                 self._backend.in_order()
                 self._graph.replay()
+        with stage("exit"):
+            pass  # inside the kernel
 
 
 def _segment_table(peers: Peers, output: torch.Tensor) -> int:

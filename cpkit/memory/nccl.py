@@ -57,6 +57,8 @@ class NcclBackend(CudaBackend):
                     symmetric_send=windows and symmetric_send,
                     symmetric_recv=windows and symmetric_recv,
                 )
+        with stage("exit"):
+            pass  # inside NCCL's kernel
         if not symmetric_recv:
             return ORDINARY_COLLECTIVE
         send = _IN_POOL if symmetric_send else _ORDINARY

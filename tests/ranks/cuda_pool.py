@@ -232,7 +232,7 @@ def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
         SymmetricPool(group, too_much, "cuda")
     except SymmetricMemoryError as error:
         said = str(error)
-    assert f"{too_much} were asked for" in said
+    assert f"{too_much} were requested" in said
     assert "bytes free" in said
     gather_works(group)
 
