@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from cpkit import bench, provenance, steps
+from cpkit import bench, gather, provenance
 from cpkit.devices import use_local_gpu
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
@@ -147,7 +147,7 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
 def low_contention(size: Size) -> Call:
     """Torch's own copy-engine all-gather, and the two passes that bring tokens in order."""
     metadata, group = size.metadata, size.group
-    rows = steps.as_rows(size.mine)
+    rows = gather.as_rows(size.mine)
     shard = symm_mem.empty(metadata.max_rank_len[0], rows.shape[1], dtype=rows.dtype, device="cuda")
     symm_mem.rendezvous(shard, group.process_group.group_name)
     shard[: len(rows)].copy_(rows)
@@ -159,8 +159,8 @@ def low_contention(size: Size) -> Call:
             shard, group.process_group.group_name
         )
         gathered = torch.ops._c10d_functional.wait_tensor(gathered)
-        rank_order = steps.strip_padding(gathered, metadata.per_rank_actual_token)
-        return [steps.from_rows(steps.reorder_tokens(rank_order, metadata), size.mine)]
+        rank_order = gather.strip_padding(gathered, metadata.per_rank_actual_token)
+        return [gather.from_rows(gather.reorder_tokens(rank_order, metadata), size.mine)]
 
     return call
 

@@ -30,9 +30,9 @@ import cpkit
 from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
 from cpkit.notebook.show import find_browser
-from tests.lab_server import JupyterLab
-from tests.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
-from tests.notebook_page import CHROMIUM_FLAGS, NotebookPage
+from tests.helpers.lab_server import JupyterLab
+from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage
 
 COMMAND = "python -m benchmarks.live_plots"
 LIMIT_S = 60.0

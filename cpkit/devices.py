@@ -1,4 +1,4 @@
-"""CPU or CUDA: which device a tensor is on, whether we may use it, and on which stream."""
+"""CPU or CUDA: which device a tensor is on, whether a gather can use it, and on which stream."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 def device_type(x: object) -> str:
-    """A tensor's device, "cpu" or "cuda"; "cpu" for all else, which is refused elsewhere."""
+    """Return "cuda" for a CUDA tensor, "cpu" for everything else (which checks refuse later)."""
     return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
 
 
 def default_device() -> str:
-    """What a worker's rank runs on, chosen by its agent: `CPKIT_DEVICE`, default "cpu"."""
+    """Return the device of a worker's rank, set by its agent: `CPKIT_DEVICE`, default "cpu"."""
     return os.environ.get("CPKIT_DEVICE", "cpu")
 
 
@@ -53,65 +53,82 @@ def loaded_nccl_version() -> tuple[int, ...]:
 
 
 def finish() -> None:
-    """Wait until the GPU has done all that this process asked of it; nothing without a GPU."""
+    """Wait until the GPU has finished all work of this process; do nothing without a GPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def stores_as_shown(x: torch.Tensor) -> bool:
-    """Whether what is stored into its memory is what it shows; a conjugated view shows another."""
+def is_plain_view(x: torch.Tensor) -> bool:
+    """Return False for lazily conjugated or negated views: their memory holds other values."""
     return not (x.is_conj() or x.is_neg())
 
 
-def device_problem(name: str, x: torch.Tensor) -> str:
-    """Why a gather can't take a tensor on this device; empty when it can."""
+def check_device(name: str, x: torch.Tensor) -> None:
+    """Check that a gather can take a tensor on this device. Raises ValueError."""
     if x.device.type not in ("cpu", "cuda"):
-        return f"{name} is on {x.device}; gathers take CPU and CUDA tensors"
+        raise ValueError(f"{name} is on {x.device}; gathers take CPU and CUDA tensors")
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return (
+        raise ValueError(
             f"{name} is on {x.device}, and this rank's GPU is cuda:{torch.cuda.current_device()}; "
             f"move it there, or call torch.cuda.set_device before init_context_parallel"
         )
-    return ""
 
 
-def grad_problem(name: str, x: torch.Tensor) -> str:
-    """Why autograd would lose this tensor's gradient; empty when there is none to lose."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return ""
-    return (
-        f"{name} requires grad, and a gather has no backward: its gradient would be dropped. For "
-        f"inference pass {name}.detach(), or call inside torch.no_grad(). To train, give the "
-        f"gather a backward as docs/training.md does"
-    )
+def needs_grad(x: torch.Tensor) -> bool:
+    """Return True when autograd would record an operation on this tensor."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def check_no_grad(name: str, x: torch.Tensor) -> None:
+    """Check that a gather would not drop this tensor's gradient. Raises ValueError."""
+    if needs_grad(x):
+        raise ValueError(
+            f"{name} requires grad, and a gather has no backward: its gradient would be dropped. "
+            f"For inference pass {name}.detach(), or call inside torch.no_grad(). To train, give "
+            f"the gather a backward as docs/training.md does"
+        )
 
 
 def is_capturing(device: str) -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
+    """Return True while a CUDA graph is captured on the current stream."""
     return device == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+_replayed: list[object] = []
+
+
+def keep_for_replays(device: str, *objects: object) -> None:
+    """Keep what a captured CUDA graph reads or writes for as long as the process lives.
+
+    Replays use it again, whatever happens to the pool, the cache or the plan that holds it now. A
+    graph does not announce when it is dropped, so the objects are never released.
+    """
+    if is_capturing(device):
+        _replayed.extend(objects)
+
+
 def raw_stream() -> int:
-    """The current stream's handle, without making an object for it, which takes microseconds."""
+    """Return the current stream's handle; making a Stream object would take microseconds."""
     handle: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
     return handle
 
 
-def growth_problem(device: str) -> str:
-    """Why a symmetric pool on this device can't be made or grow now; empty when it can."""
-    if not is_capturing(device):
-        return ""
-    return (
-        "a symmetric pool cannot be made or grow while a CUDA graph is captured: call "
-        'symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same gather once, first'
-    )
+def check_can_grow(device: str) -> None:
+    """Check that a symmetric pool on this device can be made or grow now. Raises ValueError."""
+    if is_capturing(device):
+        raise ValueError(
+            "a symmetric pool cannot be made or grow while a CUDA graph is captured: call "
+            'symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same gather once, '
+            "first"
+        )
 
 
-def stream_problem(stream: object) -> str:
-    """Why nothing can run on this stream; empty when it can. None is the current one."""
-    if stream is None or isinstance(stream, torch.cuda.Stream):
-        return ""
-    return f"stream is {stream!r:.80}; it must be a torch.cuda.Stream, or None for the current one"
+def check_stream(stream: object) -> None:
+    """Check that `stream` is a CUDA stream, or None for the current one. Raises ValueError."""
+    if not (stream is None or isinstance(stream, torch.cuda.Stream)):
+        raise ValueError(
+            f"stream is {stream!r:.80}; it must be a torch.cuda.Stream, or None for the current one"
+        )
 
 
 _HERE: AbstractContextManager[None] = nullcontext()
@@ -120,7 +137,7 @@ _HERE: AbstractContextManager[None] = nullcontext()
 def on_stream(
     stream: torch.cuda.Stream | None, *inputs: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """Run on `stream`, after what the current stream has been given so far; None: right here.
+    """Run on `stream` after all earlier work of the current stream; None: on the current one.
 
     current   … make k ┐                          ┌ wait_stream(stream) ─ read whole
     stream             └ wait ─ gather k ─────────┘  the caller's

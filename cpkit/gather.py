@@ -1,35 +1,40 @@
 """The padded context-parallel KV-cache all-gather, and better ones: four algorithms, one result.
 
-    W = cp_size, T = tokens of the batch, P = padded rows of a rank, n_r = rows that rank r holds
+    W = cp_size, T = tokens of the batch, P = padded rows per rank, n_r = rows that rank r holds
 
     padded            pad to P → collective into ordinary memory → strip → reorder
     padded_symm_recv  pad to P → peers store into a symmetric [W·P] buffer → strip → reorder
     padded_symm       copy into a symmetric shard → the same → strip → reorder
     direct            each rank stores its n_r rows at their final place in every peer's [T]
 
-Every call begins with one meeting of the ranks, where they check that all of them pass the same:
+Every call begins with one agreement, in which the ranks check that all of them make the same call:
 bad arguments raise ValueError on every rank before anything moves. CUDA tensors are then gathered
-in stream order, without the host waiting.
+in stream order, and the host does not wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from cpkit import arguments, steps
 from cpkit.algorithms import ALGORITHMS
-from cpkit.devices import device_type, is_capturing, on_stream, stream_problem
+from cpkit.devices import check_stream, device_type, keep_for_replays, on_stream
 from cpkit.group import CPGroup, get_attention_cp_group
-from cpkit.into import agree_on_caches, into_problem, read_slots, values_problem
 from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.backend import same_lanes
+from cpkit.memory.ordinary import OrdinaryMemory
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
-from cpkit.paths import path_of, path_of_result, remember
 from cpkit.stages import keep, stage
-from cpkit.symm import check_group, is_allocation_symmetric, symmetric_pool
+from cpkit.symm import is_allocation_symmetric, memory_of, use_symmetric_memory
+from cpkit.validate import check_caches, check_call, check_capture, check_group, check_seed_call
 
 __all__ = [
     "ALGORITHMS",
@@ -39,6 +44,10 @@ __all__ = [
     "last_path",
     "path_of_result",
 ]
+
+Memory = SymmetricPool | OrdinaryMemory
+Gathered = tuple[list[torch.Tensor], PathReport]
+Gather = Callable[[list[torch.Tensor], ContextParallelMetadata, Memory], Gathered]
 
 
 def all_gather_kv(
@@ -51,27 +60,27 @@ def all_gather_kv(
     into: Sequence[torch.Tensor] | None = None,
     slots: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gather K, V and whatever else in one call: from `[rows, …]` each to `[total_tokens, …]`,
+    """Gather K, V and other tensors in one call: from `[rows, …]` each to `[total_tokens, …]`,
     token order.
 
     Collective over the group. `tensors` are this rank's rows (`layout.shard`), of any dtype,
     trailing shape and stride, all on the CPU or all on this rank's GPU. `direct` returns tensors in
     the group's symmetric pool: they are yours as long as you hold them, and their bytes are reused
     only after every rank has dropped them. The other algorithms return ordinary tensors. Where
-    symmetric memory can't be used (the group spans machines, or `is_allocation_symmetric()` is
+    symmetric memory is not possible (the group spans machines, or `is_allocation_symmetric()` is
     false) all algorithms do what `padded` does, and `last_path` says so.
 
-    On CUDA the gather runs on `stream` (default: the current one) after what the current stream has
-    been given so far; make the stream that reads the results wait for it. The host does not wait,
-    so a rank that does not come is found out later: the next call, or `group.check()` after a
-    synchronization, raises TimeoutError.
+    On CUDA the gather runs on `stream` (default: the current one) after all earlier work of the
+    current stream; make the stream that reads the results wait for it. The host does not wait, so a
+    late rank is detected afterwards: the next call, or `group.check()` after a synchronization,
+    raises TimeoutError.
 
-    `into` and `slots` put the rows into a paged KV cache instead: one cache `[slots, …]` a tensor,
-    and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks, -1 for a
-    token that is not stored. `direct` stores straight into every rank's cache, which has to be in
-    the pool for that; the others gather, then scatter. Returns `into`. Slots are checked on the
-    host, so on CUDA the call waits for its stream, unless it is captured: then they are trusted.
-    Source: SGLang's `cp_allgather_and_save_kv_cache`.
+    `into` and `slots` store the rows in a paged KV cache instead: one cache `[slots, …]` per
+    tensor, and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks,
+    -1 for a token that is not stored. `direct` stores straight into every rank's cache, which has
+    to be in the pool for that; the others gather, then scatter. Returns `into`. Slots are checked
+    on the host, so on CUDA the call waits for its stream, unless it is captured: then they are
+    trusted. Source: SGLang's `cp_allgather_and_save_kv_cache`.
 
     Raises ValueError on every rank, before anything moves, when one of them passes an unknown
     algorithm, wrong rows or caches, or other shapes, dtypes, lengths or slots than its peers.
@@ -80,32 +89,129 @@ def all_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
-    problem, call = arguments.check_call(tensors, metadata, group, algorithm, symmetric)
-    problem = problem or stream_problem(stream) or into_problem(tensors, metadata, into, slots)
-    known = read_slots(slots) if not problem else None
-    problem = problem or values_problem(known, into)
-    problem = problem or _capture_problem(tensors, metadata, group, algorithm, symmetric, into)
-    call = "" if problem else call + (" into caches" if into is not None else "")
-    inputs = [] if problem else [*tensors, *(into or []), *([] if slots is None else [slots])]
-    with on_stream(None if problem else stream, *inputs):
-        device = "cpu" if problem else device_type(tensors[0])
-        pool = enter(group, call, problem, symmetric, device)
-        rows = [steps.as_rows(x) for x in tensors]
+    with stage("agree"), group.agreement(device_of(tensors)) as call:
+        call.must_match(check_call(tensors, metadata, group, algorithm, symmetric))
+        if stream is not None:
+            check_stream(stream)
+        if into is not None or slots is not None:
+            for signature in check_caches(
+                tensors, metadata, group, algorithm, symmetric, into, slots
+            ):
+                call.must_match(signature)
+        if tensors[0].is_cuda:
+            check_capture(tensors, metadata, group, algorithm, symmetric, into)
+
+    inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
+    with nullcontext() if stream is None else on_stream(stream, *inputs):
+        memory = memory_of(group, tensors[0].device)
+        rows = [as_rows(x) for x in tensors]
         keep("shard", rows[0])
-        if into is not None:
-            agree_on_caches(into, known, group, pool if algorithm == "direct" else None)
-        if algorithm == "direct" and pool:
-            gathered = _direct(rows, metadata, pool, into, slots)
-        else:
-            gathered = _padded(rows, metadata, group, pool, algorithm)
-            if into is not None and slots is not None:
-                with stage("scatter"):
-                    steps.scatter_into([steps.as_rows(x) for x in into], gathered, slots)
-    path = path_of(algorithm, group, rows[0].device)
-    if into is not None:
-        return remember(group, path, list(into))
-    results = [steps.from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
-    return remember(group, path, results)
+        gather = _GATHERS[algorithm] if memory.is_symmetric else padded
+        if into is not None and slots is not None:
+            path = _gather_into(gather, rows, metadata, memory, into, slots)
+            return remember_path(group, path, list(into))
+        gathered, path = gather(rows, metadata, memory)
+    results = [from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
+    return remember_path(group, path, results)
+
+
+# --------------------------------------------------------------------- the algorithms
+
+
+def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
+    """Pad, use the ordinary collective, strip, reorder. Source: SGLang before #24040."""
+    with stage("pad"):
+        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
+    keep("pad", shards[0])
+    outputs = [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
+    path = memory.all_gather(shards, outputs)
+    return _strip_and_reorder(outputs, metadata), path
+
+
+def padded_symm_recv(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
+) -> Gathered:
+    """As `padded`, into a symmetric receive buffer. Source: SGLang #24040."""
+    with stage("pad"):
+        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
+    keep("pad", shards[0])
+    outputs = [memory.empty((len(x) * metadata.cp_size, x.shape[1]), x.dtype) for x in shards]
+    path = memory.all_gather(shards, outputs, symmetric_recv=True)
+    return _strip_and_reorder(outputs, metadata), path
+
+
+def padded_symm(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
+) -> Gathered:
+    """As `padded_symm_recv`, padded straight into a symmetric shard. Source: SGLang #37337."""
+    with stage("pad"):
+        shards = [memory.empty((metadata.max_rank_len[0], x.shape[1]), x.dtype) for x in rows]
+        for shard, x in zip(shards, rows, strict=True):
+            shard[: len(x)].copy_(x)  # the padding stays as it is: no rank reads it
+    keep("pad", shards[0])
+    outputs = [memory.empty((len(x) * metadata.cp_size, x.shape[1]), x.dtype) for x in shards]
+    path = memory.all_gather(shards, outputs, symmetric_send=True, symmetric_recv=True)
+    return _strip_and_reorder(outputs, metadata), path
+
+
+def direct(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
+    """Store each row at its final place in every peer's output: one pass, over the wire.
+
+    rank 0   agreement │ store into 0, into 1 │ barrier │ read
+    rank 1   agreement │ store into 1, into 0 │ barrier │ read
+                       ↑ outputs are free       ↑ all rows have arrived
+    """
+    assert isinstance(memory, SymmetricPool)
+    with stage("allocate"):
+        outputs = [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+    path = memory.push(rows, outputs, metadata)
+    keep("wire", outputs[0])
+    return outputs, path
+
+
+_GATHERS: dict[str, Gather] = {
+    "padded": padded,
+    "padded_symm_recv": padded_symm_recv,
+    "padded_symm": padded_symm,
+    "direct": direct,
+}
+
+
+def _strip_and_reorder(
+    outputs: list[torch.Tensor], metadata: ContextParallelMetadata
+) -> list[torch.Tensor]:
+    """`[W·P, lanes]` each, rank order with padding → `[T, lanes]` each, token order."""
+    keep("wire", outputs[0])
+    with stage("strip"):
+        rank_order = [strip_padding(x, metadata.per_rank_actual_token) for x in outputs]
+    keep("strip", rank_order[0])
+    with stage("reorder"):
+        token_order = [reorder_tokens(x, metadata) for x in rank_order]
+    keep("reorder", token_order[0])
+    return token_order
+
+
+def _gather_into(
+    gather: Gather,
+    rows: list[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    memory: Memory,
+    into: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+) -> PathReport:
+    """Store each token at its slot of every cache: `direct` at once, the others in a last pass."""
+    caches = [as_rows(cache) for cache in into]
+    if gather is direct and isinstance(memory, SymmetricPool):
+        path = memory.push(rows, caches, metadata, slots)
+        keep("wire", caches[0])
+        return path
+    gathered, path = gather(rows, metadata, memory)
+    with stage("scatter"):
+        scatter_into(caches, gathered, slots)
+    return path
+
+
+# ------------------------------------------------------------------ the seed's functions
 
 
 def cp_all_gather_reorganized_into_tensor_kv_cache(
@@ -115,7 +221,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     forward_batch: Any,
     stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    """The seed: gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped.
+    """Gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped: the seed.
 
     Of `forward_batch` only `attn_cp_metadata` is read. The padded length is the seed's
     ceil(total_len / cp_size): right for one sequence, too small for several. Raises ValueError on
@@ -124,22 +230,26 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
-    problem = arguments.seed_problem(input_tensor, total_len, cp_size, metadata, group)
-    problem = problem or stream_problem(stream)
-    symmetric = is_allocation_symmetric() and not group.spans_hosts
-    call = (
-        arguments.describe_seed(input_tensor, total_len, metadata, symmetric) if not problem else ""
-    )
-    with on_stream(None if problem else stream, *([input_tensor] if not problem else ())):
-        pool = enter(group, call, problem, symmetric, device_type(input_tensor))
-        rows = steps.as_rows(input_tensor)
+    with stage("agree"), group.agreement(device_type(input_tensor)) as call:
+        call.must_match(check_seed_call(input_tensor, total_len, cp_size, metadata, group))
+        check_stream(stream)
+
+    max_len = -(-total_len // cp_size)
+    with on_stream(stream, input_tensor):
+        rows = as_rows(input_tensor)
         keep("shard", rows)
-        max_len = -(-total_len // cp_size)
-        rank_order = _gather_rank_order(
-            [rows], metadata.per_rank_actual_token, max_len, group, pool, "padded_symm_recv"
-        )
-    path = path_of("padded_symm_recv", group, rows.device)
-    return remember(group, path, [steps.from_rows(rank_order[0], input_tensor)])[0]
+        with stage("pad"):
+            shard = pad_rows(rows, max_len)
+        keep("pad", shard)
+        with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
+            gathered = shard.new_empty(max_len * cp_size, shard.shape[1])
+        group.cp_all_gather_into_tensor_async(gathered, shard, agreed=True)
+        keep("wire", gathered)
+        with stage("strip"):
+            rank_order = strip_padding(gathered, metadata.per_rank_actual_token)
+        keep("strip", rank_order)
+    assert group.last_path is not None
+    return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
 
 
 def cp_all_gather_rerange_kv_cache(
@@ -149,7 +259,7 @@ def cp_all_gather_rerange_kv_cache(
     forward_batch: Any,
     stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    """The seed's second half as well: `[rows, …]` to `[total_tokens, …]` in token order.
+    """Gather `[rows, …]` to `[total_tokens, …]` in token order: the seed, and its second half.
 
     Arguments and errors as `cp_all_gather_reorganized_into_tensor_kv_cache`.
     """
@@ -157,124 +267,118 @@ def cp_all_gather_rerange_kv_cache(
         input_tensor, total_len, cp_size, forward_batch, stream
     )
     with stage("reorder"), on_stream(stream, rank_order):
-        rows = steps.reorder_tokens(steps.as_rows(rank_order), forward_batch.attn_cp_metadata)
+        rows = reorder_tokens(as_rows(rank_order), forward_batch.attn_cp_metadata)
     keep("reorder", rows)
     group = get_attention_cp_group()
     assert group.last_path is not None
-    return remember(group, group.last_path, [steps.from_rows(rows, input_tensor)])[0]
+    return remember_path(group, group.last_path, [from_rows(rows, input_tensor)])[0]
+
+
+# ----------------------------------------------------------------------- the passes
+#
+# Rows travel as bytes: `[rows, lanes]`, where a lane is the widest integer that divides the row. So
+# fp8 and bool move like any other dtype, bit by bit.
+#
+#     pad      [rows, lanes]       → [max_len, lanes]
+#     wire     [max_len, lanes]    → [cp_size · max_len, lanes]       rank order, with padding
+#     strip    [cp_size · max_len] → [total, lanes]                   rank order
+#     reorder  [total, lanes]      → [total, lanes]                   token order
+
+_LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View a tensor `[rows, …]` as `[rows, lanes]`; copy it if it is strided or misaligned."""
+    row_items = math.prod(x.shape[1:])
+    row_bytes = row_items * x.element_size()
+    if row_bytes == 0:
+        return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
+    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    # One row counts as contiguous whatever its strides are; here they must be the plain ones.
+    flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
+    offset_bytes = flat.storage_offset() * x.element_size()
+    for width, lane in _LANES:
+        if row_bytes % width == 0 and offset_bytes % width == 0:
+            return flat.view(lane)
+    raise AssertionError("every row is a whole number of bytes")
+
+
+def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """View `[rows, lanes]` with the dtype and the trailing shape of `like`."""
+    if rows.shape[1] == 0:
+        return like.new_empty(rows.shape[0], *like.shape[1:])
+    return rows.view(like.dtype).view(rows.shape[0], *like.shape[1:])
+
+
+def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:
+    """Append zeros up to `max_len` rows, as the seed does; return a full tensor as it is."""
+    missing = max_len - rows.shape[0]
+    return F.pad(rows, [0, 0, 0, missing]) if missing else rows
+
+
+def strip_padding(gathered: torch.Tensor, rows_per_rank: Sequence[int]) -> torch.Tensor:
+    """Drop the padding between the ranks' rows: rank order, dense."""
+    chunks = gathered.chunk(len(rows_per_rank))
+    return torch.cat([chunk[:rows] for chunk, rows in zip(chunks, rows_per_rank, strict=True)])
+
+
+def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) -> torch.Tensor:
+    """Reorder rank order to token order: upstream's split and cat for zigzag, else an index."""
+    if metadata.strategy == "zigzag":
+        blocks = rank_order.split(metadata.reverse_split_len)
+        return torch.cat([blocks[position] for position in metadata.cp_reverse_index])
+    order = _token_order_on(metadata, rank_order.device)
+    keep_for_replays(order.device.type, order)
+    return rank_order.index_select(0, order)
+
+
+@lru_cache(maxsize=256)
+def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> torch.Tensor:
+    """`metadata.token_order`, kept on the device: it can't be copied there during capture.
+
+    Made outside inference mode, whatever the first caller's mode is: autograd may save it later.
+    """
+    with torch.inference_mode(False):
+        return metadata.token_order.to(device)
+
+
+def scatter_into(
+    caches: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor], slots: torch.Tensor
+) -> None:
+    """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; drop it where that is -1."""
+    stored = (slots >= 0).nonzero().flatten()
+    for cache, rows in zip(caches, gathered, strict=True):
+        target, source = same_lanes(cache, rows)
+        target.index_copy_(0, slots[stored], source[stored])
+
+
+# -------------------------------------------------------------------- what a gather did
+
+_reports = WeakTensorKeyDictionary()
 
 
 def last_path(group: CPGroup) -> PathReport | None:
-    """Which path the group's latest gather took on this rank, and why; None before the first."""
+    """Return the path of the group's latest gather on this rank; None before the first."""
     return group.last_path
 
 
-# --------------------------------------------------------------------- the algorithms
+def path_of_result(result: torch.Tensor) -> PathReport | None:
+    """Return the path of the gather that made this very tensor; None for others and for views."""
+    report: PathReport | None = _reports.get(result)
+    return report
 
 
-def _direct(
-    rows: list[torch.Tensor],
-    metadata: ContextParallelMetadata,
-    pool: SymmetricPool,
-    into: Sequence[torch.Tensor] | None,
-    slots: torch.Tensor | None,
+def remember_path(
+    group: CPGroup, path: PathReport, results: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """One pass over the wire; the meeting before it and the barrier after it make it safe.
-
-    rank 0   meet │ store into 0, into 1 │ barrier │ read
-    rank 1   meet │ store into 1, into 0 │ barrier │ read
-                  ↑ outputs are free       ↑ all rows have landed
-    """
-    with stage("allocate"):
-        if into is not None:
-            outputs = [steps.as_rows(cache) for cache in into]
-        else:
-            outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-    if pool.device.type == "cuda":
-        from cpkit.kernels.cuda_push import push_all
-
-        with stage("wire"):
-            push_all(rows, outputs, metadata, pool, slots)
-    else:
-        steps.push_all(rows, outputs, metadata, pool, slots)
-    keep("wire", outputs[0])
-    return outputs
+    """Record the path of the group's latest gather and of its results; return the results."""
+    group.last_path = path
+    for result in results:
+        _reports[result] = path
+    return results
 
 
-def _padded(
-    rows: list[torch.Tensor],
-    metadata: ContextParallelMetadata,
-    group: CPGroup,
-    pool: SymmetricPool | None,
-    algorithm: str,
-) -> list[torch.Tensor]:
-    """Rank order, then token order."""
-    counts, max_len = metadata.per_rank_actual_token, metadata.max_rank_len[0]
-    rank_order = _gather_rank_order(rows, counts, max_len, group, pool, algorithm)
-    with stage("reorder"):
-        gathered = [steps.reorder_tokens(x, metadata) for x in rank_order]
-    keep("reorder", gathered[0])
-    return gathered
-
-
-def _gather_rank_order(
-    rows: list[torch.Tensor],
-    rows_per_rank: Sequence[int],
-    max_len: int,
-    group: CPGroup,
-    pool: SymmetricPool | None,
-    algorithm: str,
-) -> list[torch.Tensor]:
-    """Pad, wire, strip: all tensors cross the wire before the one exit barrier."""
-    with stage("pad"):
-        symmetric_send = algorithm == "padded_symm" and pool is not None
-        shards = [steps.pad_rows(x, max_len, group, symmetric=symmetric_send) for x in rows]
-    keep("pad", shards[0])
-    gathered = steps.gather_all(
-        shards,
-        group,
-        pool,
-        symmetric_send=symmetric_send,
-        symmetric_recv=algorithm != "padded",
-    )
-    keep("wire", gathered[0])
-    with stage("strip"):
-        stripped = [steps.strip_padding(x, rows_per_rank) for x in gathered]
-    keep("strip", stripped[0])
-    return stripped
-
-
-# ---------------------------------------------------------- agreeing before data moves
-
-
-def _capture_problem(
-    tensors: Sequence[torch.Tensor],
-    metadata: ContextParallelMetadata,
-    group: CPGroup,
-    algorithm: str,
-    symmetric: bool,
-    into: Sequence[torch.Tensor] | None,
-) -> str:
-    """Why this gather can't be captured in a CUDA graph now; empty when it can."""
-    if not is_capturing(device_type(tensors[0])):
-        return ""
-    if algorithm == "direct" and symmetric:
-        from cpkit.kernels.cuda_push import capture_problem
-
-        return capture_problem(tensors, metadata, group, into)
-    if into is not None:
-        return (
-            "only 'direct' in symmetric memory can be captured into caches: the others look at the "
-            "slots on the host"
-        )
-    return ""
-
-
-def enter(
-    group: CPGroup, call: str, problem: str, symmetric: bool, device: str
-) -> SymmetricPool | None:
-    """Meet all ranks; the group's pool afterwards, when the gather may use it."""
-    with stage("agree"):
-        transport = group.pools.get(device)
-        (transport or group).meet(call, problem)
-        return symmetric_pool(group, device) if symmetric else None
+def device_of(tensors: object) -> str:
+    """Return "cuda" or "cpu" for the first tensor of a list; "cpu" for what checks refuse."""
+    first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
+    return first.device.type if isinstance(first, torch.Tensor) and first.is_cuda else "cpu"

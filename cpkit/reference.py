@@ -1,7 +1,8 @@
-"""The gather as one would write it down: slow, short, and right. Read this first.
+"""The gather in its plainest form: slow, short and right. Read this first.
 
-Same signature as `cpkit.gather.all_gather_kv`. One broadcast per rank, then one assignment per row:
-`whole[token] = row`, for the tokens that `rank_rows` names. No padding, no symmetric memory.
+`all_gather_kv_reference` has the signature of `cpkit.gather.all_gather_kv`: one broadcast per rank,
+then one assignment per row, `whole[token] = row`, for the tokens of `rank_rows`. No padding, no
+symmetric memory. `push_reference` has the signature of `SymmetricPool.push`, after the pool.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch.distributed as dist
 
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.backend import STORED_IN_PLACE, same_lanes
+from cpkit.memory.path import PathReport
+from cpkit.memory.pool import SymmetricPool
 
 
 def all_gather_kv_reference(
@@ -23,7 +27,7 @@ def all_gather_kv_reference(
     algorithm: str = "direct",  # noqa: ARG001 - all algorithms have this one result
     stream: torch.cuda.Stream | None = None,  # noqa: ARG001 - CPU tensors have none
 ) -> list[torch.Tensor]:
-    """From `[rows, …]` each to `[total_tokens, …]` each, token order. Collective; no checks."""
+    """Gather `[rows, …]` each to `[total_tokens, …]` each, token order. Collective; no checks."""
     gathered = []
     for mine in tensors:
         whole = mine.new_empty(metadata.total_tokens, *mine.shape[1:])
@@ -36,3 +40,24 @@ def all_gather_kv_reference(
                 whole[token] = row
         gathered.append(whole)
     return gathered
+
+
+def push_reference(
+    pool: SymmetricPool,
+    rows: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    slots: torch.Tensor | None = None,
+) -> PathReport:
+    """Store this rank's rows into every peer's outputs: one indexed store per peer. Collective."""
+    mine = metadata.rank_rows(pool.group.rank)
+    pool.backend.enter()
+    for x, output in zip(rows, outputs, strict=True):
+        tokens = mine.to(x.device)
+        targets = tokens if slots is None else slots[tokens]
+        stored = targets >= 0
+        for peer in range(pool.group.size):
+            target, source = same_lanes(pool.peer_view(output, peer), x)
+            target[targets[stored]] = source[stored]
+    pool.backend.leave()
+    return STORED_IN_PLACE

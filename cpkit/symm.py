@@ -6,7 +6,7 @@
     pool = symmetric_pool(group)
     pool.peer_view(recv, 1)  # rank 1's recv: an ordinary tensor over it
 
-Only ranks of one machine can share memory; a group that spans machines allocates as usual.
+Only the ranks of one machine can share memory; a group that spans machines allocates as usual.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from cpkit.devices import device_type
 from cpkit.group import CPGroup
 from cpkit.memory import factory
 from cpkit.memory.backend import Backend
+from cpkit.memory.locate import locate_pair
+from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import BufferPair, PathReport, decide, nccl_version
 from cpkit.memory.pool import SymmetricPool
 from cpkit.memory.statistics import PoolStatistics
-from cpkit.memory.where import place_of
-from cpkit.sync.offers import SymmetricMemoryError
+from cpkit.sync.agreement import Signature
+from cpkit.sync.exchange import SymmetricMemoryError
+from cpkit.validate import check_group
 
 __all__ = [
     "PathReport",
@@ -34,9 +37,9 @@ __all__ = [
     "SymmetricMemoryError",
     "SymmetricPool",
     "batch_symmetry",
-    "check_group",
     "explain_path",
     "is_allocation_symmetric",
+    "memory_of",
     "put_signal",
     "symmetric_pool",
     "use_symmetric_memory",
@@ -48,7 +51,7 @@ _batch_is_symmetric: ContextVar[bool] = ContextVar("batch_is_symmetric", default
 
 @contextmanager
 def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[None]:
-    """Tensors made inside by torch.empty, zeros, full, new_empty, … come from the group's pool.
+    """Allocate tensors made inside by torch.empty, zeros, new_empty, … in the group's pool.
 
     Collective: every rank of the group makes the same tensors in the same order. With `disabled`,
     and for a group that spans machines, allocation is the ordinary one. Source: SGLang
@@ -67,7 +70,7 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
 
 
 def is_allocation_symmetric() -> bool:
-    """Whether this batch has equal sizes on all ranks, so that it may use symmetric memory."""
+    """Return True when this batch has equal sizes on all ranks: it can use symmetric memory."""
     return _batch_is_symmetric.get()
 
 
@@ -75,7 +78,7 @@ def is_allocation_symmetric() -> bool:
 def batch_symmetry(symmetric: bool) -> Iterator[None]:
     """Declare whether the batch that is processed inside has equal sizes on all ranks.
 
-    Upstream decides this from its data-parallel padding mode. All ranks must say the same.
+    Upstream decides this from its data-parallel padding mode. All ranks pass the same.
     """
     token = _batch_is_symmetric.set(symmetric)
     try:
@@ -84,10 +87,26 @@ def batch_symmetry(symmetric: bool) -> Iterator[None]:
         _batch_is_symmetric.reset(token)
 
 
-def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
-    """The group's pool on this kind of device ("cpu" or "cuda"; default: torch's default device).
+def memory_of(group: CPGroup, device: torch.device) -> SymmetricPool | OrdinaryMemory:
+    """Return the group's pool on this device, made at the first call, or ordinary memory.
 
-    Made at the first call; that call is collective over the group.
+    Memory is ordinary for a group that spans machines and for a batch that is not symmetric. All
+    ranks pass the same; collective when it makes the pool.
+    """
+    if group.spans_hosts:
+        return OrdinaryMemory(group, device, spanning_machines(group))
+    if not is_allocation_symmetric():
+        return OrdinaryMemory(group, device, ASYMMETRIC_BATCH)
+    pool = group.pools.get(device.type)
+    if isinstance(pool, SymmetricPool):
+        return pool
+    return SymmetricPool(group, device=device.type)
+
+
+def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
+    """Return the group's pool on "cpu" or "cuda" (default: torch's default device).
+
+    The first call makes it and is collective over the group.
     """
     check_group(group)
     pool = group.pools.get(device or torch.get_default_device().type)
@@ -95,25 +114,25 @@ def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
 
 
 def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
-    """Tell one peer that what this rank stored into its memory is there. No barrier, no other rank.
+    """Signal one peer that this rank's stores into its memory have arrived. No barrier.
 
-    There is one word from each rank to each other; it is set once the peer has taken the one
-    before. On CUDA both calls are kernels on the current stream. Source: torch's
+    Each rank has one signal word per peer; a second signal blocks until the peer has consumed the
+    first. On CUDA both calls are kernels on the current stream. Source: torch's
     _SymmetricMemory.put_signal and wait_signal, and NVSHMEM's signal operations.
 
         rank 0   peer_view(inbox, 1).copy_(row) ─ put_signal(group, 1)
         rank 1                                     wait_signal(group, 0) ─ read inbox
 
-    Before rank 0 stores the next row, rank 1 has to tell that it has read this one: by a signal
-    back. `device` is "cpu" or "cuda", and may be left out when the group has symmetric memory on
-    one of them only. Raises ValueError for a peer that is no rank of the group and for a device
-    without symmetric memory so far; TimeoutError after the deadline (on CUDA the kernel traps).
+    Before rank 0 stores the next row, rank 1 has to signal back that it has read this one. `device`
+    is "cpu" or "cuda", and can be omitted when the group has symmetric memory on one only. Raises
+    ValueError for a peer that is no rank of the group and for a device without symmetric memory so
+    far; TimeoutError after the deadline (on CUDA the kernel traps).
     """
     _backend_with(group, peer, device).put_signal(peer)
 
 
 def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
-    """Wait for `put_signal` of that peer, and take its word. Errors as there."""
+    """Wait for `put_signal` of that peer, and consume its signal. Errors as there."""
     _backend_with(group, peer, device).wait_signal(peer)
 
 
@@ -134,7 +153,7 @@ def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
 def explain_path(
     send: torch.Tensor, recv: torch.Tensor, group: CPGroup, transport: str | None = None
 ) -> PathReport:
-    """Which path a gather of these buffers takes, and what is missing for a better one.
+    """Explain which path a gather of these buffers takes, and what a better one requires.
 
     Collective over the group: a buffer is symmetric only if it is so on every rank. `transport`
     asks what another one would do with the same buffers: "posix", "cuda", or NCCL with its version.
@@ -144,27 +163,18 @@ def explain_path(
         >>> explain_path(send, recv, group, transport="nccl 2.28.9").path   # doctest: +SKIP
         'fallback'
 
-    Raises ValueError on every rank for a transport that nobody knows.
+    Raises ValueError on every rank for an unknown transport.
     """
     check_group(group)
     if group.spans_hosts and transport is None:
-        reason = f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"
+        reason = spanning_machines(group)
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
-    problem = ""
-    try:
+    with group.agreement(device_type(recv)) as call:
         nccl_version(transport or "posix")
-    except ValueError as error:
-        problem = str(error)
-    call = f"explain_path(transport={transport})"
+        call.must_match(Signature(f"explain_path(transport={transport})"))
+        call.state += msgspec.msgpack.encode(locate_pair(send, recv, group))
     pool = group.pools.get(device_type(recv))
     if isinstance(pool, SymmetricPool):
-        return pool.agree_on_path(call, problem, send, recv, transport or "")
-    notes = group.meet(call, problem, msgspec.msgpack.encode(place_of(send, recv, group)))
-    places = [msgspec.msgpack.decode(note, type=BufferPair) for note in notes]
-    return decide(places, group.rank, transport or "posix")
-
-
-def check_group(group: CPGroup) -> None:
-    """Raise ValueError unless this is a group. Local: without one there is nobody to tell."""
-    if not isinstance(group, CPGroup):
-        raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")
+        return pool.decide(call, transport or "").path
+    pairs = [msgspec.msgpack.decode(state, type=BufferPair) for state in call.states]
+    return decide(pairs, group.rank, transport or "posix")

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import cpkit
-from tests.desk import Desk
-from tests.processes import until
+from tests.helpers.control_server import ControlServer
+from tests.helpers.processes import until
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
@@ -130,7 +130,7 @@ def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path)
-    yield desk
-    desk.close()
+def control_server(tmp_path: Path) -> Iterator[ControlServer]:
+    control_server = ControlServer(tmp_path)
+    yield control_server
+    control_server.close()

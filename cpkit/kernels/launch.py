@@ -1,8 +1,8 @@
-"""Launching the gather kernel: how many blocks, how large its tiles, with which words.
+"""Launch the gather kernel: number of blocks, size and table of tiles, signal words.
 
-Where ranks share a GPU, blocks that wait for a peer may take the room that the peer's own blocks
-need. So one block waits there, in a launch of its own, and the blocks that copy start when the
-outputs are free:
+Where ranks share a GPU, blocks that wait for a peer can occupy the multiprocessors that the peer's
+own blocks need. So one block waits there, in a launch of its own, and the blocks that copy start
+when the outputs are free:
 
     own GPUs      rank 0   │ every block waits ─ copies ─ the last one waits │
     shared GPU    rank 0   │ one block waits │ every block copies ─ the last one waits │
@@ -10,24 +10,28 @@ outputs are free:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 
+from cpkit.devices import is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels.gather_kernel import gather_kernel
+from cpkit.kernels.tiles import WIDE_BYTES, tile_table, unit_bytes
+from cpkit.layout import ContextParallelMetadata
 from cpkit.sync.exchange import deadline_s
 
-SYNC = True  # tests switch it off, to see that they notice
+SYNC = True  # tests switch it off to show that they fail without it
 
 
 class Shape(NamedTuple):
-    """How a launch is cut: units of a tile, warps of a block, blocks for each multiprocessor.
+    """Units per tile, warps per block, blocks per multiprocessor.
 
-    A rank has as many blocks as find room at once beside those of the ranks that share its GPU:
-    each takes tile after tile, so more would only wait for a place.
+    A rank launches as many blocks as fit beside those of the ranks that share its GPU. Each takes
+    tile after tile, so more blocks would only wait to be scheduled.
     """
 
     tile: int
@@ -35,17 +39,17 @@ class Shape(NamedTuple):
     blocks: int
 
 
-# Large tiles are some percent faster where the rows take long; small ones start sooner.
+# Large tiles are some percent faster for long copies; small ones start sooner.
 _SMALL, _LARGE = Shape(2048, 8, 4), Shape(4096, 16, 2)
 _LARGE_FROM_BYTES = 4 << 20
 _REGISTERS = 65536  # of a multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
 _Addresses = tuple[int, ...]
-_NO_PLACES: tuple[_Addresses, _Addresses, _Addresses] = ((0,), (0,), (0,))
+_NO_ADDRESSES: tuple[_Addresses, _Addresses, _Addresses] = ((0,), (0,), (0,))
 
 
 class Signals(Protocol):
-    """What of a backend a launch needs."""
+    """What a launch needs of a backend."""
 
     group: CPGroup
     device: torch.device
@@ -75,24 +79,24 @@ def launch_gather(
     if entry and SYNC and signals.group.shares_gpu:
         signals.enter()
         entry = False
-    places = tuple(sources), tuple(targets), tuple(bases)
-    _launch(signals, tiles, places, slots, narrow_bytes, shape, entry=entry)
+    addresses = tuple(sources), tuple(targets), tuple(bases)
+    _launch(signals, tiles, addresses, slots, narrow_bytes, shape, entry=entry)
 
 
 def launch_entry(signals: Signals) -> None:
-    """Wait, on the current stream, until every rank's stream has come here. An exit follows."""
-    _launch(signals, signals.pages[:0], _NO_PLACES, leave=False)
+    """Wait on the current stream until all ranks' streams arrive. An exit follows."""
+    _launch(signals, signals.pages[:0], _NO_ADDRESSES, leave=False)
 
 
 def launch_exit(signals: Signals) -> None:
-    """Wait, on the current stream, until every rank's stream has come here."""
-    _launch(signals, signals.pages[:0], _NO_PLACES, entry=False)
+    """Wait on the current stream until all ranks' streams arrive."""
+    _launch(signals, signals.pages[:0], _NO_ADDRESSES, entry=False)
 
 
 def _launch(
     signals: Signals,
     tiles: torch.Tensor,
-    places: tuple[_Addresses, _Addresses, _Addresses],
+    addresses: tuple[_Addresses, _Addresses, _Addresses],
     slots: torch.Tensor | None = None,
     narrow_bytes: int = 0,
     shape: Shape = _SMALL,
@@ -105,7 +109,7 @@ def _launch(
     group = signals.group
     signals.in_order()
     gather_kernel[(_blocks(signals, len(tiles), shape),)](
-        *places,
+        *addresses,
         signals.pages if slots is None else slots,
         tiles,
         len(tiles),
@@ -113,7 +117,7 @@ def _launch(
         signals.late,
         int(deadline_s() * 1e9),
         group.rank,
-        TENSORS=len(places[0]),
+        TENSORS=len(addresses[0]),
         CP=group.size,
         BLOCK=shape.tile,
         NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
@@ -127,12 +131,12 @@ def _launch(
 
 
 def shape_for(own_bytes: int) -> Shape:
-    """For a rank that stores so many bytes of its own to every peer."""
+    """Return the shape for a rank that stores this many bytes to every peer."""
     return _LARGE if own_bytes >= _LARGE_FROM_BYTES else _SMALL
 
 
 def _blocks(signals: Signals, tiles: int, shape: Shape) -> int:
-    """As many blocks as fit on the GPU beside those of the other ranks that share it."""
+    """Return how many blocks fit on the GPU beside those of the ranks that share it."""
     ranks = max(1, signals.group.ranks_on_gpu)
     return max(1, min(tiles, _processors(signals.device) * shape.blocks // ranks))
 
@@ -140,3 +144,78 @@ def _blocks(signals: Signals, tiles: int, shape: Shape) -> int:
 @cache
 def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+# ----------------------------------------------------------------------- the tile tables
+
+
+class Cut(NamedTuple):
+    """How a rank's rows are cut into tiles, and which variant of the kernel Triton makes for them.
+
+    Gathers of one layout with equal cuts share a table, and nothing is compiled for the second.
+    """
+
+    row_bytes: tuple[int, ...]
+    wide: tuple[bool, ...]
+    aligned: tuple[tuple[bool, bool], ...]  # a tensor and its output, to 16 bytes
+    narrow: int
+    shape: Shape
+
+    @classmethod
+    def of(cls, max_rows: int, row_bytes: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Cut:
+        """Cut at most `max_rows` rows per rank; a pair is the addresses of a tensor and its output.
+
+        All ranks cut alike: blocks of different sizes might not fit on a shared GPU together.
+        """
+        units = [unit_bytes(n, x | y) for n, (x, y) in zip(row_bytes, pairs, strict=True)]
+        return cls(
+            tuple(row_bytes),
+            tuple(unit == WIDE_BYTES for unit in units),
+            tuple((x % 16 == 0, y % 16 == 0) for x, y in pairs),
+            min((unit for unit in units if unit < WIDE_BYTES), default=0),
+            shape_for(max_rows * sum(row_bytes)),
+        )
+
+
+_Key = tuple[ContextParallelMetadata, Cut, bool]
+
+
+class TileTables:
+    """A rank's tile tables on its GPU: one per layout and cut, the latest MAX_TABLES of them.
+
+    A table that a CUDA graph captured is kept forever, here and in `devices.keep_for_replays`.
+    """
+
+    MAX_TABLES = 64
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._rank, self._device = rank, device
+        self._tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
+        self._readers: dict[_Key, set[int]] = {}  # the streams that may still read a table
+        self._captured: dict[_Key, torch.Tensor] = {}
+
+    def has(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> bool:
+        """Return True when no table has to be copied to the GPU for this gather."""
+        key = metadata, cut, mapped
+        return key in self._tables or key in self._captured
+
+    def get(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> torch.Tensor:
+        """Return the table, made at the first call; `mapped` says that a slot mapping follows."""
+        key = metadata, cut, mapped
+        table = self._tables.pop(key, self._captured.get(key))
+        if table is None:
+            runs, narrow = metadata.runs(self._rank), cut.narrow or 1
+            made = tile_table(runs, cut.row_bytes, cut.wide, narrow, cut.shape.tile, mapped=mapped)
+            table = made.to(self._device)
+        self._tables[key] = table
+        while len(self._tables) > self.MAX_TABLES:
+            dropped, _ = self._tables.popitem(last=False)
+            del self._readers[dropped]
+        readers = self._readers.setdefault(key, set())
+        if is_capturing("cuda"):
+            keep_for_replays("cuda", table)
+            self._captured[key] = table
+        elif raw_stream() not in readers:
+            table.record_stream(torch.cuda.current_stream())
+            readers.add(raw_stream())
+        return table

@@ -1,86 +1,187 @@
-"""What a kind of memory has to offer so that a pool can be made of it; the one place that chooses.
+"""What one kind of memory does for a gather: the interface, and what its kinds share.
 
-cpu    POSIX shared memory (cpkit.sync.shm)        ranks of one machine
-cuda   torch.distributed._symmetric_memory    GPUs with peer access, or ranks that share one GPU
+    ordinary   torch.distributed only                  groups that span machines
+    posix      POSIX shared memory                     CPU ranks of one machine
+    cuda       torch's symmetric memory, own kernels   GPUs with peer access, ranks that share a GPU
+    nccl       the same, and NCCL's collectives        a GPU per rank
+
+`all_gather`, `push` and `prepare` move rows, and each returns the path that the rows took.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.path import PathReport
+
+ORDINARY_COLLECTIVE = PathReport(
+    "fallback",
+    "algorithm 'padded' uses ordinary memory and the collective of torch.distributed",
+    "ordinary memory",
+    "ordinary memory",
+)
+PUSHED_FROM_ORDINARY = PathReport(
+    "symmetric",
+    "each rank stored its shard, padded in ordinary memory, into every peer's receive buffer",
+    "ordinary memory",
+    "in the pool",
+)
+PUSHED_FROM_POOL = PathReport(
+    "symmetric",
+    "each rank stored its padded shard into every peer's receive buffer",
+    "in the pool",
+    "in the pool",
+)
+STORED_IN_PLACE = PathReport(
+    "symmetric",
+    "each rank stored its rows at their final place in every peer's output",
+    "ordinary memory (read in place)",
+    "in the pool",
+)
+Prepared = Callable[[], None]  # one push, its synchronization included
 
 
 class Segment(Protocol):
-    """One allocation of `nbytes` on every rank of a group; `addresses`, by rank, hold here."""
+    """One allocation of `nbytes` on every rank of a group.
+
+    `addresses[rank]` is where that rank's memory is in this process.
+    """
 
     nbytes: int
     addresses: list[int]
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a rank's memory: uint8 `[nbytes]`."""
+        """Return bytes of a rank's memory: uint8 `[nbytes]`."""
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Own bytes; calls `release` when the last tensor over them has gone."""
+        """Return own bytes; `release` is called when the last tensor over them is dropped."""
+
+
+class Peers(Protocol):
+    """What a backend needs of the pool that its buffers are in."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate at the same offset on every rank."""
+
+    peer_order: list[int]  # all ranks, this one first
+
+    def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+        """Store this rank's shard into every peer's symmetric output. Not synchronized."""
+
+    def pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+        """Load every peer's symmetric shard into an output. Not synchronized."""
+
+    def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return the same tensor in a peer's memory."""
+
+    def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
+        """Return the address of the same tensor of each rank, by rank."""
+
+    def segment_of(self, tensor: torch.Tensor) -> Segment:
+        """Return the segment that a tensor of the pool is in."""
 
 
 class Backend(Protocol):
-    """One kind of symmetric memory of one group."""
+    """One kind of memory of one group."""
 
     name: str
     device: torch.device
 
-    def default_prealloc(self) -> int:
-        """Bytes of the arena when the user names no size."""
+    # ------------------------------------------------------------------- moving rows
 
-    def make_segment(self, nbytes: int, purpose: str) -> Segment:
-        """Allocate on every rank and map the peers'. Collective, with a deadline.
+    def all_gather(
+        self,
+        peers: Peers,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool,
+        symmetric_recv: bool,
+    ) -> PathReport:
+        """Gather equal shards, `[rows, lanes]` each, into `[size · rows, lanes]` in rank order.
 
-        Raises SymmetricMemoryError on every rank when one of them can't.
+        `symmetric_send` and `symmetric_recv`: all ranks agreed that these buffers are in the pool,
+        at one offset. Complete on return; on CUDA in stream order. Collective.
         """
 
+    def push(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor | None = None,
+    ) -> PathReport:
+        """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs.
+
+        Outputs, `[total_tokens, lanes]` each, are in the pool at one offset on all ranks. With
+        `slots` (int64 `[total_tokens]`) token t goes to row `slots[t]`, and is dropped where that
+        is -1. Complete on return; on CUDA in stream order. Collective.
+        """
+
+    def prepare(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        output_sets: Sequence[Sequence[torch.Tensor]],
+        metadata: ContextParallelMetadata,
+    ) -> tuple[list[Prepared], PathReport]:
+        """Return one prepared `push` per set of outputs, to be called many times. Collective."""
+
+    def can_capture(
+        self,
+        tensors: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        into: Sequence[torch.Tensor] | None,
+    ) -> bool:
+        """Return True when a push of this layout can be captured in a CUDA graph now."""
+
+    # -------------------------------------------------------------------------- memory
+
+    def default_prealloc(self) -> int:
+        """Return the bytes of the arena when the user names no size."""
+
+    def make_segment(self, nbytes: int, purpose: str) -> Segment:
+        """Allocate on every rank and map the peers' memory. Collective, with a deadline.
+
+        Raises SymmetricMemoryError on every rank when one of them has no room.
+        """
+
+    # ----------------------------------------------------------------- synchronization
+
     def enter(self) -> None:
-        """Wait until every rank's buffers may be written. Collective."""
+        """Wait until the outputs of all ranks are free to be written. Collective."""
 
     def leave(self) -> None:
-        """Wait until everything that ranks wrote has landed. Collective."""
+        """Wait until the stores of all ranks have arrived. Collective."""
 
     def put_signal(self, peer: int) -> None:
-        """Tell a peer that this rank's stores before it have landed, once it took the last word."""
+        """Signal a peer that this rank's stores have arrived.
+
+        Blocks until the peer has consumed the previous signal.
+        """
 
     def wait_signal(self, peer: int) -> None:
-        """Wait for a peer's word, and take it."""
+        """Wait for a peer's signal, and consume it."""
 
-    def late_words(self) -> str:
-        """Which rank a wait on the device was given up for, in words; empty when none was."""
+    def late_message(self) -> str:
+        """Return the text of a timeout on the device; empty when there was none."""
 
     def check(self) -> None:
-        """Raise BarrierTimeout when a wait on the device has been given up. Local."""
+        """Raise BarrierTimeout when a wait on the device timed out. Local."""
 
     def transport(self) -> str:
-        """Who moves the rows of an equal-sized gather: see cpkit.memory.path."""
+        """Return what moves the rows of an equal-sized gather: see cpkit.memory.path."""
 
     def window_problem(self) -> str:
-        """Why NCCL, where it moves the rows, does not know this memory; empty when all is well."""
+        """Return why NCCL does not know this memory; empty when it does or is not used."""
 
 
-def make_backend(group: CPGroup, device: str) -> Backend:
-    """The backend for tensors on this kind of device. Collective over the group.
-
-    Raises ValueError for a device without one.
-    """
-    if device == "cpu":
-        from cpkit.memory.posix import PosixBackend
-
-        return PosixBackend(group)
-    if device == "cuda" and torch.cuda.is_available():
-        from cpkit.memory.cuda import CudaBackend
-
-        return CudaBackend(group)
-    raise ValueError(
-        f"there is no symmetric memory on {device!r} here; use 'cpu'"
-        + (", or 'cuda' on a machine where torch sees a GPU" if device == "cuda" else " or 'cuda'")
-    )
+def same_lanes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """View two `[rows, lanes]` of equal row bytes in the narrower lane: alignments can differ."""
+    lane = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.view(lane), b.view(lane)

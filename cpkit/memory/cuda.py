@@ -1,37 +1,54 @@
 """Symmetric memory on CUDA: torch.distributed._symmetric_memory, synchronized on the stream.
 
-Ranks may each have a GPU of their own, or share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES, set
-here where it is needed). Nothing waits for the GPU on the host: `enter` and `leave` are a kernel
-that signals every peer and waits for every peer's signal, so they can be captured in a CUDA graph.
+Ranks can each have a GPU, or share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES, set here where it
+is needed). The host never waits for the GPU: `enter` and `leave` are a kernel that signals every
+peer and waits for every peer's signal, so they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 
-from cpkit.devices import is_capturing, loaded_nccl_version, raw_stream
+from cpkit.devices import is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
-from cpkit.kernels import launch as cuda_launch
+from cpkit.kernels import launch
 from cpkit.kernels.gather_kernel import MAX_RANKS, PAGE_WORDS
-from cpkit.kernels.launch import launch_entry, launch_exit
-from cpkit.memory.collective import plain_all_gather
+from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit, launch_gather
+from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.backend import (
+    PUSHED_FROM_ORDINARY,
+    PUSHED_FROM_POOL,
+    STORED_IN_PLACE,
+    Peers,
+    Prepared,
+)
+from cpkit.memory.path import PathReport
+from cpkit.stages import stage
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.exchange import deadline_s
-from cpkit.sync.offers import Offer, SymmetricMemoryError, agree
+from cpkit.sync.exchange import SegmentOffer, agree_on_segment, deadline_s
 
-_Launch = Callable[[cuda_launch.Signals], None]
+_Launch = Callable[[launch.Signals], None]
 _MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)
+_STAGED = PathReport(
+    "staged",
+    "NCCL refuses two ranks on one GPU, so each rank copied its shard into the pool, and "
+    "its peers pulled it from there into ordinary memory",
+    "a copy in the pool",
+    "ordinary memory",
+)
 
 
 class _Owner:
-    """Memory that torch sees through the array interface; it lives as long as a tensor over it."""
+    """Memory for torch's array interface; it is kept as long as a tensor over it exists."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -46,30 +63,30 @@ class _Owner:
 class CudaSegment:
     """One allocation on every rank, mapped by all: a tensor in a memory pool of its own.
 
-    With its own pool, memory that has been dropped goes back to the GPU and is never handed out
-    again. From one pool for all, two free segments of a size could be taken in another order on
-    another rank, and peers would be paired wrongly (pytorch#178138).
+    With its own pool, memory that was dropped returns to the GPU and is never reused. In a shared
+    pool, two free segments of one size could be taken in different orders on two ranks, which would
+    pair the wrong peers (pytorch#178138).
     """
 
     def __init__(
         self, buffer: torch.Tensor, pool: torch.cuda.MemPool, handle: Any, device: torch.device
     ) -> None:
-        self._buffer, self._pool, self.handle, self._device = buffer, pool, handle, device
+        self._buffer, self.pool, self.handle, self._device = buffer, pool, handle, device
         self.nbytes = buffer.numel()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").to(device)
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a rank's memory: uint8 `[nbytes]`."""
+        """Return bytes of a rank's memory: uint8 `[nbytes]`."""
         start = self._shift + offset
         view: torch.Tensor = self.handle.get_buffer(rank, [nbytes], torch.uint8, start)
         return view
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Own bytes; calls `release` when the last tensor over them has gone."""
+        """Return own bytes; `release` is called when the last tensor over them is dropped."""
         owner = _Owner(self._buffer.data_ptr() + offset, nbytes)
-        owner.segment = self  # a held block keeps its memory, also when its pool has been replaced
+        owner.segment = self  # keeps the memory of a held block, also after its pool is replaced
         weakref.finalize(owner, release).atexit = False
         return torch.as_tensor(owner, device=self._device)
 
@@ -78,8 +95,8 @@ class CudaBackend:
     """Memory that peers' kernels store into. Making one is collective over the group.
 
     `pages` holds the address of each rank's page of signal words (see
-    cpkit.kernels.gather_kernel); `late` is a word of host memory in which a kernel stores which
-    rank did not arrive in time.
+    cpkit.kernels.gather_kernel). `late` is a word of host memory in which a kernel stores the rank
+    that did not arrive in time.
     """
 
     name = "torch.distributed._symmetric_memory"
@@ -93,145 +110,169 @@ class CudaBackend:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.late = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
-        self._windows = self._prepare_windows()
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
-        group.exchange(b"")  # nobody signals into a page that is not zero yet
+        group.exchange(b"")  # no rank signals into a page that is not zero yet
         self.pages = self._page.peers
+        self.tables = TileTables(group.rank, self.device)
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
         self._graphs: dict[tuple[_Launch, float], torch.cuda.CUDAGraph] = {}
-        launch_entry(self)  # both are compiled now, and not while a peer waits or a graph is made
+        launch_entry(self)  # compile both now, not while a peer waits or a graph is captured
         launch_exit(self)
 
+    # ------------------------------------------------------------------- moving rows
+
+    def all_gather(
+        self,
+        peers: Peers,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool,
+        symmetric_recv: bool,
+    ) -> PathReport:
+        """Push into symmetric outputs, pull from symmetric shards, or stage in the pool."""
+        if not (symmetric_send or symmetric_recv):
+            return self._gather_staged(peers, shards, outputs)
+        move = peers.push_shard if symmetric_recv else peers.pull_shards
+        with stage("wire"):
+            self.enter()
+            for output, shard in zip(outputs, shards, strict=True):
+                move(output, shard)
+        with stage("exit"):
+            self.leave()
+        return PUSHED_FROM_POOL if symmetric_send else PUSHED_FROM_ORDINARY
+
+    def _gather_staged(
+        self, peers: Peers, shards: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> PathReport:
+        """Gather into ordinary memory where ranks share a GPU: pull from the peers' stages.
+
+            rank 0   shard → stage 0 │ barrier │ pull stage 0, stage 1 │ barrier │ stage 0 is free
+            rank 1   shard → stage 1 │ barrier │ pull stage 1, stage 0 │ barrier │ stage 1 is free
+
+        Only this rank writes to its stage, so no wait precedes that.
+        """
+        with stage("wire"):
+            stages = [peers.empty(shard.shape, shard.dtype) for shard in shards]
+            for staged, shard in zip(stages, shards, strict=True):
+                staged.copy_(shard)
+            self.leave()
+            for output, staged in zip(outputs, stages, strict=True):
+                peers.pull_shards(output, staged)
+        with stage("exit"):
+            self.leave()
+        return _STAGED
+
+    def push(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor | None = None,
+    ) -> PathReport:
+        """Launch one kernel, its entry and exit synchronization inside.
+
+        Source of the idea: vLLM #49517 (each rank stores final rows into every peer's cache).
+        """
+        with stage("wire"):
+            self._launch_push(peers, rows, outputs, metadata, slots)
+        return STORED_IN_PLACE
+
+    def _launch_push(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor | None = None,
+        *,
+        entry: bool = True,
+    ) -> None:
+        """`entry=False`: the caller knows that all outputs are free (see cpkit.plan)."""
+        present = [(x, y) for x, y in zip(rows, outputs, strict=True) if y.numel()]
+        if not present:
+            self.leave()
+            return
+        cut = Cut.of(
+            metadata.max_rank_len[0],
+            [x.shape[1] * x.element_size() for x, _ in present],
+            [(x.data_ptr(), y.data_ptr()) for x, y in present],
+        )
+        launch_gather(
+            self,
+            self.tables.get(metadata, cut, mapped=slots is not None),
+            [x.data_ptr() for x, _ in present],
+            [y.data_ptr() for _, y in present],
+            [_segment_table(peers, y) for _, y in present],
+            slots,
+            cut.narrow,
+            shape=cut.shape,
+            entry=entry,
+        )
+
+    def prepare(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        output_sets: Sequence[Sequence[torch.Tensor]],
+        metadata: ContextParallelMetadata,
+    ) -> tuple[list[Prepared], PathReport]:
+        """Make one CUDA graph per set of outputs."""
+        capture = _Capture()
+        pushes: list[Prepared] = []
+        for outputs in output_sets:
+            run = partial(self._launch_push, peers, rows, outputs, metadata)
+            pushes.append(_PreparedPush(self, run, capture))
+        return pushes, STORED_IN_PLACE
+
+    def can_capture(
+        self,
+        tensors: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        into: Sequence[torch.Tensor] | None,
+    ) -> bool:
+        """True when kernel and table exist: neither can be made while a graph is captured."""
+        sizes = [math.prod(x.shape[1:]) * x.element_size() for x in tensors]
+        # Buffers allocated here, outputs and dense copies of strided rows, are 16-byte aligned.
+        sources = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
+        targets = [0] * len(tensors) if into is None else [cache.data_ptr() for cache in into]
+        pairs = list(zip(sources, targets, strict=True))
+        present = [(n, pair) for n, pair in zip(sizes, pairs, strict=True) if n]
+        longest = metadata.max_rank_len[0]
+        cut = Cut.of(longest, [n for n, _ in present], [pair for _, pair in present])
+        return not present or self.tables.has(metadata, cut, mapped=into is not None)
+
+    # ------------------------------------------------------------------------- memory
+
     def default_prealloc(self) -> int:
-        """4 GiB as upstream, but at most an eighth of the free memory for each rank on this GPU."""
+        """Return 4 GiB as upstream, at most an eighth of the free memory per rank on this GPU."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(min(free // (8 * max(1, self.group.ranks_on_gpu)), _MAX_DEFAULT_BYTES))
 
     def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
         """Allocate from torch's symmetric memory and map the peers'. Collective.
 
-        rank 0   allocate ─ all have? ─ rendezvous ─ all have? ─ go on
-        rank 1   allocate ─ all have? ─ rendezvous ─ all have? ─ go on
-                            ↑ out of memory on one: every rank raises, nobody waits in the
+        rank 0   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
+        rank 1   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
+                            ↑ out of memory on one: every rank raises, and none waits in the
                             rendezvous
         """
-        meeting = self.group.rendezvous
+        exchange = self.group.store_exchange
         pool, buffer, problem = self._allocate(nbytes)
-        agree(meeting, Offer("", nbytes, problem), purpose)
+        agree_on_segment(exchange, SegmentOffer("", nbytes, problem), purpose)
         assert buffer is not None
         handle, problem = self._map(buffer)
-        agree(meeting, Offer("", nbytes, problem), f"{purpose} (map the peers' memory)")
-        if self._uses_nccl and not self._windows:
-            self._windows = self._register_window(pool)
+        mapping = f"{purpose} (map the peers' memory)"
+        agree_on_segment(exchange, SegmentOffer("", nbytes, problem), mapping)
         return CudaSegment(buffer, pool, handle, self.device)
 
-    def enter(self) -> None:
-        """On the stream: every rank has come here, so its buffers may be written. Then `leave`."""
-        self._replay(launch_entry)
-
-    def leave(self) -> None:
-        """On the stream: every rank's stores before it have landed."""
-        self._replay(launch_exit)
-
-    def in_order(self) -> None:
-        """Make the current stream wait for this rank's launches on other streams.
-
-        A rank has one page of counters, so it has one launch at a time. Replays of a graph that a
-        caller captured are the caller's to order.
-        """
-        if is_capturing("cuda") or raw_stream() == self._raw_stream:
-            return
-        before, self._stream = self._stream, torch.cuda.current_stream()
-        self._stream.wait_stream(before)
-        self._raw_stream = raw_stream()
-
-    def _replay(self, launch: _Launch) -> None:
-        """As a graph of one kernel: a replay is a tenth of what Triton's launch costs the host."""
-        if is_capturing("cuda") or not cuda_launch.SYNC:
-            launch(self)
-            return
-        key = launch, deadline_s()
-        if key not in self._graphs:
-            graph = self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                launch(self)
-        self.in_order()
-        self._graphs[key].replay()
-
-    def put_signal(self, peer: int) -> None:
-        """On the stream, by torch's own kernel, which traps when the deadline has passed."""
-        self._page.handle.put_signal(peer, 0, int(deadline_s() * 1e3))
-
-    def wait_signal(self, peer: int) -> None:
-        """As `put_signal`; the host does not wait."""
-        self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
-
-    def late_words(self) -> str:
-        """Which rank a kernel waited for in vain, in words; empty when none did."""
-        late = int(self._late[0])
-        if not late:
-            return ""
-        return (
-            f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
-            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in it, "
-            f"or replayed its graph another number of times. The group is out of step since then: "
-            f"start the job anew."
-        )
-
-    def check(self) -> None:
-        """Raise BarrierTimeout when a kernel gave up waiting, with the rank that did not come."""
-        late = self.late_words()
-        if late:
-            raise BarrierTimeout(late)
-
-    def transport(self) -> str:
-        """NCCL where each rank has a GPU of its own, else pushes over peer access."""
-        if not self.group.has_nccl:
-            return "cuda"
-        return "nccl " + ".".join(map(str, loaded_nccl_version()))
-
-    def window_problem(self) -> str:
-        """Why NCCL does not know the pool's memory; empty when it does, or has no part in this."""
-        return self._windows
-
-    @property
-    def _uses_nccl(self) -> bool:
-        """A rank alone has nobody to gather from."""
-        return self.group.has_nccl and self.group.size > 1
-
-    def _prepare_windows(self) -> str:
-        """Why NCCL can't have windows here; empty when it can, or has no part in this. Collective.
-
-        NCCL wants a communicator that has run a collective already (pytorch#188567).
-        """
-        if not self._uses_nccl:
-            return ""
-        if self.group.shares_gpu:
-            return "ranks share a GPU, and NCCL has no symmetric windows there"
-        word = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        everybody = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
-        plain_all_gather(everybody, word, self.group)
-        torch.cuda.synchronize()
-        return ""
-
-    def _register_window(self, pool: torch.cuda.MemPool) -> str:
-        """Have NCCL know a segment; on every rank why it does not, if so. Collective."""
-        problem = ""
-        try:
-            nccl: Any = self.group.process_group._get_backend(self.device)
-            nccl.register_mem_pool(pool, symm=True)
-            _never_free(pool)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
-        answers = self.group.exchange(problem.encode())
-        return next((answer.decode() for answer in answers if answer), "")
-
     def _allocate(self, nbytes: int) -> tuple[torch.cuda.MemPool, torch.Tensor | None, str]:
-        """Memory of torch's symmetric allocator, or why there is none, and the pool that it is in.
+        """Return a pool, memory of torch's symmetric allocator in it, or why there is none.
 
-        The pool is made as `symm_mem.get_mem_pool` makes its own: no splitting, no lending.
+        The pool has the options of `symm_mem.get_mem_pool`'s: blocks are not split or lent.
         """
         allocator = symm_mem.get_mempool_allocator(self.device)
         pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
@@ -244,7 +285,7 @@ class CudaBackend:
     def _no_room(self, nbytes: int, error: Exception) -> str:
         free, total = torch.cuda.mem_get_info(self.device)
         return (
-            f"{self.device} has {free} of {total} bytes free, and {nbytes} were asked for, "
+            f"{self.device} has {free} of {total} bytes free, and {nbytes} were requested, "
             f"with {self.group.ranks_on_gpu} rank(s) on this GPU. Ask for less "
             f"(SymmetricPool(group, prealloc=…), CPKIT_SYMM_PREALLOC_GB), or use fewer ranks. "
             f"torch says: {str(error).splitlines()[0]}"
@@ -255,18 +296,121 @@ class CudaBackend:
             return symm_mem.rendezvous(buffer, self.group.process_group), ""
         except RuntimeError as error:
             return None, (
-                f"cannot map the peers' memory: {error}. (Ranks with GPUs of their own must all "
-                f"see them: with one in CUDA_VISIBLE_DEVICES each, torch takes them for the same.)"
+                f"cannot map the peers' memory: {error}. (Ranks with a GPU each must see all of "
+                f"them: with one in CUDA_VISIBLE_DEVICES each, torch takes them for the same.)"
             )
 
+    # ---------------------------------------------------------------- synchronization
 
-def _never_free(pool: torch.cuda.MemPool) -> None:
-    """Keep a pool that NCCL knows, and its memory on the GPU, for as long as the process lives.
+    def enter(self) -> None:
+        """On the stream: wait until all ranks arrive, so their buffers are free. Then `leave`."""
+        self._replay(launch_entry)
 
-    NCCL's hook on it outlives the communicator: freeing the pool after `destroy_process_group` ends
-    the process in std::terminate (~MemPool, torch 2.11).
+    def leave(self) -> None:
+        """On the stream: wait until the stores of all ranks before it have arrived."""
+        self._replay(launch_exit)
+
+    def in_order(self) -> None:
+        """Make the current stream wait for this rank's launches on other streams.
+
+        A rank has one page of counters, so one launch at a time. Replays of a graph that a caller
+        captured are ordered by the caller.
+        """
+        if is_capturing("cuda") or raw_stream() == self._raw_stream:
+            return
+        before, self._stream = self._stream, torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        self._raw_stream = raw_stream()
+
+    def _replay(self, run: _Launch) -> None:
+        """Replay a graph of one kernel: on the host a tenth of the cost of Triton's launch."""
+        if is_capturing("cuda") or not launch.SYNC:
+            run(self)
+            return
+        key = run, deadline_s()
+        if key not in self._graphs:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(self)
+        self.in_order()
+        self._graphs[key].replay()
+
+    def put_signal(self, peer: int) -> None:
+        """On the stream, by torch's own kernel, which traps when the deadline has passed."""
+        self._page.handle.put_signal(peer, 0, int(deadline_s() * 1e3))
+
+    def wait_signal(self, peer: int) -> None:
+        """As `put_signal`; the host does not wait."""
+        self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
+
+    def late_message(self) -> str:
+        """Return which rank a kernel timed out waiting for, as text; empty when none did."""
+        late = int(self._late[0])
+        if not late:
+            return ""
+        return (
+            f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
+            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in it, "
+            f"or replayed its graph another number of times. The group is out of step since then: "
+            f"restart the job."
+        )
+
+    def check(self) -> None:
+        """Raise BarrierTimeout when a kernel timed out, with the rank that it waited for."""
+        late = self.late_message()
+        if late:
+            raise BarrierTimeout(late)
+
+    def transport(self) -> str:
+        """Pushes over peer access, or inside one GPU."""
+        return "cuda"
+
+    def window_problem(self) -> str:
+        """Empty: NCCL does not move these rows."""
+        return ""
+
+
+@dataclass
+class _Capture:
+    """Shared by the pushes of one plan: true once a caller's graph has captured one of them."""
+
+    happened: bool = False
+
+
+class _PreparedPush:
+    """`push` as a CUDA graph of one kernel, for one of the outputs that a plan alternates.
+
+    Making one is collective: the kernel runs with and without its entry synchronization, because it
+    can't be compiled during capture. Once a caller's graph has captured a push, it is unknown which
+    outputs its replays fill when, so every push of the plan waits at its entry from then on.
     """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+
+    def __init__(self, backend: CudaBackend, run: Callable[..., None], capture: _Capture) -> None:
+        self._backend, self._run, self._capture = backend, run, capture
+        run(entry=True)
+        run(entry=False)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            run(entry=False)
+
+    def __call__(self) -> None:
+        """Gather in stream order. Raises BarrierTimeout when an earlier call timed out."""
+        self._backend.check()
+        with stage("wire"):
+            if is_capturing("cuda"):
+                self._capture.happened = True
+                keep_for_replays("cuda", self)
+            if self._capture.happened:
+                self._run(entry=True)
+            else:
+                self._backend.in_order()
+                self._graph.replay()
+        with stage("exit"):
+            pass  # inside the kernel
 
 
-__all__ = ["CudaBackend", "CudaSegment", "SymmetricMemoryError"]
+def _segment_table(peers: Peers, output: torch.Tensor) -> int:
+    """Return the address of the table of the ranks' segments that this output is in."""
+    segment = peers.segment_of(output)
+    assert isinstance(segment, CudaSegment)
+    return segment.peers.data_ptr()

@@ -24,7 +24,8 @@ So `unsafe_for_nccl` says which buffers must not be given to it.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -125,6 +126,24 @@ def unsafe_for_nccl(places: list[BufferPair]) -> tuple[bool, bool]:
         _all_ordinary(send) or (send_is_in_pool and recv_is_symmetric) or not _fault("send", send)
     )
     return not safe_send, not safe_recv
+
+
+class Decision(NamedTuple):
+    """The path of an equal-sized gather, and which buffers NCCL must not receive as they are."""
+
+    path: PathReport
+    unsafe_send: bool
+    unsafe_recv: bool
+
+
+@lru_cache(maxsize=256)
+def decide_from(
+    locations: tuple[bytes, ...], rank: int, transport: str, window_problem: str
+) -> Decision:
+    """Decide from encoded BufferPairs, one per rank; the same buffers are decided once."""
+    pairs = [msgspec.msgpack.decode(each, type=BufferPair) for each in locations]
+    path = without_windows(decide(pairs, rank, transport), window_problem)
+    return Decision(path, *unsafe_for_nccl(pairs))
 
 
 def without_windows(report: PathReport, problem: str) -> PathReport:

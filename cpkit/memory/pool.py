@@ -1,104 +1,143 @@
-"""The symmetric pool of a group: an arena that every rank allocated alike, and the books over it.
+"""The symmetric pool of a group: an arena that every rank allocated alike, and its allocator.
 
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
-collective, counted and timed. `meet()` is the one synchronization before data moves: there the
-ranks check that they are in the same call with the same books, and agree on which blocks are free
-again. The backend (cpkit.memory.backend) provides the memory. On CUDA, blocks are reused in
-stream order: use one stream for a group's gathers and for what reads them, or make the others
-wait. What is allocated during a capture stays: replays write there.
+collective, counted and timed. The agreement before every collective is the one synchronization
+before data moves. There the ranks check that their allocators have the same history, and settle
+which blocks are free on all of them. The backend (cpkit.memory.backend) provides the memory.
+
+On CUDA, blocks are reused in stream order: use one stream for a group's gathers and for what reads
+their results, or make the other streams wait. A block that is allocated during capture is never
+released, because replays write to it.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 import torch
 
-from cpkit.devices import growth_problem, is_capturing
+from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_stream
 from cpkit.group import CPGroup
-from cpkit.memory.allocator import MAX_BLOCKS, Block, BlockAllocator, explain_divergence, rounded
-from cpkit.memory.backend import Backend, Segment, make_backend
-from cpkit.memory.collective import describe, gather_problem, plain_all_gather, register_segment
-from cpkit.memory.path import BufferPair, PathReport, decide, unsafe_for_nccl, without_windows
-from cpkit.memory.prealloc import agree_on_prealloc, warm_up_bytes, warm_up_problem
-from cpkit.memory.statistics import PoolHistory, PoolStatistics
-from cpkit.memory.where import place_of, register
+from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.allocator import (
+    MAX_BLOCKS,
+    Block,
+    BlockAllocator,
+    explain_divergence,
+    rounded,
+)
+from cpkit.memory.backend import Backend, Prepared, Segment
+from cpkit.memory.locate import locate_pair
+from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory
+from cpkit.memory.path import Decision, PathReport, decide_from
+from cpkit.memory.posix import PosixBackend
+from cpkit.memory.sizing import agree_on_prealloc, check_warm_up, warm_up_bytes
+from cpkit.memory.statistics import PoolSample, PoolStatistics
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
-from cpkit.sync.offers import SymmetricMemoryError
+from cpkit.sync.agreement import Agreement, Signature
+from cpkit.sync.barrier import BarrierTimeout
+from cpkit.sync.collective import (
+    check_gather,
+    describe,
+    ordinary_all_gather,
+    register_segment,
+)
+from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
 _MASK_BYTES = MAX_BLOCKS // 8
-_BOOKS_BYTES = _MASK_BYTES + 4
-_captured: list[torch.Tensor] = []  # what replays of graphs write to, whatever becomes of its pool
+_STATE_BYTES = _MASK_BYTES + 4
+_ALL_BLOCKS = (1 << MAX_BLOCKS) - 1
+_MAX_SAMPLES = 4096
 
 
 class SymmetricPool:
     """The symmetric memory of one group on one kind of device; becomes the group's pool there.
 
     `prealloc` is the arena in bytes; by default `CPKIT_SYMM_PREALLOC_GB`, else 4 GiB on CUDA (at
-    most an eighth of the free memory for each rank of the GPU) and 64 MiB on the CPU (at most an
-    eighth of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
+    most an eighth of the free memory per rank on the GPU) and 64 MiB on the CPU (at most an eighth
+    of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
     Collective. Raises SymmetricMemoryError on every rank when there is no room, ValueError for a
     group that spans machines or a size below 1.
     """
+
+    is_symmetric = True
 
     def __init__(
         self, group: CPGroup, prealloc: int | None = None, device: str | None = None
     ) -> None:
         if group.spans_hosts:
-            alone = "which cannot share memory. Use a cp_size that fits on one machine"
-            raise ValueError(f"group {group.ranks} spans machines, {alone}")
+            raise ValueError(
+                f"group {group.ranks} spans machines, which cannot share memory. Use a cp_size "
+                f"that fits on one machine"
+            )
         kind = device or torch.get_default_device().type
-        group.meet(f"make a symmetric pool on {kind}", growth_problem(kind))
+        with Agreement(group.exchange) as call:
+            check_can_grow(kind)
+            call.must_match(Signature(f"make a symmetric pool on {kind}"))
         self.group = group
+        # Ranks that start at different peers do not all write to the same memory at once.
+        self.peer_order = [(group.rank + step) % group.size for step in range(group.size)]
         old = group.pools.get(kind)
         kept = old.backend if isinstance(old, SymmetricPool) else None
-        self.backend: Backend = kept or make_backend(group, kind)
+        self.backend: Backend = kept or _make_backend(group, kind)
         self.device = self.backend.device
         self._allocator = BlockAllocator()
         self._segments: list[Segment] = []
-        self.history = PoolHistory()
-        offer = self.backend.default_prealloc() if prealloc is None else 0
-        self._arena_bytes = agree_on_prealloc(group.rendezvous, prealloc, offer)
+        self.samples: deque[PoolSample] = deque(maxlen=_MAX_SAMPLES)  # one per change, oldest first
+        self._start_s = time.monotonic()
+        self._spills, self._spill_ms = 0, 0.0
+        self._registrations, self._registering_ms = 0, 0.0
+        self._arena_bytes = agree_on_prealloc(self.backend, group, prealloc)
         self._grow(self._arena_bytes, "preallocate the symmetric pool")
-        register(self)
         group.pools[self.device.type] = self
 
     # -------------------------------------------------------------------- allocation
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor; the same call on every rank gives the same offset.
+        """Allocate an uninitialised contiguous tensor, at the same offset on every rank.
 
-        Its bytes return to the pool once every rank has dropped the tensor and a collective has
-        told them so. Collective only when it spills.
+        Every rank makes the same calls. The bytes return to the pool once all ranks have dropped
+        the tensor and have settled that at a collective. Collective only when it spills.
         """
         count = math.prod(shape)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
-        block = self._allocator.place(nbytes) or self._place_after_meeting(nbytes)
-        self.history.note(self._allocator)
-        ledger, slot = self._allocator, block.slot
+        block = self._allocator.place(nbytes) or self._place_after_settling(nbytes)
+        self._sample()
+        allocator, slot = self._allocator, block.slot
         memory = self._segments[block.segment].block(
-            block.offset, nbytes, lambda: ledger.release(slot)
+            block.offset, nbytes, lambda: allocator.release(slot)
         )
-        if is_capturing(self.device.type):
-            _captured.append(memory)
+        if self.device.type == "cuda":
+            keep_for_replays("cuda", memory)
         return memory.view(dtype).view(tuple(shape))
 
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-        """The same tensor in a peer's memory. Raises ValueError for one not from this pool."""
-        segment, offset = self.place_of(tensor)
-        nbytes = tensor.numel() * tensor.element_size()
-        memory = self._segments[segment].view(rank, offset, nbytes)
+        """Return the same tensor in a peer's memory.
+
+        Raises ValueError for one that is not from this pool.
+        """
+        segment, offset = self.offset_of(tensor)
+        memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
 
+    def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
+        """Return the address of the same tensor of each rank in this process, by rank.
+
+        Raises ValueError for one that is not from this pool.
+        """
+        segment, offset = self.offset_of(tensor)
+        return [start + offset for start in self._segments[segment].addresses]
+
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """(segment, byte offset) of a tensor's first element, or None when it lives elsewhere."""
+        """Return (segment, byte offset) of a tensor's first element; None outside this pool."""
         address = tensor.data_ptr()
         for number, segment in enumerate(self._segments):
             offset = address - segment.addresses[self.group.rank]
@@ -106,34 +145,40 @@ class SymmetricPool:
                 return number, offset
         return None
 
-    def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
-        """Where the same tensor of each rank is in this process, by rank.
-
-        Raises ValueError for one not from this pool.
-        """
-        segment, offset = self.place_of(tensor)
-        return [start + offset for start in self._segments[segment].addresses]
-
-    def place_of(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """(segment, byte offset) of a contiguous tensor of this pool; ValueError for any other."""
-        place = self.locate(tensor)
-        if place is None or not tensor.is_contiguous():
+    def offset_of(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """As `locate` for a contiguous tensor of this pool. Raises ValueError for any other."""
+        found = self.locate(tensor)
+        if found is None or not tensor.is_contiguous():
             raise ValueError(
                 f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
                 f"inside `with use_symmetric_memory(group)`"
             )
-        return place
+        return found
 
-    def segment(self, number: int) -> Segment:
-        """One of its segments."""
-        return self._segments[number]
+    def segment_of(self, tensor: torch.Tensor) -> Segment:
+        """Return the segment of a contiguous tensor of this pool. Raises ValueError for others."""
+        return self._segments[self.offset_of(tensor)[0]]
 
-    def _place_after_meeting(self, nbytes: int) -> Block:
+    def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+        """Store this rank's shard into every peer's symmetric output. Not synchronized."""
+        rank, rows = self.group.rank, shard.shape[0]
+        if shard.numel():
+            for peer in self.peer_order:
+                view = self.peer_view(output, peer)
+                view[rank * rows : (rank + 1) * rows].copy_(shard)
+
+    def pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
+        """Load every peer's symmetric shard into an output in any memory. Not synchronized."""
+        rows = shard.shape[0]
+        if shard.numel():
+            for peer in self.peer_order:
+                output[peer * rows : (peer + 1) * rows].copy_(self.peer_view(shard, peer))
+
+    def _place_after_settling(self, nbytes: int) -> Block:
         """No room: free what all ranks have dropped; spill when that is not enough."""
-        self.meet(
-            f"allocate {nbytes} symmetric bytes (no room in the pool)",
-            growth_problem(self.device.type),
-        )
+        with self.agreement() as call:
+            check_can_grow(self.device.type)
+            call.must_match(Signature(f"allocate {nbytes} symmetric bytes (no room in the pool)"))
         block = self._allocator.place(nbytes)
         if block is None and self._allocator.is_full():
             raise ValueError(
@@ -142,130 +187,157 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            self.history.spilled(
-                self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
-            )
+            took_ms = self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            self._spills += 1
+            self._spill_ms += took_ms
             block = self._allocator.place(nbytes)
         return block
 
     def _grow(self, nbytes: int, purpose: str) -> float:
-        """Make one more segment, together; the milliseconds that it took."""
+        """Add a segment on all ranks; return the milliseconds that this took."""
         start = time.perf_counter()
         segment = self.backend.make_segment(nbytes, purpose)
-        register_segment(segment, self.group.rank)
+        register_segment(segment, self.group.rank, self.group.ranks)
         self._segments.append(segment)
         self._allocator.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
-        self.history.registered(took_ms)
-        self.history.note(self._allocator)
+        self._registrations += 1
+        self._registering_ms += took_ms
+        self._sample()
         return took_ms
 
-    # ------------------------------------------------------------------ collectives
+    # ------------------------------------------------------------------ agreement
 
-    def meet(self, call: str, problem: str = "", extra: bytes = b"") -> list[bytes]:
-        """Synchronize before a collective; returns everybody's `extra`.
+    def agreement(self) -> Agreement:
+        """Return a `with` block for the checks before a collective (see CPGroup.agreement).
 
-        Raises on every rank: ValueError when one has a problem or is in another call,
-        SymmetricMemoryError when they have not allocated the same, BarrierTimeout when one is late.
+        At its end every rank also raises SymmetricMemoryError when the ranks have not allocated the
+        same, and BarrierTimeout when a kernel of this rank timed out earlier.
         """
-        books = self._allocator.released().to_bytes(_MASK_BYTES, "little")
-        books += self._allocator.digest.to_bytes(4, "little")
-        late = self.backend.late_words()
-        try:
-            answers = self.group.meet(call, late or problem, books + extra)
-        except ValueError:
-            self.backend.check()  # peers hear of it as well, and need not wait for this rank
-            raise
-        if len({answer[_MASK_BYTES:_BOOKS_BYTES] for answer in answers}) > 1:
+        released = self._allocator.released().to_bytes(_MASK_BYTES, "little")
+        state = released + self._allocator.digest.to_bytes(4, "little")
+        late = self.backend.late_message()
+        failure = BarrierTimeout(late) if late else None
+        return Agreement(self.group.exchange, state, self._settle, failure)
+
+    def settle(self, purpose: str) -> None:
+        """Free the blocks that all ranks have dropped. Collective."""
+        with self.agreement() as call:
+            call.must_match(Signature(purpose))
+
+    def _settle(self, states: list[bytes]) -> None:
+        """Free what all ranks have released: the AND of their masks."""
+        if len({state[_MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
             self._raise_divergence()
-        masks = {answer[:_MASK_BYTES] for answer in answers}  # mostly one
-        released_everywhere = (1 << MAX_BLOCKS) - 1
-        for mask in masks:
+        released_everywhere = _ALL_BLOCKS
+        for mask in {state[:_MASK_BYTES] for state in states}:  # mostly one
             released_everywhere &= int.from_bytes(mask, "little")
         if released_everywhere:
             self._allocator.settle(released_everywhere)
-            self.history.note(self._allocator)
-        return [answer[_BOOKS_BYTES:] for answer in answers]
-
-    def all_gather_into_tensor(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        """Gather equal shards by the best path that the buffers of all ranks allow. Collective."""
-        problem = gather_problem(output, input, self.group.size)
-        if not problem:
-            output, input = output.detach(), input.detach().resolve_conj().resolve_neg()
-        call = "" if problem else f"gather {describe(output, input)}"
-        with stage("agree"):
-            places = self._agree_on_places(call, problem, input, output)
-            path = self._decide(places)
-        with stage("wire"):
-            self._move(path, places, output, input)
-        self.group.last_path = path
-
-    def agree_on_path(
-        self, call: str, problem: str, send: torch.Tensor, recv: torch.Tensor, transport: str = ""
-    ) -> PathReport:
-        """Meet, and hear where everybody's buffers are. Raises as `meet` does. Collective."""
-        places = self._agree_on_places(call, problem, send, recv)
-        return decide(places, self.group.rank, transport) if transport else self._decide(places)
-
-    def _agree_on_places(
-        self, call: str, problem: str, send: torch.Tensor, recv: torch.Tensor
-    ) -> list[BufferPair]:
-        place = place_of(send, recv, self.group)
-        notes = self.meet(call, problem, msgspec.msgpack.encode(place))
-        return [msgspec.msgpack.decode(note, type=BufferPair) for note in notes]
-
-    def _decide(self, places: list[BufferPair]) -> PathReport:
-        report = decide(places, self.group.rank, self.backend.transport())
-        return without_windows(report, self.backend.window_problem())
-
-    def _move(
-        self, path: PathReport, places: list[BufferPair], output: torch.Tensor, input: torch.Tensor
-    ) -> None:
-        """Move shards that all have agreed on. Complete on return; on CUDA in stream order."""
-        if path.path == "fallback" or self.backend.transport().startswith("nccl"):
-            unsafe_send, unsafe_recv = unsafe_for_nccl(places)
-            # Where a rank could not register the pool, the others may have windows all the same.
-            windows = not self.backend.window_problem()
-            plain_all_gather(
-                output,
-                input,
-                self.group,
-                symmetric_send=windows and not unsafe_send,
-                symmetric_recv=windows and not unsafe_recv,
-            )
-            return
-        self.backend.enter()
-        if path.path == "symmetric":
-            self.push_shard(output, input)
-        else:
-            self.pull_shards(output, input)
-        self.backend.leave()
-
-    def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
-        """Store this rank's shard into every peer's symmetric output. Not synchronized.
-
-        Ranks start at different peers, so that they do not all write to the same memory at once.
-        """
-        rank, size, rows = self.group.rank, self.group.size, shard.shape[0]
-        for peer in ((rank + step) % size for step in range(size) if shard.numel()):
-            self.peer_view(output, peer)[rank * rows : (rank + 1) * rows].copy_(shard)
-
-    def pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
-        """Load every peer's symmetric shard into an output of any kind. Not synchronized."""
-        rank, size, rows = self.group.rank, self.group.size, shard.shape[0]
-        for peer in ((rank + step) % size for step in range(size) if shard.numel()):
-            output[peer * rows : (peer + 1) * rows].copy_(self.peer_view(shard, peer))
+            self._sample()
 
     def _raise_divergence(self) -> None:
-        """Say on every rank what each of them allocated last."""
-        said = self.group.exchange(msgspec.msgpack.encode(list(self._allocator.recent)))
-        recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in said]
+        """Raise on every rank, with what each of them allocated last."""
+        answers = self.group.exchange(msgspec.msgpack.encode(list(self._allocator.recent)))
+        recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in answers]
         raise SymmetricMemoryError(explain_divergence(recent))
+
+    # ----------------------------------------------------------------- moving rows
+
+    def all_gather(
+        self,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool = False,
+        symmetric_recv: bool = False,
+    ) -> PathReport:
+        """See Backend.all_gather. Collective."""
+        return self.backend.all_gather(
+            self, shards, outputs, symmetric_send=symmetric_send, symmetric_recv=symmetric_recv
+        )
+
+    def push(
+        self,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor | None = None,
+    ) -> PathReport:
+        """See Backend.push. Collective."""
+        return self.backend.push(self, rows, outputs, metadata, slots)
+
+    def prepare(
+        self,
+        rows: Sequence[torch.Tensor],
+        output_sets: Sequence[Sequence[torch.Tensor]],
+        metadata: ContextParallelMetadata,
+    ) -> tuple[list[Prepared], PathReport]:
+        """See Backend.prepare. Collective."""
+        return self.backend.prepare(self, rows, output_sets, metadata)
+
+    def all_gather_into_tensor(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,
+        *,
+        agreed: bool = False,
+    ) -> PathReport:
+        """Gather equal shards by the best path that the buffers of all ranks allow. Collective.
+
+        See CPGroup.cp_all_gather_into_tensor_async.
+        """
+        if agreed:
+            with on_stream(stream, output, input):
+                if self.locate(output):
+                    return self.all_gather([input], [output], symmetric_recv=True)
+                memory = OrdinaryMemory(self.group, self.device, ASYMMETRIC_BATCH)
+                return memory.all_gather([input], [output])
+        with stage("agree"), self.agreement() as call:
+            check_stream(stream)
+            check_gather(output, input, self.group.size)
+            call.must_match(Signature(f"gather {describe(output, input)}"))
+            call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
+        path, unsafe_send, unsafe_recv = self.decide(call)
+        recv, send = output.detach(), input.detach().resolve_conj().resolve_neg()
+        with on_stream(stream, output, input):
+            if path.path == "fallback":
+                # A rank that could not register the pool has no windows; others may have them.
+                windows = not self.backend.window_problem()
+                with stage("wire"):
+                    ordinary_all_gather(
+                        recv,
+                        send,
+                        self.group,
+                        symmetric_send=windows and not unsafe_send,
+                        symmetric_recv=windows and not unsafe_recv,
+                    )
+            else:
+                pushes = path.path == "symmetric"
+                self.all_gather(
+                    [send],
+                    [recv],
+                    symmetric_send=not (pushes and unsafe_send),
+                    symmetric_recv=pushes,
+                )
+        return path
+
+    def decide(self, call: Agreement, transport: str = "") -> Decision:
+        """Decide from the buffer locations that all ranks added to an agreement's state.
+
+        `transport` is by default that of this pool.
+        """
+        locations = tuple([state[_STATE_BYTES:] for state in call.states])
+        if transport:
+            return decide_from(locations, self.group.rank, transport, "")
+        problem = self.backend.window_problem()
+        return decide_from(locations, self.group.rank, self.backend.transport(), problem)
 
     # ------------------------------------------------------------------------- life
 
     def configure(self, prealloc: int | None = None) -> SymmetricPool:
-        """Start over with another arena; returns the new pool. Collective.
+        """Replace the pool by one with another arena; return the new pool. Collective.
 
         Tensors of the old pool stay valid until they are dropped, but are ordinary to this group.
         """
@@ -281,18 +353,22 @@ class SymmetricPool:
     ) -> None:
         """Make room for the largest batch now, so that no gather up to it spills. Collective.
 
-        At most `max_tokens` tokens in at most `sequences` sequences; see `warm_up_bytes`.
+        At most `max_tokens` tokens in at most `sequences` sequences; see `warm_up_bytes`. Raises
+        ValueError on every rank for arguments that are not sizes.
         """
-        problem = warm_up_problem(max_tokens, trailing_shape, dtype, tensors, sequences)
-        shape = [] if problem else list(trailing_shape)
-        self.meet(f"warm_up({max_tokens}, {shape}, {dtype}, {tensors}, {sequences})", problem)
+        with self.agreement() as call:
+            check_warm_up(max_tokens, trailing_shape, dtype, tensors, sequences)
+            shape = list(trailing_shape)
+            call.must_match(
+                Signature(f"warm_up({max_tokens}, {shape}, {dtype}, {tensors}, {sequences})")
+            )
         row_bytes = math.prod(trailing_shape) * dtype.itemsize
         needed = tensors * warm_up_bytes(max_tokens, row_bytes, self.group.size, sequences)
         if self._allocator.largest_free() < needed:
             self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
 
     def _make_room(self, needed: int, purpose: str) -> None:
-        """One arena if possible: while nobody holds a block, a larger one replaces all."""
+        """One arena if possible: while no block is held, a larger one replaces all segments."""
         if self._allocator.blocks:
             self._grow(needed, purpose)
             self._arena_bytes += needed
@@ -307,12 +383,55 @@ class SymmetricPool:
         self.backend.check()
 
     def stats(self) -> PoolStatistics:
-        """What the pool has and has had. Local."""
-        sizes = [each.nbytes for each in self._segments]
-        return self.history.statistics(self._allocator, sizes, self._arena_bytes)
+        """Return sizes, counts and times of the pool up to now. Local."""
+        nbytes = sum(each.nbytes for each in self._segments)
+        return PoolStatistics(
+            segments=len(self._segments),
+            arena_bytes=self._arena_bytes,
+            spill_bytes=nbytes - self._arena_bytes,
+            used_bytes=self._allocator.used_bytes,
+            peak_bytes=self._allocator.peak_bytes,
+            largest_free_bytes=self._allocator.largest_free(),
+            live_blocks=len(self._allocator.blocks),
+            spills=self._spills,
+            spill_ms=self._spill_ms,
+            registrations=self._registrations,
+            registering_ms=self._registering_ms,
+        )
+
+    def _sample(self) -> None:
+        allocator = self._allocator
+        self.samples.append(
+            PoolSample(
+                time.monotonic() - self._start_s,
+                allocator.used_bytes,
+                allocator.peak_bytes,
+                allocator.total_bytes - allocator.used_bytes,
+                allocator.largest_free(),
+                self._spills,
+            )
+        )
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that unwritten results show. Local."""
         for segment, arena in zip(self._segments, self._allocator.arenas, strict=True):
             for offset, nbytes in arena.free_ranges():
                 segment.view(self.group.rank, offset, nbytes).fill_(POISON_BYTE)
+
+
+def _make_backend(group: CPGroup, device: str) -> Backend:
+    """Return the backend for this kind of device. Collective.
+
+    Raises ValueError for a device that has none.
+    """
+    if device == "cpu":
+        return PosixBackend(group)
+    if device == "cuda" and torch.cuda.is_available():
+        from cpkit.memory.cuda import CudaBackend
+        from cpkit.memory.nccl import NcclBackend
+
+        return NcclBackend(group) if group.has_nccl else CudaBackend(group)
+    raise ValueError(
+        f"there is no symmetric memory on {device!r} here; use 'cpu'"
+        + (", or 'cuda' on a machine where torch sees a GPU" if device == "cuda" else " or 'cuda'")
+    )

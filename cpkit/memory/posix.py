@@ -1,40 +1,160 @@
-"""Symmetric memory on the CPU: POSIX shared memory, synchronized by the group's board."""
+"""Symmetric memory on the CPU: shared files that every rank maps, and copies into them.
+
+How a rank stores its rows at their final place in every peer's output:
+
+    for each tile of my rows        loaded from memory once ...
+        for each peer, me first     ... and stored to all of them while this core's cache holds it
+
+A tile is 1 MiB, the second-level cache of a server core. Whole blocks instead of tiles load the
+rows from memory once per peer, and small tiles change pages all the time; both cost up to 30
+percent at 134 MB. Dense tiles use C's memmove, which is a tenth faster than a loop of vector
+stores. Rows that are not adjacent in token order (interleave) use torch's strided copy.
+
+What depends on the layout alone is computed once and kept, so a gather does no work per row and
+little per tile.
+"""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 
 from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata, Runs
+from cpkit.memory.backend import (
+    ORDINARY_COLLECTIVE,
+    PUSHED_FROM_ORDINARY,
+    PUSHED_FROM_POOL,
+    STORED_IN_PLACE,
+    Peers,
+    Prepared,
+    same_lanes,
+)
+from cpkit.memory.path import PathReport
+from cpkit.stages import stage
+from cpkit.sync.barrier import ShmBarrier
+from cpkit.sync.collective import ordinary_all_gather
 from cpkit.sync.shm import Segment, free_bytes, make_segment
 from cpkit.sync.signals import ShmSignals
 
+TILE_BYTES = 1 << 20
 _MAX_DEFAULT_BYTES = 64 << 20
+Copy = Callable[[], object]
 
 
 class PosixBackend:
-    """Shared files that every rank maps. Making one is collective; stores are complete at once."""
+    """Shared files that every rank maps. Making one is collective; stores complete on return."""
 
     name = "POSIX shared memory"
     device = torch.device("cpu")
 
     def __init__(self, group: CPGroup) -> None:
-        self._group = group
-        self._signals = ShmSignals(group.rendezvous)
+        self.group = group
+        self._signals = ShmSignals(group.store_exchange)
+
+    def all_gather(
+        self,
+        peers: Peers,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool,
+        symmetric_recv: bool,
+    ) -> PathReport:
+        """Push into symmetric outputs, pull from symmetric shards, or use torch.distributed.
+
+        rank 0   agreement │ store into 0, into 1 │ barrier │ read
+        rank 1   agreement │ store into 1, into 0 │ barrier │ read
+                           ↑ outputs are free       ↑ all rows have arrived
+        """
+        if not (symmetric_send or symmetric_recv):
+            with stage("wire"):
+                for output, shard in zip(outputs, shards, strict=True):
+                    ordinary_all_gather(output, shard, self.group)
+            return ORDINARY_COLLECTIVE
+        move = peers.push_shard if symmetric_recv else peers.pull_shards
+        with stage("wire"):
+            for output, shard in zip(outputs, shards, strict=True):
+                move(output, shard)
+        with stage("exit"):
+            self.leave()
+        return PUSHED_FROM_POOL if symmetric_send else PUSHED_FROM_ORDINARY
+
+    def push(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor | None = None,
+    ) -> PathReport:
+        """Store tile by tile; the agreement before it has seen all ranks done with the outputs."""
+        with stage("wire"):
+            for x, output in zip(rows, outputs, strict=True):
+                if not output.numel():
+                    continue
+                if slots is None:
+                    for copy in self._copies(peers, x, output, metadata):
+                        copy()
+                else:
+                    self._push_into_slots(peers, x, output, metadata, slots)
+        with stage("exit"):
+            self.leave()
+        return STORED_IN_PLACE
+
+    def prepare(
+        self,
+        peers: Peers,
+        rows: Sequence[torch.Tensor],
+        output_sets: Sequence[Sequence[torch.Tensor]],
+        metadata: ContextParallelMetadata,
+    ) -> tuple[list[Prepared], PathReport]:
+        """Make the copies of every set now. Each set's barrier has an identity of its own."""
+        barrier = self.group.shm_barrier
+        assert barrier, "ranks that share memory have a barrier in it"
+        with torch.inference_mode(False):  # otherwise the copies would be valid in that mode only
+            pushes = [
+                partial(
+                    _push_prepared,
+                    [
+                        copy
+                        for x, output in zip(rows, outputs, strict=True)
+                        if output.numel()
+                        for copy in self._copies(peers, x, output, metadata)
+                    ],
+                    barrier,
+                    barrier.new_call(number),
+                )
+                for number, outputs in enumerate(output_sets)
+            ]
+        return list(pushes), STORED_IN_PLACE
+
+    def can_capture(
+        self,
+        tensors: Sequence[torch.Tensor],
+        metadata: ContextParallelMetadata,
+        into: Sequence[torch.Tensor] | None,
+    ) -> bool:
+        """CUDA graphs do not capture CPU tensors."""
+        return False
 
     def default_prealloc(self) -> int:
-        """An eighth of the free shared memory, shared out among the ranks; at most 64 MiB."""
-        return min(free_bytes() // (8 * self._group.size), _MAX_DEFAULT_BYTES)
+        """Return the rank's part of an eighth of the free shared memory, at most 64 MiB."""
+        return min(free_bytes() // (8 * self.group.size), _MAX_DEFAULT_BYTES)
 
     def make_segment(self, nbytes: int, purpose: str) -> Segment:
         """See cpkit.sync.shm.make_segment."""
-        return make_segment(self._group.rendezvous, nbytes, purpose)
+        return make_segment(self.group.store_exchange, nbytes, purpose)
 
     def enter(self) -> None:
-        """Nothing: the meeting before every gather has seen all ranks done with their buffers."""
+        """Do nothing: the agreement before a gather has seen all ranks done with their buffers."""
 
     def leave(self) -> None:
-        """A barrier: what a rank stored before it, its peers read after it."""
-        self._group.barrier()
+        """Barrier: what a rank stored before it is visible to its peers after it."""
+        self.group.barrier()
 
     def put_signal(self, peer: int) -> None:
         """Complete on return; see cpkit.sync.signals."""
@@ -44,17 +164,105 @@ class PosixBackend:
         """The host waits. Raises BarrierTimeout naming the peer."""
         self._signals.take(peer)
 
-    def late_words(self) -> str:
-        """Nobody: a barrier that is given up raises where it waits."""
+    def late_message(self) -> str:
+        """Empty: a barrier that times out raises where it waits."""
         return ""
 
     def check(self) -> None:
-        """Nothing: a barrier that is given up raises where it waits."""
+        """Do nothing: a barrier that times out raises where it waits."""
 
     def transport(self) -> str:
         """Ranks push."""
         return "posix"
 
     def window_problem(self) -> str:
-        """NCCL has no part in this."""
+        """Empty: NCCL does not move CPU tensors."""
         return ""
+
+    # --------------------------------------------------------------------- the copies
+
+    def _copies(
+        self,
+        peers: Peers,
+        rows: torch.Tensor,
+        output: torch.Tensor,
+        metadata: ContextParallelMetadata,
+    ) -> list[Copy]:
+        """Return the copies of this rank's rows, `[rows, lanes]`, into every peer's output.
+
+        Each is a call without arguments. It stays valid as long as the memory does; the caller
+        keeps that.
+        """
+        row_bytes = rows.shape[1] * rows.element_size()
+        pieces = tiles(metadata, self.group.rank, row_bytes)
+        if (pieces.step == 1).all():
+            addresses = peers.peer_addresses(output)
+            return _dense_copies(
+                rows.data_ptr(), [addresses[p] for p in peers.peer_order], row_bytes, pieces
+            )
+        return _strided_copies(rows, [peers.peer_view(output, p) for p in peers.peer_order], pieces)
+
+    def _push_into_slots(
+        self,
+        peers: Peers,
+        rows: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: ContextParallelMetadata,
+        slots: torch.Tensor,
+    ) -> None:
+        """Store this rank's rows into their slots of every peer's `cache`, `[slots, lanes]`.
+
+        rank 1 holds tokens 2 3, slots [7, -1, 0, 5]: its rows go to rows 0 and 5 of every cache
+        """
+        mine = slots[metadata.rank_rows(self.group.rank)]
+        stored = (mine >= 0).nonzero().flatten()
+        targets, chosen = mine[stored], rows if len(stored) == len(rows) else rows[stored]
+        for peer in peers.peer_order:
+            target, source = same_lanes(peers.peer_view(cache, peer), chosen)
+            target.index_copy_(0, targets, source)
+
+
+def _push_prepared(copies: Sequence[Copy], barrier: ShmBarrier, call: int) -> None:
+    with stage("wire"):
+        for copy in copies:
+            copy()
+    with stage("exit"):
+        barrier.barrier(call)
+
+
+@lru_cache(maxsize=256)
+def tiles(
+    metadata: ContextParallelMetadata, rank: int, row_bytes: int, tile_bytes: int = TILE_BYTES
+) -> Runs:
+    """Return the rows of a rank in pieces of at most `tile_bytes` and at least one row.
+
+    lengths [8], cp_size 2, rows of 1 byte, tiles of 3 bytes: rank 1 holds tokens 2 3 4 5 as
+    (row 0, token 2, length 3), (row 3, token 5, length 1)
+    """
+    return metadata.runs(rank).cut(max(1, tile_bytes // max(1, row_bytes)))
+
+
+def _dense_copies(source: int, targets: Sequence[int], row_bytes: int, pieces: Runs) -> list[Copy]:
+    """From the address of a rank's rows to that of every target; tokens are adjacent."""
+    in_target, in_source, nbytes = (
+        (field * row_bytes).tolist() for field in (pieces.token, pieces.row, pieces.length)
+    )
+    return [
+        partial(ctypes.memmove, target + to, source + start, count)
+        for to, start, count in zip(in_target, in_source, nbytes, strict=True)
+        for target in targets
+    ]
+
+
+def _strided_copies(
+    rows: torch.Tensor, targets: Sequence[torch.Tensor], pieces: Runs
+) -> list[Copy]:
+    """From `[rows, lanes]` to every `[tokens, lanes]`, for tokens at any constant step."""
+    return [
+        partial(
+            target[token : token + (length - 1) * step + 1 : step].copy_,
+            rows[row : row + length],
+        )
+        for row, token, step, length in zip(*(field.tolist() for field in pieces), strict=True)
+        for target in targets
+    ]

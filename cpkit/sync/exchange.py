@@ -1,11 +1,11 @@
-"""Meeting with a deadline: every rank says something small, and hears what all the others said.
+"""Exchange small messages through the job's key-value store, with a deadline.
 
-It goes through the job's key-value store, so it needs no collective to be possible yet, and it can
-name the ranks that did not come. Used for rare events: making groups, growing a pool.
+It needs no process group, and a timeout names the ranks that did not arrive. It is used for rare
+events: making groups, growing a pool.
 
-    rank 0   set 7/0 ── wait 7/0 7/1 7/2 ── read all
-    rank 1     set 7/1 ── wait 7/0 7/1 7/2 ── read all
-    rank 2       (never comes)                          ranks 0 and 1: "rank 2 did not arrive"
+    rank 0   set 7/0 ── wait for 7/0 7/1 7/2 ── read all
+    rank 1     set 7/1 ── wait for 7/0 7/1 7/2 ── read all
+    rank 2       (does not arrive)                     ranks 0 and 1: timeout that names rank 2
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from datetime import timedelta
 
+import msgspec
 import torch.distributed as dist
 
 _made: Counter[str] = Counter()
@@ -21,13 +22,13 @@ _LONGEST_S = 86400
 
 
 class ExchangeTimeout(TimeoutError):
-    """Somebody did not arrive in time."""
+    """A rank did not arrive at an exchange in time."""
 
 
 def deadline_s() -> float:
-    """Seconds that a rank waits for others anywhere in cpkit: `CPKIT_DEADLINE_S`, default 30.
+    """Return the seconds that a rank waits for others in cpkit: `CPKIT_DEADLINE_S`, default 30.
 
-    Raises ValueError for what is not a time: a wait must end.
+    Raises ValueError for a value that is not a time: every wait must end.
     """
     chosen = os.environ.get("CPKIT_DEADLINE_S") or "30"
     try:
@@ -44,18 +45,18 @@ class StoreExchange:
     """Repeated exchanges between the same ranks, in the same order on each of them."""
 
     def __init__(self, store: dist.Store, name: str, rank: int, size: int) -> None:
-        # Every meeting begins with keys that nobody has used: what an earlier one of this name left
-        # in the store is not for us. All ranks make the meetings of a name equally often.
+        # The prefix is new for each object of a name, so keys that an earlier one left in the store
+        # are not read. All ranks make the objects of a name equally often.
         _made[name] += 1
         self._store = dist.PrefixStore(f"cpkit/{name}/{_made[name]}", store)
         self.name, self.rank, self.size = name, rank, size
-        self._turn = 0
+        self._round = 0
 
-    def exchange(self, payload: bytes, purpose: str) -> list[bytes]:
-        """Everybody's payload, by rank. Raises ExchangeTimeout naming who did not come."""
-        self._turn += 1
-        keys = [f"{self._turn}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], payload)  # type: ignore[arg-type] # bytes are fine
+    def exchange(self, message: bytes, purpose: str) -> list[bytes]:
+        """Return the messages of all ranks, by rank. Raises ExchangeTimeout naming late ranks."""
+        self._round += 1
+        keys = [f"{self._round}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], message)  # type: ignore[arg-type] # bytes are fine
         try:
             self._store.wait(keys, timedelta(seconds=deadline_s()))
         except dist.DistStoreError:
@@ -66,6 +67,46 @@ class StoreExchange:
                 f"calls in the same order; CPKIT_DEADLINE_S sets the wait."
             ) from None
         answers = [self._store.get(key) for key in keys]
-        # Nobody reads a turn any more once everybody has come to the turn after it.
-        self._store.delete_key(f"{self._turn - 2}/{self.rank}")
+        # Once all ranks have arrived at the round after it, no rank reads a round any more.
+        self._store.delete_key(f"{self._round - 2}/{self.rank}")
         return answers
+
+
+# ------------------------------------------------------------- allocating on all ranks
+
+
+class SymmetricMemoryError(RuntimeError):
+    """Symmetric memory could not be made, or differs between the ranks. Raised on every rank."""
+
+
+class SegmentOffer(msgspec.Struct):
+    """What one rank allocated for a segment: its name and size, or why it could not."""
+
+    name: str
+    nbytes: int
+    problem: str = ""
+
+
+def agree_on_segment(
+    exchange: StoreExchange, offer: SegmentOffer, purpose: str
+) -> list[SegmentOffer]:
+    """Return the offers of all ranks, by rank. Collective, with the exchange's deadline.
+
+        rank 0   allocated 64 MiB ──┐                ┌─▶ equal sizes: go on
+        rank 1   allocated 64 MiB ──┼── exchanged ───┤
+        rank 2   "out of memory"  ──┘                └─▶ otherwise: raise on every rank
+
+    Raises SymmetricMemoryError on every rank when one has a problem or the sizes differ.
+    """
+    answers = exchange.exchange(msgspec.msgpack.encode(offer), purpose)
+    offers = [msgspec.msgpack.decode(answer, type=SegmentOffer) for answer in answers]
+    problems = [f"rank {rank}: {each.problem}" for rank, each in enumerate(offers) if each.problem]
+    if problems:
+        raise SymmetricMemoryError(f"cannot {purpose}. " + "; ".join(problems))
+    if len({each.nbytes for each in offers}) > 1:
+        sizes = ", ".join(f"rank {rank}: {each.nbytes}" for rank, each in enumerate(offers))
+        raise SymmetricMemoryError(
+            f"cannot {purpose}: ranks ask for different sizes ({sizes} bytes). Sizes in symmetric "
+            f"memory must come from numbers that are equal on all ranks, such as max_rank_len."
+        )
+    return offers

@@ -1,18 +1,18 @@
-"""Memory that every rank of a machine can address: one file a rank, mapped by all its peers.
+"""Memory that every rank of a machine can address: one file per rank, mapped by all its peers.
 
     rank 0                      rank 1
     create A, reserve, map      create B, reserve, map
     ──────────── exchange names and sizes ────────────
     map B                       map A
     ──────────────── exchange "mapped" ───────────────
-    unlink A                    unlink B                  no names any more: a crash leaves nothing
+    unlink A                    unlink B                  no names remain: a crash leaves nothing
 
-Large segments get huge pages where Linux (6.1 or newer) has some to give: stores into 4 KiB pages
-of every peer miss the TLB all the time. Beside 4 KiB pages, in turns, plans of 2 ranks took 0.88
-of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
+Large segments get huge pages where Linux (6.1 or newer) has free ones: stores into 4 KiB pages of
+every peer miss the TLB constantly. Compared with 4 KiB pages, interleaved in one run, plans of 2
+ranks took 0.88 of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
 
-A process that is killed before it can unlink leaves a file whose name says who made it; the next
-one to make a segment removes it.
+A process that is killed before it can unlink leaves a file whose name identifies that process; the
+next process that makes a segment removes it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from pathlib import Path
 import torch
 
 from cpkit.processes import ProcessId, process_id
-from cpkit.sync.exchange import StoreExchange
-from cpkit.sync.offers import Offer, agree
+from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
 
 _PREFIX = "cpkit"
 _HUGE_PAGE_BYTES = 2 << 20
@@ -42,7 +41,7 @@ _MADV_COLLAPSE = 25  # Python's mmap has no name for it
 
 
 def shm_dir() -> Path:
-    """Where segments are made: `CPKIT_SHM_DIR`, else /dev/shm, else the temporary directory."""
+    """Return where segments are made: `CPKIT_SHM_DIR`, /dev/shm, or the temporary directory."""
     chosen = os.environ.get("CPKIT_SHM_DIR")
     if chosen:
         return Path(chosen)
@@ -50,15 +49,16 @@ def shm_dir() -> Path:
     return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
-def shm_problem() -> str:
-    """Why there can't be any segments; empty when there can."""
-    if shm_dir().is_dir():
-        return ""
-    return f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
+def check_shm_dir() -> None:
+    """Check that segments can be made in `shm_dir()`. Raises ValueError."""
+    if not shm_dir().is_dir():
+        raise ValueError(
+            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
+        )
 
 
 def free_bytes() -> int:
-    """Bytes that can still be reserved in `shm_dir()`."""
+    """Return the bytes that can still be reserved in `shm_dir()`."""
     stat = os.statvfs(shm_dir())
     return stat.f_bavail * stat.f_frsize
 
@@ -71,41 +71,41 @@ class Segment:
         self.addresses = [self.view(r, 0, nbytes).data_ptr() for r in range(len(maps))]
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes of a rank's memory: uint8 `[nbytes]`."""
+        """Return bytes of a rank's memory: uint8 `[nbytes]`."""
         return torch.frombuffer(self.maps[rank], dtype=torch.uint8, count=nbytes, offset=offset)
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Own bytes, uint8 `[nbytes]`; calls `release` when the last tensor over them has gone."""
-        # The tensor's storage keeps this view alive; when the view goes, the last tensor has gone.
+        """Return own bytes, uint8 `[nbytes]`; `release` runs when the last tensor is dropped."""
+        # The tensor's storage keeps this view alive until the last tensor over it is dropped.
         memory = memoryview(self.maps[self._rank])[offset : offset + nbytes]
         weakref.finalize(memory, release).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def make_segment(rendezvous: StoreExchange, nbytes: int, purpose: str) -> Segment:
-    """Make a segment together; collective over the ranks of the rendezvous.
+def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
+    """Make a segment on every rank; collective over the ranks of the exchange.
 
     Raises SymmetricMemoryError on every rank when one of them has no room, or asks for another
     size, and ExchangeTimeout when one does not come.
     """
-    path, own, problem = _create(nbytes, rendezvous.size)
+    path, own, problem = _create(nbytes, exchange.size)
     try:
-        offers = agree(rendezvous, Offer(path.name, nbytes, problem), purpose)
-        maps, problem = _map_peers(offers, rendezvous.rank, own, nbytes)
-        agree(rendezvous, Offer(path.name, nbytes, problem), purpose)
+        offers = agree_on_segment(exchange, SegmentOffer(path.name, nbytes, problem), purpose)
+        maps, problem = _map_peers(offers, exchange.rank, own, nbytes)
+        agree_on_segment(exchange, SegmentOffer(path.name, nbytes, problem), purpose)
     finally:
         path.unlink(missing_ok=True)
-    return Segment(maps, nbytes, rendezvous.rank)
+    return Segment(maps, nbytes, exchange.rank)
 
 
 def reap_dead_files() -> list[Path]:
-    """Remove segments whose maker is dead; returns them. Other users' files are not touched."""
+    """Remove segments whose process is dead; return them. Files of other users are not touched."""
     removed = []
     ours = re.compile(rf"{_PREFIX}-{os.getuid()}-(\d+)-(\d+)-[0-9a-f]{{16}}")
     for path in shm_dir().iterdir():
         made = ours.fullmatch(path.name)
         if made and not ProcessId(int(made[1]), int(made[2])).is_alive():
-            with contextlib.suppress(OSError):  # somebody else's, or gone by now
+            with contextlib.suppress(OSError):  # of another user, or removed meanwhile
                 if path.lstat().st_uid == os.getuid():
                     path.unlink()
                     removed.append(path)
@@ -113,7 +113,7 @@ def reap_dead_files() -> list[Path]:
 
 
 def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
-    """Create, reserve and map this rank's file. Returns a problem instead of raising."""
+    """Create, reserve and map this rank's file. Returns a problem, which all ranks then raise."""
     me = process_id()
     name = f"{_PREFIX}-{os.getuid()}-{me.pid}-{me.start_ticks}-{secrets.token_hex(8)}"
     path = shm_dir() / name
@@ -129,18 +129,18 @@ def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        return path, None, _in_words(error, nbytes, ranks)
+        return path, None, _explain(error, nbytes, ranks)
 
 
 def _stored_bytes(nbytes: int) -> int:
-    """What a segment takes in the file: large ones are whole huge pages."""
+    """Return the bytes of the file: large ones are whole huge pages."""
     if nbytes < _COLLAPSE_FROM_BYTES:
         return nbytes
     return -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
-    """Take the pages now: a full file system is an error here, a bus error at first touch."""
+    """Reserve the pages now: a full file system is an error here, a bus error at first touch."""
     if nbytes > free_bytes():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
@@ -157,12 +157,12 @@ def _map(descriptor: int, nbytes: int) -> mmap.mmap:
 
 
 def _align(spacers: contextlib.ExitStack, descriptor: int, nbytes: int) -> None:
-    """Let the next map of this size begin where a huge page can, if it falls where a probe does.
+    """Align the next map of this size to a huge page, if it is placed where a probe was.
 
-    Maps go from high addresses to low ones, each into the first gap that holds it:
+    Maps are placed from high addresses to low ones, each in the first gap that holds it:
 
-        │ … probe ────────────────│ used     ends anywhere, so it begins anywhere
-        │ … the map ──────│ spacer│ used     begins at a multiple of 2 MiB
+        │ … probe ────────────────│ used     starts at any address
+        │ … the map ──────│ spacer│ used     starts at a multiple of 2 MiB
 
     """
     if nbytes >= _COLLAPSE_FROM_BYTES:
@@ -177,10 +177,10 @@ def _address(memory: mmap.mmap) -> int:
 
 
 def _collapse(memory: mmap.mmap) -> None:
-    """Gather the pages of a segment into huge ones; costs what copying them costs.
+    """Collapse the pages of a segment into huge ones, at the cost of copying them.
 
-    MADV_COLLAPSE asks for this segment alone, whatever the machine's shmem_enabled says. It stays
-    in small pages on older systems, where no huge pages are left, or where it lies askew.
+    MADV_COLLAPSE applies to this segment alone, whatever the machine's shmem_enabled is. The pages
+    stay small on older systems, where no huge page is free, or where the map is not aligned.
     """
     if sys.platform == "linux" and len(memory) >= _COLLAPSE_FROM_BYTES:
         with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ def _collapse(memory: mmap.mmap) -> None:
 
 
 def _map_peers(
-    offers: list[Offer], rank: int, own: mmap.mmap | None, nbytes: int
+    offers: list[SegmentOffer], rank: int, own: mmap.mmap | None, nbytes: int
 ) -> tuple[list[mmap.mmap], str]:
     maps: list[mmap.mmap] = []
     try:
@@ -206,7 +206,7 @@ def _map_peers(
     return maps, ""
 
 
-def _in_words(error: OSError, nbytes: int, ranks: int) -> str:
+def _explain(error: OSError, nbytes: int, ranks: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
         return (
             f"{shm_dir()} is full: it has {free_bytes()} bytes free, and {ranks} rank(s) need "

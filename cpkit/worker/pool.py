@@ -22,8 +22,8 @@ class PoolOperation(Operation[Pool]):
         """Act, and return this rank's pool afterwards."""
         note = self._act(symmetric_pool(group, default_device()), state)
         pool = symmetric_pool(group, default_device())
-        pool.meet("look at the pool")  # returns the blocks that all ranks have dropped
-        samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
+        pool.settle("look at the pool")  # returns the blocks that all ranks have dropped
+        samples = list(pool.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         return PoolResult(self.body.cp_size, (pool.stats(),), note, tuple(samples))
 
     def _act(self, pool: SymmetricPool, state: RankState) -> str:

@@ -26,7 +26,7 @@ from cpkit.control.messages import (
 from cpkit.control.queue import Job
 from cpkit.control.server import Server
 from cpkit.group import init_context_parallel
-from cpkit.sync.offers import SymmetricMemoryError
+from cpkit.sync.exchange import SymmetricMemoryError
 from cpkit.worker.commands import (
     TICK_S,
     Begin,

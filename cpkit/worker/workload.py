@@ -10,13 +10,12 @@ from cpkit import provenance
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
 from cpkit.devices import default_device
-from cpkit.gather import all_gather_kv, last_path
+from cpkit.gather import all_gather_kv, as_rows, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.path import PathReport
 from cpkit.plan import GatherPlan, plan_gather_kv
 from cpkit.stages import keep
-from cpkit.steps import as_rows
 from cpkit.symm import batch_symmetry
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}

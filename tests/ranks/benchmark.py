@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.gather import Config, measure
 from benchmarks.rows import summarize
-from cpkit import steps
+from cpkit.memory.posix import PosixBackend
 from cpkit.provenance import ProvenanceError
 from tests.ranks.device import world_group
 from tests.ranks.mutants import planted
@@ -26,17 +26,19 @@ def measured() -> dict[str, float]:
 
 
 def check_a_wrong_gather_is_not_timed() -> None:
-    def shifted(real: Any, rows: torch.Tensor, *args: Any) -> Any:
-        return real(rows.roll(1, 0), *args)
+    kept: list[torch.Tensor] = []  # the copies read their memory
 
-    for name in ("push_rows", "push_copies"):  # direct, and the plan as well
-        with planted(steps, name, shifted):
-            try:
-                measured()
-            except ProvenanceError as error:
-                assert "wanted round 1" in str(error)  # noqa: PT017
-            else:
-                raise AssertionError(f"a wrong gather was timed: {name}")
+    def shifted(real: Any, backend: Any, peers: Any, rows: torch.Tensor, *args: Any) -> Any:
+        kept.append(rows.roll(1, 0))
+        return real(backend, peers, kept[-1], *args)
+
+    with planted(PosixBackend, "_copies", shifted):  # of direct, and of the plan as well
+        try:
+            measured()
+        except ProvenanceError as error:
+            assert "wanted round 1" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("a wrong gather was timed")
 
 
 def check_a_slow_one_is_seen() -> None:
@@ -48,7 +50,7 @@ def check_a_slow_one_is_seen() -> None:
             copies.append(lambda: time.sleep(SLOW_S))
         return copies
 
-    with planted(steps, "push_copies", slow):
+    with planted(PosixBackend, "_copies", slow):
         slowed = measured()
     assert slowed["direct"] > SLOW_S * 1e6
     assert slowed["plan"] > SLOW_S * 1e6

@@ -79,7 +79,7 @@ def check_bad_caches_and_slots_are_everybodys_error() -> None:
         ([cache, cache], slots, "has 2 caches for 1 tensors"),
         ([cache[:, :4]], slots, "must be equal"),
         ([ordinary], slots, "inside `with use_symmetric_memory(group)`"),
-        ([ordinary if first else cache], slots, "rank 0: into[0] is ordinary memory"),
+        ([ordinary if first else cache], slots, "rank(s) 0: into[0] is ordinary memory"),
         ([cache], slots + 1, "slots go from 1 to 64"),
         ([cache], slots // 2, "name a row twice"),
         ([cache], slots.flip(0) if first else slots, "slots differ between the ranks"),
@@ -133,7 +133,7 @@ def check_caches_that_overlap_are_everybodys_error() -> None:
         provenance.check(cache, metadata, round=1)
 
 
-def check_any_number_of_caches_fits_into_the_meeting() -> None:
+def check_any_number_of_caches_fits_into_the_agreement() -> None:
     group, metadata, rows, slots = one_sequence((4,))
     count = 300
     with use_symmetric_memory(group):
@@ -146,7 +146,7 @@ def check_any_number_of_caches_fits_into_the_meeting() -> None:
     ordinary = [torch.empty(64, 4, device=DEVICE) for _ in range(count)]
     mine = ordinary if group.rank == 0 else caches
     said = error_of(all_gather_kv, [rows] * count, metadata, group, into=mine, slots=slots)
-    assert "rank 0: into[0] is ordinary memory" in said
+    assert "rank(s) 0: into[0] is ordinary memory" in said
 
 
 def check_a_cache_that_does_not_show_what_it_stores_is_refused() -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from cpkit import provenance, steps
+from cpkit import provenance
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata, shard
+from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import plan_gather_kv
 from cpkit.sync.barrier import CallsDiffer
 from tests.ranks.mutants import planted
@@ -39,7 +40,7 @@ def interrupted(call: Callable[[], object]) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with planted(steps, "push_all", interrupt):
+    with planted(SymmetricPool, "push", interrupt):
         try:
             call()
         except KeyboardInterrupt:
@@ -52,7 +53,7 @@ def check_two_plans_in_another_order() -> None:
     one, other = (plan_gather_kv([rows], metadata, group) for _ in range(2))
     first, second = (one, other) if group.rank == 0 else (other, one)
     expect(first, "rank 0 at the end of a plan's call", "rank 1 at the end of a plan's call")
-    expect(second, "not whole")
+    expect(second, "incomplete")
 
 
 def check_a_plan_and_a_gather() -> None:
@@ -60,14 +61,16 @@ def check_a_plan_and_a_gather() -> None:
     group, metadata, rows = everybody_and_rows()
     plan = plan_gather_kv([rows], metadata, group)
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
-    expect(plan if group.rank == 0 else gather, "rank 0 at the end of a plan's", "1 at the meeting")
+    expect(
+        plan if group.rank == 0 else gather, "rank 0 at the end of a plan's", "1 at the agreement"
+    )
     provenance.check(gather()[0], metadata, round=1)
 
 
 def check_a_barrier_and_a_gather() -> None:
     group, metadata, rows = everybody_and_rows()
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
-    expect(group.barrier if group.rank == 0 else gather, "rank 0 at the end of a gather or alone")
+    expect(group.barrier if group.rank == 0 else gather, "rank 0 at the end of a gather")
 
 
 def check_an_interrupted_gather_ends_nobody_elses() -> None:
@@ -77,7 +80,7 @@ def check_an_interrupted_gather_ends_nobody_elses() -> None:
     gather()
     if group.rank == 0:
         interrupted(gather)
-    expect(gather, "rank 0 at the meeting", "rank 1 at the end of a gather")
+    expect(gather, "rank 0 at the agreement", "rank 1 at the end of a gather")
     provenance.check(gather()[0], metadata, round=1)
 
 
@@ -88,8 +91,8 @@ def check_an_interrupted_call_of_a_plan_ends_nobody_elses() -> None:
     rows = provenance.shard_rows(metadata, group.rank, (16,), torch.float32, round=1)
     plan = plan_gather_kv([rows], metadata, group)
     if group.rank == 0:
-        assert plan._turns
-        next(plan._turns)
+        assert plan._pushes
+        next(plan._pushes)
     expect(plan, "output 1), rank 1 at", "output 0)")
 
 

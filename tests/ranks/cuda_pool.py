@@ -9,12 +9,12 @@ import torch
 from cpkit import provenance
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup
-from cpkit.kernels import cuda_push
 from cpkit.kernels.gather_kernel import gather_kernel
+from cpkit.kernels.launch import TileTables
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
-from cpkit.sync.offers import SymmetricMemoryError
+from cpkit.sync.exchange import SymmetricMemoryError
 from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
 from tests.ranks.device import OWN_GPU, world_group
 from tests.ranks.errors import error_of
@@ -126,7 +126,7 @@ def check_a_plan_keeps_what_its_graphs_read() -> None:
     lengths = ([97, 64], [201], [97, 64])
     layouts = [prepare_context_parallel_metadata(each, group.size) for each in lengths]
     rounds = [Rounds(group, metadata) for metadata in layouts]
-    kept, cuda_push._MAX_TABLES = cuda_push._MAX_TABLES, 1
+    kept, TileTables.MAX_TABLES = TileTables.MAX_TABLES, 1
     try:
         plans = [
             plan_gather_kv([each.mine], metadata, group)
@@ -137,7 +137,7 @@ def check_a_plan_keeps_what_its_graphs_read() -> None:
             each.tick()
             each.judge(plan()[0])
     finally:
-        cuda_push._MAX_TABLES = kept
+        TileTables.MAX_TABLES = kept
     del junk
     assert [wrong_words(each, group) for each in rounds] == [0, 0, 0]
 
@@ -232,7 +232,7 @@ def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
         SymmetricPool(group, too_much, "cuda")
     except SymmetricMemoryError as error:
         said = str(error)
-    assert f"{too_much} were asked for" in said
+    assert f"{too_much} were requested" in said
     assert "bytes free" in said
     gather_works(group)
 
@@ -245,7 +245,7 @@ def check_spills_are_timed_and_warm_up_keeps_one_arena() -> None:
     stats = pool.stats()
     assert (stats.spills, stats.segments) == (1, 2)
     assert stats.spill_ms > 0
-    assert pool.history.samples[-1].used_bytes >= large.numel()
+    assert pool.samples[-1].used_bytes >= large.numel()
     del large
     pool.warm_up(20000, (8, 16), torch.float32, tensors=2)
     assert pool.stats().segments == 1

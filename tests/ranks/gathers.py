@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from cpkit import provenance, stages, steps
+from cpkit import provenance, stages
 from cpkit.gather import (
     ALGORITHMS,
     all_gather_kv,
+    as_rows,
     cp_all_gather_reorganized_into_tensor_kv_cache,
     cp_all_gather_rerange_kv_cache,
+    from_rows,
     last_path,
     path_of_result,
 )
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import plan_gather_kv
-from cpkit.reference import all_gather_kv_reference
+from cpkit.reference import all_gather_kv_reference, push_reference
 from cpkit.symm import batch_symmetry, explain_path
 from tests.ranks.device import (
     DEVICE,
@@ -268,35 +271,26 @@ def check_a_result_knows_its_path() -> None:
 
 
 def check_the_reference_push_agrees() -> None:
-    """`push_all_reference` and the fast path of the device, into poisoned outputs."""
+    """`push_reference` and the fast path of the device, into poisoned outputs."""
     for round, (group, metadata, rng) in enumerate(batches("push", 1)):
         pool = pool_of(group)
         kinds = [(rng.choice(DTYPES), rng.choice(TRAILING)) for _ in range(2)]
         rows = [
-            steps.as_rows(shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i))
+            as_rows(shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i))
             for i, (dtype, shape) in enumerate(kinds)
         ]
         outputs = [pool.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-        for push in (steps.push_all_reference, fast_push()):
+        for push in (push_reference, SymmetricPool.push):
             for output in outputs:
                 provenance.poison_(output)
             finish()
             group.barrier()
-            push(rows, outputs, metadata, pool)
+            push(pool, rows, outputs, metadata)
             finish()
             for i, (output, (dtype, shape)) in enumerate(zip(outputs, kinds, strict=True)):
                 like = torch.empty(0, *shape, dtype=dtype, device=DEVICE)
-                provenance.check(steps.from_rows(output, like), metadata, round=round, tensor=i)
-            pool.meet("next")
-
-
-def fast_push() -> Callable[..., None]:
-    """The device's own."""
-    if DEVICE == "cpu":
-        return steps.push_all
-    from cpkit.kernels.cuda_push import push_all
-
-    return push_all
+                provenance.check(from_rows(output, like), metadata, round=round, tensor=i)
+            pool.settle("next")
 
 
 def check_a_wrong_type_on_one_rank_is_everybodys_error() -> None:

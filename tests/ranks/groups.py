@@ -59,8 +59,8 @@ def check_a_bad_cp_size_is_refused_on_every_rank() -> None:
 
 def check_different_cp_sizes_are_named_by_rank() -> None:
     said = error_of(init_context_parallel, 2 if dist.get_rank() == 1 else 4)
-    assert "rank(s) 1: init_context_parallel(2)" in said
-    assert "rank(s) 0, 2, 3: init_context_parallel(4)" in said
+    assert "rank(s) 1: init_context_parallel(2, 'default')" in said
+    assert "rank(s) 0, 2, 3: init_context_parallel(4, 'default')" in said
     gather_works()
 
 
@@ -151,7 +151,7 @@ def check_a_rank_that_never_comes_is_named() -> None:
             else:
                 raise AssertionError("the barrier did not wait for rank 3")
             try:
-                group.rendezvous.exchange(b"", "grow the symmetric pool")
+                group.store_exchange.exchange(b"", "grow the symmetric pool")
             except ExchangeTimeout as error:
                 assert "rank(s) 3 to grow the symmetric pool" in str(error)  # noqa: PT017
             else:
@@ -205,5 +205,5 @@ def check_a_rank_without_a_directory_for_segments_is_named() -> None:
         os.environ.pop("CPKIT_SHM_DIR", None)
         if before:
             os.environ["CPKIT_SHM_DIR"] = before
-    assert said.startswith("rank 1: CPKIT_SHM_DIR is '/not/there'"), said
+    assert said.startswith("rank(s) 1: CPKIT_SHM_DIR is '/not/there'"), said
     gather_works()

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpkit import provenance, steps
+from cpkit import gather, provenance
 from cpkit.gather import all_gather_kv
 from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.memory.posix import PosixBackend
 from cpkit.symm import symmetric_pool
 from cpkit.sync.barrier import ShmBarrier
 from tests.ranks.device import world_group
@@ -69,20 +70,20 @@ def check_a_peer_that_is_left_out() -> None:
 
 
 def check_rows_at_the_neighbours_place() -> None:
-    def shifted(real: Any, rows: torch.Tensor, *args: Any) -> None:
-        real(rows.roll(1, 0), *args)
+    def shifted(real: Any, backend: Any, peers: Any, rows: list[torch.Tensor], *args: Any) -> Any:
+        return real(backend, peers, [x.roll(1, 0) for x in rows], *args)
 
-    with planted(steps, "push_rows", shifted):
+    with planted(PosixBackend, "push", shifted):
         expect("direct", "wanted round 1, rank")
 
 
 def check_no_barrier_after_the_wire() -> None:
     """Rank 0 stores late; whoever does not wait for it reads what was there before."""
 
-    def late(real: Any, *args: Any) -> None:
+    def late(real: Any, *args: Any) -> Any:
         if dist.get_rank() == 0:
             time.sleep(0.2)
-        real(*args)
+        return real(*args)
 
     def no_wait(real: Any, group: CPGroup) -> None:
         if not waiting:
@@ -93,7 +94,7 @@ def check_no_barrier_after_the_wire() -> None:
     symmetric_pool(group).poison_free()
     metadata = prepare_context_parallel_metadata([40], group.size)
     rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
-    with planted(steps, "push_rows", late), planted(CPGroup, "barrier", no_wait):
+    with planted(PosixBackend, "push", late), planted(CPGroup, "barrier", no_wait):
         group.exchange(b"poisoned")
         (got,) = all_gather_kv([rows], metadata, group)
         said = provenance.explain_mismatch(got, metadata, round=1) or ""
@@ -102,7 +103,7 @@ def check_no_barrier_after_the_wire() -> None:
 
 
 def check_no_reorder() -> None:
-    with planted(steps, "reorder_tokens", lambda real, rank_order, metadata: rank_order):
+    with planted(gather, "reorder_tokens", lambda real, rank_order, metadata: rank_order):
         expect("padded", "wanted")
 
 
@@ -111,7 +112,7 @@ def check_the_wrong_end_stripped() -> None:
         chunks = gathered.chunk(len(rows))
         return torch.cat([c[len(c) - n :] for c, n in zip(chunks, rows, strict=True)])
 
-    with planted(steps, "strip_padding", tail):
+    with planted(gather, "strip_padding", tail):
         expect("padded", "token 1, lane 0, tensor 0; wanted round 1, rank 0, sequence 0, token 0")
 
 
@@ -119,19 +120,19 @@ def check_a_round_that_was_not_sent() -> None:
     """The second round hands out the first one's result."""
     kept: list[list[torch.Tensor]] = []
 
-    def first_again(real: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        kept.append([x.clone() for x in real(*args, **kwargs)])
-        return kept[0]
+    def first_again(real: Any, outputs: list[torch.Tensor], *args: Any) -> list[torch.Tensor]:
+        kept.append([x.clone() for x in outputs])
+        return real(kept[0], *args)  # type: ignore[no-any-return]
 
-    with planted(steps, "gather_all", first_again):
+    with planted(gather, "_strip_and_reorder", first_again):
         expect("padded_symm", "holds round 1")
 
 
 def check_a_barrier_that_lets_everybody_through() -> None:
     """ShmBarrier.barrier itself is broken: notes are read before they are pinned."""
 
-    def through(real: Any, board: ShmBarrier, call: int) -> None:
-        board._turn += 1
+    def through(real: Any, barrier: ShmBarrier, call: int) -> None:
+        barrier._round += 1
 
     group = world_group()
     if group.rank == 0:

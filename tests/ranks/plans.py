@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from cpkit import plan as plan_module
 from cpkit import provenance, stages
 from cpkit.gather import ALGORITHMS, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import GatherPlan, plan_gather_kv
 from tests.ranks.device import DEVICE, pool_of, shard_rows, world_group
 from tests.ranks.mutants import planted
@@ -88,14 +88,13 @@ def check_a_result_is_whole_until_the_next_call() -> None:
 
 
 def check_one_output_without_an_entry_barrier_is_seen() -> None:
-    """The planted bug: all turns of a plan share one output."""
-    made: list[Any] = []
+    """The planted bug: all calls of a plan share one output."""
 
-    def first_again(real: Any, *args: Any) -> Any:
-        made.append(made[0] if made else real(*args))
-        return made[-1]
+    def shared(real: Any, pool: Any, rows: Any, output_sets: list[Any], metadata: Any) -> Any:
+        output_sets[:] = output_sets[:1] * len(output_sets)
+        return real(pool, rows, output_sets, metadata)
 
-    with planted(plan_module, "_outputs", first_again):
+    with planted(SymmetricPool, "prepare", shared):
         said = wrong_rows(keep=1)
     assert any("wanted round" in each for each in said), said
 
@@ -148,7 +147,7 @@ def check_outputs_return_to_the_pool_with_the_plan() -> None:
     pool = pool_of(group)
     for _ in range(3):
         plan_gather_kv([rows], metadata, group)()
-        pool.meet("settle")
+        pool.settle("settle")
     assert pool.stats().used_bytes == 0
 
 

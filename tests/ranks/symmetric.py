@@ -61,7 +61,7 @@ def check_offsets_agree_and_memory_is_reused() -> None:
         assert len(set(group.exchange(repr(place).encode()))) == 1
         seen.add(place)
         del x
-        pool.meet("settle")
+        pool.settle("settle")
     assert len(seen) == 1
     assert pool.stats().used_bytes == 0
 
@@ -112,7 +112,7 @@ def check_allocations_that_differ_are_an_error_not_corruption() -> None:
     with use_symmetric_memory(group):
         torch.empty(size, dtype=torch.uint8)
     try:
-        group.pools["cpu"].meet("anything")
+        group.pools["cpu"].settle("anything")
     except SymmetricMemoryError as error:
         said = str(error)
     assert "rank 0: [4096]" in said
@@ -261,7 +261,7 @@ def check_the_last_block_of_the_books_is_given_out_once() -> None:
         held.pop()
         held.append(pool.empty([1], torch.uint8))
     del held
-    pool.meet("settle")
+    pool.settle("settle")
     assert pool.stats().live_blocks == 0
 
 

@@ -12,16 +12,16 @@ WAYS = ((0, 64, True), (500, 256, False), (0, 1, True), (0, 1, False))
 LATE_S = 1.0
 
 
-def group_and_board() -> tuple[CPGroup, ShmBarrier]:
+def group_and_barrier() -> tuple[CPGroup, ShmBarrier]:
     group = world_group()
-    assert group.board is not None
-    return group, group.board
+    assert group.shm_barrier is not None
+    return group, group.shm_barrier
 
 
 def check_every_way_to_wait_is_a_barrier() -> None:
-    group, board = group_and_board()
+    group, barrier = group_and_barrier()
     for polls, yields, crowded in WAYS:
-        board._polls, board._yields, board._crowded = polls, yields, crowded
+        barrier._polls, barrier._yields, barrier._crowded = polls, yields, crowded
         for round in range(300):
             if round % 50 == group.rank:
                 time.sleep(0.003)
@@ -31,9 +31,9 @@ def check_every_way_to_wait_is_a_barrier() -> None:
 
 def check_a_long_wait_leaves_the_core_alone() -> None:
     """All others wait for the last rank, whichever way they begin to."""
-    group, board = group_and_board()
+    group, barrier = group_and_barrier()
     for polls, yields, crowded in WAYS[:2]:
-        board._polls, board._yields, board._crowded = polls, yields, crowded
+        barrier._polls, barrier._yields, barrier._crowded = polls, yields, crowded
         group.barrier()
         if group.rank == group.size - 1:
             time.sleep(LATE_S)
@@ -46,22 +46,22 @@ def check_a_long_wait_leaves_the_core_alone() -> None:
 def check_the_way_follows_from_ranks_and_cores() -> None:
     from cpkit.sync.barrier import cores
 
-    group, board = group_and_board()
-    assert board._crowded == (group.size > cores())
-    assert (board._polls == 0) == board._crowded
+    group, barrier = group_and_barrier()
+    assert barrier._crowded == (group.size > cores())
+    assert (barrier._polls == 0) == barrier._crowded
 
 
 def check_patience_is_learned() -> None:
-    """Where ranks share a core: a wait that napped makes it short, one that did not, longer."""
-    group, board = group_and_board()
+    """Where ranks share a core: a wait that slept shortens it, one that did not lengthens it."""
+    group, barrier = group_and_barrier()
     late = group.rank == group.size - 1
-    board._polls, board._yields, board._crowded = 0, 64, True
+    barrier._polls, barrier._yields, barrier._crowded = 0, 64, True
     group.barrier()
     if late:
         time.sleep(0.01)
     group.barrier()
-    assert late or board._yields <= 8, board._yields
-    board._yields = 4
+    assert late or barrier._yields <= 8, barrier._yields
+    barrier._yields = 4
     for _ in range(200):
         group.barrier()
-    assert board._yields > 4
+    assert barrier._yields > 4

@@ -17,7 +17,7 @@ from cpkit import provenance
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.memory import pool as pool_module
+from cpkit.memory import path as path_module
 from cpkit.memory.nccl_log import count_file
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
 from tests.ranks.device import path_by_table, world_group
@@ -183,11 +183,13 @@ def check_without_the_copy_the_rows_are_wrong() -> None:
     rows = SHARD_ROWS[1]
     send = stamp(in_pool(group, rows), group, 1)
     recv = in_pool(group, rows * group.size, shifted=True)
-    with planted(pool_module, "unsafe_for_nccl", lambda _original, _places: (False, False)):
+    path_module.decide_from.cache_clear()
+    with planted(path_module, "unsafe_for_nccl", lambda _original, _places: (False, False)):
         try:
             gather(group, send, recv, 1)
         except provenance.ProvenanceError:
             wrong = True
         else:
             wrong = False
+    path_module.decide_from.cache_clear()
     assert wrong, "NCCL has become safe: see cpkit.memory.path.unsafe_for_nccl"

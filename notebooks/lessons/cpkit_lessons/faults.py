@@ -76,7 +76,7 @@ def wrong_group(group: CPGroup, _: int) -> RankReport:
 def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
     """An allocator without common books: the victim keeps a block that all others have freed."""
     row_bytes = 256
-    segment = make_segment(group.rendezvous, 64 * row_bytes, "make an arena")
+    segment = make_segment(group.store_exchange, 64 * row_bytes, "make an arena")
     arena = Arena(segment.nbytes)
     block_bytes = group.size * ROWS * row_bytes
     old = arena.allocate(block_bytes)

@@ -1,0 +1,35 @@
+"""Where a buffer is, seen from a group: in its pool, in another pool, or in ordinary memory."""
+
+from __future__ import annotations
+
+import torch
+
+from cpkit.group import CPGroup
+from cpkit.memory.path import BufferLocation, BufferPair
+from cpkit.sync.collective import owner_of
+
+
+def locate_pair(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> BufferPair:
+    """Return the locations of this rank's buffers of a gather."""
+    shard_bytes = send.numel() * send.element_size() if isinstance(send, torch.Tensor) else 0
+    return BufferPair(locate_buffer(send, group), locate_buffer(recv, group), shard_bytes)
+
+
+def locate_buffer(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
+    """Return where a buffer is, seen from a group: in its pool, in another one, or in neither."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return BufferLocation(other="no ordinary tensor", fault="unregistered")
+    pool = group.pools.get(tensor.device.type)
+    found = pool.locate(tensor) if pool else None
+    if found and not tensor.is_contiguous():
+        return BufferLocation(other="in the pool but not contiguous", fault="unregistered")
+    if found:
+        return BufferLocation(*found)
+    owner = owner_of(tensor)
+    if owner:
+        return BufferLocation(
+            other=f"in the pool of another group (ranks {list(owner.ranks)}), "
+            f"or in one that was configured away",
+            fault="foreign",
+        )
+    return BufferLocation(other="ordinary memory", fault="unregistered")

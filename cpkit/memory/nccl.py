@@ -1,0 +1,123 @@
+"""Symmetric memory on CUDA with a GPU per rank: NCCL gathers equal shards, kernels push rows.
+
+NCCL knows the pool's segments as symmetric windows where it can register them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from cpkit.devices import loaded_nccl_version
+from cpkit.group import CPGroup
+from cpkit.memory.backend import ORDINARY_COLLECTIVE, Peers
+from cpkit.memory.cuda import CudaBackend, CudaSegment
+from cpkit.memory.path import BufferLocation, BufferPair, PathReport, decide, without_windows
+from cpkit.stages import stage
+from cpkit.sync.collective import ordinary_all_gather
+
+_IN_POOL = BufferLocation(segment=0, offset=0)
+_ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
+
+
+class NcclBackend(CudaBackend):
+    """CudaBackend whose equal-sized gathers go through NCCL. Making one is collective."""
+
+    def __init__(self, group: CPGroup) -> None:
+        self.group = group
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._window_problem = self._prepare_windows()
+        super().__init__(group)
+
+    def all_gather(
+        self,
+        peers: Peers,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool,
+        symmetric_recv: bool,
+    ) -> PathReport:
+        """Gather with NCCL, which is done when its kernel is: there is no exit barrier.
+
+        A shard that needed no padding is the caller's own tensor, which may be in symmetric memory
+        on some ranks only: without `symmetric_send` NCCL receives an ordinary copy of it.
+        """
+        windows = not self._window_problem
+        with stage("wire"):
+            for output, shard in zip(outputs, shards, strict=True):
+                ordinary_all_gather(
+                    output,
+                    shard,
+                    self.group,
+                    symmetric_send=windows and symmetric_send,
+                    symmetric_recv=windows and symmetric_recv,
+                )
+        with stage("exit"):
+            pass  # inside NCCL's kernel
+        if not symmetric_recv:
+            return ORDINARY_COLLECTIVE
+        send = _IN_POOL if symmetric_send else _ORDINARY
+        return _report(send, self.group.size, self.transport(), self._window_problem)
+
+    def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
+        """Make a segment as CudaBackend does, and register it with NCCL. Collective."""
+        segment = super().make_segment(nbytes, purpose)
+        if self.group.size > 1 and not self._window_problem:
+            self._window_problem = self._register_window(segment.pool)
+        return segment
+
+    def transport(self) -> str:
+        """NCCL, with the version of the library that this process uses."""
+        return "nccl " + ".".join(map(str, loaded_nccl_version()))
+
+    def window_problem(self) -> str:
+        """Return why NCCL does not know the pool's memory; empty when it does."""
+        return self._window_problem
+
+    def _prepare_windows(self) -> str:
+        """Return why NCCL can't have windows here; empty when it can. Collective.
+
+        NCCL needs a communicator that has run a collective already (pytorch#188567).
+        """
+        if self.group.size == 1:
+            return ""
+        if self.group.shares_gpu:
+            return "ranks share a GPU, and NCCL has no symmetric windows there"
+        word = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        words = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
+        ordinary_all_gather(words, word, self.group)
+        torch.cuda.synchronize()
+        return ""
+
+    def _register_window(self, pool: torch.cuda.MemPool) -> str:
+        """Register a segment with NCCL; return why that failed on any rank. Collective."""
+        problem = ""
+        try:
+            nccl: Any = self.group.process_group._get_backend(self.device)
+            nccl.register_mem_pool(pool, symm=True)
+            _never_free(pool)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
+        answers = self.group.exchange(problem.encode())
+        return next((answer.decode() for answer in answers if answer), "")
+
+
+@lru_cache(maxsize=16)
+def _report(send: BufferLocation, size: int, transport: str, window_problem: str) -> PathReport:
+    """The path of a gather whose receive buffer is in the pool; the same on every rank."""
+    report = decide([BufferPair(send, _IN_POOL)] * size, 0, transport)
+    return without_windows(report, window_problem)
+
+
+def _never_free(pool: torch.cuda.MemPool) -> None:
+    """Keep a pool that NCCL knows, and its memory on the GPU, for as long as the process exists.
+
+    NCCL's hook on it outlives the communicator: freeing the pool after `destroy_process_group` ends
+    the process in std::terminate (~MemPool, torch 2.11).
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))

@@ -1,0 +1,49 @@
+"""Ordinary memory in the place of a pool, for groups and batches without symmetric memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cpkit.group import CPGroup
+from cpkit.memory.path import PathReport
+from cpkit.stages import stage
+from cpkit.sync.collective import ordinary_all_gather
+
+ASYMMETRIC_BATCH = (
+    "is_allocation_symmetric() is false: symmetric memory was switched off for this batch"
+)
+
+
+class OrdinaryMemory:
+    """What a gather uses where symmetric memory is not possible; `reason` is its path's reason."""
+
+    is_symmetric = False
+
+    def __init__(self, group: CPGroup, device: torch.device, reason: str) -> None:
+        self.group, self.device = group, device
+        self._report = PathReport("fallback", reason, "ordinary memory", "ordinary memory")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate as torch.empty does."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def all_gather(
+        self,
+        shards: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        *,
+        symmetric_send: bool = False,
+        symmetric_recv: bool = False,
+    ) -> PathReport:
+        """Gather equal shards with the collective of torch.distributed. Collective."""
+        with stage("wire"):
+            for output, shard in zip(outputs, shards, strict=True):
+                ordinary_all_gather(output, shard, self.group)
+        return self._report
+
+
+def spanning_machines(group: CPGroup) -> str:
+    """Return why a group that spans machines has no symmetric memory."""
+    return f"the group spans machines (ranks {list(group.ranks)}), which cannot share memory"

@@ -1,0 +1,86 @@
+"""How large a pool has to be: its arena, and the room that the largest batch needs."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from cpkit.group import CPGroup
+from cpkit.memory.allocator import MAX_BYTES, rounded
+from cpkit.memory.backend import Backend
+from cpkit.sync.agreement import Agreement, Signature
+
+
+def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int) -> int:
+    """Return the bytes that gathers of one tensor of up to `max_tokens` tokens need.
+
+    It counts the peak allocation of the most demanding algorithm, a receive buffer and a padded
+    shard, twice: blocks return to the pool only at the next call. Each sequence can make the
+    longest rank two rows longer.
+    """
+    padded_rows = -(-max_tokens // cp_size) + 2 * sequences
+    recv_bytes = rounded(padded_rows * cp_size * row_bytes)
+    return 2 * (recv_bytes + rounded(padded_rows * row_bytes))
+
+
+def agree_on_prealloc(backend: Backend, group: CPGroup, prealloc: int | None) -> int:
+    """Return one arena size in bytes for all ranks. Collective.
+
+    A default depends on the memory that was free on this rank, so the smallest of all ranks counts.
+    """
+    exchange = group.store_exchange
+    purpose = "agree on the pool's size"
+    with Agreement(lambda message: exchange.exchange(message, purpose)) as call:
+        if prealloc is None:
+            offer = rounded(_chosen_bytes() or backend.default_prealloc())
+        elif isinstance(prealloc, int) and 0 < prealloc <= MAX_BYTES:
+            offer = rounded(prealloc)
+        else:
+            raise ValueError(
+                f"prealloc is {prealloc!r} bytes; it must be 1 to {MAX_BYTES}, or None for the "
+                f"default"
+            )
+        call.must_match(Signature("the pool's size"))
+        call.state = offer.to_bytes(8, "little")
+    offers = [int.from_bytes(state, "little") for state in call.states]
+    return min(offers) if prealloc is None else offer
+
+
+def check_warm_up(
+    max_tokens: object, trailing_shape: object, dtype: object, tensors: object, sequences: object
+) -> None:
+    """Check the arguments of `SymmetricPool.warm_up`. Raises ValueError."""
+    counts = {"max_tokens": max_tokens, "tensors": tensors, "sequences": sequences}
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+    if not isinstance(trailing_shape, list | tuple) or not all(
+        type(n) is int and n >= 0 for n in trailing_shape
+    ):
+        raise ValueError(
+            f"trailing_shape is {trailing_shape!r}; it must be a row's shape, such as (8, 128)"
+        )
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}; it must be a torch.dtype")
+    if math.prod((*counts.values(), *trailing_shape)) * dtype.itemsize > MAX_BYTES // 8:
+        raise ValueError(
+            f"{max_tokens} tokens of {list(trailing_shape)} {dtype} are too many for any memory"
+        )
+
+
+def _chosen_bytes() -> int | None:
+    """`CPKIT_SYMM_PREALLOC_GB` in bytes; None when it is not set. Raises ValueError."""
+    chosen_gb = os.environ.get("CPKIT_SYMM_PREALLOC_GB")
+    if not chosen_gb:
+        return None
+    try:
+        nbytes = int(float(chosen_gb) * (1 << 30))
+    except (ValueError, OverflowError):
+        nbytes = 0
+    if not 1 <= nbytes <= MAX_BYTES:
+        raise ValueError(
+            f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be GiB, such as 4 or 0.5"
+        )
+    return nbytes

@@ -1,0 +1,165 @@
+"""Agreement: all ranks go on with a collective, or all of them raise.
+
+A rank that raised on its own would leave its peers waiting in the collective. So the checks that
+precede one run in a `with` block, and the end of the block is an exchange:
+
+    with group.agreement() as call:      rank 0   checks pass  ──┐              ┌─▶ ValueError
+        check_rows(x)                    rank 1   ValueError   ──┼── exchange ──┼─▶ ValueError
+        call.must_match(signature)       rank 2   checks pass  ──┘              └─▶ ValueError
+
+The block holds local checks only. Each rank sends one small record: a flag, a fingerprint of the
+call, and the state of its pool. Records that match need no text. If a flag is set or fingerprints
+differ, a second exchange carries the texts that explain it, so no rank has to remember what was
+agreed earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from cpkit.sync.barrier import NOTE_BYTES
+
+_PASSED, _FAILED = b"\x00", b"\x01"
+_DIGEST_BYTES = 16
+_HEAD_BYTES = 1 + _DIGEST_BYTES
+_TEXT_BYTES = NOTE_BYTES // 2 - 512  # two long texts, two short ones and their lengths fit
+Exchange = Callable[[bytes], list[bytes]]
+
+
+class Signature:
+    """One property of a call that must be equal on all ranks, as text.
+
+    `advice` replaces the general explanation when only this property differs. A signature can be
+    kept and used again: its digest is computed once.
+    """
+
+    def __init__(self, text: str, advice: str = "") -> None:
+        self.text, self.advice = text, advice
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Equal on two ranks exactly when the texts are equal."""
+        return blake2b(self.text.encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+class Agreement:
+    """The checks before one collective call; see the module's docstring.
+
+    `state` is sent beside the record. Once all ranks have agreed, `states` holds those of all
+    ranks, and `settle` is called with them. At the end of the block every rank raises ValueError
+    when one of them raised in it or has other signatures; a rank whose own exception is not a
+    ValueError raises that one. `failure` is an exception from before the block.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        state: bytes = b"",
+        settle: Callable[[list[bytes]], object] | None = None,
+        failure: Exception | None = None,
+    ) -> None:
+        self._exchange, self._settle, self._failure = exchange, settle, failure
+        self._signatures: list[Signature] = []
+        self.state = state
+        self.states: list[bytes] = []
+
+    def must_match(self, signature: Signature) -> None:
+        """Add a property that must be equal on all ranks."""
+        self._signatures.append(signature)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # an interrupt ends this rank's call at once; the deadline ends the others
+        error = self._failure or error
+        head = self._head(error)
+        record = head + self.state
+        answers = self._exchange(record)
+        if error is not None or any(answer[:_HEAD_BYTES] != head for answer in answers):
+            self._explain(error)
+            if self._failure:
+                raise self._failure
+            return
+        self.states = [answer[_HEAD_BYTES:] for answer in answers]
+        if self._settle:
+            self._settle(self.states)
+
+    def _head(self, error: Exception | None) -> bytes:
+        if error is not None:
+            return _FAILED + bytes(_DIGEST_BYTES)
+        if len(self._signatures) == 1:
+            return _PASSED + self._signatures[0].digest
+        digests = b"".join(each.digest for each in self._signatures)
+        return _PASSED + blake2b(digests, digest_size=_DIGEST_BYTES).digest()
+
+    def _explain(self, error: Exception | None) -> None:
+        """Exchange the texts; raise ValueError unless this rank's own exception goes on."""
+        mine = _Explanation()
+        if error is not None:
+            mine.problem = _cut(_in_words(error))
+        else:
+            mine.signatures = [(_cut(each.text), each.advice) for each in self._signatures]
+        answers = self._exchange(msgspec.msgpack.encode(mine))
+        explanations = [msgspec.msgpack.decode(answer, type=_Explanation) for answer in answers]
+        if error is None or isinstance(error, ValueError):
+            raise ValueError(_explain(explanations)) from error
+
+
+class _Explanation(msgspec.Struct):
+    """Why one rank can't go on, or else the (text, advice) of each of its signatures."""
+
+    problem: str = ""
+    signatures: list[tuple[str, str]] = msgspec.field(default_factory=list)
+
+
+def _explain(explanations: Sequence[_Explanation]) -> str:
+    """The problems of all ranks, or else the first property that differs between their calls."""
+    problems = _by_rank([each.problem for each in explanations])
+    if problems:
+        return problems
+    for signatures in zip(*(each.signatures for each in explanations), strict=False):
+        advice: str = signatures[0][1]
+        if advice and len({text for text, _ in signatures}) > 1:
+            return advice
+    calls = [", ".join(text for text, _ in each.signatures) for each in explanations]
+    return f"the ranks call different collectives. {_by_rank(calls)}. All ranks must pass the same."
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error)
+    return (
+        text if isinstance(error, ValueError | TimeoutError) else f"{type(error).__name__}: {text}"
+    )
+
+
+def _by_rank(texts: list[str]) -> str:
+    """Name each text once, with the ranks that sent it; empty ones are left out."""
+    ranks_of: dict[str, list[str]] = {}
+    for rank, text in enumerate(texts):
+        if text:
+            ranks_of.setdefault(text, []).append(str(rank))
+    if len(ranks_of) == 1 and len(*ranks_of.values()) == len(texts):
+        return next(iter(ranks_of))
+    return "; ".join(f"rank(s) {', '.join(ranks)}: {text}" for text, ranks in ranks_of.items())
+
+
+def _cut(text: str) -> str:
+    """Shorten a text to what one exchange can carry, so that different texts stay different."""
+    data = text.encode()
+    if len(data) <= _TEXT_BYTES:
+        return text
+    digest = blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
+    return f"{data[: _TEXT_BYTES - 48].decode(errors='ignore')} … ({digest})"

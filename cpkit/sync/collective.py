@@ -1,0 +1,153 @@
+"""The collectives of torch.distributed: an all-gather, and an exchange of small messages.
+
+Every gather that NCCL performs for cpkit goes through `ordinary_all_gather`. NCCL selects its
+kernel by the address of a buffer, whatever the caller intends. So the default is safe: a buffer in
+symmetric memory is replaced by an ordinary copy unless the caller states that the ranks agreed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+from cpkit.devices import check_device, check_no_grad, is_plain_view
+from cpkit.sync.barrier import NOTE_BYTES
+
+
+class Members(Protocol):
+    """What of a group is needed here."""
+
+    process_group: dist.ProcessGroup
+    has_nccl: bool
+
+
+def check_gather(output: torch.Tensor, input: torch.Tensor, size: int) -> None:
+    """Check that `output` has room for `size` shards like `input`. Raises ValueError."""
+    for name, x in (("output", output), ("input", input)):
+        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
+            raise ValueError(f"{name} is {type(x).__name__}; it must be an ordinary strided tensor")
+        check_device(name, x)
+        check_no_grad(name, x)
+    if output.device != input.device:
+        raise ValueError(
+            f"output is on {output.device} and input on {input.device}; use one device"
+        )
+    want = [input.shape[0] * size, *input.shape[1:]] if input.ndim else None
+    if input.ndim < 1 or list(output.shape) != want or output.dtype != input.dtype:
+        raise ValueError(
+            f"cannot gather {size} shards of {describe(input)} into {describe(output)}: "
+            f"output must be {want} of the same dtype"
+        )
+    if not (output.is_contiguous() and is_plain_view(output)):
+        raise ValueError(f"output {describe(output)} must be contiguous, no conjugated view")
+
+
+def describe(*tensors: torch.Tensor) -> str:
+    """Describe shapes, dtypes and devices: `[8, 128] bfloat16`, on a GPU `… bfloat16 cuda`."""
+    return " <- ".join(
+        f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        + ("" if t.device.type == "cpu" else f" {t.device.type}")
+        for t in tensors
+    )
+
+
+# --------------------------------------------------------------- symmetric memory and NCCL
+
+
+class Segment(Protocol):
+    """What of a segment is needed here: where each rank's memory is in this process."""
+
+    nbytes: int
+    addresses: list[int]
+
+
+class Owner(NamedTuple):
+    """Which rank of which group a segment belongs to; a group itself would keep its segments."""
+
+    rank: int
+    ranks: tuple[int, ...]
+
+
+_segments: weakref.WeakKeyDictionary[Segment, Owner] = weakref.WeakKeyDictionary()
+
+
+def register_segment(segment: Segment, rank: int, ranks: tuple[int, ...]) -> None:
+    """Remember memory as symmetric for as long as it exists, also after its pool is replaced."""
+    _segments[segment] = Owner(rank, ranks)
+
+
+def owner_of(x: torch.Tensor) -> Owner | None:
+    """Return the group in whose symmetric memory this rank's tensor begins; None for others."""
+    address = x.data_ptr()
+    for segment, owner in list(_segments.items()):
+        if 0 <= address - segment.addresses[owner.rank] < segment.nbytes:
+            return owner
+    return None
+
+
+def ordinary_copy(x: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself, or a copy in ordinary memory of one in symmetric memory."""
+    return x.clone() if owner_of(x) else x
+
+
+def ordinary_all_gather(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    group: Members,
+    *,
+    symmetric_send: bool = False,
+    symmetric_recv: bool = False,
+) -> None:
+    """Gather equal shards with the collective of torch.distributed, as bytes of any dtype.
+
+    CUDA tensors go through NCCL where each rank has its own GPU, otherwise through the host and
+    gloo. NCCL receives a buffer in symmetric memory as it is only where `symmetric_send`,
+    `symmetric_recv` state that all ranks agreed to it (`path.unsafe_for_nccl`).
+    """
+    if output.numel() == 0:
+        return
+    recv, send = (_flat_bytes(t) for t in (output, input))
+    if recv.device.type == "cpu":
+        _all_gather_single(recv, send, group.process_group)
+    elif not group.has_nccl:
+        host = torch.empty(recv.shape, dtype=recv.dtype, device="cpu")
+        _all_gather_single(host, send.cpu(), group.process_group)
+        recv.copy_(host)
+    else:
+        send = send if symmetric_send else ordinary_copy(send)
+        target = recv if symmetric_recv else ordinary_copy(recv)
+        _all_gather_single(target, send, group.process_group)
+        if target is not recv:
+            recv.copy_(target)
+
+
+def exchange_over(process_group: dist.ProcessGroup, message: bytes, size: int) -> list[bytes]:
+    """Return the messages of all ranks, by rank, where they have no shared memory.
+
+    Messages have at most NOTE_BYTES bytes and travel in frames of one fixed size.
+    """
+    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8, device="cpu")
+    data = len(message).to_bytes(8, "little") + message
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    frames = torch.empty(size * len(mine), dtype=torch.uint8, device="cpu")
+    _all_gather_single(frames, mine, process_group)
+    pages = [bytes(page.numpy()) for page in frames.view(size, -1)]
+    return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]
+
+
+def _flat_bytes(x: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor in one dimension; a view of it where it is contiguous."""
+    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    # One element counts as contiguous whatever its stride is; here it must be 1.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _all_gather_single(
+    output: torch.Tensor, input: torch.Tensor, process_group: dist.ProcessGroup
+) -> None:
+    # torch 2.13 renamed the collective and deprecates the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, input, group=process_group)

@@ -1,0 +1,333 @@
+"""What a gather accepts. Every check raises ValueError where it finds the fault.
+
+A message says what was passed, what is allowed and what to call instead. The checks run inside an
+agreement (cpkit.sync.agreement), which raises on every rank what one of them raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+import torch
+
+from cpkit.algorithms import ALGORITHMS
+from cpkit.devices import check_device, check_no_grad, is_capturing, is_plain_view
+from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.locate import locate_buffer
+from cpkit.memory.pool import SymmetricPool
+from cpkit.sync.agreement import Signature
+from cpkit.sync.collective import describe
+
+_MAX_CHECKED_CALLS = 256
+
+
+def check_group(group: CPGroup) -> None:
+    """Check that this is a group. Local: without a group there is no rank to agree with."""
+    if not isinstance(group, CPGroup):
+        raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")
+
+
+def check_call(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    symmetric: bool,
+) -> Signature:
+    """Check the arguments of all_gather_kv; return what must be equal on all ranks.
+
+    A model makes the same call in every layer, so a call with the same metadata, shapes, dtypes and
+    devices as an earlier one is not checked again. Only ordinary tensors are remembered.
+    """
+    key = _key(tensors, metadata, algorithm, symmetric)
+    known = group.checked_calls.get(key) if key else None
+    if known:
+        return known
+    _check_call(tensors, metadata, group, algorithm)
+    rows = ", ".join(f"{list(x.shape[1:])} {x.dtype} {x.device.type}" for x in tensors)
+    layout = _describe_layout(metadata)
+    signature = Signature(f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {rows})")
+    if key:
+        if len(group.checked_calls) >= _MAX_CHECKED_CALLS:
+            group.checked_calls.clear()
+        group.checked_calls[key] = signature
+    return signature
+
+
+def _key(
+    tensors: Any, metadata: object, algorithm: object, symmetric: bool
+) -> tuple[object, ...] | None:
+    """All that `_check_call` and the signature depend on; None for what must always be checked."""
+    if type(tensors) not in (list, tuple) or type(metadata) is not ContextParallelMetadata:
+        return None
+    if type(algorithm) is not str:
+        return None
+    key: list[object] = [metadata, algorithm, symmetric]
+    for x in tensors:
+        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        key += (x.shape, x.dtype, x.device)
+        if x.is_cuda:
+            key.append(torch.cuda.current_device())
+    return tuple(key)
+
+
+def _check_call(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {algorithm!r}; it must be one of {', '.join(ALGORITHMS)}")
+    _check_metadata(metadata)
+    if metadata.cp_size != group.size:
+        raise ValueError(
+            f"the metadata is for cp_size {metadata.cp_size} and the group has {group.size} ranks; "
+            f"use init_context_parallel({metadata.cp_size})"
+        )
+    if not isinstance(tensors, list | tuple) or not tensors:
+        raise ValueError(
+            f"tensors is {type(tensors).__name__}; it must be a list of at least one tensor, "
+            f"for example [k, v]"
+        )
+    devices = {str(x.device) for x in tensors if isinstance(x, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"tensors are on {', '.join(sorted(devices))}; gather those of one device in a call"
+        )
+    for number, x in enumerate(tensors):
+        _check_rows(x, metadata, group, f"tensors[{number}]")
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, ContextParallelMetadata):
+        raise ValueError(
+            f"the metadata is {metadata!r}; pass what "
+            f"prepare_context_parallel_metadata(lengths, cp_size) returned"
+        )
+
+
+def _check_rows(
+    x: torch.Tensor, metadata: ContextParallelMetadata, group: CPGroup, name: str
+) -> None:
+    rows = metadata.per_rank_actual_token[group.rank]
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is {x!r}; it must be a tensor of this rank's rows")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise ValueError(f"{name} {kind}; it must be an ordinary strided tensor")
+    check_device(name, x)
+    check_no_grad(name, x)
+    if x.ndim < 1 or x.shape[0] != rows:
+        raise ValueError(
+            f"{name} is {describe(x)}, and rank {group.rank} holds {rows} rows of this batch "
+            f"(per_rank_actual_token); use layout.shard(x, metadata, {group.rank})"
+        )
+
+
+@lru_cache(maxsize=256)
+def _describe_layout(metadata: ContextParallelMetadata) -> str:
+    """Describe a layout: short for large batches, different for different ones."""
+    lengths = list(metadata.lengths)
+    shown = str(lengths) if len(lengths) <= 16 else f"[{lengths[0]}, … {len(lengths)} sequences]"
+    digest = blake2b(repr(lengths).encode(), digest_size=8).hexdigest()
+    return f"{metadata.strategy}, cp_size={metadata.cp_size}, lengths={shown} ({digest})"
+
+
+# -------------------------------------------------------------------- the seed's functions
+
+
+def check_seed_call(
+    x: torch.Tensor,
+    total_len: int,
+    cp_size: int,
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+) -> Signature:
+    """Check the arguments of the seed's functions; return what must be equal on all ranks."""
+    _check_metadata(metadata)
+    if not isinstance(total_len, int) or isinstance(total_len, bool):
+        raise ValueError(f"total_len is {total_len!r}; it must be a whole number of tokens")
+    if type(cp_size) is not int:
+        raise ValueError(f"cp_size is {cp_size!r}; it must be a whole number of ranks")
+    if cp_size != group.size or cp_size != metadata.cp_size:
+        raise ValueError(
+            f"cp_size is {cp_size}; the metadata is for {metadata.cp_size} and the current group "
+            f"has {group.size} ranks. All three must be equal: call init_context_parallel first"
+        )
+    max_len, needed = -(-total_len // cp_size), metadata.max_rank_len[0]
+    if max_len < needed:
+        raise ValueError(
+            f"total_len={total_len} over {cp_size} ranks pads to {max_len} rows, but a rank holds "
+            f"{needed} (rows by rank: {list(metadata.per_rank_actual_token)}): rows would be cut "
+            f"off. ceil(total_len / cp_size) fits one sequence only; pass "
+            f"total_len={needed * cp_size} (max_rank_len · cp_size), or call all_gather_kv"
+        )
+    _check_rows(x, metadata, group, "input_tensor")
+    return Signature(
+        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype} "
+        f"{x.device.type}; {total_len=}, {_describe_layout(metadata)})"
+    )
+
+
+# ---------------------------------------------------------------- caches and their slots
+
+
+def check_caches(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    symmetric: bool,
+    into: Sequence[torch.Tensor] | None,
+    slots: torch.Tensor | None,
+) -> Iterator[Signature]:
+    """Check paged caches and slots; yield what must be equal on all ranks.
+
+    The values of slots are read on the host, which on CUDA waits for the stream. While a graph is
+    captured they can't be read, and are trusted.
+    """
+    if into is None or slots is None:
+        raise ValueError(
+            "into and slots go together: the caches, and the row of each token in them"
+        )
+    if not isinstance(into, list | tuple) or len(into) != len(tensors):
+        count = len(into) if isinstance(into, list | tuple) else type(into).__name__
+        raise ValueError(
+            f"into has {count} caches for {len(tensors)} tensors; it needs one per tensor"
+        )
+    for number, (cache, x) in enumerate(zip(into, tensors, strict=True)):
+        _check_cache(cache, x, f"into[{number}]")
+    _check_overlap(into, tensors)
+    _check_slots(slots, metadata, tensors[0].device)
+    yield Signature("into caches")
+    if algorithm == "direct" and symmetric:
+        yield _cache_locations(into, group)
+    if not is_capturing(slots.device.type):
+        values = slots.cpu()
+        _check_slot_values(values, min(len(cache) for cache in into))
+        digest = blake2b(values.numpy().tobytes(), digest_size=16).hexdigest()
+        yield Signature(
+            f"slots {digest}", "slots differ between the ranks; all ranks must name the same rows"
+        )
+
+
+def _cache_locations(into: Sequence[torch.Tensor], group: CPGroup) -> Signature:
+    locations = [locate_buffer(cache, group) for cache in into]
+    for number, location in enumerate(locations):
+        if location.other:
+            raise ValueError(
+                f"into[{number}] is {location}. 'direct' stores straight into every rank's cache, "
+                f"so the caches must be in the group's pool: allocate them once inside "
+                f"`with use_symmetric_memory(group)`, or use another algorithm, which gathers "
+                f"first and then scatters"
+            )
+    digest = blake2b(msgspec.msgpack.encode(locations), digest_size=16).hexdigest()
+    return Signature(
+        f"caches {digest}",
+        "the caches are at different offsets on the ranks: allocate them in the same order, "
+        "with the same sizes, on all ranks (pytorch#178138)",
+    )
+
+
+def _check_cache(cache: torch.Tensor, x: torch.Tensor, name: str) -> None:
+    if not isinstance(cache, torch.Tensor) or cache.layout is not torch.strided or cache.ndim < 1:
+        raise ValueError(f"{name} is {cache!r:.80}; it must be a cache tensor of rows, [slots, …]")
+    if cache.shape[1:] != x.shape[1:] or cache.dtype != x.dtype or cache.device != x.device:
+        raise ValueError(
+            f"{name} is {describe(cache)} and its rows come from {describe(x)}: dtype, device and "
+            f"the shape after the first dimension must be equal"
+        )
+    if not (cache.is_contiguous() and is_plain_view(cache)):
+        raise ValueError(
+            f"{name} {describe(cache)} must be contiguous, and no conjugated or negated view"
+        )
+    check_no_grad(name, cache)
+
+
+def _check_slots(
+    slots: torch.Tensor, metadata: ContextParallelMetadata, device: torch.device
+) -> None:
+    total = metadata.total_tokens
+    is_fine = isinstance(slots, torch.Tensor) and slots.dtype == torch.int64
+    if not is_fine or list(slots.shape) != [total] or slots.device != device:
+        got = describe(slots) if isinstance(slots, torch.Tensor) else repr(slots)
+        raise ValueError(
+            f"slots is {got}; it must be int64 [{total}] on {device}, the row of each token"
+        )
+    if not slots.is_contiguous():
+        raise ValueError("slots must be contiguous")
+
+
+def _check_slot_values(values: torch.Tensor, rows: int) -> None:
+    least, most = int(values.min()), int(values.max())
+    if least < -1 or most >= rows:
+        raise ValueError(
+            f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
+        )
+    stored = values[values >= 0]
+    named = torch.zeros(rows, dtype=torch.bool, device="cpu")
+    named[stored] = True  # sorting them takes ten times as long
+    if int(named.sum()) < len(stored):
+        raise ValueError("slots name a row twice; every stored token needs a row of its own")
+
+
+def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """Rows would be overwritten before they are read, or by rows of another tensor."""
+    named = [(*_extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
+    named += [(*_extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
+    furthest = furthest_cache = (0, "")  # the end of the tensors before, and its name
+    for start, stop, name, is_cache in sorted(named):
+        end, other = furthest if is_cache else furthest_cache  # rows can share memory with rows
+        if start < end:
+            raise ValueError(f"{name} and {other} share memory; every tensor needs its own cache")
+        furthest = max(furthest, (stop, name))
+        if is_cache:
+            furthest_cache = max(furthest_cache, (stop, name))
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte and after the last one; 0, 0 for an empty tensor."""
+    if not x.numel():
+        return 0, 0
+    items = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + items * x.element_size()
+
+
+# -------------------------------------------------------------------------- CUDA graphs
+
+
+def check_capture(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    symmetric: bool,
+    into: Sequence[torch.Tensor] | None,
+) -> None:
+    """Check that this gather can be captured, if a CUDA graph is captured now."""
+    if not is_capturing("cuda"):
+        return
+    if algorithm == "direct" and symmetric:
+        pool = group.pools.get("cuda")
+        if not isinstance(pool, SymmetricPool) or not pool.backend.can_capture(
+            tensors, metadata, into
+        ):
+            raise ValueError(
+                "this gather is captured in a CUDA graph before it has run: run it once (same "
+                "lengths, same tensors) before torch.cuda.graph, so that pool, kernel and tables "
+                "exist"
+            )
+    elif into is not None:
+        raise ValueError(
+            "only 'direct' in symmetric memory can be captured into caches: the others look at the "
+            "slots on the host"
+        )

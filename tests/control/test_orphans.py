@@ -1,0 +1,125 @@
+"""No process outlives the one that started it, however early that is killed.
+
+The dangerous moment is the one between `Popen` and the first thing that the child does about it. An
+owner therefore kills itself a given time after its last `Popen`, from 0 s on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+import cpkit
+from cpkit.control import launcher
+from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.control.settings import Launch
+from cpkit.control.tied import PARENT_GONE_CODE, tied
+from cpkit.processes import process_id
+from tests.helpers.processes import processes_with, until
+
+pytestmark = pytest.mark.workers
+DELAYS_S = (0.0, 0.03, 0.1, 0.5, 2.0)
+MARK = "CPKIT_TEST_OWNER"
+OWNER = """
+import os, signal, subprocess, sys, time
+popens, delay_s = int(sys.argv[1]), float(sys.argv[2])
+class Popen(subprocess.Popen):
+    count = 0
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Popen.count += 1
+        if Popen.count == popens:
+            time.sleep(delay_s)
+            os.kill(os.getpid(), signal.SIGKILL)
+subprocess.Popen = Popen
+"""
+THROW_AWAY = """
+from cpkit_lessons.throwaway import throw_away
+throw_away("skips_the_rendezvous", deadline_s=60.0)
+"""
+CONNECT = """
+import cpkit
+cpkit.connect(f"orphans-{delay_s}", nproc=2)
+"""
+LAB = """
+from cpkit import __main__ as command
+command.launcher.running = lambda name: None
+command._start = lambda settings: "JupyterLab is meant here; test_worker_faults.py has the workers"
+command.main(["lab", "--no-browser", "--port=0"])
+"""
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A word in the environment of every process that the test starts; none of them survives it."""
+    word = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, word)
+    yield word
+    for process in processes_with(MARK, word):
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("code", "popens"),
+    [(THROW_AWAY, 2), (CONNECT, 1), (LAB, 1)],
+    ids=["throw-away ranks", "agent and ranks", "JupyterLab"],
+)
+def test_a_killed_owner_leaves_no_process(
+    runtime_dir: object, mark: str, code: str, popens: int
+) -> None:
+    command = [sys.executable, "-c", OWNER + code, str(popens)]
+    owners = [
+        subprocess.Popen([*command, str(delay_s)], stdout=subprocess.DEVNULL)
+        for delay_s in DELAYS_S
+    ]
+    assert [owner.wait(60) for owner in owners] == [-signal.SIGKILL] * len(DELAYS_S)
+    # Less than the life of a throw-away rank, which would end it in any case.
+    until(lambda: not processes_with(MARK, mark), 30, lambda: str(processes_with(MARK, mark)))
+
+
+def test_a_killed_agent_leaves_no_rank_and_its_successor_is_unharmed(
+    runtime_dir: object, mark: str
+) -> None:
+    """Ranks that are still importing torch: they must not mistake the next agent for theirs."""
+    agent = launcher.start(Launch(name="early", nproc=2, owner=process_id()))
+    parent = psutil.Process(agent.pid)
+    until(lambda: len(parent.children()) == 2, 60, "the agent to start two ranks")
+    ranks = parent.children()
+    agent.kill()
+    agent.wait()
+    with cpkit.connect("early", nproc=2) as lab:
+        until(lambda: not any(rank.is_running() for rank in ranks), 30, "the first ranks to end")
+        assert lab.gather([64], 2).verified
+        lab.stop()
+
+
+def test_a_start_that_hangs_is_ended_and_says_in_which_step(
+    runtime_dir: object, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Agent and ranks are stopped, so that they take no SIGTERM: only SIGKILL ends them."""
+    settings = Launch(name="stuck", nproc=2, owner=process_id())
+    agent = launcher.start(settings)
+    steps = RuntimeDir("stuck").steps
+    until(lambda: {"rank 0", "rank 1"} <= steps().keys(), why=lambda: str(steps()))
+    for process in processes_with(MARK, mark):
+        process.suspend()
+    for limit in ("READY_S", "_ENDING_S", "_LEAVING_S"):
+        monkeypatch.setattr(launcher, limit, 1.0)
+    with pytest.raises(cpkit.NoAnswer, match=r"rank 0: .*, rank 1: .*agent\.log"):
+        launcher.wait_until_ready(agent, settings)
+    assert not processes_with(MARK, mark)
+
+
+def test_a_command_whose_parent_is_gone_is_not_run(capfd: pytest.CaptureFixture[str]) -> None:
+    command = tied(["echo", "it ran"])
+    assert subprocess.run(command, check=False).returncode == 0
+    command[command.index(str(os.getpid()))] = "1"
+    assert subprocess.run(command, check=False).returncode == PARENT_GONE_CODE
+    assert capfd.readouterr().out == "it ran\n"

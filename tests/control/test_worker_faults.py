@@ -1,0 +1,281 @@
+"""What happens when processes die, on workers of each test's own; and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import cpkit
+from cpkit.control import launcher
+from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.sync.shm import shm_dir
+from tests.helpers import ROOT
+from tests.helpers.processes import LIMIT_S, left_after, processes_with, until
+
+pytestmark = pytest.mark.workers
+SCRIPT = ROOT / "launch_workers.sh"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
+    """No process, segment, socket or connection file more than before, a moment after each test."""
+    before = leftovers(runtime_dir)
+    yield
+    left = left_after(LIMIT_S, lambda: leftovers(runtime_dir) - before)
+    for process, words in processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).items():
+        if words in left:  # workers of a failed test that have no owner
+            process.kill()
+    assert not left
+
+
+def leftovers(runtime_dir: Path) -> set[str]:
+    """Everything that a set of workers makes and must take away again."""
+    found = processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).values()
+    ours = {
+        words for words in found if "cpkit.worker.rank" in words or "cpkit.control.agent" in words
+    }
+    sockets = {str(agent.socket_dir) for agent in agents(runtime_dir)}
+    ours |= {f"socket {path}" for path in sockets if Path(path).exists()}
+    ours |= {f"file {path}" for path in runtime_dir.glob("cpkit/*/connection.json")}
+    return ours | {f"segment {name}" for name in segments()}
+
+
+def agents(runtime_dir: Path) -> Iterator[object]:
+    for lock in runtime_dir.glob("cpkit/*/lock"):
+        agent = RuntimeDir(lock.parent.name).agent()
+        if agent:
+            yield agent
+
+
+def segments() -> set[str]:
+    """Shared memory whose name says that cpkit made it, of processes that are gone."""
+    return {path.name for path in shm_dir().glob("cpkit*")}
+
+
+def pids(lab: cpkit.Lab) -> list[int]:
+    return [worker.pid for worker in lab.status().workers]
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> None:
+    """By its death, and not because a deadline passed: that would be NoAnswer."""
+    for victim in (1, 0):
+        with cpkit.connect("victims", nproc=2) as lab:
+            assert lab.gather([64], 2).verified
+            with Path(lab.status().workers[victim].log).open("a") as log:
+                log.write("the last words of this rank\n")
+            samples = lab.measure([1024], 2)
+            next(samples)
+            os.kill(pids(lab)[victim], signal.SIGKILL)
+            with pytest.raises(cpkit.WorkersDied) as caught:
+                deque(samples, maxlen=0)
+            assert caught.value.rank == victim
+            assert caught.value.exit_code == -signal.SIGKILL
+            assert caught.value.log_lines[-1] == "the last words of this rank"
+            for words in (f"rank {victim} ", "SIGKILL", "last words", "cpkit.connect()"):
+                assert words in str(caught.value)
+            with pytest.raises(cpkit.WorkersDied):
+                lab.status()
+
+
+def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
+    lab = cpkit.connect("agentless", nproc=2)
+    workers = pids(lab)
+    connection = RuntimeDir("agentless").connection()
+    assert connection
+    next(lab.measure([64], 2))
+    os.kill(connection.agent.pid, signal.SIGKILL)
+    with pytest.raises(cpkit.WorkersDied, match="agent"):
+        deque(lab.measure([64], 2), maxlen=0)
+    until(lambda: all(map(gone, workers)), why="the ranks to leave")
+    assert not RuntimeDir("agentless").connection_file.exists()
+    lab.close()
+
+
+def test_workers_end_with_a_killed_owner_and_the_next_owner_gets_new_ones(
+    runtime_dir: Path,
+) -> None:
+    code = "import cpkit, sys, time; lab = cpkit.connect('owned', nproc=2)\n"
+    code += "print(lab.owned, *(w.pid for w in lab.status().workers), flush=True); time.sleep(99)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout
+        owned, *workers = owner.stdout.readline().split()
+        assert owned == "True"
+        owner.kill()
+    # The new owner comes at once, as a restarted kernel does, and must not get the old workers.
+    with cpkit.connect("owned", nproc=2) as lab:
+        assert not {int(pid) for pid in workers} & set(pids(lab))
+        assert all(gone(int(pid)) for pid in workers)
+        assert lab.gather([64], 2).verified
+        lab.stop()
+
+
+def test_connection_file_of_dead_workers_is_removed_with_a_word(
+    runtime_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab = cpkit.connect("dead", nproc=1)
+    connection = RuntimeDir("dead").connection()
+    assert connection
+    # All at once, so that nobody is there to tidy up.
+    for pid in (connection.agent.pid, *pids(lab)):
+        os.kill(pid, signal.SIGKILL)
+    lab.close()
+    until(lambda: not RuntimeDir("dead").is_held(), why="the lock of a dead agent")
+    assert RuntimeDir("dead").connection_file.exists()
+    with pytest.raises(cpkit.NoWorkers):
+        cpkit.connect("dead", launch=False)
+    assert "its workers" in caplog.text
+    assert "are dead" in caplog.text
+    assert not RuntimeDir("dead").connection_file.exists()
+
+
+def test_an_interrupt_of_the_notebooks_process_group_spares_the_workers(
+    runtime_dir: Path,
+) -> None:
+    code = """
+import cpkit, os, signal, time
+lab = cpkit.connect("interrupted", nproc=2)
+before = [w.pid for w in lab.status().workers]
+signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGINT))
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+try:
+    for _ in lab.measure([64], 2): pass
+except KeyboardInterrupt:
+    print("interrupted")
+assert lab.gather([64], 2).verified
+assert before == [w.pid for w in lab.status().workers]
+lab.stop()
+print("usable")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["interrupted", "usable"], done.stderr
+
+
+def test_workers_that_can_not_start_say_why(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CPKIT_MEMORY_LIMIT_BYTES", "a lot")
+    with pytest.raises(cpkit.ControlError, match="did not start") as caught:
+        cpkit.connect("unable", nproc=1)
+    assert "a lot" in str(caught.value)
+
+
+# -------------------------------------------------------------- launch_workers.sh
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+
+
+def test_the_script_starts_shows_and_stops(runtime_dir: Path) -> None:
+    started = script("--name", "shell", "--nproc", "2")
+    assert started.returncode == 0, started.stderr
+    assert "2 workers 'shell' are ready" in started.stdout
+    twice = script("start", "--name", "shell", "--nproc", "2")
+    assert twice.returncode == 1
+    assert "run already" in twice.stderr
+    shown = script("status", "--name", "shell")
+    assert shown.returncode == 0
+    assert "running until stopped" in shown.stdout
+    with cpkit.connect("shell") as lab:
+        assert (lab.owned, lab.world_size) == (False, 2)
+        assert lab.status().log_dir in shown.stdout
+    log = script("logs", "--name", "shell", "--lines", "5")
+    assert "ready: 2 ranks" in log.stdout
+    place = RuntimeDir("shell")
+    place.connection_file.chmod(0o644)
+    assert "chmod 600" in script("status", "--name", "shell").stderr
+    place.connection_file.chmod(0o600)
+    stopped = script("stop", "--name", "shell")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "are stopped" in stopped.stdout
+    assert script("status", "--name", "shell").returncode == 3
+    assert "were not running" in script("stop", "--name", "shell").stdout
+
+
+def test_a_dead_rank_is_started_again_when_that_was_asked_for(runtime_dir: Path) -> None:
+    started = script("--name", "restarted", "--nproc", "2", "--max-restarts", "1")
+    assert started.returncode == 0, started.stderr
+    with cpkit.connect("restarted", launch=False) as lab:
+        first = pids(lab)
+        os.kill(first[1], signal.SIGKILL)
+        until(lambda: gone(first[0]), why="torchrun to end the other rank")
+    with cpkit.connect("restarted", launch=False) as lab:
+        assert not set(first) & set(pids(lab))
+        assert lab.gather([64], 2).verified
+        lab.stop()
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "start --help", "status --help", "logs --help", "stop -h"]
+)
+def test_help_on_everything(arguments: str) -> None:
+    shown = script(*arguments.split())
+    assert shown.returncode == 0
+    assert "--name" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("restart",), "start, status, logs or stop"),
+        (("--nproc", "0"), "1 or more"),
+        (("--nproc", "many"), "invalid int"),
+        (("--device", "tpu"), "invalid choice"),
+        (("--name", "../etc"), "letters"),
+        (("--nnodes", "2"), "host:port"),
+        (("--owner", "999999999"), "no such process"),
+        (("--speed", "11"), "unrecognized"),
+    ],
+)
+def test_the_script_refuses_in_words(arguments: tuple[str, ...], words: str) -> None:
+    refused = script(*arguments)
+    assert refused.returncode in (1, 2)
+    assert words in refused.stderr
+
+
+def test_doctor_tells_what_this_machine_can_do() -> None:
+    command = [sys.executable, "-m", "cpkit", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for subject in ("python", "torch", "cores", "shared memory", "collectives", "GPUs"):
+        assert subject in done.stdout
+
+
+def test_sets_of_workers_live_side_by_side_and_one_may_serve_tcp(runtime_dir: Path) -> None:
+    started = script("--name", "network", "--nproc", "1", "--interface", "127.0.0.1")
+    assert started.returncode == 0, started.stderr
+    one = cpkit.connect("one", nproc=1)
+    with cpkit.connect("network", launch=False) as network:
+        assert network.status().endpoint.startswith("tcp://127.0.0.1:")
+        assert launcher.stop("one")
+        assert network.gather([64], 1).verified
+        network.stop()
+    one.close()

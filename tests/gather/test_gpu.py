@@ -1,0 +1,142 @@
+"""Gathers on GPUs: 2, 4 and 8 ranks that share one, with and without MPS, or have one each; NCCL;
+the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cpkit
+from cpkit.control import mps
+from tests.helpers import ROOT
+from tests.helpers.launch import assert_passed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"
+    ),
+]
+RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split(",")]
+# Without MPS the ranks take turns on the GPU, milliseconds each: fewer rounds, the same checks.
+ROUNDS = {"mps": "1000", "turns": "60", "own": "1000"}
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
+# One launch runs them all, in this order: the last check of `cuda` leaves its group out of step.
+MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda_order", "cuda")
+
+
+def checks(*modules: str) -> list[str]:
+    """Their names, read from the sources: importing some of them needs Triton and a GPU."""
+    sources = [(ROOT / "tests" / "ranks" / f"{name}.py").read_text() for name in modules]
+    return [
+        line.removeprefix("def ").partition("(")[0]
+        for source in sources
+        for line in source.splitlines()
+        if line.startswith("def check_")
+    ]
+
+
+@pytest.fixture(scope="module", params=["mps", "turns", "own"])
+def sharing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """How ranks use the GPUs: one for all, with one MPS daemon or without; or one each."""
+    if request.param != "mps":
+        yield request.param
+        return
+    if not mps.is_installed():
+        pytest.skip("nvidia-cuda-mps-control is not installed")
+    with mps.serve(tmp_path_factory.mktemp("m")) as words:
+        assert "own daemon" in words, words
+        yield request.param
+
+
+def variables(sharing: str) -> tuple[tuple[str, str], ...]:
+    chosen = (
+        ("CPKIT_TEST_DEVICE", "cuda"),
+        ("CPKIT_TEST_ROUNDS", ROUNDS[sharing]),
+        ("CPKIT_TEST_SHARING", sharing),
+        ("CPKIT_SYMM_PREALLOC_GB", "0.25"),
+    )
+    return chosen if sharing == "own" else (*chosen, ("CUDA_VISIBLE_DEVICES", ONE_GPU))
+
+
+def needs_gpus(count: int) -> None:
+    if count > GPUS:
+        pytest.skip(f"needs {count} GPUs, one per rank; torch sees {GPUS}")
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks(*MODULES))
+def test_ranks(sharing: str, check: str, nproc: int) -> None:
+    if sharing == "own":
+        needs_gpus(nproc)
+    modules = ",".join(f"tests.ranks.{name}" for name in MODULES)
+    assert_passed(modules, nproc, check, variables(sharing), 550)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_every_algorithm_is_bit_exact",
+        "check_the_path_is_that_of_this_nccls_version",
+        "check_the_witness_counts_what_nccl_selected",
+    ],
+)
+def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from cpkit.memory.nccl_log import environment
+
+    log = tmp_path_factory.getbasetemp() / "nccl.log"
+    settings = {
+        **environment(log),
+        "CPKIT_NCCL": "1",
+        "CPKIT_SYMM_PREALLOC_GB": "0.25",
+        "CPKIT_TEST_DEVICE": "cuda",
+        "CUDA_VISIBLE_DEVICES": ONE_GPU,
+    }
+    assert_passed("tests.ranks.nccl", 2, check, tuple(settings.items()), 300)
+
+
+@pytest.mark.parametrize("nproc", RANKS)
+@pytest.mark.parametrize("check", checks("windows"))
+def test_nccl_with_a_gpu_per_rank(
+    check: str, nproc: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from cpkit.memory.nccl_log import environment
+
+    needs_gpus(nproc)
+    log = tmp_path_factory.getbasetemp() / f"nccl-{nproc}.log"
+    settings = (*variables("own"), *environment(log).items())
+    assert_passed("tests.ranks.windows", nproc, check, settings, 300)
+
+
+def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:
+    with cpkit.connect("gpu-tests", nproc=4, device="cuda") as lab:
+        assert "cuda" in str(lab.status())
+        for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
+            shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
+            assert shown is not None
+        samples = iter(lab.measure([65536], cp_size=4, samples=None))
+        next(samples)
+        victim = lab.status().workers[2].pid
+        os.kill(victim, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(cpkit.WorkersDied, match="rank 2"):
+            for _ in samples:
+                pass
+        assert time.monotonic() - start < 10
+    time.sleep(5)  # an MPS daemon needs a moment after a client that was killed
+    with cpkit.connect("gpu-tests", nproc=2, device="cuda") as lab:
+        lab.gather([4097], cp_size=2)
+        lab.stop()

@@ -1,0 +1,105 @@
+"""A control server without workers: the work loop is the test's own."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from cpkit.control.client import Client
+from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, Workload
+from cpkit.control.runtime_dir import Connection, Worker
+from cpkit.control.server import Server
+from cpkit.processes import process_id
+
+WORKLOAD = Workload(2, (16,))
+
+
+def connection() -> Connection:
+    """What a connection file of one worker holds; no server listens at its endpoint."""
+    me = process_id()
+    return Connection(
+        name="here",
+        endpoint="ipc:///nowhere/control",
+        server_public_key="s" * 40,
+        client_public_key="c" * 40,
+        client_secret_key="k" * 40,
+        protocol=1,
+        version="0",
+        host="h",
+        agent=me,
+        owner=None,
+        workers=(Worker(0, "h", me, "log"),),
+        log_dir="logs",
+    )
+
+
+class ControlServer:
+    """A bound server, its keys, and clients that are closed at the end."""
+
+    def __init__(self, directory: Path, endpoint: str | None = None) -> None:
+        self.server_keys, self.client_keys = zmq.curve_keypair(), zmq.curve_keypair()
+        self.server = Server(
+            endpoint or f"ipc://{directory}/s", self.server_keys[1], self.client_keys[0], _status
+        )
+        self.server.start()
+        self.clients: list[Client] = []
+
+    def connection(self, **changes: object) -> Connection:
+        connection = Connection(
+            name="test",
+            endpoint=self.server.endpoint,
+            server_public_key=self.server_keys[0].decode(),
+            client_public_key=self.client_keys[0].decode(),
+            client_secret_key=self.client_keys[1].decode(),
+            protocol=PROTOCOL_VERSION,
+            version="0",
+            host="another host: its processes can't be looked for",
+            agent=process_id(),
+            owner=None,
+            workers=(),
+            log_dir="the logs",
+        )
+        return msgspec.structs.replace(connection, **changes)
+
+    def client(self, **changes: object) -> Client:
+        self.clients.append(Client(self.connection(**changes)))
+        return self.clients[-1]
+
+    def raw(self) -> zmq.Socket[bytes]:
+        """A socket with the right keys and no manners."""
+        dealer = zmq.Context.instance().socket(zmq.DEALER)
+        dealer.curve_serverkey = self.server_keys[0]
+        dealer.curve_publickey, dealer.curve_secretkey = self.client_keys
+        dealer.linger = 0
+        dealer.rcvtimeo = 60_000
+        dealer.connect(self.server.endpoint)
+        return dealer
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.server.close()
+
+
+def _status(ahead: int) -> StatusResult:
+    return StatusResult(
+        "test", "0", "0", 2, (1, 2), "cpu", "idle", ahead, 0.0, "", "", None, "", 1, ()
+    )
+
+
+def in_background(function: object, *arguments: object) -> tuple[threading.Thread, list[object]]:
+    """Call in a thread; what it returned or raised ends up in the list."""
+    said: list[object] = []
+
+    def run() -> None:
+        try:
+            said.append(function(*arguments))  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001 - it is handed to the test
+            said.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, said

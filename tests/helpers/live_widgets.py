@@ -1,0 +1,71 @@
+"""A notebook with one cell per live widget, and the load beside which it must work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.helpers.notebook_page import RECORD
+from tools.source import Cell
+
+LIVE_CELLS = [
+    Cell(
+        "setup",
+        "code",
+        f"""{RECORD}
+import threading
+import cpkit, ipywidgets
+from cpkit.notebook.explorer import Explorer
+from cpkit.notebook.pool_live import PoolLive
+from cpkit.notebook.stepper import Stepper
+lab = globals().get("lab") or cpkit.connect(launch=False)
+pause_s = globals().get("pause_s", 120)""",
+    ),
+    Cell(
+        "stepper",
+        "code",
+        """stepper = Stepper(lab, [13, 9], cp_size=4)
+record(stepper, "stepper")
+stepper""",
+    ),
+    Cell(
+        "pool",
+        "code",
+        """pool = PoolLive(lab, [2, 4, 8, 24], 2, arena_mb=16)
+record(pool, "pool")
+pool""",
+    ),
+    Cell(
+        "panel",
+        "code",
+        """panel = Explorer(lab, lengths=[256, 64], cp_size=2, pause_after_s=pause_s)
+record(panel, "panel")
+panel.start()""",
+    ),
+    Cell("second-view", "code", "panel"),
+    Cell(
+        "count",
+        "code",
+        """print("threads", sorted(t.name for t in threading.enumerate() if "cpkit" in t.name))
+print("widgets", len(ipywidgets.widgets.widget._instances))""",
+    ),
+    Cell("scratch", "code", ""),
+]
+WIDGETS = ("stepper", "pool", "panel")
+
+
+@contextmanager
+def busy_loops(count: int) -> Iterator[None]:
+    """Run busy loops, each in a session of its own: the scheduler groups those of one session."""
+    # Each loop checks its owner's pid, because an owner that is killed does not clean up.
+    loop = ["sh", "-c", f"while kill -0 {os.getpid()}; do :; done 2>/dev/null"]
+    loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in loops:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

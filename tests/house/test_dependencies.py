@@ -1,0 +1,90 @@
+"""What pyproject.toml declares is enough: each import is in the extra that its users install."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.helpers.modules import MODULES, imported_names, imports, reaches
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+INSTALLED = packages_distributions()
+BROUGHT_BY = {"triton": "torch"}  # CUDA builds of torch depend on it, and only GPU code imports it
+LOCAL = {"cpkit", "cpkit_lessons", "tools", "tests", "benchmarks"}
+NOTEBOOK_SIDE = ("cpkit.notebook", "cpkit_lessons", "tools")
+LIBRARY = {name for name in MODULES if not name.startswith(NOTEBOOK_SIDE)}
+
+
+def declared(extra: str) -> set[str]:
+    """The distributions that `pip install cpkit[extra]` asks for; "" is cpkit alone."""
+    lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    names = {_normal(line) for line in lines}
+    for line in lines:
+        for inner in re.findall(r"^cpkit\[(.+)\]", line):
+            names |= declared(inner)
+    return names | (declared("") if extra else set())
+
+
+def _normal(requirement: str) -> str:
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+def notebook_modules() -> set[str]:
+    """What the cells of all notebooks import, and the modules of cpkit that this reaches."""
+    cells = set().union(*map(_imports_of, ROOT.glob("notebooks/src/*.py")))
+    return cells.union(*(reaches(name) for name in cells & MODULES.keys()))
+
+
+def _imports_of(path: Path) -> frozenset[str]:
+    return imported_names(ast.parse(path.read_text()))
+
+
+def sources(package: str) -> set[str]:
+    """The distributions that bring a package; one of its own name where it is not installed."""
+    return {_normal(name) for name in INSTALLED.get(package, [package])} | {BROUGHT_BY.get(package)}
+
+
+def third_party(names: Iterable[str]) -> set[str]:
+    """Top-level packages among these imports, and among those of the modules of cpkit."""
+    names = set(names)
+    found = names.union(*(imports(name) for name in names & MODULES.keys()))
+    return {name.split(".")[0] for name in found} - LOCAL - sys.stdlib_module_names
+
+
+NOTEBOOK_BENCHMARKS = [ROOT / "benchmarks" / f"{name}.py" for name in ("notebooks", "live_plots")]
+TESTS = [*ROOT.glob("tests/**/*.py"), *NOTEBOOK_BENCHMARKS]
+BENCHMARKS = set(ROOT.glob("benchmarks/*.py")) - {*TESTS}
+USERS = {
+    "": LIBRARY,
+    "notebooks": notebook_modules(),
+    "test": MODULES.keys() | set().union(*map(_imports_of, TESTS)),
+    "bench": set().union(*map(_imports_of, BENCHMARKS)),
+}
+
+
+@pytest.mark.parametrize("extra", USERS)
+def test_every_import_is_declared_in_the_extra_of_its_users(extra: str) -> None:
+    missing = {name for name in third_party(USERS[extra]) if not sources(name) & declared(extra)}
+    assert not missing, f"imported, and not declared for cpkit[{extra}]"
+
+
+def test_the_notebooks_reach_lazy_imports() -> None:
+    assert {"kaleido", "PIL", "IPython", "ipywidgets"} <= third_party(USERS["notebooks"])
+
+
+def test_what_is_declared_is_pinned() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pinned = {_normal(line) for line in lines if "==" in line}
+    extras = ["", *PROJECT["optional-dependencies"]]
+    unpinned = set().union(*map(declared, extras)) - pinned - {"cpkit", *BROUGHT_BY}
+    assert not unpinned, "run `make lock`"

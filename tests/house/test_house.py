@@ -1,0 +1,97 @@
+"""The house stays easy to see: imports point one way, files stay short, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from graphlib import TopologicalSorter
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.helpers.modules import MODULES, imports, reaches
+
+MAX_LINES = 450
+# Lowest first: a module imports only what stands in its own layer or in one before it.
+LAYERS = (
+    ("cpkit.algorithms", "cpkit.processes", "cpkit.devices", "cpkit.timing", "cpkit.stages"),
+    ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
+    ("cpkit.sync",),
+    ("cpkit.memory.path", "cpkit.memory.nccl_log"),
+    ("cpkit.group",),
+    ("cpkit.kernels", "cpkit.memory"),
+    ("cpkit.validate",),
+    ("cpkit.symm",),
+    ("cpkit.gather",),
+    ("cpkit.plan", "cpkit.bench", "cpkit.reference"),
+    ("cpkit.control",),
+    ("cpkit.lab",),
+    ("cpkit.notebook",),
+    ("cpkit.worker",),
+    ("cpkit.findings", "cpkit.doctor", "cpkit.doctor_gpu"),
+    ("cpkit", "cpkit.__main__"),
+    ("cpkit_lessons",),
+    ("tools",),
+)
+# Where an import of torch.distributed, or of what uses it, would make a notebook join the job.
+CLIENT_SIDE = ("cpkit.notebook", "cpkit.control.client", "cpkit.lab.lab")
+RANK_SIDE = (
+    "cpkit.group",
+    "cpkit.gather",
+    "cpkit.symm",
+    "cpkit.worker",
+    "cpkit.control.server",
+)
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError and names the modules
+
+
+def layer_of(module: str) -> int:
+    """Number of the layer whose longest name contains this module."""
+    named = [
+        (len(name), number)
+        for number, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(named)[1]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    # `cpkit` itself holds the version, and loads its public names when they are first used.
+    below = imports(module) & MODULES.keys() - {"cpkit"}
+    up = {name for name in below if layer_of(name) > layer_of(module)}
+    assert module == "cpkit" or not up, f"{module} imports {up} from a layer above it"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("cpkit.worker")])
+def test_only_the_workers_import_the_worker(module: str) -> None:
+    assert not any(name.startswith("cpkit.worker") for name in imports(module))
+
+
+def test_layout_knows_nobody() -> None:
+    assert reaches("cpkit.layout") == {"cpkit.layout"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(CLIENT_SIDE)])
+def test_the_notebook_side_never_joins_a_process_group(module: str) -> None:
+    for reached in reaches(module):
+        assert not reached.startswith(RANK_SIDE), f"{module} brings in {reached}"
+        assert "torch.distributed" not in imports(reached), f"{reached} (brought in by {module})"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_short(module: str) -> None:
+    lines = len(MODULES[module].read_text().splitlines())
+    assert lines <= MAX_LINES, f"{module} has {lines} lines: split it by idea"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/walkthrough.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / page).read_text())
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert links
+    assert not missing

@@ -1,0 +1,98 @@
+"""Throw-away ranks: each mistake has its symptom, and nothing outlives the lab."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cpkit_lessons import faults as failures
+from cpkit_lessons import throwaway
+from cpkit_lessons.throwaway import CASES, SYMPTOMS, PostMortem, throw_away
+from tests.helpers.processes import LIMIT_S, left_after, processes_with
+
+pytestmark = pytest.mark.workers
+WANTED = dict(
+    zip(
+        CASES,
+        (
+            "error after the deadline",
+            "error at once",
+            "slow but right",
+            "slow but right",
+            "silently wrong",
+            "error at once",
+            "error after the deadline",
+        ),
+        strict=True,
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CPKIT_SHM_DIR", str(tmp_path / "shm"))
+    (tmp_path / "shm").mkdir()
+    yield
+    assert not left_after(LIMIT_S, lambda: left_behind(tmp_path))
+
+
+def left_behind(home: Path) -> list[str]:
+    processes = processes_with("CPKIT_SHM_DIR", home / "shm").values()
+    segments = [str(path) for path in (home / "shm").iterdir()]
+    return segments + [words for words in processes if "cpkit_lessons.faults" in words]
+
+
+def test_both_sides_know_the_same_cases() -> None:
+    assert tuple(failures.CASES) == CASES
+    assert set(WANTED.values()) == set(SYMPTOMS) - {"none"}
+
+
+@cache
+def card_of(case: str) -> PostMortem:
+    """One run of a case; the deadline is short only where it is waited for."""
+    waits = WANTED[case] == "error after the deadline"
+    size = 3 if case == "a_rank_dies" else 2
+    return throw_away(case, size=size, victim=size - 1, deadline_s=1.5 if waits else 20.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_has_its_symptom(case: str) -> None:
+    card = card_of(case)
+    assert card.symptom == WANTED[case], str(card)
+    assert [rank.rank for rank in card.ranks] == list(range(len(card.ranks)))
+
+
+def test_the_victim_is_named_by_those_who_wait() -> None:
+    card = card_of("a_rank_dies")
+    assert [rank.exit_code for rank in card.ranks] == [1, 1, -signal.SIGKILL]
+    for rank in card.ranks[:2]:
+        assert rank.error == "BarrierTimeout"
+        assert "for rank(s) 2 at barrier" in rank.said
+    assert "killed by SIGKILL" in card._repr_html_()
+
+
+def test_a_receive_buffer_alone_is_judged_by_version() -> None:
+    for rank in card_of("receive_only").ranks:
+        assert rank.paths == {
+            "posix": "symmetric",
+            "nccl 2.28.9": "fallback",
+            "nccl 2.29.7": "symmetric",
+        }
+
+
+def test_a_rank_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throwaway, "_TIMEOUT_S", 3.0)
+    card = throw_away("skips_the_rendezvous", deadline_s=60.0)
+    assert card.ranks[0].exit_code == -signal.SIGKILL
+    assert "did not end in time" in card.ranks[0].said
+
+
+def test_other_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="case is 'fire'; it must be one of skips_the_rendezvous"):
+        throw_away("fire")
+    with pytest.raises(ValueError, match="victim is 0; it must be one of ranks 1 to 1"):
+        throw_away("a_rank_dies", victim=0)

@@ -1,0 +1,232 @@
+"""The live widgets and a learner's steps, in a real JupyterLab in a real Chromium.
+
+One server, one browser, one page. A plot is judged by its points (tests/helpers/notebook_page.py),
+never by a count of plots or by a screenshot.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cpkit
+from cpkit.notebook.show import find_browser
+from tests.helpers.lab_server import JupyterLab
+from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage
+from tools import source
+from tools.build import SOURCES
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = find_browser()
+
+pytestmark = [
+    pytest.mark.workers,
+    pytest.mark.notebook,
+    pytest.mark.browser,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(lab: cpkit.Lab, runtime_dir: Path) -> Iterator[JupyterLab]:
+    """A JupyterLab whose kernels use the session's workers."""
+    home = Path(tempfile.mkdtemp(prefix="lab-"))
+    started = JupyterLab(home, runtime_dir, "tests")
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+        left = started.left_behind()
+        shutil.rmtree(home, ignore_errors=True)
+    assert not left, "kernels end with the server"
+
+
+@pytest.fixture(scope="module")
+def browser_page(server: JupyterLab) -> Iterator[NotebookPage]:
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
+        page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60_000)  # a page beside busy loops answers late
+        yield NotebookPage(page, server)
+        chromium.close()
+
+
+@pytest.fixture
+def notebook(browser_page: NotebookPage) -> Iterator[NotebookPage]:
+    """The page. Every error that it reports fails the test."""
+    with browser_page.without_errors():
+        yield browser_page
+
+
+@pytest.fixture
+def live(notebook: NotebookPage) -> NotebookPage:
+    """The notebook of the three live widgets, each of them shown."""
+    if not notebook.runs:
+        notebook.open("live", LIVE_CELLS)
+        for cell in ("setup", *WIDGETS):
+            notebook.run(cell)
+    return notebook
+
+
+def test_each_live_widget_shows_what_the_kernel_sent(live: NotebookPage) -> None:
+    for widget in WIDGETS:
+        plot = live.wait_for_plot(widget)
+        assert plot["title"] in plot["label"], "the text alternative"
+        assert 300 < plot["width"] <= 860
+
+
+def test_a_control_changes_the_plot(live: NotebookPage) -> None:
+    for widget, slider, key, such in (
+        ("stepper", ".cp-size", "Home", lambda plot: "rank 3" not in plot["label"]),
+        ("pool", ".arena-mb", "End", lambda plot: plot["title"] == "0 of 4 requests spill"),
+        ("panel", ".cp-size", "End", lambda plot: len(plot["traces"][2]["y"]) == 4),
+    ):
+        handle = live.cell(widget).locator(f"{slider} .noUi-handle")
+        handle.focus()
+        live.page.keyboard.press(key)
+        live.wait_for_plot(widget, such=such)
+    table = live.cell("panel").locator(".cpkit-ranks tr")
+    live.until(lambda: table.count() == 5, 10, "the table beside the plot has a row per rank")
+
+
+def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
+    live.run("second-view")
+    first = live.wait_for_plot("second-view", made_by="panel")
+    for cell in ("panel", "second-view"):
+        live.wait_for_plot(
+            cell, made_by="panel", such=lambda plot: plot["revision"] > first["revision"] + 5
+        )
+    live.run("second-view", "pass")  # later tests replace the panel, and this view with it
+
+
+def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
+    rows = live.cell("panel").locator(".js-plotly-plot .xy .nsewdrag, .nsewdrag[data-subplot=xy]")
+    rows.first.scroll_into_view_if_needed()
+    box = rows.first.bounding_box()
+    before = live.wait_for_plot("panel")
+    live.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
+    live.page.mouse.down()
+    live.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.8, steps=4)
+    live.page.mouse.up()
+    zoomed = live.wait_for_plot("panel", such=lambda plot: plot["range"] != before["range"])
+    later = live.wait_for_plot("panel", such=lambda plot: plot["revision"] > zoomed["revision"] + 3)
+    assert later["range"] == zoomed["range"]
+
+
+def test_plots_follow_the_theme_of_the_page(live: NotebookPage) -> None:
+    named = "theme => document.body.dataset.jpThemeName === theme"
+    paper = "getComputedStyle(document.body).getPropertyValue('--jp-layout-color0').trim()"
+    seen = []
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        live.command("apputils:change-theme", theme=theme)
+        live.page.wait_for_function(named, arg=theme)
+        seen.append(live.page.evaluate(paper))
+        for widget in WIDGETS:
+            live.wait_for_plot(widget, such=lambda plot: plot["paper"] == seen[-1])
+    assert seen[1] in ("white", "#fff", "#ffffff"), seen
+    assert seen[0] != seen[1]
+
+
+def test_a_cell_that_runs_again_replaces_its_widget(live: NotebookPage) -> None:
+    counts = []
+    for _ in range(2):
+        live.run_all(*WIDGETS)
+        for widget in WIDGETS:
+            live.wait_for_plot(widget)
+        live.run("count")
+        counts.append(live.cell("count").locator(".jp-OutputArea-output").inner_text())
+    assert counts[0] == counts[1], "threads and widgets do not grow"
+    assert counts[0].count("cpkit-") >= len(WIDGETS), counts
+
+
+def test_a_reloaded_page_shows_the_widgets_of_the_living_kernel(live: NotebookPage) -> None:
+    live.reload()
+    for widget in WIDGETS:
+        live.wait_for_plot(widget)
+    first = live.wait_for_plot("panel")
+    live.wait_for_plot("panel", such=lambda plot: plot["revision"] > first["revision"])
+
+
+def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage) -> None:
+    """Two seconds after a model was made, anywidget drops its messages. Here it does at once."""
+    live.page.evaluate("AbortSignal.limit = AbortSignal.timeout")
+    live.page.evaluate("AbortSignal.timeout = ms => AbortSignal.limit(ms === 2000 ? 0 : ms)")
+    for widget in WIDGETS:
+        live.run(widget)
+        live.wait_for_plot(widget)
+    live.page.evaluate("AbortSignal.timeout = AbortSignal.limit")
+
+
+@pytest.mark.slow("displays beside busy loops; the test above it loses messages without load")
+def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
+    """Two fresh pages, and in each all cells run twice."""
+    live.run("scratch", "pause_s = 1")  # the panels shown so far should not compete for the cores
+    for _ in range(2):
+        live.reload()
+        with busy_loops(12):
+            for _ in range(2):
+                live.run_all(*WIDGETS)
+                for widget in WIDGETS:
+                    live.wait_for_plot(widget, 60)
+
+
+def test_a_dead_kernel_is_said_in_the_widget(live: NotebookPage) -> None:
+    live.run("scratch", "pause_s = 120")
+    live.run("panel")
+    status = live.cell("panel").locator(".cpkit-status")
+    live.wait_for_plot("panel")
+    live.until(lambda: "● measuring" in status.inner_text(), 10, "the panel measures")
+    live.command("kernelmenu:restart")
+    live.page.locator(".jp-Dialog .jp-mod-accept").click()
+    for widget in WIDGETS:
+        output = live.cell(widget)
+        live.until(
+            lambda output=output: "run this cell again" in output.inner_text(),
+            20,
+            f"{widget} says that its kernel is gone",
+        )
+    assert "measuring" not in status.inner_text()
+    live.until(lambda: live.page.evaluate("commandEnded"), 60, "the kernel has restarted")
+    live.wait_for_kernel()
+    live.runs.clear()
+    live.run("setup")
+    live.run("panel")
+    live.wait_for_plot("panel")
+    assert "run this cell again" not in live.cell("panel").inner_text()
+    live.cell("panel").locator(".stop").click()
+
+
+def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> None:
+    made = source.read(SOURCES / "01_padding_and_reorg.py")
+    needed = ("connect", "setup", "waste-predict", "padding", "waste-reveal")
+    needed += ("e4", "e4-check", "e4-help", "progress")
+    notebook.open("lesson", [cell for cell in made.rendered() if cell.id in needed])
+    for id_ in needed:
+        if id_ != "e4-help":
+            notebook.run(id_)
+    text = {id_: notebook.cell(id_) for id_ in needed}
+
+    notebook.run("waste-predict", 'lesson.predict("waste", 0)')
+    assert "Written down: 0 of all slots." in text["waste-predict"].inner_text()
+    notebook.run("waste-reveal")
+    assert "you said 0 of all slots; it is 0.08333" in text["waste-reveal"].inner_text()
+    assert "do not divide evenly" in text["waste-reveal"].inner_text(), "what 0 overlooks"
+
+    assert "not solved yet" in text["e4-check"].inner_text()
+    hints = text["e4-help"].locator("summary")
+    assert [hint.is_visible() for hint in hints.all()] == [True, False, False, False]
+    hints.nth(0).click()
+    assert [hint.is_visible() for hint in hints.all()] == [True, True, False, False]
+    assert not text["e4-help"].locator("code", has_text="torch.cat").first.is_visible()
+    notebook.run("e4", made.exercises["e4"].solution)
+    notebook.run("e4-check")
+    assert "Exercise 4, strip the padding: solved" in text["e4-check"].inner_text()
+    notebook.run("progress")
+    assert "1 of 9 predicted, 1 of 8 solved" in text["progress"].inner_text()

@@ -1,0 +1,114 @@
+"""The live panels against real workers, driven as a page would drive them: by their controls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import cpkit
+from cpkit.notebook.explorer import Explorer
+from cpkit.notebook.stepper import Stepper
+from tests.helpers.processes import until
+
+pytestmark = pytest.mark.workers
+
+
+@pytest.fixture
+def panel(lab: cpkit.Lab) -> Iterator[Explorer]:
+    explorer = Explorer(lab, lengths=[256, 64], cp_size=4)
+    yield explorer
+    explorer.close()
+
+
+def test_it_measures_what_the_controls_say(panel: Explorer) -> None:
+    panel.start()
+    sample = panel.wait(samples=2)
+    assert sample.workload == panel.controls.workload()
+    assert "busbw" in panel.summary_html
+    panel.controls.algorithm.value = "padded"
+    assert panel.wait(samples=1).workload.algorithm == "padded"
+    panel.controls.symmetric.value = False
+    assert panel.wait(samples=1).path == "fallback"
+    panel.controls.preset.value = "small: 64 tokens"
+    assert panel.wait(samples=1).workload.lengths == (64,)
+
+
+def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer) -> None:
+    panel.start()
+    panel.wait()
+    start_s = time.monotonic()
+    for _ in range(10):
+        for cp_size in (1, 2, 4, 2):
+            panel.controls.cp_size.value = cp_size
+    assert time.monotonic() - start_s < 1.0, "40 changes only leave 40 wishes"
+    assert panel.wait(samples=3).workload.cp_size == 2
+    assert list(panel.panel.figure.data[0].x) == ["rank 0", "rank 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("64, x", "for example 4097, 812"),
+        ("64, 3", "zigzag over 4 ranks"),
+        ("9*999999999", "and the limit is"),
+    ],
+)
+def test_bad_input_is_said_in_the_panel_and_does_no_harm(
+    panel: Explorer, text: str, message: str
+) -> None:
+    panel.start()
+    panel.wait()
+    panel.controls.lengths.value = text
+    until(lambda: message in panel.status_html)
+    assert "✗" in panel.status_html
+    panel.controls.lengths.value = "128"
+    assert panel.wait().workload.lengths == (128,)
+
+
+def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
+    panel.controls.lengths.value = "64, 3"
+    panel.start()
+    with pytest.raises(ValueError, match="zigzag over 4 ranks"):
+        panel.wait()
+    panel.controls.lengths.value = "128"
+    panel.stop()
+    with pytest.raises(RuntimeError, match="the panel is stopped: press Start"):
+        panel.wait()
+
+
+def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[64], cp_size=2, pause_after_s=0.5)
+    panel.start().wait()
+    until(lambda: "paused" in panel.status_html)
+    until(lambda: lab.status().state == "idle")
+    panel.controls.cp_size.value = 4
+    assert panel.wait().workload.cp_size == 4, "a change goes on after a pause"
+    panel.stop()
+    until(lambda: "stopped" in panel.status_html)
+    panel.controls.cp_size.value = 2
+    until(lambda: len(panel.panel.figure.data[0].x) == 2, why="the layout is drawn all the same")
+    until(lambda: lab.status().state == "idle")
+    panel.close()
+
+
+def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[4096], cp_size=4).start()
+    panel.wait()
+    panel.close()
+    until(lambda: lab.status().state == "idle")
+
+
+def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
+    stepper = Stepper(lab, [13, 9], cp_size=4)
+    stepper.wait(done=1)
+    assert "→ reorder" in stepper.figure.layout.title.text
+    stepper.algorithm.value = "direct"
+    stepper.wait(done=2)
+    assert stepper.figure.layout.title.text.endswith("shard → wire")
+    stepper.cp_size.value = 2
+    stepper.wait(done=3)
+    names = [trace.name for trace in stepper.figure.data]
+    assert names == ["rank 0", "rank 1"]
+    stepper.close()

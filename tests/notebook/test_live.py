@@ -1,0 +1,116 @@
+"""What a live panel is made of: lengths that are typed, a picture drawn anew, the newest wish."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from typing import Any
+
+import ipywidgets
+import plotly.graph_objects as go
+import pytest
+
+from cpkit.control.messages import Workload
+from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.notebook import show, style
+from cpkit.notebook.controls import parse_lengths
+from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.panel import Panel
+from cpkit.notebook.plot import LivePlot
+from cpkit_lessons import figures
+from tests.helpers.drawn import LAYOUT, Padded, sample
+from tests.helpers.processes import until
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [("4096", (4096,)), (" 4097, 812 ", (4097, 812)), ("3*5,2 x 7", (5, 5, 5, 7, 7))],
+)
+def test_lengths_are_read(text: str, lengths: tuple[int, ...]) -> None:
+    assert parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "12,", "a", "-3", "1.5", "5000*1", "0x10*3", "9" * 12])
+def test_other_lengths_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"lengths .*(for example 4097|at most 4096)"):
+        parse_lengths(text)
+
+
+def test_the_panel_follows_layout_and_samples() -> None:
+    panel = Panel()
+    four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
+    panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
+    assert tuple(panel.figure.data[0].y) == four.per_rank_actual_token
+    panel.note(sample())
+    panel.note(sample(first_us=20))
+    panel.show_sample(sample(first_us=20))
+    assert list(panel.figure.data[2].y) == [20, 21, 22, 23]
+    assert list(panel.figure.data[3].y) == [13, 23], "the history is that of the slowest rank"
+    panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
+    assert list(panel.figure.data[3].y) == [None], "a new history"
+    assert "cp_size 2" in panel.still().layout.title.text
+    assert "uid" not in json.dumps(show.bundle(panel.still())), "or no two runs would be equal"
+    panel.plot.close()
+
+
+def test_a_published_figure_is_the_state_of_the_plot() -> None:
+    plot = LivePlot(figures.stage_grid(Padded()))
+    assert shown(plot)["revision"] == 1, "a view that opens now shows the first figure"
+    figure = figures.ownership_strip(LAYOUT)
+    plot.publish(figure)
+    state = shown(plot)
+    assert state["revision"] == plot.revision == 2
+    assert go.Figure(state["data"], state["layout"]).data == figure.data
+    assert state["alt"] == style.text_alternative(figure)
+    assert state["layout"]["uirevision"], "or each update would undo the reader's zoom"
+    plot.close()
+
+
+def test_figures_that_come_too_fast_are_skipped() -> None:
+    plot = LivePlot(go.Figure())
+    plot.publish(go.Figure())
+    assert not plot.is_due()
+    until(plot.is_due, timeout_s=1)
+    plot.close()
+
+
+def test_one_library_serves_all_plots_even_after_all_widgets_were_closed() -> None:
+    first, second = LivePlot(go.Figure()), LivePlot(go.Figure())
+    assert first.plotly_library is second.plotly_library
+    script = gzip.decompress(first.plotly_library.gzip)
+    assert script.startswith(b"/**\n* plotly.js"), "of the installed package, not of a CDN"
+    assert len(first.plotly_library.gzip) < 2_000_000
+    ipywidgets.Widget.close_all()
+    assert LivePlot(go.Figure()).plotly_library.comm is not None
+    ipywidgets.Widget.close_all()
+
+
+def shown(plot: LivePlot) -> dict[str, Any]:
+    """What a view of the plot reads now."""
+    state = plot.get_state()
+    assert state["plot_state"] == f"IPY_MODEL_{plot.plot_state.model_id}"
+    return json.loads(plot.plot_state.get_state()["figure"])
+
+
+def test_the_newest_wish_wins() -> None:
+    begun, failures, go_on = [], [], threading.Event()
+
+    def work(wish: int, is_newest: object) -> None:
+        begun.append(wish)
+        if wish == 0:
+            go_on.wait(5)
+        if wish == 9:
+            raise RuntimeError("nine")
+
+    worker = LatestWins("test", work, failures.append)
+    worker.ask(0)
+    until(lambda: begun == [0])
+    for wish in range(1, 10):
+        worker.ask(wish)
+    go_on.set()
+    until(lambda: len(failures) == 1)
+    assert begun == [0, 9], "wishes 1 to 8 were overtaken"
+    worker.ask(10)
+    until(lambda: begun[-1] == 10)
+    assert worker.close(), "a failure does not end the thread; close does"

@@ -1,0 +1,254 @@
+"""Every gate of CI on the notebooks, shown to fail: each meets a fault that was planted for it.
+
+    a starter that solves its exercise, or is not polite; a solution that does not;   rehearse
+    a mutant that lives; an answer key that is wrong; a cell that takes too long
+    starter and solution that differ outside of the region                        region_faults
+    a figure without picture, title, units or text alternative                    figure_faults
+    another form, another source, too large                              build.complaints
+    a cell over its budget when the notebook is built                                     build
+    another result, a run that hangs, something left behind                         rerun_faults
+
+tests/tools/test_source.py has the faults of a source, test_figures.py those of a figure's code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from cpkit.notebook.show import PLOTLY_MIME
+from tests.helpers.notebook_gates import figure_faults, region_faults, rerun_faults
+from tools import source
+from tools.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, complaints
+from tools.rehearse import main, rehearse
+
+COMMITTED = min(NOTEBOOKS.glob("*.ipynb"))
+MEND = "run `make notebooks`"
+
+# ----------------------------------------------------------- starter, mutants, solution, answer key
+
+PLANTED = """# %% setup
+from cpkit_lessons.lesson import Lesson
+from cpkit_lessons.feedback import Score, Wrong
+
+lesson = Lesson("planted")
+lesson.ask("p", "What?", answer=1, why="Because.", wrong={})
+
+def check(name, right):
+    @lesson.exercise(name, "planted")
+    def run(attempt):
+        if not right(attempt()):
+            raise Wrong("no")
+        return Score(1)
+    return run
+
+# %% p-predict
+lesson.predict("p", ...)
+
+# %% p-reveal
+lesson.reveal("p", 5)
+
+# %% late budget_s=0.001
+import time
+time.sleep(0.05)
+
+# %% broken
+1 / 0
+"""
+EXERCISE = """
+# %% declare-{name}
+check_{name} = check("{name}", {right})
+
+# %% {name}-task [markdown]
+# ### Exercise
+
+# %% {name}
+def attempt():
+    # >>> your code
+    #: return {starter}
+    return {solution}
+    # <<<
+
+# %% {name}-check
+check_{name}(attempt)
+
+# %% {name}-mutant-wrong
+def attempt():
+    return {mutant}
+
+# %% {name}-help [markdown]
+# a
+# ---
+# b
+# ---
+# c
+# ---
+# d
+"""
+
+
+def exercise(name: str, starter: str, solution: str, mutant: str, right: str) -> str:
+    return EXERCISE.format(
+        name=name, starter=starter, solution=solution, mutant=mutant, right=right
+    )
+
+
+@pytest.mark.notebook
+@pytest.mark.workers
+def test_the_rehearsal_finds_each_kind_of_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "09_planted.py"
+    right = "lambda got: got == 1"
+    path.write_text(
+        PLANTED
+        + exercise("e1", "0", "1", "2", right)  # all as it should be
+        + exercise("e2", "1", "1", "2", right)  # the starter solves it
+        + exercise("e3", "0", "3", "2", right)  # the solution does not
+        + exercise("e4", "0", "1", "2", "lambda got: got > 0")  # the check is too weak
+        + exercise("e5", "0", "1", "2", "lambda got: gott == 1")  # the check itself is broken
+    )
+    outcomes, late = rehearse(path)
+    faults = [outcome.fault for outcome in outcomes if outcome.fault]
+    expected = [
+        "p-reveal: with the answer key, ≠ you said 1; it is 5",
+        "broken raised ZeroDivisionError",
+        "e2-check starter: the check must say ✗, and said: ✓",
+        "e3-check solution: the check must say ✓, and said: ✗",
+        "e4-check mutant-wrong: the check must say ✗, and said: ✓",
+        "e5-check starter raised NameError",
+        "e5-check mutant-wrong raised NameError",
+        "e5-check solution raised NameError",
+    ]
+    assert len(faults) == len(expected), faults
+    for fault, begin in zip(faults, expected, strict=True):
+        assert fault.startswith(begin)
+    assert len(late) == 1
+    assert late[0].startswith("cell late took ")
+    assert main(["no such notebook"]) == 0, "nothing to rehearse is no fault"
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------- starter and solution, only inside the region
+
+
+@pytest.mark.parametrize(
+    ("cell", "old", "new", "fault"),
+    [
+        ("e1", "attempt()", "attempt(x=0)", "starter and solution differ outside of the region"),
+        ("e1", "# <<<", "# <<<\n    # more", "starter and solution differ outside of the region"),
+        ("e1", "return 0", "return 1", "the starter is the solution"),
+        ("e1-check", "attempt", "print", "is another one where the exercises are solved"),
+    ],
+)
+def test_a_difference_outside_of_the_region_is_named(
+    tmp_path: Path, cell: str, old: str, new: str, fault: str
+) -> None:
+    path = tmp_path / "09_planted.py"
+    path.write_text(exercise("e1", "0", "1", "2", "bool").lstrip())
+    made = source.read(path)
+    committed = {cell.id: cell.text for cell in made.rendered()}
+    assert region_faults(made, committed) == []
+    assert old in committed[cell]
+    (found,) = region_faults(made, committed | {cell: committed[cell].replace(old, new)})
+    assert found.startswith(cell)
+    assert found.endswith(fault)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_a_figure_that_lacks_something_is_named() -> None:
+    cells = nbformat.read(COMMITTED, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    good = next(o.data for o in outputs if PLOTLY_MIME in o.get("data", {}))
+    assert figure_faults(good) == []
+    assert figure_faults({**good, "image/png": ""})[0].endswith("GitHub shows no plotly")
+    assert "a text alternative" in figure_faults({**good, "text/plain": "Figure: "})[0]
+    bare = json.loads(json.dumps(good[PLOTLY_MIME]))
+    bare["layout"] |= {"title": {"text": ""}, "xaxis": {}}
+    bare["data"] = [{"type": "scatter"}]
+    faults = figure_faults({**good, PLOTLY_MIME: bare})
+    assert [fault.split("lacks ")[1] for fault in faults] == [
+        "a title",
+        "a text alternative",
+        "units",
+    ]
+
+
+# ----------------------------------------------------------------- the committed file and its form
+
+
+def test_another_form_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = nbformat.read(COMMITTED, as_version=4)
+    notebook.cells[0].metadata["collapsed"] = True
+    copy = tmp_path / "copy.ipynb"
+    nbformat.write(notebook, copy)
+    assert check([copy]) == 1
+    assert "copy.ipynb is not in canonical form" in capsys.readouterr().err
+
+
+def test_another_source_is_noticed(tmp_path: Path) -> None:
+    notebook = nbformat.read(COMMITTED, as_version=4)
+    notebook.cells[1].source += " "
+    notebook.cells[2].source += "!"
+    copy = tmp_path / COMMITTED.name
+    copy.write_text(canonical(notebook))
+    assert complaints(copy) == [f"{copy.name} is not what its source in src/ says: {MEND}"]
+
+
+def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Path) -> None:
+    notebook = nbformat.read(COMMITTED, as_version=4)
+    room = MAX_BYTES - len(canonical(notebook).encode())
+    notebook.cells[0].source += "x" * room
+    assert len(canonical(notebook).encode()) == MAX_BYTES, "so much is allowed"
+    notebook.cells[0].source += "x"
+    with pytest.raises(ValueError, match=f"has {MAX_BYTES + 1} bytes; {MAX_BYTES} are allowed"):
+        canonical(notebook)
+    copy = tmp_path / COMMITTED.name
+    nbformat.write(notebook, copy)
+    (complaint,) = complaints(copy)
+    assert complaint.startswith(f"{copy.name}: the notebook has {MAX_BYTES + 1} bytes")
+
+
+# ------------------------------------------------------------------------------------ run anew
+
+
+@pytest.mark.notebook
+def test_a_cell_over_its_budget_is_not_built(tmp_path: Path) -> None:
+    path = tmp_path / "09_planted.py"
+    path.write_text("# %% late budget_s=0.001\nimport time\ntime.sleep(0.05)\n")
+    with pytest.raises(
+        ValueError, match=r"09_planted.py: cell late took .*; its budget is 0.001 s"
+    ):
+        build(path)
+
+
+def committed(path: Path, code: str, printed: str) -> Path:
+    """A notebook of one cell that is said to have printed something."""
+    cell = nbformat.v4.new_code_cell(code, id="planted", execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed)]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), path)
+    return path
+
+
+@pytest.mark.notebook
+def test_another_result_and_what_is_left_behind_are_named(tmp_path: Path) -> None:
+    leave = "from subprocess import Popen\nPopen(['sleep', '60'], start_new_session=True)"
+    planted = committed(tmp_path / "planted.ipynb", f"{leave}\nprint(1 + 1)", "3\n")
+    text, left = rerun_faults(planted, end_s=1)
+    assert "1 failed" in text
+    assert "mismatch 'stdout'" in text
+    assert left.startswith("left behind: process ")
+    assert left.endswith(": sleep 60")
+
+
+@pytest.mark.notebook
+def test_a_run_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
+    slow = committed(tmp_path / "planted.ipynb", "import time\ntime.sleep(60)", "")
+    text, *_ = rerun_faults(slow, limit_s=3, end_s=1)  # a killed nbval may leave its own files
+    assert text.endswith("not done after 3 s")

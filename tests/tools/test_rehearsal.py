@@ -1,0 +1,55 @@
+"""Every exercise in a real kernel: the starter fails politely, mutants die, the solution passes.
+
+Slow: in `make test`, tests/lessons/test_notebooks.py runs the starters, test_lessons.py has the
+checks, and test_gates.py shows that the rehearsal finds each kind of fault.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from tools.build import SOURCES
+from tools.rehearse import StepResult, rehearse
+from tools.source import read
+
+pytestmark = [
+    pytest.mark.workers,
+    pytest.mark.notebook,
+    pytest.mark.slow("runs every notebook once more, with solutions and mutants"),
+    pytest.mark.timeout(600),
+]
+PATHS = sorted(SOURCES.glob("*.py"))
+each_source = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+@functools.cache
+def rehearsed(path: Path) -> tuple[list[StepResult], list[str]]:
+    return rehearse(path)
+
+
+@each_source
+def test_starters_fail_mutants_die_and_solutions_pass(path: Path) -> None:
+    outcomes, late = rehearsed(path)
+    assert [outcome.fault for outcome in outcomes if outcome.fault] == []
+    assert late == [], "every cell keeps to its budget"
+
+
+@each_source
+def test_every_exercise_was_tried_in_all_its_variants(path: Path) -> None:
+    outcomes, _ = rehearsed(path)
+    tried = {(o.cell, o.variant) for o in outcomes if o.variant}
+    for name, exercise in read(path).exercises.items():
+        variants = {"starter", "solution", *(f"mutant-{mutant}" for mutant in exercise.mutants)}
+        assert {variant for cell, variant in tried if cell == f"{name}-check"} == variants
+
+
+@each_source
+def test_with_the_key_everything_is_predicted_and_solved(path: Path) -> None:
+    outcomes, _ = rehearsed(path)
+    progress = [o.text for o in outcomes if o.cell == "progress"]
+    if read(path).exercises:
+        assert progress, "a notebook ends with lesson.progress() in the cell `progress`"
+        assert not {line[0] for line in progress[0].split("\n")} & set("✗≠○"), progress[0]
