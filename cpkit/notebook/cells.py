@@ -1,7 +1,7 @@
-"""Running a cell again replaces the live panels that its previous run made.
+"""Running a cell again closes the live panels that its previous run created.
 
-A panel owns a thread, a measurement and widgets. Its variable is rebound when the cell runs again,
-but nothing tells the old panel to stop, so each panel registers here when it is made.
+A panel owns a thread, a measurement and widgets. When the cell runs again, its variable is rebound,
+which does not stop the old panel; so each panel registers here when it is created.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from IPython.core.getipython import get_ipython
 
 
 class Closable(Protocol):
-    """What can be replaced."""
+    """What can be registered."""
 
     def close(self) -> None:
-        """End all work and free all resources. May be called twice."""
+        """Stop all work and free all resources. May be called twice."""
 
 
 class Run(NamedTuple):
-    """One execution of a cell. `request` is None where no cell is known."""
+    """One execution of a cell. `request` is None if the cell is unknown."""
 
     cell: str
     request: str | None
@@ -29,11 +29,11 @@ _panels: dict[Closable, Run] = {}
 
 
 def replace_previous(panel: Closable) -> None:
-    """Close the panels that earlier runs of this cell made, and remember `panel`.
+    """Close the panels that earlier runs of this cell created, and register `panel`.
 
-    JupyterLab names the cell in each execute request, so panels of other cells, and several panels
-    of one run, stay. Without that name (a script, nbval, a console) the class of the panel takes
-    its place: a new panel closes the earlier ones of its class.
+    JupyterLab puts the cell's id into each execute request, so panels of other cells, and several
+    panels of one run, stay open. Without an id (a script, nbval, a console) a new panel closes the
+    earlier ones of its class.
     """
     run = _current_run() or Run(type(panel).__name__, None)
     previous = [
@@ -47,7 +47,7 @@ def replace_previous(panel: Closable) -> None:
 
 
 def forget(panel: Closable) -> None:
-    """Drop a panel that was closed."""
+    """Remove a closed panel from the register."""
     _panels.pop(panel, None)
 
 

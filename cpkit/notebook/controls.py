@@ -1,14 +1,14 @@
-"""The live panel's controls: what may be chosen, and the workload that is chosen."""
+"""The explorer's controls: the allowed choices, and the chosen workload."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import ipywidgets as widgets
 
-from cpkit.algorithms import AlgorithmName
+from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.messages import Workload
 from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
@@ -27,13 +27,13 @@ _MAX_SEQUENCES = 4096
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Read sequence lengths: `4096`, `4097, 812` or `16*4097`; else ValueError with an example."""
+    """Read sequence lengths: `4096`, `4097, 812` or `16*4097`. Raises ValueError."""
     lengths: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d{1,6})\s*[*×x]\s*)?(\d{1,9})\s*", part)
         if not match:
             raise ValueError(
-                f"lengths {text!r}: can't read {part.strip()!r}; write tokens of each sequence, "
+                f"lengths {text!r}: cannot read {part.strip()!r}; write the tokens per sequence, "
                 f"for example 4097, 812 or 16*4097"
             )
         count = int(match[1] or 1)
@@ -44,20 +44,20 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 class Controls:
-    """Widgets for one workload. `on_change` is called after every change, and must not block."""
+    """Widgets for one workload."""
 
     def __init__(self, cp_sizes: Sequence[int], start: Workload) -> None:
-        self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequence")
-        self.heads = _slider("heads", HEADS, start.heads, "heads of a row")
-        self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements of a head")
+        self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
+        self.heads = _slider("heads", HEADS, start.heads, "heads per row")
+        self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements per head")
         self.dtype = _choice("dtype", DTYPES, start.dtype)
-        self.algorithm = _choice("algorithm", get_args(AlgorithmName), start.algorithm)
+        self.algorithm = _choice("algorithm", ALGORITHM_CHOICES, start.algorithm)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
         self.preset = _choice("preset", ["own lengths", *PRESETS], "own lengths")
         self.lengths = widgets.Text(
             value=", ".join(str(length) for length in start.lengths),
             description="lengths",
-            tooltip="tokens of each sequence: 4097, 812 or 16*4097",
+            tooltip="tokens per sequence: 4097, 812 or 16*4097",
             continuous_update=False,
         )
         self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
@@ -67,7 +67,7 @@ class Controls:
         self.preset.observe(self._take_preset, "value")
 
     def workload(self) -> Workload:
-        """What is chosen now. Raises ValueError when the lengths can't be read."""
+        """Return the chosen workload. Raises ValueError if the lengths cannot be read."""
         return Workload(
             cp_size=self.cp_size.value,
             lengths=parse_lengths(self.lengths.value),
@@ -80,27 +80,19 @@ class Controls:
             tensors=self._tensors,
         )
 
-    def on_change(self, call: Callable[[], None]) -> None:
-        """Call `call` after any control has changed."""
-
-        def changed(_: object) -> None:
-            call()
-
-        for widget in self._watched():
-            widget.observe(changed, "value")
+    def observed(self) -> tuple[Any, ...]:
+        """Return the widgets whose values are the workload."""
+        shape = (self.cp_size, self.heads, self.head_dim, self.dtype)
+        return (*shape, self.algorithm, self.strategy, self.lengths, self.symmetric)
 
     def box(self) -> widgets.Widget:
-        """All controls, in three short columns."""
+        """Return all controls, in three short columns."""
         columns = (
             (self.cp_size, self.algorithm, self.symmetric),
             (self.lengths, self.preset, self.strategy),
             (self.heads, self.head_dim, self.dtype),
         )
         return controls_box([widgets.VBox(column) for column in columns], flex_flow="row wrap")
-
-    def _watched(self) -> tuple[Any, ...]:
-        first = (self.cp_size, self.heads, self.head_dim, self.dtype)
-        return (*first, self.algorithm, self.strategy, self.lengths, self.symmetric)
 
     def _take_preset(self, change: dict[str, Any]) -> None:
         if change["new"] in PRESETS:

@@ -1,7 +1,14 @@
-"""The frame of a small live panel: controls, one status line, and a live plot."""
+"""Live panels: controls, a status line and a live plot, and the thread that follows the controls.
+
+control changed ──▶ submit(setting)   returns at once
+                        │  an older setting that waits is dropped, one in work is told to stop
+                        ▼
+                    work(setting, is_newest)   in one thread, one setting at a time
+"""
 
 from __future__ import annotations
 
+import atexit
 import html
 import threading
 from collections.abc import Callable, Sequence
@@ -11,36 +18,141 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from cpkit.notebook import cells, style
-from cpkit.notebook.latest import LatestWins
 from cpkit.notebook.plot import LivePlot
 
-Wish = TypeVar("Wish")
+Setting = TypeVar("Setting")
+IsNewest = Callable[[], bool]
 
 
-class LivePanel(Generic[Wish]):
-    """Display it as the last line of a cell. It follows the latest setting of its controls.
+class LatestWins(Generic[Setting]):
+    """Call `work(setting, is_newest)` for the newest setting; `failed(error)` if that raises.
 
-    A subclass reads its controls (`_wish`), and does what they say (`_follow`). `figure` is the
-    figure that the page shows.
+    Long work calls `is_newest()` from time to time, and returns if it is false.
     """
 
-    words: ClassVar[str]  # instead of the panel, where no widgets are shown
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[Setting, IsNewest], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._work, self._failed = work, failed
+        self._changed = threading.Condition()
+        self._setting: Setting | None = None
+        self._number = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(self, setting: Setting) -> None:
+        """Replace the setting that is to be worked on. Never waits."""
+        with self._changed:
+            self._setting = setting
+            self._number += 1
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float = 2.0) -> bool:
+        """Stop the work and end the thread; return whether it ended in time."""
+        with self._changed:
+            self._closed = True
+            self._number += 1
+            self._changed.notify_all()
+        atexit.unregister(self.close)
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        seen = 0
+        while True:
+            with self._changed:
+                while self._number == seen:
+                    self._changed.wait()
+                seen, setting = self._number, self._setting
+            if self._closed:
+                return
+            assert setting is not None
+            is_newest = self._is_newest(seen)
+            try:
+                self._work(setting, is_newest)
+            except Exception as error:  # noqa: BLE001  the panel shows it; the thread goes on
+                if is_newest():
+                    self._failed(error)
+
+    def _is_newest(self, number: int) -> IsNewest:
+        return lambda: self._number == number
+
+
+class LivePanel(Generic[Setting]):
+    """Display it as the last line of a cell. It follows the latest setting of its controls.
+
+    A subclass reads its controls (`_setting`), and does what they say (`_work`).
+    """
+
+    description: ClassVar[str]  # shown where no widgets are
+
+    def __init__(self, controls: Sequence[Any], plot: LivePlot) -> None:
+        cells.replace_previous(self)
+        self.plot = plot
+        self._status = widgets.HTML(_dom_classes=("cpkit-status",))
+        self._changed = threading.Condition()
+        self._box = self._build(controls)
+        self._worker = LatestWins(f"cpkit-{type(self).__name__.lower()}", self._work, self._fail)
+        for control in controls:
+            control.observe(self._submit, "value")
+        self._submit()
+
+    def close(self) -> None:
+        """End the thread and its work, and free the widgets."""
+        self._worker.close()
+        close_widgets(self._box)
+        cells.forget(self)
+
+    def _setting(self) -> Setting:
+        """Return what the controls say. Raises ValueError for text that cannot be read."""
+        raise NotImplementedError
+
+    def _work(self, setting: Setting, is_newest: IsNewest) -> None:
+        """Do what the setting says, and return early when a newer one was submitted."""
+        raise NotImplementedError
+
+    def _build(self, controls: Sequence[Any]) -> widgets.Widget:
+        """Return the widgets of the panel."""
+        return live_box(widgets.HBox([controls_box(controls), self._status]), self.plot)
+
+    def _submit(self, _: object = None) -> None:
+        try:
+            setting = self._setting()
+        except ValueError as error:
+            self._show_error(error)
+        else:
+            self._worker.submit(setting)
+
+    def _fail(self, error: Exception) -> None:
+        self._show_error(error)
+
+    def _show_error(self, error: Exception) -> None:
+        text = html.escape(f"{type(error).__name__}: {error}")
+        self._status.value = (
+            f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {text}</span>'
+        )
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
+        data: dict[str, Any] = self._box._repr_mimebundle_()
+        return data | {"text/plain": self.description}
+
+
+class StepPanel(LivePanel[Setting]):
+    """A live panel whose work for one setting ends. `figure` is the figure that the page shows."""
 
     def __init__(self, controls: Sequence[Any], figure: go.Figure | None = None) -> None:
-        cells.replace_previous(self)
         self.figure = figure or waiting_figure()
-        self.plot = LivePlot(self.figure)
-        self.done = 0  # settings that were followed to the end
-        self._status = status_line()
-        self._changed = threading.Condition()
-        self._box = live_box(widgets.HBox([controls_box(controls), self._status]), self.plot)
-        self._worker = LatestWins(f"cpkit-{type(self).__name__}", self._work, self._fail)
-        for control in controls:
-            control.observe(self._ask, "value")
-        self._ask()
+        self.done = 0  # settings whose work is complete
+        super().__init__(controls, LivePlot(self.figure))
 
     def wait(self, done: int = 1, timeout_s: float = 60.0) -> None:
-        """Wait until so many settings were followed to the end. Raises TimeoutError."""
+        """Wait until the work of this many settings is complete. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done >= done, timeout_s):
                 raise TimeoutError(
@@ -48,53 +160,33 @@ class LivePanel(Generic[Wish]):
                     f"{self._status.value or 'nothing'}"
                 )
 
-    def close(self) -> None:
-        """End the thread and free the widgets."""
-        self._worker.close()
-        close_widgets(self._box)
-        cells.forget(self)
-
-    def _wish(self) -> Wish:
-        """Return what the controls say."""
-        raise NotImplementedError
-
-    def _follow(self, wish: Wish, is_newest: Callable[[], bool]) -> str:
-        """Do it and draw it. Returns the status line, or "" if a newer setting arrived."""
+    def _show(self, setting: Setting, is_newest: IsNewest) -> str:
+        """Do and draw it. Return the status line, or "" if a newer setting was submitted."""
         raise NotImplementedError
 
     def _draw(self, figure: go.Figure) -> None:
         self.figure = figure
         self.plot.publish(figure)
 
-    def _repr_mimebundle_(self, **_: object) -> dict[str, Any]:
-        data: dict[str, Any] = self._box._repr_mimebundle_()
-        return data | {"text/plain": self.words}
-
-    def _ask(self, _: object = None) -> None:
-        self._worker.ask(self._wish())
-
-    def _work(self, wish: Wish, is_newest: Callable[[], bool]) -> None:
-        words = self._follow(wish, is_newest)
-        if not words:
+    def _work(self, setting: Setting, is_newest: IsNewest) -> None:
+        text = self._show(setting, is_newest)
+        if not text:
             return
-        self._status.value = f"✓ {words}"
+        self._status.value = f"✓ {text}"
         with self._changed:
             self.done += 1
             self._changed.notify_all()
 
-    def _fail(self, problem: Exception) -> None:
-        self._status.value = wrong_html(problem)
-
 
 def waiting_figure() -> go.Figure:
     """Return the figure of a panel that has no result yet."""
-    words = "Waiting for the workers"
+    text = "Waiting for the workers"
     figure = go.Figure(layout={"xaxis": {"visible": False}, "yaxis": {"visible": False}})
-    return style.finish(figure, title=words, alt=f"{words}.", height=490)
+    return style.finish(figure, title=text, alt=f"{text}.", height=490)
 
 
-# When the kernel is lost, plot.js finds these classes, disables controls, and replaces the status
-# line.
+# When the kernel is lost, plot.js finds these classes and cpkit-status: it disables the controls
+# and replaces the status line.
 
 
 def live_box(*children: widgets.Widget) -> widgets.VBox:
@@ -107,11 +199,6 @@ def controls_box(controls: Sequence[widgets.Widget], **layout: str) -> widgets.H
     return widgets.HBox(controls, layout=layout, _dom_classes=("cpkit-controls",))
 
 
-def status_line() -> widgets.HTML:
-    """Return the line that says what the panel does now."""
-    return widgets.HTML(_dom_classes=("cpkit-status",))
-
-
 def close_widgets(widget: widgets.Widget) -> None:
     """Close a widget, its children, and their layouts and styles."""
     for child in getattr(widget, "children", ()):
@@ -120,9 +207,3 @@ def close_widgets(widget: widgets.Widget) -> None:
         if part is not None:
             part.close()
     widget.close()
-
-
-def wrong_html(problem: Exception) -> str:
-    """Return an error as HTML for the status line."""
-    words = html.escape(f"{type(problem).__name__}: {problem}")
-    return f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {words}</span>'

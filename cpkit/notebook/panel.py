@@ -1,4 +1,4 @@
-"""The live panel's figure: four plots whose traces are made once and then only updated."""
+"""The explorer's figure: four plots whose traces are created once and then updated."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
 from cpkit.notebook.plot import LivePlot
 
-HISTORY = 120  # samples the history plot remembers
+HISTORY = 120  # samples in the history plot
 # Not an empty list: plotly.js removes the axes of a trace without points.
 _NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
-_TITLES = ("Rows of each rank", "Time of each rank", "Stages (mean over ranks)", "History")
+_TITLES = ("Rows per rank", "Time per rank", "Stages (mean over ranks)", "History")
 
 
 class Panel:
@@ -36,7 +36,7 @@ class Panel:
         self._taken = 0
 
     def show_layout(self, workload: Workload, metadata: ContextParallelMetadata) -> None:
-        """Draw what is known before anything is measured, and begin a new history."""
+        """Draw what is known before the first sample, and start a new history."""
         self._times_us.clear()
         self._taken = 0
         ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
@@ -49,7 +49,7 @@ class Panel:
             self.figure.layout.title.subtitle.text = subtitle
             self._rows.update(x=ranks, y=rows, marker={"color": colors})
             self._padding.update(x=ranks, y=padding)
-            nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
+            nothing = [0] * len(ranks)  # without error bars plotly draws NaN
             self._times.update(
                 x=ranks, y=nothing, error_y={"array": nothing}, marker={"color": colors}
             )
@@ -59,7 +59,7 @@ class Panel:
             self._publish()
 
     def show_sample(self, sample: Sample) -> None:
-        """Draw one sample. Samples that came since the last drawing are kept by `note`."""
+        """Draw one sample, and the history of all samples that were added."""
         late = [
             p95 - us for us, p95 in zip(sample.per_rank_us, sample.per_rank_p95_us, strict=True)
         ]
@@ -73,13 +73,13 @@ class Panel:
                 bar.x = [sum(times_us) / len(times_us)] if times_us else [0]
             self._publish()
 
-    def note(self, sample: Sample) -> None:
-        """Remember a sample for the history, drawn or not."""
-        self._times_us.append(max(sample.per_rank_us))
+    def add(self, sample: Sample) -> None:
+        """Add a sample to the history."""
+        self._times_us.append(sample.time_us)
         self._taken += 1
 
     def still(self) -> go.Figure:
-        """The picture as it is now, as a plain figure: to show where no JavaScript runs."""
+        """Return the current figure as a plain figure, for pages without JavaScript."""
         with self._lock:
             return go.Figure(self.figure)
 
@@ -91,7 +91,7 @@ class Panel:
 
 
 def describe(workload: Workload) -> tuple[str, str]:
-    """A workload in a title and a subtitle, short enough for the page's buttons beside them."""
+    """Return title and subtitle for a workload, short enough for the buttons beside them."""
     lengths = ", ".join(str(length) for length in workload.lengths[:4])
     more = f", … ({len(workload.lengths)} sequences)" if len(workload.lengths) > 4 else ""
     memory = "symmetric memory" if workload.symmetric else "ordinary memory"
@@ -121,7 +121,7 @@ def _empty_figure() -> go.Figure:
         margin={"l": 60, "r": 16, "t": 84, "b": 84},
         uniformtext={"mode": "hide", "minsize": 9},
     )
-    alt = "Live: rows of each rank, time of each rank, stages, history of the slowest rank."
+    alt = "Live: rows per rank, time per rank, stages, history of the slowest rank."
     return style.finish(figure, title="Not measured yet", alt=alt, height=560)
 
 

@@ -1,4 +1,4 @@
-// The page's half of plot.py: draws the figure that the kernel published last.
+// The page's part of plot.py: draws the figure that the kernel published last.
 
 const CONFIG = { displaylogo: false };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
@@ -65,8 +65,8 @@ async function render({ model, el }) {
   el.append(notice, plot);
 
   let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
-  // Changes in quick succession are one drawing, of the newest figure. Drawing takes at most half of
-  // the page's time, so that a slow page still obeys its controls.
+  // Quick changes are drawn once, with the newest figure. Drawing takes at most half of the page's
+  // time, so that the controls of a slow page still respond.
   const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
   async function draw() {
     timer = undefined;

@@ -5,11 +5,11 @@
     PlotlyLibrary.gzip ──state──▶      │  once per page
     LivePlot           ──view───▶   one element per view
 
-The figure is the state of a widget, so a view that is made late, made twice, or made after the page
-was reloaded reads the same figure as the first view. Figure and library are plain widgets because
+The figure is the state of a widget, so a view that is created late, twice, or after the page was
+reloaded reads the same figure as the first view. Figure and library are plain widgets because
 messages to an `AnyWidget` can be lost: if its front-end module is evaluated more than two seconds
 after the model was created, anywidget drops all further messages to that model. `LivePlot` itself
-never sends any.
+sends no messages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_WIDTH_PX = 860
 
 
 class PlotlyLibrary(widgets.Widget):  # type: ignore[misc]
-    """The plotly.js of the installed plotly, compressed. One per kernel, shared by all plots."""
+    """The plotly.js of the installed plotly, compressed; one per kernel, shared by all plots."""
 
     version = traitlets.Unicode(plotly.__version__).tag(sync=True)
     gzip = traitlets.Bytes().tag(sync=True)
@@ -47,7 +47,7 @@ class PlotState(widgets.Widget):  # type: ignore[misc]
 
 
 class LivePlot(anywidget.AnyWidget):
-    """A plot in the page. `publish` replaces its figure in every view."""
+    """A plot in the page; `publish` replaces its figure in every view."""
 
     _esm = Path(__file__).with_name("plot.js")
     plotly_library = traitlets.Instance(PlotlyLibrary).tag(
@@ -65,11 +65,11 @@ class LivePlot(anywidget.AnyWidget):
         )
 
     def publish(self, figure: go.Figure) -> None:
-        """Show this figure in every view, from now on. Zoom is kept while `uirevision` is."""
+        """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged."""
         self.plot_state.figure = self._next_revision(figure)
 
     def is_due(self) -> bool:
-        """True when the last figure is old enough for a smooth update. Skip the figure if not."""
+        """Return whether the last figure is old enough to be replaced smoothly."""
         return time.monotonic() - self._published_at_s >= UPDATE_INTERVAL_S
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class LivePlot(anywidget.AnyWidget):
 
 
 def _library() -> PlotlyLibrary:
-    """The kernel's library widget; a new one if `Widget.close_all()` has closed it."""
+    """Return the kernel's library widget; a new one if `Widget.close_all()` has closed it."""
     library = _open_library()
     if library.comm is None:
         _open_library.cache_clear()

@@ -1,22 +1,43 @@
-"""A small panel: choose the arena, and a row of requests is served by the real pool, live."""
+"""A panel that fills the real pool: choose the arena, and requests of growing size are served.
+
+The figure shows what each request costs, and which of them spill.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import ipywidgets as widgets
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from cpkit.lab import Lab
-from cpkit.notebook.live import LivePanel
-from cpkit.notebook.requests import Served, pool_requests, serve
+from cpkit.lab.pool import LabPool
+from cpkit.notebook import style
+from cpkit.notebook.live import IsNewest, StepPanel
 
 ARENAS_MB = (2, 8, 16, 32, 64)
+MB = 1_000_000
 
 
-class PoolLive(LivePanel[int]):
-    """Each arena is filled by the same requests."""
+@dataclass(frozen=True)
+class Served:
+    """One request: its size, its duration, and the pool afterwards."""
 
-    words = "Panel: choose the arena, see which requests spill"
+    asked_mb: float
+    answer_ms: float  # until the notebook had the answer, including its spill
+    spill_ms: float  # registering a new segment, on the slowest rank; 0 without a spill
+    arena_mb: float
+    spilled_mb: float  # all segments that spilled so far
+
+
+class PoolLive(StepPanel[int]):
+    """The same requests are served from an arena of the chosen size."""
+
+    description = "Panel: choose the arena, see which requests spill"
 
     def __init__(
         self, lab: Lab, requests_mb: Sequence[float], cp_size: int, arena_mb: int = 16
@@ -25,16 +46,16 @@ class PoolLive(LivePanel[int]):
             options=ARENAS_MB, value=arena_mb, description="arena (MB)", continuous_update=False
         )
         self.arena_mb.add_class("arena-mb")
-        self.served: list[Served] = []  # of the newest arena
+        self.served: list[Served] = []  # from the newest arena
         self._lab, self._requests_mb, self._cp_size = lab, list(requests_mb), cp_size
         super().__init__([self.arena_mb], pool_requests([], len(requests_mb)))
 
-    def _wish(self) -> int:
+    def _setting(self) -> int:
         return int(self.arena_mb.value)
 
-    def _follow(self, wish: int, is_newest: Callable[[], bool]) -> str:
+    def _show(self, setting: int, is_newest: IsNewest) -> str:
         self.served = []
-        for request in serve(self._lab.pool, wish, self._requests_mb, self._cp_size):
+        for request in serve(self._lab.pool, setting, self._requests_mb, self._cp_size):
             self.served.append(request)
             if not is_newest():
                 return ""
@@ -42,3 +63,91 @@ class PoolLive(LivePanel[int]):
                 self._draw(pool_requests(self.served, len(self._requests_mb)))
         spills = sum(bool(request.spill_ms) for request in self.served)
         return f"{len(self.served)} requests, {spills} spills"
+
+
+def serve(
+    pool: LabPool, arena_mb: float, requests_mb: Sequence[float], cp_size: int
+) -> Iterator[Served]:
+    """Make a new arena, then allocate and release a block per request; yield what each cost."""
+    before = pool.configure(round(arena_mb * MB), cp_size)
+    for asked_mb in requests_mb:
+        start_s = time.perf_counter()
+        after = pool.allocate(round(asked_mb * MB), cp_size)
+        answer_ms = (time.perf_counter() - start_s) * 1e3
+        spill_ms = float((after["spill_ms"] - before["spill_ms"]).max())
+        arena, spilled = float(after["arena_bytes"].max()), float(after["spill_bytes"].max())
+        yield Served(asked_mb, answer_ms, spill_ms, arena / MB, spilled / MB)
+        before = pool.release(cp_size)
+
+
+def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:
+    """Draw the pool's memory and each request above, the duration of the requests below.
+
+    `expected` reserves room for requests that are not served yet.
+    """
+    names = [f"{n}: {request.asked_mb:g} MB" for n, request in enumerate(served, start=1)]
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
+    _add_memory(figure, served, names)
+    _add_duration(figure, served, names)
+    figure.update_xaxes(
+        style.axis("", type="category", range=[-0.6, max(expected, len(served)) - 0.4])
+    )
+    figure.update_xaxes(title_text="request", row=2, col=1)
+    figure.update_yaxes(style.axis("memory per rank (MB)", rangemode="tozero"), row=1, col=1)
+    figure.update_yaxes(style.axis("until the answer (ms)", rangemode="tozero"), row=2, col=1)
+    figure.update_layout(
+        barmode="stack",
+        bargap=0.35,
+        legend=style.legend_below(330, gap=58),
+        margin={"l": 66, "r": 16, "t": 66, "b": 96},
+    )
+    spills = [request for request in served if request.spill_ms]
+    return style.finish(
+        figure,
+        title=f"{len(spills)} of {len(served)} requests spill",
+        subtitle="each block is released before the next request; spilled segments stay",
+        alt=_in_words(served),
+        height=490,
+    )
+
+
+def _add_memory(figure: go.Figure, served: Sequence[Served], names: list[str]) -> None:
+    upper = {"row": 1, "col": 1}
+    kinds = (("arena", "arena_mb", "#d8dee4"), ("spilled segments", "spilled_mb", "#6e7781"))
+    for name, column, color in kinds:
+        values = [getattr(request, column) for request in served]
+        figure.add_trace(go.Bar(name=name, x=names, y=values, marker={"color": color}), **upper)
+    asked = [request.asked_mb for request in served]
+    marker: dict[str, Any] = {"symbol": "diamond", "size": 9, "color": style.rank_color(0)}
+    figure.add_trace(
+        go.Scatter(name="asked for", x=names, y=asked, mode="markers", marker=marker), **upper
+    )
+
+
+def _add_duration(figure: go.Figure, served: Sequence[Served], names: list[str]) -> None:
+    rest = [request.answer_ms - request.spill_ms for request in served]
+    spill = [request.spill_ms for request in served]
+    lower = {"row": 2, "col": 1}
+    light = {"color": "#c9d1d9"}
+    figure.add_trace(go.Bar(name="the request itself", x=names, y=rest, marker=light), **lower)
+    figure.add_trace(
+        go.Bar(
+            name="spill: registering a segment",
+            x=names,
+            y=spill,
+            text=[f"spill {ms:.0f}" if ms else "" for ms in spill],
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": "#4f5b66", "pattern": style.hatch("x")},
+        ),
+        **lower,
+    )
+
+
+def _in_words(served: Sequence[Served]) -> str:
+    words = [
+        f"{request.asked_mb:g} MB took {request.answer_ms:.0f} ms"
+        + (f", {request.spill_ms:.0f} ms of it a spill" if request.spill_ms else "")
+        for request in served
+    ]
+    return f"Requests in order: {'; '.join(words) or 'none yet'}."

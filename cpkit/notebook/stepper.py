@@ -1,47 +1,47 @@
-"""A small panel: choose cp_size and algorithm, and the workers gather anew, stage by stage."""
+"""A small panel: choose cp_size and algorithm; the workers gather, and the stages are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import ipywidgets as widgets
 
-from cpkit.algorithms import AlgorithmName
+from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
 from cpkit.lab import Lab
 from cpkit.notebook.grids import stage_grid
-from cpkit.notebook.live import LivePanel
+from cpkit.notebook.live import IsNewest, StepPanel
 
 
-class Wish(NamedTuple):
+class Choice(NamedTuple):
     """One gather to look at."""
 
     cp_size: int
-    algorithm: AlgorithmName
+    algorithm: AlgorithmChoice
 
 
-class Stepper(LivePanel[Wish]):
+class Stepper(StepPanel[Choice]):
     """Each change runs a real gather and draws its stages."""
 
-    words = "Panel: choose cp_size and algorithm, see the stages"
+    description = "Panel: choose cp_size and algorithm, see the stages"
 
     def __init__(self, lab: Lab, lengths: Sequence[int], cp_size: int) -> None:
         self.cp_size = widgets.SelectionSlider(
             options=lab.cp_sizes, value=cp_size, description="cp_size", continuous_update=False
         )
         self.algorithm = widgets.Dropdown(
-            options=get_args(AlgorithmName), value="padded", description="algorithm"
+            options=ALGORITHM_CHOICES, value="padded", description="algorithm"
         )
         self.cp_size.add_class("cp-size")
         self._lab, self._lengths = lab, list(lengths)
         super().__init__([self.cp_size, self.algorithm])
 
-    def _wish(self) -> Wish:
-        return Wish(self.cp_size.value, self.algorithm.value)
+    def _setting(self) -> Choice:
+        return Choice(self.cp_size.value, self.algorithm.value)
 
-    def _follow(self, wish: Wish, is_newest: Callable[[], bool]) -> str:
-        gathered = self._lab.gather(self._lengths, wish.cp_size, algorithm=wish.algorithm)
+    def _show(self, setting: Choice, is_newest: IsNewest) -> str:
+        gathered = self._lab.gather(self._lengths, setting.cp_size, algorithm=setting.algorithm)
         if not is_newest():
             return ""
-        self._draw(stage_grid(gathered).update_layout(uirevision=str(wish)))
+        self._draw(stage_grid(gathered).update_layout(uirevision=str(setting)))
         return "every byte checked"

@@ -1,7 +1,7 @@
 """The learner's copies of the notebooks, which `make lab` opens: the originals stay as committed.
 
 An unmodified copy follows its original. A modified copy is never overwritten: when its original
-changes, the new version is put beside it as NAME.new.ipynb. A deleted copy is made again.
+changes, the new version is put beside it as NAME.new.ipynb. A deleted copy is created again.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links lead to the same files
-# For JUPYTER_CONFIG_PATH: its labconfig/ has defaults of JupyterLab, which a user may override.
+# For JUPYTER_CONFIG_PATH: labconfig/ has defaults for JupyterLab, which a user may override.
 JUPYTER_DEFAULTS = Path(__file__).parent
-_RECORD = ".originals.json"  # name of each copy -> SHA-256 of the original that it was made from
+_RECORD = ".originals.json"  # name of each copy -> SHA-256 of its original
 
 
 def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -> list[str]:
-    """Bring the copies up to date. Return one message per copy that changed or was kept.
+    """Update the copies. Return one message per copy that changed or was kept.
 
-    Raises ValueError when there are no originals: an installed cpkit does not contain them.
+    Raises ValueError if there are no originals: an installed cpkit does not contain them.
     """
     found = sorted(originals.glob("*.ipynb"))
     if not found:
@@ -35,7 +35,7 @@ def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -
 
 
 def _refresh_one(original: Path, workspace: Path, made_from: str | None) -> str:
-    """Bring one copy up to date; `made_from` is None where that is not known."""
+    """Update one copy; `made_from` is the digest of its original, None if it is unknown."""
     copy, current = workspace / original.name, _digest(original)
     shown = f"{workspace.name}/{copy.name}"
     if not copy.exists():
@@ -55,7 +55,7 @@ def _refresh_one(original: Path, workspace: Path, made_from: str | None) -> str:
 
 
 def _free_name(copy: Path) -> Path:
-    """NAME.new.ipynb, or NAME.new2.ipynb and so on where that exists."""
+    """Return NAME.new.ipynb, or NAME.new2.ipynb and so on if that exists."""
     beside, number = copy.with_suffix(".new.ipynb"), 2
     while beside.exists():
         beside, number = copy.with_suffix(f".new{number}.ipynb"), number + 1
@@ -63,7 +63,7 @@ def _free_name(copy: Path) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """The record; empty where it is missing or damaged, so that every differing copy is kept."""
+    """Return the record; empty if missing or damaged, so that every differing copy is kept."""
     try:
         record = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

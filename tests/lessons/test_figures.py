@@ -13,7 +13,7 @@ import pytest
 
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import show, style
-from cpkit.notebook.requests import Served
+from cpkit.notebook.pool_live import Served
 from cpkit_lessons import figures
 from cpkit_lessons.divergence import push_into
 from cpkit_lessons.mistakes import Mistake

@@ -29,6 +29,8 @@ def test_it_measures_what_the_controls_say(panel: Explorer) -> None:
     assert "busbw" in panel.summary_html
     panel.controls.algorithm.value = "padded"
     assert panel.wait(samples=1).workload.algorithm == "padded"
+    panel.controls.algorithm.value = "plan"
+    assert panel.wait(samples=1).path == "symmetric"
     panel.controls.symmetric.value = False
     assert panel.wait(samples=1).path == "fallback"
     panel.controls.preset.value = "small: 64 tokens"
@@ -42,7 +44,7 @@ def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer)
     for _ in range(10):
         for cp_size in (1, 2, 4, 2):
             panel.controls.cp_size.value = cp_size
-    assert time.monotonic() - start_s < 1.0, "40 changes only leave 40 wishes"
+    assert time.monotonic() - start_s < 1.0, "40 changes only submit 40 settings"
     assert panel.wait(samples=3).workload.cp_size == 2
     assert list(panel.panel.figure.data[0].x) == ["rank 0", "rank 1"]
 
@@ -107,8 +109,11 @@ def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
     stepper.algorithm.value = "direct"
     stepper.wait(done=2)
     assert stepper.figure.layout.title.text.endswith("shard → wire")
-    stepper.cp_size.value = 2
+    stepper.algorithm.value = "plan"
     stepper.wait(done=3)
+    assert stepper.figure.layout.title.text.endswith("shard → wire")
+    stepper.cp_size.value = 2
+    stepper.wait(done=4)
     names = [trace.name for trace in stepper.figure.data]
     assert names == ["rank 0", "rank 1"]
     stepper.close()

@@ -1,4 +1,4 @@
-"""What a live panel is made of: lengths that are typed, a picture drawn anew, the newest wish."""
+"""The parts of live panels: typed lengths, a figure that is redrawn, the newest setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpkit.control.messages import Workload
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.notebook import show, style
 from cpkit.notebook.controls import parse_lengths
-from cpkit.notebook.latest import LatestWins
+from cpkit.notebook.live import LatestWins
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.plot import LivePlot
 from cpkit_lessons import figures
@@ -42,8 +42,8 @@ def test_the_panel_follows_layout_and_samples() -> None:
     four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
     panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
     assert tuple(panel.figure.data[0].y) == four.per_rank_actual_token
-    panel.note(sample())
-    panel.note(sample(first_us=20))
+    panel.add(sample())
+    panel.add(sample(first_us=20))
     panel.show_sample(sample(first_us=20))
     assert list(panel.figure.data[2].y) == [20, 21, 22, 23]
     assert list(panel.figure.data[3].y) == [13, 23], "the history is that of the slowest rank"
@@ -93,24 +93,24 @@ def shown(plot: LivePlot) -> dict[str, Any]:
     return json.loads(plot.plot_state.get_state()["figure"])
 
 
-def test_the_newest_wish_wins() -> None:
+def test_the_newest_setting_wins() -> None:
     begun, failures, go_on = [], [], threading.Event()
 
-    def work(wish: int, is_newest: object) -> None:
-        begun.append(wish)
-        if wish == 0:
+    def work(setting: int, is_newest: object) -> None:
+        begun.append(setting)
+        if setting == 0:
             go_on.wait(5)
-        if wish == 9:
+        if setting == 9:
             raise RuntimeError("nine")
 
     worker = LatestWins("test", work, failures.append)
-    worker.ask(0)
+    worker.submit(0)
     until(lambda: begun == [0])
-    for wish in range(1, 10):
-        worker.ask(wish)
+    for setting in range(1, 10):
+        worker.submit(setting)
     go_on.set()
     until(lambda: len(failures) == 1)
-    assert begun == [0, 9], "wishes 1 to 8 were overtaken"
-    worker.ask(10)
+    assert begun == [0, 9], "settings 1 to 8 were overtaken"
+    worker.submit(10)
     until(lambda: begun[-1] == 10)
     assert worker.close(), "a failure does not end the thread; close does"

@@ -12,7 +12,7 @@ from cpkit.notebook.grids import (
     stage_grid,
     token_line,
 )
-from cpkit.notebook.requests import pool_requests
+from cpkit.notebook.pool_live import pool_requests
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
 from cpkit_lessons.bars import bill, byte_bars, work_bars
