@@ -98,6 +98,6 @@ $(PY):
 $(VENV)/.has-%: pyproject.toml requirements.lock | $(PY)
 	@echo 'Installing cpkit[$*] into $(VENV) (the first time downloads torch and takes minutes) ...'
 	@[ -e /dev/nvidiactl ] || [ "$$(uname -s)" != Linux ] || $(PY) -c 'import torch' 2>/dev/null || \
-	  echo 'No NVIDIA GPU here. For a much smaller download see README.md, "Installing without a GPU".'
+	  echo 'No NVIDIA GPU here. For a much smaller download see docs/troubleshooting.md, "Installing without a GPU".'
 	@$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[$*]'
 	@touch $@
