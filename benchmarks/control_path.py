@@ -25,10 +25,10 @@ import psutil
 
 import cpkit
 from benchmarks.goals import entry
-from cpkit.bench import percentile
 from cpkit.control import launcher
 from cpkit.control.settings import Launch
 from cpkit.processes import process_id
+from cpkit.timing import percentile
 
 ROOT = Path(__file__).parents[1]
 INTERVAL_S = 0.01

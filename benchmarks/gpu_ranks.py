@@ -106,9 +106,9 @@ def measure(size: Size) -> dict[str, Any]:
         for name, call in calls.items():
             size.group.barrier()
             samples[name].append(events_us(call, size.calls_per_sample))
-    timings = {name: bench.Timing(tuple(us[2:]), {}) for name, us in samples.items()}
+    timings = {name: bench.Timing(us[2:]) for name, us in samples.items()}
     timed = {
-        name: [each.times_us for each in bench.everybody(timing, size.group)]
+        name: [each.times_us for each in bench.all_ranks(timing, size.group)]
         for name, timing in timings.items()
     }
     return {

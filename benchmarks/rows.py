@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cpkit.bench import algbw_gbps, busbw_gbps, percentile
 from cpkit.cost import PASSES, traffic
+from cpkit.timing import algbw_gbps, busbw_gbps, percentile
 
 Samples = Sequence[Sequence[float]]  # µs, [rank][iteration]
 ROW_BYTES = 8 * 128 * 2

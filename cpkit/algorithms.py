@@ -17,6 +17,9 @@ from typing import Literal, get_args
 
 AlgorithmName = Literal["padded", "padded_symm_recv", "padded_symm", "direct"]
 ALGORITHMS: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
+# What a notebook may choose: "plan" is `direct`, prepared once (`cpkit.plan.plan_gather_kv`).
+AlgorithmChoice = Literal[AlgorithmName, "plan"]
+ALGORITHM_CHOICES: tuple[AlgorithmChoice, ...] = get_args(AlgorithmChoice)
 
 
 @dataclass(frozen=True)

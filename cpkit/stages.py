@@ -11,19 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 
 from cpkit.devices import default_device, finish, is_capturing
-
-
-class Span(NamedTuple):
-    """One stage, in nanoseconds of `time.perf_counter_ns`."""
-
-    name: str
-    start_ns: int
-    stop_ns: int
+from cpkit.timing import Span
 
 
 class Recorder:
@@ -66,8 +58,9 @@ class Recorder:
     def total_us(self) -> dict[str, float]:
         """Microseconds spent in each stage, in the order of their first appearance."""
         totals: dict[str, float] = {}
-        for name, start_ns, stop_ns in self.spans:
-            totals[name] = totals.get(name, 0.0) + (stop_ns - start_ns) / 1e3
+        for span in self.spans:
+            took_us = (span.stop_ns - span.start_ns) / 1e3
+            totals[span.stage] = totals.get(span.stage, 0.0) + took_us
         return totals
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from cpkit.control.results import GatherResult
 from cpkit.lab import connect
-from cpkit.lab.results import Gathered
 from cpkit.notebook.grids import Line, draw_lines, in_words
 from cpkit.notebook.show import NoPicture, png
 
@@ -19,7 +19,7 @@ LENGTHS = [13, 9]
 CP_SIZE = 4
 
 
-def gather_picture(padded: Gathered, direct: Gathered) -> go.Figure:
+def gather_picture(padded: GatherResult, direct: GatherResult) -> go.Figure:
     """What the padded pipeline does in four passes, and `direct` in one."""
     shards = [Line(f"rank {rank} holds", padded.stage("shard", rank)) for rank in range(CP_SIZE)]
     passes = {"wire": "padded: pad, all-gather", "strip": "then strip", "reorder": "then reorder"}

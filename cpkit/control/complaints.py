@@ -7,11 +7,11 @@ from typing import get_args, get_type_hints
 
 import msgspec
 
-from cpkit.algorithms import AlgorithmName
+from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.requests import Pool, Strategy, Workload
 
 _ALLOWED = {
-    "algorithm": get_args(AlgorithmName),
+    "algorithm": ALGORITHM_CHOICES,
     "strategy": get_args(Strategy),
     "action": get_args(get_type_hints(Pool)["action"]),
 }

@@ -1,27 +1,88 @@
-"""The closed set of messages that travel over the control socket, and how they are packed.
+"""The closed set of messages on the control socket, and how they are packed.
 
-Every message is a msgspec struct in MessagePack: decoding builds these types or fails, it never
-runs code. Unknown fields, operations and enum values are refused by the decoder, with the place of
-the fault in its message.
+Every message is a msgspec struct in MessagePack: decoding builds these types or fails; it never
+runs code. Unknown fields, operations and enum values are refused by the decoder, whose message
+contains the position of the fault.
 
     notebook                         rank 0
        │ Request(id, deadline_s, body) ──▶ │
-       │ ◀── Reply(id, Queued(ahead=1))    │   somebody else is being served
+       │ ◀── Reply(id, Queued(ahead=1))    │   another request is being served
        │ ◀── Reply(id, Progress | Sample)  │   each of them renews the deadline
        │ ◀── Reply(id, <a result>)         │   or Failed; exactly one of the two ends the request
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
-from cpkit.control.replies import *  # noqa: F403 - the closed set is both modules and no more
+from cpkit.control.measurements import *  # noqa: F403 - the closed set is these modules
+from cpkit.control.measurements import ClockResult, Sample, SweepResult
 from cpkit.control.requests import *  # noqa: F403
+from cpkit.control.requests import Message
+from cpkit.control.results import *  # noqa: F403
+from cpkit.control.results import (
+    ExplainResult,
+    GatherResult,
+    PoolResult,
+    PutResult,
+    StatusResult,
+    TraceResult,
+)
 
 MAX_MESSAGE_BYTES = 16 << 20
+FailureKind = Literal["bad_request", "version", "cancelled", "busy", "internal"]
 T = TypeVar("T")
+
+
+class Queued(Message, frozen=True, tag="queued", tag_field="is"):
+    """The request waits; `ahead` other requests are served first."""
+
+    ahead: int
+
+
+class Progress(Message, frozen=True, tag="progress", tag_field="is"):
+    """`done` of `total` units of work are complete; `text` names the unit."""
+
+    done: int
+    total: int
+    text: str = ""
+
+
+class Done(Message, frozen=True, tag="done", tag_field="is"):
+    """The request succeeded and has no result (Measure, Cancel, Shutdown)."""
+
+    text: str = ""
+
+
+class Failed(Message, frozen=True, tag="failed", tag_field="is"):
+    """The request ended without a result. `rank` is the rank that raised, if one did."""
+
+    kind: FailureKind
+    message: str
+    rank: int | None = None
+
+
+Result = (
+    StatusResult
+    | GatherResult
+    | SweepResult
+    | ClockResult
+    | TraceResult
+    | PoolResult
+    | ExplainResult
+    | PutResult
+    | Done
+)
+ReplyBody = Queued | Progress | Sample | Failed | Result
+
+
+class Reply(Message, frozen=True):
+    """What rank 0 sends."""
+
+    id: str
+    body: ReplyBody
 
 
 class Envelope(msgspec.Struct):
@@ -35,7 +96,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """Pack a message. Raises ValueError when it would be larger than MAX_MESSAGE_BYTES."""
+    """Pack a message. Raises ValueError if it is larger than MAX_MESSAGE_BYTES."""
     data = _encoder.encode(message)
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(
@@ -46,12 +107,12 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """Unpack one message of the given kind. Raises msgspec.DecodeError or ValidationError."""
+    """Unpack one message of this type. Raises msgspec.DecodeError or ValidationError."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise msgspec.DecodeError(
             f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed"
         )
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (UnicodeDecodeError, RecursionError) as error:  # no DecodeErrors, but garbage as well
+    except (UnicodeDecodeError, RecursionError) as error:  # garbage too, but not DecodeErrors
         raise msgspec.DecodeError(str(error)) from error

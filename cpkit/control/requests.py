@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from cpkit.algorithms import AlgorithmName
+from cpkit.algorithms import AlgorithmChoice
 
-PROTOCOL_VERSION = 1
+if TYPE_CHECKING:
+    from cpkit.layout import ContextParallelMetadata
+
+PROTOCOL_VERSION = 2
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
-ClockCall = Literal[
-    "padded",
-    "padded_symm_recv",
-    "padded_symm",
-    "direct",
-    "barrier",
-    "copy",
-    "copy_fresh",
-    "collective",
-    "launch",
-]
+ClockCall = Literal[AlgorithmChoice, "barrier", "copy", "copy_fresh", "collective", "launch"]
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -36,6 +29,13 @@ DTYPE_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
+_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def dtype_name(dtype: object) -> str:
+    """Return torch's name of a dtype: of `torch.bfloat16`, `"bfloat16"` or `"bf16"`."""
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,12 +43,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Workload(Message, frozen=True):
-    """One gather to run: who owns what, of which shape, moved by which algorithm."""
+    """One gather: which rank owns which token, the shape of a row, and the algorithm."""
 
     cp_size: int
     lengths: tuple[int, ...]
     strategy: Strategy = "zigzag"
-    algorithm: AlgorithmName = "direct"
+    algorithm: AlgorithmChoice = "direct"
     symmetric: bool = True
     heads: int = 8
     head_dim: int = 128
@@ -57,7 +57,7 @@ class Workload(Message, frozen=True):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token in one tensor. Raises ValueError for a dtype that nobody gathers."""
+        """Bytes of one token in one tensor. Raises ValueError for an unknown dtype."""
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
         return self.heads * self.head_dim * DTYPE_BYTES[self.dtype]
@@ -67,13 +67,19 @@ class Workload(Message, frozen=True):
         """Bytes of the whole gathered result: all tensors, without padding."""
         return sum(self.lengths) * self.row_bytes * self.tensors
 
+    def layout(self) -> ContextParallelMetadata:
+        """Return which rank owns which token. Raises ValueError for lengths that do not fit."""
+        from cpkit.layout import prepare_context_parallel_metadata
+
+        return prepare_context_parallel_metadata(self.lengths, self.cp_size, self.strategy)
+
 
 class Status(Message, frozen=True, tag="status", tag_field="op"):
-    """What the workers are, and how they are."""
+    """Describe the workers. Answered at once, also while they are busy."""
 
 
 class Gather(Message, frozen=True, tag="gather", tag_field="op"):
-    """Run one gather, verify it by provenance, and bring back its stages when it is small."""
+    """Run one gather, verify every bit, and return its stages if it is small."""
 
     workload: Workload
     round: int = 1
@@ -89,20 +95,20 @@ class Measure(Message, frozen=True, tag="measure", tag_field="op"):
 
 
 class Sweep(Message, frozen=True, tag="sweep", tag_field="op"):
-    """Time several workloads, one row each; rows of one size are measured interleaved."""
+    """Time several workloads, one row each. Consecutive ones of one size are interleaved."""
 
     workloads: tuple[Workload, ...]
     iterations: int = 20
 
 
 class Trace(Message, frozen=True, tag="trace", tag_field="op"):
-    """One gather as a timeline: every stage of every rank on one clock."""
+    """Record one gather as a timeline: every stage of every rank on one clock."""
 
     workload: Workload
 
 
 class Pool(Message, frozen=True, tag="pool", tag_field="op"):
-    """Look at, size, warm up or deliberately fill the symmetric pool of a cp_size."""
+    """Show, resize, warm up or fill the symmetric pool of a cp_size."""
 
     cp_size: int
     action: Literal["stats", "configure", "warm_up", "allocate", "release"] = "stats"
@@ -116,13 +122,13 @@ class Pool(Message, frozen=True, tag="pool", tag_field="op"):
 
 
 class Explain(Message, frozen=True, tag="explain", tag_field="op"):
-    """Which path each rank's gather takes, and why."""
+    """Run one gather, and return the path that each rank took, with the reason."""
 
     workload: Workload
 
 
 class Put(Message, frozen=True, tag="put", tag_field="op"):
-    """Every rank writes its stamp into every peer's memory; a barrier before reading, or none."""
+    """Write stamps into every peer's memory, with or without a barrier before reading."""
 
     cp_size: int
     rounds: int = 1000
@@ -130,13 +136,13 @@ class Put(Message, frozen=True, tag="put", tag_field="op"):
 
 
 class Clock(Message, frozen=True, tag="clock", tag_field="op"):
-    """Time calls of one workload in turn, and bring back every sample of every rank.
+    """Time calls of one workload, interleaved, and return every sample of every rank.
 
-    Beside the algorithms: `barrier`, nothing else; `copy`, every rank copies the gathered bytes
-    once; `copy_fresh`, the same into memory that nobody has touched; `collective`, that of
-    torch.distributed alone; `launch`, started and not waited for. Without `warmup` the first
-    sample is the first call; without `barrier` a rank's clock starts when that rank comes, which
-    is `late_us` later for each rank than for the one before it.
+    Calls are algorithms and: `barrier`, nothing else; `copy`, each rank copies the gathered bytes
+    once; `copy_fresh`, the same into memory that was never written; `collective`, torch.distributed
+    alone; `launch`, started and not waited for. With `warmup=0` the first sample is the first call.
+    Rank r starts each call `r · late_us` late; with `barrier` the ranks then wait for each other
+    before their clocks start.
     """
 
     workload: Workload
@@ -148,7 +154,7 @@ class Clock(Message, frozen=True, tag="clock", tag_field="op"):
 
 
 class Cancel(Message, frozen=True, tag="cancel", tag_field="op"):
-    """Give up the request with this id, queued or running; the workers stay."""
+    """Cancel the request with this id, queued or running. The workers stay."""
 
     target: str
 

@@ -1,6 +1,6 @@
 """`Lab`: a notebook's view of a set of workers. Each call is one request over the socket."""
 
-from __future__ import annotations
+# Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
 import contextlib
 import logging
@@ -8,16 +8,19 @@ import os
 from collections.abc import Generator, Sequence
 from itertools import product
 from operator import index
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
-from cpkit.algorithms import ALGORITHMS, AlgorithmName
+from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
-from cpkit.control.complaints import unknown_options
+from cpkit.control.complaints import in_words
 from cpkit.control.errors import BadRequest
 from cpkit.control.messages import (
+    Clock,
+    ClockCall,
+    ClockResult,
     Explain,
     ExplainResult,
     Gather,
@@ -34,41 +37,22 @@ from cpkit.control.messages import (
     Trace,
     TraceResult,
     Workload,
+    dtype_name,
 )
 from cpkit.control.runtime_dir import NameTaken
 from cpkit.control.settings import Launch
-from cpkit.lab.clock import ClockLab
-from cpkit.lab.pool import PoolLab
-from cpkit.lab.results import (
-    Gathered,
-    LabStatus,
-    PutReport,
-    Timeline,
-    explain_table,
-    sweep_table,
-)
+from cpkit.lab.pool import LabPool
 from cpkit.processes import process_id
 
 if TYPE_CHECKING:
-    from typing import Self, Unpack
+    from typing import Self
 
     import pandas as pd
+    import torch
 
 Lengths = int | Sequence[int]
-_ATTEMPTS = 3  # somebody else may have begun to start them, and died at it
+_ATTEMPTS = 3  # another process may have started to launch them, and failed
 _log = logging.getLogger("cpkit")
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of every workload, with the defaults of `Workload`."""
-
-    strategy: Strategy
-    algorithm: AlgorithmName
-    symmetric: bool
-    heads: int
-    head_dim: int
-    dtype: str
-    tensors: int
 
 
 def connect(
@@ -77,12 +61,12 @@ def connect(
     launch: bool = True,
     nproc: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> Lab:
+) -> "Lab":
     """Attach to the running workers of this name, or start `nproc` of them (default: 4).
 
-    Workers started here end with this process. "default" is the name in CPKIT_NAME where `make lab`
-    has set one. Raises NoWorkers when there are none and `launch` is false, OtherWorkers when those
-    that run are not as `nproc` or `device` asks, ControlError when they can't be reached or
+    Workers started here end with this process. "default" means the name in CPKIT_NAME where
+    `make lab` has set one. Raises NoWorkers if there are none and `launch` is false, OtherWorkers
+    if the running ones differ from `nproc` or `device`, ControlError if they cannot be reached or
     started, ValueError for bad arguments.
     """
     if name == "default":
@@ -107,19 +91,19 @@ def _launch(settings: Launch) -> None:
 class Lab:
     """Requests to one set of workers. Thread-safe; a context manager that closes.
 
-    Workload options of every method: `strategy`, `algorithm`, `symmetric`, `heads`, `head_dim`,
-    `dtype`, `tensors`. `lengths` are tokens per sequence; `cp_size` defaults to all ranks. All
-    methods raise BadRequest (a ValueError) for bad input, WorkersDied, WorkersBusy, NoAnswer,
-    Cancelled, RequestFailed.
+    `lengths` are tokens per sequence; `cp_size` is a divisor of the world size, by default all
+    ranks. A row has `heads` × `head_dim` elements of `dtype`: `torch.bfloat16`, `"bfloat16"` and
+    `"bf16"` are the same. `symmetric=False` gathers through ordinary memory. Algorithm "plan" is
+    `direct`, prepared once. All methods raise BadRequest (a ValueError) for bad input, WorkersDied,
+    WorkersBusy, NoAnswer, Cancelled, RequestFailed.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._client.on_wait = _say_how_many
-        self.pool = PoolLab(client, self.world_size)
-        self.clock = ClockLab(client, self.workload)
+        self._client.on_wait = _log_wait
+        self.pool = LabPool(client)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,44 +124,68 @@ class Lab:
 
     @property
     def cp_sizes(self) -> tuple[int, ...]:
-        """What cp_size may be: the divisors of the world size."""
+        """The allowed values of cp_size: the divisors of the world size."""
         world_size = self.world_size
         return tuple(n for n in range(1, world_size + 1) if world_size % n == 0)
 
     @property
     def owned(self) -> bool:
-        """Whether the workers end with this process, because it started them."""
+        """True if the workers end with this process, because it started them."""
         return self._client.connection.owner == process_id()
 
-    def status(self) -> LabStatus:
-        """What the workers are, and how they are; answered at once, also while they are busy."""
-        return LabStatus(self._client.call(Status(), StatusResult))
+    def status(self) -> StatusResult:
+        """Return what the workers are; answered at once, also while they are busy."""
+        return self._client.call(Status(), StatusResult)
 
     def gather(
         self,
         lengths: Lengths,
         cp_size: int | None = None,
         *,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
         round: int = 1,
         show: bool = True,
-        **options: Unpack[Options],
-    ) -> Gathered:
-        """One gather, verified bit by bit, with its stages when it is small."""
-        body = Gather(self.workload(lengths, cp_size, **options), round, show)
-        return Gathered(self._client.call(body, GatherResult))
+    ) -> GatherResult:
+        """Run one gather and verify every bit; the result of a small one has its stages.
+
+        Rows are stamped with `round`. With `show=False` no stages are returned.
+        """
+        workload = self.workload(
+            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+        )
+        return self._client.call(Gather(workload, round, show), GatherResult)
 
     def measure(
         self,
         lengths: Lengths,
         cp_size: int | None = None,
         *,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
         samples: int | None = None,
         interval_s: float = 0.1,
-        **options: Unpack[Options],
     ) -> Generator[Sample, None, None]:
-        """Samples as they come, `samples` of them or without end. Closing the iterator cancels."""
-        body = Measure(self.workload(lengths, cp_size, **options), samples, interval_s)
-        deadline_s = DEADLINE_S + (interval_s if 0 < interval_s <= 60 else 0)  # else it is refused
+        """Yield a sample every `interval_s`, `samples` of them or endlessly.
+
+        Closing the iterator cancels the measurement.
+        """
+        workload = self.workload(
+            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+        )
+        body = Measure(workload, samples, interval_s)
+        # Longer intervals are refused.
+        deadline_s = DEADLINE_S + (interval_s if 0 < interval_s <= 60 else 0)
         with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, Sample):
@@ -189,94 +197,168 @@ class Lab:
         sizes_bytes: Sequence[int] | None = None,
         lengths: Sequence[Lengths] | None = None,
         cp_sizes: Sequence[int] | None = None,
-        algorithms: Sequence[AlgorithmName] | None = None,
+        algorithms: Sequence[AlgorithmChoice] | None = None,
+        strategy: Strategy = "zigzag",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
         iterations: int = 20,
-        **options: Unpack[Options],
-    ) -> pd.DataFrame:
-        """A table in nccl-tests' columns, one row for each size, cp_size and algorithm.
+    ) -> "pd.DataFrame":
+        """Return a table in nccl-tests' columns, one row per size, cp_size and algorithm.
 
         Sizes are `sizes_bytes`, the total gathered bytes of one sequence (rounded up to whole
-        tokens, and to the 2·cp of them that zigzag needs), or `lengths`, a list of batches.
+        tokens, and to the 2·cp tokens that zigzag needs), or `lengths`, a list of batches.
         Algorithms of one size are measured interleaved.
         """
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
-        if "algorithm" in options:
-            raise BadRequest("sweep measures several algorithms: name them in algorithms=[…]")
+
+        def workload(cp_size: int, batch: Lengths, algorithm: AlgorithmChoice) -> Workload:
+            return self.workload(
+                batch, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+            )
+
         sizes = _whole((self.world_size,) if cp_sizes is None else cp_sizes, "cp_sizes")
-        if lengths is not None:
-            batches = list(lengths)
-        else:
-            wanted = _whole(() if sizes_bytes is None else sizes_bytes, "sizes_bytes")
-            batches = [_tokens(n, max(sizes), options) for n in wanted]
-        workloads = [
-            _workload(cp_size, batch, {**options, "algorithm": algorithm})
+        batches = list(() if lengths is None else lengths)
+        for total_bytes in _whole(() if sizes_bytes is None else sizes_bytes, "sizes_bytes"):
+            if total_bytes < 1:
+                raise BadRequest(f"sizes_bytes has {total_bytes}; each size must be 1 or more")
+            token_bytes = workload(1, 1, "direct").total_bytes
+            batches.append(max(2 * max(sizes), -(-total_bytes // token_bytes)))
+        workloads = tuple(
+            workload(cp_size, batch, algorithm)
             for batch, cp_size, algorithm in product(batches, sizes, algorithms or ALGORITHMS)
-        ]
-        result = self._client.call(Sweep(tuple(workloads), iterations), SweepResult)
-        return sweep_table(result.rows)
+        )
+        return self._client.call(Sweep(workloads, iterations), SweepResult).table
+
+    def clock(
+        self,
+        calls: Sequence[ClockCall],
+        lengths: Lengths,
+        cp_size: int | None = None,
+        *,
+        strategy: Strategy = "zigzag",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+        iterations: int = 20,
+        warmup: int = 2,
+        barrier: bool = True,
+        late_us: float = 0.0,
+    ) -> ClockResult:
+        """Time the calls interleaved (A B C, A B C, …), and return every sample of every rank.
+
+        Beside algorithms, calls are `barrier`, nothing else; `copy`, each rank copies the gathered
+        bytes once; `copy_fresh`, the same into memory that was never written; `collective`,
+        torch.distributed alone; `launch`, started and not waited for. `warmup=0` and
+        `barrier=False` leave out what a fair clock needs; rank r starts `r · late_us` late.
+        """
+        workload = self.workload(
+            lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
+        )
+        unknown = [call for call in calls if call not in get_args(ClockCall)]
+        if unknown:
+            raise BadRequest(
+                f"calls has {unknown}; what can be timed is {', '.join(get_args(ClockCall))}"
+            )
+        body = Clock(workload, tuple(calls), iterations, warmup, barrier, float(late_us))
+        return self._client.call(body, ClockResult)
 
     def trace(
-        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
-    ) -> Timeline:
-        """When each rank was in which stage of one gather."""
-        body = Trace(self.workload(lengths, cp_size, **options))
-        return Timeline(self._client.call(body, TraceResult))
+        self,
+        lengths: Lengths,
+        cp_size: int | None = None,
+        *,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+    ) -> TraceResult:
+        """Return when each rank was in which stage of one gather."""
+        workload = self.workload(
+            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+        )
+        return self._client.call(Trace(workload), TraceResult)
 
     def explain(
-        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
-    ) -> pd.DataFrame:
-        """Which path the gather takes on each rank, and why: rank, path, reason, send, recv."""
-        body = Explain(self.workload(lengths, cp_size, **options))
-        return explain_table(self._client.call(body, ExplainResult))
+        self,
+        lengths: Lengths,
+        cp_size: int | None = None,
+        *,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+    ) -> "pd.DataFrame":
+        """Return the path of the gather per rank: rank, path, reason, send, recv."""
+        workload = self.workload(
+            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+        )
+        return self._client.call(Explain(workload), ExplainResult).table
 
     def put(
         self, cp_size: int | None = None, *, rounds: int = 1000, barrier: bool = True
-    ) -> PutReport:
-        """Let every rank write into its peers' memory, with or without a barrier before reading."""
+    ) -> PutResult:
+        """Write from each rank into its peers' memory, with or without a barrier before reading."""
         size = self.world_size if cp_size is None else cp_size
-        return PutReport(self._client.call(Put(size, rounds, barrier), PutResult))
+        return self._client.call(Put(size, rounds, barrier), PutResult)
+
+    def workload(
+        self,
+        lengths: Lengths,
+        cp_size: int | None = None,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+    ) -> Workload:
+        """Return the workload that the other methods build from these arguments."""
+        fields = {
+            "cp_size": self.world_size if cp_size is None else cp_size,
+            "strategy": strategy,
+            "algorithm": algorithm,
+            "symmetric": symmetric,
+            "heads": heads,
+            "head_dim": head_dim,
+            "dtype": dtype_name(dtype),
+            "tensors": tensors,
+        }
+        plain = {name: _plain(value) for name, value in fields.items()}
+        try:
+            return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
+        except msgspec.ValidationError as error:
+            raise BadRequest(in_words(error)) from None
 
     def close(self) -> None:
-        """Stop talking to the workers; they stay, unless this process started them and ends."""
+        """Disconnect. The workers stay, unless this process started them and ends."""
         self._client.close()
 
     def stop(self) -> None:
-        """End the workers, and return when they are gone."""
+        """End the workers, and return when they have ended."""
         launcher.shut_down(self._client)
         self.close()
 
-    def workload(
-        self, lengths: Lengths, cp_size: int | None = None, **options: Unpack[Options]
-    ) -> Workload:
-        """The workload that the other methods make of their arguments. Raises BadRequest."""
-        return _workload(self.world_size if cp_size is None else cp_size, lengths, options)
-
-
-def _workload(cp_size: int, lengths: Lengths, options: Options) -> Workload:
-    fields = {"cp_size": cp_size, **options}
-    plain = {name: _plain(value) for name, value in fields.items()}
-    try:
-        return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
-    except msgspec.ValidationError as error:
-        raise BadRequest(unknown_options(error)) from None
-
-
-def _tokens(total_bytes: int, cp_size: int, options: Options) -> int:
-    """Tokens of one sequence, enough for this many gathered bytes and to be cut for zigzag."""
-    if total_bytes < 1:
-        raise BadRequest(f"sizes_bytes has {total_bytes}; every size must be 1 byte or more")
-    one = _workload(1, 1, options)
-    return max(2 * cp_size, -(-total_bytes // one.total_bytes))
-
 
 def _plain(value: object) -> object:
-    """A whole number of another library as an int; anything else as it is."""
+    """Convert an integer of another library to int; return anything else unchanged."""
     return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def _whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
-    """One whole number or several as plain integers; those of numpy are welcome."""
+    """Return one integer or several as a tuple. Raises BadRequest for anything else."""
     try:
         return (index(numbers),)  # type: ignore[arg-type]  # a sequence has no index
     except TypeError:
@@ -290,5 +372,5 @@ def _whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
         ) from None
 
 
-def _say_how_many(ahead: int) -> None:
+def _log_wait(ahead: int) -> None:
     _log.warning("the workers are busy: %d request(s) ahead of this one", ahead)

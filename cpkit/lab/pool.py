@@ -1,46 +1,54 @@
 """`Lab.pool`: a notebook's view of the symmetric pools of a set of workers."""
 
-from __future__ import annotations
+# Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
 from typing import TYPE_CHECKING
 
 from cpkit.control.client import Client
-from cpkit.control.messages import Pool, PoolResult
-from cpkit.lab.results import history_table, pool_table
+from cpkit.control.messages import Pool, PoolResult, dtype_name
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 
-class PoolLab:
+class LabPool:
     """The symmetric pool of one cp_size (default: all ranks). Every method returns its statistics.
 
-    One row a rank: rank, segments, arena_bytes, spill_bytes, used_bytes, peak_bytes,
-    largest_free_bytes, live_blocks, spills, registrations, registering_ms, spill_ms.
-    `table.attrs["note"]` says what happened.
+    One row per rank: rank, segments, arena_bytes, spill_bytes, used_bytes, peak_bytes,
+    largest_free_bytes, live_blocks, spills, spill_ms, registrations, registering_ms.
+    `table.attrs["note"]` says what the method did.
     """
 
-    def __init__(self, client: Client, world_size: int) -> None:
-        self._client, self._world_size = client, world_size
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
-    def stats(self, cp_size: int | None = None) -> pd.DataFrame:
-        """Look at it."""
-        return self._ask(Pool(self._size(cp_size)))
+    def __repr__(self) -> str:
+        connection = self._client.connection
+        return (
+            f"LabPool of workers {connection.name!r}, {connection.world_size} ranks: stats(), "
+            f"history(), configure(), warm_up(), allocate(), release()"
+        )
 
-    def history(self, cp_size: int | None = None) -> pd.DataFrame:
-        """Rank 0's pool over time, for a plot: one row for each block placed or given back.
+    def stats(self, cp_size: int | None = None) -> "pd.DataFrame":
+        """Return the statistics."""
+        return self._call(Pool(self._size(cp_size))).table
 
-        Columns: time_s, used_bytes, peak_bytes, free_bytes, largest_free_bytes, spills. All ranks'
-        books are equal, so one rank speaks for all.
+    def history(self, cp_size: int | None = None) -> "pd.DataFrame":
+        """Return rank 0's pool over time: one row per block that was allocated or freed.
+
+        Columns: time_s, used_bytes, peak_bytes, free_bytes, largest_free_bytes, spills. All ranks
+        allocate the same blocks, so their pools are equal.
         """
-        return history_table(self._client.call(Pool(self._size(cp_size)), PoolResult))
+        return self._call(Pool(self._size(cp_size))).history_table
 
     def configure(
         self, prealloc_bytes: int | None = None, cp_size: int | None = None
-    ) -> pd.DataFrame:
-        """Start over with another arena; None is the default size."""
-        body = Pool(self._size(cp_size), "configure", prealloc_bytes=prealloc_bytes)
-        return self._ask(body)
+    ) -> "pd.DataFrame":
+        """Replace the pool by a new one with an arena of this size; None is the default size."""
+        return self._call(
+            Pool(self._size(cp_size), "configure", prealloc_bytes=prealloc_bytes)
+        ).table
 
     def warm_up(
         self,
@@ -49,31 +57,32 @@ class PoolLab:
         *,
         heads: int = 8,
         head_dim: int = 128,
-        dtype: str = "bfloat16",
+        dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
-    ) -> pd.DataFrame:
-        """Make room now for the largest batch, so that no gather up to it spills."""
-        body = Pool(
-            self._size(cp_size),
-            "warm_up",
-            max_tokens=max_tokens,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            tensors=tensors,
-        )
-        return self._ask(body)
+    ) -> "pd.DataFrame":
+        """Grow the arena for the largest batch, so that no gather of up to that size spills."""
+        return self._call(
+            Pool(
+                self._size(cp_size),
+                "warm_up",
+                max_tokens=max_tokens,
+                heads=heads,
+                head_dim=head_dim,
+                dtype=dtype_name(dtype),
+                tensors=tensors,
+            )
+        ).table
 
-    def allocate(self, nbytes: int, cp_size: int | None = None) -> pd.DataFrame:
-        """Hold one more block of this size on every rank; spills when the arena is full."""
-        return self._ask(Pool(self._size(cp_size), "allocate", nbytes=nbytes))
+    def allocate(self, nbytes: int, cp_size: int | None = None) -> "pd.DataFrame":
+        """Allocate one more block of this size on every rank; it spills if the arena is full."""
+        return self._call(Pool(self._size(cp_size), "allocate", nbytes=nbytes)).table
 
-    def release(self, cp_size: int | None = None) -> pd.DataFrame:
-        """Let go of all blocks that `allocate` holds."""
-        return self._ask(Pool(self._size(cp_size), "release"))
+    def release(self, cp_size: int | None = None) -> "pd.DataFrame":
+        """Free all blocks of `allocate`."""
+        return self._call(Pool(self._size(cp_size), "release")).table
 
     def _size(self, cp_size: int | None) -> int:
-        return self._world_size if cp_size is None else cp_size
+        return self._client.connection.world_size if cp_size is None else cp_size
 
-    def _ask(self, body: Pool) -> pd.DataFrame:
-        return pool_table(self._client.call(body, PoolResult))
+    def _call(self, body: Pool) -> PoolResult:
+        return self._client.call(body, PoolResult)

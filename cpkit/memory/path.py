@@ -24,7 +24,6 @@ So `unsafe_for_nccl` says which buffers must not be given to it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -75,9 +74,8 @@ class BufferPair(msgspec.Struct, frozen=True):
     shard_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class PathReport:
-    """What a gather really does, why, and where this rank's buffers are."""
+class PathReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The path of a gather on one rank, the reason, and where this rank's buffers are."""
 
     path: PathName
     reason: str

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import msgspec
 
 
-@dataclass(frozen=True)
-class PoolStatistics:
-    """One rank's pool; bytes are bytes of this rank's own segments."""
+class PoolStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's pool. Bytes are bytes of this rank's own segments."""
 
     segments: int
     arena_bytes: int
@@ -23,8 +21,8 @@ class PoolStatistics:
     registering_ms: float
 
 
-class PoolSample(NamedTuple):
-    """The pool at one moment. What is free but not in `largest_free_bytes` is fragmented."""
+class PoolSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The pool at one moment. Free bytes beyond `largest_free_bytes` are fragmented."""
 
     time_s: float
     used_bytes: int

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from cpkit.lab.results import Gathered
+from cpkit.control.results import GatherResult
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
 
@@ -101,7 +101,9 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
     )
 
 
-def stage_grid(gathered: Gathered, stages: Iterable[str] | None = None, rank: int = 0) -> go.Figure:
+def stage_grid(
+    gathered: GatherResult, stages: Iterable[str] | None = None, rank: int = 0
+) -> go.Figure:
     """What a real gather held after each stage; from `wire` on, as `rank` received it."""
     wanted = list(stages if stages is not None else dict.fromkeys(["shard", *gathered.stages]))
     lines = [line for name in wanted for line in _stage_lines(gathered, name, rank)]
@@ -172,7 +174,7 @@ def _label_words(metadata: ContextParallelMetadata, longest: int) -> str:
     return "; a cell shows " + ("its token" if len(metadata.lengths) == 1 else "sequence:token")
 
 
-def _stage_lines(gathered: Gathered, name: str, rank: int) -> Iterator[Line]:
+def _stage_lines(gathered: GatherResult, name: str, rank: int) -> Iterator[Line]:
     """`shard` and `pad` happen on every rank, one line each; the rest is seen by one rank."""
     ranks = range(gathered.metadata.cp_size)
     if name == "shard":

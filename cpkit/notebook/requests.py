@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from cpkit.lab.pool import PoolLab
+from cpkit.lab.pool import LabPool
 from cpkit.notebook import style
 
 MB = 1_000_000
@@ -28,7 +28,7 @@ class Served:
 
 
 def serve(
-    pool: PoolLab, arena_mb: float, requests_mb: Sequence[float], cp_size: int
+    pool: LabPool, arena_mb: float, requests_mb: Sequence[float], cp_size: int
 ) -> Iterator[Served]:
     """A fresh arena, then one request after the other; each lets go before the next begins."""
     before = pool.configure(round(arena_mb * MB), cp_size)

@@ -1,6 +1,6 @@
-"""What is refused before any rank hears of it. Runs on rank 0; raises ValueError in words.
+"""The limits of requests, which rank 0 checks before it sends them to the other ranks.
 
-Nothing here allocates: a request that is too large is refused with its numbers.
+Every check raises ValueError. None allocates, so a request that is too large does no harm.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from cpkit.control.messages import (
     Trace,
     Workload,
 )
+from cpkit.control.requests import DTYPE_BYTES
 from cpkit.devices import default_device
-from cpkit.worker.workload import DTYPES, layout_of
 
 _MAX_WORKLOADS = 1024
-# What a row's stamp has room for (cpkit.provenance); beyond it two rows could look the same.
+# The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
 _MAX_SEQUENCES = 1024
 _MAX_ROUND = 1023
 _MAX_ROUNDS = 100_000
 _MAX_CALLS = 16
-_CLOCK_COPIES = 3  # source, target and fresh memory of the calls that only copy
+_CLOCK_COPIES = 3  # source, target and fresh memory of the calls that copy
 _MAX_SAMPLES = 100_000  # of all ranks: 1.6 MB
 _MAX_LATE_US = 100_000.0
 _MAX_TOKENS = 1 << 20
-# Copies of the gathered result that a rank has alive at its worst, its own shard and the stamped
-# rows it is compared with included.
-_COPIES = {"padded": 5, "padded_symm_recv": 5, "padded_symm": 5, "direct": 4}
+# The largest number of copies of the gathered result that are allocated on a rank at one time,
+# including its shard and the expected rows. A plan has two outputs.
+_COPIES = {"direct": 4}
+_COPIES_OTHERWISE = 5
 
 
 @cache
 def memory_limit_bytes() -> int:
-    """Bytes that one request may need on all ranks together: `CPKIT_MEMORY_LIMIT_BYTES`, else half
-    of what is available (on the GPU, where ranks run there) when the workers start.
+    """Return how many bytes one request may need on all ranks together.
+
+    `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory that is available when the workers start (on
+    the GPU if the ranks run there).
     """
     chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
     if chosen:
@@ -55,7 +58,7 @@ def memory_limit_bytes() -> int:
 
 
 def check(body: Body, world_size: int) -> None:
-    """Raise ValueError if this request can't be carried out by `world_size` ranks."""
+    """Raise ValueError if `world_size` ranks cannot run this request."""
     match body:
         case Gather(workload, round_number):
             check_workload(workload, world_size)
@@ -83,7 +86,7 @@ def check(body: Body, world_size: int) -> None:
 
 
 def check_cp_size(cp_size: int, world_size: int) -> None:
-    """Raise ValueError unless cp_size divides the world."""
+    """Raise ValueError unless cp_size divides the world size."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     if cp_size not in divisors:
         raise ValueError(
@@ -93,22 +96,23 @@ def check_cp_size(cp_size: int, world_size: int) -> None:
 
 
 def check_workload(workload: Workload, world_size: int) -> None:
-    """Raise ValueError for a workload that can't be run here."""
+    """Raise ValueError for a workload that cannot run here."""
     check_cp_size(workload.cp_size, world_size)
     _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
     _in_range("the number of sequences", len(workload.lengths), 1, _MAX_SEQUENCES)
-    if min(workload.lengths) > 0:  # else the layout says what is wrong with them
+    if min(workload.lengths) > 0:  # otherwise the layout raises
         _check_memory(workload)
         _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)
-    layout_of(workload)
+    workload.layout()
 
 
 def needed_bytes(workload: Workload) -> int:
-    """Bytes that all ranks together need for it, in the worst case."""
+    """Return how many bytes all ranks together need for a workload, at most."""
     longest_rank = -(-sum(workload.lengths) // workload.cp_size) + 2 * len(workload.lengths)
     padded = longest_rank * workload.cp_size * workload.row_bytes * workload.tensors
-    indices = 64 * sum(workload.lengths)  # int64 rows and orders, and what stamping makes of them
-    return workload.cp_size * (_COPIES[workload.algorithm] * padded + indices)
+    indices = 64 * sum(workload.lengths)  # int64 rows and orders, and temporaries of stamping
+    copies = _COPIES.get(workload.algorithm, _COPIES_OTHERWISE)
+    return workload.cp_size * (copies * padded + indices)
 
 
 def _check_memory(workload: Workload, more_copies: int = 0) -> None:
@@ -142,7 +146,7 @@ def _check_pool(body: Pool, world_size: int) -> None:
         _in_range("nbytes", body.nbytes or 0, 1, room)
     if body.action == "warm_up":
         # Receive buffer and shard of each tensor, twice; see SymmetricPool.warm_up.
-        row = body.heads * body.head_dim * DTYPES[body.dtype].itemsize * 4 * body.tensors
+        row = body.heads * body.head_dim * DTYPE_BYTES[body.dtype] * 4 * body.tensors
         _in_range("max_tokens", body.max_tokens or 0, 1, max(1, room // row))
 
 
@@ -150,8 +154,8 @@ def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:
     _in_range("heads", heads, 1, 4096)
     _in_range("head_dim", head_dim, 1, 65536)
     _in_range("tensors", tensors, 1, 16)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
 
 
 def _in_range(name: str, value: float, least: float, most: float) -> None:

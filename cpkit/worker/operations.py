@@ -1,4 +1,4 @@
-"""What the ranks can do: one operation for each request that concerns all of them."""
+"""The table of operations: one per request that all ranks run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cpkit.worker.put import PutOperation
 
 __all__ = ["Operation", "RankState", "operation"]
 
-_OPERATIONS: dict[type[Body], type[Operation[Any, Any]]] = {
+_OPERATIONS: dict[type[Body], type[Operation[Any]]] = {
     Gather: GatherOperation,
     Measure: MeasureOperation,
     Sweep: SweepOperation,
@@ -36,6 +36,6 @@ _OPERATIONS: dict[type[Body], type[Operation[Any, Any]]] = {
 }
 
 
-def operation(body: Body) -> Operation[Any, Any]:
-    """The operation of a request."""
+def operation(body: Body) -> Operation[Any]:
+    """Return the operation of a request."""
     return _OPERATIONS[type(body)](body)

@@ -1,99 +1,66 @@
-"""Every rank writes its stamp into every peer's memory, and reads what peers wrote into its own.
+"""Each rank writes its stamp into every peer's memory, and reads what its peers wrote (`Put`).
 
     round n, with barriers      write n everywhere │ barrier │ read: n everywhere │ barrier │ next
-    round without                     write n everywhere, read: whatever is there by now, next round
+    round n, without            write n everywhere, read: any round, next round
 
-A stamp is `writer << 32 | round`, so a read says who wrote it, and whether it is of an earlier
-round (stale: the peer is not there yet) or a later one (ahead: it has overwritten what was to be
-read).
+A stamp is `writer << 32 | round`, so a read shows which rank wrote it and in which round: an
+earlier one (stale: the peer has not written yet) or a later one (ahead: the peer has overwritten
+the stamp that was to be read).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
-from cpkit.control.messages import Array, Message, Progress, Put, PutResult, ReplyBody
+from cpkit.control.messages import Array, Progress, Put, PutResult
 from cpkit.devices import default_device, finish
 from cpkit.group import CPGroup
 from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState, Steps
 
-_ROUNDS_A_STEP = 500
+_ROUNDS_PER_STEP = 500
 _MAX_EXAMPLES = 5
 _ROUND_BITS = 32
 
 
-class PutReport(Message, frozen=True):
-    """What one rank read."""
+class PutOperation(Operation[Put]):
+    """Run the rounds, a fixed number of them per step."""
 
-    reads: int
-    stale: int
-    ahead: int
-    row: tuple[int, ...]
-    offset: int
-    address: int
-    examples: tuple[str, ...]
-
-
-class PutOperation(Operation[Put, PutReport]):
-    """As many rounds a step as keep it short."""
-
-    report = PutReport
-
-    def steps(self, group: CPGroup, state: RankState) -> Steps[PutReport]:
-        """Reports count from the first round on."""
+    def steps(self, group: CPGroup, state: RankState) -> Steps:
+        """Yield progress, and return the counts of all rounds."""
+        rounds = self.body.rounds
         with use_symmetric_memory(group):
             mine = torch.zeros(group.size, dtype=torch.int64, device=default_device())
         finish()
         group.barrier()
-        board = _Stamps(mine, group, self.body.barrier)
-        for first in range(1, self.body.rounds + 1, _ROUNDS_A_STEP):
+        stamps = _Stamps(mine, group, self.body.barrier)
+        for first in range(1, rounds + 1, _ROUNDS_PER_STEP):
             if first > 1:
-                yield board.report()
+                yield Progress(first - 1, rounds, "rounds")
             group.barrier()
-            for number in range(first, min(first + _ROUNDS_A_STEP, self.body.rounds + 1)):
-                board.play(number)
+            for number in range(first, min(first + _ROUNDS_PER_STEP, rounds + 1)):
+                stamps.run_round(number)
             group.barrier()
-        return board.report()
-
-    def collect(self, reports: list[PutReport], *, over: bool) -> Iterator[ReplyBody]:
-        """The result; counts of all ranks together."""
-        if not over:
-            yield Progress(reports[0].reads // self.body.cp_size, self.body.rounds, "rounds")
-            return
-        yield PutResult(
-            cp_size=self.body.cp_size,
-            rounds=self.body.rounds,
-            barrier=self.body.barrier,
-            reads=sum(report.reads for report in reports),
-            stale=sum(report.stale for report in reports),
-            ahead=sum(report.ahead for report in reports),
-            matrix=Array.of(np.array([report.row for report in reports], dtype=np.int64)),
-            offsets=tuple(report.offset for report in reports),
-            addresses=tuple(report.address for report in reports),
-            examples=tuple(e for report in reports for e in report.examples)[:_MAX_EXAMPLES],
-        )
+        return stamps.result(self.body)
 
 
 class _Stamps:
-    """One rank's memory, its view of the peers', and what it has read so far."""
+    """One rank's memory, its views of the peers' memory, and what it has read."""
 
     def __init__(self, mine: torch.Tensor, group: CPGroup, barrier: bool) -> None:
         pool = symmetric_pool(group, mine.device.type)
-        place = pool.locate(mine)
+        location = pool.locate(mine)
         self._mine, self._group, self._barrier = mine, group, barrier
         self._views = [pool.peer_view(mine, peer) for peer in range(group.size)]
         # On the CPU, numpy stores a word at once; torch takes microseconds for it.
         self._words = [v.numpy() for v in self._views] if mine.device.type == "cpu" else self._views
-        self._offset = place[1] if place else -1
+        self._offset = location[1] if location else -1
         self._reads = self._stale = self._ahead = 0
         self._row: list[int] = []
         self._examples: list[str] = []
 
-    def play(self, number: int) -> None:
+    def run_round(self, number: int) -> None:
         """Write to all peers, then read what they wrote here."""
         rank = self._group.rank
         for view in self._words:
@@ -105,9 +72,9 @@ class _Stamps:
         if self._barrier:
             self._group.barrier()
         for writer, stamp in enumerate(self._row):
-            self._judge(number, writer, stamp & ((1 << _ROUND_BITS) - 1))
+            self._count(number, writer, stamp & ((1 << _ROUND_BITS) - 1))
 
-    def _judge(self, number: int, writer: int, found: int) -> None:
+    def _count(self, number: int, writer: int, found: int) -> None:
         self._reads += 1
         self._stale += found < number
         self._ahead += found > number
@@ -116,14 +83,17 @@ class _Stamps:
                 f"round {number}: rank {self._group.rank} read round {found} of rank {writer}"
             )
 
-    def report(self) -> PutReport:
-        """All that was read since the first round."""
-        return PutReport(
+    def result(self, body: Put) -> PutResult:
+        """Return this rank's counts, and its last read."""
+        return PutResult(
+            cp_size=body.cp_size,
+            rounds=body.rounds,
+            barrier=body.barrier,
             reads=self._reads,
             stale=self._stale,
             ahead=self._ahead,
-            row=tuple(self._row),
-            offset=self._offset,
-            address=self._mine.data_ptr(),
+            last_read=Array.of(np.array([self._row], dtype=np.int64)),
+            offsets=(self._offset,),
+            addresses=(self._mine.data_ptr(),),
             examples=tuple(self._examples),
         )

@@ -100,7 +100,7 @@ class Task:
     """A job on rank 0: its operation, and the parts still to be run."""
 
     def __init__(self, body: Body) -> None:
-        self.operation: Operation[Any, Any] = operation(body)
+        self.operation: Operation[Any] = operation(body)
         self.parts = deque(self.operation.parts())
         self.is_open = False
 

@@ -1,43 +1,58 @@
-"""A workload on one rank: its stamped rows, the gather, and the check of what came out."""
+"""A workload on one rank: its stamped rows, the gather, and the check of the result."""
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from cpkit import provenance
-from cpkit.bench import Timing
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
 from cpkit.devices import default_device
 from cpkit.gather import all_gather_kv, as_rows, last_path
 from cpkit.group import CPGroup
-from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
+from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.path import PathReport
+from cpkit.plan import GatherPlan, plan_gather_kv
+from cpkit.stages import keep
 from cpkit.symm import batch_symmetry
-from cpkit.worker.operation import Timed
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 
 
 @dataclass
 class Run:
-    """A workload ready to be gathered as often as wanted. Every rank of the group has one."""
+    """A workload that is ready to be gathered any number of times. Every rank has one."""
 
     workload: Workload
     metadata: ContextParallelMetadata
     group: CPGroup
     round: int
     tensors: list[torch.Tensor]
+    _plan: GatherPlan | None = field(default=None, init=False, repr=False)
 
     def gather(self) -> list[torch.Tensor]:
-        """All tensors, in token order. Collective."""
+        """Return all tensors in token order. Collective."""
         with batch_symmetry(self.workload.symmetric):
+            if self.workload.algorithm == "plan":
+                return self._call_plan()
             return all_gather_kv(
                 self.tensors, self.metadata, self.group, algorithm=self.workload.algorithm
             )
+
+    def prepare_plan(self) -> GatherPlan:
+        """Return the plan of algorithm "plan"; make it at the first call. Collective."""
+        if self._plan is None:
+            with batch_symmetry(self.workload.symmetric):
+                self._plan = plan_gather_kv(self.tensors, self.metadata, self.group)
+        return self._plan
+
+    def _call_plan(self) -> list[torch.Tensor]:
+        gathered = self.prepare_plan()()
+        keep("shard", self.tensors[0])
+        keep("wire", gathered[0])
+        return gathered
 
     def verified_gather(self) -> list[torch.Tensor]:
         """Gather, and compare every bit. Raises ProvenanceError. Collective."""
@@ -48,7 +63,7 @@ class Run:
         return gathered
 
     def _is_expected(self, tensor: torch.Tensor, number: int) -> bool:
-        """Whether every bit is right; ten times quicker than a check, which can explain."""
+        """Return whether every bit is right: ten times faster than a check that can explain."""
         want = provenance.expected_rows(
             self.metadata, tensor.shape[1:], tensor.dtype, round=self.round, tensor=number
         )
@@ -56,21 +71,16 @@ class Run:
         return got_rows.dtype == want_rows.dtype and torch.equal(got_rows, want_rows)
 
     def path(self) -> PathReport:
-        """What the latest gather did on this rank."""
+        """Return the path of the latest gather on this rank."""
         report = last_path(self.group)
         if report is None:
             raise RuntimeError("there is no path before the first gather")
         return report
 
 
-def layout_of(workload: Workload) -> ContextParallelMetadata:
-    """Who owns which token of it. Raises ValueError for lengths that cannot be laid out."""
-    return prepare_context_parallel_metadata(workload.lengths, workload.cp_size, workload.strategy)
-
-
 def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
     """Stamp this rank's rows. Local."""
-    metadata = layout_of(workload)
+    metadata = workload.layout()
     shape, dtype = (workload.heads, workload.head_dim), DTYPES[workload.dtype]
     tensors = [
         provenance.shard_rows(metadata, group.rank, shape, dtype, round=round_number, tensor=n).to(
@@ -79,22 +89,3 @@ def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
         for n in range(workload.tensors)
     ]
     return Run(workload, metadata, group, round_number, tensors)
-
-
-def longest_s(elapsed_s: float, group: CPGroup) -> float:
-    """The largest of all ranks' numbers, on every rank. Collective."""
-    notes = group.exchange(struct.pack("d", elapsed_s))
-    return max(float(struct.unpack("d", note)[0]) for note in notes)
-
-
-def timed(timing: Timing, path: PathReport) -> Timed:
-    """A timing as a message."""
-    return Timed(
-        median_us=timing.median_us,
-        min_us=timing.min_us,
-        p95_us=timing.p95_us,
-        iterations=len(timing.times_us),
-        stage_us=timing.stage_medians_us(),
-        path=path.path,
-        path_reason=path.reason,
-    )

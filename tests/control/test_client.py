@@ -69,7 +69,7 @@ def test_who_waits_behind_others_is_told_and_then_the_workers_are_busy(
 
 def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
     client = control_server.client()
-    sample = Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
+    sample = Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
 
     def work() -> None:
         job = control_server.server.turns.take(LIMIT_S)
@@ -116,7 +116,7 @@ def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(
     job = control_server.server.turns.take(LIMIT_S)
     assert job
     control_server.server.tell(
-        job, Sample(WORKLOAD, 0, 1, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
+        job, Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
     )
     thread.join()
     stream.close()

@@ -116,7 +116,6 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
         workload=WORKLOAD,
         sequence=0,
         iterations=3,
-        total_bytes=8_000_000,
         per_rank_us=(900.0, 1000.0, 950.0, 800.0),
         per_rank_min_us=(1.0,) * 4,
         per_rank_p95_us=(1.0,) * 4,
@@ -125,8 +124,14 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
         path_reason="",
     )
     assert sample.time_us == 1000.0
-    assert sample.algbw_gbps == pytest.approx(8.0)
-    assert sample.busbw_gbps == pytest.approx(6.0)
+    algbw_gbps = WORKLOAD.total_bytes / 1e6  # in one millisecond
+    assert sample.algbw_gbps == pytest.approx(algbw_gbps)
+    assert sample.busbw_gbps == pytest.approx(algbw_gbps * 3 / 4)
+    assert repr(sample) == (
+        "direct, cp_size 4, 20107264 bytes: 1000 µs, p95 1 µs, algbw 20.11 GB/s, busbw 15.08 GB/s, "
+        "path symmetric"
+    )
+    assert sample._repr_html_().count("<tr>") == 4, "one row per rank"
 
 
 def test_a_workload_knows_its_bytes() -> None:

@@ -34,4 +34,4 @@ def sample(cp_size: int = 4, algorithm: str = "padded", first_us: float = 10.0) 
     times = tuple(first_us + rank for rank in range(cp_size))
     work = Workload(cp_size=cp_size, lengths=(13, 9), algorithm=algorithm)
     stages = {"pad": times, "wire": times}
-    return Sample(work, 0, 5, 1000, times, times, times, stages, "symmetric", "in the pool")
+    return Sample(work, 0, 5, times, times, times, stages, "symmetric", "in the pool")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 
@@ -47,6 +48,32 @@ def test_gathers_are_verified_and_shown_by_every_algorithm(
         assert (shard[:, :2] == (7, cp_size - 1)).all()
         assert np.array_equal(last[:, 1], layout.owners().numpy())
         assert list(last[:, 3]) == [*range(11), *range(16), *range(9)]
+
+
+def test_a_plan_can_be_chosen_wherever_an_algorithm_can(lab: Lab) -> None:
+    got = lab.gather([13, 9], 4, algorithm="plan")
+    assert got.verified
+    assert got.path == "symmetric"
+    assert got.stages == ("shard", "wire")
+    assert lab.gather([13, 9], 4, algorithm="plan", symmetric=False).path == "fallback"
+    (sample,) = lab.measure(64, 2, algorithm="plan", samples=1)
+    assert set(sample.stage_us) == {"wire", "exit"}
+    assert set(lab.trace(64, 2, algorithm="plan").table["stage"]) == {"wire", "exit"}
+    table = lab.sweep(lengths=[64], algorithms=["direct", "plan"], iterations=3)
+    assert list(table["algorithm"]) == ["direct", "plan"]
+    assert set(lab.explain(64, 2, algorithm="plan")["path"]) == {"symmetric"}
+    assert lab.clock(["plan"], 64, 2, iterations=2, warmup=0).times_us("plan").shape == (2, 2)
+
+
+@pytest.mark.parametrize("method", ["gather", "measure", "sweep", "clock", "trace", "explain"])
+def test_signatures_show_every_parameter_its_values_and_its_default(method: str) -> None:
+    signature = inspect.signature(getattr(Lab, method))
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    shown = str(signature)
+    assert "strategy: Literal['zigzag', 'interleave', 'contiguous'] = 'zigzag'" in shown
+    assert "'direct', 'plan'" in shown
+    assert "heads: int = 8, head_dim: int = 128" in shown
 
 
 def test_the_stages_of_the_padded_gather_show_padding_and_order(lab: Lab) -> None:
@@ -169,6 +196,7 @@ def test_a_cold_clock_starts_with_the_first_call(lab: Lab) -> None:
 def test_the_pool_fills_spills_and_is_warmed_up(lab: Lab) -> None:
     fresh = lab.pool.configure(4 << 20, 2)
     assert list(fresh["rank"]) == [0, 1]
+    assert "warm_up()" in repr(lab.pool)
     assert (fresh["arena_bytes"] == 4 << 20).all()
     fits = lab.pool.allocate(1 << 20, 2)
     assert fits.attrs["note"] == "fit the pool"

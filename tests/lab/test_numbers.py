@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 import cpkit
 
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.workers
         lambda lab: lab.sweep(sizes_bytes=["a"]),
         lambda lab: lab.sweep(sizes_bytes=[-5]),
         lambda lab: lab.sweep(sizes_bytes=[64], cp_sizes=["a"]),
-        lambda lab: lab.sweep(sizes_bytes=[1 << 14], algorithm="direct"),
         lambda lab: lab.gather(64, 2, algorithm="fast"),
     ],
 )
@@ -38,6 +38,17 @@ def test_odd_numbers_are_bad_requests(call: Callable[[cpkit.Lab], object], lab: 
     with pytest.raises(cpkit.BadRequest):
         call(lab)
     assert lab.gather(64, 2).verified
+
+
+def test_a_sweep_has_algorithms_and_no_algorithm(lab: cpkit.Lab) -> None:
+    with pytest.raises(TypeError, match="'algorithm'"):
+        lab.sweep(sizes_bytes=[1 << 14], algorithm="direct")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "bf16"])
+def test_a_dtype_is_torchs_or_its_name(lab: cpkit.Lab, dtype: str | torch.dtype) -> None:
+    assert lab.workload(64, 2, dtype=dtype).dtype == "bfloat16"
+    assert lab.gather(64, 2, dtype=dtype).verified
 
 
 def test_numbers_of_numpy_are_welcome(lab: cpkit.Lab) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from cpkit import provenance
 from cpkit.control.messages import Workload
-from cpkit.worker.workload import DTYPES, Run, layout_of
+from cpkit.worker.workload import DTYPES, Run
 
 WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
 
@@ -20,7 +20,7 @@ class Gathered(Run):
 
 
 def gathered(dtype: str, round_number: int = 3) -> Gathered:
-    layout = layout_of(WORKLOAD)
+    layout = WORKLOAD.layout()
     tensors = [
         provenance.expected_rows(layout, (2, 5), DTYPES[dtype], round=round_number, tensor=number)
         for number in range(2)

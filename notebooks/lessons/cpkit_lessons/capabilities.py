@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cpkit.lab.results import LabStatus
+from cpkit.control.results import StatusResult
 
 TierName = Literal["cpu", "one_gpu", "gpus"]
 VERIFIED_WITH = "torch 2.13.0, Python 3.11, Linux"
@@ -64,7 +64,7 @@ TIERS: dict[TierName, Tier] = {
 }
 
 
-def tier_of(status: LabStatus) -> Tier:
+def tier_of(status: StatusResult) -> Tier:
     """The tier of a set of workers."""
     if status.device == "cpu":
         return TIERS["cpu"]
@@ -72,7 +72,7 @@ def tier_of(status: LabStatus) -> Tier:
     return TIERS["one_gpu" if len(places) < status.world_size else "gpus"]
 
 
-def describe(status: LabStatus) -> str:
+def describe(status: StatusResult) -> str:
     """Ranks, versions beside those that were verified, and the tier with what it lacks."""
     return (
         f"{status.world_size} ranks on {status.device}; torch {status.torch_version} "

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from cpkit.algorithms import AlgorithmName
+from cpkit.control.results import GatherResult
 from cpkit.lab import Lab
-from cpkit.lab.results import Gathered
 from cpkit_lessons.feedback import Score, Wrong
 from cpkit_lessons.performance_questions import LESSON
 from cpkit_lessons.published import SYMMETRIC
@@ -89,7 +89,7 @@ def check_price(lab: Lab, price_us: Price) -> Score:
     return Score(cases)
 
 
-def rows_written(gathered: Gathered, rank: int = 0) -> dict[str, int]:
+def rows_written(gathered: GatherResult, rank: int = 0) -> dict[str, int]:
     """Rows that one rank wrote in each stage: what the gather really did.
 
     A rank that lacks no rows and sends from ordinary memory pads nothing.

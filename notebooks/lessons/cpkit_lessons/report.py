@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from cpkit.lab.results import LabStatus
+from cpkit.control.results import StatusResult
 from cpkit.notebook.show import NoPicture, png
 from cpkit.notebook.style import text_alternative
 from cpkit_lessons import machine
@@ -37,7 +37,7 @@ _STYLE = (
 )
 
 
-def environment(status: LabStatus) -> dict[str, Any]:
+def environment(status: StatusResult) -> dict[str, Any]:
     """Where and with what: machine, versions, commit, date; what a reader needs to compare."""
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
@@ -57,7 +57,7 @@ def environment(status: LabStatus) -> dict[str, Any]:
 
 def write(
     folder: Path,
-    status: LabStatus,
+    status: StatusResult,
     table: pd.DataFrame,
     *,
     repeat: str,

@@ -1,0 +1,220 @@
+"""Measured times as results: a sample, a sweep, and the raw samples of `Lab.clock`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cpkit.control.requests import ClockCall
+from cpkit.control.results import Array, ShownResult, WorkloadResult
+from cpkit.memory.path import PathName
+from cpkit.timing import algbw_gbps, busbw_gbps, percentile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Self
+
+    import numpy as np
+    import pandas as pd
+
+
+class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
+    """One measurement: statistics over `iterations` gathers, per rank, in microseconds."""
+
+    sequence: int
+    iterations: int
+    per_rank_us: tuple[float, ...]  # medians
+    per_rank_min_us: tuple[float, ...]
+    per_rank_p95_us: tuple[float, ...]
+    stage_us: dict[str, tuple[float, ...]]  # medians per rank
+    path: PathName
+    path_reason: str
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the samples of the ranks."""
+        stages = dict.fromkeys(name for part in parts for name in part.stage_us)
+        return msgspec.structs.replace(
+            parts[0],
+            per_rank_us=tuple(us for part in parts for us in part.per_rank_us),
+            per_rank_min_us=tuple(us for part in parts for us in part.per_rank_min_us),
+            per_rank_p95_us=tuple(us for part in parts for us in part.per_rank_p95_us),
+            stage_us={
+                name: tuple(us for part in parts for us in part.stage_us.get(name, (0.0,)))
+                for name in stages
+            },
+        )
+
+    @property
+    def time_us(self) -> float:
+        """Median time of the gather on its slowest rank."""
+        return max(self.per_rank_us)
+
+    @property
+    def min_us(self) -> float:
+        """Shortest time of the gather; the largest of all ranks."""
+        return max(self.per_rank_min_us)
+
+    @property
+    def p95_us(self) -> float:
+        """95th percentile of the gather's time; the largest of all ranks."""
+        return max(self.per_rank_p95_us)
+
+    @property
+    def algbw_gbps(self) -> float:
+        """Gathered bytes per second, in 1e9 bytes/s (nccl-tests' algbw)."""
+        return algbw_gbps(self.total_bytes, self.time_us)
+
+    @property
+    def busbw_gbps(self) -> float:
+        """Bandwidth that each link must carry, in 1e9 bytes/s: algbw·(cp−1)/cp."""
+        return busbw_gbps(self.total_bytes, self.time_us, self.cp_size)
+
+    def row(self) -> dict[str, object]:
+        """Return the sample as a row in nccl-tests' columns."""
+        work = self.workload
+        return {
+            "size_bytes": self.total_bytes,
+            "count": sum(work.lengths) * work.heads * work.head_dim * work.tensors,
+            "type": work.dtype,
+            "algorithm": work.algorithm,
+            "cp_size": work.cp_size,
+            "strategy": work.strategy,
+            "symmetric": work.symmetric,
+            "lengths": list(work.lengths),
+            "time_us": self.time_us,
+            "min_us": self.min_us,
+            "p95_us": self.p95_us,
+            "algbw_gbps": self.algbw_gbps,
+            "busbw_gbps": self.busbw_gbps,
+            "path": self.path,
+            "path_reason": self.path_reason,
+            "iterations": self.iterations,
+        }
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, time_us, min_us, p95_us."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "rank": range(self.cp_size),
+                "time_us": self.per_rank_us,
+                "min_us": self.per_rank_min_us,
+                "p95_us": self.per_rank_p95_us,
+            }
+        ).round(1)
+
+    def summary(self) -> str:
+        """Return time, p95, bandwidths and path in one line."""
+        return (
+            f"{self.algorithm}, cp_size {self.cp_size}, {self.total_bytes} bytes: "
+            f"{self.time_us:.0f} µs, p95 {self.p95_us:.0f} µs, algbw {self.algbw_gbps:.2f} GB/s, "
+            f"busbw {self.busbw_gbps:.2f} GB/s, path {self.path}"
+        )
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+
+class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
+    """All samples of a sweep, one per workload."""
+
+    rows: tuple[Sample, ...]
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the samples of the ranks, workload by workload."""
+        workloads = zip(*(part.rows for part in parts), strict=True)
+        return cls(tuple(map(Sample.of_all_ranks, workloads)))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """nccl-tests' columns, one row per workload. Times are those of the slowest rank."""
+        import pandas as pd
+
+        return pd.DataFrame([sample.row() for sample in self.rows])
+
+    def summary(self) -> str:
+        """Return the number of workloads."""
+        return f"{len(self.rows)} workloads"
+
+
+class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is"):
+    """Start and end of every call on every rank. A repeated call is named `direct#2` and so on.
+
+    Times are microseconds of one clock. The time of a gather is that of its slowest rank.
+    """
+
+    calls: tuple[str, ...]
+    samples_us: Array  # float64 [calls, iterations, ranks, 2]: start and end
+
+    @staticmethod
+    def numbered(calls: Iterable[ClockCall]) -> tuple[str, ...]:
+        """Return the names of the calls, with #2 at the second of a name, and so on."""
+        names: list[str] = []
+        for call in calls:
+            count = sum(name.partition("#")[0] == call for name in names) + 1
+            names.append(call if count == 1 else f"{call}#{count}")
+        return tuple(names)
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the samples of the ranks, in microseconds since the first of them."""
+        import numpy as np
+
+        samples = np.concatenate([part.samples_us.numpy() for part in parts], axis=2)
+        return msgspec.structs.replace(parts[0], samples_us=Array.of(samples - samples.min()))
+
+    def begin_us(self, call: str) -> np.ndarray:
+        """Return when each rank started: float64 `[iterations, ranks]`. Raises as `times_us`."""
+        return self._samples(call)[..., 0]
+
+    def times_us(self, call: str) -> np.ndarray:
+        """Return how long each rank took: float64 `[iterations, ranks]`.
+
+        Raises ValueError for a call that was not timed.
+        """
+        samples = self._samples(call)
+        times: np.ndarray = samples[..., 1] - samples[..., 0]
+        return times
+
+    def slowest_us(self, call: str) -> np.ndarray:
+        """Return the time of the slowest rank of each iteration: float64 `[iterations]`."""
+        slowest: np.ndarray = self.times_us(call).max(axis=1)
+        return slowest
+
+    def median_us(self, call: str) -> float:
+        """Return the median over iterations of the slowest rank's time, in µs."""
+        import numpy as np
+
+        return float(np.median(self.slowest_us(call)))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per call: call, time_us, min_us, p95_us, iterations; of the slowest rank."""
+        import pandas as pd
+
+        rows = [
+            {
+                "call": call,
+                "time_us": self.median_us(call),
+                "min_us": float(self.slowest_us(call).min()),
+                "p95_us": percentile(self.slowest_us(call).tolist(), 95),
+                "iterations": len(self.slowest_us(call)),
+            }
+            for call in self.calls
+        ]
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """Return what was gathered in one line."""
+        return f"{self.total_bytes} bytes over cp_size {self.cp_size}"
+
+    def _samples(self, call: str) -> np.ndarray:
+        if call not in self.calls:
+            raise ValueError(f"{call!r} was not timed; what was: {', '.join(self.calls)}")
+        samples: np.ndarray = self.samples_us.numpy()[self.calls.index(call)]
+        return samples

@@ -1,0 +1,437 @@
+"""What the workers return, one struct per result; timings are in `measurements`.
+
+Each rank reports a result with its own part, `of_all_ranks` joins the parts on rank 0, the socket
+carries the whole, and a notebook shows it as a line and a table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from cpkit.control.requests import Message, Workload
+from cpkit.memory.path import PathName, PathReport
+from cpkit.memory.statistics import PoolSample, PoolStatistics
+from cpkit.timing import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+    from typing import Self
+
+    import numpy as np
+    import pandas as pd
+
+    from cpkit.layout import ContextParallelMetadata
+
+
+class Array(Message, frozen=True):
+    """A small tensor to look at: dtype name, shape, raw little-endian bytes."""
+
+    dtype: Literal["int64", "int32", "float64", "uint8"]
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Self:
+        """Pack an array."""
+        return cls(values.dtype.name, values.shape, values.tobytes())  # type: ignore[arg-type]
+
+    def numpy(self) -> np.ndarray:
+        """Return the array; read-only."""
+        import numpy as np
+
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+
+class ShownResult(Message, frozen=True):
+    """A result that is shown as one line of text and a table."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return the result in one line."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{self.summary()}\n{self.table.to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        table: str = self.table.to_html(index=False, border=0)
+        return f"<p>{escape(self.summary())}</p>{table}"
+
+
+class WorkloadResult(ShownResult, frozen=True):
+    """A result of one workload, with the workload's fields."""
+
+    workload: Workload
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that took part."""
+        return self.workload.cp_size
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens per sequence."""
+        return self.workload.lengths
+
+    @property
+    def strategy(self) -> str:
+        """Which rank owns which token."""
+        return self.workload.strategy
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of the gather."""
+        return self.workload.algorithm
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole gathered result, without padding."""
+        return self.workload.total_bytes
+
+
+class WorkerInfo(Message, frozen=True):
+    """One rank: its process, device and log file."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    log: str
+
+
+class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"):
+    """The workers: processes, devices, state, and limits."""
+
+    name: str
+    version: str
+    torch_version: str
+    world_size: int
+    cp_sizes: tuple[int, ...]
+    device: str
+    state: Literal["idle", "busy"]
+    ahead: int
+    uptime_s: float
+    endpoint: str
+    log_dir: str
+    owner_pid: int | None
+    symmetric_backend: str
+    memory_limit_bytes: int
+    workers: tuple[WorkerInfo, ...]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, pid, host, device, log."""
+        return _table_of(self.workers)
+
+    def summary(self) -> str:
+        """Return name, size, device, state, versions and logs in one line."""
+        owner = f"owned by process {self.owner_pid}" if self.owner_pid else "running until stopped"
+        return (
+            f"cpkit workers {self.name!r}: {self.world_size} ranks on {self.device} "
+            f"({self.symmetric_backend}), {self.state}, up {self.uptime_s:.0f} s, {owner}; "
+            f"cpkit {self.version}, torch {self.torch_version}; logs in {self.log_dir}"
+        )
+
+
+class StageArray(Message, frozen=True):
+    """One stage on one rank: rows of (round, rank, sequence, token), -1 for padding."""
+
+    stage: str
+    rank: int
+    rows: Array
+
+
+class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="is"):
+    """A gather whose every bit was compared with the expected rows; a mismatch raises."""
+
+    round: int
+    per_rank_actual_token: tuple[int, ...]
+    max_rank_len: int
+    checked_rows: int
+    path: PathName
+    path_reason: str
+    per_rank_us: tuple[float, ...]
+    arrays: tuple[StageArray, ...]
+
+    verified = True
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the times and arrays of the ranks."""
+        return msgspec.structs.replace(
+            parts[0],
+            checked_rows=sum(part.checked_rows for part in parts),
+            per_rank_us=tuple(us for part in parts for us in part.per_rank_us),
+            arrays=tuple(array for part in parts for array in part.arrays),
+        )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages whose arrays are here; empty for a large gather."""
+        return tuple(dict.fromkeys(array.stage for array in self.arrays))
+
+    def stage(self, name: str, rank: int) -> np.ndarray:
+        """Return what a rank held after a stage: int64 `[slots, 4]`, one row per slot.
+
+        A row is (round, rank, sequence, token), or -1 for padding. Raises ValueError for a stage or
+        rank that this gather does not have.
+        """
+        for array in self.arrays:
+            if array.stage == name and array.rank == rank:
+                return array.rows.numpy()
+        if not self.arrays:
+            raise ValueError(
+                f"this gather has no stage arrays: {sum(self.lengths)} tokens are too many to "
+                f"show, or show=False was passed"
+            )
+        raise ValueError(
+            f"there is no stage {name!r} of rank {rank}; stages are {', '.join(self.stages)}, "
+            f"ranks 0 to {self.cp_size - 1}"
+        )
+
+    @property
+    def metadata(self) -> ContextParallelMetadata:
+        """Which rank owns which token."""
+        return self.workload.layout()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, actual_token, padded_token, time_us."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "rank": range(self.cp_size),
+                "actual_token": self.per_rank_actual_token,
+                "padded_token": self.max_rank_len,
+                "time_us": self.per_rank_us,
+            }
+        )
+
+    def summary(self) -> str:
+        """Return what was gathered and how in one line."""
+        return (
+            f"gathered {self.total_bytes} bytes over cp_size {self.cp_size} by {self.algorithm!r}, "
+            f"{self.checked_rows} rows verified bit by bit; path {self.path}: {self.path_reason}"
+        )
+
+
+class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is"):
+    """The stages of one gather on every rank, in nanoseconds since the first rank entered.
+
+    If `spans_hosts`, the clocks of the ranks differ, and each rank starts at 0.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]  # by rank
+    spans_hosts: bool = False
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the spans of the ranks, and start the clock at 0."""
+        starts_ns = [part.spans[0][0].start_ns for part in parts]
+        zeros_ns = starts_ns if parts[0].spans_hosts else [min(starts_ns)] * len(parts)
+        spans = tuple(
+            tuple(Span(s.stage, s.start_ns - zero, s.stop_ns - zero) for s in part.spans[0])
+            for part, zero in zip(parts, zeros_ns, strict=True)
+        )
+        return msgspec.structs.replace(parts[0], spans=spans)
+
+    @property
+    def total_us(self) -> float:
+        """Time from the first start to the last end of a stage."""
+        return max(span.stop_ns for spans in self.spans for span in spans) / 1e3
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per stage and rank: rank, stage, start_us, stop_us, duration_us."""
+        import pandas as pd
+
+        rows = [
+            (rank, span.stage, span.start_ns / 1e3, span.stop_ns / 1e3)
+            for rank, spans in enumerate(self.spans)
+            for span in spans
+        ]
+        table = pd.DataFrame(rows, columns=["rank", "stage", "start_us", "stop_us"])
+        table["duration_us"] = table["stop_us"] - table["start_us"]
+        return table
+
+    def summary(self) -> str:
+        """Return the algorithm and the total time in one line."""
+        return (
+            f"{self.algorithm!r} over cp_size {self.cp_size}: {self.total_us:.0f} µs from first to "
+            f"last"
+        )
+
+    def chrome_trace(self) -> dict[str, Any]:
+        """Return the timeline in Chrome's trace format: one thread per rank, times in µs.
+
+        Source of the format: "Trace Event Format", the Chromium project's public document.
+        """
+        work = self.workload
+        title = f"{work.algorithm}, cp_size {work.cp_size}, {work.total_bytes} bytes"
+        events: list[dict[str, Any]] = [
+            {"name": "process_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": title}}
+        ]
+        for rank, spans in enumerate(self.spans):
+            track = {"pid": 0, "tid": rank}
+            name = {"name": f"rank {rank}"}
+            events.append({"name": "thread_name", "ph": "M", **track, "args": name})
+            events += [
+                {
+                    "name": span.stage,
+                    "cat": "gather",
+                    "ph": "X",  # a complete event: start and duration
+                    "ts": span.start_ns / 1e3,
+                    "dur": (span.stop_ns - span.start_ns) / 1e3,
+                    **track,
+                    "args": {"rank": rank, "algorithm": work.algorithm},
+                }
+                for span in spans
+            ]
+        return {
+            "traceEvents": events,
+            "displayTimeUnit": "ns",
+            "otherData": msgspec.to_builtins(work),
+        }
+
+    def save_chrome_trace(self, path: str | PathLike[str]) -> None:
+        """Write the timeline as JSON that https://ui.perfetto.dev and chrome://tracing open."""
+        Path(path).write_text(json.dumps(self.chrome_trace(), indent=1) + "\n")
+
+
+class PoolResult(ShownResult, frozen=True, tag="pool_result", tag_field="is"):
+    """The pool of every rank of the first group after the action, and rank 0's latest samples."""
+
+    cp_size: int
+    ranks: tuple[PoolStatistics, ...]
+    note: str = ""
+    history: tuple[PoolSample, ...] = ()
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the statistics of the ranks."""
+        return msgspec.structs.replace(parts[0], ranks=tuple(part.ranks[0] for part in parts))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank and the fields of `PoolStatistics`; the note is in `attrs`."""
+        table = _table_of(self.ranks, with_rank=True)
+        table.attrs["note"] = self.note
+        return table
+
+    @property
+    def history_table(self) -> pd.DataFrame:
+        """Rank 0's pool over time: one row per sample, with the fields of `PoolSample`."""
+        return _table_of(self.history)
+
+    def summary(self) -> str:
+        """Return what the action did."""
+        return f"pools of cp_size {self.cp_size}" + (f": {self.note}" if self.note else "")
+
+
+class ExplainResult(WorkloadResult, frozen=True, tag="explain_result", tag_field="is"):
+    """The path that each rank took, by rank."""
+
+    ranks: tuple[PathReport, ...]
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the reports of the ranks."""
+        return msgspec.structs.replace(parts[0], ranks=tuple(part.ranks[0] for part in parts))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, path, reason, send, recv."""
+        return _table_of(self.ranks, with_rank=True)
+
+    def summary(self) -> str:
+        """Return the path of rank 0 in one line."""
+        return f"{self.algorithm!r}: path {self.ranks[0].path}: {self.ranks[0].reason}"
+
+
+class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
+    """What each rank read in its own memory after its peers wrote to it."""
+
+    cp_size: int
+    rounds: int
+    barrier: bool
+    reads: int
+    stale: int
+    ahead: int
+    last_read: Array  # int64 [reader, writer]: writer << 32 | round
+    offsets: tuple[int, ...]
+    addresses: tuple[int, ...]
+    examples: tuple[str, ...]
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Add the counts of the ranks, and join their last reads."""
+        import numpy as np
+
+        return msgspec.structs.replace(
+            parts[0],
+            reads=sum(part.reads for part in parts),
+            stale=sum(part.stale for part in parts),
+            ahead=sum(part.ahead for part in parts),
+            last_read=Array.of(np.concatenate([part.stamps for part in parts])),
+            offsets=tuple(part.offsets[0] for part in parts),
+            addresses=tuple(part.addresses[0] for part in parts),
+            examples=tuple(e for part in parts for e in part.examples)[:5],
+        )
+
+    @property
+    def stamps(self) -> np.ndarray:
+        """The last read: int64 `[reader, writer]`, `writer << 32 | round`."""
+        return self.last_read.numpy()
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The round that each rank saw at its last read: int64 `[reader, writer]`."""
+        return self.stamps & 0xFFFFFFFF
+
+    @property
+    def writers(self) -> np.ndarray:
+        """The rank that wrote what each rank saw at its last read: int64 `[reader, writer]`."""
+        return self.stamps >> 32
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per rank: rank, offset in the segment, address in that rank's process."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "rank": range(self.cp_size),
+                "offset": self.offsets,
+                "address": [hex(address) for address in self.addresses],
+            }
+        )
+
+    def summary(self) -> str:
+        """Return rounds, reads and faults in one line."""
+        how = "with a barrier" if self.barrier else "without a barrier"
+        return (
+            f"{self.rounds} rounds over cp_size {self.cp_size} {how}: {self.reads} reads, "
+            f"{self.stale} stale, {self.ahead} ahead"
+        )
+
+
+def _table_of(rows: Sequence[msgspec.Struct], with_rank: bool = False) -> pd.DataFrame:
+    """Return structs as rows; with their number as the first column if they are one per rank."""
+    import pandas as pd
+
+    table = pd.DataFrame([msgspec.structs.asdict(row) for row in rows])
+    if with_rank:
+        table.insert(0, "rank", range(len(rows)))
+    return table

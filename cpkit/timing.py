@@ -1,0 +1,59 @@
+"""Times of calls and of their stages, and the statistics over them. Imports no torch.
+
+Every median, percentile and bandwidth that cpkit shows is computed here.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stage of one rank, in nanoseconds of a monotonic clock."""
+
+    stage: str
+    start_ns: int
+    stop_ns: int
+
+
+@dataclass
+class Timing:
+    """Samples of one call on this rank: `[iterations]` µs, of the whole call and of each stage."""
+
+    times_us: list[float] = field(default_factory=list)
+    stages_us: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def median_us(self) -> float:
+        """The median of the call's time on this rank."""
+        return statistics.median(self.times_us)
+
+    def add(self, time_us: float, stages_us: Mapping[str, float]) -> None:
+        """Append one sample."""
+        self.times_us.append(time_us)
+        for name, stage_us in stages_us.items():
+            self.stages_us.setdefault(name, []).append(stage_us)
+
+    def stage_medians_us(self) -> dict[str, float]:
+        """Return the median of each stage; they need not add up to the median of the call."""
+        return {name: statistics.median(values) for name, values in self.stages_us.items()}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the value that `percent` of the values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return float(ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))])
+
+
+def algbw_gbps(total_bytes: int, time_us: float) -> float:
+    """Return nccl-tests' algbw in GB/s (1e9): S / t, where S is the size of the gathered result."""
+    return total_bytes / time_us / 1e3
+
+
+def busbw_gbps(total_bytes: int, time_us: float, cp_size: int) -> float:
+    """Return nccl-tests' busbw in GB/s (1e9): algbw·(cp−1)/cp, what each link carries."""
+    return algbw_gbps(total_bytes, time_us) * (cp_size - 1) / cp_size
