@@ -16,6 +16,7 @@ Times = Mapping[tuple[int, int], Mapping[str, float | None]]
 Ratios = Sequence[tuple[str, str, str]]  # name, above, below
 Columns = Sequence[tuple[str, str]]  # key of a row, title
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+README_CP_SIZE = 4  # docs/performance.md has the others
 SUMMARY_VARIANTS = ("plan", "direct", "padded", "gloo alone", "Open MPI", "memcpy")
 SIZE_COLUMNS = (("cp_size", "cp_size"), ("size_bytes", "size (B)"))
 TIME_COLUMNS = (
@@ -80,7 +81,7 @@ def as_text(record: Record) -> str:
 
 
 def as_summary(record: Record) -> str:
-    """Ratios, one line a size, for README.md."""
+    """Ratios at one cp_size, one line per size, for README.md."""
     where = record["environment"]
     words = (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
@@ -90,11 +91,12 @@ def as_summary(record: Record) -> str:
 
 
 def ratio_table(times: Times, ratios: Ratios) -> str:
-    """One line a size: the plan's time, and the ratios."""
+    """One line per size of README's cp_size: the plan's time, and the ratios."""
     header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in ratios)]
     lines = [
         [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us, ratios)]
         for (cp_size, nbytes), us in times.items()
+        if cp_size == README_CP_SIZE
     ]
     return table(header, lines)
 

@@ -88,7 +88,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_summary(record: dict[str, Any]) -> str:
-    """Ratios, one line a size, for README.md."""
+    """Ratios at one cp_size, one line per size, for README.md."""
     where = record["environment"]
     words = (
         f"{where['date']}, {where['device']}, torch {where['torch']}, commit {where['commit']}, "

@@ -1,4 +1,4 @@
-"""Who owns which token. Pure: no processes, no devices.
+"""Which rank owns which token. Pure: no processes, no devices.
 
 One permutation decides everything: `rank_rows(rank)`, the token index of each row that a rank
 holds, in the order it holds them. Over all ranks it is a bijection onto `range(total_tokens)`.
@@ -57,10 +57,10 @@ class Runs(NamedTuple):
 
 
 def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag") -> bool:
-    """Whether upstream would split this batch over `cp_size` ranks at all; over one it never does.
+    """Return True when upstream would split this batch over `cp_size` ranks; never over one.
 
     zigzag: every sequence has at least 2·cp tokens. interleave: the batch has at least cp tokens.
-    contiguous: every sequence has at least cp tokens, one for each rank.
+    contiguous: every sequence has at least cp tokens, one per rank.
     Source: SGLang `layers/cp/{zigzag,interleave}.py`, `can_apply`.
     """
     sizes = _checked_lengths(lengths)
@@ -106,17 +106,17 @@ class ContextParallelMetadata:
     strategy: str
 
     def __post_init__(self) -> None:
-        """A list of lengths is as good; hashed it must be, to be a key of what is made of it."""
+        """Convert the lengths to a tuple, because the metadata is a cache key."""
         object.__setattr__(self, "lengths", tuple(self.lengths))
 
     @cached_property
     def total_tokens(self) -> int:
-        """Tokens of the whole batch."""
+        """Number of tokens of the whole batch."""
         return sum(self.lengths)
 
     @cached_property
     def per_rank_actual_token(self) -> tuple[int, ...]:
-        """Rows that each rank really holds."""
+        """Number of rows that each rank really holds, by rank."""
         return tuple(int(self._pieces(rank)[2].sum()) for rank in range(self.cp_size))
 
     @cached_property
@@ -125,14 +125,14 @@ class ContextParallelMetadata:
         return (max(self.per_rank_actual_token),) * self.cp_size
 
     def rank_rows(self, rank: int) -> torch.Tensor:
-        """Token index of each row that `rank` holds, in the order it holds them: int64 `[rows]`."""
+        """Return the token index of each row that `rank` holds, in its order: int64 `[rows]`."""
         row, token, step, length = self.runs(rank)
         rows = np.arange(int(length.sum()))
         tokens = np.repeat(token - row * step, length) + rows * np.repeat(step, length)
         return torch.from_numpy(tokens)
 
     def runs(self, rank: int) -> Runs:
-        """`rank_rows` as few arithmetic runs: what a gather copies, one slice per run."""
+        """Return `rank_rows` as few arithmetic runs: a gather copies one slice per run."""
         _check_rank(rank, self.cp_size)
         if rank not in self._runs:
             self._runs[rank] = _merge(*self._pieces(rank))
@@ -140,7 +140,7 @@ class ContextParallelMetadata:
 
     @cached_property
     def _runs(self) -> dict[int, Runs]:
-        """Of each rank that was asked for: a gather needs those of its own rank only."""
+        """Runs by rank, computed on demand: a gather needs those of its own rank only."""
         return {}
 
     @cached_property
@@ -157,20 +157,20 @@ class ContextParallelMetadata:
         return np.cumsum(self._lengths) - self._lengths
 
     def owners(self) -> torch.Tensor:
-        """Rank that holds each token: int64 `[total_tokens]`."""
+        """Return the rank that holds each token: int64 `[total_tokens]`."""
         owner = torch.empty(self.total_tokens, dtype=torch.int64, device="cpu")
         for rank in range(self.cp_size):
             owner[self.rank_rows(rank)] = rank
         return owner
 
     def sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Sequence that each token (index into the flattened batch) belongs to: int64."""
+        """Return the sequence of each token (index into the flattened batch): int64."""
         ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.searchsorted(ends, tokens, right=True)
 
     @property
     def rank_order(self) -> torch.Tensor:
-        """Token index of each row once padding is stripped: rank 0's rows, rank 1's rows …"""
+        """Token index of each row in rank order: rank 0's rows, rank 1's rows …"""
         return torch.cat([self.rank_rows(rank) for rank in range(self.cp_size)])
 
     @property
@@ -190,20 +190,20 @@ class ContextParallelMetadata:
         return tuple(self._block_sizes.flatten().tolist())
 
     def zigzag_index(self, rank: int) -> tuple[int, ...]:
-        """Blocks of `split_list` that `rank` holds: all first blocks, then all second blocks."""
+        """Return the blocks of `split_list` that `rank` holds: all first ones, then all second."""
         self._only_zigzag("zigzag_index")
         _check_rank(rank, self.cp_size)
         return tuple(self._zigzag_blocks[rank].tolist())
 
     @cached_property
     def reverse_split_len(self) -> tuple[int, ...]:
-        """Block sizes in rank order: how to cut the stripped gather into blocks."""
+        """Block sizes in rank order, to cut the stripped gather into blocks."""
         self._only_zigzag("reverse_split_len")
         return tuple(self._block_sizes.flatten()[self._zigzag_blocks.flatten()].tolist())
 
     @cached_property
     def cp_reverse_index(self) -> tuple[int, ...]:
-        """Position in rank order of each block of token order; `cat` them so to reorganize."""
+        """Position in rank order of each block of token order: the order to `cat` them in."""
         self._only_zigzag("cp_reverse_index")
         return tuple(self._zigzag_blocks.flatten().argsort().tolist())
 
@@ -255,7 +255,7 @@ class ContextParallelMetadata:
 
 
 def shard(x: torch.Tensor, metadata: ContextParallelMetadata, rank: int) -> torch.Tensor:
-    """The rows of `x` (token order, `[total_tokens, …]`) that `rank` holds: `[rows, …]`, a copy.
+    """Copy the rows of `x` (token order, `[total_tokens, …]`) that `rank` holds: `[rows, …]`.
 
     Raises ValueError when `x` does not have `total_tokens` rows.
     """

@@ -1,14 +1,14 @@
-"""Rows that say who wrote them; finds the first wrong one and explains it.
+"""Rows that encode their origin; the first wrong row is found, decoded and explained.
 
 A gather moves bits, so its test data are bits with a meaning. A row of the KV cache is cut into
-64-bit words (lanes), and each word says which round, rank, sequence, token and lane it is, and of
-which of the gathered tensors:
+64-bit words (lanes). Each word encodes its round, rank, sequence, token and lane, and the number of
+its tensor:
 
     bits   63-62   61-52   51-44   43-34      33-14   13-4    3-0
            tag 01  round   rank    sequence   token   lane    tensor
 
-A row that is not a multiple of 8 bytes ends in the low bytes of a mixed word: enough to tell two
-rows apart, too short to be decoded. Booleans carry the lowest bit of each byte of the mixed word.
+A row that is not a multiple of 8 bytes ends in the low bytes of a mixed word: enough to distinguish
+two rows, too short to decode. Booleans hold the lowest bit of each byte of the mixed word.
 Expected values come from this formula alone, never from another collective.
 """
 
@@ -46,7 +46,7 @@ def shard_rows(
     round: int,
     tensor: int = 0,
 ) -> torch.Tensor:
-    """The stamped rows that `rank` holds, in its order: `[rows, *trailing_shape]`."""
+    """Return the stamped rows that `rank` holds, in its order: `[rows, *trailing_shape]`."""
     tokens = metadata.rank_rows(rank)
     ranks = torch.full_like(tokens, rank)
     return _stamp(metadata, tokens, ranks, trailing_shape, dtype, round, tensor)
@@ -60,13 +60,13 @@ def expected_rows(
     round: int,
     tensor: int = 0,
 ) -> torch.Tensor:
-    """What a right gather holds, in token order: `[total_tokens, *trailing_shape]`."""
+    """Return the result of a correct gather, in token order: `[total_tokens, *trailing_shape]`."""
     tokens = torch.arange(metadata.total_tokens, device="cpu")
     return _stamp(metadata, tokens, metadata.owners(), trailing_shape, dtype, round, tensor)
 
 
 def poison_(x: torch.Tensor) -> torch.Tensor:
-    """Fill a contiguous tensor with bytes that no stamp contains; returns it."""
+    """Fill a contiguous tensor with bytes that no stamp contains; return it."""
     if x.numel():
         value = 1 if x.dtype == torch.bool else POISON_BYTE
         x.view(torch.uint8).fill_(value)
@@ -85,7 +85,7 @@ def check(
 def explain_mismatch(
     got: torch.Tensor, metadata: ContextParallelMetadata, *, round: int, tensor: int = 0
 ) -> str | None:
-    """None when `got` (token order) is bit-exact; else which element is wrong first, decoded.
+    """Return None when `got` (token order) is bit-exact, else the first wrong element, decoded.
 
     slot 37 (of 64) lane 0 holds round 6, rank 2, sequence 1, token 5, lane 0, tensor 0;
     wanted round 7, rank 3, … (19 of 64 rows differ)
@@ -106,7 +106,7 @@ def explain_mismatch(
 
 
 def decode_rows(rows: torch.Tensor) -> torch.Tensor:
-    """What each row says of itself: int64 `[rows, 4]` of (round, rank, sequence, token).
+    """Decode each row: int64 `[rows, 4]` of (round, rank, sequence, token).
 
     Padding, poison and rows shorter than 8 bytes decode to -1.
     """
@@ -134,14 +134,14 @@ def _stamp(
     starts = torch.tensor(metadata.starts, device="cpu")[sequences]
     head = (
         _TAG
-        + _place("round", torch.tensor(round, device="cpu"))
-        + _place("tensor", torch.tensor(tensor, device="cpu"))
-        + _place("rank", ranks)
-        + _place("sequence", sequences)
-        + _place("token", tokens - starts)
+        + _shifted("round", torch.tensor(round, device="cpu"))
+        + _shifted("tensor", torch.tensor(tensor, device="cpu"))
+        + _shifted("rank", ranks)
+        + _shifted("sequence", sequences)
+        + _shifted("token", tokens - starts)
     )
     lanes = torch.arange(math.ceil(row_bytes / 8), device="cpu")
-    words = head[:, None] + _place("lane", lanes[None, :])
+    words = head[:, None] + _shifted("lane", lanes[None, :])
     whole = row_bytes // 8
     if dtype == torch.bool:
         words = _mix(words)
@@ -153,7 +153,7 @@ def _stamp(
     return data.contiguous().view(dtype).reshape(len(tokens), *trailing_shape)
 
 
-def _place(name: str, value: torch.Tensor) -> torch.Tensor:
+def _shifted(name: str, value: torch.Tensor) -> torch.Tensor:
     shift, width = _FIELDS[name]
     return (value % (1 << width)) << shift
 
@@ -171,7 +171,7 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def _row_bytes(x: torch.Tensor) -> torch.Tensor:
-    """Any tensor as its bytes: uint8 `[rows, bytes]`."""
+    """View any tensor as its bytes: uint8 `[rows, bytes]`."""
     rows = x.shape[0]
     if x.numel() == 0:
         return torch.empty(rows, 0, dtype=torch.uint8, device="cpu")
@@ -179,7 +179,7 @@ def _row_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(row: torch.Tensor, byte: int) -> str:
-    """In words: the 64-bit word around a byte of a row, or the bare byte where there is none."""
+    """Describe the 64-bit word around a byte of a row, or the byte itself where there is none."""
     first = byte // 8 * 8
     value = int(row[byte])
     if first + 8 > len(row):

@@ -1,9 +1,8 @@
-"""What a gather did when: stages with their times, and the arrays they made.
+"""The stages of a gather: their times, and the arrays they made.
 
-Off by default and then free: a stage is a null context. All ranks of one machine read the same
-monotonic clock, so the spans of several ranks can be laid beside each other. Where the GPU does the
-work, a stage lasts from what it had done before it to what it has done after it: events on the
-stream, put on the host's clock by one moment at which the GPU was idle.
+Recording is off by default, and a stage is a null context then. All ranks of one machine read the
+same monotonic clock, so the spans of several ranks can be compared. On a GPU a stage is the time
+between two events on the stream, converted to the host's clock at a moment when the GPU was idle.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Recorder:
 
     @property
     def spans(self) -> list[Span]:
-        """All stages so far; waits for the GPU where it did the work."""
+        """All stages so far; waits for the GPU."""
         if self._events and self._zero:
             finish()
             for name, *edges in self._events:
@@ -86,11 +85,11 @@ def record(keep_arrays: bool = False) -> Iterator[Recorder]:
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """Time a stage, when somebody records."""
+    """Time a stage while `record()` is active."""
     return _recorder.stage(name) if _recorder else _NOTHING
 
 
 def keep(name: str, array: torch.Tensor) -> None:
-    """Keep a copy of what a stage made, when somebody asked for it."""
+    """Keep a copy of what a stage made while `record(keep_arrays=True)` is active."""
     if _recorder and _recorder.keep_arrays:
         _recorder.arrays.setdefault(name, array.detach().clone())

@@ -1,9 +1,9 @@
-"""Check every algorithm and strategy bit for bit, on random ragged batches, in your own torchrun.
+"""Check every algorithm and strategy bit for bit on random ragged batches, in a torchrun job.
 
     torchrun --standalone --nproc-per-node 4 examples/gather_check.py
 
-It is also the shortest tour of cpkit without its workers and notebooks: join a process group, cut
-it into context-parallel groups, describe the batch, gather.
+It is also the shortest tour of the library without workers and notebooks: initialize a process
+group, split it into context-parallel groups, describe the batch, gather.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ TRAILING_SHAPES = ((8, 16), (1, 5), (24,), ())
 
 @dataclass(frozen=True)
 class Batch:
-    """A random batch: its layout, and K, V and an index key in token order, equal on all ranks."""
+    """A random batch, equal on all ranks: its layout, and three tensors in token order."""
 
     metadata: ContextParallelMetadata
     tensors: list[torch.Tensor]
 
     def shards(self, rank: int) -> list[torch.Tensor]:
-        """What `rank` holds of each tensor. The last shard is strided, a slice of a wider one."""
+        """Return the rows that `rank` holds of each tensor. The last shard is strided."""
         *plain, last = (shard(x, self.metadata, rank) for x in self.tensors)
         wide = last.new_empty(last.shape[0], 2, *last.shape[1:])
         wide[:, 0] = last
@@ -49,7 +49,7 @@ class Batch:
 
 
 def main() -> int:
-    """Run all checks; the exit code is 1 when a rank saw a wrong bit."""
+    """Run all checks; return 1 if a rank found a wrong bit."""
     parser = argparse.ArgumentParser(description="Check cpkit's gathers bit for bit.")
     parser.add_argument("--batches", type=int, default=4, help="batches per cp_size and strategy")
     parser.add_argument("--max-tokens", type=int, default=300, help="longest sequence of a batch")
@@ -63,7 +63,7 @@ def main() -> int:
         group = init_context_parallel(cp_size)
         for strategy in STRATEGIES:
             for number in range(options.batches):
-                # One seed for all ranks: everybody knows the whole batch, and so what to expect.
+                # One seed for all ranks, so that each rank can compute the expected result.
                 rng = random.Random(f"{options.seed} {cp_size} {strategy} {number}")
                 batch = random_batch(rng, cp_size, strategy, options.max_tokens)
                 for what, want, got in gathers(batch, group):
@@ -74,14 +74,14 @@ def main() -> int:
     total_wrong = torch.tensor(wrong)
     dist.all_reduce(total_wrong)
     if rank == 0:
-        verdict = f"{total_wrong} WRONG" if total_wrong else "all bit-exact"
-        print(f"{checked} gathered tensors on each of {world_size} ranks: {verdict}")
+        result = f"{total_wrong} WRONG" if total_wrong else "all bit-exact"
+        print(f"{checked} gathered tensors on each of {world_size} ranks: {result}")
     dist.destroy_process_group()
     return int(total_wrong > 0)
 
 
 def gathers(batch: Batch, group: CPGroup) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Every way to gather the batch: (what it is, the tensor expected, the tensor gathered)."""
+    """Gather the batch in every way; yield (description, expected tensor, gathered tensor)."""
     metadata = batch.metadata
     name = f"{metadata.strategy} of {list(metadata.lengths)} tokens by "
     for algorithm in ALGORITHMS:
@@ -102,8 +102,8 @@ def like_sglang(
 ) -> torch.Tensor:
     """Call one of SGLang's two functions as SGLang does.
 
-    `total_len` must make room for the rank with most rows: with several sequences that can be more
-    than the number of tokens.
+    `total_len` must leave room for the rank with the most rows. With several sequences that can be
+    more than the number of tokens.
     """
     forward_batch = SimpleNamespace(attn_cp_metadata=metadata)
     total_len = metadata.max_rank_len[0] * metadata.cp_size
@@ -111,7 +111,7 @@ def like_sglang(
 
 
 def bare_collective(group: CPGroup) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """Gather one row per rank between buffers in symmetric memory, and have the path explained."""
+    """Gather one row per rank between symmetric buffers, and explain the path."""
     with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
         send = torch.full((1, 16), group.rank, dtype=torch.int64)
         recv = torch.empty(group.size, 16, dtype=torch.int64)
@@ -122,7 +122,7 @@ def bare_collective(group: CPGroup) -> tuple[str, torch.Tensor, torch.Tensor]:
 
 
 def random_batch(rng: random.Random, cp_size: int, strategy: str, max_tokens: int) -> Batch:
-    """One to five sequences of any length that the strategy allows, and three tensors of them."""
+    """Make three tensors of one to five sequences, with lengths that the strategy allows."""
     shortest = 2 * cp_size if strategy == "zigzag" else 1
     lengths = [rng.randint(shortest, max(shortest, max_tokens)) for _ in range(rng.randint(1, 5))]
     metadata = prepare_context_parallel_metadata(lengths, cp_size, strategy)
@@ -132,14 +132,14 @@ def random_batch(rng: random.Random, cp_size: int, strategy: str, max_tokens: in
 
 
 def random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Random bytes as `dtype`: any bit pattern may come, NaNs too (a bool has only two)."""
+    """Return random bytes as `dtype`, NaNs included (a bool has only two bit patterns)."""
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
     data = torch.frombuffer(bytearray(rng.randbytes(n_bytes)), dtype=torch.uint8)
     return (data & 1 if dtype == torch.bool else data).view(dtype).view(shape)
 
 
 def same_bits(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Equal shape, dtype and bytes; NaNs compare like any other bits."""
+    """Return whether shape, dtype and bytes are equal; NaNs compare like any other bits."""
     if want.shape != got.shape or want.dtype != got.dtype:
         return False
     return torch.equal(*(x.contiguous().view(torch.uint8) for x in (want, got)))

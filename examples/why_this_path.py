@@ -1,9 +1,9 @@
-"""The seed's story: which path its gather takes, per transport and NCCL version, and why.
+"""Show which path a gather takes, per transport and NCCL version, and why.
 
     torchrun --standalone --nproc-per-node 4 examples/why_this_path.py [--device cuda]
 
-SGLang's #24040 registered the receive buffer of this gather with symmetric memory; #37337 found
-that NCCL 2.28 used its ring all the same, since the shard that is sent lies in ordinary memory.
+SGLang's #24040 placed the receive buffer of its gather in symmetric memory. #37337 found that NCCL
+2.28 still used its ring algorithm, because the shard that is sent is in ordinary memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRANSPORTS = (None, "nccl 2.27.7", "nccl 2.28.9", "nccl 2.29.2", "nccl 2.30.7")
 
 
 def main() -> None:
-    """Print the story on rank 0; every rank takes part, since a path belongs to all of them."""
+    """Print all cases on rank 0. Collective: a path depends on the buffers of all ranks."""
     parser = argparse.ArgumentParser(description="Which path a gather takes, and why.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
@@ -40,42 +40,42 @@ def main() -> None:
         ("Receive buffers at different offsets (pytorch#178138)", shifted(group, device)),
         ("What this machine's gathers do", gathers(group, device)),
     ):
-        said = list(lines)  # collective: every rank makes the lines, and rank 0 prints them
+        reports = list(lines)  # collective, so every rank evaluates it
         if group.rank == 0:
             print(f"\n{title}")
-            for name, report in said:
+            for name, report in reports:
                 print(f"  {name:18} {report.path:9}  {report.reason}")
     dist.destroy_process_group()
 
 
-def stories(
+def per_transport(
     send: torch.Tensor, recv: torch.Tensor, group: CPGroup
 ) -> Iterator[tuple[str, PathReport]]:
-    """One report a transport; None is the one that this group really uses."""
+    """Yield one report per transport; None is the transport that this group uses."""
     for transport in TRANSPORTS:
         yield transport or "here", explain_path(send, recv, group, transport)
 
 
 def seed(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """Buffers as `cp_all_gather_reorganized_into_tensor_kv_cache` makes them."""
+    """Allocate the buffers as `cp_all_gather_reorganized_into_tensor_kv_cache` does."""
     send = torch.zeros(ROWS, *SHAPE, device=device)
     with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
         recv = torch.empty(ROWS * group.size, *SHAPE, device=device)
-    return stories(send, recv, group)
+    return per_transport(send, recv, group)
 
 
 def both(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """The shard is padded straight into the pool."""
+    """Allocate both buffers in the group's pool."""
     with use_symmetric_memory(group):
         send, recv = (
             torch.empty(ROWS, *SHAPE, device=device),
             torch.empty(ROWS * group.size, *SHAPE, device=device),
         )
-    return stories(send, recv, group)
+    return per_transport(send, recv, group)
 
 
 def foreign(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """Registered, but with a group of one rank."""
+    """Allocate both buffers in the pool of another group, of one rank."""
     alone = init_context_parallel(1)
     with use_symmetric_memory(alone):
         send, recv = (
@@ -83,22 +83,22 @@ def foreign(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
             torch.empty(ROWS * group.size, *SHAPE, device=device),
         )
     init_context_parallel(group.size)
-    return stories(send, recv, group)
+    return per_transport(send, recv, group)
 
 
 def shifted(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """Views that begin a row later on rank 0: in the pool, but not at one offset."""
+    """Use views that begin one row later on rank 0: in the pool, but at different offsets."""
     first = int(group.rank == 0)
     with use_symmetric_memory(group):
         send = torch.empty(ROWS + 1, *SHAPE, device=device)[first : first + ROWS]
         recv = torch.empty(ROWS * group.size + 1, *SHAPE, device=device)[
             first : first + ROWS * group.size
         ]
-    return stories(send, recv, group)
+    return per_transport(send, recv, group)
 
 
 def gathers(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """Run each algorithm, and ask which path it took."""
+    """Run each algorithm and report the path that it took."""
     metadata = prepare_context_parallel_metadata([ROWS * group.size + 1], group.size)
     mine = shard(torch.zeros(metadata.total_tokens, *SHAPE, device=device), metadata, group.rank)
     for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):

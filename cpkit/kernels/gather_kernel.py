@@ -1,16 +1,16 @@
-"""The Triton kernel of `direct` on CUDA: read each tile once, store it at its final place in every
-peer's output, with the ranks' entry and exit synchronization inside.
+"""The Triton kernel of `direct` on CUDA: load each tile once, store it at its final place in every
+peer's output, with the entry and exit synchronization of the ranks inside.
 
     rank 0   signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
     rank 1      signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
                                ↑ every peer's output is free                          all rows have
                                                                                       landed ↑
 
-Without tiles it is only an entry or only an exit, of one block (see cpkit.kernels.launch).
+Without tiles it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
-Each rank has a page of words in symmetric memory (see the constants below). The words of entry and
-exit count gathers (*epochs*) and only grow, so that peers never wait for a reset, and a captured
-graph can be replayed: the kernel itself reads the last epoch and counts on.
+Each rank has a page of words in symmetric memory (see the constants below). The entry and exit
+words count gathers (*epochs*) and only grow, so that peers never wait for a reset. A captured graph
+can be replayed, because the kernel reads the last epoch itself and increments it.
 
 Memory ordering is PTX's: the stores of a block come before its barrier, before the release of its
 arrival, before the release (system scope) of the exit signal that a peer acquires.
@@ -80,7 +80,7 @@ def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Wait until every peer has stored `epoch`; one past the last rank that did not, or 0."""
+    """Wait until every peer has stored `epoch`; return one past the last late rank, or 0."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
     late = tl.inline_asm_elementwise(
@@ -103,7 +103,7 @@ def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: t
 
 @triton.jit
 def _select(values, number, COUNT: tl.constexpr):
-    """values[number], for a number that is known at run time only."""
+    """Return values[number] for a number that is known only at run time."""
     chosen = values[0].to(tl.int64)
     for k in tl.static_range(1, COUNT):
         chosen = tl.where(number == k, values[k].to(tl.int64), chosen)
@@ -112,7 +112,7 @@ def _select(values, number, COUNT: tl.constexpr):
 
 @triton.jit
 def _pointer(address, WORD: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """An address as a pointer that the compiler knows to be aligned, so that it moves vectors."""
+    """Convert an address to a pointer that the compiler knows is aligned, so it moves vectors."""
     return tl.multiple_of(address.to(tl.pointer_type(WORD)), ALIGNMENT)
 
 
@@ -132,7 +132,7 @@ def _copy_tile(
     VECTOR: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """One tile: BLOCK words into registers, and from there to every peer, starting at the next."""
+    """Copy one tile: BLOCK words into registers, then to every peer, the next rank first."""
     run, first, count = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     token, step, row_units = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
     i = tl.arange(0, BLOCK)
@@ -185,10 +185,10 @@ def _copy_tiles(
     NARROW: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Tile after tile, each taken by the block that is free next.
+    """Copy tile after tile; each block that becomes free takes the next one.
 
-    So the blocks of a rank stay close together in its memory, which the memory rewards: with every
-    n-th tile for each of n blocks they drift apart, and the same copies take 8 % longer (H200).
+    So the blocks of a rank stay close together in its memory. With every n-th tile for each of n
+    blocks they drift apart, and the same copies take 8 % longer (H200).
     """
     number = tl.program_id(0)
     while number < n_tiles:
@@ -213,8 +213,8 @@ def _copy_tiles(
 
 @triton.jit
 def _note_late(words, late, late_rank):
-    """Say which rank did not come (one past it; 0: all did). From then on this rank stands still:
-    a launch that came after would store and signal in a round that its peers are not in.
+    """Store which rank was late (one past it; 0: none). From then on this rank stops: a later
+    launch would store and signal in an epoch that its peers are not in.
     """
     if late_rank > 0:
         tl.store(late, late_rank)
@@ -226,9 +226,9 @@ def _leave(
     pages, words, epoch, rank, late, timeout_ns,
     CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Once the last block has come here, tell all peers that this rank's rows have landed, and wait
-    until all theirs have. When a block gave up at the entry, rows are missing: nobody is told, and
-    the peers give up as well.
+    """When the last block arrives here, signal all peers that this rank's rows have arrived, and
+    wait for their signals. When a block timed out at the entry, rows are missing: no peer is
+    signalled, and the peers time out as well.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
@@ -243,9 +243,9 @@ def _leave(
                 tl.store(words + _EPOCH, epoch)
 
 
-# Triton compiles anew when an integer outgrows 32 bits or its alignment is another, and the peers
-# would wait meanwhile, or a capture fail. So a place is told by its address, which needs 64 bits
-# (0, where there are no rows, is a variant of its own), and not by its offset in a segment.
+# Triton compiles again when an integer exceeds 32 bits or has another alignment; the peers would
+# wait meanwhile, or a capture would fail. So buffers are passed as addresses, which need 64 bits
+# (0, where there are no rows, is a variant of its own), and not as offsets in a segment.
 @triton.jit(
     do_not_specialize=["n_tiles", "rank", "timeout_ns"],
     do_not_specialize_on_alignment=["slots"],
@@ -266,20 +266,20 @@ def gather_kernel(
 ):  # fmt: skip
     """Store this rank's tiles into all peers' outputs.
 
-    sources   addresses of this rank's rows, one a tensor
+    sources   addresses of this rank's rows, one per tensor
     targets   addresses of this rank's outputs, at the same offset in their segments on all ranks
-    bases     addresses of tables `[CP]` of the ranks' segments that these outputs lie in
+    bases     addresses of tables `[CP]` of the ranks' segments that these outputs are in
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
     tiles     int64 `[n_tiles, 8]`, see cpkit.kernels.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
-    late      one word of host memory: one past the rank that a wait was given up for
+    late      one word of host memory: one past the rank that a wait timed out for
     ENTRY     signal and wait at the entry; off when all outputs are known to be free
     EXIT      signal and wait at the exit (the interpreter can do neither)
     """
     words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
     epoch = tl.load(words + _EPOCH, volatile=True) + 1
     if ENTRY:
-        # An atomic, since a block that gives up may write it now: one answer for a whole block.
+        # Atomic, because a block that times out may write it now: one answer for a whole block.
         stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
         if stop == 0:
             if tl.program_id(0) == 0:
@@ -288,7 +288,7 @@ def gather_kernel(
             _note_late(words, late, stop)
     else:
         stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
-    if stop > 0:  # one past a late rank, or 1 where this rank stands still
+    if stop > 0:  # one past a late rank, or 1 where this rank has stopped
         n_tiles = 0
     _copy_tiles(
         sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,

@@ -1,15 +1,15 @@
-"""How the rows of a rank are cut into tiles, the pieces of work of the CUDA gather kernel. Pure.
+"""Cut the rows of a rank into tiles, the units of work of the CUDA gather kernel. Pure.
 
 A *run* (`layout.Runs`) is a range of a rank's rows whose tokens lie `step` apart. A tile is a range
 of one run, counted in *units*: the widest integers that every row is a whole number of.
 
-    run      rows 4..8 of the shard, tokens 12..16, 3 units a row
+    run      rows 4..8 of the shard, tokens 12..16, 3 units per row
     units    0 1 2 | 3 4 5 | 6 7 8 | 9 10 11
-    tiles    └──── 0 ────┘ └─── 1 ────┘ └ 2 ┘         5 units a tile
+    tiles    └──── 0 ────┘ └─── 1 ────┘ └ 2 ┘         5 units per tile
 
-Where tokens lie side by side and rows go to their token's place, a tile is one dense copy (*flat*).
-Otherwise its units go to `place(token) · row_units + column` (*mapped*): tokens of the interleave
-strategy, and rows that a slot mapping sends into a paged cache.
+Where tokens are adjacent and row t goes to position t, a tile is one dense copy (*flat*). Otherwise
+its units go to `position(token) · row_units + column` (*mapped*): tokens of the interleave
+strategy, and rows that a slot mapping stores in a paged cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_RUN_UNITS = 1 << 31
 
 
 def unit_bytes(row_bytes: int, address: int) -> int:
-    """The unit for rows of this size at this address: 16 bytes (moved as two words), 4 or 1.
+    """Return the unit for rows of this size at this address: 16 bytes (two words), 4 or 1.
 
     >>> unit_bytes(2048, 0), unit_bytes(132, 0), unit_bytes(2048, 4)
     (16, 4, 4)
@@ -45,12 +45,12 @@ def tile_table(
     *,
     mapped: bool,
 ) -> torch.Tensor:
-    """All tiles of a rank for several tensors: int64 `[tiles, len(COLUMNS)]`.
+    """Return all tiles of a rank for several tensors: int64 `[tiles, len(COLUMNS)]`.
 
-    A tensor that is `wide` is counted in words of 8 bytes of which each tile has an even number;
-    the others in units of `narrow_bytes`. `mapped` says that a slot mapping follows, so that no
-    tile is flat. A run of 2³¹ units or more is cut into shorter ones, since the kernel counts the
-    units of a run in 32 bits. Raises ValueError for a row of as many.
+    A `wide` tensor is counted in words of 8 bytes, an even number per tile; the others in units of
+    `narrow_bytes`. `mapped` says that a slot mapping follows, so that no tile is flat. Runs of 2³¹
+    units or more are cut into shorter ones, because the kernel counts the units of a run in 32
+    bits. Raises ValueError for a row of that many units.
     """
     parts = [
         _tiles_of(

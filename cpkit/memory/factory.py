@@ -1,10 +1,10 @@
 """Redirect torch's factory functions, such as torch.empty, to another allocator.
 
-A torch function mode catches the factories by name: it asks torch for the geometry on the meta
-device, gets memory from the given allocator, and fills it as the factory would have done. Results
-of other operations (cat, clone, arithmetic) stay where torch puts them. (On CUDA torch could swap
-the allocator itself, torch.cuda.MemPool; its free lists differ between ranks, pytorch#178138, and
-the books of cpkit.memory.allocator do not.)
+A torch function mode intercepts the factories: it computes the geometry on the meta device,
+allocates with the given allocator, and fills the memory as the factory would. Results of other
+operations (cat, clone, arithmetic) stay where torch puts them. On CUDA torch could replace the
+allocator itself (torch.cuda.MemPool), but its free lists can differ between ranks (pytorch#178138);
+those of cpkit.memory.allocator can't.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FACTORIES = frozenset(_UNFILLED | _ZEROS | _ONES | set(_FULL))
 
 
 class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a with statement
-    """Within it, the factories take their memory from `allocate(shape, dtype, device type)`."""
+    """Allocate with `allocate(shape, dtype, device type)` in factories called inside."""
 
     def __init__(self, allocate: Allocate) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
         return self._place(geometry, _fill_value(func, args, kwargs), device)
 
     def _place(self, geometry: torch.Tensor, fill: Any, device: str) -> torch.Tensor:
-        """Memory for this geometry, dense whatever the strides are."""
+        """Allocate for this geometry: one dense extent, whatever the strides are."""
         shape, stride = geometry.shape, geometry.stride()
         extent = 0
         if geometry.numel():
@@ -69,7 +69,7 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The kind of device that the tensor is wanted on; empty for a GPU that is not this rank's."""
+    """Return the requested kind of device; empty for a GPU that is not this rank's."""
     wanted = kwargs.get("device")
     if wanted is None and args and isinstance(args[0], torch.Tensor):
         wanted = args[0].device

@@ -1,4 +1,4 @@
-"""What NCCL itself says it selected: its log lines, counted.
+"""What NCCL's own log says it selected: its lines, counted.
 
 A report made from where buffers are (cpkit.memory.path) is a prediction. NCCL decides alone, and
 writes its choice to its log only: run with the variables of `environment(file)` set before the
@@ -25,7 +25,7 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class Selections:
-    """How often NCCL chose what, for one kind of collective."""
+    """How often NCCL selected each kind of kernel, for one collective."""
 
     symmetric: int = 0
     copy_engine: int = 0
@@ -38,10 +38,10 @@ class Selections:
 
 
 def environment(log: Path) -> dict[str, str]:
-    """What to set before NCCL starts, so that it writes its selections to `log`.
+    """Return what to set before NCCL starts, so that it writes its selections to `log`.
 
-    Each process writes a file of its own, `log` with its process id appended: NCCL opens its file
-    for writing, not for appending, so two ranks with one file would overwrite each other's lines.
+    Each process writes its own file, `log` with its process id appended: NCCL opens its file for
+    writing, not for appending, so two ranks with one file would overwrite each other's lines.
     """
     return {
         "NCCL_DEBUG": "INFO",
@@ -63,7 +63,7 @@ def count(lines: Iterable[str], operation: str = "AllGather") -> Selections:
 
 
 def count_file(log: Path, operation: str = "AllGather") -> Selections:
-    """The same for the log of all processes; nothing was selected where there is none."""
+    """Count the selections in the logs of all processes; none where there is no log."""
     files = sorted(log.parent.glob(f"{log.name}.*"))
     return count(
         (line for file in files for line in file.read_text(errors="replace").splitlines()),

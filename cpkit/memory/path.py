@@ -4,21 +4,21 @@
 |---|---|
 | `symmetric` | rows go straight into peers' buffers: by our stores, or by NCCL's symmetric kernel |
 | `staged` | each rank loads the rows it needs out of every peer's symmetric send buffer |
-| `fallback` | the ordinary collective; no symmetric memory is involved |
+| `fallback` | the ordinary collective, without symmetric memory |
 
-What a path needs depends on who moves the rows, the *transport*:
+What a path needs depends on the *transport*, which moves the rows:
 
-* `posix`, `cuda`: our ranks push into peers' memory (on one GPU, or over peer access). They need
-  the receive buffer in the group's pool, at one offset on all ranks; a symmetric send buffer alone
-  lets peers pull.
-* `nccl 2.28.9`, or any other version: NCCL picks a kernel, and the rule is a table (`NCCL_RULES`).
+* `posix`, `cuda`: the ranks push into peers' memory (on one GPU, or over peer access). They need
+  the receive buffer in the group's pool, at one offset on all ranks; with a symmetric send buffer
+  alone, peers pull.
+* `nccl 2.28.9`, or any other version: NCCL selects a kernel, by the table `NCCL_RULES`.
 
 A buffer is symmetric when three things hold on all ranks: it is registered, with *this* group, at
-the same offset. Each fails in its own way, and the reason says which. NCCL reads the send buffer
-through this rank's own pointer, so there the offset of the receive buffer alone counts.
+the same offset. The reason of a report says which of them fails. NCCL reads the send buffer through
+this rank's own pointer, so only the offset of the receive buffer counts there.
 
-A report does not bind NCCL: it chooses a kernel from the windows that this rank's buffers lie in.
-So `unsafe_for_nccl` says which buffers must not be given to it.
+A report does not bind NCCL, which selects a kernel from the windows of this rank's buffers. So
+`unsafe_for_nccl` says which buffers must not be passed to it.
 """
 
 from __future__ import annotations
@@ -83,27 +83,27 @@ class PathReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recv: str
 
 
-def decide(places: list[BufferPair], rank: int, transport: str = "posix") -> PathReport:
-    """The path for buffers placed like this, as `rank` reports it; the same path on every rank.
+def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> PathReport:
+    """Return the path for buffers at these locations, as `rank` reports it; equal on all ranks.
 
-    Raises ValueError for a transport that nobody knows.
+    Raises ValueError for an unknown transport.
     """
-    recv_fault = _fault("recv", [place.recv for place in places])
-    send_fault = _fault("send", [place.send for place in places])
+    recv_fault = _fault("recv", [pair.recv for pair in pairs])
+    send_fault = _fault("send", [pair.send for pair in pairs])
     version = nccl_version(transport)
     if version is None:
-        path, reason = _pushed(send_fault, recv_fault, places[rank].shard_bytes)
+        path, reason = _pushed(send_fault, recv_fault, pairs[rank].shard_bytes)
     else:
-        registered = _registration_fault("send", [place.send for place in places])
+        registered = _registration_fault("send", [pair.send for pair in pairs])
         path, reason = _by_nccl(version, registered, recv_fault)
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
-        if any(unsafe_for_nccl(places)):
-            reason += "; NCCL is given ordinary copies, or it would store at this rank's own offset"
-    mine = places[rank]
+        if any(unsafe_for_nccl(pairs)):
+            reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
+    mine = pairs[rank]
     return PathReport(path, reason, str(mine.send), str(mine.recv))
 
 
-def unsafe_for_nccl(places: list[BufferPair]) -> tuple[bool, bool]:
+def unsafe_for_nccl(pairs: list[BufferPair]) -> tuple[bool, bool]:
     """Return whether (send, recv) must reach NCCL as ordinary copies; the same on every rank.
 
     NCCL selects a kernel on each rank from the windows of that rank's buffers, and a symmetric
@@ -117,8 +117,8 @@ def unsafe_for_nccl(places: list[BufferPair]) -> tuple[bool, bool]:
     free; but all ranks or none must have it in the pool, or they select different kernels.
     Measured with NCCL 2.28.9: shards of 2 MiB and more were wrong without an error.
     """
-    recv = [place.recv for place in places]
-    send = [place.send for place in places]
+    recv = [pair.recv for pair in pairs]
+    send = [pair.send for pair in pairs]
     recv_is_symmetric = not _fault("recv", recv)
     send_is_in_pool = not _registration_fault("send", send)
     safe_recv = _all_ordinary(recv) or recv_is_symmetric
@@ -147,14 +147,14 @@ def decide_from(
 
 
 def without_windows(report: PathReport, problem: str) -> PathReport:
-    """The report of a gather whose memory NCCL does not know, for this reason (empty: it does)."""
+    """Replace the report of a gather whose memory NCCL does not know; empty `problem`: it does."""
     if not problem or report.path != "symmetric":
         return report
     return PathReport("fallback", problem, report.send, report.recv)
 
 
 def nccl_version(transport: str) -> Version | None:
-    """(2, 28, 9) for "nccl 2.28.9", None for our own transports. Raises ValueError for others.
+    """Return (2, 28, 9) for "nccl 2.28.9", None for cpkit's transports. Raises ValueError.
 
     >>> nccl_version("nccl 2.28.9"), nccl_version("posix")
     ((2, 28, 9), None)
@@ -171,7 +171,7 @@ def nccl_version(transport: str) -> Version | None:
 
 
 def nccl_rule(version: Version) -> Literal["none", "both", "recv"]:
-    """Which buffers of an all-gather this NCCL wants in a symmetric window.
+    """Return which buffers of an all-gather this NCCL needs in a symmetric window.
 
     >>> nccl_rule((2, 28, 9)), nccl_rule((2, 29, 7))
     ('both', 'recv')
@@ -180,15 +180,15 @@ def nccl_rule(version: Version) -> Literal["none", "both", "recv"]:
 
 
 def nccl_is_racy(version: Version) -> bool:
-    """Whether this NCCL's symmetric kernels have the race of sglang#37768."""
+    """Return True when this NCCL's symmetric kernels have the race of sglang#37768."""
     return NCCL_RACY[0] <= version <= NCCL_RACY[1]
 
 
 def _pushed(send_fault: str, recv_fault: str, shard_bytes: int) -> tuple[PathName, str]:
     if not recv_fault:
-        also = f"; {send_fault}, which costs a push nothing" if send_fault else ", and so is send"
+        also = f"; {send_fault}, which a push does not need" if send_fault else ", and so is send"
         if send_fault and shard_bytes:
-            also += f" but the copy that padded it (up to {shard_bytes} bytes a rank)"
+            also += f"; padding copied up to {shard_bytes} bytes per rank"
         return "symmetric", f"recv is symmetric on all ranks{also}"
     if not send_fault:
         return "staged", f"{recv_fault}; peers pull from the symmetric send buffers"
@@ -204,7 +204,7 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
     if needs == "both" and send_fault:
         return "fallback", (
             f"up to 2.29.1 an all-gather needs both buffers registered, and {send_fault}. "
-            f"Or use NCCL 2.29.2 or newer, which asks for recv only"
+            f"Or use NCCL 2.29.2 or newer, which needs recv only"
         )
     also = "" if send_fault else ", send is registered too"
     racy = (
@@ -218,24 +218,24 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
     )
 
 
-def _fault(name: str, where: list[BufferLocation]) -> str:
-    """Why these buffers are not symmetric, and what to do; empty when they are."""
-    fault = _registration_fault(name, where)
-    offsets = [(place.segment, place.offset) for place in where]
+def _fault(name: str, locations: list[BufferLocation]) -> str:
+    """Return why these buffers are not symmetric, and what to do; empty when they are."""
+    fault = _registration_fault(name, locations)
+    offsets = [(location.segment, location.offset) for location in locations]
     if fault or len(set(offsets)) == 1:
         return fault
     said = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
     return f"{name} is at different segments/offsets on the ranks ({said}): {_REMEDY['offset']}"
 
 
-def _registration_fault(name: str, where: list[BufferLocation]) -> str:
-    """Why one of these buffers is not in this group's pool, and what to do; empty when all are."""
-    for rank, place in enumerate(where):
-        if place.other:
-            remedy = _REMEDY.get(place.fault)
-            return f"{name} of rank {rank} is {place.other}" + (f": {remedy}" if remedy else "")
+def _registration_fault(name: str, locations: list[BufferLocation]) -> str:
+    """Return why a buffer is not in this group's pool, and what to do; empty when all are."""
+    for rank, location in enumerate(locations):
+        if location.other:
+            remedy = _REMEDY.get(location.fault)
+            return f"{name} of rank {rank} is {location.other}" + (f": {remedy}" if remedy else "")
     return ""
 
 
-def _all_ordinary(where: list[BufferLocation]) -> bool:
-    return all(place.fault == "unregistered" for place in where)
+def _all_ordinary(locations: list[BufferLocation]) -> bool:
+    return all(location.fault == "unregistered" for location in locations)

@@ -1,4 +1,4 @@
-"""What a pool has had: how full it was when, what growing cost. Data for tables and plots."""
+"""The use of a pool over time, and the cost of growing it. Data for tables and plots."""
 
 from __future__ import annotations
 

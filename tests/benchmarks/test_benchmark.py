@@ -100,7 +100,7 @@ def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "not measured" in map(str.strip, times.splitlines()[-1].split("|"))
 
 
-def gpu_record(direct_us: float) -> dict[str, Any]:
+def gpu_record(direct_us: float, cp_size: int = 8) -> dict[str, Any]:
     us = {
         "direct": direct_us,
         "plan": direct_us,
@@ -110,7 +110,10 @@ def gpu_record(direct_us: float) -> dict[str, Any]:
     }
     tokens = 131072
     rows = [
-        {**row(name, 8, tokens, tokens * ROW_BYTES, [[[time_us] * 3] * 8]), "floor_us": 562.0}
+        {
+            **row(name, cp_size, tokens, tokens * ROW_BYTES, [[[time_us] * 3] * cp_size]),
+            "floor_us": 562.0,
+        }
         for name, time_us in us.items()
     ]
     where = dict.fromkeys(("date", "device", "driver", "cuda", "torch", "commit", "command"), "x")
@@ -131,8 +134,10 @@ def test_gpu_goals_see_a_slow_one() -> None:
 def test_gpu_figures_have_their_ratios() -> None:
     record = gpu_record(600.0)
     ratios = [f"{600 / 562:.2f}", f"{3200 / 600:.2f}", f"{3100 / 600:.2f}", "5.50", "not measured"]
-    (line,) = [x for x in gpu_figures.as_summary(record).splitlines() if x.startswith("|       8")]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == ["8", "268", "600", *ratios]
+    assert "|       8" not in gpu_figures.as_summary(record), "README shows one cp_size"
+    summary = gpu_figures.as_summary(gpu_record(600.0, cp_size=4))
+    (line,) = [x for x in summary.splitlines() if x.startswith("|       4")]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["4", "268", "600", *ratios]
     (line,) = [x for x in gpu_figures.as_details(record).splitlines() if x.startswith("|       8")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:9] == ["600", "600", "not measured", "3200", "3100", "3300", "not measured"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -261,6 +262,8 @@ def test_a_layout_takes_no_python_work_per_sequence(strategy: str) -> None:
             made += event in ("call", "c_call")
 
         lengths = [64] * (sequences - 1) + [65]
+        gc.collect()
+        gc.disable()  # finalizers of other tests' objects would be counted
         sys.setprofile(count)
         try:
             metadata = prepare_context_parallel_metadata(lengths, 4, strategy)
@@ -274,6 +277,7 @@ def test_a_layout_takes_no_python_work_per_sequence(strategy: str) -> None:
                 assert metadata.reverse_split_len
         finally:
             sys.setprofile(None)
+            gc.enable()
         return made
 
     assert calls(4000) == calls(40)

@@ -77,7 +77,7 @@ def test_nccl_is_not_given_what_it_would_store_to_the_wrong_place(
     if unsafe[1]:
         report = decide(places, 0, "nccl 2.30.7")
         assert report.path == "fallback"
-        assert "NCCL is given ordinary copies" in report.reason
+        assert "NCCL receives ordinary copies" in report.reason
 
 
 def test_the_send_buffers_offset_is_free_for_nccl() -> None:

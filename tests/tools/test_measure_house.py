@@ -1,0 +1,25 @@
+"""The sizes that `tools.measure_house` prints are counted, not remembered."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import measure_house
+
+
+def test_lines_of_a_folder_are_those_of_its_modules() -> None:
+    modules, lines = measure_house.size_of(["cpkit/sync", "cpkit/layout.py"])
+    parts = [measure_house.size_of([path]) for path in ("cpkit/sync", "cpkit/layout.py")]
+    assert (modules, lines) == tuple(map(sum, zip(*parts, strict=True)))
+    assert parts[1][0] == 1
+
+
+@pytest.mark.workers
+def test_one_gather_stays_in_few_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_house.main([]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    for line in shown[-2:]:
+        algorithm, files, functions, _ = line.split()
+        assert algorithm in measure_house.ALGORITHMS
+        assert 5 < int(files) <= 12, line
+        assert 20 < int(functions) <= 60, line
