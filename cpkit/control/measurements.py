@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cpkit.control.requests import ClockCall
-from cpkit.control.results import Array, ShownResult, WorkloadResult
+from cpkit.control.results import Array, ShownResult, WorkloadResult, rank_table
 from cpkit.memory.path import PathName
 from cpkit.timing import algbw_gbps, busbw_gbps, percentile
 
@@ -31,20 +31,16 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     path: PathName
     path_reason: str
 
+    joined = ("per_rank_us", "per_rank_min_us", "per_rank_p95_us")
+
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the samples of the ranks."""
-        stages = dict.fromkeys(name for part in parts for name in part.stage_us)
-        return msgspec.structs.replace(
-            parts[0],
-            per_rank_us=tuple(us for part in parts for us in part.per_rank_us),
-            per_rank_min_us=tuple(us for part in parts for us in part.per_rank_min_us),
-            per_rank_p95_us=tuple(us for part in parts for us in part.per_rank_p95_us),
-            stage_us={
-                name: tuple(us for part in parts for us in part.stage_us.get(name, (0.0,)))
-                for name in stages
-            },
-        )
+        """Join the parts, and their stages by name."""
+        stage_us = {
+            name: tuple(us for part in parts for us in part.stage_us.get(name, (0.0,)))
+            for name in dict.fromkeys(name for part in parts for name in part.stage_us)
+        }
+        return msgspec.structs.replace(super().of_all_ranks(parts), stage_us=stage_us)
 
     @property
     def time_us(self) -> float:
@@ -96,15 +92,11 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, time_us, min_us, p95_us."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "time_us": self.per_rank_us,
-                "min_us": self.per_rank_min_us,
-                "p95_us": self.per_rank_p95_us,
-            }
+        return rank_table(
+            self.cp_size,
+            time_us=self.per_rank_us,
+            min_us=self.per_rank_min_us,
+            p95_us=self.per_rank_p95_us,
         ).round(1)
 
     def summary(self) -> str:
@@ -126,7 +118,7 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the samples of the ranks, workload by workload."""
+        """Join the samples, workload by workload."""
         workloads = zip(*(part.rows for part in parts), strict=True)
         return cls(tuple(map(Sample.of_all_ranks, workloads)))
 
@@ -136,10 +128,6 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
         import pandas as pd
 
         return pd.DataFrame([sample.row() for sample in self.rows])
-
-    def summary(self) -> str:
-        """Return the number of workloads."""
-        return f"{len(self.rows)} workloads"
 
 
 class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is"):
@@ -162,7 +150,7 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the samples of the ranks, in microseconds since the first of them."""
+        """Join the samples, in microseconds since the first of them."""
         import numpy as np
 
         samples = np.concatenate([part.samples_us.numpy() for part in parts], axis=2)

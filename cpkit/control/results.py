@@ -1,14 +1,15 @@
 """What the workers return, one struct per result; timings are in `measurements`.
 
-Each rank reports a result with its own part, `of_all_ranks` joins the parts on rank 0, the socket
-carries the whole, and a notebook shows it as a line and a table.
+Each rank reports its part of a result, `of_all_ranks` joins the parts on rank 0, the socket carries
+the whole, and a notebook shows it as a line and a table.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
@@ -48,7 +49,19 @@ class Array(Message, frozen=True):
 
 
 class ShownResult(Message, frozen=True):
-    """A result that is shown as one line of text and a table."""
+    """A result that is joined from one part per rank, and shown as a line of text and a table."""
+
+    joined: ClassVar[tuple[str, ...]] = ()  # fields that are tuples, by rank
+    added: ClassVar[tuple[str, ...]] = ()  # fields that are counts
+
+    @classmethod
+    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
+        """Join the parts, one per rank in rank order. Other fields are those of rank 0."""
+        fields = {name: [getattr(part, name) for part in parts] for name in cls.joined + cls.added}
+        whole = {name: tuple(chain.from_iterable(fields[name])) for name in cls.joined}
+        return msgspec.structs.replace(
+            parts[0], **whole, **{name: sum(fields[name]) for name in cls.added}
+        )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -57,7 +70,7 @@ class ShownResult(Message, frozen=True):
 
     def summary(self) -> str:
         """Return the result in one line."""
-        raise NotImplementedError
+        return type(self).__name__
 
     def __repr__(self) -> str:
         return f"{self.summary()}\n{self.table.to_string(index=False)}"
@@ -164,17 +177,9 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
     per_rank_us: tuple[float, ...]
     arrays: tuple[StageArray, ...]
 
+    joined = ("per_rank_us", "arrays")
+    added = ("checked_rows",)
     verified = True
-
-    @classmethod
-    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the times and arrays of the ranks."""
-        return msgspec.structs.replace(
-            parts[0],
-            checked_rows=sum(part.checked_rows for part in parts),
-            per_rank_us=tuple(us for part in parts for us in part.per_rank_us),
-            arrays=tuple(array for part in parts for array in part.arrays),
-        )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -208,15 +213,11 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, actual_token, padded_token, time_us."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "actual_token": self.per_rank_actual_token,
-                "padded_token": self.max_rank_len,
-                "time_us": self.per_rank_us,
-            }
+        return rank_table(
+            self.cp_size,
+            actual_token=self.per_rank_actual_token,
+            padded_token=self.max_rank_len,
+            time_us=self.per_rank_us,
         )
 
     def summary(self) -> str:
@@ -238,7 +239,7 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the spans of the ranks, and start the clock at 0."""
+        """Join the spans, and start the clock at 0."""
         starts_ns = [part.spans[0][0].start_ns for part in parts]
         zeros_ns = starts_ns if parts[0].spans_hosts else [min(starts_ns)] * len(parts)
         spans = tuple(
@@ -258,13 +259,11 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
         import pandas as pd
 
         rows = [
-            (rank, span.stage, span.start_ns / 1e3, span.stop_ns / 1e3)
+            (rank, span.stage, *(n / 1e3 for n in (span.start_ns, span.stop_ns, span.took_ns)))
             for rank, spans in enumerate(self.spans)
             for span in spans
         ]
-        table = pd.DataFrame(rows, columns=["rank", "stage", "start_us", "stop_us"])
-        table["duration_us"] = table["stop_us"] - table["start_us"]
-        return table
+        return pd.DataFrame(rows, columns=["rank", "stage", "start_us", "stop_us", "duration_us"])
 
     def summary(self) -> str:
         """Return the algorithm and the total time in one line."""
@@ -293,7 +292,7 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
                     "cat": "gather",
                     "ph": "X",  # a complete event: start and duration
                     "ts": span.start_ns / 1e3,
-                    "dur": (span.stop_ns - span.start_ns) / 1e3,
+                    "dur": span.took_ns / 1e3,
                     **track,
                     "args": {"rank": rank, "algorithm": work.algorithm},
                 }
@@ -318,10 +317,7 @@ class PoolResult(ShownResult, frozen=True, tag="pool_result", tag_field="is"):
     note: str = ""
     history: tuple[PoolSample, ...] = ()
 
-    @classmethod
-    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the statistics of the ranks."""
-        return msgspec.structs.replace(parts[0], ranks=tuple(part.ranks[0] for part in parts))
+    joined = ("ranks",)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -335,29 +331,18 @@ class PoolResult(ShownResult, frozen=True, tag="pool_result", tag_field="is"):
         """Rank 0's pool over time: one row per sample, with the fields of `PoolSample`."""
         return _table_of(self.history)
 
-    def summary(self) -> str:
-        """Return what the action did."""
-        return f"pools of cp_size {self.cp_size}" + (f": {self.note}" if self.note else "")
-
 
 class ExplainResult(WorkloadResult, frozen=True, tag="explain_result", tag_field="is"):
     """The path that each rank took, by rank."""
 
     ranks: tuple[PathReport, ...]
 
-    @classmethod
-    def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the reports of the ranks."""
-        return msgspec.structs.replace(parts[0], ranks=tuple(part.ranks[0] for part in parts))
+    joined = ("ranks",)
 
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, path, reason, send, recv."""
         return _table_of(self.ranks, with_rank=True)
-
-    def summary(self) -> str:
-        """Return the path of rank 0 in one line."""
-        return f"{self.algorithm!r}: path {self.ranks[0].path}: {self.ranks[0].reason}"
 
 
 class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
@@ -374,21 +359,16 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
     addresses: tuple[int, ...]
     examples: tuple[str, ...]
 
+    joined = ("offsets", "addresses", "examples")
+    added = ("reads", "stale", "ahead")
+
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Add the counts of the ranks, and join their last reads."""
+        """Join the parts, and the last reads as one matrix."""
         import numpy as np
 
-        return msgspec.structs.replace(
-            parts[0],
-            reads=sum(part.reads for part in parts),
-            stale=sum(part.stale for part in parts),
-            ahead=sum(part.ahead for part in parts),
-            last_read=Array.of(np.concatenate([part.stamps for part in parts])),
-            offsets=tuple(part.offsets[0] for part in parts),
-            addresses=tuple(part.addresses[0] for part in parts),
-            examples=tuple(e for part in parts for e in part.examples)[:5],
-        )
+        last_read = Array.of(np.concatenate([part.stamps for part in parts]))
+        return msgspec.structs.replace(super().of_all_ranks(parts), last_read=last_read)
 
     @property
     def stamps(self) -> np.ndarray:
@@ -408,15 +388,8 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, offset in the segment, address in that rank's process."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "offset": self.offsets,
-                "address": [hex(address) for address in self.addresses],
-            }
-        )
+        addresses = [hex(address) for address in self.addresses]
+        return rank_table(self.cp_size, offset=self.offsets, address=addresses)
 
     def summary(self) -> str:
         """Return rounds, reads and faults in one line."""
@@ -425,6 +398,13 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
             f"{self.rounds} rounds over cp_size {self.cp_size} {how}: {self.reads} reads, "
             f"{self.stale} stale, {self.ahead} ahead"
         )
+
+
+def rank_table(cp_size: int, **columns: object) -> pd.DataFrame:
+    """Return a table with one row per rank."""
+    import pandas as pd
+
+    return pd.DataFrame({"rank": range(cp_size), **columns})
 
 
 def _table_of(rows: Sequence[msgspec.Struct], with_rank: bool = False) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Live panels: controls, a status line and a live plot, and the thread that follows the controls.
 
 control changed ──▶ submit(setting)   returns at once
-                        │  an older setting that waits is dropped, one in work is told to stop
+                        │  an older setting that waits is dropped; work on one is stopped
                         ▼
                     work(setting, is_newest)   in one thread, one setting at a time
 """
@@ -76,7 +76,7 @@ class LatestWins(Generic[Setting]):
             is_newest = self._is_newest(seen)
             try:
                 self._work(setting, is_newest)
-            except Exception as error:  # noqa: BLE001  the panel shows it; the thread goes on
+            except Exception as error:  # noqa: BLE001  the panel shows it; the thread continues
                 if is_newest():
                     self._failed(error)
 

@@ -3,7 +3,7 @@
 const CONFIG = { displaylogo: false };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
-const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure made for white paper
+const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
 
 // Plotly, loaded once per page and version.
 function loadPlotly(library) {

@@ -1,4 +1,4 @@
-"""The wire: what is packed comes back, and nothing else gets in."""
+"""Messages: packing and unpacking is the identity, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_random_bytes_are_refused_or_are_a_message(data: bytes) -> None:
 
 
 @given(st.data())
-def test_a_damaged_request_never_becomes_another_kind_of_thing(data: st.DataObject) -> None:
+def test_a_damaged_request_is_refused_or_is_a_request(data: st.DataObject) -> None:
     whole = bytearray(encode(Request("id", 1.0, Measure(WORKLOAD, samples=3))))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -71,7 +71,7 @@ bodies = st.one_of(
 
 
 @given(bodies)
-def test_requests_come_back_as_they_were_sent(body: messages.Body) -> None:
+def test_requests_are_unpacked_as_they_were_packed(body: messages.Body) -> None:
     request = Request("0" * 32, 30.0, body)
     assert decode(encode(request), Request) == request
 
@@ -98,7 +98,7 @@ def test_what_is_not_in_the_closed_set_is_refused_by_name(
     assert place in str(caught.value)
 
 
-def test_another_versions_fields_still_tell_who_asks_and_in_which_version() -> None:
+def test_id_and_version_of_another_protocol_version_are_readable() -> None:
     theirs = {"id": "a", "version": 9, "body": {"op": "teleport"}, "new": True}
     assert decode(pack(theirs), Envelope) == Envelope("a", 9)
 
@@ -134,7 +134,7 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
     assert sample._repr_html_().count("<tr>") == 4, "one row per rank"
 
 
-def test_a_workload_knows_its_bytes() -> None:
+def test_bytes_of_a_workload() -> None:
     assert WORKLOAD.total_bytes == (4097 + 812) * 8 * 128 * 2 * 2
     with pytest.raises(ValueError, match="float31"):
         _ = msgspec.structs.replace(WORKLOAD, dtype="float31").row_bytes

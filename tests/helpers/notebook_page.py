@@ -133,7 +133,7 @@ class NotebookPage:
             self.runs[id_] = self.runs.get(id_, 0) + 1
 
     def command(self, name: str, **options: object) -> None:
-        """Start a command of JupyterLab. The page's `commandEnded` tells when it has ended."""
+        """Start a command of JupyterLab; at its end, `commandEnded` of the page becomes true."""
         start = """([name, options]) => {
             globalThis.commandEnded = false;
             jupyterapp.commands.execute(name, options).then(() => { commandEnded = true });
@@ -150,14 +150,14 @@ class NotebookPage:
         id_: str,
         timeout_s: float = 30.0,
         *,
-        made_by: str = "",
+        created_by: str = "",
         such: Callable[[dict[str, Any]], bool] = lambda plot: True,
     ) -> dict[str, Any]:
         """Wait until a cell shows one plot, with the points that the kernel sent.
 
-        `made_by` is the cell that made the widget, if it is another one. `such` asks for more.
+        `created_by` is the cell of the widget, if it is another one. `such` is a condition.
         """
-        name = made_by or id_
+        name = created_by or id_
 
         def right() -> dict[str, Any] | None:
             plots = self.plots(id_)
@@ -217,7 +217,7 @@ class NotebookPage:
         assert not self.errors, "\n".join(self.errors)
 
     def describe(self) -> str:
-        """Return what a person needs to see why something failed."""
+        """Return the page, its console and the server's log, to find out why a test failed."""
         try:
             text = self.page.locator("body").inner_text(timeout=10_000)
         except Exception as problem:  # noqa: BLE001  the failure itself must still be reported

@@ -1,4 +1,4 @@
-"""The exported timeline is what Chrome's trace format asks for, and nothing is lost in it."""
+"""The exported timeline is valid in Chrome's trace format and complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPANS = (
 
 
 def problems(trace: dict[str, Any]) -> list[str]:
-    """What a viewer would stumble over; empty for a good trace."""
+    """Return what a viewer cannot read; empty for a valid trace."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("ph") not in ("X", "M"):
@@ -30,7 +30,7 @@ def problems(trace: dict[str, Any]) -> list[str]:
             if not all(isinstance(t, int | float) and t >= 0 for t in times):
                 found.append(f"{event} has no times")
         elif not isinstance(event.get("args", {}).get("name"), str):
-            found.append(f"{event} names nothing")
+            found.append(f"{event} has no name in its args")
     named = {e["tid"] for e in trace["traceEvents"] if e.get("name") == "thread_name"}
     used = {e["tid"] for e in trace["traceEvents"] if e.get("ph") == "X"}
     return found + [f"rank {rank} has no name" for rank in used - named]
@@ -75,6 +75,6 @@ def test_it_says_what_was_gathered(saved: dict[str, Any]) -> None:
         {"ph": "M", "pid": 0, "tid": 0, "name": "thread_name", "args": {}},
     ],
 )
-def test_a_broken_trace_is_seen(saved: dict[str, Any], event: dict[str, Any]) -> None:
+def test_a_broken_trace_is_detected(saved: dict[str, Any], event: dict[str, Any]) -> None:
     saved["traceEvents"].append(event)
     assert problems(saved)

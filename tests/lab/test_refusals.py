@@ -1,4 +1,4 @@
-"""What a `Lab` refuses: in words, before anything is allocated, and the ranks stay usable."""
+"""What a `Lab` refuses: with a message, before anything is allocated; the ranks stay usable."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("ask", "words"), BAD, ids=[words for _, words in BAD])
-def test_bad_input_is_refused_in_words(lab: Lab, ask: Callable[[Lab], object], words: str) -> None:
+def test_bad_input_is_refused_with_a_message(
+    lab: Lab, ask: Callable[[Lab], object], words: str
+) -> None:
     with pytest.raises(cpkit.BadRequest, match=words):
         ask(lab)
 

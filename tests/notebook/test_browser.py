@@ -53,7 +53,7 @@ def browser_page(server: JupyterLab) -> Iterator[NotebookPage]:
     with playwright.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
         page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(60_000)  # a page beside busy loops answers late
+        page.set_default_timeout(60_000)  # a page beside busy loops is slow
         yield NotebookPage(page, server)
         chromium.close()
 
@@ -98,10 +98,10 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
 
 def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
     live.run("second-view")
-    first = live.wait_for_plot("second-view", made_by="panel")
+    first = live.wait_for_plot("second-view", created_by="panel")
     for cell in ("panel", "second-view"):
         live.wait_for_plot(
-            cell, made_by="panel", such=lambda plot: plot["revision"] > first["revision"] + 5
+            cell, created_by="panel", such=lambda plot: plot["revision"] > first["revision"] + 5
         )
     live.run("second-view", "pass")  # later tests replace the panel, and this view with it
 
@@ -146,7 +146,7 @@ def test_a_cell_that_runs_again_replaces_its_widget(live: NotebookPage) -> None:
     assert counts[0].count("cpkit-") >= len(WIDGETS), counts
 
 
-def test_a_reloaded_page_shows_the_widgets_of_the_living_kernel(live: NotebookPage) -> None:
+def test_a_reloaded_page_shows_the_widgets_of_the_running_kernel(live: NotebookPage) -> None:
     live.reload()
     for widget in WIDGETS:
         live.wait_for_plot(widget)
@@ -155,7 +155,7 @@ def test_a_reloaded_page_shows_the_widgets_of_the_living_kernel(live: NotebookPa
 
 
 def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage) -> None:
-    """Two seconds after a model was made, anywidget drops its messages. Here it does at once."""
+    """anywidget drops the messages of a model after two seconds; here at once."""
     live.page.evaluate("AbortSignal.limit = AbortSignal.timeout")
     live.page.evaluate("AbortSignal.timeout = ms => AbortSignal.limit(ms === 2000 ? 0 : ms)")
     for widget in WIDGETS:
@@ -177,7 +177,7 @@ def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
                     live.wait_for_plot(widget, 60)
 
 
-def test_a_dead_kernel_is_said_in_the_widget(live: NotebookPage) -> None:
+def test_widgets_report_a_dead_kernel(live: NotebookPage) -> None:
     live.run("scratch", "pause_s = 120")
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
@@ -190,7 +190,7 @@ def test_a_dead_kernel_is_said_in_the_widget(live: NotebookPage) -> None:
         live.until(
             lambda output=output: "run this cell again" in output.inner_text(),
             20,
-            f"{widget} says that its kernel is gone",
+            f"{widget} reports that its kernel has ended",
         )
     assert "measuring" not in status.inner_text()
     live.until(lambda: live.page.evaluate("commandEnded"), 60, "the kernel has restarted")

@@ -1,4 +1,4 @@
-"""The live panels against real workers, driven as a page would drive them: by their controls."""
+"""The live panels with real workers, driven by their controls as a page does."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer)
         ("9*999999999", "and the limit is"),
     ],
 )
-def test_bad_input_is_said_in_the_panel_and_does_no_harm(
+def test_bad_input_is_shown_in_the_panel_and_does_no_harm(
     panel: Explorer, text: str, message: str
 ) -> None:
     panel.start()
@@ -86,7 +86,7 @@ def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
     until(lambda: "paused" in panel.status_html)
     until(lambda: lab.status().state == "idle")
     panel.controls.cp_size.value = 4
-    assert panel.wait().workload.cp_size == 4, "a change goes on after a pause"
+    assert panel.wait().workload.cp_size == 4, "a change resumes after a pause"
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2
@@ -102,7 +102,7 @@ def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
     until(lambda: lab.status().state == "idle")
 
 
-def test_the_stepper_gathers_anew(lab: cpkit.Lab) -> None:
+def test_the_stepper_gathers_again(lab: cpkit.Lab) -> None:
     stepper = Stepper(lab, [13, 9], cp_size=4)
     stepper.wait(done=1)
     assert "→ reorder" in stepper.figure.layout.title.text

@@ -67,7 +67,7 @@ def test_a_published_figure_is_the_state_of_the_plot() -> None:
     plot.close()
 
 
-def test_figures_that_come_too_fast_are_skipped() -> None:
+def test_figures_that_arrive_too_fast_are_skipped() -> None:
     plot = LivePlot(go.Figure())
     plot.publish(go.Figure())
     assert not plot.is_due()

@@ -16,18 +16,18 @@ from tests.helpers.processes import until
 
 
 @pytest.mark.workers
-def test_a_panel_that_is_made_again_and_never_closed_replaces_the_old_one(lab: cpkit.Lab) -> None:
-    """A script or nbval names no cell: a new panel replaces the earlier one of its class."""
+def test_a_new_panel_replaces_one_that_was_never_closed(lab: cpkit.Lab) -> None:
+    """Without a cell id (a script, nbval) a new panel replaces the earlier one of its class."""
     counts = []
     for _ in range(5):
         panel = Explorer(lab, lengths=[64], cp_size=2).start()
         panel.wait(samples=3)
         counts.append(resources(lab))
-    assert counts[1:] == counts[:-1], "the first run made as much as the fifth"
-    assert counts[-1]["explorer threads"] == 1, "one measurement goes on"
+    assert counts[1:] == counts[:-1], "the fifth run has no more than the first"
+    assert counts[-1]["explorer threads"] == 1, "one measurement runs"
     panel.close()
     until(lambda: resources(lab)["explorer threads"] == 0)
-    until(lambda: lab.status().state == "idle", why="no measurement goes on")
+    until(lambda: lab.status().state == "idle", why="no measurement runs")
 
 
 def resources(lab: cpkit.Lab) -> dict[str, int]:
@@ -43,7 +43,7 @@ def resources(lab: cpkit.Lab) -> dict[str, int]:
 
 
 class Panel:
-    """Something that can be replaced."""
+    """The smallest panel."""
 
     def __init__(self) -> None:
         cells.replace_previous(self)

@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*.ipynb")}
 
 
-def test_copies_are_made_once(originals: Path, copies: Path) -> None:
+def test_copies_are_created_once(originals: Path, copies: Path) -> None:
     assert contents(copies) == {NAME: "first", "02.ipynb": "other"}
     (copies / NAME).write_text("my work")
     assert workspace.refresh(originals, copies) == []
@@ -108,7 +108,7 @@ def test_without_originals_it_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_git_ignores_all_that_a_learner_makes() -> None:
+def test_git_ignores_all_files_of_a_learner() -> None:
     """Copies, reports and checkpoints, from copies and from originals that are opened directly."""
     made = ["workspace/01.ipynb", "workspace/.originals.json", "workspace/reports/report.html"]
     made += ["notebooks/reports/report.html", "notebooks/.ipynb_checkpoints/01-checkpoint.ipynb"]

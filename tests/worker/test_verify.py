@@ -12,20 +12,20 @@ from cpkit.worker.workload import DTYPES, Run
 WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
 
 
-class Gathered(Run):
-    """A run whose gather has happened already."""
+class FixedRun(Run):
+    """A run whose gather returns given tensors."""
 
     def gather(self) -> list[torch.Tensor]:
         return self.tensors
 
 
-def gathered(dtype: str, round_number: int = 3) -> Gathered:
+def gathered(dtype: str, round_number: int = 3) -> FixedRun:
     layout = WORKLOAD.layout()
     tensors = [
         provenance.expected_rows(layout, (2, 5), DTYPES[dtype], round=round_number, tensor=number)
         for number in range(2)
     ]
-    return Gathered(WORKLOAD, layout, None, 3, tensors)  # type: ignore[arg-type]  # nobody asks it
+    return FixedRun(WORKLOAD, layout, None, 3, tensors)  # type: ignore[arg-type]  # unused
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +41,7 @@ def test_a_right_gather_passes_and_one_wrong_bit_does_not(dtype: str) -> None:
     assert run.verified_gather()
 
 
-def test_rows_of_an_earlier_round_tell_on_themselves() -> None:
+def test_rows_of_an_earlier_round_are_found() -> None:
     with pytest.raises(provenance.ProvenanceError, match=r"holds round 2.*wanted round 3"):
         gathered("bfloat16", round_number=2).verified_gather()
 
