@@ -19,6 +19,11 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start_ns: int
     stop_ns: int
 
+    @property
+    def took_ns(self) -> int:
+        """The duration."""
+        return self.stop_ns - self.start_ns
+
 
 @dataclass
 class Timing:

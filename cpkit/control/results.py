@@ -263,13 +263,11 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
         import pandas as pd
 
         rows = [
-            (rank, span.stage, span.start_ns / 1e3, span.stop_ns / 1e3)
+            (rank, span.stage, *(n / 1e3 for n in (span.start_ns, span.stop_ns, span.took_ns)))
             for rank, spans in enumerate(self.spans)
             for span in spans
         ]
-        table = pd.DataFrame(rows, columns=["rank", "stage", "start_us", "stop_us"])
-        table["duration_us"] = table["stop_us"] - table["start_us"]
-        return table
+        return pd.DataFrame(rows, columns=["rank", "stage", "start_us", "stop_us", "duration_us"])
 
     def summary(self) -> str:
         """Return the algorithm and the total time in one line."""
@@ -298,7 +296,7 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
                     "cat": "gather",
                     "ph": "X",  # a complete event: start and duration
                     "ts": span.start_ns / 1e3,
-                    "dur": (span.stop_ns - span.start_ns) / 1e3,
+                    "dur": span.took_ns / 1e3,
                     **track,
                     "args": {"rank": rank, "algorithm": work.algorithm},
                 }

@@ -90,8 +90,8 @@ def check_cp_size(cp_size: int, world_size: int) -> None:
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     if cp_size not in divisors:
         raise ValueError(
-            f"cp_size is {cp_size}, and it must divide the {world_size} ranks of these workers: "
-            f"use one of {', '.join(map(str, divisors))}, or start another number of workers"
+            f"cp_size is {cp_size}; it must divide the {world_size} ranks of these workers: use "
+            f"one of {', '.join(map(str, divisors))}, or start another number of workers"
         )
 
 
@@ -120,8 +120,8 @@ def _check_memory(workload: Workload, more_copies: int = 0) -> None:
     needed, limit = needed_bytes(workload) + more_bytes, memory_limit_bytes()
     if needed > limit:
         raise ValueError(
-            f"this gather of {workload.total_bytes} bytes needs about {needed} bytes on "
-            f"{workload.cp_size} ranks, and the limit is {limit} bytes: take fewer tokens, heads "
+            f"this gather of {_bytes(workload.total_bytes)} needs about {_bytes(needed)} on "
+            f"{workload.cp_size} ranks, and the limit is {_bytes(limit)}: use fewer tokens, heads "
             f"or tensors, a smaller cp_size, or start the workers with a larger "
             f"CPKIT_MEMORY_LIMIT_BYTES"
         )
@@ -156,6 +156,10 @@ def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:
     _in_range("tensors", tensors, 1, 16)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+
+
+def _bytes(count: int) -> str:
+    return f"{count} bytes ({count / 2**30:.3g} GiB)"
 
 
 def _in_range(name: str, value: float, least: float, most: float) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from cpkit.algorithms import ALGORITHMS
 from cpkit.control.complaints import in_words, unknown_options
 from cpkit.control.messages import Request, Workload
+from cpkit.layout import STRATEGIES
 
 
 def complaint(body: dict[str, Any]) -> str:
@@ -27,11 +29,11 @@ def workload(**fields: Any) -> dict[str, Any]:
     [
         (
             {"op": "gather", "workload": workload(algorithm="fast")},
-            "algorithm is 'fast'; it must be one of padded, padded_symm_recv, padded_symm, direct",
+            f"algorithm is 'fast'; it must be one of {', '.join(ALGORITHMS)}",
         ),
         (
             {"op": "sweep", "workloads": [workload(strategy="zag")]},
-            "strategy is 'zag'; it must be one of zigzag, interleave, contiguous",
+            f"strategy is 'zag'; it must be one of {', '.join(STRATEGIES)}",
         ),
         ({"op": "gather", "workload": workload(speed=9)}, "a workload has cp_size, lengths, st"),
         ({"op": "sweep", "workloads": [workload(speed=9)]}, "there is no 'speed'; a workload has"),

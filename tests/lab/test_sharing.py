@@ -1,4 +1,4 @@
-"""Several who ask the same ranks: cancelled, interrupted, waiting in line, gone without a word."""
+"""Several clients of the same ranks: cancelled, interrupted, queued, and lost."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
+from cpkit.algorithms import ALGORITHMS
 from cpkit.notebook import show, style
 from cpkit_lessons import figures
 from tests.helpers.drawn import LAYOUT
@@ -65,6 +66,10 @@ def test_why_there_is_no_picture_is_one_line(
     with pytest.raises(show.NoPicture, match=words) as caught:
         show.png(figures.padding_grid(LAYOUT))
     assert "\n" not in str(caught.value)
+
+
+def test_every_algorithm_has_its_line() -> None:
+    assert style.ALGORITHM_LINES.keys() >= set(ALGORITHMS)
 
 
 @pytest.mark.browser

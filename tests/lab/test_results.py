@@ -1,0 +1,97 @@
+"""Results: how the parts of the ranks are joined, and the statistics over times."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cpkit.control.messages import (
+    Array,
+    ClockResult,
+    GatherResult,
+    PutResult,
+    Sample,
+    StageArray,
+    SweepResult,
+    TraceResult,
+    Workload,
+)
+from cpkit.timing import Span, Timing, algbw_gbps, busbw_gbps, percentile
+
+WORKLOAD = Workload(2, (8,))
+
+
+def sample(time_us: float, **stage_us: float) -> Sample:
+    stages = {name: (us,) for name, us in stage_us.items()}
+    return Sample(WORKLOAD, 3, 7, (time_us,), (1.0,), (time_us + 1,), stages, "staged", "why")
+
+
+def test_a_sample_has_the_times_of_all_ranks() -> None:
+    whole = Sample.of_all_ranks([sample(4.0, wire=2.0), sample(6.0, wire=3.0, pad=1.0)])
+    assert whole.per_rank_us == (4.0, 6.0)
+    assert whole.stage_us == {"wire": (2.0, 3.0), "pad": (0.0, 1.0)}
+    assert (whole.time_us, whole.min_us, whole.p95_us) == (6.0, 1.0, 7.0)
+    assert (whole.sequence, whole.iterations, whole.path) == (3, 7, "staged")
+    sweep = SweepResult.of_all_ranks([SweepResult((sample(4.0),)), SweepResult((sample(6.0),))])
+    assert sweep.table.loc[0, ["time_us", "p95_us"]].tolist() == [6.0, 7.0]
+
+
+def test_a_gather_has_the_rows_of_all_ranks() -> None:
+    array = Array.of(np.zeros((2, 4), dtype=np.int64))
+    parts = [
+        GatherResult(
+            WORKLOAD, 1, (4, 4), 4, 16, "symmetric", "", (5.0,), (StageArray("wire", rank, array),)
+        )
+        for rank in range(2)
+    ]
+    whole = GatherResult.of_all_ranks(parts)
+    assert whole.checked_rows == 32
+    assert whole.stage("wire", 1).shape == (2, 4)
+    assert whole.table["time_us"].tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(("spans_hosts", "first_ns"), [(False, [0, 200]), (True, [0, 0])])
+def test_ranks_of_different_machines_start_at_zero(spans_hosts: bool, first_ns: list[int]) -> None:
+    parts = [
+        TraceResult(WORKLOAD, ((Span("wire", start_ns, start_ns + 50),),), spans_hosts)
+        for start_ns in (1_000, 1_200)
+    ]
+    whole = TraceResult.of_all_ranks(parts)
+    assert [spans[0].start_ns for spans in whole.spans] == first_ns
+    assert whole.table["duration_us"].tolist() == [0.05, 0.05]
+
+
+def test_a_clock_starts_with_the_first_rank() -> None:
+    parts = [
+        ClockResult(WORKLOAD, ("direct",), Array.of(np.array([[[[start_us, start_us + 5.0]]]])))
+        for start_us in (1_000.0, 1_002.0)
+    ]
+    whole = ClockResult.of_all_ranks(parts)
+    assert whole.begin_us("direct").tolist() == [[0.0, 2.0]]
+    assert whole.times_us("direct").tolist() == [[5.0, 5.0]]
+    names = ClockResult.numbered(["direct", "copy", "direct", "direct"])
+    assert names == ("direct", "copy", "direct#2", "direct#3")
+
+
+def test_counts_are_added_and_reads_form_a_matrix() -> None:
+    parts = [
+        PutResult(2, 9, True, 18, rank, 0, Array.of(np.array([[9, 1 << 32 | 9]])), (0,), (64,), ())
+        for rank in range(2)
+    ]
+    whole = PutResult.of_all_ranks(parts)
+    assert (whole.reads, whole.stale) == (36, 1)
+    assert whole.matrix.tolist() == [[9, 9], [9, 9]]
+    assert whole.writers.tolist() == [[0, 1], [0, 1]]
+    assert whole.addresses == (64, 64)
+
+
+def test_statistics() -> None:
+    assert [percentile(range(101), percent) for percent in (0, 50, 95, 100)] == [0, 50, 95, 100]
+    assert percentile([3.0], 95) == 3.0
+    timing = Timing()
+    for time_us in (9.0, 1.0, 5.0):
+        timing.add(time_us, {"wire": time_us / 2})
+    assert timing.median_us == 5.0
+    assert timing.stage_medians_us() == {"wire": 2.5}
+    assert algbw_gbps(8_000_000, 1000.0) == pytest.approx(8.0)
+    assert busbw_gbps(8_000_000, 1000.0, 4) == pytest.approx(6.0)
