@@ -4,7 +4,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Generator, Sequence
 from itertools import product
 from operator import index
@@ -17,6 +16,7 @@ from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
 from cpkit.control.complaints import in_words
 from cpkit.control.errors import BadRequest
+from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
     ClockCall,
@@ -40,9 +40,9 @@ from cpkit.control.messages import (
     dtype_name,
 )
 from cpkit.control.runtime_dir import NameTaken
-from cpkit.control.settings import Launch
 from cpkit.lab.pool import LabPool
 from cpkit.processes import process_id
+from cpkit.settings import workers_name
 
 if TYPE_CHECKING:
     from typing import Self
@@ -70,7 +70,7 @@ def connect(
     started, ValueError for bad arguments.
     """
     if name == "default":
-        name = os.environ.get("CPKIT_NAME", name)
+        name = workers_name()
     ranks = Launch().nproc if nproc is None else nproc
     settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
     settings.check()
