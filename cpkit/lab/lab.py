@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from cpkit import Explorer
+
 Lengths = int | Sequence[int]
 _ATTEMPTS = 3  # another process may have started to launch them, and failed
 _log = logging.getLogger("cpkit")
@@ -341,6 +343,44 @@ class Lab:
             return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
         except msgspec.ValidationError as error:
             raise BadRequest(in_words(error)) from None
+
+    def explore(
+        self,
+        lengths: Sequence[int] = (4096,),
+        *,
+        interval_s: float = 0.12,
+        pause_after_s: float = 120.0,
+        cp_size: int | None = None,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+    ) -> "Explorer":
+        """Return the live panel, started: display it as the last line of a cell.
+
+        The parameters from `cp_size` on are the first values of its controls. A sample arrives
+        every `interval_s`; without a change the panel pauses after `pause_after_s`. Needs the
+        packages of `cpkit[notebooks]`.
+        """
+        from cpkit import Explorer  # loaded here: only a notebook has its packages
+
+        return Explorer(
+            self,
+            lengths,
+            interval_s=interval_s,
+            pause_after_s=pause_after_s,
+            cp_size=cp_size,
+            strategy=strategy,
+            algorithm=algorithm,
+            symmetric=symmetric,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            tensors=tensors,
+        ).start()
 
     def close(self) -> None:
         """Disconnect. The workers stay, unless this process started them and ends."""
