@@ -51,7 +51,8 @@ RANK_SIDE = (
 
 
 def test_imports_have_no_cycle() -> None:
-    graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
+    # `cpkit` itself loads its public names when they are first used, so it can be in a cycle.
+    graph = {module: imports(module) & MODULES.keys() - {module, "cpkit"} for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError and names the modules
 
 
