@@ -18,8 +18,8 @@ import pytest
 
 import cpkit
 from cpkit.control import launcher
+from cpkit.control.launch_options import Launch
 from cpkit.control.runtime_dir import RuntimeDir
-from cpkit.control.settings import Launch
 from cpkit.control.tied import PARENT_GONE_CODE, tied
 from cpkit.processes import process_id
 from tests.helpers.processes import processes_with, until
