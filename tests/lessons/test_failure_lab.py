@@ -52,7 +52,7 @@ def test_both_modules_have_the_same_cases() -> None:
 
 @cache
 def card_of(case: str) -> PostMortem:
-    """One run of a case; the deadline is short only where ranks wait for it."""
+    """Run a case once; the deadline is short only in cases that wait for it."""
     waits = WANTED[case] == "error after the deadline"
     size = 3 if case == "a_rank_dies" else 2
     return inject_fault(case, size=size, victim=size - 1, deadline_s=1.5 if waits else 20.0)

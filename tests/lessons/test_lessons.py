@@ -1,4 +1,4 @@
-"""The loop of a lesson: predictions, exercises, and what stands beside them."""
+"""Lessons: predictions, exercises, the glossary, capabilities and the copy counter."""
 
 from __future__ import annotations
 
