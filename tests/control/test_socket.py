@@ -34,7 +34,7 @@ def test_a_wrong_client_key_is_told_at_once_not_after_a_timeout(
     public, secret = (key.decode() for key in zmq.curve_keypair())
     stranger = control_server.client(client_public_key=public, client_secret_key=secret)
     started = time.monotonic()
-    with pytest.raises(NoAnswer, match="refused the client key"):
+    with pytest.raises(NoAnswer, match="rejected the client key"):
         stranger.call(Status(), StatusResult, 60.0)
     assert time.monotonic() - started < 30
     assert control_server.client().call(Status(), StatusResult).name == "test"
