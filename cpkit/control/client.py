@@ -191,7 +191,8 @@ class _Socket:
 
     def __init__(self, connection: Connection) -> None:
         self._endpoint = connection.endpoint
-        self._dealer = zmq.Context.instance().socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._dealer = context.socket(zmq.DEALER)
         self._dealer.curve_serverkey = connection.server_public_key.encode()
         self._dealer.curve_publickey = connection.client_public_key.encode()
         self._dealer.curve_secretkey = connection.client_secret_key.encode()

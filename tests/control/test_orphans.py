@@ -106,7 +106,7 @@ def test_a_start_that_hangs_is_ended_and_says_in_which_step(
     """Agent and ranks are stopped, so that they take no SIGTERM: only SIGKILL ends them."""
     settings = Launch(name="stuck", nproc=2, owner=process_id())
     agent = launcher.start(settings)
-    steps = RuntimeDir("stuck").steps
+    steps = RuntimeDir("stuck").startup_phases
     until(lambda: {"rank 0", "rank 1"} <= steps().keys(), why=lambda: str(steps()))
     for process in processes_with(MARK, mark):
         process.suspend()

@@ -30,7 +30,7 @@ from tests.helpers.processes import until
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     place = RuntimeDir("here")
-    place.make()
+    place.create()
     return place
 
 
@@ -63,7 +63,7 @@ def test_a_link_is_not_followed(place: RuntimeDir, tmp_path: Path) -> None:
 def test_a_directory_that_others_may_write_to_is_refused(place: RuntimeDir) -> None:
     place.directory.chmod(0o777)
     with pytest.raises(ControlError, match=r"0777.*chmod 700"):
-        place.make()
+        place.create()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": "here"}', b"\x80\x04]."])
@@ -82,17 +82,17 @@ def test_names_are_plain_words(name: str) -> None:
 
 def test_a_name_is_taken_exactly_as_long_as_its_holder_lives(place: RuntimeDir) -> None:
     code = "import sys, time; from cpkit.control.runtime_dir import RuntimeDir"
-    code += "; RuntimeDir('here').hold(); print(1); sys.stdout.flush(); time.sleep(60)"
+    code += "; RuntimeDir('here').acquire_lock(); print(1); sys.stdout.flush(); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         holder.stdout.readline()
-        assert place.is_held()
+        assert place.is_locked()
         with pytest.raises(NameTaken, match=r"run already.*stop"):
-            place.hold()
+            place.acquire_lock()
         holder.kill()
         holder.wait()
-    assert not place.is_held()
-    os.close(place.hold())
+    assert not place.is_locked()
+    os.close(place.acquire_lock())
 
 
 def test_only_our_own_kind_of_directory_is_removed(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_each_step_of_a_start_renews_the_deadline(
     monkeypatch.setattr(launcher, "READY_S", 0.2)
     patience = launcher._Patience(place)
     for step in ("importing torch", "joining the process group"):
-        place.note_step("rank 0", step)
+        place.set_startup_phase("rank 0", step)
         assert not patience.is_over(), "slow is not stuck"
         time.sleep(0.3)
     until(patience.is_over)

@@ -44,7 +44,7 @@ def test_a_wrong_server_key_never_gets_our_orders(control_server: ControlServer)
     confused = control_server.client(server_public_key=zmq.curve_keypair()[0].decode())
     with pytest.raises(NoAnswer):
         confused.call(Status(), StatusResult, 1.0)
-    assert len(control_server.server.turns) == 0
+    assert len(control_server.server.jobs) == 0
 
 
 def test_a_client_without_keys_hears_nothing(control_server: ControlServer) -> None:

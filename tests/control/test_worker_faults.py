@@ -133,7 +133,7 @@ def test_connection_file_of_dead_workers_is_removed_with_a_word(
     for pid in (connection.agent.pid, *pids(lab)):
         os.kill(pid, signal.SIGKILL)
     lab.close()
-    until(lambda: not RuntimeDir("dead").is_held(), why="the lock of a dead agent")
+    until(lambda: not RuntimeDir("dead").is_locked(), why="the lock of a dead agent")
     assert RuntimeDir("dead").connection_file.exists()
     with pytest.raises(cpkit.NoWorkers):
         cpkit.connect("dead", launch=False)

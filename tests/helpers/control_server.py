@@ -92,14 +92,14 @@ def _status(ahead: int) -> StatusResult:
 
 def in_background(function: object, *arguments: object) -> tuple[threading.Thread, list[object]]:
     """Call in a thread; what it returned or raised ends up in the list."""
-    said: list[object] = []
+    outcome: list[object] = []
 
     def run() -> None:
         try:
-            said.append(function(*arguments))  # type: ignore[operator]
+            outcome.append(function(*arguments))  # type: ignore[operator]
         except Exception as error:  # noqa: BLE001 - it is handed to the test
-            said.append(error)
+            outcome.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    return thread, said
+    return thread, outcome
