@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Starts, shows and ends the worker processes that notebooks talk to: torchrun in a session of its own.
+# Start, show and stop the worker processes that notebooks use: torchrun in its own session.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 launch_workers.sh [start] [options]    start workers, and return when they are ready
-launch_workers.sh status  [--name N]   what they are, and where their logs lie
-launch_workers.sh logs    [--name N]   the end of their logs; --follow to go on
-launch_workers.sh stop    [--name N]   end them
+launch_workers.sh status  [--name N]   show their state, and where the logs are
+launch_workers.sh logs    [--name N]   show the end of their logs; --follow to continue
+launch_workers.sh stop    [--name N]   stop them
 
-Options of start:
+Options of start, with their defaults:
   --nproc 4               ranks on this machine
   --device auto           auto, cpu or cuda (auto: cuda where torch sees a GPU)
-  --share-gpu             all ranks on the first GPU; automatic when ranks outnumber GPUs
-  --name default          several sets of workers may run side by side
+  --share-gpu             all ranks on the first GPU; automatic if there are more ranks than GPUs
+  --name default          name of this set of workers; several sets can run side by side
   --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT
-                          one job over several machines: run this on each of them
+                          one job over several machines: run this on each machine
   --interface eth0        serve notebooks over TCP on this interface (default: a private ipc socket)
-  --max-restarts 0        start the ranks again when one died, so often
-  --owner PID             end when this process ends (default: stay until stopped)
+  --max-restarts 0        restart the ranks after a failure, at most N times
+  --owner PID             stop when this process ends (default: run until stopped)
   --foreground            stay in this terminal, for srun or a container
 
 PYTHON names the interpreter; the default is .venv beside this script, else python3.
-`launch_workers.sh COMMAND --help` has more on each command.
+`launch_workers.sh COMMAND --help` shows all options of a command.
 TEXT
 }
 
@@ -40,7 +40,7 @@ case "${1:-}" in
     ;;
   "" | -*) ;;
   *)
-    printf 'launch_workers.sh: there is no command %s; use start, status, logs or stop\n' "$1" >&2
+    printf 'launch_workers.sh: unknown command %s; use start, status, logs or stop\n' "$1" >&2
     exit 2
     ;;
 esac

@@ -127,17 +127,17 @@ def conditions(record: Record) -> str:
         f"{where['python']}, commit {where['commit']}, `{where['command']}`; load before the run "
         f"{where['load_before']}. One bfloat16 tensor of rows [8, 128], one zigzag sequence; size "
         f"is the gathered tensor. A time is the median of the slowest rank; of {plan['rounds']} "
-        f"rounds, ours and Open MPI's in turn, the median. Each variant is timed in blocks of "
+        f"rounds, ours and Open MPI's alternating, the median. Each variant is timed in blocks of "
         f"{plan['block_s']} s after {plan['warmup']} warm-up calls. `direct` is one call of "
-        f"all_gather_kv, `plan` the same gather prepared once. `padded` runs over gloo and makes "
-        f"its buffers anew in every call, as its users do; `gloo alone` is its collective without "
-        f"pad, strip and reorder; Open MPI is MPI_Allgatherv with final displacements into a "
-        f"buffer made once; `memcpy` is every rank copying the whole result once. GB = 1e9 bytes."
+        f"all_gather_kv, `plan` the same gather prepared once. `padded` runs over gloo and "
+        f"allocates its buffers in every call, as its users do; `gloo alone` is its collective "
+        f"without pad, strip and reorder; Open MPI is MPI_Allgatherv with final displacements into "
+        f"a buffer made once; `memcpy` is every rank copying the whole result once. GB = 1e9 bytes."
     )
 
 
 def time_table(times: Times, variants: Sequence[str], ratios: Ratios) -> str:
-    """One line a size: every variant's time, and the ratios."""
+    """One line per size: every variant's time, and the ratios."""
     header = ["cp_size", "size (B)", *(f"{name} (us)" for name in variants)]
     lines = [
         [*map(cell, key), *(cell(us.get(name)) for name in variants), *quotients(us, ratios)]

@@ -98,7 +98,7 @@ def as_summary(record: dict[str, Any]) -> str:
 
 
 def as_details(record: dict[str, Any]) -> str:
-    """Times, one line a size, and the goals, for docs/performance.md."""
+    """Times, one line per size, and the goals, for docs/performance.md."""
     times = time_table(with_floors(record), (*VARIANTS, "floor"), RATIOS)
     return "\n\n".join([conditions(record), times, table_of(record["goals"], GOAL_COLUMNS)])
 

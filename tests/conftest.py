@@ -1,7 +1,7 @@
-"""Puts the layers of the test suite in order, cheapest first, and heads each with its name.
+"""Sort the tests by layer, cheapest first, and print a heading per layer.
 
-A test's layer is the most expensive of its markers in `LAYERS`; one without any is pure: no
-processes. Tests marked `slow(reason)` run only with `--slow`, which runs nothing else.
+A test's layer is the most expensive of its markers in `LAYERS`; a test without any is pure and
+starts no processes. Tests marked `slow(reason)` run only with `--slow`, which runs no others.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tests.helpers.processes import until
 
 LAYERS = ("pure", "workers", "notebook", "browser", "gpu")
 _heading = pytest.StashKey[int]()
-_left_out = pytest.StashKey[dict[str, int]]()  # why so many tests were not selected
+_left_out = pytest.StashKey[dict[str, int]]()  # how many tests were not selected, by reason
 _seconds = pytest.StashKey[dict[str, float]]()  # by layer
 
 if not torch.cuda.is_available():
-    # Before anything imports Triton: its kernels are then run by the interpreter, on the CPU.
+    # Set before Triton is imported: its interpreter then runs the kernels on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell starts what runs in its background with interrupts ignored. Tests send some.
+    # A shell starts background jobs with interrupts ignored, and some tests send interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the slow tests or all others, and sort by layer; the order inside a layer stays."""
+    """Keep the slow tests or all others, and sort by layer; keep the order inside a layer."""
     wanted = config.getoption("--slow")
     other = [item for item in items if bool(item.get_closest_marker("slow")) != wanted]
     items[:] = sorted((item for item in items if item not in other), key=layer)
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say what each layer took, and what was left out."""
+    """Print the time of each layer, and which tests were left out and why."""
     took = config.stash.get(_seconds, {})
     layers = [f"{name} {took[name]:.0f} s" for name in LAYERS if name in took]
     terminalreporter.write_line(f"Time by layer: {', '.join(layers)}")
@@ -69,7 +69,7 @@ def pytest_terminal_summary(
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Write a heading before the first test of each layer, and add up its time."""
+    """Print a heading before the first test of each layer, and add up its time."""
     number = layer(item)
     reporter = item.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and item.config.stash.get(_heading, None) != number:
@@ -86,7 +86,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Show the page, its console and the server's log beside the failure of a browser test."""
+    """Add the page, its console and the server's log to the report of a failed browser test."""
     report = yield
     page = getattr(item, "funcargs", {}).get("notebook")
     if report.failed and page:
@@ -95,13 +95,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def layer(item: pytest.Item) -> int:
-    """The index into LAYERS of the most expensive layer that the test is marked with."""
+    """Return the index into LAYERS of the most expensive layer that the test is marked with."""
     return max(n for n, name in enumerate(LAYERS) if n == 0 or item.get_closest_marker(name))
 
 
 @pytest.fixture(scope="session")
 def runtime_dir() -> Iterator[Path]:
-    """A Jupyter runtime directory of this test session's own, so that no user's workers are met."""
+    """Make a Jupyter runtime directory for this session, so that it does not use other workers."""
     directory = Path(tempfile.mkdtemp(prefix="cpkit-test-"))
     before = os.environ.get("JUPYTER_RUNTIME_DIR")
     os.environ["JUPYTER_RUNTIME_DIR"] = str(directory)
@@ -115,7 +115,7 @@ def runtime_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
-    """Four real ranks, shared by all tests that leave them usable."""
+    """Start four real ranks, shared by all tests that leave them usable."""
     with cpkit.connect("tests", nproc=4) as connected:
         yield connected
         connected.stop()
@@ -123,14 +123,15 @@ def lab(runtime_dir: Path) -> Iterator[cpkit.Lab]:
 
 @pytest.fixture
 def the_workers_stay_usable(lab: cpkit.Lab) -> Iterator[None]:
-    """After every test: nothing waits, and a gather is right."""
+    """After the test, check that the queue is empty and that a gather is right."""
     yield
-    until(lambda: lab.status().state == "idle", why="the line of requests to be empty")
+    until(lambda: lab.status().state == "idle", why="the queue of requests to be empty")
     assert lab.gather([9, 12], 2, heads=1, head_dim=8).verified
 
 
 @pytest.fixture
 def control_server(tmp_path: Path) -> Iterator[ControlServer]:
+    """Start a control server without workers."""
     control_server = ControlServer(tmp_path)
     yield control_server
     control_server.close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cpkit.control.requests import ClockCall
-from cpkit.control.results import Array, ShownResult, WorkloadResult
+from cpkit.control.results import Array, ShownResult, WorkloadResult, rank_table
 from cpkit.memory.path import PathName
 from cpkit.timing import algbw_gbps, busbw_gbps, percentile
 
@@ -92,15 +92,11 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, time_us, min_us, p95_us."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "time_us": self.per_rank_us,
-                "min_us": self.per_rank_min_us,
-                "p95_us": self.per_rank_p95_us,
-            }
+        return rank_table(
+            self.cp_size,
+            time_us=self.per_rank_us,
+            min_us=self.per_rank_min_us,
+            p95_us=self.per_rank_p95_us,
         ).round(1)
 
     def summary(self) -> str:

@@ -213,15 +213,11 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, actual_token, padded_token, time_us."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "actual_token": self.per_rank_actual_token,
-                "padded_token": self.max_rank_len,
-                "time_us": self.per_rank_us,
-            }
+        return rank_table(
+            self.cp_size,
+            actual_token=self.per_rank_actual_token,
+            padded_token=self.max_rank_len,
+            time_us=self.per_rank_us,
         )
 
     def summary(self) -> str:
@@ -392,15 +388,8 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
     @property
     def table(self) -> pd.DataFrame:
         """One row per rank: rank, offset in the segment, address in that rank's process."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "rank": range(self.cp_size),
-                "offset": self.offsets,
-                "address": [hex(address) for address in self.addresses],
-            }
-        )
+        addresses = [hex(address) for address in self.addresses]
+        return rank_table(self.cp_size, offset=self.offsets, address=addresses)
 
     def summary(self) -> str:
         """Return rounds, reads and faults in one line."""
@@ -409,6 +398,13 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
             f"{self.rounds} rounds over cp_size {self.cp_size} {how}: {self.reads} reads, "
             f"{self.stale} stale, {self.ahead} ahead"
         )
+
+
+def rank_table(cp_size: int, **columns: object) -> pd.DataFrame:
+    """Return a table with one row per rank."""
+    import pandas as pd
+
+    return pd.DataFrame({"rank": range(cp_size), **columns})
 
 
 def _table_of(rows: Sequence[msgspec.Struct], with_rank: bool = False) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What the README shows runs under torchrun as it stands, and would notice one wrong bit."""
+"""The scripts of README, docs and examples run under torchrun and detect one wrong bit."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ runpy.run_path(path, run_name="__main__")
 def test_the_script_of_a_page_runs(page: str, nproc: int, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (source,) = (block for block in blocks if "init_process_group" in block)
+    if page == "README.md":  # which docs/library.md continues
+        body, end = source.split("dist.destroy_process_group()")
+        more = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+        source = "\n".join([body, *more, "dist.destroy_process_group()", end])
     script = tmp_path / "page.py"
     script.write_text(source)
     done = torchrun(str(script), nproc=nproc)
@@ -54,7 +58,7 @@ def test_example_is_bit_exact(nproc: int) -> None:
     assert f"on each of {nproc} ranks: all bit-exact" in done.stdout
 
 
-def test_example_notices_one_flipped_bit(tmp_path: Path) -> None:
+def test_example_detects_one_flipped_bit(tmp_path: Path) -> None:
     script = tmp_path / "sabotaged.py"
     script.write_text(SABOTAGED)
     done = torchrun(str(script), str(EXAMPLE), "--batches=1", nproc=2)
@@ -63,7 +67,7 @@ def test_example_notices_one_flipped_bit(tmp_path: Path) -> None:
     assert "all bit-exact" not in done.stdout
 
 
-def test_the_seeds_story_is_told_per_transport() -> None:
+def test_paths_are_explained_per_transport() -> None:
     done = torchrun(str(ROOT / "examples" / "why_this_path.py"), nproc=2)
     assert done.returncode == 0, done.stdout
     seed, both, foreign, shifted, gathers = (

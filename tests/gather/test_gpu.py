@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cpkit
+from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control import mps
 from tests.helpers import ROOT
 from tests.helpers.launch import assert_passed
@@ -124,7 +125,7 @@ def test_nccl_with_a_gpu_per_rank(
 def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:
     with cpkit.connect("gpu-tests", nproc=4, device="cuda") as lab:
         assert "cuda" in str(lab.status())
-        for algorithm in ("padded", "padded_symm_recv", "padded_symm", "direct"):
+        for algorithm in ALGORITHM_CHOICES:
             shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
             assert shown is not None
         samples = iter(lab.measure([65536], cp_size=4, samples=None))

@@ -1,4 +1,4 @@
-"""A control server without workers: the work loop is the test's own."""
+"""A control server without workers: the test takes the jobs and replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKLOAD = Workload(2, (16,))
 
 
 def connection() -> Connection:
-    """What a connection file of one worker holds; no server listens at its endpoint."""
+    """Return the content of a connection file; no server listens at its endpoint."""
     me = process_id()
     return Connection(
         name="here",
@@ -37,7 +37,7 @@ def connection() -> Connection:
 
 
 class ControlServer:
-    """A bound server, its keys, and clients that are closed at the end."""
+    """A listening server, its keys, and the clients made by a test."""
 
     def __init__(self, directory: Path, endpoint: str | None = None) -> None:
         self.server_keys, self.client_keys = zmq.curve_keypair(), zmq.curve_keypair()
@@ -56,7 +56,7 @@ class ControlServer:
             client_secret_key=self.client_keys[1].decode(),
             protocol=PROTOCOL_VERSION,
             version="0",
-            host="another host: its processes can't be looked for",
+            host="another host: its processes cannot be checked",
             agent=process_id(),
             owner=None,
             workers=(),
@@ -69,7 +69,7 @@ class ControlServer:
         return self.clients[-1]
 
     def raw(self) -> zmq.Socket[bytes]:
-        """A socket with the right keys and no manners."""
+        """Return a socket with the right keys that can send anything."""
         dealer = zmq.Context.instance().socket(zmq.DEALER)
         dealer.curve_serverkey = self.server_keys[0]
         dealer.curve_publickey, dealer.curve_secretkey = self.client_keys
@@ -91,15 +91,15 @@ def _status(ahead: int) -> StatusResult:
 
 
 def in_background(function: object, *arguments: object) -> tuple[threading.Thread, list[object]]:
-    """Call in a thread; what it returned or raised ends up in the list."""
-    outcome: list[object] = []
+    """Call in a thread; append what it returns or raises to the list."""
+    results: list[object] = []
 
     def run() -> None:
         try:
-            outcome.append(function(*arguments))  # type: ignore[operator]
-        except Exception as error:  # noqa: BLE001 - it is handed to the test
-            outcome.append(error)
+            results.append(function(*arguments))  # type: ignore[operator]
+        except Exception as error:  # noqa: BLE001 - the test examines it
+            results.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    return thread, outcome
+    return thread, results

@@ -1,4 +1,4 @@
-"""Starts rank code under torchrun, with a deadline, and reads back what each rank found."""
+"""Run rank programs under torchrun with a deadline, and read the result of each check."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from cpkit.control.tied import tied
 from tests.helpers import ROOT
 
-LIMIT_S = 300.0  # a launch that ends costs what it takes; only one that hangs costs the limit
-# The rank code of each number of ranks. One launch runs it all: starting torch takes longer than
-# most checks. Gathers between 2 ranks are among those of 4, as groups of 2.
+LIMIT_S = 300.0  # only a launch that hangs takes this long
+# The rank programs by number of ranks. One launch runs all of them, because starting torch takes
+# longer than most checks. Those of 4 ranks include gathers in groups of 2.
 MODULES = {
     2: ("caches", "symmetric", "signals", "plans", "crossed", "waits", "benchmark"),
     3: ("gathers", "caches", "signals", "mutants", "plans", "crossed"),
@@ -33,11 +33,11 @@ def torchrun(
     """Run a script under torchrun; past the time limit, fail with the stacks of all ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with (
-        TemporaryDirectory() as logs,  # otherwise torchrun leaves a directory of its own behind
+        TemporaryDirectory() as logs,  # otherwise torchrun leaves a directory behind
         subprocess.Popen(
             tied(
                 [*launch, f"--nproc-per-node={nproc}", f"--log-dir={logs}", *command],
-                signal.SIGTERM,  # at which torchrun ends its ranks
+                signal.SIGTERM,  # on which torchrun ends its ranks
             ),
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -51,13 +51,13 @@ def torchrun(
         except subprocess.TimeoutExpired:
             pytest.fail(f"torchrun took more than {timeout_s} s:\n{_end_with_stacks(agent)}")
         finally:
-            if agent.poll() is None:  # the test itself was interrupted
+            if agent.poll() is None:  # the test was interrupted
                 agent.terminate()
     return subprocess.CompletedProcess(agent.args, agent.returncode, output)
 
 
 def _end_with_stacks(agent: subprocess.Popen[str]) -> str:
-    """End all ranks and their agent; what they printed, with the stack of every thread."""
+    """End all ranks and their agent; return their output, with the stack of every thread."""
     for rank in psutil.Process(agent.pid).children():
         rank.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER prints the stacks
     try:
@@ -71,7 +71,7 @@ def _end_with_stacks(agent: subprocess.Popen[str]) -> str:
 def results_of(
     modules: str, nproc: int, env: tuple[tuple[str, str], ...] = (), timeout_s: float = LIMIT_S
 ) -> list[dict[str, str]] | str:
-    """What every check said, by rank; a text when the launch failed. One launch for all tests."""
+    """Return the error of each check (or ""), per rank; or a text if the launch failed. Cached."""
     with TemporaryDirectory() as directory:
         command = ("-m", "tests.ranks.runner", modules, directory)
         try:
@@ -95,13 +95,13 @@ def assert_passed(
     results = results_of(modules, nproc, env, timeout_s)
     if isinstance(results, str):
         pytest.fail(results)
-    said = [by_check[check] for by_check in results]
-    assert not any(said), "\n".join(
-        f"rank {rank}: {text}" for rank, text in enumerate(said) if text
+    errors = [by_check[check] for by_check in results]
+    assert not any(errors), "\n".join(
+        f"rank {rank}: {text}" for rank, text in enumerate(errors) if text
     )
 
 
 def assert_passed_together(module: str, nproc: int, check: str) -> None:
-    """`assert_passed`, in the one launch of all modules that are run by so many ranks."""
+    """As `assert_passed`, in the launch that runs all modules of this number of ranks."""
     assert module in MODULES[nproc]
     assert_passed(",".join(f"tests.ranks.{name}" for name in MODULES[nproc]), nproc, check)

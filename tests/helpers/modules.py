@@ -1,4 +1,4 @@
-"""The modules of the repository, and which of them import which."""
+"""The modules of cpkit, the lessons and the tools, and their imports."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MODULES = {
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """What a module of cpkit imports, at the top or inside a function; cpkit's by module name."""
+    """Return the names that a module imports, also inside functions."""
     return imported_names(ast.parse(MODULES[module].read_text()))
 
 
 def imported_names(tree: ast.AST) -> frozenset[str]:
-    """What a piece of code imports, also inside functions and by `import_module("name")`."""
+    """Return the names that code imports, also inside functions and by `import_module("name")`."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -42,7 +42,7 @@ def imported_names(tree: ast.AST) -> frozenset[str]:
 
 @cache
 def reaches(module: str) -> frozenset[str]:
-    """All modules of cpkit that importing this one brings along, itself included."""
+    """Return all modules of this repository that importing this one loads, itself included."""
     seen, queue = {module}, [module]
     while queue:
         new = (imports(queue.pop()) & MODULES.keys()) - seen

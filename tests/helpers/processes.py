@@ -1,4 +1,4 @@
-"""Processes that go their own way: wait for what they do, find those that are still there."""
+"""Wait for a condition, and find processes that are still running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 Found = TypeVar("Found")
-LIMIT_S = 60.0  # a condition that comes true ends the wait at once, so a large limit costs nothing
+LIMIT_S = 60.0  # a wait ends as soon as its condition is true, so a large limit costs nothing
 
 
 def until(
@@ -18,9 +18,9 @@ def until(
     timeout_s: float = LIMIT_S,
     why: str | Callable[[], str] = "",
 ) -> None:
-    """Return once the condition is true; fail when that takes too long.
+    """Return as soon as the condition is true; fail after the timeout.
 
-    `why`: what is waited for, or a function that describes what is there instead.
+    `why`: what the condition means, or a function that describes the current state.
     """
     if left_after(timeout_s, lambda: not condition()):
         words = why() if callable(why) else why
@@ -28,20 +28,20 @@ def until(
 
 
 def left_after(timeout_s: float, find: Callable[[], Found]) -> Found:
-    """What `find` still finds after a while; at once, when it finds nothing more."""
-    give_up = time.monotonic() + timeout_s
-    while (found := find()) and time.monotonic() < give_up:
+    """Return what `find` finds after the timeout; return at once if it finds nothing."""
+    deadline = time.monotonic() + timeout_s
+    while (found := find()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
 
 
 def processes_with(variable: str, value: object) -> dict[psutil.Process, str]:
-    """Living processes that have this in their environment, with their pids and command lines."""
+    """Return the running processes with this in their environment, each with a description."""
     found = {}
     for process in psutil.process_iter():
         try:
             if process.environ().get(variable) == str(value):
                 found[process] = f"process {process.pid}: {' '.join(process.cmdline())}"
-        except psutil.Error:  # it has ended, or is somebody else's
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
     return found

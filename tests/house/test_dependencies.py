@@ -1,4 +1,4 @@
-"""What pyproject.toml declares is enough: each import is in the extra that its users install."""
+"""Each third-party import is declared in the extra that its users install, and pinned."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from tests.helpers.modules import MODULES, imported_names, imports, reaches
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALLED = packages_distributions()
-BROUGHT_BY = {"triton": "torch"}  # CUDA builds of torch depend on it, and only GPU code imports it
+# CUDA builds of torch depend on triton, and only GPU code imports it.
+INSTALLED_WITH = {"triton": "torch"}
 LOCAL = {"cpkit", "cpkit_lessons", "tools", "tests", "benchmarks"}
 NOTEBOOK_SIDE = ("cpkit.notebook", "cpkit_lessons", "tools")
 LIBRARY = {name for name in MODULES if not name.startswith(NOTEBOOK_SIDE)}
 
 
 def declared(extra: str) -> set[str]:
-    """The distributions that `pip install cpkit[extra]` asks for; "" is cpkit alone."""
+    """Return the distributions that `pip install cpkit[extra]` requires; "" is cpkit alone."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     names = {_normal(line) for line in lines}
     for line in lines:
@@ -40,7 +41,7 @@ def _normal(requirement: str) -> str:
 
 
 def notebook_modules() -> set[str]:
-    """What the cells of all notebooks import, and the modules of cpkit that this reaches."""
+    """Return the imports of all notebook cells, and the modules of cpkit that these load."""
     cells = set().union(*map(_imports_of, ROOT.glob("notebooks/src/*.py")))
     return cells.union(*(reaches(name) for name in cells & MODULES.keys()))
 
@@ -50,12 +51,13 @@ def _imports_of(path: Path) -> frozenset[str]:
 
 
 def sources(package: str) -> set[str]:
-    """The distributions that bring a package; one of its own name where it is not installed."""
-    return {_normal(name) for name in INSTALLED.get(package, [package])} | {BROUGHT_BY.get(package)}
+    """Return the distributions that provide a package; its own name if it is not installed."""
+    names = {_normal(name) for name in INSTALLED.get(package, [package])}
+    return names | {INSTALLED_WITH.get(package)}
 
 
 def third_party(names: Iterable[str]) -> set[str]:
-    """Top-level packages among these imports, and among those of the modules of cpkit."""
+    """Return the third-party packages among these imports and those of cpkit's modules."""
     names = set(names)
     found = names.union(*(imports(name) for name in names & MODULES.keys()))
     return {name.split(".")[0] for name in found} - LOCAL - sys.stdlib_module_names
@@ -86,5 +88,5 @@ def test_what_is_declared_is_pinned() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = {_normal(line) for line in lines if "==" in line}
     extras = ["", *PROJECT["optional-dependencies"]]
-    unpinned = set().union(*map(declared, extras)) - pinned - {"cpkit", *BROUGHT_BY}
+    unpinned = set().union(*map(declared, extras)) - pinned - {"cpkit", *INSTALLED_WITH}
     assert not unpinned, "run `make lock`"

@@ -1,4 +1,4 @@
-"""The house stays easy to see: imports point one way, files stay short, links lead somewhere."""
+"""Imports point down the layers, files are short, and links and settings in pages are right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers import ROOT
 from tests.helpers.modules import MODULES, imports, reaches
 
 MAX_LINES = 450
-# Lowest first: a module imports only what stands in its own layer or in one before it.
+# Lowest first: a module imports only from its own layer and from layers before it.
 LAYERS = (
     ("cpkit.algorithms", "cpkit.processes", "cpkit.devices", "cpkit.timing", "cpkit.stages"),
     ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
@@ -32,7 +32,7 @@ LAYERS = (
     ("cpkit_lessons",),
     ("tools",),
 )
-# Where an import of torch.distributed, or of what uses it, would make a notebook join the job.
+# Here an import of torch.distributed, or of a module that uses it, could join the process group.
 CLIENT_SIDE = ("cpkit.notebook", "cpkit.control.client", "cpkit.lab.lab")
 RANK_SIDE = (
     "cpkit.group",
@@ -49,7 +49,7 @@ def test_imports_have_no_cycle() -> None:
 
 
 def layer_of(module: str) -> int:
-    """Number of the layer whose longest name contains this module."""
+    """Return the number of the layer whose longest name contains this module."""
     named = [
         (len(name), number)
         for number, names in enumerate(LAYERS)
@@ -61,7 +61,7 @@ def layer_of(module: str) -> int:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module: str) -> None:
-    # `cpkit` itself holds the version, and loads its public names when they are first used.
+    # `cpkit` itself has the version, and loads its public names when they are first used.
     below = imports(module) & MODULES.keys() - {"cpkit"}
     up = {name for name in below if layer_of(name) > layer_of(module)}
     assert module == "cpkit" or not up, f"{module} imports {up} from a layer above it"
@@ -72,21 +72,21 @@ def test_only_the_workers_import_the_worker(module: str) -> None:
     assert not any(name.startswith("cpkit.worker") for name in imports(module))
 
 
-def test_layout_knows_nobody() -> None:
+def test_layout_imports_no_other_module() -> None:
     assert reaches("cpkit.layout") == {"cpkit.layout"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(CLIENT_SIDE)])
-def test_the_notebook_side_never_joins_a_process_group(module: str) -> None:
+def test_the_notebook_side_never_imports_torch_distributed(module: str) -> None:
     for reached in reaches(module):
-        assert not reached.startswith(RANK_SIDE), f"{module} brings in {reached}"
-        assert "torch.distributed" not in imports(reached), f"{reached} (brought in by {module})"
+        assert not reached.startswith(RANK_SIDE), f"{module} imports {reached}"
+        assert "torch.distributed" not in imports(reached), f"{reached}, imported by {module}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_files_are_short(module: str) -> None:
     lines = len(MODULES[module].read_text().splitlines())
-    assert lines <= MAX_LINES, f"{module} has {lines} lines: split it by idea"
+    assert lines <= MAX_LINES, f"{module} has {lines} lines: split it by question"
 
 
 PAGES = [
