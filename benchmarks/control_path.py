@@ -26,7 +26,7 @@ import psutil
 import cpkit
 from benchmarks.goals import entry
 from cpkit.control import launcher
-from cpkit.control.settings import Launch
+from cpkit.control.launch_options import Launch
 from cpkit.processes import process_id
 from cpkit.timing import percentile
 

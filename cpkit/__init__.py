@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         WorkersDied,
     )
     from cpkit.lab import Lab, connect
+    from cpkit.notebook.explorer import Explorer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Explorer": "cpkit.notebook.explorer",
     "Lab": "cpkit.lab.lab",
     "connect": "cpkit.lab.lab",
     "BadRequest": "cpkit.control.errors",
@@ -44,6 +46,7 @@ __all__ = [
     "BadRequest",
     "Cancelled",
     "ControlError",
+    "Explorer",
     "Lab",
     "NoAnswer",
     "NoWorkers",

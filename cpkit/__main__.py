@@ -12,9 +12,9 @@ from collections import deque
 
 from cpkit.control import launcher
 from cpkit.control.errors import ControlError
+from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Status, StatusResult
 from cpkit.control.origin import describe
-from cpkit.control.settings import Launch
 from cpkit.control.tied import tied
 from cpkit.notebook import workspace
 from cpkit.processes import ProcessId, process_id

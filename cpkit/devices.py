@@ -15,11 +15,6 @@ def device_type(x: object) -> str:
     return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
 
 
-def default_device() -> str:
-    """Return the device of a worker's rank, set by its agent: `CPKIT_DEVICE`, default "cpu"."""
-    return os.environ.get("CPKIT_DEVICE", "cpu")
-
-
 def use_local_gpu(*, shared: bool = False) -> None:
     """Make the GPU of `LOCAL_RANK` (set by torchrun) this process's current one.
 

@@ -1,4 +1,4 @@
-"""What this machine can do for cpkit, and why not more: `python -m cpkit doctor`."""
+"""What this machine can do for cpkit, and what it lacks: `python -m cpkit doctor`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import psutil
+import torch
+import torch.distributed as dist
 import zmq
 
+from cpkit.control import mps
 from cpkit.control.launcher import names
 from cpkit.control.runtime_dir import RuntimeDir
-from cpkit.findings import Check
+from cpkit.devices import loaded_nccl_version
+from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
+from cpkit.settings import SETTINGS, shm_dir
+from cpkit.sync.shm import free_bytes
 
 _PACKAGES = (
     "torch",
@@ -31,14 +38,22 @@ _GIB = 1 << 30
 _ENOUGH_SHM_BYTES = 1 << 30
 
 
+class Check(NamedTuple):
+    """What was examined, what was found, and what to do if that is too little."""
+
+    subject: str
+    found: str
+    advice: str = ""
+
+
 def examine() -> Iterator[Check]:
-    """Look at everything, cheapest first."""
+    """Examine everything, cheapest first."""
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    advice = "four ranks will take turns: timings are of a crowded machine" if cores < 4 else ""
+    advice = "four ranks share them, so timings are those of a crowded machine" if cores < 4 else ""
     yield Check("cores", f"{cores} usable", advice)
     memory = psutil.virtual_memory()
     yield Check(
@@ -49,18 +64,18 @@ def examine() -> Iterator[Check]:
     yield from _torch()
     yield from _gpus()
     yield _sockets()
-    place = RuntimeDir("default")
-    yield Check("runtime directory", str(place.directory.parent))
+    yield Check("runtime directory", str(RuntimeDir("default").directory.parent))
     yield Check("workers running", ", ".join(names()) or "none")
+    yield from _settings()
 
 
 def report() -> str:
-    """All findings as aligned text."""
+    """Return all checks as aligned text."""
     lines = []
     for subject, found, advice in examine():
-        lines.append(f"{subject:18} {found}")
+        lines.append(f"{subject:26} {found}")
         if advice:
-            lines.append(f"{'':18}   → {advice}")
+            lines.append(f"{'':26}   → {advice}")
     return "\n".join(lines)
 
 
@@ -73,15 +88,20 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "not installed", advice)
 
 
+def _settings() -> Iterator[Check]:
+    for setting in SETTINGS:
+        chosen = os.environ.get(setting.name)
+        found = f"default: {setting.default.replace('`', '')}" if chosen is None else repr(chosen)
+        yield Check(setting.name, f"{found} ({setting.meaning.replace('`', '')})")
+
+
 def _limits() -> Check:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = "every rank opens some 100: raise it with ulimit -n" if files < 1024 else ""
+    advice = "every rank opens about 100: raise it with ulimit -n" if files < 1024 else ""
     return Check("limits", f"{files} open files", advice)
 
 
 def _shared_memory() -> Check:
-    from cpkit.sync.shm import free_bytes, shm_dir
-
     free = free_bytes()
     advice = ""
     if free < _ENOUGH_SHM_BYTES:
@@ -90,8 +110,6 @@ def _shared_memory() -> Check:
 
 
 def _torch() -> Iterator[Check]:
-    import torch.distributed as dist
-
     backends = [
         name
         for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available()))
@@ -101,14 +119,140 @@ def _torch() -> Iterator[Check]:
     yield Check("collectives", ", ".join(backends) or "none", advice)
 
 
-def _gpus() -> Iterator[Check]:
-    from cpkit.doctor_gpu import examine_gpus
-
-    yield from examine_gpus()
-
-
 def _sockets() -> Check:
     room = zmq.IPC_PATH_MAX_LEN - len(f"{tempfile.gettempdir()}/cpkit-12345678/control")
     advice = "TMPDIR is too long for a socket; /tmp is used instead" if room <= 0 else ""
     curve = "with" if zmq.has("curve") else "WITHOUT"
     return Check("control socket", f"ipc below {tempfile.gettempdir()}, {curve} CURVE keys", advice)
+
+
+# ------------------------------------------------------------------------------ GPUs
+
+_IN_POOL = BufferLocation(segment=0, offset=0)
+_ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
+
+
+def _gpus() -> Iterator[Check]:
+    """GPUs, the links between them, MPS, NCCL, and the paths that follow."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
+        yield Check("GPUs", f"none: {why}")
+        yield from _paths("posix", "ranks on the CPU push through POSIX shared memory")
+        return
+    yield from _devices(count)
+    yield from _links(count)
+    yield _mps()
+    yield from _nccl()
+    yield _triton()
+    yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
+    if count > 1 and dist.is_nccl_available():
+        yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather with NCCL")
+
+
+def _devices(count: int) -> Iterator[Check]:
+    for number in range(count):
+        about = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        yield Check(
+            f"GPU {number}",
+            f"{about.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, "
+            f"{about.multi_processor_count} multiprocessors, compute {about.major}.{about.minor}",
+        )
+
+
+def _links(count: int) -> Iterator[Check]:
+    if count == 1:
+        yield Check(
+            "peer access",
+            "one GPU: ranks share it",
+            "their times are those of one memory, not of a link",
+        )
+    else:
+        blind = [
+            f"{a}→{b}"
+            for a in range(count)
+            for b in range(count)
+            if a != b and not torch.cuda.can_device_access_peer(a, b)
+        ]
+        advice = "groups over such a pair have no symmetric memory" if blind else ""
+        yield Check("peer access", f"missing for {', '.join(blind)}" if blind else "all", advice)
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
+        yield Check("multicast", "switched off by TORCH_SYMM_MEM_DISABLE_MULTICAST")
+    else:
+        has = count > 1 and _has_multicast()
+        why = "" if has else "needs several GPUs behind one NVSwitch; cpkit's kernels do not use it"
+        yield Check("multicast", "supported" if has else "not here", why)
+
+
+def _has_multicast() -> bool:
+    from torch._C._autograd import DeviceType
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return bool(_SymmetricMemory.has_multicast_support(DeviceType.CUDA, 0))
+
+
+def _mps() -> Check:
+    if mps.is_configured():
+        return Check("MPS", f"daemon at {os.environ['CUDA_MPS_PIPE_DIRECTORY']}")
+    if mps.is_installed():
+        return Check("MPS", "installed; workers that share a GPU start their own daemon")
+    cost = "ranks that share a GPU are time-sliced: a barrier takes milliseconds, not microseconds"
+    return Check("MPS", "not installed", cost)
+
+
+def _version() -> str:
+    return ".".join(map(str, loaded_nccl_version()))
+
+
+def _nccl() -> Iterator[Check]:
+    if not dist.is_nccl_available():
+        yield Check("NCCL", "this build of torch has none", "ranks go through gloo and the host")
+        return
+    version = loaded_nccl_version()
+    newer = (
+        "receive-only registration (the seed, #24040) falls back: use padded_symm or direct, or "
+        "NCCL 2.29.2 or newer"
+    )
+    rules = {
+        "none": ("has no symmetric kernels", "symmetric memory needs NCCL 2.27 or newer"),
+        "both": ("an all-gather is symmetric when both buffers are registered", newer),
+        "recv": ("an all-gather is symmetric when the receive buffer is registered", ""),
+    }
+    found, advice = rules[nccl_rule(version)]
+    yield Check("NCCL", f"{_version()}: {found}", advice)
+    if nccl_is_racy(version):
+        first, last = (".".join(map(str, v)) for v in NCCL_RACY)
+        yield Check(
+            "NCCL's faults",
+            f"{first} to {last}: symmetric kernels do not wait for the kernel before them",
+            "silent wrong results with CUDA graphs (sglang#37768): use 2.30.7 or newer for those",
+        )
+
+
+def _triton() -> Check:
+    try:
+        import triton
+    except ImportError:
+        return Check("triton", "not installed", "'direct' on CUDA needs it: pip install triton")
+    return Check("triton", str(triton.__version__))
+
+
+def _paths(transport: str, words: str) -> Iterator[Check]:
+    """The path of each algorithm over one transport."""
+    yield Check("paths", words)
+    for name, send, recv in (
+        ("padded", _ORDINARY, _ORDINARY),
+        ("padded_symm_recv", _ORDINARY, _IN_POOL),
+        ("padded_symm", _IN_POOL, _IN_POOL),
+    ):
+        report = decide([BufferPair(send, recv)], 0, transport)
+        path = report.path
+        if name == "padded" and transport == "cuda":
+            path, advice = "staged", "NCCL refuses two ranks on one GPU"
+        elif name == "padded":
+            advice = "by design: the ordinary collective"
+        else:
+            advice = report.reason if path == "fallback" else ""
+        yield Check(f"  {name}", path, advice)
+    yield Check("  direct", "symmetric")

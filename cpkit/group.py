@@ -7,7 +7,6 @@ that spans machines uses torch.distributed for everything.
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,13 +18,14 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from cpkit import settings
 from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.memory.path import PathReport
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, ordinary_all_gather
-from cpkit.sync.exchange import StoreExchange, deadline_s
-from cpkit.sync.shm import check_shm_dir, shm_dir
+from cpkit.sync.exchange import StoreExchange
+from cpkit.sync.shm import check_shm_dir
 
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
@@ -242,12 +242,12 @@ def host_id() -> str:
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else platform.node()
-    return os.environ.get("CPKIT_HOST_ID") or f"{machine}/{shm_dir().stat().st_dev}"
+    return settings.host_id() or f"{machine}/{settings.shm_dir().stat().st_dev}"
 
 
 def gpu_id() -> str:
     """Return the identity of this process's GPU, independent of its number; empty without one."""
-    if os.environ.get("CPKIT_DEVICE") == "cpu" or not torch.cuda.is_available():
+    if settings.passed_on(settings.DEVICE) == "cpu" or not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
@@ -271,7 +271,9 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     has_nccl = _nccl_is_possible(world, any(crowded))
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     made = [
-        dist.new_group(list(ranks), backend=backend, timeout=timedelta(seconds=deadline_s()))
+        dist.new_group(
+            list(ranks), backend=backend, timeout=timedelta(seconds=settings.deadline_s())
+        )
         for ranks in all_ranks
     ]
     index, rank = divmod(world.rank, cp_size)
@@ -304,4 +306,4 @@ def _nccl_is_possible(world: _World, crowded: bool) -> bool:
     """NCCL accepts one rank per GPU. `CPKIT_NCCL=1` uses it anyway, with a NCCL_HOSTID per rank."""
     if not all(world.gpus) or not dist.is_nccl_available():
         return False
-    return not crowded or os.environ.get("CPKIT_NCCL") == "1"
+    return not crowded or settings.nccl_is_forced()

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from cpkit.devices import default_device, finish, is_capturing
+from cpkit.devices import finish, is_capturing
+from cpkit.settings import worker_device
 from cpkit.timing import Span
 
 
@@ -26,7 +27,7 @@ class Recorder:
         self._spans: list[Span] = []
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._zero: torch.cuda.Event | None = None
-        if default_device() == "cuda" and not is_capturing("cuda"):
+        if worker_device() == "cuda" and not is_capturing("cuda"):
             finish()
             self._zero_ns, self._zero = time.perf_counter_ns(), _event()
 

@@ -25,6 +25,7 @@ import zmq
 from cpkit.control import mps
 from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
+from cpkit.control.launch_options import Launch, from_json, loopback
 from cpkit.control.runtime_dir import (
     NAME_TAKEN_CODE,
     SOCKET_DIR_PREFIX,
@@ -36,8 +37,8 @@ from cpkit.control.runtime_dir import (
     remove_socket_dir,
     write_private,
 )
-from cpkit.control.settings import Launch, from_json, loopback
 from cpkit.processes import ProcessId, leave, process_id
+from cpkit.settings import DEVICE, GPU_NOTE, pass_on
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -147,13 +148,13 @@ def _device(launch: Launch, directory: Path) -> Iterator[None]:
     gpus = 0 if launch.device == "cpu" else gpu_count()
     device, why = choose_device(launch, gpus)
     _log.warning("%s", why)
-    os.environ["CPKIT_DEVICE"] = device
+    pass_on(DEVICE, device)
     if device == "cpu" or not is_shared(launch, gpus):
         yield
         return
     with mps.serve(directory) as words:
         _log.warning("%s", words)
-        os.environ["CPKIT_GPU_NOTE"] = f"{why}. {words}"
+        pass_on(GPU_NOTE, f"{why}. {words}")
         yield
 
 

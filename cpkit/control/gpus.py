@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cpkit.control.settings import Launch
+from cpkit.control.launch_options import Launch
 
 
 def gpu_count() -> int:

@@ -18,10 +18,10 @@ import psutil
 from cpkit.control.client import Client
 from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers, Unreadable
 from cpkit.control.exit_report import dead_workers, last_lines
+from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
 from cpkit.control.origin import describe, describe_place
 from cpkit.control.runtime_dir import NAME_TAKEN_CODE, Connection, NameTaken, RuntimeDir
-from cpkit.control.settings import Launch
 from cpkit.processes import ProcessId, process_id
 
 READY_S = 90.0  # without a step forward of any process

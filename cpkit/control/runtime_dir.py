@@ -27,11 +27,11 @@ from cpkit.control.errors import ControlError, Unreadable
 from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
 from cpkit.processes import ProcessId
+from cpkit.settings import AGENT, pass_on, passed_on
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
 READY = "ready"  # the last startup phase of a rank
-_AGENT_VARIABLE = "CPKIT_AGENT"
 NAME_TAKEN_CODE = 3  # exit code of an agent that finds the name taken
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -58,12 +58,12 @@ class Agent(Message, frozen=True):
 
         The lock file does not serve, because after a kill it may already name the next agent.
         """
-        os.environ[_AGENT_VARIABLE] = msgspec.json.encode(self).decode()
+        pass_on(AGENT, msgspec.json.encode(self).decode())
 
 
 def agent_from_environment() -> Agent | None:
     """Return the agent that started this process, or None."""
-    text = os.environ.get(_AGENT_VARIABLE)
+    text = passed_on(AGENT)
     return msgspec.json.decode(text, type=Agent) if text else None
 
 

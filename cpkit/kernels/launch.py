@@ -22,7 +22,7 @@ from cpkit.group import CPGroup
 from cpkit.kernels.gather_kernel import gather_kernel
 from cpkit.kernels.tiles import WIDE_BYTES, tile_table, unit_bytes
 from cpkit.layout import ContextParallelMetadata
-from cpkit.sync.exchange import deadline_s
+from cpkit.settings import deadline_s
 
 SYNC = True  # tests switch it off to show that they fail without it
 

@@ -4,7 +4,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Generator, Sequence
 from itertools import product
 from operator import index
@@ -16,6 +15,7 @@ from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
 from cpkit.control.errors import BadRequest, explain_decode_error
+from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
     ClockCall,
@@ -39,15 +39,17 @@ from cpkit.control.messages import (
     dtype_name,
 )
 from cpkit.control.runtime_dir import NameTaken
-from cpkit.control.settings import Launch
 from cpkit.lab.pool import LabPool
 from cpkit.processes import process_id
+from cpkit.settings import workers_name
 
 if TYPE_CHECKING:
     from typing import Self
 
     import pandas as pd
     import torch
+
+    from cpkit import Explorer
 
 Lengths = int | Sequence[int]
 _ATTEMPTS = 3  # another process may have started to launch them, and failed
@@ -69,7 +71,7 @@ def connect(
     started, ValueError for bad arguments.
     """
     if name == "default":
-        name = os.environ.get("CPKIT_NAME", name)
+        name = workers_name()
     ranks = Launch().nproc if nproc is None else nproc
     settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
     settings.check()
@@ -340,6 +342,44 @@ class Lab:
             return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
         except msgspec.ValidationError as error:
             raise BadRequest(explain_decode_error(error)) from None
+
+    def explore(
+        self,
+        lengths: Sequence[int] = (4096,),
+        *,
+        interval_s: float = 0.12,
+        pause_after_s: float = 120.0,
+        cp_size: int | None = None,
+        strategy: Strategy = "zigzag",
+        algorithm: AlgorithmChoice = "direct",
+        symmetric: bool = True,
+        heads: int = 8,
+        head_dim: int = 128,
+        dtype: "str | torch.dtype" = "bfloat16",
+        tensors: int = 2,
+    ) -> "Explorer":
+        """Return the live panel, started: display it as the last line of a cell.
+
+        The parameters from `cp_size` on are the first values of its controls. A sample arrives
+        every `interval_s`; without a change the panel pauses after `pause_after_s`. Needs the
+        packages of `cpkit[notebooks]`.
+        """
+        from cpkit import Explorer  # loaded here: only a notebook has its packages
+
+        return Explorer(
+            self,
+            lengths,
+            interval_s=interval_s,
+            pause_after_s=pause_after_s,
+            cp_size=cp_size,
+            strategy=strategy,
+            algorithm=algorithm,
+            symmetric=symmetric,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            tensors=tensors,
+        ).start()
 
     def close(self) -> None:
         """Disconnect. The workers stay, unless this process started them and ends."""

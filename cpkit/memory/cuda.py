@@ -32,9 +32,10 @@ from cpkit.memory.backend import (
     Prepared,
 )
 from cpkit.memory.path import PathReport
+from cpkit.settings import deadline_s
 from cpkit.stages import stage
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.exchange import SegmentOffer, agree_on_segment, deadline_s
+from cpkit.sync.exchange import SegmentOffer, agree_on_segment
 
 _Launch = Callable[[launch.Signals], None]
 _MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)

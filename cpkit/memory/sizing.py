@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
 from cpkit.group import CPGroup
 from cpkit.memory.allocator import MAX_BYTES, rounded
 from cpkit.memory.backend import Backend
+from cpkit.settings import symm_prealloc_bytes
 from cpkit.sync.agreement import Agreement, Signature
 
 
@@ -34,7 +34,7 @@ def agree_on_prealloc(backend: Backend, group: CPGroup, prealloc: int | None) ->
     purpose = "agree on the pool's size"
     with Agreement(lambda message: exchange.exchange(message, purpose)) as call:
         if prealloc is None:
-            offer = rounded(_chosen_bytes() or backend.default_prealloc())
+            offer = rounded(symm_prealloc_bytes() or backend.default_prealloc())
         elif isinstance(prealloc, int) and 0 < prealloc <= MAX_BYTES:
             offer = rounded(prealloc)
         else:
@@ -68,19 +68,3 @@ def check_warm_up(
         raise ValueError(
             f"{max_tokens} tokens of {list(trailing_shape)} {dtype} are too many for any memory"
         )
-
-
-def _chosen_bytes() -> int | None:
-    """`CPKIT_SYMM_PREALLOC_GB` in bytes; None when it is not set. Raises ValueError."""
-    chosen_gb = os.environ.get("CPKIT_SYMM_PREALLOC_GB")
-    if not chosen_gb:
-        return None
-    try:
-        nbytes = int(float(chosen_gb) * (1 << 30))
-    except (ValueError, OverflowError):
-        nbytes = 0
-    if not 1 <= nbytes <= MAX_BYTES:
-        raise ValueError(
-            f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be GiB, such as 4 or 0.5"
-        )
-    return nbytes

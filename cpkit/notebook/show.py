@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from IPython.display import display
 
 from cpkit.notebook.style import text_alternative
+from cpkit.settings import figures_are_static
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 NO_BROWSER = (
@@ -37,7 +38,7 @@ def bundle(figure: go.Figure) -> dict[str, Any]:
     """The figure as MIME type to content. All but the PNG follow from the figure alone."""
     data: dict[str, Any] = {"text/plain": text_alternative(figure)}
     data[PLOTLY_MIME] = json.loads(figure.to_json()) | {"config": {"displaylogo": False}}
-    if os.environ.get("CPKIT_STATIC") == "1":
+    if figures_are_static():
         with contextlib.suppress(NoPicture):
             data["image/png"] = b64encode(png(figure)).decode()
     return data

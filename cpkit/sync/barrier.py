@@ -33,7 +33,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from cpkit.sync.exchange import StoreExchange, deadline_s
+from cpkit.settings import deadline_s
+from cpkit.sync.exchange import StoreExchange
 from cpkit.sync.shm import make_segment
 
 PAGE_BYTES = 16384

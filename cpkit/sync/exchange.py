@@ -10,35 +10,19 @@ events: making groups, growing a pool.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from datetime import timedelta
 
 import msgspec
 import torch.distributed as dist
 
+from cpkit.settings import deadline_s
+
 _made: Counter[str] = Counter()
-_LONGEST_S = 86400
 
 
 class ExchangeTimeout(TimeoutError):
     """A rank did not arrive at an exchange in time."""
-
-
-def deadline_s() -> float:
-    """Return the seconds that a rank waits for others in cpkit: `CPKIT_DEADLINE_S`, default 30.
-
-    Raises ValueError for a value that is not a time: every wait must end.
-    """
-    chosen = os.environ.get("CPKIT_DEADLINE_S") or "30"
-    try:
-        if 0 < float(chosen) <= _LONGEST_S:
-            return float(chosen)
-    except ValueError:
-        pass
-    raise ValueError(
-        f"CPKIT_DEADLINE_S is {chosen!r}; it must be seconds, above 0 and up to {_LONGEST_S}"
-    )
 
 
 class StoreExchange:

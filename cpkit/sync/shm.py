@@ -24,7 +24,6 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -32,21 +31,13 @@ from pathlib import Path
 import torch
 
 from cpkit.processes import ProcessId, process_id
+from cpkit.settings import shm_dir
 from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
 
 _PREFIX = "cpkit"
 _HUGE_PAGE_BYTES = 2 << 20
 _COLLAPSE_FROM_BYTES = 64 << 20  # the default arena: a tenth of a second, once
 _MADV_COLLAPSE = 25  # Python's mmap has no name for it
-
-
-def shm_dir() -> Path:
-    """Return where segments are made: `CPKIT_SHM_DIR`, /dev/shm, or the temporary directory."""
-    chosen = os.environ.get("CPKIT_SHM_DIR")
-    if chosen:
-        return Path(chosen)
-    shared = Path("/dev/shm")
-    return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
 def check_shm_dir() -> None:

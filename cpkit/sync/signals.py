@@ -17,8 +17,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from cpkit.settings import deadline_s
 from cpkit.sync.barrier import BarrierTimeout, fence, yield_core
-from cpkit.sync.exchange import StoreExchange, deadline_s
+from cpkit.sync.exchange import StoreExchange
 from cpkit.sync.shm import make_segment
 
 _SHORT_WAIT_S = 0.02

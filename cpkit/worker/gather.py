@@ -16,8 +16,9 @@ from cpkit.control.messages import (
     Trace,
     TraceResult,
 )
-from cpkit.devices import default_device, finish
+from cpkit.devices import finish
 from cpkit.group import CPGroup
+from cpkit.settings import worker_device
 from cpkit.symm import symmetric_pool
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import Run, prepare
@@ -86,7 +87,7 @@ class ExplainOperation(Operation[Explain]):
 def _poison_pool(run: Run) -> None:
     """Fill free memory, so that unwritten rows never look right. Collective without a pool."""
     if run.workload.symmetric and not run.group.spans_hosts:
-        symmetric_pool(run.group, default_device()).poison_free()
+        symmetric_pool(run.group, worker_device()).poison_free()
         finish()
         run.group.barrier()  # no rank stores rows into memory that its owner still poisons
 

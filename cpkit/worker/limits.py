@@ -5,12 +5,12 @@ Every check raises ValueError. None allocates, so a request that is too large do
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import psutil
 import torch
 
+from cpkit import settings
 from cpkit.control.messages import (
     Body,
     Clock,
@@ -24,7 +24,7 @@ from cpkit.control.messages import (
     Workload,
 )
 from cpkit.control.requests import DTYPE_BYTES
-from cpkit.devices import default_device
+from cpkit.settings import worker_device
 
 _MAX_WORKLOADS = 1024
 # The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
@@ -49,10 +49,10 @@ def memory_limit_bytes() -> int:
     `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory that is available when the workers start (on
     the GPU if the ranks run there).
     """
-    chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
+    chosen = settings.memory_limit_bytes()
     if chosen:
-        return int(chosen)
-    if default_device() == "cuda":
+        return chosen
+    if worker_device() == "cuda":
         return int(torch.cuda.mem_get_info()[0]) // 2
     return int(psutil.virtual_memory().available) // 2
 

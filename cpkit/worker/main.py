@@ -19,13 +19,14 @@ import torch.distributed as dist
 import zmq
 
 from cpkit import __version__
+from cpkit.control.launch_options import Launch, address_of
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
 from cpkit.control.runtime_dir import READY, Agent, Connection, RuntimeDir, Worker, write_private
 from cpkit.control.server import Server
-from cpkit.control.settings import Launch, address_of
 from cpkit.control.watchdog import remove_connection
-from cpkit.devices import default_device, use_local_gpu
+from cpkit.devices import use_local_gpu
 from cpkit.processes import process_id
+from cpkit.settings import GPU_NOTE, passed_on, worker_device
 from cpkit.worker.commands import CommandChannel
 from cpkit.worker.limits import memory_limit_bytes
 from cpkit.worker.scheduler import Executor, Scheduler
@@ -38,7 +39,7 @@ def main(launch: Launch, place: RuntimeDir, agent: Agent) -> None:
     """Join the job, then serve or follow until told to leave."""
     me = f"rank {os.environ['RANK']}"
     place.set_startup_phase(me, "preparing its device")
-    if default_device() == "cuda":
+    if worker_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
     memory_limit_bytes()  # what is available now, not once requests have taken some of it
     place.set_startup_phase(me, "joining the process group")
@@ -119,21 +120,21 @@ def _status(
         symmetric_backend=_backend_name(),
         memory_limit_bytes=memory_limit_bytes(),
         workers=tuple(
-            WorkerInfo(w.rank, w.process.pid, w.host, default_device(), w.log) for w in workers
+            WorkerInfo(w.rank, w.process.pid, w.host, worker_device(), w.log) for w in workers
         ),
     )
 
 
 def _device_words() -> str:
-    if default_device() == "cpu":
+    if worker_device() == "cpu":
         return "cpu"
     return f"cuda: {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
 
 
 def _backend_name() -> str:
-    if default_device() == "cpu":
+    if worker_device() == "cpu":
         return "POSIX shared memory"
-    return "torch.distributed._symmetric_memory. " + os.environ.get("CPKIT_GPU_NOTE", "")
+    return "torch.distributed._symmetric_memory. " + passed_on(GPU_NOTE)
 
 
 def _endpoint(launch: Launch, agent: Agent) -> str:

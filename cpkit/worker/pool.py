@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from cpkit.control.messages import Pool, PoolResult
-from cpkit.devices import default_device
 from cpkit.group import CPGroup
 from cpkit.memory.pool import SymmetricPool
+from cpkit.settings import worker_device
 from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import DTYPES
@@ -20,8 +20,8 @@ class PoolOperation(Operation[Pool]):
 
     def only_step(self, group: CPGroup, state: RankState) -> PoolResult:
         """Act, and return this rank's pool afterwards."""
-        note = self._act(symmetric_pool(group, default_device()), state)
-        pool = symmetric_pool(group, default_device())
+        note = self._act(symmetric_pool(group, worker_device()), state)
+        pool = symmetric_pool(group, worker_device())
         pool.settle("look at the pool")  # returns the blocks that all ranks have dropped
         samples = list(pool.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         return PoolResult(self.body.cp_size, (pool.stats(),), note, tuple(samples))

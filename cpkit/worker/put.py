@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from cpkit.control.messages import Array, Progress, Put, PutResult
-from cpkit.devices import default_device, finish
+from cpkit.devices import finish
 from cpkit.group import CPGroup
+from cpkit.settings import worker_device
 from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState, Steps
 
@@ -31,7 +32,7 @@ class PutOperation(Operation[Put]):
         """Yield progress, and return the counts of all rounds."""
         rounds = self.body.rounds
         with use_symmetric_memory(group):
-            mine = torch.zeros(group.size, dtype=torch.int64, device=default_device())
+            mine = torch.zeros(group.size, dtype=torch.int64, device=worker_device())
         finish()
         group.barrier()
         stamps = _Stamps(mine, group, self.body.barrier)

@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 
+from cpkit.control.launch_options import Launch, from_environment
 from cpkit.control.runtime_dir import Agent, RuntimeDir, agent_from_environment
-from cpkit.control.settings import Launch, from_environment
 from cpkit.control.watchdog import start_watchdog
 from cpkit.processes import leave
 

@@ -9,12 +9,12 @@ import torch
 from cpkit import provenance
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
-from cpkit.devices import default_device
 from cpkit.gather import all_gather_kv, as_rows, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.path import PathReport
 from cpkit.plan import GatherPlan, plan_gather_kv
+from cpkit.settings import worker_device
 from cpkit.stages import keep
 from cpkit.symm import batch_symmetry
 
@@ -84,7 +84,7 @@ def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
     shape, dtype = (workload.heads, workload.head_dim), DTYPES[workload.dtype]
     tensors = [
         provenance.shard_rows(metadata, group.rank, shape, dtype, round=round_number, tensor=n).to(
-            default_device()
+            worker_device()
         )
         for n in range(workload.tensors)
     ]

@@ -179,9 +179,9 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # ```python
 # def no_barrier(me):
 #     for number in me.rounds:
-#         for peer in me.everybody:
+#         for peer in me.all_ranks:
 #             yield me.put(peer, number)      # my stamp of this round into my slot there
-#         for writer in me.everybody:
+#         for writer in me.all_ranks:
 #             yield me.read(writer, number)   # must hold the stamp of this very round
 # ```
 
@@ -238,13 +238,13 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 def exchange(me):
     """Rounds of put and read in which every read holds the stamp of its own round."""
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
         # >>> your code
-        #: for writer in me.everybody:
+        #: for writer in me.all_ranks:
         #:     yield me.read(writer, number)
         yield me.barrier()
-        for writer in me.everybody:
+        for writer in me.all_ranks:
             yield me.read(writer, number)
         yield me.barrier()
         # <<<
@@ -257,10 +257,10 @@ lesson.check_exchange(exchange)
 # %% e2-mutant-barriers-without-yield
 def exchange(me):
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
         me.barrier()
-        for writer in me.everybody:
+        for writer in me.all_ranks:
             yield me.read(writer, number)
         me.barrier()
 
@@ -268,19 +268,19 @@ def exchange(me):
 # %% e2-mutant-before-the-read
 def exchange(me):
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
         yield me.barrier()
-        for writer in me.everybody:
+        for writer in me.all_ranks:
             yield me.read(writer, number)
 
 
 # %% e2-mutant-after-the-read
 def exchange(me):
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
-        for writer in me.everybody:
+        for writer in me.all_ranks:
             yield me.read(writer, number)
         yield me.barrier()
 
@@ -288,7 +288,7 @@ def exchange(me):
 # %% e2-mutant-reads-only-itself
 def exchange(me):
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
         yield me.barrier()
         yield me.read(me.rank, number)
@@ -298,10 +298,10 @@ def exchange(me):
 # %% e2-mutant-rank-0-is-in-a-hurry
 def exchange(me):
     for number in me.rounds:
-        for peer in me.everybody:
+        for peer in me.all_ranks:
             yield me.put(peer, number)
         yield me.barrier()
-        for writer in me.everybody:
+        for writer in me.all_ranks:
             yield me.read(writer, number)
         if me.rank:
             yield me.barrier()
@@ -391,9 +391,9 @@ def ring(me):
         yield me.read(left, number)
 
 
-held = lesson.held_up(ring, size=8, slow=3)
+held = lesson.blocked_by(ring, size=8, slow=3)
 print("with signals: ", held, "of 7 are held up by rank 3")
-print("with barriers:", lesson.held_up(lesson.one_barrier, size=8, slow=3), "of 7")
+print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7")
 
 # %% held-reveal
 lesson.reveal("held", held)
@@ -568,13 +568,13 @@ assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
 # next gather buffer is made.
 
 # %% diverge
-from cpkit_lessons.divergence import push_into
+from cpkit_lessons.divergence import simulate_push
 
 early = [("alloc", "old", 8), ("alloc", "kv", 4), ("free", "old", 0)]
 late = [("alloc", "old", 8), ("alloc", "kv", 4)]
-same = push_into([early, early], shard_rows=3, arena_rows=18)
+same = simulate_push([early, early], shard_rows=3, arena_rows=18)
 print(same.explain())
-found = push_into([early, late], shard_rows=3, arena_rows=18)
+found = simulate_push([early, late], shard_rows=3, arena_rows=18)
 figures.show(figures.memory_map(found))
 
 # %% diverge-words
@@ -808,14 +808,14 @@ lesson.reveal("recv", path)
 # - `silently wrong`: no error, and rows that are wrong.
 
 # %% lab
-from cpkit_lessons.throwaway import CASES, throw_away
+from cpkit_lessons.failure_lab import CASES, inject_fault
 
 cards = {}
 
 
 def run(case):
     """Run one case, keep its post-mortem, and show it."""
-    cards[case] = throw_away(case)
+    cards[case] = inject_fault(case)
     return cards[case]
 
 
@@ -933,7 +933,7 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of what went wrong, one of `CASES`, from what the ranks saw. Each has `rank`, `exit_code`
-# (negative: killed by that signal), `error` (the type's name, or ""), `said` (its message), `waited_s`, `paths` (transport to
+# (negative: killed by that signal), `error` (the type's name, or ""), `message`, `waited_s`, `paths` (transport to
 # path), `reason` (why that path, in words), `wrong` (the first wrong row, or ""). The ranks come in any order; to look at
 # one: `cards["wrong_group"].ranks[0]`.
 #
@@ -947,7 +947,7 @@ def cause(ranks):
     """One of CASES."""
     # >>> your code
     #: return "skips_the_rendezvous"
-    said = " ".join(rank.said + rank.reason for rank in ranks)
+    said = " ".join(rank.message + rank.reason for rank in ranks)
     if any(rank.error == "BarrierTimeout" for rank in ranks):
         killed = any(rank.exit_code < 0 for rank in ranks)
         return "a_rank_dies" if killed else "skips_the_rendezvous"
@@ -970,7 +970,7 @@ def cause(ranks):
     if ranks[0].error == "BarrierTimeout":
         return "skips_the_rendezvous"
     if ranks[0].error:
-        return "shared_memory_is_full" if "is full" in ranks[0].said else "sizes_differ"
+        return "shared_memory_is_full" if "is full" in ranks[0].message else "sizes_differ"
     if ranks[0].wrong:
         return "divergent_free_lists"
     return "wrong_group" if "another group" in ranks[0].reason else "receive_only"
@@ -981,7 +981,7 @@ def cause(ranks):
     for rank in ranks:
         if rank.exit_code < 0:
             return "a_rank_dies"
-        if "is full" in rank.said:
+        if "is full" in rank.message:
             return "shared_memory_is_full"
         if rank.error == "SymmetricMemoryError":
             return "sizes_differ"
@@ -990,7 +990,7 @@ def cause(ranks):
 
 # %% e7-mutant-a-timeout-is-a-death
 def cause(ranks):
-    said = " ".join(rank.said + rank.reason for rank in ranks)
+    said = " ".join(rank.message + rank.reason for rank in ranks)
     if any(rank.error == "BarrierTimeout" for rank in ranks):
         return "a_rank_dies"
     if any(rank.error for rank in ranks):
@@ -1059,14 +1059,14 @@ lesson.check_pull_gather(pull_gather)
 def pull_gather(me, shard, out, tokens):
     yield me.store(shard)
     yield me.barrier()
-    for peer in me.everybody:
+    for peer in me.all_ranks:
         out[tokens[peer]] = yield me.load(peer, len(tokens[peer]))
 
 
 # %% e8-mutant-no-first-barrier
 def pull_gather(me, shard, out, tokens):
     yield me.store(shard)
-    for peer in me.everybody:
+    for peer in me.all_ranks:
         rows = yield me.load(peer, len(tokens[peer]))
         if rows is not None:
             out[tokens[peer]] = rows
@@ -1078,7 +1078,7 @@ def pull_gather(me, shard, out, tokens):
     yield me.store(shard)
     yield me.barrier()
     first = 0
-    for peer in me.everybody:
+    for peer in me.all_ranks:
         count = len(tokens[peer])
         out[first : first + count] = yield me.load(peer, count)
         first += count
@@ -1089,7 +1089,7 @@ def pull_gather(me, shard, out, tokens):
 def pull_gather(me, shard, out, tokens):
     yield me.store(shard)
     yield me.barrier()
-    for peer in me.everybody:
+    for peer in me.all_ranks:
         count = min(len(shard), len(tokens[peer]))
         out[tokens[peer][:count]] = yield me.load(peer, count)
     yield me.barrier()
@@ -1099,7 +1099,7 @@ def pull_gather(me, shard, out, tokens):
 def pull_gather(me, shard, out, tokens):
     yield me.store(shard)
     yield me.barrier()
-    for peer in me.everybody:
+    for peer in me.all_ranks:
         out[tokens[peer]] = yield me.load(peer, len(tokens[peer]))
     if me.rank + 1 < me.size:
         yield me.barrier()
@@ -1156,6 +1156,6 @@ lesson.progress()
 # - cpkit `board.py`, `arena.py`, `pool.py`, `path.py`: each is under 300 lines.
 #
 # **An open problem** The simulator's memory is sequentially consistent: a step is seen by all at once. A GPU's is not. Extend
-# `programs.py` with a store buffer for each rank, and find the smallest program that passes here and fails there.
+# `simulate.py` with a store buffer for each rank, and find the smallest program that passes here and fails there.
 #
 # Next: `03_allgather_perf.ipynb`.

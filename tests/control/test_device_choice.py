@@ -10,7 +10,7 @@ import pytest
 
 from cpkit.control import mps
 from cpkit.control.gpus import choose_device, is_shared
-from cpkit.control.settings import Launch
+from cpkit.control.launch_options import Launch
 
 
 @pytest.mark.parametrize(

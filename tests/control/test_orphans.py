@@ -18,8 +18,8 @@ import pytest
 
 import cpkit
 from cpkit.control import launcher
+from cpkit.control.launch_options import Launch
 from cpkit.control.runtime_dir import RuntimeDir
-from cpkit.control.settings import Launch
 from cpkit.control.tied import PARENT_GONE_CODE, tied
 from cpkit.processes import process_id
 from tests.helpers.processes import processes_with, until
@@ -40,9 +40,9 @@ class Popen(subprocess.Popen):
             os.kill(os.getpid(), signal.SIGKILL)
 subprocess.Popen = Popen
 """
-THROW_AWAY = """
-from cpkit_lessons.throwaway import throw_away
-throw_away("skips_the_rendezvous", deadline_s=60.0)
+FAILURE_LAB = """
+from cpkit_lessons.failure_lab import inject_fault
+inject_fault("skips_the_rendezvous", deadline_s=60.0)
 """
 CONNECT = """
 import cpkit
@@ -68,8 +68,8 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("code", "popens"),
-    [(THROW_AWAY, 2), (CONNECT, 1), (LAB, 1)],
-    ids=["throw-away ranks", "agent and ranks", "JupyterLab"],
+    [(FAILURE_LAB, 2), (CONNECT, 1), (LAB, 1)],
+    ids=["failure lab", "agent and ranks", "JupyterLab"],
 )
 def test_a_killed_owner_leaves_no_process(
     runtime_dir: object, mark: str, code: str, popens: int

@@ -14,13 +14,13 @@ import pytest
 
 from cpkit.control import launcher
 from cpkit.control.errors import ControlError
+from cpkit.control.launch_options import Launch, address_of, from_json, loopback
 from cpkit.control.runtime_dir import (
     NameTaken,
     RuntimeDir,
     remove_socket_dir,
     write_private,
 )
-from cpkit.control.settings import Launch, address_of, from_json, loopback
 from cpkit.processes import process_id
 from tests.helpers.control_server import connection
 from tests.helpers.processes import until

@@ -16,7 +16,7 @@ import pytest
 import cpkit
 from cpkit.control import launcher
 from cpkit.control.runtime_dir import RuntimeDir
-from cpkit.sync.shm import shm_dir
+from cpkit.settings import shm_dir
 from tests.helpers import ROOT
 from tests.helpers.processes import LIMIT_S, left_after, processes_with, until
 

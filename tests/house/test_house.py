@@ -13,7 +13,14 @@ from tests.helpers.modules import MODULES, imports, reaches
 MAX_LINES = 450
 # Lowest first: a module imports only from its own layer and from layers before it.
 LAYERS = (
-    ("cpkit.algorithms", "cpkit.processes", "cpkit.devices", "cpkit.timing", "cpkit.stages"),
+    (
+        "cpkit.settings",
+        "cpkit.algorithms",
+        "cpkit.processes",
+        "cpkit.devices",
+        "cpkit.timing",
+        "cpkit.stages",
+    ),
     ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
     ("cpkit.sync",),
     ("cpkit.memory.path", "cpkit.memory.nccl_log"),
@@ -27,7 +34,7 @@ LAYERS = (
     ("cpkit.lab",),
     ("cpkit.notebook",),
     ("cpkit.worker",),
-    ("cpkit.findings", "cpkit.doctor", "cpkit.doctor_gpu"),
+    ("cpkit.doctor",),
     ("cpkit", "cpkit.__main__"),
     ("cpkit_lessons",),
     ("tools",),
@@ -44,7 +51,8 @@ RANK_SIDE = (
 
 
 def test_imports_have_no_cycle() -> None:
-    graph = {module: imports(module) & MODULES.keys() - {module} for module in MODULES}
+    # `cpkit` itself loads its public names when they are first used, so it can be in a cycle.
+    graph = {module: imports(module) & MODULES.keys() - {module, "cpkit"} for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError and names the modules
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit_lessons.divergence import BEFORE, GATHER, push_into
+from cpkit_lessons.divergence import BEFORE, GATHER, simulate_push
 
 LATE = [("alloc", "old", 8), ("alloc", "kv", 4)]
 EARLY = [*LATE, ("free", "old", 0)]
@@ -15,8 +15,8 @@ EARLY = [*LATE, ("free", "old", 0)]
 
 @pytest.mark.parametrize("trace", [LATE, EARLY])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equal_books_lose_nothing(trace: list, size: int) -> None:
-    found = push_into([trace] * size, shard_rows=2, arena_rows=24)
+def test_equal_free_lists_lose_nothing(trace: list, size: int) -> None:
+    found = simulate_push([trace] * size, shard_rows=2, arena_rows=24)
     assert not found.diverged
     assert not any(map(len, found.lost + found.overwritten))
     for memory in found.memory:
@@ -26,7 +26,7 @@ def test_equal_books_lose_nothing(trace: list, size: int) -> None:
 
 
 def test_a_late_free_loses_rows_and_destroys_others() -> None:
-    found = push_into([EARLY, LATE], shard_rows=3, arena_rows=18)
+    found = simulate_push([EARLY, LATE], shard_rows=3, arena_rows=18)
     assert found.recv == (0, 12)
     assert [rows.tolist() for rows in found.lost] == [[3, 4, 5], [0, 1, 2]]
     assert [rows.tolist() for rows in found.overwritten] == [[], [0, 1, 2]]
@@ -40,7 +40,7 @@ def test_what_is_wrong_is_what_differs_from_the_formula(kept: list[int], shard_r
     """Ranks that have freed 0, 1 or 2 of their blocks."""
     blocks = [("alloc", name, 5) for name in "abc"]
     traces = [[*blocks, *[("free", name, 0) for name in "ab"[:n]]] for n in kept]
-    found = push_into(traces, shard_rows, arena_rows=40)
+    found = simulate_push(traces, shard_rows, arena_rows=40)
     want = [[GATHER, w, 0, row] for w in range(len(kept)) for row in range(shard_rows)]
     for rank, memory in enumerate(found.memory):
         recv = memory[found.recv[rank] :][: len(want)]
@@ -53,4 +53,4 @@ def test_what_is_wrong_is_what_differs_from_the_formula(kept: list[int], shard_r
 
 def test_an_arena_that_is_too_small_is_named() -> None:
     with pytest.raises(ValueError, match="recv of 6 rows does not fit"):
-        push_into([LATE, LATE], shard_rows=3, arena_rows=14)
+        simulate_push([LATE, LATE], shard_rows=3, arena_rows=14)

@@ -15,11 +15,12 @@ from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import show, style
 from cpkit.notebook.pool_live import Served
 from cpkit_lessons import figures
-from cpkit_lessons.divergence import push_into
+from cpkit_lessons.divergence import simulate_push
 from cpkit_lessons.mistakes import Mistake
-from cpkit_lessons.padding_gathers import ROW_BYTES, written_bytes
+from cpkit_lessons.padding.exercises import written_bytes
+from cpkit_lessons.rows import ROW_BYTES
 from cpkit_lessons.simulate import smallest_failure
-from cpkit_lessons.symmetric_orders import no_barrier
+from cpkit_lessons.symmetric.synchronization import no_barrier
 from tests.helpers.drawn import LAYOUT, Padded, sample
 
 
@@ -56,7 +57,7 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "damage": lambda: figures.damage({"no barrier": Mistake(10.0, 40.0, [9.0, 10.0, 11.0])}),
     "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),
     "requests": lambda: figures.pool_requests(SERVED),
-    "memory": lambda: figures.memory_map(push_into([LATE, EARLY], 3, 18)),
+    "memory": lambda: figures.memory_map(simulate_push([LATE, EARLY], 3, 18)),
     "schedule": lambda: figures.schedule_timeline(smallest_failure(no_barrier, 2, 1).failure),
 }
 UNITS = {
@@ -143,7 +144,7 @@ def test_a_schedule_shows_every_step_and_marks_the_wrong_read() -> None:
 
 
 def test_a_memory_map_marks_what_is_lost_and_what_is_overwritten() -> None:
-    found = push_into([EARLY, LATE], 3, 18)
+    found = simulate_push([EARLY, LATE], 3, 18)
     figure = figures.memory_map(found)
     wrong = next(trace for trace in figure.data if trace.name == "✗ wrong")
     assert sum(wrong.x) == sum(map(len, found.lost + found.overwritten)) == 9

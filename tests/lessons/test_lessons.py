@@ -10,10 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from cpkit_lessons import capabilities as tiers
-from cpkit_lessons import copy_counter as ledger
-from cpkit_lessons import feedback as verdict
-from cpkit_lessons.feedback import Score, Wrong
+from cpkit_lessons import capabilities, feedback
+from cpkit_lessons.copy_counter import CopyCounter
+from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.lesson import KEY_VARIABLE, Lesson
 from cpkit_lessons.prediction import Prediction
 from tools import glossary
@@ -36,7 +35,7 @@ PREDICTIONS = [
 
 @pytest.mark.parametrize("asked", PREDICTIONS)
 def test_a_prediction_has_a_key_that_it_accepts(asked: Prediction) -> None:
-    answer = asked.read(asked.answer)
+    answer = asked.parse(asked.answer)
     assert asked.is_close(answer, answer)
     assert asked.question.endswith("?")
     assert asked.why.endswith((".", "!"))
@@ -46,8 +45,8 @@ def test_a_prediction_has_a_key_that_it_accepts(asked: Prediction) -> None:
 def test_typical_wrong_answers_are_wrong_and_explained(asked: Prediction) -> None:
     assert asked.wrong, "name at least one typical wrong answer"
     for wrong in asked.wrong:
-        guess = asked.read(wrong)
-        assert not asked.is_close(guess, asked.read(asked.answer)), wrong
+        guess = asked.parse(wrong)
+        assert not asked.is_close(guess, asked.parse(asked.answer)), wrong
         assert len(asked.oversight(guess)) > 15, wrong
 
 
@@ -63,9 +62,9 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> Lesson:
     return made
 
 
-def said(call, *arguments: object) -> str:
-    """What a call showed, in words; it shows the same as a card."""
-    with mock.patch.object(verdict, "display") as display:
+def shown(call, *arguments: object) -> str:
+    """The text that a call showed; the HTML card shows the same."""
+    with mock.patch.object(feedback, "display") as display:
         call(*arguments)
     ((data,), options) = display.call_args
     assert display.call_count == 1
@@ -75,24 +74,24 @@ def said(call, *arguments: object) -> str:
 
 
 def test_an_open_prediction_says_what_to_write_and_keeps_the_answer(lesson: Lesson) -> None:
-    assert said(lesson.predict, "share") == (
+    assert shown(lesson.predict, "share") == (
         "○ How much? Write a number (of it) in place of `...`, and run this cell."
     )
-    assert "an order of ['b', 'a']" in said(lesson.predict, "order", ...)
-    text = said(lesson.reveal, "share", 0.25)
+    assert "an order of ['b', 'a']" in shown(lesson.predict, "order", ...)
+    text = shown(lesson.reveal, "share", 0.25)
     assert text.startswith("○ No prediction yet")
     assert "0.25" not in text
 
 
 def test_a_prediction_is_written_down_and_revealed(lesson: Lesson) -> None:
-    assert said(lesson.predict, "share", 0.5) == "✎ Written down: 0.5 of it."
-    assert said(lesson.reveal, "share", 0.25).split("\n") == [
+    assert shown(lesson.predict, "share", 0.5) == "✎ Written down: 0.5 of it."
+    assert shown(lesson.reveal, "share", 0.25).split("\n") == [
         "≠ you said 0.5 of it; it is 0.25 of it (2.00 × the measured)",
         "Twice.",
         "So.",
     ]
-    said(lesson.predict, "order", ["a", "b"])
-    assert said(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
+    shown(lesson.predict, "order", ["a", "b"])
+    assert shown(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
 
 
 def test_the_number_of_a_rank_has_no_ratio() -> None:
@@ -102,28 +101,30 @@ def test_the_number_of_a_rank_has_no_ratio() -> None:
 
 
 def test_a_guess_after_the_reveal_is_shown_as_one(lesson: Lesson) -> None:
-    said(lesson.predict, "share", 0.5)
-    said(lesson.reveal, "share", 0.25)
-    said(lesson.predict, "share", 0.25)
-    assert "0.25 of it (changed after the reveal)" in said(lesson.progress)
+    shown(lesson.predict, "share", 0.5)
+    shown(lesson.reveal, "share", 0.25)
+    shown(lesson.predict, "share", 0.25)
+    assert "0.25 of it (changed after the reveal)" in shown(lesson.progress)
 
 
 @pytest.mark.parametrize("guess", ["a lot", True, ["a"], float("nan")])
 def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
-    assert "is not" in said(lesson.predict, "share", guess)
-    assert "is not an order of b, a" in said(lesson.predict, "order", guess)
+    assert "is not" in shown(lesson.predict, "share", guess)
+    assert "is not an order of b, a" in shown(lesson.predict, "order", guess)
 
 
 def test_the_answer_key_stands_in_for_a_learner(
     lesson: Lesson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "1")
-    assert said(lesson.predict, "share", ...) == "✎ Written down: 0.25 of it."
-    assert said(lesson.predict, "share", 0.1) == "✎ Written down: 0.1 of it.", "a guess goes first"
+    assert shown(lesson.predict, "share", ...) == "✎ Written down: 0.25 of it."
+    assert shown(lesson.predict, "share", 0.1) == "✎ Written down: 0.1 of it.", "a guess goes first"
 
 
 def test_an_unknown_key_is_the_authors_error(lesson: Lesson) -> None:
-    with pytest.raises(ValueError, match="asks no 'waste'; its predictions are share, order"):
+    with pytest.raises(
+        ValueError, match="has no prediction 'waste'; its predictions are share, order"
+    ):
         lesson.predict("waste", 1)
 
 
@@ -135,7 +136,7 @@ def exercise(lesson: Lesson):
     def check(double) -> Score:
         for number in range(3):
             if double(number) != 2 * number:
-                raise Wrong(f"double({number}) is {double(number)}; wanted {2 * number}")
+                raise WrongAnswer(f"double({number}) is {double(number)}; wanted {2 * number}")
         return Score(3, {"kernels": (2, 1)})
 
     return check
@@ -143,16 +144,16 @@ def exercise(lesson: Lesson):
 
 def test_a_check_says_passed_with_its_score_or_the_first_fault(lesson: Lesson) -> None:
     check = exercise(lesson)
-    assert said(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
-    assert "✗" in said(lesson.progress)
-    assert said(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
-    assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in said(lesson.progress)
+    assert shown(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
+    assert "✗" in shown(lesson.progress)
+    assert shown(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
+    assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in shown(lesson.progress)
 
 
 def test_progress_counts_exercises_in_their_order(lesson: Lesson) -> None:
     for name in ("e10", "e2", "e1"):
         lesson.exercise(name, f"title of {name}")(lambda: Score(1))
-    lines = said(lesson.progress).split("\n")
+    lines = shown(lesson.progress).split("\n")
     assert lines[0] == "0 of 2 predicted, 0 of 3 solved"
     assert [line.split(",")[0] for line in lines[-3:]] == [
         "○ | Exercise 1", "○ | Exercise 2", "○ | Exercise 10"
@@ -163,10 +164,10 @@ def test_what_a_learner_raises_is_one_line(lesson: Lesson) -> None:
     def broken(number):
         return [2 * number][number]
 
-    text = said(exercise(lesson), broken)
+    text = shown(exercise(lesson), broken)
     assert "broken(1) raised IndexError: list index out of range (line " in text
     assert text.endswith("of the cell: `return [2 * number][number]`)")
-    assert "takes 0 positional" in said(exercise(Lesson("x")), lambda: 1)
+    assert "takes 0 positional" in shown(exercise(Lesson("x")), lambda: 1)
 
 
 def test_an_error_of_the_check_itself_is_not_blamed_on_the_learner(lesson: Lesson) -> None:
@@ -178,7 +179,7 @@ def test_an_error_of_the_check_itself_is_not_blamed_on_the_learner(lesson: Lesso
         check(len)
 
 
-# ---------------------------------------------------------------- glossary, tiers and ledger
+# ------------------------------------------------- glossary, capabilities and copy counter
 
 
 def test_the_glossary_knows_its_words() -> None:
@@ -197,20 +198,21 @@ def test_the_glossary_knows_its_words() -> None:
         ("cuda", ["cuda:0", "cuda:1"], "gpus"),
     ],
 )
-def test_the_tier_follows_from_where_the_ranks_are(device, devices, name) -> None:
+def test_the_capabilities_follow_from_the_devices_of_the_ranks(device, devices, name) -> None:
     workers = tuple(SimpleNamespace(host="here", device=d) for d in devices)
     status = SimpleNamespace(
         world_size=2, device=device, workers=workers, torch_version="2", symmetric_backend="b"
     )
-    tier = tiers.tier_of(status)
-    assert tier.name == name
-    text = tiers.describe(status)
-    assert all(part in text for lack in tier.lacks for part in (lack.what, lack.why, lack.instead))
+    found = capabilities.capabilities_of(status)
+    assert found.name == name
+    text = capabilities.describe(status)
+    parts = [part for it in found.limitations for part in (it.what, it.why, it.instead)]
+    assert all(part in text for part in parts)
 
 
-def test_the_ledger_counts_kernels_and_bytes() -> None:
+def test_the_counter_counts_kernels_and_bytes() -> None:
     x = torch.zeros(10, 4)
-    with ledger.CopyCounter() as counted:
+    with CopyCounter() as counted:
         view = x[2:8].reshape(-1)
         out = torch.empty(10, 4)
         assert (counted.kernels, counted.bytes_written) == (0, 0), "views and allocations are free"
@@ -218,9 +220,8 @@ def test_the_ledger_counts_kernels_and_bytes() -> None:
         assert (counted.kernels, counted.bytes_written) == (1, 80)
         torch.cat([x, out])
     assert (counted.kernels, counted.bytes_written) == (2, 80 + 320)
-    assert counted.passes(x) == 2.5
     assert view.numel() == 24
-    with ledger.CopyCounter() as counted:
+    with CopyCounter() as counted:
         out[torch.tensor([1, 2])] = x[:2]
     assert (counted.kernels, counted.bytes_written) == (1, 32), "of a scatter, what it puts"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.workers
 
 @pytest.fixture
 def panel(lab: cpkit.Lab) -> Iterator[Explorer]:
-    explorer = Explorer(lab, lengths=[256, 64], cp_size=4)
+    explorer = lab.explore([256, 64], cp_size=4)
     yield explorer
     explorer.close()
 
@@ -35,6 +36,13 @@ def test_it_measures_what_the_controls_say(panel: Explorer) -> None:
     assert panel.wait(samples=1).path == "fallback"
     panel.controls.preset.value = "small: 64 tokens"
     assert panel.wait(samples=1).workload.lengths == (64,)
+
+
+def test_explore_shows_the_parameters_of_the_panel() -> None:
+    shown = dict(inspect.signature(cpkit.Lab.explore).parameters)
+    accepted = dict(inspect.signature(Explorer).parameters)
+    del shown["self"], accepted["lab"]
+    assert shown == accepted
 
 
 def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer) -> None:

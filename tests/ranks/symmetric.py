@@ -17,6 +17,7 @@ from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.memory.allocator import MAX_BLOCKS
+from cpkit.settings import shm_dir
 from cpkit.symm import (
     SymmetricMemoryError,
     SymmetricPool,
@@ -25,7 +26,7 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
-from cpkit.sync.shm import free_bytes, reap_dead_files, shm_dir
+from cpkit.sync.shm import free_bytes, reap_dead_files
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 from tests.ranks.gathers import cp_sizes
@@ -64,6 +65,29 @@ def check_offsets_agree_and_memory_is_reused() -> None:
         pool.settle("settle")
     assert len(seen) == 1
     assert pool.stats().used_bytes == 0
+
+
+def check_a_block_that_one_rank_still_holds_is_not_reused() -> None:
+    """The release masks of all ranks are combined: rank 0's copy of the block is alive."""
+    group = world_group()
+    pool = symmetric_pool(group)
+
+    def allocate() -> torch.Tensor:
+        with use_symmetric_memory(group):
+            return torch.empty(4096, dtype=torch.uint8)
+
+    held = allocate()
+    location = pool.locate(held)
+    kept = [held] if group.rank == 0 else []
+    del held
+    pool.settle("settle")
+    other = allocate()
+    assert pool.locate(other) != location, f"rank {group.rank}: {location} was given out twice"
+    kept.clear()
+    del other
+    pool.settle("settle")
+    assert pool.locate(allocate()) == location
+    pool.settle("settle")
 
 
 def check_nothing_has_a_name_once_it_is_mapped() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpkit.sync.exchange import deadline_s
+from cpkit.settings import deadline_s
 
 
 @pytest.mark.parametrize("chosen", ["nan", "inf", "-1", "0", "abc", "1e9"])

@@ -32,7 +32,7 @@ MEND = "run `make notebooks`"
 
 PLANTED = """# %% setup
 from cpkit_lessons.lesson import Lesson
-from cpkit_lessons.feedback import Score, Wrong
+from cpkit_lessons.feedback import Score, WrongAnswer
 
 lesson = Lesson("planted")
 lesson.ask("p", "What?", answer=1, why="Because.", wrong={})
@@ -41,7 +41,7 @@ def check(name, right):
     @lesson.exercise(name, "planted")
     def run(attempt):
         if not right(attempt()):
-            raise Wrong("no")
+            raise WrongAnswer("no")
         return Score(1)
     return run
 

@@ -1,7 +1,7 @@
-"""What a learner sees of a prediction or a check: one line in words, and the same as a small card.
+"""Show the result of a prediction or a check: as text, and the same as a small HTML card.
 
-✓ is right, ✗ is wrong (the only red), ≠ is a prediction that was off, ○ is open. The words never
-depend on colour, and the cards take their colours from the page: they read in light and dark.
+✓ is right, ✗ is wrong (the only red), ≠ is a prediction that was off, ○ is open. The text does not
+depend on colour, and the cards inherit the colours of the page, so they work in light and dark.
 """
 
 from __future__ import annotations
@@ -21,62 +21,58 @@ _LEFT = "text-align: left"
 _CARD = "border-left: 4px solid {}; padding: 4px 12px; margin: 4px 0; max-width: 56em"
 
 
-class Wrong(Exception):
-    """A check's message: which row is wrong first, what it holds, what belongs there."""
+class WrongAnswer(Exception):
+    """Raised by a check; the message says what is wrong first, and what is expected."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a right solution costs: `costs` as unit to (yours, reference), over `cases` checked."""
+    """The cost of a right solution: `costs` as unit to (yours, reference), over `cases` cases."""
 
     cases: int
     costs: Mapping[str, tuple[Number, Number]] = field(default_factory=dict)
     note: str = ""
 
-    def line(self) -> str:
-        """All of it in one line."""
+    def __str__(self) -> str:
         costs = [f"{unit} {mine:,} (reference {ref:,})" for unit, (mine, ref) in self.costs.items()]
         cases = f"{self.cases:,} case{'s' * (self.cases != 1)}"
         return "; ".join([cases, *costs, *([self.note] if self.note else [])])
 
 
-def show_open(words: str) -> None:
-    """Something is still to be done."""
-    _show(None, words)
+def show_open(text: str) -> None:
+    """Show what is still to be done."""
+    _show_card("○", text)
 
 
-def show_noted(words: str) -> None:
-    """A prediction was written down."""
-    _card("✎ " + words, f"<b>✎</b> {_code(words)}", "currentColor")
+def show_noted(text: str) -> None:
+    """Show that a prediction was recorded."""
+    _show_card("✎", text, bold_head=False)
 
 
 def show_reveal(asked: Prediction, guess: Answer, measured: Answer, *, passed: bool) -> None:
-    """Yours, measured, ratio; then what was overlooked, and why it is so."""
+    """Show the guess, the measured value and their ratio, and explain the answer."""
     ratio = asked.ratio(guess, measured)
-    oversight = "" if passed else asked.oversight(guess)
-    head = f"you said {asked.words(guess)}; it is {asked.words(measured)}"
+    head = f"you said {asked.format(guess)}; it is {asked.format(measured)}"
     head += f" ({ratio})" if ratio else ""
-    parts = [part for part in (oversight, asked.why) if part]
-    mark = "✓" if passed else "≠"
-    page = f"{mark} <b>{_code(head)}</b>" + "".join(f"<br>{_code(part)}" for part in parts)
-    _card("\n".join([f"{mark} {head}", *parts]), page, "currentColor")
+    oversight = "" if passed else asked.oversight(guess)
+    _show_card("✓" if passed else "≠", head, *filter(None, (oversight, asked.why)))
 
 
 def show_passed(name: str, title: str, score: Score) -> None:
-    """An exercise is solved: its score beside that of the reference."""
-    _show(True, f"{label(name)}, {title}: solved", [score.line()])
+    """Show that an exercise is solved, with its score beside that of the reference."""
+    _show_card("✓", f"{label(name)}, {title}: solved", str(score))
 
 
 def show_wrong(name: str, title: str, fault: str) -> None:
-    """An exercise is not solved: the first fault."""
-    _show(False, f"{label(name)}, {title}: not solved yet", [fault])
+    """Show that an exercise is not solved, with the first fault."""
+    _show_card("✗", f"{label(name)}, {title}: not solved yet", fault)
 
 
 def show_progress(
     predictions: Sequence[tuple[str, str, str, bool | None]],
     exercises: Sequence[tuple[str, bool | None, str]],
 ) -> None:
-    """Two tables: predictions (question, yours, measured) and exercises (title, score)."""
+    """Show two tables: predictions (question, yours, measured) and exercises (title, score)."""
     rows = [
         ["≠" if ok is False else _MARKS[ok], q, yours or "open", found or "open"]
         for q, yours, found, ok in predictions
@@ -89,25 +85,30 @@ def show_progress(
     solved = sum(ok is True for _, ok, _ in exercises)
     head = f"{guessed} of {len(rows)} predicted, {solved} of {len(tasks)} solved"
     text = "\n".join([head, *(" | ".join(row) for row in rows + tasks)])
-    page = f"<p><b>{head}</b></p>" + _table(["", "prediction", "yours", "measured"], rows)
-    _display(text, page + _table(["", "exercise", "score"], tasks))
+    page = f"<p><b>{head}</b></p>" + html_table(["", "prediction", "yours", "measured"], rows)
+    _display(text, page + html_table(["", "exercise", "score"], tasks))
 
 
 def label(name: str) -> str:
-    """An exercise's name in words: `e2` is Exercise 2."""
+    """Return an exercise's name as text: `e2` is Exercise 2."""
     return f"Exercise {name.removeprefix('e')}"
 
 
-def _show(passed: bool | None, head: str, parts: Sequence[str] = ()) -> None:
-    mark = _MARKS[passed]
-    color = style.WRONG if passed is False else "currentColor"
-    badge = f'<span style="background: {color}; color: #fff; padding: 0 5px">✗</span>'
-    page = f"{badge if passed is False else mark} <b>{_code(head)}</b>"
-    page += "".join(f"<br>{_code(part)}" for part in parts)
-    _card("\n".join([f"{mark} {head}", *parts]), page, color)
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of escaped text; text between backticks is shown as code."""
+    top = "".join(f'<th scope="col" style="{_LEFT}">{escape(name)}</th>' for name in head)
+    lines = ["".join(f'<td style="{_LEFT}">{_html(cell)}</td>' for cell in row) for row in rows]
+    return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _card(text: str, page: str, color: str) -> None:
+def _show_card(mark: str, head: str, *parts: str, bold_head: bool = True) -> None:
+    color, badge = "currentColor", mark
+    if mark == "✗":
+        color = style.WRONG
+        badge = f'<span style="background: {color}; color: #fff; padding: 0 5px">✗</span>'
+    first = f"{badge} <b>{_html(head)}</b>" if bold_head else f"<b>{badge}</b> {_html(head)}"
+    page = "<br>".join([first, *map(_html, parts)])
+    text = "\n".join([f"{mark} {head}", *parts])
     _display(text, f'<div style="{_CARD.format(color)}">{page}</div>')
 
 
@@ -115,13 +116,7 @@ def _display(text: str, page: str) -> None:
     display({"text/plain": text, "text/html": page}, raw=True)  # type: ignore[no-untyped-call]
 
 
-def _code(words: str) -> str:
-    """Escaped for HTML; what stands between backticks is code, line breaks stay."""
-    parts = escape(words).replace("\n", "<br>").split("`")
+def _html(text: str) -> str:
+    """Escape text for HTML; text between backticks becomes code, line breaks are kept."""
+    parts = escape(text).replace("\n", "<br>").split("`")
     return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f'<th scope="col" style="{_LEFT}">{escape(name)}</th>' for name in head)
-    lines = ["".join(f'<td style="{_LEFT}">{_code(cell)}</td>' for cell in row) for row in rows]
-    return f"<table><tr>{top}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -1,4 +1,4 @@
-"""Calls a learner's function so that its mistakes become one line, not a wall of traceback."""
+"""Call a learner's function so that its exception becomes one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any
 
-from cpkit_lessons.feedback import Wrong
+from cpkit_lessons.feedback import WrongAnswer
 
 
 def guarded(attempt: object) -> object:
-    """A function that turns what `attempt` raises into `Wrong`; anything else as it is."""
+    """Wrap a function so that it raises `WrongAnswer` only; return any other object unchanged."""
     return _guarded(attempt) if callable(attempt) else attempt
 
 
@@ -23,40 +23,42 @@ def _guarded(attempt: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             return attempt(*arguments, **named)
-        except Wrong:
+        except WrongAnswer:
             raise
-        except Exception as problem:  # noqa: BLE001  whatever it is, the learner wrote it
-            words = ", ".join(map(_in_words, arguments))
-            raise _blame(attempt, words, problem) from None
+        except Exception as problem:  # noqa: BLE001 - a learner's code may raise anything
+            text = ", ".join(map(_short, arguments))
+            raise _as_wrong_answer(attempt, text, problem) from None
 
     return call
 
 
 def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, Any, None]]:
-    """The same for a generator function, whose mistakes come to light step by step."""
+    """Wrap a generator function in the same way; its exceptions appear while it is iterated."""
 
     @functools.wraps(attempt)
     def steps(*arguments: Any) -> Generator[Any, Any, None]:
         try:
             made = attempt(*arguments)
             if not isinstance(made, Generator):
-                raise Wrong(f"{_name(attempt)} has no `yield`: a program yields its steps")
+                raise WrongAnswer(f"{_name(attempt)} has no `yield`: a program yields its steps")
             yield from made
-        except Wrong:
+        except WrongAnswer:
             raise
-        except Exception as problem:  # noqa: BLE001  whatever it is, the learner wrote it
-            raise _blame(attempt, "…", problem) from None
+        except Exception as problem:  # noqa: BLE001 - a learner's code may raise anything
+            raise _as_wrong_answer(attempt, "…", problem) from None
 
     return steps
 
 
-def _blame(attempt: Callable[..., Any], words: str, problem: Exception) -> Wrong:
-    where = _line(problem.__traceback__)
-    return Wrong(f"{_name(attempt)}({words}) raised {type(problem).__name__}: {problem}{where}")
+def _as_wrong_answer(attempt: Callable[..., Any], text: str, problem: Exception) -> WrongAnswer:
+    where = _location(problem.__traceback__)
+    return WrongAnswer(
+        f"{_name(attempt)}({text}) raised {type(problem).__name__}: {problem}{where}"
+    )
 
 
-def _in_words(argument: object) -> str:
-    """An argument in a few words; of a large array only its shape: `float64 [2, 4, 8]`."""
+def _short(argument: object) -> str:
+    """Return a short repr of an argument; of a large array its shape: `float64 [2, 4, 8]`."""
     shape = getattr(argument, "shape", None)
     if not shape or math.prod(shape) <= 8:
         return reprlib.repr(argument)
@@ -68,8 +70,8 @@ def _name(attempt: Callable[..., Any]) -> str:
     return getattr(attempt, "__name__", "your function")
 
 
-def _line(trace: TracebackType | None) -> str:
-    """Where in the learner's code it happened: ` (line 3 of the cell: `return x[i]`)`."""
+def _location(trace: TracebackType | None) -> str:
+    """Return the line of the learner's code that raised: ` (line 3 of the cell: `return x[i]`)`."""
     while trace and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     if trace is None:

@@ -12,12 +12,12 @@ Answer = float | str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A question, its answer key, and what the typical wrong answers overlook.
+    """A question, its correct answer, and what each typical wrong answer overlooks.
 
-    Without `choices` the answer is a number of `unit`; no unit says that it only names something, a
-    rank or a slot. With them it is one of the choices, or all of them in order where `answer` is
-    a tuple. `close` is the relative error that counts as right.
-    `wrong` maps typical wrong answers to what each overlooks; `why` is shown to everybody.
+    With `choices`, the answer is one of them, or all of them in order if `answer` is a tuple.
+    Otherwise it is a number in `unit`; without a unit the number is a name, such as a rank or slot.
+    `tolerance` is the relative error that still counts as right. `wrong` maps typical wrong answers
+    to what they overlook; `why` is always shown.
     """
 
     question: str
@@ -26,10 +26,10 @@ class Prediction:
     unit: str = ""
     choices: tuple[str, ...] = ()
     wrong: Mapping[Answer, str] = field(default_factory=dict)
-    close: float = 0.1
+    tolerance: float = 0.1
 
-    def read(self, guess: object) -> Answer:
-        """A learner's guess as an answer. Raises ValueError that says what is asked for."""
+    def parse(self, guess: object) -> Answer:
+        """Convert a learner's guess. Raises ValueError that names what is allowed."""
         if self.choices and isinstance(self.answer, tuple):
             names = tuple(guess) if isinstance(guess, list | tuple) else ()
             if sorted(names) != sorted(self.choices):
@@ -43,18 +43,18 @@ class Prediction:
             raise ValueError(f"{guess!r} is not a number")
         return float(guess)
 
-    def is_close(self, guess: Answer, measured: Answer) -> bool:
-        """Whether a guess counts as right."""
-        if isinstance(guess, float) and isinstance(measured, float):
-            return abs(guess - measured) <= self.close * abs(measured)
-        return guess == measured
+    def is_close(self, guess: Answer, reference: Answer) -> bool:
+        """Whether a guess equals the reference, within the tolerance for numbers."""
+        if isinstance(guess, float) and isinstance(reference, float | int):
+            return abs(guess - reference) <= self.tolerance * abs(reference)
+        return guess == reference
 
     def oversight(self, guess: Answer) -> str:
-        """What a typical wrong guess overlooks; empty for a guess that is not typical."""
-        return next((why for wrong, why in self.wrong.items() if self._same(guess, wrong)), "")
+        """Return what a typical wrong guess overlooks; empty for any other guess."""
+        return next((why for wrong, why in self.wrong.items() if self.is_close(guess, wrong)), "")
 
     def invitation(self) -> str:
-        """The question, and what to write."""
+        """Return the question and the form of its answer."""
         if isinstance(self.answer, tuple):
             how = f"an order of [{', '.join(map(repr, self.choices))}]"
         elif self.choices:
@@ -63,8 +63,8 @@ class Prediction:
             how = f"a number{f' ({self.unit})' if self.unit else ''}"
         return f"{self.question} Write {how} in place of `...`, and run this cell."
 
-    def words(self, answer: Answer) -> str:
-        """An answer with its unit."""
+    def format(self, answer: Answer) -> str:
+        """Return an answer with its unit."""
         if isinstance(answer, tuple):
             return " < ".join(answer)
         if isinstance(answer, str):
@@ -72,7 +72,7 @@ class Prediction:
         return f"{answer:,.4g}" + (f" {self.unit}" if self.unit else "")
 
     def ratio(self, guess: Answer, measured: Answer) -> str:
-        """Guess by measured in words; empty where that means nothing, as for a rank's number."""
+        """Return guess / measured as text; empty if a ratio has no meaning, as for a rank."""
         if not (self.unit and isinstance(guess, float) and isinstance(measured, float)):
             return ""
         if guess * measured <= 0:
@@ -81,8 +81,3 @@ class Prediction:
         return (
             f"{times:.2f} × the measured" if times >= 0.1 else f"1/{1 / times:.0f} of the measured"
         )
-
-    def _same(self, guess: Answer, wrong: Answer) -> bool:
-        if isinstance(guess, float) and isinstance(wrong, float | int):
-            return abs(guess - wrong) <= self.close * abs(wrong)
-        return guess == wrong

@@ -1,7 +1,7 @@
-"""Level-4 data for checks: rows that say who wrote them, and words for the first one that is wrong.
+"""Test data for the checks: rows stamped with their origin, and a description of the first error.
 
-Round, rank, sequence and token are in every row, padding is poisoned, and results are compared bit
-for bit with what the formula says. See `cpkit.provenance`.
+Every row contains its round, rank, sequence and token. Padding is poisoned, and results are
+compared bit for bit with the expected rows of `cpkit.provenance`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import torch
 
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.provenance import decode_rows, expected_rows, poison_, shard_rows
-from cpkit_lessons.feedback import Wrong
+from cpkit_lessons.feedback import WrongAnswer
 
-ROW_SHAPE = (2, 8)  # heads, head_dim: 32 bytes of bfloat16, enough for four stamps
+ROW_SHAPE = (2, 8)  # heads, head_dim: 32 bytes of bfloat16, which hold the four stamps
 DTYPE = torch.bfloat16
-_ROUNDS = 1024  # what a stamp can count
+ROW_BYTES = torch.empty(ROW_SHAPE, dtype=DTYPE).nbytes
+_ROUNDS = 1024  # a stamp counts up to this
 
 
 def layouts() -> Iterator[ContextParallelMetadata]:
-    """Small layouts of every strategy first, with ranks that hold nothing; then random ones."""
+    """Yield small layouts of every strategy, some with empty ranks, then random layouts."""
     yield from (
         prepare_context_parallel_metadata(lengths, cp_size, strategy)
         for strategy in STRATEGIES
@@ -38,65 +39,74 @@ def layouts() -> Iterator[ContextParallelMetadata]:
 
 
 def rounds(
-    metadatas: Iterator[ContextParallelMetadata],
+    layouts: Iterator[ContextParallelMetadata],
 ) -> Iterator[tuple[int, ContextParallelMetadata]]:
-    """Each layout in two rounds one after the other, so that what is kept from the first shows."""
+    """Yield (round, layout): each layout in two rounds, so that stale rows of the first show."""
     number = 0
-    for metadata in metadatas:
+    for layout in layouts:
         for _ in range(2):
             number = (number + 1) % _ROUNDS
-            yield number, metadata
+            yield number, layout
 
 
-def wire_buffer(metadata: ContextParallelMetadata, round_: int) -> torch.Tensor:
-    """What a rank holds after the wire: `[slots, *ROW_SHAPE]`, the padding poisoned."""
-    longest = metadata.max_rank_len[0]
-    wire = poison_(torch.empty(metadata.cp_size * longest, *ROW_SHAPE, dtype=DTYPE))
-    for rank in range(metadata.cp_size):
-        rows = shard_rows(metadata, rank, ROW_SHAPE, DTYPE, round=round_)
-        wire[rank * longest : rank * longest + len(rows)] = rows
+def shard(layout: ContextParallelMetadata, rank: int, round_: int) -> torch.Tensor:
+    """Return the rows that a rank holds: `[rows, *ROW_SHAPE]`."""
+    return shard_rows(layout, rank, ROW_SHAPE, DTYPE, round=round_)
+
+
+def wire_buffer(layout: ContextParallelMetadata, round_: int) -> torch.Tensor:
+    """Return the padded result of the collective: `[slots, *ROW_SHAPE]`, the padding poisoned."""
+    longest = layout.max_rank_len[0]
+    wire = poison_(torch.empty(layout.cp_size * longest, *ROW_SHAPE, dtype=DTYPE))
+    for rank, held in enumerate(layout.per_rank_actual_token):
+        wire[rank * longest :][:held] = shard(layout, rank, round_)
     return wire
 
 
-def token_order(metadata: ContextParallelMetadata, round_: int) -> torch.Tensor:
-    """What attention must read, by the formula: `[total_tokens, *ROW_SHAPE]`."""
-    return expected_rows(metadata, ROW_SHAPE, DTYPE, round=round_)
+def token_order(layout: ContextParallelMetadata, round_: int) -> torch.Tensor:
+    """Return the rows that attention must read: `[total_tokens, *ROW_SHAPE]`."""
+    return expected_rows(layout, ROW_SHAPE, DTYPE, round=round_)
 
 
-def must_equal(
-    call: str, got: object, want: torch.Tensor, metadata: ContextParallelMetadata
-) -> None:
-    """Raise Wrong, decoding the first wrong row, unless `got` has the bits of `want`."""
-    layout = f"cp_size {metadata.cp_size}, {metadata.strategy}, lengths {list(metadata.lengths)}"
-    where = f"{call}, {layout}"
-    if not isinstance(got, torch.Tensor):
-        raise Wrong(f"{where} returned {type(got).__name__}; wanted a tensor {list(want.shape)}")
-    if got.dtype != want.dtype or got.shape[1:] != want.shape[1:]:
-        raise Wrong(
-            f"{where} returned rows {got.dtype}, {list(got.shape[1:])}; leave them as they are"
-        )
-    held, wanted = decode_rows(got), decode_rows(want)
-    for slot in range(max(len(got), len(want))):
-        if slot >= len(got) or slot >= len(want) or not _same(got[slot], want[slot]):
-            first = [
-                words(rows[slot]) if slot < len(rows) else "nothing" for rows in (held, wanted)
-            ]
-            count = f" ({len(got)} rows, wanted {len(want)})" if len(got) != len(want) else ""
-            raise Wrong(
-                f"{where}: slot {slot} holds {first[0]}; wanted {first[1]}"
-                f"{_kind(held, wanted, slot)}{count}"
-            )
+def describe_layout(layout: ContextParallelMetadata) -> str:
+    """Return the layout's arguments: `cp_size 4, zigzag, lengths [13, 9]`."""
+    return f"cp_size {layout.cp_size}, {layout.strategy}, lengths {list(layout.lengths)}"
 
 
-def words(row: torch.Tensor) -> str:
-    """A decoded row in words: `round 7, rank 1, sequence 0, token 3`, or padding."""
+def describe_row(row: torch.Tensor) -> str:
+    """Return a decoded row as text: `round 7, rank 1, sequence 0, token 3`, or padding."""
     if int(row[1]) < 0:
-        return "padding (poison: nobody wrote here)"
+        return "padding (poison: never written)"
     names = ("round", "rank", "sequence", "token")
     return ", ".join(f"{name} {int(value)}" for name, value in zip(names, row, strict=True))
 
 
-def _kind(held: torch.Tensor, wanted: torch.Tensor, slot: int) -> str:
+def check_rows(call: str, got: object, want: torch.Tensor, layout: ContextParallelMetadata) -> None:
+    """Raise WrongAnswer that describes the first wrong row, unless `got` has the bits of `want`."""
+    where = f"{call}, {describe_layout(layout)}"
+    if not isinstance(got, torch.Tensor):
+        raise WrongAnswer(
+            f"{where} returned {type(got).__name__}; wanted a tensor {list(want.shape)}"
+        )
+    if got.dtype != want.dtype or got.shape[1:] != want.shape[1:]:
+        raise WrongAnswer(
+            f"{where} returned rows {got.dtype}, {list(got.shape[1:])}; wanted rows "
+            f"{want.dtype}, {list(want.shape[1:])}, as they were passed in"
+        )
+    held, wanted = decode_rows(got), decode_rows(want)
+    for slot in range(max(len(got), len(want))):
+        if slot < min(len(got), len(want)) and _same_bits(got[slot], want[slot]):
+            continue
+        found, expected = (
+            describe_row(rows[slot]) if slot < len(rows) else "nothing" for rows in (held, wanted)
+        )
+        count = f" ({len(got)} rows, wanted {len(want)})" if len(got) != len(want) else ""
+        age = _age(held, wanted, slot)
+        raise WrongAnswer(f"{where}: slot {slot} holds {found}; wanted {expected}{age}{count}")
+
+
+def _age(held: torch.Tensor, wanted: torch.Tensor, slot: int) -> str:
+    """Return `: stale` or `: ahead` if only the round of a row is wrong."""
     if slot >= len(held) or slot >= len(wanted) or held[slot][1] < 0:
         return ""
     if held[slot][1:].tolist() != wanted[slot][1:].tolist():
@@ -104,5 +114,5 @@ def _kind(held: torch.Tensor, wanted: torch.Tensor, slot: int) -> str:
     return ": stale" if held[slot][0] < wanted[slot][0] else ": ahead"
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

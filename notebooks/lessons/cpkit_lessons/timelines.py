@@ -8,8 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit_lessons.programs import Event
-from cpkit_lessons.simulate import Failure
+from cpkit_lessons.simulate import Event, Failure
 
 _LANE_PX = 58
 

@@ -1,9 +1,8 @@
-"""How a set of workers is started: what the launcher tells the agent, and the agent the ranks."""
+"""The options of a set of workers, passed from the launcher to the agent and to the ranks."""
 
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 from typing import Literal
 
@@ -12,12 +11,11 @@ import psutil
 
 from cpkit.control.requests import Message
 from cpkit.processes import ProcessId
-
-_VARIABLE = "CPKIT_LAUNCH"
+from cpkit.settings import LAUNCH, pass_on, passed_on
 
 
 class Launch(Message, frozen=True):
-    """One set of workers. Holds no secrets: it travels in arguments and environment."""
+    """One set of workers. It holds no secrets, because arguments and environment are public."""
 
     name: str = "default"
     nproc: int = 4
@@ -36,7 +34,7 @@ class Launch(Message, frozen=True):
         return self.name if self.node_rank == 0 else f"{self.name}.node{self.node_rank}"
 
     def check(self) -> None:
-        """Raise ValueError, in words, for settings that cannot work."""
+        """Raise ValueError for options that cannot work, with what is allowed."""
         if self.nproc < 1:
             raise ValueError(f"--nproc is {self.nproc}; it must be 1 or more ranks on this machine")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -59,27 +57,27 @@ class Launch(Message, frozen=True):
             address_of(self.interface)
 
     def to_json(self) -> str:
-        """For an argument or the environment."""
+        """Encode for an argument or the environment."""
         return msgspec.json.encode(self).decode()
 
     def export(self) -> None:
-        """Put it in the environment, where the ranks find it."""
-        os.environ[_VARIABLE] = self.to_json()
+        """Pass the options to the processes that this one starts."""
+        pass_on(LAUNCH, self.to_json())
 
 
 def from_json(text: str) -> Launch:
-    """The inverse of `to_json`."""
+    """Decode what `to_json` encoded."""
     return msgspec.json.decode(text, type=Launch)
 
 
 def from_environment() -> Launch | None:
-    """What the agent exported; None in a process that no agent started."""
-    text = os.environ.get(_VARIABLE)
+    """Return what the agent exported; None in a process that no agent started."""
+    text = passed_on(LAUNCH)
     return from_json(text) if text else None
 
 
 def address_of(interface: str) -> str:
-    """The IPv4 address of a network interface; an address stands for itself. Raises ValueError."""
+    """Return the IPv4 address of a network interface, or of an address. Raises ValueError."""
     try:
         return str(ipaddress.ip_address(interface))
     except ValueError:
@@ -95,7 +93,7 @@ def address_of(interface: str) -> str:
 
 
 def loopback() -> str:
-    """The name of the interface of 127.0.0.1; empty when there is none."""
+    """Return the name of the interface of 127.0.0.1; empty when there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             return name

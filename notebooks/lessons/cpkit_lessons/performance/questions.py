@@ -1,4 +1,4 @@
-"""Notebook 3: what is asked before it is measured, and what the typical wrong answers overlook."""
+"""Notebook 3: its predictions, and what each typical wrong answer overlooks."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ LESSON.ask(
     "4 ranks hold 8.4 MB each, and the gather takes 20 ms: which busbw in GB/s?",
     answer=1.26,
     unit="GB/s",
-    close=0.02,
+    tolerance=0.02,
     wrong={
-        1.68: "That is algbw, S / t. A quarter of S is at home already: it crosses no link.",
+        1.68: "That is algbw, S / t. Each rank already holds a quarter of S: it crosses no link.",
         0.42: "That is one rank's 8.4 MB by the time. S is the whole result: 33.6 MB.",
-        0.315: "Both at once: S is the whole result, 4 · 8.4 MB.",
+        0.315: "The factor is right. But S is the whole result, 4 · 8.4 MB, not one rank's 8.4 MB.",
         2.24: "The factor is (n−1)/n, not its inverse: less crosses the links than is gathered.",
-        1.17: "You divided by 2³⁰. nccl-tests' GB is 10⁹ bytes.",
+        1.17: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
     },
-    why="S = 33.6 MB, algbw = S / t = 1.68 GB/s, busbw = 1.68 · 3/4. nccl-tests itself once said "
-    "one in its text and computed the other (nccl-tests#45).",
+    why="S = 33.6 MB, algbw = S / t = 1.68 GB/s, busbw = 1.68 · 3/4. The documentation of "
+    "nccl-tests once described one formula while its code computed the other (nccl-tests#45).",
 )
 LESSON.ask(
     "late",
-    "Rank r comes r · 5 ms late, and no barrier stands before the clock: which time in ms is "
-    "reported for a small gather, by its slowest rank?",
+    "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: which time in "
+    "ms does the slowest rank report for a small gather?",
     answer=16.0,
     unit="ms",
-    close=0.5,
+    tolerance=0.5,
     wrong={
-        0.5: "That is about the gather. But rank 0 is ready, and waits inside its clock.",
-        5.0: "One step. Rank 0 waits for the last rank, which is three steps late.",
-        30.0: "Rank 0 waits for the latest only, not for one after the other.",
+        0.5: "That is about the gather. But rank 0 is ready, and waits while its clock runs.",
+        5.0: "That is one step. Rank 0 waits for the last rank, which is three steps late.",
+        30.0: "Rank 0 waits only for the latest rank, not for one after the other.",
     },
-    why="Rank 0 waits 3 · 5 ms inside its clock. Nothing is wrong with the gather: the lateness of "
-    "the work before it was measured. A barrier before the clock takes it out.",
+    why="Rank 0 waits 3 · 5 ms while its clock runs. Nothing is wrong with the gather: the delay "
+    "of the work before it was measured. A barrier before the clock removes it.",
 )
 LESSON.ask(
     "damage",
-    "Three mistakes: which reports the smallest share of the right time, which the largest?",
+    "Three mistakes: which reports the smallest fraction of the right time, which the largest?",
     choices=("no barrier", "fastest rank", "not waited for"),
     answer=("not waited for", "fastest rank", "no barrier"),
     wrong={
         ("fastest rank", "not waited for", "no barrier"): "The fastest rank still moved its bytes. "
         "A call that is not waited for has moved nothing yet.",
         ("no barrier", "fastest rank", "not waited for"): "Without a barrier the early ranks wait "
-        "inside their clocks: the time grows.",
+        "while their clocks run: the time grows.",
     },
-    why="What is not waited for costs as much as its launch. The fastest rank leaves before the "
+    why="A call that is not waited for costs only its launch. The fastest rank leaves before the "
     "others are done. Without a barrier the work before the gather is counted too.",
 )
 LESSON.ask(
@@ -60,22 +60,23 @@ LESSON.ask(
     wrong={
         ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies the "
         "result twice more afterwards.",
-        ("padded", "padded_symm", "direct"): "This is fastest first: less work, less time.",
+        ("padded", "padded_symm", "direct"): "The order is fastest first: less work, less time.",
     },
     why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
     "reorders, `direct` does neither.",
 )
 LESSON.ask(
     "alpha",
-    "16 KB by direct: which share (0 to 1) of the time is alpha, which does not depend on bytes?",
+    "16 KB by direct: what fraction (0 to 1) of the time is alpha, which does not depend on bytes?",
     answer=0.9,
     unit="of the time",
-    close=0.45,
+    tolerance=0.45,
     wrong={
-        0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Meeting costs more.",
+        0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Barriers cost more.",
         0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
     },
-    why="On the left everybody waits for everybody. There fewer meetings help, not bandwidth.",
+    why="On the left all ranks wait for all others. There, fewer barriers help and bandwidth does "
+    "not.",
 )
 LESSON.ask(
     "passes",
@@ -83,13 +84,13 @@ LESSON.ask(
     "16 MiB?",
     answer=4.0,
     unit="times",
-    close=0.7,
+    tolerance=0.7,
     wrong={
-        1.0: "A copy of all bytes costs about what the push costs. Count passes.",
+        1.0: "A copy of all bytes costs about as much as the push. Count passes.",
         20.0: "That is more than padded against direct, where the collective is slow too.",
     },
-    why="Pass by pass: push, strip, reorder against push alone, and one quarter pass to fill the "
-    "symmetric shard. Three passes to one, as long as the memory is the limit.",
+    why="Pass by pass: push, strip and reorder against push alone, plus a quarter pass to fill the "
+    "symmetric shard. Three passes to one, as long as memory bandwidth is the limit.",
 )
 LESSON.ask(
     "padding",
@@ -97,30 +98,30 @@ LESSON.ask(
     "carry?",
     answer=768 / 576,
     unit="times",
-    close=0.02,
+    tolerance=0.02,
     wrong={
-        1.0: "9 tokens are 8 blocks, and one of them is longer. Whose is it, each time?",
+        1.0: "9 tokens are 8 blocks, and one of them is longer. Which rank owns it, each time?",
         9
         / 8: "That is 9 tokens against 8. Each rank pads to the longest: 3 rows where most have 2.",
         1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold 9/4.",
     },
     why="Rank 0 gets the odd token of every sequence: 3 rows, the others 2. All pad to 3: 12 slots "
-    "for 9 tokens. `direct` has no padding to carry.",
+    "for 9 tokens. `direct` sends no padding.",
 )
 LESSON.ask(
     "stops",
     "8 × H100: symmetric memory is 1.85 times as fast at 2 MiB. And at 128 MiB?",
     answer=385.3 / 363.2,
     unit="times",
-    close=0.04,
+    tolerance=0.04,
     wrong={
         1.85: "The gain is in alpha, and alpha is a small part of 128 MiB.",
         1.0: "Nearly: 6 % are left.",
         1.5: "Less. Compare 10 µs saved with the 370 µs that the bytes need on the wire.",
-        3.0: "The links are the same. What is saved is the cost of meeting.",
+        3.0: "The links are the same. What is saved is the cost of synchronization.",
     },
-    why="Measured in Megatron-LM#5596: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. Symmetric memory buys "
-    "latency, not bandwidth.",
+    why="Measured in Megatron-LM#5596: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. Symmetric memory "
+    "reduces latency; it does not add bandwidth.",
 )
 LESSON.ask(
     "nodes",
@@ -128,14 +129,14 @@ LESSON.ask(
     "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
     answer=2.25,
     unit="times",
-    close=0.12,
+    tolerance=0.12,
     wrong={
-        16: "That is 720 / 45. But only the other node's half crosses the network, once for each "
-        "node: 8 cards share it.",
+        16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
+        "and 8 network cards share it.",
         3.3: "That adds network and NVLink. They work at the same time: the slower one counts.",
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
     why="The other node's 128 MB enter through 8 cards, 16 MB each: 356 µs. Meanwhile every GPU "
-    "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. Large gathers wait for "
-    "NVLink, not for the network.",
+    "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. NVLink limits large "
+    "gathers, not the network.",
 )

@@ -1,4 +1,4 @@
-"""Throw-away ranks: each mistake has its symptom, and nothing outlives the lab."""
+"""The failure lab: each fault has its symptom, and no process or segment is left."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cpkit_lessons import faults as failures
-from cpkit_lessons import throwaway
-from cpkit_lessons.throwaway import CASES, SYMPTOMS, PostMortem, throw_away
+from cpkit_lessons import failure_lab, faults
+from cpkit_lessons.failure_lab import CASES, SYMPTOMS, PostMortem, inject_fault
 from tests.helpers.processes import LIMIT_S, left_after, processes_with
 
 pytestmark = pytest.mark.workers
@@ -46,17 +45,17 @@ def left_behind(home: Path) -> list[str]:
     return segments + [words for words in processes if "cpkit_lessons.faults" in words]
 
 
-def test_both_sides_know_the_same_cases() -> None:
-    assert tuple(failures.CASES) == CASES
+def test_both_modules_have_the_same_cases() -> None:
+    assert tuple(faults.CASES) == CASES
     assert set(WANTED.values()) == set(SYMPTOMS) - {"none"}
 
 
 @cache
 def card_of(case: str) -> PostMortem:
-    """One run of a case; the deadline is short only where it is waited for."""
+    """One run of a case; the deadline is short only where ranks wait for it."""
     waits = WANTED[case] == "error after the deadline"
     size = 3 if case == "a_rank_dies" else 2
-    return throw_away(case, size=size, victim=size - 1, deadline_s=1.5 if waits else 20.0)
+    return inject_fault(case, size=size, victim=size - 1, deadline_s=1.5 if waits else 20.0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,12 +65,12 @@ def test_a_case_has_its_symptom(case: str) -> None:
     assert [rank.rank for rank in card.ranks] == list(range(len(card.ranks)))
 
 
-def test_the_victim_is_named_by_those_who_wait() -> None:
+def test_the_waiting_ranks_name_the_victim() -> None:
     card = card_of("a_rank_dies")
     assert [rank.exit_code for rank in card.ranks] == [1, 1, -signal.SIGKILL]
     for rank in card.ranks[:2]:
         assert rank.error == "BarrierTimeout"
-        assert "for rank(s) 2 at barrier" in rank.said
+        assert "for rank(s) 2 at barrier" in rank.message
     assert "killed by SIGKILL" in card._repr_html_()
 
 
@@ -85,14 +84,20 @@ def test_a_receive_buffer_alone_is_judged_by_version() -> None:
 
 
 def test_a_rank_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throwaway, "_TIMEOUT_S", 3.0)
-    card = throw_away("skips_the_rendezvous", deadline_s=60.0)
+    monkeypatch.setattr(failure_lab, "_TIMEOUT_S", 3.0)
+    card = inject_fault("skips_the_rendezvous", deadline_s=60.0)
     assert card.ranks[0].exit_code == -signal.SIGKILL
-    assert "did not end in time" in card.ranks[0].said
+    assert "did not end in time" in card.ranks[0].message
+
+
+def test_rank_0_can_be_the_victim() -> None:
+    card = inject_fault("a_rank_dies", victim=0)
+    assert [rank.exit_code for rank in card.ranks] == [-signal.SIGKILL, 1]
+    assert "for rank(s) 0 at barrier" in card.ranks[1].message
 
 
 def test_other_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="case is 'fire'; it must be one of skips_the_rendezvous"):
-        throw_away("fire")
-    with pytest.raises(ValueError, match="victim is 0; it must be one of ranks 1 to 1"):
-        throw_away("a_rank_dies", victim=0)
+        inject_fault("fire")
+    with pytest.raises(ValueError, match="victim is 2; it must be one of ranks 0 to 1"):
+        inject_fault("a_rank_dies", victim=2)

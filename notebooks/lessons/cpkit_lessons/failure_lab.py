@@ -1,0 +1,194 @@
+"""Run ranks that make a mistake on purpose, and report what each of them observed.
+
+A failed rank may hang or be dead. So each case has its own processes, a short deadline and a time
+limit: no process is left when `inject_fault` returns. `cpkit_lessons.faults` is what they run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+
+import cpkit
+from cpkit.control.messages import Message
+from cpkit.control.tied import tied
+from cpkit_lessons.feedback import html_table
+
+CASES = (
+    "skips_the_rendezvous",
+    "sizes_differ",
+    "receive_only",
+    "wrong_group",
+    "divergent_free_lists",
+    "shared_memory_is_full",
+    "a_rank_dies",
+)
+SYMPTOMS = ("error at once", "error after the deadline", "slow but right", "silently wrong", "none")
+DEADLINE_S = 1.5
+_TIMEOUT_S = 35.0
+
+
+class RankReport(Message, frozen=True):
+    """What one rank observed, and how its process ended.
+
+    `error`: the type of an exception, `message`: its text; `paths`: transport to path, `reason`:
+    why; `wrong`: a description of the first wrong row; `exit_code`: added by the parent process.
+    """
+
+    rank: int
+    error: str = ""
+    message: str = ""
+    waited_s: float = 0.0
+    paths: dict[str, str] = msgspec.field(default_factory=dict)
+    reason: str = ""
+    wrong: str = ""
+    exit_code: int = 0
+
+    @property
+    def ended(self) -> str:
+        """The exit code, or the name of the signal that killed the process."""
+        if self.exit_code < 0:
+            return f"killed by {signal.Signals(-self.exit_code).name}"
+        return f"exit code {self.exit_code}"
+
+    @property
+    def observed(self) -> str:
+        """The error, the wrong row or the path, in one line."""
+        if self.error:
+            return f"{self.error}: {self.message}"
+        if self.wrong:
+            return f"wrong rows: {self.wrong}" + (f" ({self.reason})" if self.reason else "")
+        if self.paths:
+            paths = ", ".join(f"{name}: {path}" for name, path in self.paths.items())
+            return f"every row right; {paths}"
+        return self.message or "every row right"
+
+
+@dataclass(frozen=True)
+class PostMortem:
+    """The reports of all ranks of one case. A notebook shows it as a table."""
+
+    case: str
+    deadline_s: float
+    ranks: tuple[RankReport, ...]
+
+    @property
+    def symptom(self) -> str:
+        """One of SYMPTOMS, derived from what the ranks observed."""
+        errors = [rank for rank in self.ranks if rank.error]
+        if errors:
+            late = max(rank.waited_s for rank in errors) >= 0.9 * self.deadline_s
+            return "error after the deadline" if late else "error at once"
+        if any(rank.wrong for rank in self.ranks):
+            return "silently wrong"
+        slow = any("fallback" in rank.paths.values() for rank in self.ranks)
+        return "slow but right" if slow else "none"
+
+    @property
+    def title(self) -> str:
+        """The case and its symptom."""
+        return f"{self.case.replace('_', ' ')}: {self.symptom}"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"rank {r.rank}", r.ended, f"{r.waited_s:.2f}", r.observed) for r in self.ranks]
+        table = html_table(["", "ended", "waited (s)", "observed"], rows)
+        return f"<p><b>{escape(self.title)}</b></p>{table}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        lines = [f"rank {r.rank}  {r.ended}, {r.waited_s:.2f} s: {r.observed}" for r in self.ranks]
+        return "\n".join([self.title, *lines])
+
+
+def inject_fault(
+    case: str, *, size: int = 2, victim: int = 1, deadline_s: float = DEADLINE_S
+) -> PostMortem:
+    """Run `size` ranks with a deadline of `deadline_s`, one of which makes the mistake `case`.
+
+    Raises ValueError for an unknown case or victim.
+    """
+    if case not in CASES:
+        raise ValueError(f"case is {case!r}; it must be one of {', '.join(CASES)}")
+    if not 0 <= victim < size:
+        raise ValueError(f"victim is {victim}; it must be one of ranks 0 to {size - 1}")
+    with TemporaryDirectory(prefix="cpkit-lab-") as directory:
+        folder = Path(directory)
+        with _processes(case, size, victim, folder, deadline_s) as processes:
+            codes = _wait(processes, _TIMEOUT_S)
+        reports = [_report(folder, rank, code) for rank, code in enumerate(codes)]
+    return PostMortem(case, deadline_s, tuple(reports))
+
+
+@contextmanager
+def _processes(
+    case: str, size: int, victim: int, folder: Path, deadline_s: float
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start one process per rank, each in its own session; kill and reap them at the end."""
+    command = [sys.executable, "-m", "cpkit_lessons.faults"]
+    command += [case, str(victim), str(deadline_s), str(folder)]
+    common = {
+        **os.environ,
+        # The ranks import the same two packages as this process, wherever these were found.
+        "PYTHONPATH": os.pathsep.join(str(Path(f).parents[1]) for f in (cpkit.__file__, __file__)),
+        "CPKIT_SYMM_PREALLOC_GB": "0.002",  # starts quickly
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(size),
+    }
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(size):
+            with (folder / f"{rank}.log").open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        tied(command),  # tied to this thread, which waits for the ranks
+                        env={**common, "RANK": str(rank)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> list[int | None]:
+    """Return the exit codes; None for a rank that did not end in time."""
+    deadline = time.monotonic() + timeout_s
+    codes: list[int | None] = []
+    for process in processes:
+        try:
+            codes.append(process.wait(max(0.01, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            codes.append(None)
+    return codes
+
+
+def _report(folder: Path, rank: int, code: int | None) -> RankReport:
+    """Read a rank's report; without one, use the last line of its log."""
+    path = folder / f"{rank}.json"
+    exit_code = -signal.SIGKILL if code is None else code
+    if path.exists():
+        report = msgspec.json.decode(path.read_bytes(), type=RankReport)
+        return msgspec.structs.replace(report, exit_code=exit_code)
+    lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
+    late = "did not end in time and was killed by the failure lab; " if code is None else ""
+    return RankReport(
+        rank, message=late + (lines[-1] if lines else "its log is empty"), exit_code=exit_code
+    )

@@ -1,0 +1,232 @@
+"""Notebook 2, exercises 1 and 5 to 7: pointers, free blocks, registration, causes of failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import pandas as pd
+
+from cpkit.memory.allocator import Arena
+from cpkit.memory.path import BufferLocation, BufferPair, Version, decide, nccl_rule
+from cpkit_lessons.failure_lab import CASES, PostMortem, RankReport
+from cpkit_lessons.feedback import Score, WrongAnswer
+from cpkit_lessons.symmetric.questions import LESSON
+
+Pointer = Callable[[int, int, int, Sequence[int]], int]
+MayFree = Callable[[list[set[int]], int], set[int]]
+Registered = tuple[str, int] | None  # (group, offset), or None for ordinary memory
+FastPath = Callable[[Version, str, list[Registered], list[Registered]], bool]
+Cause = Callable[[list[RankReport]], str]
+
+
+# ------------------------------------------------------------------------ 1: a peer's pointer
+
+
+@LESSON.exercise("e1", "a peer's pointer")
+def check_peer_pointer(peer_pointer: Pointer) -> Score:
+    """Check random segments of up to 8 ranks, for every pair of ranks."""
+    draw, cases = random.Random(5), 0
+    for size in (1, 2, 4, 8):
+        bases = [draw.randrange(1 << 20, 1 << 46, 4096) for _ in range(size)]
+        for me, peer in itertools.product(range(size), repeat=2):
+            offset = draw.randrange(0, 1 << 20, 256)
+            pointer = bases[me] + offset
+            got = peer_pointer(pointer, me, peer, list(bases))
+            if not isinstance(got, int):
+                raise WrongAnswer(f"peer_pointer returned {got!r}; a pointer is an int")
+            if got != bases[peer] + offset:
+                raise WrongAnswer(
+                    f"peer_pointer({pointer:#x}, me={me}, peer={peer}, {size} bases) is {got:#x}, "
+                    f"{_locate(got, bases)}; wanted offset {offset} of rank {peer}, "
+                    f"{bases[peer] + offset:#x}"
+                )
+            cases += 1
+    return Score(cases)
+
+
+def _locate(pointer: int, bases: Sequence[int]) -> str:
+    owner = next((r for r, base in enumerate(bases) if 0 <= pointer - base < 1 << 20), None)
+    if owner is None:
+        return "which no rank has mapped"
+    return f"offset {pointer - bases[owner]} of rank {owner}"
+
+
+# ------------------------------------------------------------------- 5: when is a block free?
+
+_ARENA_BYTES = 1 << 20
+_EXCHANGES = 40
+
+
+@LESSON.exercise("e5", "when is a block free?")
+def check_may_free(may_free: MayFree) -> Score:
+    """Simulate pools of 1 to 4 ranks that release blocks at different times, 20 times each."""
+    cases = peak = reference = 0
+    for size in (1, 2, 3, 4):
+        for seed in range(20):
+            peak += _peak_bytes(may_free, size, seed)
+            reference += _peak_bytes(_released_by_all, size, seed)
+            cases += 1
+    return Score(cases, {"peak KiB, sum": (peak >> 10, reference >> 10)})
+
+
+def _released_by_all(released: list[set[int]], _me: int) -> set[int]:
+    return set.intersection(*released)
+
+
+def _peak_bytes(may_free: MayFree, size: int, seed: int) -> int:
+    """Allocate, release and exchange; return the peak. Raises WrongAnswer at the first mistake."""
+    draw = random.Random(seed)
+    arenas = [Arena(_ARENA_BYTES) for _ in range(size)]
+    blocks: list[dict[int, tuple[int, int]]] = [{} for _ in range(size)]  # (offset, bytes)
+    released: list[set[int]] = [set() for _ in range(size)]
+    peak = 0
+    for number in range(1, _EXCHANGES + 1):
+        nbytes = draw.choice((1, 2, 3, 8)) << 10
+        offsets = [arena.allocate(nbytes) for arena in arenas]
+        _check_offsets(offsets, number)
+        for mine, offset in zip(blocks, offsets, strict=True):
+            mine[number] = offset or 0, nbytes
+        for block in list(blocks[0]):
+            for rank in range(size):
+                if draw.random() < 0.35:  # each rank releases a block at another time
+                    released[rank].add(block)
+        freed = [may_free([set(each) for each in released], rank) for rank in range(size)]
+        for rank, free in enumerate(freed):
+            _check_unused(free, rank, blocks[rank], released, number)
+            for block in sorted(free):
+                arenas[rank].free(*blocks[rank].pop(block))
+        kept = sorted(set.intersection(*released) - freed[0])
+        if kept:
+            raise WrongAnswer(
+                f"exchange {number}: all ranks have released block {kept[0]}, and it was not "
+                f"freed: the arena would fill up and spill"
+            )
+        freed_by_any = set().union(*freed)
+        released = [each - freed_by_any for each in released]
+        peak = max(peak, *(arena.used_bytes for arena in arenas))
+    return peak
+
+
+def _check_offsets(offsets: list[int | None], number: int) -> None:
+    size = len(offsets)
+    if None in offsets:
+        raise WrongAnswer(
+            f"{size} ranks, before exchange {number}: the arena is full; blocks that all ranks "
+            f"have released were not freed"
+        )
+    if len(set(offsets)) > 1:
+        each = ", ".join(f"offset {offset} on rank {rank}" for rank, offset in enumerate(offsets))
+        raise WrongAnswer(
+            f"{size} ranks: block {number} has {each}. The ranks have freed different blocks, "
+            f"and a peer's row would be written to the wrong place"
+        )
+
+
+def _check_unused(
+    free: set[int],
+    rank: int,
+    blocks: dict[int, tuple[int, int]],
+    released: list[set[int]],
+    number: int,
+) -> None:
+    if not isinstance(free, set):
+        raise WrongAnswer(f"may_free returned {free!r:.60}; wanted a set of blocks")
+    if unknown := free - blocks.keys():
+        raise WrongAnswer(
+            f"exchange {number}: rank {rank} frees {sorted(unknown)}; no such block is allocated"
+        )
+    for user, theirs in enumerate(released):
+        if used := sorted(free - theirs):
+            raise WrongAnswer(
+                f"exchange {number}: rank {rank} frees block {used[0]}, and rank {user} still uses "
+                f"it: the next gather would overwrite what rank {user} reads"
+            )
+
+
+# -------------------------------------------------------------------- 6: the fast path's rule
+
+_TORCH = {(2, 27, 5): "2.10", (2, 28, 9): "2.11", (2, 29, 7): "2.12.1, 2.13", (2, 30, 7): "2.14.1"}
+_VERSIONS: tuple[Version, ...] = (
+    (2, 26, 5),
+    (2, 27, 3),
+    (2, 28, 9),
+    (2, 29, 1),
+    (2, 29, 2),
+    (2, 29, 7),
+    (2, 30, 7),
+)
+
+
+def version_table() -> pd.DataFrame:
+    """Return which buffers an all-gather needs registered, by the NCCL version of each torch."""
+    needs = {"none": "no symmetric kernels", "both": "send and recv", "recv": "recv"}
+    rows = [
+        {
+            "NCCL": ".".join(map(str, version)),
+            "comes with torch": torch,
+            "must be registered": needs[nccl_rule(version)],
+        }
+        for version, torch in _TORCH.items()
+    ]
+    return pd.DataFrame(rows).set_index("NCCL")
+
+
+@LESSON.exercise("e6", "the fast path's rule")
+def check_fast_path(fast_path: FastPath) -> Score:
+    """Compare with cpkit.memory.path for every pair of buffers and seven versions of NCCL."""
+    cases = 0
+    for version, (send_name, send), (recv_name, recv) in itertools.product(
+        _VERSIONS, _buffers(), _buffers()
+    ):
+        got = bool(fast_path(version, "attn_cp", list(send), list(recv)))
+        pairs = [BufferPair(_location(s), _location(r)) for s, r in zip(send, recv, strict=True)]
+        report = decide(pairs, 0, f"nccl {'.'.join(map(str, version))}")
+        if got != (report.path == "symmetric"):
+            raise WrongAnswer(
+                f"NCCL {'.'.join(map(str, version))}, send {send_name}, recv {recv_name}: you say "
+                f"{got}; wanted {not got} ({report.reason})"
+            )
+        cases += 1
+    return Score(cases)
+
+
+def _buffers() -> Iterator[tuple[str, list[Registered]]]:
+    good: list[Registered] = [("attn_cp", 4096)] * 3
+    yield "registered", good
+    yield "ordinary", [None] * 3
+    yield "ordinary on rank 2", [*good[:2], None]
+    yield "of group tp", [("tp", 4096)] * 3
+    yield "of group tp on rank 1", [good[0], ("tp", 4096), good[2]]
+    yield "at another offset on rank 2", [*good[:2], ("attn_cp", 8192)]
+
+
+def _location(buffer: Registered) -> BufferLocation:
+    if buffer is None:
+        return BufferLocation(other="ordinary memory", fault="unregistered")
+    group, offset = buffer
+    if group != "attn_cp":
+        return BufferLocation(other=f"registered with group {group}", fault="foreign")
+    return BufferLocation(0, offset)
+
+
+# --------------------------------------------------------------- 7: from post-mortem to cause
+
+
+@LESSON.exercise("e7", "post-mortem to cause")
+def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
+    """Check the post-mortems of the learner's own runs, in both orders of their ranks."""
+    missing = [case for case in CASES if case not in cards]
+    if missing:
+        raise WrongAnswer(f"run the labs above first; {', '.join(missing)} has no post-mortem yet")
+    cases = 0
+    for case, card in cards.items():
+        for ranks in (list(card.ranks), list(reversed(card.ranks))):
+            got = cause(ranks)
+            if got != case:
+                shown = str(dataclasses.replace(card, case="this card")).replace("\n", "\n  ")
+                raise WrongAnswer(f"you say {got!r}; the cause was {case!r}. {shown}")
+            cases += 1
+    return Score(cases)

@@ -1,0 +1,215 @@
+"""Notebook 2: its predictions, and what each typical wrong answer overlooks."""
+
+from __future__ import annotations
+
+from cpkit_lessons.failure_lab import SYMPTOMS
+from cpkit_lessons.lesson import Lesson
+
+LESSON = Lesson("02_symmetric_memory")
+predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
+
+LESSON.ask(
+    "same",
+    "Four ranks make the same symmetric buffer. What of it is sure to be equal on all ranks?",
+    choices=("address", "offset", "both"),
+    answer="offset",
+    wrong={
+        "address": "Each process has its own address space, and maps a segment where there is "
+        "room. The addresses need not be equal.",
+        "both": "Addresses may happen to be equal, but no allocator guarantees it, least of all "
+        "after the next allocation.",
+    },
+    why="Symmetric means: the same offset in every rank's segment. All ranks compare it when the "
+    "memory is allocated. A pointer is valid only in its own process.",
+)
+LESSON.ask(
+    "stale",
+    "1000 rounds of put and read with no barrier, four ranks: what fraction of the reads is wrong?",
+    choices=("under 1 %", "1 to 10 %", "over 10 %"),
+    answer="over 10 %",
+    wrong={
+        "under 1 %": "That would need ranks in lockstep. Without a barrier, one rank runs while "
+        "another sleeps, and gets whole rounds ahead.",
+        "1 to 10 %": "Ranks drift apart by whole rounds, not by a few instructions, and stay so.",
+    },
+    why="A rank's read of its own slot is always right: 1/cp of all reads. Of the others nearly "
+    "every one can be wrong. A missing barrier is not a rare event; but a *test* with the same "
+    "data in every round cannot detect it.",
+)
+LESSON.ask(
+    "orders",
+    "Two ranks take four steps each. In how many orders can these eight steps happen?",
+    answer=70,
+    unit="orders",
+    tolerance=0.01,
+    wrong={
+        16: "Twice 8 steps, or 2^4? Each order is a choice of which 4 of the 8 positions are rank "
+        "0's.",
+        256: "2^8 also counts orders in which one rank takes more than four steps.",
+        40320: "8! would also reorder the steps of one rank; these stay in program order.",
+    },
+    why="Choose the 4 positions of rank 0 among 8: 8!/(4!·4!) = 70. With 3 ranks there are 34,650. "
+    "Random runs rarely hit the wrong one; a search finds it, because many orders lead to the same "
+    "state.",
+)
+LESSON.ask(
+    "smallest",
+    "Two ranks, no barrier: how many steps has the shortest schedule in which a read is wrong?",
+    answer=3,
+    unit="steps",
+    tolerance=0.01,
+    wrong={
+        1: "The first step of a rank is a put; before it reads it has to put to both.",
+        4: "The steps of one rank are enough: put, put, read.",
+        8: "The other rank need not take a single step.",
+    },
+    why="One rank puts, puts and reads, before the other has begun. The smallest failure is the "
+    "best explanation of a race: it contains no unnecessary step.",
+)
+LESSON.ask(
+    "round",
+    "Now with one barrier, between the puts and the reads. In the shortest failing schedule, which "
+    "round should the first wrong read return?",
+    answer=1,
+    tolerance=0.01,
+    wrong={
+        2: "The *write* is of round 2. The read that it spoils still expects round 1.",
+        0: "Rounds count from 1; and with a barrier before the read, no read is stale.",
+    },
+    why="The reader of round 1 is slow; the writer goes on to round 2 and overwrites what was not "
+    "read yet: a write after read. So the error appears only when a buffer is used *again*, and a "
+    "test of one round passes.",
+)
+LESSON.ask(
+    "held",
+    "Eight ranks in a ring, each reads its left neighbour only. Rank 3 has not begun. With signals "
+    "instead of barriers, how many of the 7 others cannot finish round 1?",
+    answer=1,
+    unit="of 7",
+    tolerance=0.01,
+    wrong={
+        7: "That is the barrier: all ranks wait for all others.",
+        2: "Rank 2 writes *to* rank 3 and waits for nothing from it in round 1.",
+        0: "Rank 4 needs the row that rank 3 has not written.",
+    },
+    why="A signal waits for the rank whose data you need. A barrier waits for all ranks, and costs "
+    "more the more ranks there are.",
+)
+LESSON.ask(
+    "spills",
+    "A 16 MB arena. Requests of 2, 4, 8, 24, 4, 24, 48, 24, 48 MB, one after the other, each "
+    "released before the next: how many of the nine spill?",
+    answer=2,
+    unit="requests",
+    tolerance=0.01,
+    wrong={
+        5: "Five are larger than the arena. But a spilled segment stays in the pool, and serves "
+        "the second request of its size.",
+        3: "24, 48, and …? The third large one fits a segment that an earlier one registered.",
+        0: "24 MB do not fit 16 MB.",
+    },
+    why="Each *new largest* request spills once. So the cost occurs exactly with the longest "
+    "prompt so far, and a benchmark that repeats one size shows it only in its first iteration.",
+)
+LESSON.ask(
+    "recv",
+    "Receive buffer registered, send buffer ordinary, everything else right. NCCL 2.28.9 takes …?",
+    choices=("symmetric", "fallback", "an error"),
+    answer="fallback",
+    wrong={
+        "symmetric": "From 2.29.2 on, yes. 2.28.9 requires both windows.",
+        "an error": "NCCL selects another kernel without a message.",
+    },
+    why="Up to 2.29.1 an all-gather needs *both* buffers in symmetric windows; from 2.29.2 the "
+    "receive buffer is enough. sglang#37337 counted 0 symmetric calls and 499 over the ring.",
+)
+
+
+def _ask_symptom(case: str, what: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
+    LESSON.ask(
+        case,
+        f"{what}: what do the ranks see?",
+        choices=SYMPTOMS[:4],
+        answer=answer,
+        wrong=wrong,
+        why=why,
+    )
+
+
+_ask_symptom(
+    "skips_the_rendezvous",
+    "Rank 1 does not call the rendezvous for symmetric memory",
+    answer="error after the deadline",
+    why="Allocating symmetric memory is a collective, and the other ranks wait for the missing "
+    "one. The deadline turns a hang into an error that names the rank. NCCL's registration has no "
+    "deadline: sglang#36943 hung while /health returned 200.",
+    wrong={
+        "error at once": "A rank that is late and a rank that never arrives look the same until "
+        "the deadline.",
+    },
+)
+_ask_symptom(
+    "sizes_differ",
+    "Rank 1 makes a scratch buffer of another size",
+    answer="error at once",
+    why="All ranks arrive, and compare a digest of all allocations. NCCL does not compare them: "
+    "there the caller has to guarantee equal offsets, and the same mistake raises no error.",
+    wrong={
+        "silently wrong": "It would be, without the comparison in the exchange: the next block "
+        "has a different offset on each rank.",
+    },
+)
+_ask_symptom(
+    "receive_only",
+    "Only the receive buffer is registered, and one of the NCCLs is 2.28.9",
+    answer="slow but right",
+    why="No rank gets an error, every row is right, and only the path differs: by its rule, NCCL "
+    "2.28.9 falls back and 2.29.7 does not.",
+    wrong={
+        "error at once": "The result is right. The ordinary collective takes any buffer.",
+    },
+)
+_ask_symptom(
+    "wrong_group",
+    "Both buffers are in the pool of another group",
+    answer="slow but right",
+    why="A buffer registered with another group is not symmetric for this one. sglang#19329 had "
+    "this error, while its own records said 'registered'.",
+    wrong={
+        "silently wrong": "The fallback is the ordinary collective, whose result is right.",
+    },
+)
+_ask_symptom(
+    "divergent_free_lists",
+    "Rank 1 has kept a block that rank 0 has freed, and the free lists are not compared",
+    answer="silently wrong",
+    why="No rank has an error, and the rows are written elsewhere: over memory that may be in use. "
+    "pytorch#178138 is this bug; under a captured graph it is sglang#34230.",
+    wrong={
+        "error at once": "Each rank's own free list is consistent. Only a comparison between ranks "
+        "shows the difference.",
+    },
+)
+_ask_symptom(
+    "shared_memory_is_full",
+    "The arena does not fit into the free shared memory",
+    answer="error at once",
+    why="The pages are reserved before they are used, so the failure is an error message on all "
+    "ranks. Without the reservation it would be a bus error at the first access, much later.",
+    wrong={
+        "error after the deadline": "The rank without room reports it in the exchange, so no rank "
+        "waits for the deadline.",
+    },
+)
+_ask_symptom(
+    "a_rank_dies",
+    "Rank 1 is killed before the gather",
+    answer="error after the deadline",
+    why="The other rank can only report that rank 1 did not arrive; the exit code of rank 1 says "
+    "why. Look at *all* ranks before you blame the one that reports the error. torchrun ends the "
+    "remaining ranks itself.",
+    wrong={
+        "error at once": "The mapping of a peer's memory stays valid when its process dies, so "
+        "nothing shows that it is dead.",
+    },
+)
