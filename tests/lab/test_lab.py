@@ -11,10 +11,9 @@ import pytest
 
 from cpkit.algorithms import ALGORITHMS
 from cpkit.lab import Lab
-from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
-STRATEGIES = ("zigzag", "interleave", "contiguous")
 
 
 def test_status_describes_the_ranks(lab: Lab) -> None:
