@@ -1,1 +1,1 @@
-"""The control socket: how a notebook talks to the ranks without joining their process group."""
+"""The control socket: how a notebook outside the process group sends requests to its ranks."""

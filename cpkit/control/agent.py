@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     launch = from_json(arguments[0])
     place = RuntimeDir(launch.place_name)
     try:
-        lock = place.hold()
+        lock = place.acquire_lock()
     except NameTaken as taken:
         _log.error("%s", taken)
         return NAME_TAKEN_CODE
@@ -119,7 +119,7 @@ def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
 
 def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
     """torchrun, from start to end, with the reason of its end."""
-    place.note_step("agent", "importing torch")
+    place.set_startup_phase("agent", "importing torch")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -131,7 +131,7 @@ def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
         arguments = torchrun_arguments(launch, place)
         if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch 2.12 and newer
             arguments.insert(0, "--shutdown-timeout=5")
-        place.note_step("agent", "running torchrun")
+        place.set_startup_phase("agent", "running torchrun")
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
         return _post_mortem(failed, place)
@@ -175,7 +175,7 @@ def _start_afresh(place: RuntimeDir) -> None:
         os.truncate(place.agent_log, 0)
     place.clean()
     place.post_mortem_file.unlink(missing_ok=True)
-    shutil.rmtree(place.steps_dir, ignore_errors=True)
+    shutil.rmtree(place.startup_dir, ignore_errors=True)
     previous = place.log_dir.with_name("logs.previous")
     if place.log_dir.exists():
         shutil.rmtree(previous, ignore_errors=True)

@@ -1,15 +1,14 @@
-"""A notebook's end of the control socket: one thread owns the socket, callers get queues.
+"""The client's side of the control socket: one ZeroMQ socket per open request.
 
-Every waiting call is told about one of four things: an answer, nothing for `deadline_s` (busy or no
-answer), a refusal at the door (keys), or the death of a worker process, which the thread looks for
-ten times a second while anybody waits.
+A waiting call ends with a result, or with an error for one of four reasons: no reply within
+`deadline_s` (the workers are busy, or do not answer), a rejected key, a closed client, or the death
+of a worker process. Waiting calls check for dead processes ten times per second.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator
@@ -26,6 +25,7 @@ from cpkit.control.errors import (
     NoAnswer,
     RequestFailed,
     WorkersBusy,
+    WorkersDied,
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
@@ -45,48 +45,38 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.control.runtime_dir import Connection, RuntimeDir
-from cpkit.control.waker import Waker
 
 if TYPE_CHECKING:
     from typing import Self
 
 DEADLINE_S = 30.0
-_LOOK_EVERY_MS = 100
-_SHORT_WAIT_S = 0.5  # not worth a word
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_POLL_MS = 100
+_SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
+_KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _NO_HANDSHAKE = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 R = TypeVar("R", bound=Message)
-Answers = queue.SimpleQueue[ReplyBody | ControlError]
 
 
 class Client:
-    """Requests to one set of workers. Thread-safe; `close` it, or use it as a context manager.
+    """Sends requests to one set of workers. Thread-safe; a context manager that calls `close`.
 
-    Raises ControlError when the workers speak another version of the protocol.
+    `on_wait`, if set, is called with the number of requests ahead when a request has to wait.
+    Raises ControlError when the workers use another version of the protocol.
     """
 
     def __init__(self, connection: Connection) -> None:
         if connection.protocol != PROTOCOL_VERSION:
             raise ControlError(
-                f"the workers {connection.name!r} are of cpkit {connection.version} (protocol "
-                f"{connection.protocol}), this is protocol {PROTOCOL_VERSION}: stop them with "
-                f"`python -m cpkit stop --name {connection.name}` and start them again"
+                f"the workers {connection.name!r} run cpkit {connection.version} with protocol "
+                f"{connection.protocol}; this cpkit uses protocol {PROTOCOL_VERSION}: stop them "
+                f"with `python -m cpkit stop --name {connection.name}` and start them again"
             )
         self.connection = connection
         self.on_wait: Callable[[int], None] | None = None
-        self._place = RuntimeDir(connection.name)
-        self._lock = threading.Lock()
-        self._waiting: dict[str, Answers] = {}
-        self._outbox: deque[bytes] = deque()
-        self._broken: ControlError | None = None
-        self._closing = False
-        self._bell = Waker()
-        self._context = zmq.Context()
-        self._dealer = _dealer(self._context, connection)
-        self._doorman = self._dealer.get_monitor_socket(_REFUSED | _NO_HANDSHAKE)
-        self._dealer.connect(connection.endpoint)
-        self._thread = threading.Thread(target=self._serve, name="cpkit client", daemon=True)
-        self._thread.start()
+        self._runtime_dir = RuntimeDir(connection.name)
+        self._idle: deque[_Socket] = deque()  # kept, because a CURVE handshake takes milliseconds
+        self._died: WorkersDied | None = None
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -95,162 +85,163 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Stop talking; calls that still wait get NoAnswer. The workers stay."""
-        self._closing = True
-        self._bell.ring()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=2)
-
-    # ------------------------------------------------------------------ requests
+        """Disconnect. Waiting calls and later ones raise NoAnswer; the workers keep running."""
+        self._closed = True
+        self._close_idle_sockets()
 
     def call(self, body: Body, kind: type[R], deadline_s: float = DEADLINE_S) -> R:
-        """Ask, wait, and return the result, which is a `kind`. Raises what `stream` raises."""
+        """Send a request, wait, and return its result of type `kind`. Raises as `stream` does."""
         with contextlib.closing(self.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, kind):
                     return reply
                 if not isinstance(reply, Progress):
-                    raise NoAnswer(f"the workers answered with {type(reply).__name__} to {body!r}")
+                    raise NoAnswer(f"the workers answered {body!r} with {type(reply).__name__}")
         raise NoAnswer(f"the workers ended {body!r} without a result")
 
     def stream(
         self, body: Body, deadline_s: float = DEADLINE_S
     ) -> Generator[ReplyBody, None, None]:
-        """Ask, and yield the replies; the last one is the result. Closing it early cancels.
+        """Send a request and yield its replies; the last one is the result.
 
-        `deadline_s` is the longest silence. Raises BadRequest, Cancelled, RequestFailed,
-        WorkersBusy, NoAnswer or WorkersDied.
+        Closing the generator early cancels the request. Every reply renews the deadline. Raises
+        BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
         """
         request = Request(uuid.uuid4().hex, deadline_s, body)
         try:
-            data = encode(request)  # before it counts as waiting: it may be too large
+            data = encode(request)
         except (OverflowError, TypeError, ValueError) as error:
             raise BadRequest(f"this request can't be sent: {error}") from error
-        answers: Answers = queue.SimpleQueue()
+        self._check_open()
+        socket = self._take_socket()
         ended = False
-        with self._lock:
-            self._waiting[request.id] = answers
-        self._send(data)
         try:
-            for reply in self._replies(answers, deadline_s):
-                ended = isinstance(reply, Failed) or not isinstance(reply, Progress | Sample)
+            socket.send(data)
+            for reply in self._replies(socket, request):
+                ended = not isinstance(reply, Progress | Sample)
                 yield _result(reply)
                 if ended:
                     return
         finally:
-            with self._lock:
-                del self._waiting[request.id]
-            if not ended:
-                self._send(encode(Request(uuid.uuid4().hex, DEADLINE_S, Cancel(request.id))))
-
-    def _replies(self, answers: Answers, deadline_s: float) -> Generator[ReplyBody, None, None]:
-        """The answers as they come. Queued is not passed on: `on_wait` hears of long waits."""
-        ahead, told = 0, True
-        while True:
-            if self._broken:
-                raise self._broken
-            try:
-                answer = answers.get(timeout=deadline_s if told else min(deadline_s, _SHORT_WAIT_S))
-            except queue.Empty:
-                if told or deadline_s <= _SHORT_WAIT_S:
-                    raise _too_late(deadline_s, ahead, self.connection) from None
-                told = True
-                if self.on_wait:
-                    self.on_wait(ahead)
-                continue
-            if isinstance(answer, ControlError):
-                raise answer
-            if isinstance(answer, Queued):
-                ahead, told = answer.ahead, False
+            if ended:
+                self._keep_socket(socket)
             else:
-                ahead, told = 0, True
-                yield answer
+                socket.send(encode(Request(uuid.uuid4().hex, DEADLINE_S, Cancel(request.id))))
+                socket.close()
 
-    def _send(self, data: bytes) -> None:
-        self._outbox.append(data)
-        self._bell.ring()
+    def _replies(self, socket: _Socket, request: Request) -> Generator[ReplyBody, None, None]:
+        """Yield the replies to `request` as they arrive, except Queued."""
+        ahead, reported = 0, True
+        last_reply = time.monotonic()
+        while True:
+            self._check_open()
+            data = socket.receive(_POLL_MS)
+            if data is None:
+                self._check_alive()
+                silence_s = time.monotonic() - last_reply
+                if not reported and silence_s >= _SHORT_WAIT_S:
+                    reported = True
+                    if self.on_wait:
+                        self.on_wait(ahead)
+                if silence_s >= request.deadline_s:
+                    raise _deadline_error(request.deadline_s, ahead, self.connection)
+                continue
+            reply = _decoded(data)
+            if reply.id != request.id:  # a late Progress of this socket's previous request
+                continue
+            if isinstance(reply.body, Queued):
+                ahead, reported = reply.body.ahead, False
+            else:
+                ahead, reported = 0, True
+                yield reply.body
+            last_reply = time.monotonic()
 
-    # ---------------------------------------------------------------- the thread
+    def _check_open(self) -> None:
+        if self._died:
+            raise self._died
+        if self._closed:
+            raise NoAnswer("this client was closed; cpkit.connect() opens a new one")
 
-    def _serve(self) -> None:
-        poller = zmq.Poller()
-        for readable in (self._dealer, self._doorman, self._bell):
-            poller.register(readable, zmq.POLLIN)
-        while not self._closing:
-            ready = dict(poller.poll(_LOOK_EVERY_MS if self._waiting else None))
-            if self._bell.fileno() in ready:
-                self._bell.silence()
-            self._flush()
-            if self._dealer in ready:
-                self._receive()
-            if self._doorman in ready:
-                self._refused(int(recv_monitor_message(self._doorman)["event"]))
-            if not ready and self._waiting:
-                self._look_for_deaths()
-        self._flush()
-        self._break(NoAnswer("this client was closed"))
-        self._dealer.disable_monitor()
-        self._context.destroy(linger=200)
-        self._bell.close()
-
-    def _flush(self) -> None:
-        """Send what can be sent; without a connection it waits here, or is dropped by `close`."""
-        with contextlib.suppress(zmq.Again):
-            while self._outbox:
-                self._dealer.send(self._outbox[0], zmq.NOBLOCK)
-                self._outbox.popleft()
-
-    def _receive(self) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                data = self._dealer.recv(zmq.NOBLOCK)
-                try:
-                    self._deliver(decode(data, Reply))
-                except msgspec.DecodeError as error:
-                    self._break(NoAnswer(f"the workers sent what is no reply: {error}"))
-
-    def _deliver(self, reply: Reply) -> None:
-        with self._lock:
-            answers = self._waiting.get(reply.id)
-        if answers:
-            answers.put(reply.body)
-
-    def _refused(self, event: int) -> None:
-        why = "refused the client key" if event == _REFUSED else "has not the server key"
-        self._break(
-            NoAnswer(
-                f"who answers at {self.connection.endpoint} {why} of the connection file: the file "
-                f"is of other workers. Connect again, or stop and start them."
-            )
-        )
-
-    def _look_for_deaths(self) -> None:
-        death = exit_report(self._place, self.connection)
+    def _check_alive(self) -> None:
+        """Raise WorkersDied when a worker process has ended, now and in every later call."""
+        death = exit_report(self._runtime_dir, self.connection)
         if death:
-            self._break(death)
+            self._died = death
+            raise death
 
-    def _break(self, error: ControlError) -> None:
-        """No answer will ever come: tell all that wait and all that will ask."""
-        with self._lock:
-            self._broken = self._broken or error
-            for answers in self._waiting.values():
-                answers.put(error)
+    def _take_socket(self) -> _Socket:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Socket(self.connection)
+
+    def _keep_socket(self, socket: _Socket) -> None:
+        self._idle.append(socket)
+        if self._closed:  # perhaps only just, by another thread
+            self._close_idle_sockets()
+
+    def _close_idle_sockets(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().close()
 
 
-def _dealer(context: zmq.Context[zmq.Socket[bytes]], connection: Connection) -> zmq.Socket[bytes]:
-    dealer = context.socket(zmq.DEALER)
-    dealer.curve_serverkey = connection.server_public_key.encode()
-    dealer.curve_publickey = connection.client_public_key.encode()
-    dealer.curve_secretkey = connection.client_secret_key.encode()
-    dealer.maxmsgsize = MAX_MESSAGE_BYTES
-    dealer.heartbeat_ivl = 2_000
-    dealer.heartbeat_timeout = 10_000
-    dealer.linger = 200
-    return dealer
+class _Socket:
+    """A DEALER with CURVE keys, and its monitor, which reports a rejected key."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._endpoint = connection.endpoint
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._dealer = context.socket(zmq.DEALER)
+        self._dealer.curve_serverkey = connection.server_public_key.encode()
+        self._dealer.curve_publickey = connection.client_public_key.encode()
+        self._dealer.curve_secretkey = connection.client_secret_key.encode()
+        self._dealer.maxmsgsize = MAX_MESSAGE_BYTES
+        self._dealer.rcvhwm = 0  # no limit, so that a stream that is read late loses no sample
+        self._dealer.heartbeat_ivl = 2_000
+        self._dealer.heartbeat_timeout = 10_000
+        self._dealer.linger = 200
+        self._monitor = self._dealer.get_monitor_socket(_KEY_REJECTED | _NO_HANDSHAKE)
+        self._dealer.connect(self._endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def send(self, data: bytes) -> None:
+        """Send without blocking. After a rejected key, `data` is dropped and `receive` raises."""
+        with contextlib.suppress(zmq.Again):
+            self._dealer.send(data, zmq.NOBLOCK)
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        """Return the next message, or None after `timeout_ms`. Raises NoAnswer for wrong keys."""
+        ready = dict(self._poller.poll(timeout_ms))
+        if self._dealer in ready:
+            return self._dealer.recv()
+        if self._monitor in ready:
+            rejected = recv_monitor_message(self._monitor)["event"] == _KEY_REJECTED
+            problem = "rejected the client key" if rejected else "does not have the server key"
+            raise NoAnswer(
+                f"the server at {self._endpoint} {problem} of the connection file: the file "
+                f"belongs to other workers. Connect again, or stop and start the workers."
+            )
+        return None
+
+    def close(self) -> None:
+        """Free the socket; what was sent is still delivered in the background."""
+        self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
+        self._dealer.close()
+
+
+def _decoded(data: bytes) -> Reply:
+    try:
+        return decode(data, Reply)
+    except msgspec.DecodeError as error:
+        raise NoAnswer(f"the workers sent an invalid reply: {error}") from error
 
 
 def _result(reply: ReplyBody) -> ReplyBody:
-    """The reply, or the error that it stands for."""
+    """Return the reply, or raise the error that a Failed stands for."""
     if not isinstance(reply, Failed):
         return reply
     if reply.kind == "bad_request":
@@ -259,18 +250,19 @@ def _result(reply: ReplyBody) -> ReplyBody:
         raise Cancelled(reply.message)
     if reply.kind == "busy":
         raise WorkersBusy(f"the workers are busy: {reply.message}", ahead=1)
-    where = "" if reply.rank is None else f"rank {reply.rank}: "
-    raise RequestFailed(where + reply.message)
+    prefix = "" if reply.rank is None else f"rank {reply.rank}: "
+    raise RequestFailed(prefix + reply.message)
 
 
-def _too_late(deadline_s: float, ahead: int, connection: Connection) -> ControlError:
+def _deadline_error(deadline_s: float, ahead: int, connection: Connection) -> ControlError:
     if ahead:
         return WorkersBusy(
             f"the workers are busy: {ahead} request(s) were ahead of this one for "
-            f"{deadline_s:g} s. Try later, or cancel the others.",
+            f"{deadline_s:g} s. Try again later, or cancel the others.",
             ahead=ahead,
         )
     return NoAnswer(
         f"no answer within {deadline_s:g} s from the workers {connection.name!r} at "
-        f"{connection.endpoint}, though their processes live; logs are in {connection.log_dir}"
+        f"{connection.endpoint}, although their processes are alive; their logs are in "
+        f"{connection.log_dir}"
     )

@@ -1,6 +1,14 @@
-"""What can go wrong between a client and the workers. The kinds differ in what to do next."""
+"""Errors between a client and the workers, one class per next step, and text for decode errors."""
 
 from __future__ import annotations
+
+import re
+from typing import get_args, get_type_hints
+
+import msgspec
+
+from cpkit.algorithms import ALGORITHM_CHOICES
+from cpkit.control.requests import Pool, Strategy, Workload
 
 
 class ControlError(RuntimeError):
@@ -8,7 +16,7 @@ class ControlError(RuntimeError):
 
 
 class Unreadable(ControlError):
-    """A file is not what this version of cpkit writes."""
+    """A file does not have the format of this version of cpkit."""
 
 
 class NoWorkers(ControlError):
@@ -16,13 +24,13 @@ class NoWorkers(ControlError):
 
 
 class OtherWorkers(ControlError):
-    """Workers of this name run, but not as asked: use them as they are, or choose another name."""
+    """Workers of this name run with other settings: use them, or choose another name."""
 
 
 class WorkersDied(ControlError):
     """A worker process ended; the message has rank, exit code and last log lines. Connect again.
 
-    `rank` and `exit_code` are None where nobody could tell; a negative exit code is a signal.
+    `rank` and `exit_code` are None where they are unknown. A negative exit code is a signal.
     """
 
     def __init__(
@@ -40,7 +48,7 @@ class WorkersDied(ControlError):
 
 
 class WorkersBusy(ControlError):
-    """The workers are well and serve others first; `ahead` requests. Wait, or cancel the others."""
+    """The workers are serving other requests; `ahead` of them come first. Wait, or cancel them."""
 
     def __init__(self, message: str, *, ahead: int) -> None:
         super().__init__(message)
@@ -48,7 +56,7 @@ class WorkersBusy(ControlError):
 
 
 class NoAnswer(ControlError):
-    """Nobody answered before the deadline, or the other side refused to talk."""
+    """No reply before the deadline, a rejected key, an invalid reply, or a closed client."""
 
 
 class Cancelled(ControlError):
@@ -56,8 +64,36 @@ class Cancelled(ControlError):
 
 
 class RequestFailed(ControlError):
-    """The workers tried and failed; they are ready for the next request."""
+    """The workers failed to serve the request; they are ready for the next one."""
 
 
 class BadRequest(ValueError):
-    """The request makes no sense to the workers; the message says what would. They are unharmed."""
+    """The request is invalid; the message says what is allowed. The workers are unharmed."""
+
+
+_ALLOWED = {
+    "algorithm": ALGORITHM_CHOICES,
+    "strategy": get_args(Strategy),
+    "action": get_args(get_type_hints(Pool)["action"]),
+}
+_VALUE = re.compile(r"Invalid enum value (?P<value>.*) - at `\$.*?(?P<field>\w+)`$")
+_FIELD = re.compile(r"unknown field `(?P<field>\w+)`(?: - at `(?P<path>[^`]*)`)?$")
+
+
+def explain_decode_error(error: msgspec.DecodeError) -> str:
+    """Return msgspec's message, with what is allowed instead.
+
+    "Invalid enum value 'fast' - at `$.algorithm`" becomes "algorithm is 'fast'; it must be one of
+    padded, padded_symm_recv, padded_symm, direct".
+    """
+    text = str(error)
+    value, field = _VALUE.search(text), _FIELD.search(text)
+    if value and value["field"] in _ALLOWED:
+        allowed = ", ".join(_ALLOWED[value["field"]])
+        return f"{value['field']} is {value['value']}; it must be one of {allowed}"
+    if field and re.search(r"workloads?(\[.*\])?$", field["path"] or ""):
+        names = ", ".join(Workload.__struct_fields__)
+        return f"there is no {field['field']!r}; a workload has {names}"
+    if field:
+        return f"{text}: this version of the protocol has no such field"
+    return text

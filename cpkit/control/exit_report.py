@@ -1,4 +1,4 @@
-"""From a dead process to an error that says which rank, of what, and its last words."""
+"""Turns the death of a worker process into an error with rank, cause and last log lines."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ from pathlib import Path
 from cpkit.control.errors import WorkersDied
 from cpkit.control.runtime_dir import READY, Connection, Death, RuntimeDir, Worker
 
-_PATIENCE_S = 20.0  # for the post-mortem of an agent that lives; it has the exit codes
+_POST_MORTEM_TIMEOUT_S = 20.0  # worth waiting for: only the agent knows the exit codes
 _LAST_LINES = 8
 _LAST_BYTES = 16 << 10
 
 
-def exit_report(place: RuntimeDir, connection: Connection) -> WorkersDied | None:
-    """None while agent and ranks live, as far as they run on this machine."""
+def exit_report(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied | None:
+    """Return an error when the agent or a rank has ended, else None.
+
+    Processes on other hosts cannot be checked, and count as alive.
+    """
     if connection.host != socket.gethostname():
         return None
     dead = dead_workers(connection)
     if not dead and connection.agent.is_alive():
         return None
-    return _from_post_mortem(place, connection) or _from_what_is_seen(connection, dead)
+    return _from_post_mortem(runtime_dir, connection) or _from_processes(connection, dead)
 
 
 def dead_workers(connection: Connection) -> list[Worker]:
-    """The ranks of this machine whose process is gone."""
-    here = [worker for worker in connection.workers if worker.host == socket.gethostname()]
-    return [worker for worker in here if not worker.process.is_alive()]
+    """Return the ranks on this host whose process has ended."""
+    local = [worker for worker in connection.workers if worker.host == socket.gethostname()]
+    return [worker for worker in local if not worker.process.is_alive()]
 
 
 def last_lines(log: str) -> tuple[str, ...]:
-    """The end of a log file; nothing when there is none."""
+    """Return the last lines of a log file; none when it cannot be read."""
     try:
         with Path(log).open("rb") as file:
             size = file.seek(0, 2)
@@ -44,7 +47,7 @@ def last_lines(log: str) -> tuple[str, ...]:
 
 
 def describe_exit(exit_code: int) -> str:
-    """An exit code in words: a negative one is a signal."""
+    """Return an exit code as text, with the signal's name for a negative one."""
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:
@@ -53,30 +56,30 @@ def describe_exit(exit_code: int) -> str:
         return f"exit code {exit_code}"
 
 
-def _from_post_mortem(place: RuntimeDir, connection: Connection) -> WorkersDied | None:
-    """The agent's word, once it is written; None when none will come."""
-    give_up = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < give_up:
-        may_write = connection.agent.is_alive() and not _is_restarting(place)
-        report = place.post_mortem()
+def _from_post_mortem(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied | None:
+    """Wait for the agent's post-mortem; None when it will not write one."""
+    deadline = time.monotonic() + _POST_MORTEM_TIMEOUT_S
+    while time.monotonic() < deadline:
+        may_write = connection.agent.is_alive() and not _is_restarting(runtime_dir)
+        report = runtime_dir.post_mortem()
         if report:
-            return _named(report.deaths[0]) if report.deaths else WorkersDied(report.text)
+            return _from_death(report.deaths[0]) if report.deaths else WorkersDied(report.text)
         if not may_write:
             return None
         time.sleep(0.02)
     return None
 
 
-def _is_restarting(place: RuntimeDir) -> bool:
-    """Whether torchrun has started the ranks again: they are in a step before the last."""
-    steps = place.steps()
-    return any(step != READY for process, step in steps.items() if process.startswith("rank"))
+def _is_restarting(runtime_dir: RuntimeDir) -> bool:
+    """Whether torchrun has restarted the ranks: one of them is in a phase before READY."""
+    phases = runtime_dir.startup_phases()
+    return any(phase != READY for process, phase in phases.items() if process.startswith("rank"))
 
 
-def _named(death: Death) -> WorkersDied:
+def _from_death(death: Death) -> WorkersDied:
     return WorkersDied(
         f"rank {death.rank} (pid {death.pid}) died with {describe_exit(death.exit_code)}"
-        f"{': ' + death.cause if death.cause else ''}. The other ranks were ended too; "
+        f"{': ' + death.cause if death.cause else ''}. The other ranks were stopped too; "
         f"cpkit.connect() starts new ones.\n{_quoted(death.log_lines)}",
         rank=death.rank,
         exit_code=death.exit_code,
@@ -84,19 +87,19 @@ def _named(death: Death) -> WorkersDied:
     )
 
 
-def _from_what_is_seen(connection: Connection, dead: list[Worker]) -> WorkersDied:
-    """The agent could not tell: it was killed, or it has started the ranks anew."""
+def _from_processes(connection: Connection, dead: list[Worker]) -> WorkersDied:
+    """Report without a post-mortem: the agent was killed, or has restarted the ranks."""
     if not dead:
         return WorkersDied(
-            "the agent that watches the workers is gone, and they end with it; "
+            "the agent of the workers has ended, and the workers end with it; "
             "cpkit.connect() starts new ones"
         )
     first = dead[0]
     lines = last_lines(first.log)
     ranks = ", ".join(str(worker.rank) for worker in dead)
     return WorkersDied(
-        f"rank(s) {ranks} of {connection.world_size} ended, exit code unknown: the agent left no "
-        f"word. cpkit.connect() starts new ones.\n{_quoted(lines)}",
+        f"rank(s) {ranks} of {connection.world_size} ended, exit code unknown, because the agent "
+        f"wrote no post-mortem. cpkit.connect() starts new ones.\n{_quoted(lines)}",
         rank=first.rank,
         log_lines=lines,
     )

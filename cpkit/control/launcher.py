@@ -40,7 +40,7 @@ def running(name: str) -> Connection | None:
     place = RuntimeDir(name)
     patience = _Patience(place)
     while not patience.is_over():
-        is_held = place.is_held()
+        is_held = place.is_locked()
         try:
             connection = place.connection()
         except Unreadable as error:
@@ -90,8 +90,8 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
     """
     launch.check()
     place = RuntimeDir(launch.place_name)
-    place.make()
-    if place.is_held():
+    place.create()
+    if place.is_locked():
         raise NameTaken(launch.name, describe_place(place))
     with place.agent_log.open("ab") as log:
         return subprocess.Popen(
@@ -126,7 +126,7 @@ def _wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
         code = agent.poll()
         if code is not None:
             raise _did_not_start(code, place)
-        holder = place.agent() if place.is_held() else None
+        holder = place.agent() if place.is_locked() else None
         is_ready = launch.node_rank > 0 or place.connection() is not None
         if holder and holder.process.pid == agent.pid and is_ready:
             return
@@ -140,7 +140,7 @@ def stop(name: str) -> bool:
     Asks through the agent, by its pid and start time; kills the agent if that does not help.
     """
     place = RuntimeDir(name)
-    if not place.is_held():
+    if not place.is_locked():
         connection = place.connection()
         if connection:
             _clean_up_after(place, connection)
@@ -149,7 +149,7 @@ def stop(name: str) -> bool:
     if agent:
         _end(agent.process)
     # The threads of a process that is a zombie already may hold its files for a moment.
-    if not wait_for(lambda: not place.is_held(), _LEAVING_S):
+    if not wait_for(lambda: not place.is_locked(), _LEAVING_S):
         raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
     return True
 
@@ -181,8 +181,8 @@ def shut_down(client: Client) -> None:
     except ControlError:
         _log.warning("the workers did not take the order to end; ending their agent instead")
     if client.connection.host == socket.gethostname():
-        wait_for(lambda: not place.is_held(), _ENDING_S)
-        if place.agent() and place.is_held():
+        wait_for(lambda: not place.is_locked(), _ENDING_S)
+        if place.agent() and place.is_locked():
             stop(client.connection.name)
 
 
@@ -190,7 +190,7 @@ def names() -> list[str]:
     """Names under which workers run on this machine."""
     root = RuntimeDir("default").directory.parent
     found = sorted(path.parent.name for path in root.glob("*/lock")) if root.exists() else []
-    return [name for name in found if RuntimeDir(name).is_held()]
+    return [name for name in found if RuntimeDir(name).is_locked()]
 
 
 def log_files(name: str) -> list[Path]:
@@ -252,7 +252,7 @@ class _Patience:
 
     def is_over(self) -> bool:
         """Whether no process has made a step forward for READY_S."""
-        steps = self._place.steps()
+        steps = self._place.startup_phases()
         if steps != self._steps:
             self._steps, self._give_up = steps, time.monotonic() + READY_S
         return time.monotonic() > self._give_up

@@ -1,8 +1,8 @@
-"""Whose turn it is: requests wait here in the order they came.
+"""The queue of requests: first in, first out, and round-robin for endless measurements.
 
-One request is served at a time, because the ranks' processors are what is measured. An endless
-measurement takes turns: after each sample it goes to the back of the line, so that a live plot in
-one notebook does not lock another notebook out.
+One request runs at a time, because a second one would disturb what the first one measures. After
+each sample, an endless measurement goes to the back of the queue, so that a live plot in one
+notebook does not block the requests of another.
 """
 
 from __future__ import annotations
@@ -17,81 +17,86 @@ from cpkit.control.requests import Body, Request
 
 @dataclass(eq=False)
 class Job:
-    """A request of one client on its way to an answer."""
+    """A client's request and its state in the queue.
+
+    `not_before` leaves the interval between two samples to other jobs. `ahead` is the number that
+    was last sent to the client. Times are those of `time.monotonic`, in seconds.
+    """
 
     number: int
     client: bytes
     request: Request
-    begun: bool = False
+    started: bool = False
     cancelled: bool = False
-    not_before: float = 0.0  # an interval between two samples is time for others
+    not_before: float = 0.0
     ahead: int = -1
-    last_word: float = field(default_factory=time.monotonic)
+    last_reply: float = field(default_factory=time.monotonic)
 
     @property
     def body(self) -> Body:
-        """What is asked."""
+        """The operation that the request asks for."""
         return self.request.body
 
     def is_overdue(self) -> bool:
-        """Whether its client has heard nothing for longer than it cares to wait."""
-        return time.monotonic() - self.last_word > self.request.deadline_s
+        """Whether the last reply to the client is older than the request's deadline."""
+        return time.monotonic() - self.last_reply > self.request.deadline_s
 
 
 class JobQueue:
-    """The line of jobs. Thread-safe: the server's thread adds, the work loop takes."""
+    """Waiting jobs and the current one. Thread-safe: the server adds, the scheduler takes."""
 
     def __init__(self) -> None:
-        self._line: deque[Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._current: Job | None = None
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        """Jobs waiting or being served."""
+        """Return the number of jobs, the current one included."""
         with self._changed:
-            return len(self._line) + (self._current is not None)
+            return len(self._waiting) + (self._current is not None)
 
     def current(self) -> Job | None:
-        """The job that is being served."""
+        """Return the job that was taken last and is not finished."""
         with self._changed:
             return self._current
 
     def add(self, job: Job) -> None:
-        """Put a job at the back of the line."""
+        """Append a job."""
         with self._changed:
-            self._line.append(job)
+            self._waiting.append(job)
             self._changed.notify()
 
     def take(self, timeout_s: float) -> Job | None:
-        """The job whose turn it is; None when there is none for `timeout_s`."""
-        give_up = time.monotonic() + timeout_s
+        """Remove the first job that is ready and make it current; None after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
         with self._changed:
             while not (job := self._first_ready()):
-                wake = min([give_up, *(job.not_before for job in self._line)])
+                wake = min([deadline, *(job.not_before for job in self._waiting)])
                 wait_s = wake - time.monotonic()
-                if wait_s <= 0 and wake == give_up:
+                if wait_s <= 0 and wake == deadline:
                     return None
                 self._changed.wait(max(wait_s, 0.0))
-            self._line.remove(job)
-            job.begun = True
+            self._waiting.remove(job)
+            job.started = True
             self._current = job
             return job
 
     def put_back(self, job: Job, *, front: bool) -> None:
-        """The current job wants another turn: the next one, or one after all others."""
+        """Return the current job to the queue, at the front or at the back."""
         with self._changed:
             self._current = None
-            (self._line.appendleft if front or job.cancelled else self._line.append)(job)
+            (self._waiting.appendleft if front or job.cancelled else self._waiting.append)(job)
 
-    def done(self) -> None:
-        """The current job has ended."""
+    def finish(self) -> None:
+        """Drop the current job."""
         with self._changed:
             self._current = None
 
     def cancel(self, request_id: str) -> Job | None:
-        """Mark a job as cancelled, and move it to the front if it has begun, to be ended at once.
+        """Cancel the job of a request and return it, or None when there is none.
 
-        A job that has not begun leaves the line. None when there is no such job.
+        A job that has not started leaves the queue. One that has started moves to the front, so
+        that the scheduler ends it next.
         """
         with self._changed:
             job = next((job for job in self._all() if job.request.id == request_id), None)
@@ -99,52 +104,52 @@ class JobQueue:
                 self._cancel(job)
             return job
 
-    def cancel_where(self, client: bytes | None) -> list[Job]:
-        """Cancel all jobs of a client (None: of everybody); those that had not begun."""
+    def cancel_all(self, client: bytes | None = None) -> list[Job]:
+        """Cancel all jobs of a client, or of all clients; return those that had not started."""
         with self._changed:
             jobs = [job for job in self._all() if client in (None, job.client)]
             for job in jobs:
                 self._cancel(job)
-            return [job for job in jobs if not job.begun]
+            return [job for job in jobs if not job.started]
 
-    def expire(self) -> list[Job]:
-        """Take the jobs out of the line that wait for longer than their deadline."""
+    def remove_overdue(self) -> list[Job]:
+        """Remove and return the jobs that are past their deadline and have not started."""
         with self._changed:
-            late = [job for job in self._line if not job.begun and job.is_overdue()]
-            for job in late:
-                self._line.remove(job)
-            return late
+            overdue = [job for job in self._waiting if not job.started and job.is_overdue()]
+            for job in overdue:
+                self._waiting.remove(job)
+            return overdue
 
     def waiting(self) -> list[tuple[Job, int]]:
-        """Every job in the line with the number of jobs that are served before it.
+        """Return each waiting job with the number of jobs ahead of it.
 
-        A cancelled one is not served any more: it ends with its step.
+        Cancelled jobs do not count as ahead: they end without another step.
         """
         with self._changed:
             ahead = int(self._current is not None and not self._current.cancelled)
-            line = []
-            for job in self._line:
-                line.append((job, ahead))
+            waiting = []
+            for job in self._waiting:
+                waiting.append((job, ahead))
                 ahead += not job.cancelled
-            return line
+            return waiting
 
     def has_id(self, request_id: str) -> bool:
-        """Whether a request of this id is waiting or being served."""
+        """Whether a job has this request id."""
         with self._changed:
             return any(job.request.id == request_id for job in self._all())
 
     def _first_ready(self) -> Job | None:
         now = time.monotonic()
-        ready = (job for job in self._line if job.cancelled or job.not_before <= now)
+        ready = (job for job in self._waiting if job.cancelled or job.not_before <= now)
         return next(ready, None)
 
     def _all(self) -> list[Job]:
-        return [*self._line, *([self._current] if self._current else [])]
+        return [*self._waiting, *([self._current] if self._current else [])]
 
     def _cancel(self, job: Job) -> None:
         job.cancelled = True
-        if job in self._line:
-            self._line.remove(job)
-            if job.begun:
-                self._line.appendleft(job)
+        if job in self._waiting:
+            self._waiting.remove(job)
+            if job.started:
+                self._waiting.appendleft(job)
                 self._changed.notify()

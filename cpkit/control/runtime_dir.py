@@ -1,11 +1,11 @@
-"""Where a set of workers keeps what others must find: one directory of mode 0700 a name.
+"""The runtime directory of a set of workers: one directory of mode 0700 per name.
 
 <jupyter runtime directory>/cpkit/<name>/
-    lock              held by the agent for as long as it lives: the name is taken iff it is held
-    connection.json   endpoint, keys, processes; mode 0600, refused when others could read it
-    post_mortem.json  who died of what, written by the agent
-    agent.log, logs/  what agent and ranks printed
-    steps/            how far each process has got with its start, one file per process
+    lock              locked by the agent while it runs; the name is free when it is not locked
+    connection.json   endpoint, keys, processes; mode 0600, rejected when other users can access it
+    post_mortem.json  which ranks died and why, written by the agent
+    agent.log, logs/  output of the agent and of the ranks
+    startup/          the startup phase of each process, one file per process
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from cpkit.settings import AGENT, pass_on, passed_on
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
-READY = "ready"  # the last step of a rank's start
-NAME_TAKEN_CODE = 3  # exit code of an agent that came second
+READY = "ready"  # the last startup phase of a rank
+NAME_TAKEN_CODE = 3  # exit code of an agent that finds the name taken
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class NameTaken(ControlError):
-    """Workers of this name run already."""
+    """Workers of this name are running."""
 
     def __init__(self, name: str, description: str = "") -> None:
         super().__init__(
-            f"workers named {name!r} run already{f' ({description})' if description else ''}: see "
-            f"them with `python -m cpkit status --name {name}`, end them with `python -m cpkit "
+            f"workers named {name!r} run already{f' ({description})' if description else ''}: show "
+            f"them with `python -m cpkit status --name {name}`, stop them with `python -m cpkit "
             f"stop --name {name}`, or choose another name"
         )
 
 
 class Agent(Message, frozen=True):
-    """Who holds the lock, and the directory of the socket, to be removed when it is gone."""
+    """The process that holds the lock, and its socket directory, to be removed after its end."""
 
     process: ProcessId
     socket_dir: str
 
     def export(self) -> None:
-        """Put it in the environment for the ranks.
+        """Store this agent in the environment, for the ranks.
 
-        The lock file will not do: a rank whose agent was killed may find the next agent in it.
+        The lock file does not serve, because after a kill it may already name the next agent.
         """
         pass_on(AGENT, msgspec.json.encode(self).decode())
 
 
 def agent_from_environment() -> Agent | None:
-    """The agent that started this process; None when none did."""
+    """Return the agent that started this process, or None."""
     text = passed_on(AGENT)
     return msgspec.json.decode(text, type=Agent) if text else None
 
 
 class Worker(Message, frozen=True):
-    """One rank's process and where its output goes."""
+    """One rank's process and its log file."""
 
     rank: int
     host: str
@@ -77,7 +77,7 @@ class Worker(Message, frozen=True):
 
 
 class Connection(Message, frozen=True):
-    """All a client needs. Contains secrets: whoever reads this file may give orders."""
+    """What a client needs to connect. Contains the secret key that authorizes requests."""
 
     name: str
     endpoint: str
@@ -99,7 +99,7 @@ class Connection(Message, frozen=True):
 
 
 class Death(Message, frozen=True):
-    """One rank that ended, and its last words."""
+    """One rank that died, with the last lines of its log."""
 
     rank: int
     pid: int
@@ -109,14 +109,14 @@ class Death(Message, frozen=True):
 
 
 class PostMortem(Message, frozen=True):
-    """The ranks that failed, the root cause first; empty when the agent itself failed."""
+    """The ranks that died, the root cause first; empty when no rank was at fault."""
 
     deaths: tuple[Death, ...]
     text: str
 
 
 class RuntimeDir:
-    """The directory of one name. Raises ValueError for a name that is no plain word."""
+    """The directory of one name. Raises ValueError for a name that is unsafe in a path."""
 
     def __init__(self, name: str) -> None:
         if not _NAME.fullmatch(name):
@@ -130,26 +130,26 @@ class RuntimeDir:
         self.post_mortem_file = self.directory / "post_mortem.json"
         self.agent_log = self.directory / "agent.log"
         self.log_dir = self.directory / "logs"
-        self.steps_dir = self.directory / "steps"
+        self.startup_dir = self.directory / "startup"
 
-    def make(self) -> None:
-        """Create the directory, for this user alone. Raises ControlError if others may write."""
+    def create(self) -> None:
+        """Create the directory for this user. Raises ControlError when other users can write."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.directory.lstat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise ControlError(
                 f"{self.directory} belongs to uid {found.st_uid} with mode "
-                f"{stat.S_IMODE(found.st_mode):04o}; it must be yours alone: "
-                f"remove it, or run chmod 700 on it"
+                f"{stat.S_IMODE(found.st_mode):04o}; it must belong to uid "
+                f"{os.geteuid()} and be writable only by it: remove it, or run chmod 700 on it"
             )
 
     # ------------------------------------------------------------------- the lock
 
-    def hold(self) -> int:
-        """Take the name for the life of this process; the file descriptor. Raises NameTaken."""
-        self.make()
+    def acquire_lock(self) -> int:
+        """Lock the name until this process ends, and return the descriptor. Raises NameTaken."""
+        self.create()
         lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for _ in range(25):  # somebody may be looking (`is_held`) at this very moment
+        for _ in range(25):  # `is_locked` in another process holds the lock for a moment
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
@@ -158,8 +158,8 @@ class RuntimeDir:
         os.close(lock)
         raise NameTaken(self.name)
 
-    def is_held(self) -> bool:
-        """Whether an agent of this name lives."""
+    def is_locked(self) -> bool:
+        """Whether an agent of this name is running."""
         try:
             lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -173,13 +173,13 @@ class RuntimeDir:
         return False
 
     def agent(self) -> Agent | None:
-        """The agent that holds the lock, or held it last."""
+        """Return the agent that holds the lock, or held it last."""
         return _read(self.lock_file, Agent)
 
     # ------------------------------------------------------------------ the files
 
     def connection(self) -> Connection | None:
-        """The connection file. Raises ControlError when others could have read or written it."""
+        """Read the connection file. Raises ControlError when other users can access it."""
         try:
             handle = os.open(self.connection_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -188,31 +188,31 @@ class RuntimeDir:
             raise ControlError(f"{self.connection_file}: {error.strerror}; remove it") from error
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(handle)
-            _refuse_loose(self.connection_file, found)
+            _check_private(self.connection_file, found)
             if not stat.S_ISREG(found.st_mode):
-                raise ControlError(f"{self.connection_file} is no plain file; remove it")
+                raise ControlError(f"{self.connection_file} is not a regular file; remove it")
             return _parse(self.connection_file, file.read(), Connection)
 
     def post_mortem(self) -> PostMortem | None:
-        """What the agent wrote about the end of the workers, if it did."""
+        """Return the agent's post-mortem of the workers, or None."""
         return _read(self.post_mortem_file, PostMortem)
 
-    def note_step(self, process: str, step: str) -> None:
-        """Record which step of the start a process is in, for those who wait for it."""
-        with contextlib.suppress(OSError):  # the directory was removed, so no one waits
-            self.steps_dir.mkdir(mode=0o700, exist_ok=True)
-            (self.steps_dir / process).write_text(step)
+    def set_startup_phase(self, process: str, phase: str) -> None:
+        """Record the startup phase of a process, for the caller that waits for the workers."""
+        with contextlib.suppress(OSError):  # the directory was removed, so no caller waits
+            self.startup_dir.mkdir(mode=0o700, exist_ok=True)
+            (self.startup_dir / process).write_text(phase)
 
-    def steps(self) -> dict[str, str]:
-        """The step of each process of this set of workers."""
+    def startup_phases(self) -> dict[str, str]:
+        """Return the startup phase of each process."""
         found = {}
-        for path in sorted(self.steps_dir.glob("*")):
+        for path in sorted(self.startup_dir.glob("*")):
             with contextlib.suppress(OSError):  # a new set of workers has just removed it
                 found[path.name] = path.read_text()
         return found
 
     def clean(self) -> None:
-        """Remove what only living workers need: the connection file and the socket's directory."""
+        """Remove the connection file and the socket directory, which only running workers need."""
         agent = self.agent()
         self.connection_file.unlink(missing_ok=True)
         if agent:
@@ -220,7 +220,7 @@ class RuntimeDir:
 
 
 def write_private(path: Path, message: msgspec.Struct) -> None:
-    """Write a struct as JSON, mode 0600 from the first byte, that appears all at once."""
+    """Write a struct as JSON, atomically and with mode 0600 from the first byte on."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -230,7 +230,7 @@ def write_private(path: Path, message: msgspec.Struct) -> None:
 
 
 def remove_socket_dir(directory: str) -> None:
-    """Remove a socket's directory, if it is one of ours."""
+    """Remove a socket directory, if cpkit created it for this user."""
     path = Path(directory)
     if not path.name.startswith(SOCKET_DIR_PREFIX) or path.is_symlink() or not path.is_dir():
         return
@@ -239,12 +239,13 @@ def remove_socket_dir(directory: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _refuse_loose(path: Path, found: os.stat_result) -> None:
+def _check_private(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise ControlError(
             f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}; it "
-            f"holds keys, so it must be yours with mode 0600. If nobody else had a hand in it: "
-            f"chmod 600 {path}. Else stop the workers and start them again."
+            f"holds keys, so it must belong to uid {os.geteuid()} with mode 0600. If no other user "
+            f"can have changed it: chmod 600 {path}. Otherwise stop the workers and start them "
+            f"again."
         )
 
 
@@ -261,5 +262,5 @@ def _parse(path: Path, data: bytes, kind: type[T]) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(
             f"{path} is not a connection file of this version of cpkit ({error}). Remove it, or "
-            f"stop the workers with the version that started them."
+            f"stop the workers with the cpkit that started them."
         ) from error

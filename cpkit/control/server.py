@@ -1,7 +1,7 @@
-"""Rank 0's end of the control socket: a thread that answers at once, and a line for the rest.
+"""Rank 0's side of the control socket: a thread that receives requests and sends replies.
 
-`Status` and `Cancel` are answered by the thread, also while the ranks are busy. All else waits in
-`turns` for the work loop, which answers through `tell`.
+The thread answers `Status` and `Cancel` at once, even while the ranks are busy. All other requests
+wait in `jobs` for the scheduler, which answers through `reply`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
-from cpkit.control.complaints import in_words
+from cpkit.control.errors import explain_decode_error
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -49,9 +49,10 @@ _log = logging.getLogger("cpkit")
 
 
 class Server:
-    """The control socket, bound and served by a thread until `close`.
+    """Binds the control socket and serves it in a thread from `start` to `close`.
 
-    `endpoint` may end in `:*` for a free TCP port; `self.endpoint` is what was bound.
+    An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the address that was
+    bound. `status` answers a Status request, given the number of jobs.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Server:
         client_public_key: bytes,
         status: Callable[[int], StatusResult],
     ) -> None:
-        self.turns = JobQueue()
+        self.jobs = JobQueue()
         self._status = status
         self._client_key = client_public_key
         self._numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
-        self._bell = Waker()
+        self._waker = Waker()
         self._closing = False
         self._context = zmq.Context()
         self._zap = self._context.socket(zmq.REP)
@@ -77,85 +78,88 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="cpkit control", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread."""
         self._thread.start()
 
-    def tell(self, job: Job, body: ReplyBody) -> None:
-        """Send a reply to the job's client, from any thread; one that is gone cancels its jobs."""
-        job.last_word = time.monotonic()
-        self._outbox.append((job.client, _packed(job.request.id, body)))
-        self._bell.ring()
+    def reply(self, job: Job, body: ReplyBody) -> None:
+        """Send a reply to the job's client, from any thread.
+
+        If the client is disconnected, its jobs are cancelled.
+        """
+        job.last_reply = time.monotonic()
+        self._outbox.append((job.client, _pack(job.request.id, body)))
+        self._waker.wake()
 
     def close(self) -> None:
-        """Send what is still to be sent, then stop."""
+        """Send the remaining replies, then stop the thread and free the socket."""
         self._closing = True
-        self._bell.ring()
+        self._waker.wake()
         self._thread.join(timeout=2)
 
     # ------------------------------------------------------------- the thread
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for readable in (self._router, self._zap, self._bell):
+        for readable in (self._router, self._zap, self._waker):
             poller.register(readable, zmq.POLLIN)
         while not (self._closing and not self._outbox):
-            ready = dict(poller.poll(200 if len(self.turns) else None))
+            ready = dict(poller.poll(200 if len(self.jobs) else None))
             if self._zap in ready:
-                self._admit()
-            if self._bell.fileno() in ready:
-                self._bell.silence()
+                self._authenticate()
+            if self._waker.fileno() in ready:
+                self._waker.clear()
             if self._router in ready:
                 self._receive()
-            self._mind_the_line()
+            self._update_clients()
             self._flush()
         self._context.destroy(linger=500)
-        self._bell.close()
+        self._waker.close()
 
-    def _admit(self) -> None:
-        """ZeroMQ asks whether a client's key is welcome (RFC 27); exactly one is."""
+    def _authenticate(self) -> None:
+        """Answer ZeroMQ's question whether a client's key is accepted (RFC 27); exactly one is."""
         version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart()
         key = z85.encode(credentials[0]) if mechanism == b"CURVE" and credentials else b""
-        welcome = hmac.compare_digest(key, self._client_key)
-        code, text = (b"200", b"OK") if welcome else (b"400", b"unknown key")
+        accepted = hmac.compare_digest(key, self._client_key)
+        code, text = (b"200", b"OK") if accepted else (b"400", b"unknown key")
         self._zap.send_multipart([version, request, code, text, b"cpkit", b""])
-        if not welcome:
-            _log.warning("refused a client with an unknown key")
+        if not accepted:
+            _log.warning("rejected a client with an unknown key")
 
     def _receive(self) -> None:
-        for _ in range(100):  # then let others have a look at the clock
+        for _ in range(100):  # a flood of requests must not delay replies and deadlines
             try:
                 client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             answer = self._handle(client, frames)
             if answer:
-                self._send(client, _packed(answer.id, answer.body))
+                self._send(client, _pack(answer.id, answer.body))
 
     def _send(self, client: bytes, data: bytes) -> None:
         try:
             self._router.send_multipart([client, data], zmq.NOBLOCK)
-        except zmq.ZMQError:  # gone, or so slow that a thousand replies wait for it
-            self.turns.cancel_where(client)
+        except zmq.ZMQError:  # disconnected, or too slow: its send queue is full
+            self.jobs.cancel_all(client)
 
     def _flush(self) -> None:
         while self._outbox:
             self._send(*self._outbox.popleft())
 
-    def _mind_the_line(self) -> None:
-        """Tell those that wait how many are ahead, and give up those that waited for too long."""
-        for job in self.turns.expire():
+    def _update_clients(self) -> None:
+        """Send queue positions and keep-alives, and end jobs that waited past their deadline."""
+        for job in self.jobs.remove_overdue():
             waited = f"waited {job.request.deadline_s:g} s with {job.ahead} request(s) ahead"
-            self.tell(job, Failed("busy", waited))
+            self.reply(job, Failed("busy", waited))
         now = time.monotonic()
-        current = self.turns.current()
-        if current and now - current.last_word > _KEEP_ALIVE_S:
-            self.tell(current, Progress(0, 0, "at work"))  # a long step; deaths are told otherwise
-        for job, ahead in self.turns.waiting():
-            moved = ahead != job.ahead and not job.begun
-            if moved or (job.begun and now - job.last_word > _KEEP_ALIVE_S):
+        current = self.jobs.current()
+        if current and now - current.last_reply > _KEEP_ALIVE_S:
+            self.reply(current, Progress(0, 0, "running"))  # clients detect dead ranks on their own
+        for job, ahead in self.jobs.waiting():
+            moved = ahead != job.ahead and not job.started
+            if moved or (job.started and now - job.last_reply > _KEEP_ALIVE_S):
                 job.ahead = ahead
                 if ahead:
-                    self.tell(job, Queued(ahead))
+                    self.reply(job, Queued(ahead))
 
     # ------------------------------------------------------------ the requests
 
@@ -164,48 +168,55 @@ class Server:
         try:
             envelope = decode(data, Envelope)
         except msgspec.DecodeError as error:
-            return Reply("", Failed("bad_request", f"this is no request: {error}"))
+            return Reply("", Failed("bad_request", f"this is not a request: {error}"))
         if not 1 <= len(envelope.id) <= _MAX_ID:
-            return Reply("", Failed("bad_request", f"id must have 1 to {_MAX_ID} characters"))
+            problem = (
+                f"id has {len(envelope.id)} characters; it must have 1 to {_MAX_ID} characters"
+            )
+            return Reply("", Failed("bad_request", problem))
         if envelope.version != PROTOCOL_VERSION:
             return Reply(envelope.id, Failed("version", _wrong_version(envelope.version)))
         try:
             request = decode(data, Request)
             self._check(request)
         except msgspec.DecodeError as error:
-            return Reply(envelope.id, Failed("bad_request", in_words(error)))
+            return Reply(envelope.id, Failed("bad_request", explain_decode_error(error)))
         except ValueError as error:
             return Reply(envelope.id, Failed("bad_request", str(error)))
         answer = self._answer(client, request)
         return Reply(request.id, answer) if answer else None
 
     def _check(self, request: Request) -> None:
-        if self.turns.has_id(request.id):
-            raise ValueError(f"id {request.id!r} is in use by another request")
+        if self.jobs.has_id(request.id):
+            raise ValueError(f"id {request.id!r} is in use by another request; choose a new one")
         if not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
-            raise ValueError(f"deadline_s is {request.deadline_s}; it must be a positive number")
+            raise ValueError(
+                f"deadline_s is {request.deadline_s}; it must be a positive, finite number"
+            )
 
     def _answer(self, client: bytes, request: Request) -> ReplyBody | None:
-        """Answer what can be answered at once; put all else in the line."""
+        """Answer requests that need no rank; queue all others and return None."""
         match request.body:
             case Status():
-                return self._status(len(self.turns))
+                return self._status(len(self.jobs))
             case Cancel(target):
                 return self._cancel(target)
             case Shutdown():
-                for job in self.turns.cancel_where(None):
-                    self.tell(job, Failed("cancelled", "the workers were told to end"))
-        if len(self.turns) >= _MAX_WAITING:
-            return Failed("busy", f"{_MAX_WAITING} requests wait already; no more are taken")
-        self.turns.add(Job(next(self._numbers), client, request))
+                for job in self.jobs.cancel_all():
+                    self.reply(job, Failed("cancelled", "the workers are being stopped"))
+        if len(self.jobs) >= _MAX_WAITING:
+            return Failed(
+                "busy", f"{_MAX_WAITING} requests are waiting, which is the limit; try again later"
+            )
+        self.jobs.add(Job(next(self._numbers), client, request))
         return None
 
     def _cancel(self, target: str) -> Done:
-        job = self.turns.cancel(target)
+        job = self.jobs.cancel(target)
         if job is None:
             return Done("no such request; it may have ended already")
-        if not job.begun:
-            self.tell(job, Failed("cancelled", "cancelled while it waited"))
+        if not job.started:
+            self.reply(job, Failed("cancelled", "cancelled before it started"))
         return Done("cancelled")
 
 
@@ -213,7 +224,7 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.S
     router = context.socket(zmq.ROUTER)
     router.curve_server = True
     router.curve_secretkey = secret_key
-    router.router_mandatory = True  # so that we notice when a client is gone
+    router.router_mandatory = True  # sending to a disconnected client raises
     router.maxmsgsize = MAX_MESSAGE_BYTES
     router.heartbeat_ivl = 2_000
     router.heartbeat_timeout = 10_000
@@ -221,15 +232,15 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.S
     return router
 
 
-def _packed(request_id: str, body: ReplyBody) -> bytes:
+def _pack(request_id: str, body: ReplyBody) -> bytes:
     try:
         return encode(Reply(request_id, body))
-    except ValueError as error:  # larger than a message may be
+    except ValueError as error:  # too large for a message
         return encode(Reply(request_id, Failed("internal", str(error))))
 
 
-def _wrong_version(theirs: int) -> str:
+def _wrong_version(version: int) -> str:
     return (
-        f"the client speaks version {theirs} of the protocol, the workers version "
+        f"the client uses version {version} of the protocol, the workers use version "
         f"{PROTOCOL_VERSION}: use the cpkit that started them, or stop them and start them again"
     )

@@ -1,4 +1,4 @@
-"""A bell: any thread rings, and the thread that polls sockets wakes up."""
+"""Wakes a thread that polls sockets, from any other thread."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import socket
 
 
 class Waker:
-    """Register it with a poller; it is readable once somebody has rung, until `silence`."""
+    """A socket pair to register with a poller: readable from `wake` until `clear`."""
 
     def __init__(self) -> None:
-        self._button, self._sound = socket.socketpair()
-        self._button.setblocking(False)
-        self._sound.setblocking(False)
+        self._writer, self._reader = socket.socketpair()
+        self._writer.setblocking(False)
+        self._reader.setblocking(False)
 
     def fileno(self) -> int:
-        """What a poller looks at."""
-        return self._sound.fileno()
+        """Return the file descriptor to poll."""
+        return self._reader.fileno()
 
-    def ring(self) -> None:
-        """Wake the thread; never waits."""
-        with contextlib.suppress(OSError):  # it rings already, or nobody listens any more
-            self._button.send(b"\0")
+    def wake(self) -> None:
+        """Make the pair readable; never blocks."""
+        with contextlib.suppress(OSError):  # the buffer is full, so it is readable, or it is closed
+            self._writer.send(b"\0")
 
-    def silence(self) -> None:
-        """Take back all that was rung until now."""
+    def clear(self) -> None:
+        """Consume all calls of `wake` so far."""
         with contextlib.suppress(BlockingIOError):
-            self._sound.recv(4096)
+            self._reader.recv(4096)
 
     def close(self) -> None:
-        """Free both ends."""
-        self._button.close()
-        self._sound.close()
+        """Close both sockets."""
+        self._writer.close()
+        self._reader.close()

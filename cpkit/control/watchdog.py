@@ -1,7 +1,7 @@
-"""Every rank's tie to those it works for: it leaves when its agent or its owner is gone.
+"""A rank's watchdog: ends the process when its agent or its owner has ended.
 
-torchrun's ranks outlive a killed agent, and a notebook kernel that is killed runs no clean-up. So
-each rank looks for itself, four times a second.
+torchrun's ranks outlive a killed agent, and a killed notebook kernel cannot clean up. Therefore
+each rank checks both four times per second.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ _PERIOD_S = 0.25
 _log = logging.getLogger("cpkit")
 
 
-def watch(place: RuntimeDir, agent: Agent, owner: ProcessId | None) -> None:
-    """Start the watch of this process, in a daemon thread."""
+def start_watchdog(runtime_dir: RuntimeDir, agent: Agent, owner: ProcessId | None) -> None:
+    """Start the watchdog of this process in a daemon thread."""
 
-    def reason() -> str:
+    def exit_reason() -> str:
         if os.getppid() != agent.process.pid:
-            return "the agent is gone"
+            return "the agent has ended"
         if owner and not owner.is_alive():
-            return f"the owner, process {owner.pid}, is gone"
+            return f"the owner, process {owner.pid}, has ended"
         return ""
 
     threading.Thread(
-        target=_watch, args=(place, agent, reason), name="cpkit watch", daemon=True
+        target=_run, args=(runtime_dir, agent, exit_reason), name="cpkit watchdog", daemon=True
     ).start()
 
 
-def _watch(place: RuntimeDir, agent: Agent, reason: Callable[[], str]) -> None:
-    while not (why := reason()):
-        time.sleep(_PERIOD_S)
-    _log.warning("leaving: %s", why)
-    try:
-        forget(place, agent)
-    finally:
-        os._exit(0)  # the main thread may sit in a collective for ever
-
-
-def forget(place: RuntimeDir, agent: Agent) -> None:
-    """Remove the connection file and the socket of `agent`'s workers, not of their successors."""
+def remove_connection(runtime_dir: RuntimeDir, agent: Agent) -> None:
+    """Remove socket and connection file of `agent`'s workers, but not those of a later agent."""
     remove_socket_dir(agent.socket_dir)
     try:
-        connection = place.connection()
+        connection = runtime_dir.connection()
     except ControlError:
         return
     if connection and connection.agent == agent.process:
-        place.connection_file.unlink(missing_ok=True)
+        runtime_dir.connection_file.unlink(missing_ok=True)
+
+
+def _run(runtime_dir: RuntimeDir, agent: Agent, exit_reason: Callable[[], str]) -> None:
+    while not (reason := exit_reason()):
+        time.sleep(_PERIOD_S)
+    _log.warning("exiting: %s", reason)
+    try:
+        remove_connection(runtime_dir, agent)
+    finally:
+        os._exit(0)  # the main thread may block in a collective forever

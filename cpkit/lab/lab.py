@@ -14,8 +14,7 @@ import msgspec
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
-from cpkit.control.complaints import in_words
-from cpkit.control.errors import BadRequest
+from cpkit.control.errors import BadRequest, explain_decode_error
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
@@ -342,7 +341,7 @@ class Lab:
         try:
             return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
         except msgspec.ValidationError as error:
-            raise BadRequest(in_words(error)) from None
+            raise BadRequest(explain_decode_error(error)) from None
 
     def explore(
         self,

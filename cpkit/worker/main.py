@@ -23,7 +23,7 @@ from cpkit.control.launch_options import Launch, address_of
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
 from cpkit.control.runtime_dir import READY, Agent, Connection, RuntimeDir, Worker, write_private
 from cpkit.control.server import Server
-from cpkit.control.watchdog import forget
+from cpkit.control.watchdog import remove_connection
 from cpkit.devices import use_local_gpu
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
@@ -38,20 +38,20 @@ _log = logging.getLogger("cpkit")
 def main(launch: Launch, place: RuntimeDir, agent: Agent) -> None:
     """Join the job, then serve or follow until told to leave."""
     me = f"rank {os.environ['RANK']}"
-    place.note_step(me, "preparing its device")
+    place.set_startup_phase(me, "preparing its device")
     if worker_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
     memory_limit_bytes()  # what is available now, not once requests have taken some of it
-    place.note_step(me, "joining the process group")
+    place.set_startup_phase(me, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-    orders = CommandChannel()
-    workers = _introduce(orders, place)
-    place.note_step(me, READY)
+    channel = CommandChannel()
+    workers = _introduce(channel, place)
+    place.set_startup_phase(me, READY)
     try:
-        if orders.rank == 0:
-            _serve(launch, place, agent, workers, orders)
+        if channel.rank == 0:
+            _serve(launch, place, agent, workers, channel)
         else:
-            Executor(orders).follow()
+            Executor(channel).run()
     except RuntimeError as error:  # so does gloo report a closed connection
         _wait_for_the_end(error)
     dist.destroy_process_group()
@@ -62,9 +62,9 @@ def _serve(
     place: RuntimeDir,
     agent: Agent,
     workers: tuple[Worker, ...],
-    orders: CommandChannel,
+    channel: CommandChannel,
 ) -> None:
-    """Rank 0: bind the socket, write the connection file, conduct."""
+    """Rank 0: bind the socket, write the connection file, run the scheduler."""
     server_public, server_secret = zmq.curve_keypair()
     client_public, client_secret = zmq.curve_keypair()
     started = time.monotonic()
@@ -90,9 +90,9 @@ def _serve(
     write_private(place.connection_file, connection)
     server.start()
     _log.warning("ready: %d ranks at %s", len(workers), server.endpoint)
-    Scheduler(server, orders).conduct()
+    Scheduler(server, channel).run()
     server.close()
-    forget(place, agent)
+    remove_connection(place, agent)
 
 
 def _status(
@@ -144,10 +144,10 @@ def _endpoint(launch: Launch, agent: Agent) -> str:
     return f"ipc://{agent.socket_dir}/control"
 
 
-def _introduce(orders: CommandChannel, place: RuntimeDir) -> tuple[Worker, ...]:
+def _introduce(channel: CommandChannel, place: RuntimeDir) -> tuple[Worker, ...]:
     """Everybody's process, for the connection file. Collective."""
-    me = Worker(orders.rank, socket.gethostname(), process_id(), _my_log(place))
-    answers = orders.gather_bytes(msgspec.msgpack.encode(me))
+    me = Worker(channel.rank, socket.gethostname(), process_id(), _my_log(place))
+    answers = channel.all_gather_bytes(msgspec.msgpack.encode(me))
     return tuple(msgspec.msgpack.decode(answer, type=Worker) for answer in answers)
 
 

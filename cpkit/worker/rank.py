@@ -14,7 +14,7 @@ import threading
 
 from cpkit.control.launch_options import Launch, from_environment
 from cpkit.control.runtime_dir import Agent, RuntimeDir, agent_from_environment
-from cpkit.control.watchdog import watch
+from cpkit.control.watchdog import start_watchdog
 from cpkit.processes import leave
 
 
@@ -22,8 +22,8 @@ def main() -> None:
     """Arm the watch, import torch, and work until told to leave."""
     _log_to_one_file()
     launch, place, agent = _surroundings()
-    watch(place, agent, launch.owner)
-    place.note_step(f"rank {os.environ['RANK']}", "importing torch")
+    start_watchdog(place, agent, launch.owner)
+    place.set_startup_phase(f"rank {os.environ['RANK']}", "importing torch")
     from cpkit.worker import main as worker
 
     worker.main(launch, place, agent)

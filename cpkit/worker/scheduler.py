@@ -1,7 +1,7 @@
-"""The work loop: every rank performs orders; rank 0 makes them from the requests that wait.
+"""The command loop: rank 0 schedules the steps of waiting jobs, and every rank executes them.
 
-Jobs are generators, so several may be open at once and take turns step by step; the order of steps
-is the same on all ranks, because rank 0 gives it.
+A job is a generator of steps, so several jobs can be open at the same time. Their steps run in the
+same order on all ranks, because rank 0 sends every step as a command.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from cpkit.control.server import Server
 from cpkit.group import init_context_parallel
 from cpkit.sync.exchange import SymmetricMemoryError
 from cpkit.worker.commands import (
-    TICK_S,
+    KEEP_ALIVE_S,
     Begin,
     Command,
     CommandChannel,
     End,
-    Leave,
+    Exit,
+    KeepAlive,
     Step,
     StepResult,
-    Tick,
 )
 from cpkit.worker.limits import check
 from cpkit.worker.operations import Operation, RankState, operation
@@ -45,44 +45,44 @@ _log = logging.getLogger("cpkit")
 
 
 class Executor:
-    """Performs orders on this rank."""
+    """Executes commands on this rank."""
 
-    def __init__(self, orders: CommandChannel) -> None:
-        self._orders = orders
+    def __init__(self, channel: CommandChannel) -> None:
+        self._channel = channel
         self._state = RankState()
         self._open: dict[int, Generator[Any, None, Any]] = {}
 
-    def perform(self, order: Command) -> list[StepResult]:
-        """Do it; everybody's outcome for a step, else nothing. Collective over the world."""
-        if isinstance(order, Begin):
-            self._state.round = order.job % 1000 + 1
-            self._open[order.job] = self._steps(order.body)
-        if isinstance(order, Begin | Step):
-            return self._orders.gather(_advance(self._open[order.job]))
-        if isinstance(order, End):
-            for job in order.jobs:
+    def run(self) -> None:
+        """On every rank but 0, execute commands until Exit."""
+        while not isinstance(command := self._channel.receive(), Exit):
+            self.execute(command)
+
+    def execute(self, command: Command) -> list[StepResult]:
+        """Execute a command; return every rank's result of a step, else nothing. Collective."""
+        if isinstance(command, Begin):
+            self._state.round = command.job % 1000 + 1
+            self._open[command.job] = self._steps(command.body)
+        if isinstance(command, Begin | Step):
+            return self._channel.all_gather(_run_step(self._open[command.job]))
+        if isinstance(command, End):
+            for job in command.jobs:
                 self._open.pop(job).close()
-            if order.reset:
+            if command.reset:
                 self._state.reset()
         return []
 
-    def follow(self) -> None:
-        """Perform what rank 0 orders, until it says to leave."""
-        while not isinstance(order := self._orders.receive(), Leave):
-            self.perform(order)
-
     def _steps(self, body: Body) -> Generator[Any, None, Any]:
-        """The reports of this rank; nothing at all from ranks outside the first group."""
-        plan = operation(body)
-        group = init_context_parallel(plan.cp_size())
+        """Yield this rank's reports; None on ranks outside the first group."""
+        job_operation = operation(body)
+        group = init_context_parallel(job_operation.cp_size())
         if group.index > 0:
             while True:
                 yield None
-        return (yield from plan.steps(group, self._state))
+        return (yield from job_operation.steps(group, self._state))
 
 
-def _advance(steps: Generator[Any, None, Any]) -> StepResult:
-    """One step, and how it went. A rank that fails still tells the others."""
+def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
+    """Run one step. An exception becomes a result, so that the other ranks learn of it."""
     try:
         report, last = next(steps), False
     except StopIteration as end:
@@ -90,14 +90,14 @@ def _advance(steps: Generator[Any, None, Any]) -> StepResult:
     except (ValueError, SymmetricMemoryError) as error:
         _log.warning("%s: %s", type(error).__name__, error)
         return StepResult(error=str(error), agreed=True, bad_request=isinstance(error, ValueError))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the client hears of it
+    except Exception as error:  # noqa: BLE001 - every failure is reported to the client
         _log.exception("a step failed")
         return StepResult(error=f"{type(error).__name__}: {error}")
     return StepResult(msgspec.msgpack.encode(report), last) if report is not None else StepResult()
 
 
 class Task:
-    """A job on rank 0: its operation, and the parts still to be run."""
+    """A job on rank 0: its operation, and the parts that are not finished."""
 
     def __init__(self, body: Body) -> None:
         self.operation: Operation[Any] = operation(body)
@@ -106,33 +106,33 @@ class Task:
 
 
 class Scheduler:
-    """Rank 0's loop: whose turn it is, which order follows from it, and what the client is told."""
+    """Rank 0's loop: takes jobs from the queue, sends the commands, and replies to the clients."""
 
-    def __init__(self, server: Server, orders: CommandChannel) -> None:
-        self._server, self._turns, self._orders = server, server.turns, orders
-        self._performer = Executor(orders)
+    def __init__(self, server: Server, channel: CommandChannel) -> None:
+        self._server, self._jobs, self._channel = server, server.jobs, channel
+        self._executor = Executor(channel)
         self._tasks: dict[int, Task] = {}
 
-    def conduct(self) -> None:
-        """Serve until a client says to shut down."""
+    def run(self) -> None:
+        """Serve until a client requests Shutdown."""
         while True:
-            job = self._turns.take(TICK_S)
+            job = self._jobs.take(KEEP_ALIVE_S)
             if job is None:
-                self._give(Tick())
+                self._execute(KeepAlive())
             elif job.cancelled:
-                self._fail(job, "cancelled", "the measurement was cancelled")
+                self._fail(job, "cancelled", "the request was cancelled")
             elif isinstance(job.body, Shutdown):
-                self._server.tell(job, Done("all ranks leave"))
-                self._give(Leave())
+                self._server.reply(job, Done("all ranks are exiting"))
+                self._execute(Exit())
                 return
             else:
                 self._serve(job)
 
     def _serve(self, job: Job) -> None:
-        """One step of a job."""
+        """Check a new job, then run its next step."""
         if job.number not in self._tasks:
             try:
-                check(job.body, self._orders.size)
+                check(job.body, self._channel.size)
             except ValueError as error:
                 self._fail(job, "bad_request", str(error))
                 return
@@ -140,42 +140,41 @@ class Scheduler:
         job.not_before = time.monotonic() + (
             job.body.interval_s if isinstance(job.body, Measure) else 0.0
         )
-        self._take_step(job, self._tasks[job.number])
+        self._run_step(job, self._tasks[job.number])
 
-    def _take_step(self, job: Job, task: Task) -> None:
-        order = Step(job.number) if task.is_open else Begin(job.number, task.parts[0])
+    def _run_step(self, job: Job, task: Task) -> None:
+        command = Step(job.number) if task.is_open else Begin(job.number, task.parts[0])
         task.is_open = True
-        outcomes = self._give(order)
-        if any(outcome.error for outcome in outcomes):
-            self._report_errors(job, outcomes[: operation(task.parts[0]).cp_size()])
+        results = self._execute(command)
+        if any(result.error for result in results):
+            self._report_errors(job, results[: operation(task.parts[0]).cp_size()])
             return
-        if outcomes[0].last:
+        if results[0].last:
             task.parts.popleft()
             self._close([job.number])
         over = not task.parts
-        for reply in self._collect(task, outcomes, over=over):
-            self._server.tell(job, reply)
+        for reply in self._collect(task, results, over=over):
+            self._server.reply(job, reply)
         if over:
-            self._forget(job)
+            self._remove(job)
         elif job.is_overdue():
-            self._fail(job, "cancelled", "its deadline is over")
+            self._fail(job, "cancelled", f"its deadline of {job.request.deadline_s:g} s has passed")
         else:
-            self._turns.put_back(job, front=not isinstance(job.body, Measure))
+            self._jobs.put_back(job, front=not isinstance(job.body, Measure))
 
-    def _collect(self, task: Task, outcomes: list[StepResult], *, over: bool) -> list[ReplyBody]:
-        plan = task.operation
+    def _collect(self, task: Task, results: list[StepResult], *, over: bool) -> list[ReplyBody]:
         reports = [
-            msgspec.msgpack.decode(outcome.report, type=plan.report)
-            for outcome in outcomes
-            if outcome.report
+            msgspec.msgpack.decode(result.report, type=task.operation.report)
+            for result in results
+            if result.report
         ]
-        return list(plan.collect(reports, over=over))
+        return list(task.operation.collect(reports, over=over))
 
-    def _report_errors(self, job: Job, outcomes: list[StepResult]) -> None:
-        """The lowest rank's words. Unless all ranks agreed to fail, everything starts afresh."""
-        rank = next((r for r, outcome in enumerate(outcomes) if outcome.error), 0)
-        first = outcomes[rank]
-        if all(outcome.agreed for outcome in outcomes):
+    def _report_errors(self, job: Job, results: list[StepResult]) -> None:
+        """Report the lowest rank's error. Unless all ranks agreed on it, reset all ranks."""
+        rank = next((r for r, result in enumerate(results) if result.error), 0)
+        first = results[rank]
+        if all(result.agreed for result in results):
             kind: FailureKind = "bad_request" if first.bad_request else "internal"
             self._fail(job, kind, first.error)
         else:
@@ -183,26 +182,27 @@ class Scheduler:
             self._fail(job, "internal", first.error, rank)
 
     def _reset(self) -> None:
-        """Close every open job and drop all groups; measurements that were open begin again."""
+        """Close every open job and drop all groups; open measurements start again."""
         open_jobs = [number for number, task in self._tasks.items() if task.is_open]
         self._close(open_jobs, reset=True)
 
     def _fail(self, job: Job, kind: FailureKind, message: str, rank: int | None = None) -> None:
-        self._server.tell(job, Failed(kind, message, rank))
+        self._server.reply(job, Failed(kind, message, rank))
         task = self._tasks.get(job.number)
         if task and task.is_open:
             self._close([job.number])
-        self._forget(job)
+        self._remove(job)
 
-    def _forget(self, job: Job) -> None:
+    def _remove(self, job: Job) -> None:
         self._tasks.pop(job.number, None)
-        self._turns.done()
+        self._jobs.finish()
 
     def _close(self, jobs: list[int], *, reset: bool = False) -> None:
         for number in jobs:
             self._tasks[number].is_open = False
-        self._give(End(tuple(jobs), reset))
+        self._execute(End(tuple(jobs), reset))
 
-    def _give(self, order: Command) -> list[StepResult]:
-        self._orders.give(order)
-        return self._performer.perform(order)
+    def _execute(self, command: Command) -> list[StepResult]:
+        """Send a command to all ranks, and execute it here."""
+        self._channel.send(command)
+        return self._executor.execute(command)

@@ -1,4 +1,4 @@
-"""What a client hears while it waits: busy, renewed, failed, cancelled, closed."""
+"""What ends a waiting call: busy, an error, cancellation, close; and what renews its deadline."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ from tests.helpers.control_server import WORKLOAD, ControlServer, in_background
 from tests.helpers.processes import LIMIT_S, until
 
 
-def test_status_is_answered_at_once_though_nobody_works(control_server: ControlServer) -> None:
+def test_status_is_answered_while_a_request_waits(control_server: ControlServer) -> None:
     client = control_server.client()
-    thread, said = in_background(client.call, Put(2), Done)
-    until(lambda: client.call(Status(), StatusResult).ahead == 1, why="the request to be in line")
-    assert not said
+    thread, outcome = in_background(client.call, Put(2), Done)
+    until(lambda: client.call(Status(), StatusResult).ahead == 1, why="the request to be queued")
+    assert not outcome
     client.close()
     thread.join()
 
 
-def test_nobody_answers(tmp_path: Path, control_server: ControlServer) -> None:
-    client = control_server.client(endpoint=f"ipc://{tmp_path}/nobody")
+def test_no_server_listens(tmp_path: Path, control_server: ControlServer) -> None:
+    client = control_server.client(endpoint=f"ipc://{tmp_path}/unbound")
     with pytest.raises(NoAnswer, match=r"no answer within 0\.3 s.*the logs"):
         client.call(Status(), StatusResult, 0.3)
 
 
-def test_who_waits_behind_others_is_told_and_then_the_workers_are_busy(
+def test_a_queued_request_reports_its_position_and_then_raises_busy(
     control_server: ControlServer,
 ) -> None:
     first, second = control_server.client(), control_server.client()
-    told: list[int] = []
-    second.on_wait = told.append
+    reported: list[int] = []
+    second.on_wait = reported.append
     thread, _ = in_background(first.call, Put(2), Done)
-    job = control_server.server.turns.take(LIMIT_S)
+    job = control_server.server.jobs.take(LIMIT_S)
     assert job
     with pytest.raises(WorkersBusy, match=r"1 request\(s\)") as caught:
         second.call(Put(2), Done, 1.5)
     assert caught.value.ahead == 1
-    assert told == [1]
-    control_server.server.tell(job, Done())
-    control_server.server.turns.done()
+    assert reported == [1]
+    control_server.server.reply(job, Done())
+    control_server.server.jobs.finish()
     thread.join()
-    assert len(control_server.server.turns) == 0, "who gave up must not stay in the line"
+    assert len(control_server.server.jobs) == 0, "a request past its deadline must leave the queue"
 
 
 def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
@@ -72,12 +72,12 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
     sample = Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
 
     def work() -> None:
-        job = control_server.server.turns.take(LIMIT_S)
+        job = control_server.server.jobs.take(LIMIT_S)
         assert job
         for _ in range(3):  # longer than the deadline in all
             time.sleep(0.5)
-            control_server.server.tell(job, sample)
-        control_server.server.tell(job, Done())
+            control_server.server.reply(job, sample)
+        control_server.server.reply(job, Done())
 
     thread, _ = in_background(work)
     replies = list(client.stream(Measure(WORKLOAD), 1.2))
@@ -89,59 +89,59 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
     ("failure", "error", "words"),
     [
         (Failed("bad_request", "no such thing"), BadRequest, "no such thing"),
-        (Failed("cancelled", "given up"), Cancelled, "given up"),
+        (Failed("cancelled", "stopped"), Cancelled, "stopped"),
         (Failed("busy", "full"), WorkersBusy, "full"),
         (Failed("internal", "it broke", 3), RequestFailed, "rank 3: it broke"),
     ],
 )
-def test_each_failure_is_an_error_of_its_own(
+def test_each_kind_of_failure_has_its_own_error(
     control_server: ControlServer, failure: Failed, error: type[Exception], words: str
 ) -> None:
-    thread, said = in_background(control_server.client().call, Put(2), Done)
-    job = control_server.server.turns.take(LIMIT_S)
+    thread, outcome = in_background(control_server.client().call, Put(2), Done)
+    job = control_server.server.jobs.take(LIMIT_S)
     assert job
-    control_server.server.tell(job, failure)
-    control_server.server.turns.done()
+    control_server.server.reply(job, failure)
+    control_server.server.jobs.finish()
     thread.join()
-    assert isinstance(said[0], error)
-    assert words in str(said[0])
+    assert isinstance(outcome[0], error)
+    assert words in str(outcome[0])
 
 
-def test_closing_a_stream_cancels_it_and_so_does_a_client_that_goes(
+def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     control_server: ControlServer,
 ) -> None:
     client = control_server.client()
     stream = client.stream(Measure(WORKLOAD))
     thread, _ = in_background(next, stream)
-    job = control_server.server.turns.take(LIMIT_S)
+    job = control_server.server.jobs.take(LIMIT_S)
     assert job
-    control_server.server.tell(
+    control_server.server.reply(
         job, Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
     )
     thread.join()
     stream.close()
     until(lambda: job.cancelled, why="the stream to be cancelled")
 
-    gone = control_server.raw()
-    gone.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
-    control_server.server.turns.done()
-    job = control_server.server.turns.take(LIMIT_S)
+    leaver = control_server.raw()
+    leaver.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
+    control_server.server.jobs.finish()
+    job = control_server.server.jobs.take(LIMIT_S)
     assert job
-    gone.close()
+    leaver.close()
     until(
-        lambda: control_server.server.tell(job, Done()) or job.cancelled,
-        why="the server to notice that the client is gone",
+        lambda: control_server.server.reply(job, Done()) or job.cancelled,
+        why="the server to notice the disconnected client",
     )
 
 
-def test_cancelling_what_waits_and_what_nobody_knows(control_server: ControlServer) -> None:
+def test_cancelling_a_waiting_and_an_unknown_request(control_server: ControlServer) -> None:
     dealer = control_server.raw()
     dealer.send(encode(Request("w", 30.0, Put(2))))
     dealer.send(encode(Request("c", 1.0, Cancel("w"))))
-    said = {reply.id: reply.body for reply in (decode(dealer.recv(), Reply) for _ in range(2))}
-    assert said["c"] == Done("cancelled")
-    assert isinstance(said["w"], Failed)
-    assert said["w"].kind == "cancelled"
+    outcome = {reply.id: reply.body for reply in (decode(dealer.recv(), Reply) for _ in range(2))}
+    assert outcome["c"] == Done("cancelled")
+    assert isinstance(outcome["w"], Failed)
+    assert outcome["w"].kind == "cancelled"
     dealer.send(encode(Request("d", 1.0, Cancel("w"))))
     body = decode(dealer.recv(), Reply).body
     assert isinstance(body, Done)
@@ -149,21 +149,55 @@ def test_cancelling_what_waits_and_what_nobody_knows(control_server: ControlServ
     dealer.close()
 
 
-def test_a_closed_client_says_so(control_server: ControlServer) -> None:
+def test_calls_that_wait_when_the_client_is_closed_raise(control_server: ControlServer) -> None:
     client = control_server.client()
-    thread, said = in_background(client.call, Put(2), Done, 30.0)
-    assert control_server.server.turns.take(LIMIT_S)
+    thread, outcome = in_background(client.call, Put(2), Done, 30.0)
+    assert control_server.server.jobs.take(LIMIT_S)
     client.close()
     thread.join()
-    assert isinstance(said[0], NoAnswer)
-    assert "closed" in str(said[0])
+    assert isinstance(outcome[0], NoAnswer)
+    assert "closed" in str(outcome[0])
 
 
-def test_closing_is_quick_even_when_nobody_can_be_told(control_server: ControlServer) -> None:
+def test_closing_is_quick_after_a_rejected_key(control_server: ControlServer) -> None:
     public, secret = (key.decode() for key in zmq.curve_keypair())
     stranger = control_server.client(client_public_key=public, client_secret_key=secret)
     with pytest.raises(NoAnswer):
         stranger.call(Put(2), Done)
-    thread, said = in_background(stranger.close)
+    thread, outcome = in_background(stranger.close)
     thread.join(LIMIT_S)
-    assert said == [None], "it waits for an answer"
+    assert outcome == [None], "close must not wait for an answer"
+
+
+def test_threads_share_a_client(control_server: ControlServer) -> None:
+    """Each open request has its own socket, also within one thread."""
+    client = control_server.client()
+    jobs = control_server.server.jobs
+    waiting = [in_background(client.call, Put(2), Done) for _ in range(4)]
+    stream = client.stream(Measure(WORKLOAD))
+    waiting.append(in_background(next, stream))
+    until(lambda: len(jobs) == 5, why="all requests to be queued")
+    assert client.call(Status(), StatusResult).ahead == 5
+    while len(jobs):
+        job = jobs.take(LIMIT_S)
+        assert job
+        control_server.server.reply(job, Done(type(job.body).__name__))
+        jobs.finish()
+    for thread, _ in waiting:
+        thread.join()
+    texts = [outcome[0].text for _, outcome in waiting if isinstance(outcome[0], Done)]
+    assert texts == ["Put"] * 4 + ["Measure"]
+
+
+def test_a_late_reply_to_the_previous_request_is_ignored(control_server: ControlServer) -> None:
+    client = control_server.client()
+    jobs = control_server.server.jobs
+    for text in ("first", "second"):
+        thread, outcome = in_background(client.call, Put(2), Done)
+        job = jobs.take(LIMIT_S)
+        assert job
+        control_server.server.reply(job, Done(text))
+        control_server.server.reply(job, Done("late"))
+        jobs.finish()
+        thread.join()
+        assert outcome == [Done(text)]

@@ -1,4 +1,4 @@
-"""Which device workers get, and what is said about it. No GPU is needed to decide."""
+"""The choice of the workers' device and its explanation; needs no GPU."""
 
 from __future__ import annotations
 
@@ -32,19 +32,17 @@ def test_device(launch: Launch, gpus: int, device: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("launch", [Launch(device="cuda"), Launch(share_gpu=True)])
-def test_a_gpu_that_is_not_there_is_refused(launch: Launch) -> None:
+def test_a_missing_gpu_is_rejected(launch: Launch) -> None:
     with pytest.raises(ValueError, match="torch sees"):
         choose_device(launch, 0)
 
 
-def test_settings_that_contradict_are_refused() -> None:
+def test_settings_that_contradict_are_rejected() -> None:
     with pytest.raises(ValueError, match="contradict"):
         Launch(device="cpu", share_gpu=True).check()
 
 
-def test_without_mps_it_is_said_what_that_costs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_mps_the_cost_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with mps.serve(tmp_path) as words:
         assert "not installed" in words
@@ -52,10 +50,10 @@ def test_without_mps_it_is_said_what_that_costs(
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "own daemon"), (1, "failed: no driver")])
-def test_the_daemon_is_started_in_a_directory_of_ours_and_told_to_quit(
+def test_the_daemon_is_started_in_a_private_directory_and_stopped(
     code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A control program that only notes how it is called: the real one needs a GPU."""
+    """A stand-in for the control program records its calls; the real one needs a GPU."""
     program, calls = tmp_path / "nvidia-cuda-mps-control", tmp_path / "calls"
     program.write_text(
         f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $* $(cat)" >> {calls}\n'

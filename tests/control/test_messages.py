@@ -1,4 +1,4 @@
-"""Messages: packing and unpacking is the identity, and everything else is refused."""
+"""Messages: unpacking inverts packing, and all other data is rejected."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def pack(value: object) -> bytes:
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_are_refused_or_are_a_message(data: bytes) -> None:
+def test_random_bytes_are_rejected_or_are_a_message(data: bytes) -> None:
     for kind in (Request, Reply, Envelope):
         with contextlib.suppress(msgspec.DecodeError):
             assert isinstance(decode(data, kind), kind)
 
 
 @given(st.data())
-def test_a_damaged_request_is_refused_or_is_a_request(data: st.DataObject) -> None:
+def test_a_damaged_request_is_rejected_or_is_a_request(data: st.DataObject) -> None:
     whole = bytearray(encode(Request("id", 1.0, Measure(WORKLOAD, samples=3))))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -89,7 +89,7 @@ def test_requests_are_unpacked_as_they_were_packed(body: messages.Body) -> None:
         ({"body": {"op": "gather", "workload": BAD_WORKLOAD}}, "$.body.workload.algorithm"),
     ],
 )
-def test_what_is_not_in_the_closed_set_is_refused_by_name(
+def test_what_is_not_in_the_closed_set_is_rejected_by_name(
     change: dict[str, object], place: str
 ) -> None:
     assert decode(pack(GOOD), Request).body == Status()
@@ -103,7 +103,7 @@ def test_id_and_version_of_another_protocol_version_are_readable() -> None:
     assert decode(pack(theirs), Envelope) == Envelope("a", 9)
 
 
-def test_messages_have_a_largest_size() -> None:
+def test_messages_have_a_size_limit() -> None:
     huge = Cancel("x" * messages.MAX_MESSAGE_BYTES)
     with pytest.raises(ValueError, match="at most"):
         encode(Request("a", 1.0, huge))

@@ -1,7 +1,7 @@
 """No process outlives the one that started it, however early that is killed.
 
-The dangerous moment is the one between `Popen` and the first thing that the child does about it. An
-owner therefore kills itself a given time after its last `Popen`, from 0 s on.
+The risk is the time between `Popen` and the child's first instruction that ties it to its parent.
+Therefore each owner kills itself at a given delay after its last `Popen`, from 0 s on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ command.main(["lab", "--no-browser", "--port=0"])
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A word in the environment of every process that the test starts; none of them survives it."""
+    """Mark the environment of every process that the test starts, and kill those that remain."""
     word = uuid.uuid4().hex
     monkeypatch.setenv(MARK, word)
     yield word
@@ -80,14 +80,14 @@ def test_a_killed_owner_leaves_no_process(
         for delay_s in DELAYS_S
     ]
     assert [owner.wait(60) for owner in owners] == [-signal.SIGKILL] * len(DELAYS_S)
-    # Less than the life of a throw-away rank, which would end it in any case.
+    # 30 s is less than the deadline of a throw-away rank, which would end it in any case.
     until(lambda: not processes_with(MARK, mark), 30, lambda: str(processes_with(MARK, mark)))
 
 
-def test_a_killed_agent_leaves_no_rank_and_its_successor_is_unharmed(
+def test_a_killed_agent_leaves_no_rank_and_the_next_agent_is_unharmed(
     runtime_dir: object, mark: str
 ) -> None:
-    """Ranks that are still importing torch: they must not mistake the next agent for theirs."""
+    """Ranks that are still importing torch must not take the next agent for theirs."""
     agent = launcher.start(Launch(name="early", nproc=2, owner=process_id()))
     parent = psutil.Process(agent.pid)
     until(lambda: len(parent.children()) == 2, 60, "the agent to start two ranks")
@@ -100,14 +100,14 @@ def test_a_killed_agent_leaves_no_rank_and_its_successor_is_unharmed(
         lab.stop()
 
 
-def test_a_start_that_hangs_is_ended_and_says_in_which_step(
+def test_a_start_that_hangs_is_stopped_and_reports_its_phase(
     runtime_dir: object, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Agent and ranks are stopped, so that they take no SIGTERM: only SIGKILL ends them."""
+    """Agent and ranks are suspended, so that SIGTERM has no effect and only SIGKILL ends them."""
     settings = Launch(name="stuck", nproc=2, owner=process_id())
     agent = launcher.start(settings)
-    steps = RuntimeDir("stuck").steps
-    until(lambda: {"rank 0", "rank 1"} <= steps().keys(), why=lambda: str(steps()))
+    phases = RuntimeDir("stuck").startup_phases
+    until(lambda: {"rank 0", "rank 1"} <= phases().keys(), why=lambda: str(phases()))
     for process in processes_with(MARK, mark):
         process.suspend()
     for limit in ("READY_S", "_ENDING_S", "_LEAVING_S"):
@@ -117,7 +117,7 @@ def test_a_start_that_hangs_is_ended_and_says_in_which_step(
     assert not processes_with(MARK, mark)
 
 
-def test_a_command_whose_parent_is_gone_is_not_run(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_command_whose_parent_has_ended_is_not_run(capfd: pytest.CaptureFixture[str]) -> None:
     command = tied(["echo", "it ran"])
     assert subprocess.run(command, check=False).returncode == 0
     command[command.index(str(os.getpid()))] = "1"

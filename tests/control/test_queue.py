@@ -1,4 +1,4 @@
-"""The line of requests: first come, first served, and endless measurements take turns."""
+"""The queue of requests: first in, first out, and round-robin for endless measurements."""
 
 from __future__ import annotations
 
@@ -15,102 +15,102 @@ def job(number: int, client: bytes = b"a", deadline_s: float = 30.0) -> Job:
     return Job(number, client, Request(f"r{number}", deadline_s, Put(2)))
 
 
-def line(turns: JobQueue) -> list[tuple[int, int]]:
-    return [(job.number, ahead) for job, ahead in turns.waiting()]
+def positions(queue: JobQueue) -> list[tuple[int, int]]:
+    return [(job.number, ahead) for job, ahead in queue.waiting()]
 
 
 def filled(count: int) -> tuple[JobQueue, list[Job]]:
-    turns, jobs = JobQueue(), [job(n) for n in range(count)]
+    queue, jobs = JobQueue(), [job(n) for n in range(count)]
     for each in jobs:
-        turns.add(each)
-    return turns, jobs
+        queue.add(each)
+    return queue, jobs
 
 
-def test_first_come_first_served_and_each_knows_how_many_are_ahead() -> None:
-    turns, jobs = filled(3)
-    assert line(turns) == [(0, 0), (1, 1), (2, 2)]
-    assert turns.take(0) is jobs[0]
-    assert line(turns) == [(1, 1), (2, 2)]
-    turns.done()
-    assert line(turns) == [(1, 0), (2, 1)]
-    assert len(turns) == 2
+def test_jobs_are_taken_in_order_and_counted_from_the_front() -> None:
+    queue, jobs = filled(3)
+    assert positions(queue) == [(0, 0), (1, 1), (2, 2)]
+    assert queue.take(0) is jobs[0]
+    assert positions(queue) == [(1, 1), (2, 2)]
+    queue.finish()
+    assert positions(queue) == [(1, 0), (2, 1)]
+    assert len(queue) == 2
 
 
-def test_who_goes_to_the_back_lets_the_others_in() -> None:
-    turns, jobs = filled(2)
+def test_a_job_that_goes_to_the_back_lets_the_others_run() -> None:
+    queue, jobs = filled(2)
     order = []
     for _ in range(4):
-        taken = turns.take(0)
+        taken = queue.take(0)
         assert taken
         order.append(taken.number)
-        turns.put_back(taken, front=False)
+        queue.put_back(taken, front=False)
     assert order == [0, 1, 0, 1]
-    first = turns.take(0)
-    turns.put_back(jobs[0], front=True)
-    assert turns.take(0) is first
+    first = queue.take(0)
+    queue.put_back(jobs[0], front=True)
+    assert queue.take(0) is first
 
 
-def test_an_interval_leaves_time_for_others() -> None:
-    turns, jobs = filled(2)
+def test_an_interval_leaves_time_for_other_jobs() -> None:
+    queue, jobs = filled(2)
     jobs[0].not_before = time.monotonic() + 0.5
-    assert turns.take(0) is jobs[1]
-    turns.done()
-    assert turns.take(0) is None
-    assert turns.take(60) is jobs[0]
+    assert queue.take(0) is jobs[1]
+    queue.finish()
+    assert queue.take(0) is None
+    assert queue.take(60) is jobs[0]
     assert time.monotonic() >= jobs[0].not_before
 
 
-def test_a_new_job_wakes_who_waits() -> None:
-    turns = JobQueue()
-    threading.Timer(0.05, turns.add, [job(7)]).start()
+def test_a_new_job_wakes_a_waiting_take() -> None:
+    queue = JobQueue()
+    threading.Timer(0.05, queue.add, [job(7)]).start()
     started = time.monotonic()
-    taken = turns.take(60)
+    taken = queue.take(60)
     assert taken
     assert time.monotonic() - started < 30
 
 
-def test_cancelling_removes_who_waits_and_marks_who_has_begun() -> None:
-    turns, jobs = filled(3)
-    turns.take(0)
-    assert turns.cancel("r2") is jobs[2]
-    assert line(turns) == [(1, 1)]
-    assert turns.cancel("r0") is jobs[0]
+def test_cancelling_removes_a_waiting_job_and_marks_a_started_one() -> None:
+    queue, jobs = filled(3)
+    queue.take(0)
+    assert queue.cancel("r2") is jobs[2]
+    assert positions(queue) == [(1, 1)]
+    assert queue.cancel("r0") is jobs[0]
     assert jobs[0].cancelled
-    assert turns.cancel("r9") is None
+    assert queue.cancel("r9") is None
 
 
-def test_a_cancelled_job_that_rests_comes_next_to_be_ended() -> None:
-    turns, jobs = filled(2)
-    turns.take(0)
+def test_a_cancelled_job_is_taken_next_despite_its_interval() -> None:
+    queue, jobs = filled(2)
+    queue.take(0)
     jobs[0].not_before = time.monotonic() + 60
-    turns.put_back(jobs[0], front=False)
-    turns.cancel("r0")
-    assert turns.take(0) is jobs[0]
+    queue.put_back(jobs[0], front=False)
+    queue.cancel("r0")
+    assert queue.take(0) is jobs[0]
 
 
-def test_a_client_that_is_gone_takes_its_jobs_along() -> None:
-    turns, jobs = filled(2)
-    mine = job(5, client=b"b")
-    turns.add(mine)
-    assert turns.cancel_where(b"a") == jobs
-    assert line(turns) == [(5, 0)]
+def test_all_jobs_of_a_client_can_be_cancelled() -> None:
+    queue, jobs = filled(2)
+    other = job(5, client=b"b")
+    queue.add(other)
+    assert queue.cancel_all(b"a") == jobs
+    assert positions(queue) == [(5, 0)]
 
 
-def test_waiting_for_longer_than_the_deadline_ends_it() -> None:
-    turns = JobQueue()
-    patient, hasty = job(1), job(2, deadline_s=0.01)
-    turns.add(patient)
-    turns.add(hasty)
+def test_overdue_jobs_are_removed() -> None:
+    queue = JobQueue()
+    patient, overdue = job(1), job(2, deadline_s=0.01)
+    queue.add(patient)
+    queue.add(overdue)
     time.sleep(0.03)
-    assert turns.expire() == [hasty]
-    assert line(turns) == [(1, 0)]
+    assert queue.remove_overdue() == [overdue]
+    assert positions(queue) == [(1, 0)]
 
 
-def test_a_cancelled_job_is_not_ahead_of_anybody() -> None:
-    turns, jobs = filled(3)
-    assert turns.take(1.0) is jobs[0]
-    assert line(turns) == [(1, 1), (2, 2)]
-    turns.cancel("r0")  # in the middle of its last step
-    assert line(turns) == [(1, 0), (2, 1)]
-    turns.put_back(jobs[0], front=False)  # back only to be told that it is over
-    assert line(turns) == [(0, 0), (1, 0), (2, 1)]
+def test_a_cancelled_job_does_not_count_as_ahead() -> None:
+    queue, jobs = filled(3)
+    assert queue.take(1.0) is jobs[0]
+    assert positions(queue) == [(1, 1), (2, 2)]
+    queue.cancel("r0")  # during its last step
+    assert positions(queue) == [(1, 0), (2, 1)]
+    queue.put_back(jobs[0], front=False)  # to be ended by the scheduler
+    assert positions(queue) == [(0, 0), (1, 0), (2, 1)]

@@ -1,4 +1,4 @@
-"""The directory of a set of workers: who may read it, who holds it, which settings fail."""
+"""The runtime directory: permissions, lock, files; and which launch settings are rejected."""
 
 from __future__ import annotations
 
@@ -27,75 +27,75 @@ from tests.helpers.processes import until
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RuntimeDir:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
-    place = RuntimeDir("here")
-    place.make()
-    return place
+    here = RuntimeDir("here")
+    here.create()
+    return here
 
 
-def test_what_is_written_is_private_and_comes_back(place: RuntimeDir) -> None:
-    assert stat.S_IMODE(place.directory.stat().st_mode) == 0o700
-    assert place.connection() is None
-    write_private(place.connection_file, connection())
-    assert stat.S_IMODE(place.connection_file.stat().st_mode) == 0o600
-    assert place.connection() == connection()
-    assert [path.name for path in place.directory.iterdir()] == ["connection.json"]
+def test_the_connection_file_is_private_and_is_read_as_it_was_written(here: RuntimeDir) -> None:
+    assert stat.S_IMODE(here.directory.stat().st_mode) == 0o700
+    assert here.connection() is None
+    write_private(here.connection_file, connection())
+    assert stat.S_IMODE(here.connection_file.stat().st_mode) == 0o600
+    assert here.connection() == connection()
+    assert [path.name for path in here.directory.iterdir()] == ["connection.json"]
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o622])
-def test_a_file_that_others_can_reach_is_refused_with_the_cure(
-    place: RuntimeDir, mode: int
+def test_a_file_that_other_users_can_access_is_rejected_with_the_remedy(
+    here: RuntimeDir, mode: int
 ) -> None:
-    write_private(place.connection_file, connection())
-    place.connection_file.chmod(mode)
+    write_private(here.connection_file, connection())
+    here.connection_file.chmod(mode)
     with pytest.raises(ControlError, match=f"mode {mode:04o}.*chmod 600"):
-        place.connection()
+        here.connection()
 
 
-def test_a_link_is_not_followed(place: RuntimeDir, tmp_path: Path) -> None:
+def test_a_link_is_not_followed(here: RuntimeDir, tmp_path: Path) -> None:
     write_private(tmp_path / "elsewhere", connection())
-    place.connection_file.symlink_to(tmp_path / "elsewhere")
+    here.connection_file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ControlError, match=r"symbolic|Too many"):
-        place.connection()
+        here.connection()
 
 
-def test_a_directory_that_others_may_write_to_is_refused(place: RuntimeDir) -> None:
-    place.directory.chmod(0o777)
+def test_a_directory_that_other_users_can_write_to_is_rejected(here: RuntimeDir) -> None:
+    here.directory.chmod(0o777)
     with pytest.raises(ControlError, match=r"0777.*chmod 700"):
-        place.make()
+        here.create()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": "here"}', b"\x80\x04]."])
-def test_a_file_that_is_no_connection_file_is_refused(place: RuntimeDir, content: bytes) -> None:
-    place.connection_file.touch(mode=0o600)
-    place.connection_file.write_bytes(content)
+def test_a_file_that_is_not_a_connection_file_is_rejected(here: RuntimeDir, content: bytes) -> None:
+    here.connection_file.touch(mode=0o600)
+    here.connection_file.write_bytes(content)
     with pytest.raises(ControlError, match="not a connection file"):
-        place.connection()
+        here.connection()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-rf", "x" * 65, "a b", "é"])
-def test_names_are_plain_words(name: str) -> None:
+def test_a_name_that_is_unsafe_in_a_path_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="letters"):
         RuntimeDir(name)
 
 
-def test_a_name_is_taken_exactly_as_long_as_its_holder_lives(place: RuntimeDir) -> None:
+def test_a_name_is_taken_while_its_holder_lives(here: RuntimeDir) -> None:
     code = "import sys, time; from cpkit.control.runtime_dir import RuntimeDir"
-    code += "; RuntimeDir('here').hold(); print(1); sys.stdout.flush(); time.sleep(60)"
+    code += "; RuntimeDir('here').acquire_lock(); print(1); sys.stdout.flush(); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
         assert holder.stdout
         holder.stdout.readline()
-        assert place.is_held()
+        assert here.is_locked()
         with pytest.raises(NameTaken, match=r"run already.*stop"):
-            place.hold()
+            here.acquire_lock()
         holder.kill()
         holder.wait()
-    assert not place.is_held()
-    os.close(place.hold())
+    assert not here.is_locked()
+    os.close(here.acquire_lock())
 
 
-def test_only_our_own_kind_of_directory_is_removed(tmp_path: Path) -> None:
+def test_only_socket_directories_of_cpkit_are_removed(tmp_path: Path) -> None:
     others = tmp_path / "precious"
     ours = tmp_path / "cpkit-abc"
     link = tmp_path / "cpkit-link"
@@ -120,18 +120,18 @@ def test_only_our_own_kind_of_directory_is_removed(tmp_path: Path) -> None:
         (Launch(interface="no-such0"), "this machine has .*"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_words(settings: Launch, words: str) -> None:
+def test_impossible_settings_are_rejected(settings: Launch, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         settings.check()
 
 
-def test_settings_survive_the_journey_to_the_agent() -> None:
+def test_settings_are_decoded_as_they_were_encoded() -> None:
     settings = Launch(name="x", nproc=3, owner=process_id())
     settings.check()
     assert from_json(settings.to_json()) == settings
 
 
-def test_nodes_that_share_a_home_have_places_of_their_own() -> None:
+def test_nodes_that_share_a_home_have_separate_directories() -> None:
     assert Launch(name="x").place_name == "x"
     assert Launch(name="x", nnodes=2, node_rank=1).place_name == "x.node1"
 
@@ -141,13 +141,13 @@ def test_an_interface_has_an_address() -> None:
     assert address_of("10.1.2.3") == "10.1.2.3"
 
 
-def test_each_step_of_a_start_renews_the_deadline(
-    place: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+def test_each_startup_phase_renews_the_deadline(
+    here: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "READY_S", 0.2)
-    patience = launcher._Patience(place)
-    for step in ("importing torch", "joining the process group"):
-        place.note_step("rank 0", step)
+    patience = launcher._Patience(here)
+    for phase in ("importing torch", "joining the process group"):
+        here.set_startup_phase("rank 0", phase)
         assert not patience.is_over(), "slow is not stuck"
         time.sleep(0.3)
     until(patience.is_over)

@@ -1,4 +1,4 @@
-"""Keys, garbage and strange requests over a real socket; the work loop is the test's own."""
+"""Keys, garbage and invalid requests over a real socket; no workers run."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from cpkit.control.messages import (
 from tests.helpers.control_server import ControlServer
 
 
-def test_a_wrong_client_key_is_told_at_once_not_after_a_timeout(
+def test_a_wrong_client_key_raises_at_once_and_not_at_the_deadline(
     control_server: ControlServer,
 ) -> None:
     public, secret = (key.decode() for key in zmq.curve_keypair())
     stranger = control_server.client(client_public_key=public, client_secret_key=secret)
     started = time.monotonic()
-    with pytest.raises(NoAnswer, match="refused the client key"):
+    with pytest.raises(NoAnswer, match="rejected the client key"):
         stranger.call(Status(), StatusResult, 60.0)
     assert time.monotonic() - started < 30
     assert control_server.client().call(Status(), StatusResult).name == "test"
 
 
-def test_a_wrong_server_key_never_gets_our_orders(control_server: ControlServer) -> None:
-    confused = control_server.client(server_public_key=zmq.curve_keypair()[0].decode())
+def test_a_server_with_a_wrong_key_never_receives_a_request(control_server: ControlServer) -> None:
+    client = control_server.client(server_public_key=zmq.curve_keypair()[0].decode())
     with pytest.raises(NoAnswer):
-        confused.call(Status(), StatusResult, 1.0)
-    assert len(control_server.server.turns) == 0
+        client.call(Status(), StatusResult, 1.0)
+    assert len(control_server.server.jobs) == 0
 
 
-def test_a_client_without_keys_hears_nothing(control_server: ControlServer) -> None:
+def test_a_client_without_keys_receives_nothing(control_server: ControlServer) -> None:
     dealer = zmq.Context.instance().socket(zmq.DEALER)
     dealer.linger, dealer.rcvtimeo = 0, 300
     dealer.connect(control_server.server.endpoint)
@@ -64,8 +64,8 @@ def test_garbage_gets_an_answer_and_does_no_harm(control_server: ControlServer) 
         b"\x80\x04\x95.",
         b"\xc1" * 1000,
         b"GET / HTTP/1.1\r\n\r\n",
-        b"\x82\xa2id\xa1\xff\xa7version\x01",  # no UTF-8
-        b"\x83\xa2id\xa1a\xa7version\x01\xa1x" + b"\x91" * 200_000,  # a nest without bottom
+        b"\x82\xa2id\xa1\xff\xa7version\x01",  # invalid UTF-8
+        b"\x83\xa2id\xa1a\xa7version\x01\xa1x" + b"\x91" * 200_000,  # nested too deeply
         msgspec.msgpack.encode({"id": "x" * ((1 << 24) - 60), "version": 1}),
         msgspec.msgpack.encode({"id": "", "version": 1}),
     ):
@@ -103,7 +103,7 @@ def test_a_message_larger_than_the_limit_costs_its_sender_the_connection(
         ({"id": "x" * 65}, "bad_request", "64 characters"),
     ],
 )
-def test_a_strange_request_is_refused_with_its_id(
+def test_an_invalid_request_is_rejected_with_its_id(
     control_server: ControlServer, request_fields: dict[str, object], kind: str, words: str
 ) -> None:
     fields = {"id": "q", "deadline_s": 1.0, "version": PROTOCOL_VERSION, "body": {"op": "status"}}
@@ -118,7 +118,7 @@ def test_a_strange_request_is_refused_with_its_id(
     assert words in reply.body.message
 
 
-def test_an_id_that_is_in_use_is_refused(control_server: ControlServer) -> None:
+def test_an_id_that_is_in_use_is_rejected(control_server: ControlServer) -> None:
     dealer = control_server.raw()
     for _ in range(2):
         dealer.send(encode(Request("same", 9.0, Put(2))))
@@ -128,7 +128,7 @@ def test_an_id_that_is_in_use_is_refused(control_server: ControlServer) -> None:
     assert "in use" in reply.body.message
 
 
-def test_a_client_of_another_protocol_version_is_told_before_it_connects(
+def test_a_client_of_another_protocol_version_raises_before_it_connects(
     control_server: ControlServer,
 ) -> None:
     with pytest.raises(ControlError, match=r"protocol 7.*stop them"):

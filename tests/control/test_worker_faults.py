@@ -1,4 +1,4 @@
-"""What happens when processes die, on workers of each test's own; and nothing stays behind."""
+"""The death of processes, in workers that each test starts; and nothing is left over."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCRIPT = ROOT / "launch_workers.sh"
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
-    """No process, segment, socket or connection file more than before, a moment after each test."""
+    """After each test, no new process, segment, socket or connection file remains."""
     before = leftovers(runtime_dir)
     yield
     left = left_after(LIMIT_S, lambda: leftovers(runtime_dir) - before)
@@ -37,7 +37,7 @@ def nothing_is_left_behind(runtime_dir: Path) -> Iterator[None]:
 
 
 def leftovers(runtime_dir: Path) -> set[str]:
-    """Everything that a set of workers makes and must take away again."""
+    """Return everything that workers create and must remove."""
     found = processes_with("JUPYTER_RUNTIME_DIR", runtime_dir).values()
     ours = {
         words for words in found if "cpkit.worker.rank" in words or "cpkit.control.agent" in words
@@ -56,7 +56,7 @@ def agents(runtime_dir: Path) -> Iterator[object]:
 
 
 def segments() -> set[str]:
-    """Shared memory whose name says that cpkit made it, of processes that are gone."""
+    """Return the names of cpkit's shared-memory segments."""
     return {path.name for path in shm_dir().glob("cpkit*")}
 
 
@@ -64,17 +64,17 @@ def pids(lab: cpkit.Lab) -> list[int]:
     return [worker.pid for worker in lab.status().workers]
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> None:
-    """By its death, and not because a deadline passed: that would be NoAnswer."""
+    """Because its process died, and not because a deadline passed, which would be NoAnswer."""
     for victim in (1, 0):
         with cpkit.connect("victims", nproc=2) as lab:
             assert lab.gather([64], 2).verified
             with Path(lab.status().workers[victim].log).open("a") as log:
-                log.write("the last words of this rank\n")
+                log.write("the last line of this rank\n")
             samples = lab.measure([1024], 2)
             next(samples)
             os.kill(pids(lab)[victim], signal.SIGKILL)
@@ -82,14 +82,14 @@ def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> 
                 deque(samples, maxlen=0)
             assert caught.value.rank == victim
             assert caught.value.exit_code == -signal.SIGKILL
-            assert caught.value.log_lines[-1] == "the last words of this rank"
-            for words in (f"rank {victim} ", "SIGKILL", "last words", "cpkit.connect()"):
+            assert caught.value.log_lines[-1] == "the last line of this rank"
+            for words in (f"rank {victim} ", "SIGKILL", "last line", "cpkit.connect()"):
                 assert words in str(caught.value)
             with pytest.raises(cpkit.WorkersDied):
                 lab.status()
 
 
-def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
+def test_the_workers_of_a_killed_agent_end(runtime_dir: Path) -> None:
     lab = cpkit.connect("agentless", nproc=2)
     workers = pids(lab)
     connection = RuntimeDir("agentless").connection()
@@ -98,7 +98,7 @@ def test_a_killed_agent_takes_its_workers_along(runtime_dir: Path) -> None:
     os.kill(connection.agent.pid, signal.SIGKILL)
     with pytest.raises(cpkit.WorkersDied, match="agent"):
         deque(lab.measure([64], 2), maxlen=0)
-    until(lambda: all(map(gone, workers)), why="the ranks to leave")
+    until(lambda: all(map(has_ended, workers)), why="the ranks to end")
     assert not RuntimeDir("agentless").connection_file.exists()
     lab.close()
 
@@ -115,25 +115,25 @@ def test_workers_end_with_a_killed_owner_and_the_next_owner_gets_new_ones(
         owned, *workers = owner.stdout.readline().split()
         assert owned == "True"
         owner.kill()
-    # The new owner comes at once, as a restarted kernel does, and must not get the old workers.
+    # The next owner connects at once, like a restarted kernel; it must not attach to old workers.
     with cpkit.connect("owned", nproc=2) as lab:
         assert not {int(pid) for pid in workers} & set(pids(lab))
-        assert all(gone(int(pid)) for pid in workers)
+        assert all(has_ended(int(pid)) for pid in workers)
         assert lab.gather([64], 2).verified
         lab.stop()
 
 
-def test_connection_file_of_dead_workers_is_removed_with_a_word(
+def test_the_connection_file_of_dead_workers_is_removed_with_a_warning(
     runtime_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lab = cpkit.connect("dead", nproc=1)
     connection = RuntimeDir("dead").connection()
     assert connection
-    # All at once, so that nobody is there to tidy up.
+    # All at once, so that no process can clean up.
     for pid in (connection.agent.pid, *pids(lab)):
         os.kill(pid, signal.SIGKILL)
     lab.close()
-    until(lambda: not RuntimeDir("dead").is_held(), why="the lock of a dead agent")
+    until(lambda: not RuntimeDir("dead").is_locked(), why="the lock of a dead agent")
     assert RuntimeDir("dead").connection_file.exists()
     with pytest.raises(cpkit.NoWorkers):
         cpkit.connect("dead", launch=False)
@@ -142,7 +142,7 @@ def test_connection_file_of_dead_workers_is_removed_with_a_word(
     assert not RuntimeDir("dead").connection_file.exists()
 
 
-def test_an_interrupt_of_the_notebooks_process_group_spares_the_workers(
+def test_an_interrupt_of_the_notebooks_process_group_keeps_the_workers(
     runtime_dir: Path,
 ) -> None:
     code = """
@@ -172,7 +172,7 @@ print("usable")
     assert done.stdout.split() == ["interrupted", "usable"], done.stderr
 
 
-def test_workers_that_can_not_start_say_why(
+def test_workers_that_cannot_start_raise_with_the_reason(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CPKIT_MEMORY_LIMIT_BYTES", "a lot")
@@ -195,7 +195,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_script_starts_shows_and_stops(runtime_dir: Path) -> None:
+def test_the_script_starts_shows_and_stops_workers(runtime_dir: Path) -> None:
     started = script("--name", "shell", "--nproc", "2")
     assert started.returncode == 0, started.stderr
     assert "2 workers 'shell' are ready" in started.stdout
@@ -210,10 +210,10 @@ def test_the_script_starts_shows_and_stops(runtime_dir: Path) -> None:
         assert lab.status().log_dir in shown.stdout
     log = script("logs", "--name", "shell", "--lines", "5")
     assert "ready: 2 ranks" in log.stdout
-    place = RuntimeDir("shell")
-    place.connection_file.chmod(0o644)
+    connection_file = RuntimeDir("shell").connection_file
+    connection_file.chmod(0o644)
     assert "chmod 600" in script("status", "--name", "shell").stderr
-    place.connection_file.chmod(0o600)
+    connection_file.chmod(0o600)
     stopped = script("stop", "--name", "shell")
     assert stopped.returncode == 0, stopped.stderr
     assert "are stopped" in stopped.stdout
@@ -221,13 +221,13 @@ def test_the_script_starts_shows_and_stops(runtime_dir: Path) -> None:
     assert "were not running" in script("stop", "--name", "shell").stdout
 
 
-def test_a_dead_rank_is_started_again_when_that_was_asked_for(runtime_dir: Path) -> None:
+def test_max_restarts_restarts_the_ranks_after_a_death(runtime_dir: Path) -> None:
     started = script("--name", "restarted", "--nproc", "2", "--max-restarts", "1")
     assert started.returncode == 0, started.stderr
     with cpkit.connect("restarted", launch=False) as lab:
         first = pids(lab)
         os.kill(first[1], signal.SIGKILL)
-        until(lambda: gone(first[0]), why="torchrun to end the other rank")
+        until(lambda: has_ended(first[0]), why="torchrun to end the other rank")
     with cpkit.connect("restarted", launch=False) as lab:
         assert not set(first) & set(pids(lab))
         assert lab.gather([64], 2).verified
@@ -237,7 +237,7 @@ def test_a_dead_rank_is_started_again_when_that_was_asked_for(runtime_dir: Path)
 @pytest.mark.parametrize(
     "arguments", ["--help", "start --help", "status --help", "logs --help", "stop -h"]
 )
-def test_help_on_everything(arguments: str) -> None:
+def test_every_command_has_help(arguments: str) -> None:
     shown = script(*arguments.split())
     assert shown.returncode == 0
     assert "--name" in shown.stdout
@@ -256,20 +256,20 @@ def test_help_on_everything(arguments: str) -> None:
         (("--speed", "11"), "unrecognized"),
     ],
 )
-def test_the_script_refuses_in_words(arguments: tuple[str, ...], words: str) -> None:
+def test_the_script_rejects_bad_arguments(arguments: tuple[str, ...], words: str) -> None:
     refused = script(*arguments)
     assert refused.returncode in (1, 2)
     assert words in refused.stderr
 
 
-def test_doctor_tells_what_this_machine_can_do() -> None:
+def test_doctor_lists_what_this_machine_can_do() -> None:
     command = [sys.executable, "-m", "cpkit", "doctor"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for subject in ("python", "torch", "cores", "shared memory", "collectives", "GPUs"):
         assert subject in done.stdout
 
 
-def test_sets_of_workers_live_side_by_side_and_one_may_serve_tcp(runtime_dir: Path) -> None:
+def test_two_sets_of_workers_run_side_by_side_one_over_tcp(runtime_dir: Path) -> None:
     started = script("--name", "network", "--nproc", "1", "--interface", "127.0.0.1")
     assert started.returncode == 0, started.stderr
     one = cpkit.connect("one", nproc=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +12,7 @@ import pytest
 
 import cpkit
 from cpkit.control import launcher
-from cpkit.control.messages import Measure, Put, PutResult
+from cpkit.control.messages import Put, PutResult
 from cpkit.lab import Lab
 from tests.helpers.processes import until
 
@@ -74,13 +76,17 @@ def test_many_threads_may_ask_at_once(lab: Lab) -> None:
 
 
 def test_a_notebook_that_vanishes_does_not_keep_the_workers_busy(lab: Lab) -> None:
-    client = launcher.require(lab.name)
-    stream = client.stream(Measure(lab.workload([256], 4)))
-    next(stream)
-    client._closing = True  # the socket goes without a word, as with a killed kernel
-    client._outbox.clear()
-    client._bell.ring()
-    client._thread.join()
+    code = f"""
+import cpkit, time
+samples = cpkit.connect({lab.name!r}, launch=False).measure([256], 4)
+next(samples)
+print("measuring", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as notebook:
+        assert notebook.stdout
+        assert notebook.stdout.readline() == b"measuring\n"
+        notebook.kill()
     until(lambda: lab.status().state == "idle", why="the server to notice the client is gone")
 
 
