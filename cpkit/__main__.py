@@ -24,7 +24,7 @@ _NOT_RUNNING = 3  # exit code of `status`, as of init scripts
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command, and return its exit code."""
     options, rest = _parser().parse_known_args(arguments)
     if rest and options.command != "lab":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, _: list[str]) -> int:
-    """Start workers that stay until they are stopped, or until --owner ends."""
+    """Start workers that run until they are stopped, or until the process in --owner ends."""
     settings = Launch(
         name=options.name,
         nproc=options.nproc,
@@ -60,12 +60,12 @@ def start(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def status(options: argparse.Namespace, _: list[str]) -> int:
-    """Print what the workers are; exit code 3 when there are none."""
+    """Print the state of the workers; the exit code is 3 when none are running."""
     client = launcher.attach(options.name)
     if client is None:
         others = [name for name in launcher.names() if name != options.name]
         hint = f" Running: {', '.join(others)}." if others else ""
-        print(f"no workers named {options.name!r} run on this machine.{hint}")
+        print(f"no workers named {options.name!r} are running on this machine.{hint}")
         return _NOT_RUNNING
     from cpkit.lab import Lab
 
@@ -75,7 +75,7 @@ def status(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def logs(options: argparse.Namespace, _: list[str]) -> int:
-    """Print the end of the agent's and the ranks' logs."""
+    """Print the last lines of the logs of the agent and the ranks."""
     files = launcher.log_files(options.name)
     if not files:
         print(f"there are no logs of workers named {options.name!r}", file=sys.stderr)
@@ -92,14 +92,14 @@ def logs(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def stop(options: argparse.Namespace, _: list[str]) -> int:
-    """End the workers, and return when they are gone."""
+    """Stop the workers, and return when they have ended."""
     stopped = launcher.stop(options.name)
     print(f"workers {options.name!r} {'are stopped' if stopped else 'were not running'}")
     return 0
 
 
 def doctor(_: argparse.Namespace, __: list[str]) -> int:
-    """Print what this machine can do, and why not more."""
+    """Print what this machine supports, what is missing, and what to do about it."""
     from cpkit.doctor import report
 
     print(report())
@@ -107,16 +107,18 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 
 
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
-    """Start workers, open JupyterLab on the first notebook, and end both together."""
+    """Start workers and open JupyterLab on the first notebook; both stop together."""
     for message in workspace.refresh():
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
     command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
     jupyter = subprocess.Popen(
-        tied(command, signal.SIGTERM),  # at which JupyterLab ends its kernels
+        tied(command, signal.SIGTERM),  # JupyterLab stops its kernels on SIGTERM
         env=_lab_environment(options.name),
     )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab gets it as well, and asks
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # JupyterLab receives it too, and asks for confirmation
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
     code = jupyter.wait()
     connection = launcher.running(options.name)
@@ -126,7 +128,7 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _workers_for_lab(options: argparse.Namespace) -> str:
-    """Attach to the workers of this name, or start some that end with us; what to tell the user."""
+    """Attach to these workers, or start some that this process owns; return a message."""
     name = options.name
     client = launcher.attach(name, options.nproc, options.device)
     if client is None:
@@ -140,14 +142,15 @@ def _workers_for_lab(options: argparse.Namespace) -> str:
         return _start(settings)
     with client:
         return (
-            f"workers {name!r} run already and will be used: {describe(client.connection)}.\n"
-            f"To end them: ./launch_workers.sh stop --name {name}. "
-            f"For workers of its own: make lab NAME=another-name"
+            f"workers {name!r} are already running and will be used: "
+            f"{describe(client.connection)}.\n"
+            f"To stop them: ./launch_workers.sh stop --name {name}. "
+            f"To start separate workers: make lab NAME=another-name"
         )
 
 
 def _lab_options() -> list[str]:
-    """Show the first notebook, and run as root too, which is who one is in most containers."""
+    """Return options that open the first notebook, and allow root, as containers need."""
     folder = workspace.WORKSPACE
     options = [
         f"--ServerApp.root_dir={folder.parent}",
@@ -157,14 +160,17 @@ def _lab_options() -> list[str]:
 
 
 def _lab_environment(name: str) -> dict[str, str]:
-    """The name for `cpkit.connect()`, and JupyterLab's defaults after the user's own."""
+    """Return an environment with the workers' name and cpkit's JupyterLab defaults.
+
+    The user's own JupyterLab settings have priority.
+    """
     own = os.environ.get("JUPYTER_CONFIG_PATH", "")
     path = os.pathsep.join(filter(None, [own, str(workspace.JUPYTER_DEFAULTS)]))
     return {**os.environ, "CPKIT_NAME": name, "JUPYTER_CONFIG_PATH": path}
 
 
 def _start(settings: Launch) -> str:
-    """Start workers and wait until they are ready; what to tell the user."""
+    """Start workers, wait until they are ready, and return a message for the user."""
     began = time.monotonic()
     launcher.wait_until_ready(launcher.start(settings), settings)
     took_s = time.monotonic() - began
@@ -179,7 +185,7 @@ def _start(settings: Launch) -> str:
 
 
 def _where(name: str) -> str:
-    """The device that the agent chose, and what sharing it means."""
+    """Return the device that the agent chose, and the effect of sharing it."""
     with launcher.require(name) as client:
         told = client.call(Status(), StatusResult)
     return f"on {told.device} ({told.symmetric_backend})"
@@ -189,7 +195,9 @@ def _owner(pid: int | None) -> ProcessId | None:
     try:
         return process_id(pid) if pid is not None else None
     except ProcessLookupError:
-        raise ValueError(f"--owner is {pid}, and there is no such process") from None
+        raise ValueError(
+            f"--owner is {pid}, which is not a running process; pass the pid of one"
+        ) from None
 
 
 _COMMANDS = {
@@ -204,7 +212,8 @@ _COMMANDS = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cpkit", description="Workers that gather a KV cache."
+        prog="python -m cpkit",
+        description="Start, inspect and stop the workers that gather a KV cache.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
@@ -213,38 +222,67 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name in ("start", "status", "logs", "stop", "lab"):
         parsers[name].add_argument(
-            "--name", default="default", help="which set of workers (default)"
+            "--name", default="default", help="name of the set of workers (default: default)"
         )
     for name in ("start", "lab"):
         _add_size(parsers[name])
     parsers["start"].set_defaults(nproc=Launch().nproc)
     _add_start(parsers["start"])
-    parsers["logs"].add_argument("--lines", type=int, default=40, help="of each log (40)")
-    parsers["logs"].add_argument("--follow", action="store_true", help="go on until interrupted")
+    parsers["logs"].add_argument(
+        "--lines", type=int, default=40, help="lines to show of each log (default: 40)"
+    )
+    parsers["logs"].add_argument(
+        "--follow", action="store_true", help="show new lines until interrupted"
+    )
     parsers[
         "lab"
-    ].epilog = "Other arguments go to JupyterLab, for example --port 8889 --no-browser."
+    ].epilog = "Other arguments are passed to JupyterLab, for example --port 8889 --no-browser."
     return parser
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc", type=int, help="ranks on this machine (4)")
+    parser.add_argument("--nproc", type=int, help="ranks on this machine (default: 4)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--share-gpu",
         action="store_true",
-        help="all ranks on the first GPU, with an MPS daemon (automatic when ranks outnumber GPUs)",
+        help="all ranks on the first GPU, with MPS (automatic if there are more ranks than GPUs)",
     )
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--nnodes", type=int, default=1, help="machines in the job (1)")
-    add("--node-rank", type=int, default=0, help="which of them this is; 0 serves the socket (0)")
-    add("--rdzv-endpoint", default="", metavar="HOST:PORT", help="of node 0, the same on all nodes")
-    add("--interface", default="", help="serve TCP here, by name or address (a private ipc socket)")
-    add("--max-restarts", type=int, default=0, help="start ranks again that died, so often (0)")
-    add("--owner", type=int, metavar="PID", help="end when this process does (stay until stopped)")
+    add("--nnodes", type=int, default=1, help="machines in the job (default: 1)")
+    add(
+        "--node-rank",
+        type=int,
+        default=0,
+        help="index of this machine; 0 serves the control socket (default: 0)",
+    )
+    add(
+        "--rdzv-endpoint",
+        default="",
+        metavar="HOST:PORT",
+        help="address of node 0, the same on all nodes",
+    )
+    add(
+        "--interface",
+        default="",
+        help="serve TCP on this interface or address (default: a private ipc socket)",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="restart the ranks after a failure, at most N times (default: 0)",
+        metavar="N",
+    )
+    add(
+        "--owner",
+        type=int,
+        metavar="PID",
+        help="stop when this process ends (default: run until stopped)",
+    )
     add("--foreground", action="store_true", help="stay in this terminal, for srun or a container")
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from cpkit import settings
 from cpkit.control import mps
 from cpkit.control.launcher import names
 from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.devices import loaded_nccl_version
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
-from cpkit.settings import SETTINGS, shm_dir
+from cpkit.settings import shm_dir
 from cpkit.sync.shm import free_bytes
 
 _PACKAGES = (
@@ -89,10 +90,11 @@ def _packages() -> Iterator[Check]:
 
 
 def _settings() -> Iterator[Check]:
-    for setting in SETTINGS:
-        chosen = os.environ.get(setting.name)
-        found = f"default: {setting.default.replace('`', '')}" if chosen is None else repr(chosen)
-        yield Check(setting.name, f"{found} ({setting.meaning.replace('`', '')})")
+    for setting in settings.SETTINGS:
+        value = settings.chosen(setting)
+        found = f"default: {setting.default.replace('`', '')}" if value is None else repr(value)
+        meaning = setting.meaning.replace("`", "")
+        yield Check(setting.name, f"{found} ({meaning})", settings.problem_of(setting))
 
 
 def _limits() -> Check:

@@ -25,7 +25,6 @@ from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, ordinary_all_gather
 from cpkit.sync.exchange import StoreExchange
-from cpkit.sync.shm import check_shm_dir
 
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
@@ -227,7 +226,9 @@ def _hosts_and_gpus(exchange: StoreExchange) -> tuple[list[str], list[str]]:
     """Return each rank's machine and GPU. Raises ValueError on every rank for a bad setting."""
     states: list[bytes] = []
     with Agreement(lambda m: exchange.exchange(m, "find each other"), settle=states.extend) as call:
-        check_shm_dir()
+        settings.check_shm_dir()
+        settings.deadline_s()
+        settings.nccl_is_forced()
         call.must_match(Signature("find the ranks of this job"))
         call.state = msgspec.msgpack.encode([host_id(), gpu_id()])
     found = [msgspec.msgpack.decode(state, type=tuple[str, str]) for state in states]

@@ -1,4 +1,4 @@
-"""Which process is meant: a pid alone is reused, a pid with its start time is not."""
+"""Identify a process by its pid and its start time, because a pid alone is reused."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _HAS_PROC = Path("/proc/self/stat").exists()
 
 
 class ProcessId(NamedTuple):
-    """A process for as long as the machine is up.
+    """The identity of a process, unique until the machine restarts.
 
-    `start_ticks` counts from the boot where the system tells so: unlike a time of day, it stays
-    the same when somebody sets the clock.
+    On Linux, `start_ticks` counts from the boot, so that a change of the system clock does not
+    change it.
     """
 
     pid: int
     start_ticks: int
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs; a zombie does not."""
+        """Return True while this process runs; False for a zombie or a reused pid."""
         return _start_ticks(self.pid) == self.start_ticks
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process without Python's own tear-down, which takes half a CPU second with torch.
+    """End this process without Python's shutdown, which takes half a CPU second with torch.
 
-    Only for a process that has closed what others can see: sockets, files, locks.
+    Call it only after sockets, files and locks that other processes can see are closed.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -40,7 +40,7 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def process_id(pid: int | None = None) -> ProcessId:
-    """The identity of a running process (default: this one). Raises ProcessLookupError."""
+    """Return the identity of a running process (default: this one). Raises ProcessLookupError."""
     pid = os.getpid() if pid is None else pid
     ticks = _start_ticks(pid)
     if ticks is None:
@@ -49,10 +49,10 @@ def process_id(pid: int | None = None) -> ProcessId:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process started; None when it does not run."""
+    """Return the start time of a process; None when it does not run."""
     try:
         if _HAS_PROC:
-            # "pid (name) state …": the name may hold blanks and brackets, so count from its end.
+            # "pid (name) state …": the name may contain spaces and parentheses, so split after it.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             return int(fields[19]) if fields[0] not in "ZX" else None
         process = psutil.Process(pid)

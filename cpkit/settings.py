@@ -59,6 +59,28 @@ SETTINGS = (
 LAUNCH, AGENT, DEVICE, GPU_NOTE = "CPKIT_LAUNCH", "CPKIT_AGENT", "CPKIT_DEVICE", "CPKIT_GPU_NOTE"
 
 
+def problem_of(setting: Setting) -> str:
+    """Return why the value of a variable can't be used; empty when it can."""
+    checks = {
+        "CPKIT_DEADLINE_S": deadline_s,
+        "CPKIT_SYMM_PREALLOC_GB": symm_prealloc_bytes,
+        "CPKIT_SHM_DIR": check_shm_dir,
+        "CPKIT_MEMORY_LIMIT_BYTES": memory_limit_bytes,
+        "CPKIT_NCCL": nccl_is_forced,
+        "CPKIT_STATIC": figures_are_static,
+    }
+    try:
+        checks.get(setting.name, str)()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def chosen(setting: Setting) -> str | None:
+    """Return the value that a variable has now; None when it is not set."""
+    return os.environ.get(setting.name)
+
+
 def workers_name() -> str:
     """Return the set of workers that "default" stands for."""
     return os.environ.get("CPKIT_NAME") or "default"
@@ -106,8 +128,16 @@ def shm_dir() -> Path:
     return shared if shared.is_dir() else Path(tempfile.gettempdir())
 
 
+def check_shm_dir() -> None:
+    """Check that segments can be made in `shm_dir()`. Raises ValueError."""
+    if not shm_dir().is_dir():
+        raise ValueError(
+            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
+        )
+
+
 def memory_limit_bytes() -> int | None:
-    """Return the memory that one request may use; None without a limit. Raises ValueError."""
+    """Return the memory that one request may use; None for the default. Raises ValueError."""
     chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
     if not chosen:
         return None

@@ -1,7 +1,7 @@
-"""The agent: torchrun in a process of its own session, which tidies up and says who died of what.
+"""The agent: run torchrun in its own session, remove its files, and report why a rank died.
 
-It holds the lock of its name for as long as it lives. `python -m cpkit.control.agent <settings>` is
-started by `cpkit.control.launcher`.
+The agent holds the lock of its name while it runs. `cpkit.control.launcher` starts it as
+`python -m cpkit.control.agent OPTIONS`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _log = logging.getLogger("cpkit.agent")
 
 
 def main(arguments: list[str]) -> int:
-    """Run one set of workers to its end; the exit code."""
+    """Run one set of workers until it ends, and return the exit code."""
     launch = from_json(arguments[0])
     place = RuntimeDir(launch.place_name)
     try:
@@ -57,11 +57,11 @@ def main(arguments: list[str]) -> int:
     except NameTaken as taken:
         _log.error("%s", taken)
         return NAME_TAKEN_CODE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun has its own handlers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun installs its handlers
     _start_afresh(place)
     if launch.owner:
         threading.Thread(target=_end_with, args=(launch.owner,), daemon=True).start()
-    report = PostMortem((), "the agent ended before the workers were there")
+    report = PostMortem((), "the agent ended before it started the workers")
     socket_dir = _make_socket_dir()
     try:
         _introduce(lock, socket_dir)
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         return BAD_SETTINGS_CODE
     finally:
         remove_socket_dir(socket_dir)
-        if place.directory.exists():  # somebody may have removed it under us
+        if place.directory.exists():  # it may have been removed meanwhile
             write_private(place.post_mortem_file, report)
             place.clean()
         _reap_segments()
@@ -82,23 +82,23 @@ def main(arguments: list[str]) -> int:
 
 
 def _end_with(owner: ProcessId) -> None:
-    """End this process like a SIGTERM from outside when the owner is gone.
+    """Send this process SIGTERM when the owner has ended.
 
-    The ranks watch the owner too, but it may be gone before there are ranks. PR_SET_PDEATHSIG will
-    not do here: it fires when the owner's *thread* that called `connect` ends.
+    The ranks watch the owner too, but it may end before they start. PR_SET_PDEATHSIG does not work
+    here, because it fires when the owner's *thread* that called `connect` ends.
     """
     while owner.is_alive():
         time.sleep(_PERIOD_S)
-    _log.warning("leaving: the owner, process %d, is gone", owner.pid)
+    _log.warning("stopping: the owner, process %d, has ended", owner.pid)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
-    """What `torchrun` would be called with."""
+    """Return the command-line arguments for torchrun."""
     if launch.nnodes == 1:
-        meeting = ["--standalone", "--local-addr=127.0.0.1"]
+        rendezvous = ["--standalone", "--local-addr=127.0.0.1"]
     else:
-        meeting = [
+        rendezvous = [
             "--rdzv-backend=static",
             f"--nnodes={launch.nnodes}",
             f"--node-rank={launch.node_rank}",
@@ -106,7 +106,7 @@ def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
             f"--rdzv-id={launch.name}",
         ]
     return [
-        *meeting,
+        *rendezvous,
         f"--nproc-per-node={launch.nproc}",
         f"--max-restarts={launch.max_restarts}",
         "--monitor-interval=0.05",
@@ -118,7 +118,7 @@ def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
 
 
 def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
-    """torchrun, from start to end, with the reason of its end."""
+    """Run torchrun until it ends, and return why it ended."""
     place.set_startup_phase("agent", "importing torch")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -137,14 +137,14 @@ def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
         return _post_mortem(failed, place)
     except SignalException as signalled:
         if launch.owner and not launch.owner.is_alive():
-            return PostMortem((), f"their owner, process {launch.owner.pid}, is gone")
-        return PostMortem((), f"the workers were ended by {signalled.sigval.name} to their agent")
-    return PostMortem((), "the workers were told to end, or their owner is gone")
+            return PostMortem((), f"their owner, process {launch.owner.pid}, has ended")
+        return PostMortem((), f"their agent received {signalled.sigval.name}")
+    return PostMortem((), "the workers were asked to stop, or their owner has ended")
 
 
 @contextlib.contextmanager
 def _device(launch: Launch, directory: Path) -> Iterator[None]:
-    """Choose the ranks' device, and run an MPS daemon where they share a GPU."""
+    """Choose the device of the ranks, and run an MPS daemon if they share a GPU."""
     gpus = 0 if launch.device == "cpu" else gpu_count()
     device, why = choose_device(launch, gpus)
     _log.warning("%s", why)
@@ -159,10 +159,10 @@ def _device(launch: Launch, directory: Path) -> Iterator[None]:
 
 
 def _prepare_environment(launch: Launch) -> None:
-    """What the ranks inherit. A user's own settings win."""
+    """Set environment variables for the ranks; values set by the user have priority."""
     threads = max(1, (os.cpu_count() or 1) // launch.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # Ranks that are started again must not find the addresses of the dead ones in a shared store.
+    # Restarted ranks must not read the addresses of dead ranks from a shared store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     interface = launch.interface or (loopback() if launch.nnodes == 1 else "")
     if interface and not interface[0].isdigit():
@@ -170,7 +170,7 @@ def _prepare_environment(launch: Launch) -> None:
 
 
 def _start_afresh(place: RuntimeDir) -> None:
-    """Remove what a killed agent left; keep the last logs beside the new ones."""
+    """Remove the files of a killed agent; keep the previous logs beside the new ones."""
     if place.agent_log.exists():
         os.truncate(place.agent_log, 0)
     place.clean()
@@ -183,7 +183,7 @@ def _start_afresh(place: RuntimeDir) -> None:
 
 
 def _reap_segments() -> None:
-    """Ranks that were killed while the pool grew could not remove their files."""
+    """Remove segments of ranks that were killed before they could unlink them."""
     from cpkit.sync.shm import reap_dead_files
 
     with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ def _reap_segments() -> None:
 
 
 def _make_socket_dir() -> str:
-    """A fresh private directory whose path is short enough for a socket."""
+    """Make a private directory whose path is short enough for a socket."""
     for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
         room = zmq.IPC_PATH_MAX_LEN - len(parent) - len(f"/{SOCKET_DIR_PREFIX}12345678/control")
         if room > 0:
@@ -214,7 +214,7 @@ def _post_mortem(failed: ChildFailedError, place: RuntimeDir) -> PostMortem:
 
 
 def _was_consequence(death: Death) -> bool:
-    """A rank that lost a peer ends by SIGTERM or with an exit code; a killed one is the cause."""
+    """Return True for a rank that ended because it lost a peer: by SIGTERM or an exit code."""
     return death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
 
 

@@ -1,4 +1,4 @@
-"""Which kind of device a set of workers runs on, decided by the agent before there are ranks."""
+"""Choose the device of a set of workers. The agent does it before it starts the ranks."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from cpkit.control.launch_options import Launch
 
 
 def gpu_count() -> int:
-    """GPUs that torch sees. Does not touch them: their driver is asked."""
+    """Return the number of GPUs that torch sees, without creating a CUDA context."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def choose_device(launch: Launch, gpus: int) -> tuple[Literal["cpu", "cuda"], str]:
-    """The device of all ranks, and a line that says why. Raises ValueError for what can't be.
+    """Return the device of all ranks, and the reason in one line.
 
-    `auto` takes CUDA where there is a GPU. Ranks that outnumber the GPUs share them.
+    `auto` chooses CUDA if there is a GPU. If there are more ranks than GPUs, the ranks share them.
+    Raises ValueError for a device that this machine does not have.
     """
     if launch.device == "cpu":
-        return "cpu", "ranks run on the CPU, as asked"
+        return "cpu", "ranks run on the CPU, as requested"
     if not gpus:
         if launch.device == "cuda":
-            raise ValueError("--device is cuda, and torch sees no GPU here; use --device cpu")
+            raise ValueError("--device is cuda, but torch sees no GPU here; use --device cpu")
         if launch.share_gpu:
-            raise ValueError("--share-gpu needs a GPU, and torch sees none here; leave it out")
+            raise ValueError("--share-gpu needs a GPU, but torch sees none here; leave it out")
         return "cpu", "ranks run on the CPU: torch sees no GPU here"
     if launch.nproc > gpus or launch.share_gpu:
         used = 1 if launch.share_gpu else gpus
         return "cuda", (
-            f"{launch.nproc} ranks share {used} GPU(s): their times are those of one crowded "
-            f"memory, not of a link between GPUs"
+            f"{launch.nproc} ranks share {used} GPU(s): timings measure one shared memory, "
+            f"not a link between GPUs"
         )
-    return "cuda", f"{launch.nproc} ranks, each with a GPU of its own"
+    return "cuda", f"{launch.nproc} ranks, one GPU per rank"
 
 
 def is_shared(launch: Launch, gpus: int) -> bool:
-    """Whether two ranks of this machine will have the same GPU."""
+    """Return True when at least two ranks of this machine use the same GPU."""
     return launch.share_gpu or launch.nproc > gpus

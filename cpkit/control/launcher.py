@@ -1,4 +1,4 @@
-"""Starting, finding and ending sets of workers. Needs no torch: the agent does the heavy part."""
+"""Start, find and stop sets of workers. Imports no torch: only the agent and the ranks do."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from cpkit.control.origin import describe, describe_place
 from cpkit.control.runtime_dir import NAME_TAKEN_CODE, Connection, NameTaken, RuntimeDir
 from cpkit.processes import ProcessId, process_id
 
-READY_S = 90.0  # without a step forward of any process
-_ENDING_S = 20.0  # torchrun gives its ranks 5 s of it
+READY_S = 90.0  # without progress of any process
+_ENDING_S = 20.0  # torchrun uses 5 s of it to end its ranks
 _LEAVING_S = 5.0
 _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
 
 
 def running(name: str) -> Connection | None:
-    """The connection of the living workers of this name; None when there are none.
+    """Return the connection of the running workers of this name; None when there are none.
 
-    Waits for workers that are still starting, and for those that are ending; cleans up after dead
-    ones, with a word. Raises ControlError when the connection file is not to be trusted.
+    Waits while workers start or end. Removes the files of dead workers and logs a warning. Raises
+    ControlError when the connection file is not safe to use, NoAnswer when a start or an end
+    takes too long.
     """
     place = RuntimeDir(name)
     patience = _Patience(place)
@@ -46,7 +47,7 @@ def running(name: str) -> Connection | None:
         except Unreadable as error:
             if is_held:
                 raise
-            _log.warning("removed a file of workers that are dead: %s", error)
+            _log.warning("removed a file of dead workers: %s", error)
             place.clean()
             return None
         if (
@@ -66,7 +67,7 @@ def running(name: str) -> Connection | None:
 
 
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
-    """A client of the living workers of this name, which have answered; None without any.
+    """Return a client of the running workers of this name, after they answered; None without any.
 
     Raises OtherWorkers when `nproc` or `device` is given and the workers differ from it.
     """
@@ -83,10 +84,10 @@ def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client 
 
 
 def start(launch: Launch) -> subprocess.Popen[bytes]:
-    """Start an agent in its own session, and return at once.
+    """Start an agent in its own session, and return immediately.
 
-    It gets no signal of ours, so an interrupt of the notebook does not end the workers. Raises
-    ValueError for bad settings, NameTaken when workers of this name run.
+    Signals to this process do not reach it, so an interrupt of the notebook does not stop the
+    workers. Raises ValueError for bad options, NameTaken when workers of this name are running.
     """
     launch.check()
     place = RuntimeDir(launch.place_name)
@@ -105,15 +106,15 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
 
 
 def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
-    """Return when the workers can be asked. Raises NameTaken, or ControlError with what went wrong.
+    """Return when the workers accept requests. Raises NameTaken, or ControlError with the cause.
 
-    On a node without rank 0 it returns as soon as the agent has taken its name. Whatever else ends
-    the wait, an interrupt included, ends the agent and its ranks first.
+    On a node without rank 0 it returns as soon as the agent holds its name. If the wait ends in an
+    exception, an interrupt included, the agent and its ranks are ended first.
     """
     try:
         _wait_until_ready(agent, launch)
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the agent has already ended
             _end(process_id(agent.pid))
         agent.wait(_ENDING_S)
         raise
@@ -131,13 +132,13 @@ def _wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
         if holder and holder.process.pid == agent.pid and is_ready:
             return
         time.sleep(_PERIOD_S)
-    raise NoAnswer(f"the workers did not start and were ended: {patience.words()}")
+    raise NoAnswer(f"the workers did not start and were stopped: {patience.words()}")
 
 
 def stop(name: str) -> bool:
-    """End the workers of this name and wait until they are gone; False when there were none.
+    """Stop the workers of this name and wait until they have ended; False when there were none.
 
-    Asks through the agent, by its pid and start time; kills the agent if that does not help.
+    Sends SIGTERM to the agent, identified by pid and start time, and SIGKILL after a timeout.
     """
     place = RuntimeDir(name)
     if not place.is_locked():
@@ -148,23 +149,24 @@ def stop(name: str) -> bool:
     agent = place.agent()
     if agent:
         _end(agent.process)
-    # The threads of a process that is a zombie already may hold its files for a moment.
+    # The threads of a zombie process may hold its files a little longer.
     if not wait_for(lambda: not place.is_locked(), _LEAVING_S):
         raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
     return True
 
 
 def _end(agent: ProcessId) -> None:
-    """End an agent and its ranks, by SIGTERM and then by SIGKILL; returns when they are gone.
+    """End an agent and its ranks, with SIGTERM and then SIGKILL, and wait until they have ended.
 
-    A killed agent can't end its ranks. They notice, unless they hang; so they are killed too.
+    A killed agent can't end its ranks. The watchdog of a rank does, unless the rank hangs, so the
+    ranks that remain are killed too.
     """
     ranks: set[psutil.Process] = set()
-    for order in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             ranks |= set(psutil.Process(agent.pid).children()) if agent.is_alive() else set()
             if agent.is_alive():
-                os.kill(agent.pid, order)
+                os.kill(agent.pid, number)
         if wait_for(lambda: not agent.is_alive(), _ENDING_S):
             break
     _, alive = psutil.wait_procs(ranks, timeout=_LEAVING_S)
@@ -174,12 +176,14 @@ def _end(agent: ProcessId) -> None:
 
 
 def shut_down(client: Client) -> None:
-    """Ask the workers over the socket to end, and wait until they are gone."""
+    """Send the workers a shutdown request, and wait until they have ended."""
     place = RuntimeDir(client.connection.name)
     try:
         client.call(Shutdown(), Done)
     except ControlError:
-        _log.warning("the workers did not take the order to end; ending their agent instead")
+        _log.warning(
+            "the workers did not accept the shutdown request; stopping their agent instead"
+        )
     if client.connection.host == socket.gethostname():
         wait_for(lambda: not place.is_locked(), _ENDING_S)
         if place.agent() and place.is_locked():
@@ -187,35 +191,35 @@ def shut_down(client: Client) -> None:
 
 
 def names() -> list[str]:
-    """Names under which workers run on this machine."""
+    """Return the names of all sets of workers that run on this machine."""
     root = RuntimeDir("default").directory.parent
     found = sorted(path.parent.name for path in root.glob("*/lock")) if root.exists() else []
     return [name for name in found if RuntimeDir(name).is_locked()]
 
 
 def log_files(name: str) -> list[Path]:
-    """The agent's log and those of the ranks' last attempt, which may be empty."""
+    """Return the log files of the agent and of the ranks; a file may be empty."""
     place = RuntimeDir(name)
     ranks = sorted(place.log_dir.glob("*/attempt_*/*/stderr.log"))
     return [path for path in (place.agent_log, *ranks) if path.exists()]
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition came true in time."""
-    give_up = time.monotonic() + timeout_s
+    """Wait for a condition; return False on timeout."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        if time.monotonic() > give_up:
+        if time.monotonic() > deadline:
             return False
         time.sleep(_PERIOD_S)
     return True
 
 
 def require(name: str, nproc: int | None = None, device: str = "auto") -> Client:
-    """What `attach` returns. Raises NoWorkers when there are no living workers of this name."""
+    """Return what `attach` returns. Raises NoWorkers when no workers of this name are running."""
     client = attach(name, nproc, device)
     if client is None:
         raise NoWorkers(
-            f"no workers named {name!r} run on this machine: start them with "
+            f"no workers named {name!r} are running on this machine: start them with "
             f"`./launch_workers.sh --name {name}`, or let cpkit.connect(launch=True) do it"
         )
     return client
@@ -224,7 +228,7 @@ def require(name: str, nproc: int | None = None, device: str = "auto") -> Client
 def _check_as_asked(
     connection: Connection, running: StatusResult, nproc: int | None, device: str
 ) -> None:
-    """Raise OtherWorkers for workers of another number of ranks or on another kind of device."""
+    """Raise OtherWorkers when the number of ranks or the device differs from the request."""
     asked: dict[str, object] = {}
     if nproc is not None and nproc != running.world_size:
         asked["nproc"] = nproc
@@ -243,37 +247,37 @@ def _check_as_asked(
 
 
 class _Patience:
-    """A deadline that each step of a start renews: slow is not stuck."""
+    """A deadline that each startup step renews, so that a slow start does not time out."""
 
     def __init__(self, place: RuntimeDir) -> None:
         self._place = place
         self._steps: dict[str, str] | None = None
-        self._give_up = 0.0
+        self._deadline = 0.0
 
     def is_over(self) -> bool:
-        """Whether no process has made a step forward for READY_S."""
+        """Return True when no process has made progress for READY_S."""
         steps = self._place.startup_phases()
         if steps != self._steps:
-            self._steps, self._give_up = steps, time.monotonic() + READY_S
-        return time.monotonic() > self._give_up
+            self._steps, self._deadline = steps, time.monotonic() + READY_S
+        return time.monotonic() > self._deadline
 
     def words(self) -> str:
-        """What was waited for, and where to read more."""
+        """Describe the last step of each process, and name the log files."""
         steps = ", ".join(f"{process}: {step}" for process, step in (self._steps or {}).items())
         return (
-            f"no step forward within {READY_S:g} s ({steps or 'no process has begun'}); "
+            f"no progress within {READY_S:g} s ({steps or 'no process has started'}); "
             f"see {self._place.agent_log} and {self._place.log_dir}"
         )
 
 
 def _is_ending(connection: Connection) -> bool:
-    """The owner is gone, or a rank died: the rest will follow in a moment."""
+    """Return True while the remaining workers shut down: the owner or a rank has ended."""
     owner_is_gone = connection.owner is not None and not connection.owner.is_alive()
     return owner_is_gone or bool(dead_workers(connection))
 
 
 def _is_stale(connection: Connection, is_held: bool) -> bool:
-    """A private socket of a host that has another name now: nobody can be there any more."""
+    """Return True for a private socket without an agent, left from before the host was renamed."""
     return connection.endpoint.startswith("ipc:") and not is_held
 
 
@@ -289,14 +293,14 @@ def _clean_up_after(place: RuntimeDir, connection: Connection) -> None:
 def _of_another_host(connection: Connection) -> Connection:
     if connection.endpoint.startswith("ipc:"):
         raise ControlError(
-            f"the workers {connection.name!r} run on {connection.host} and listen there only: "
-            f"start them with --interface to reach them from here, or choose another name"
+            f"the workers {connection.name!r} run on {connection.host} and accept no connections "
+            f"from here: start them with --interface, or choose another name"
         )
     return connection
 
 
 def _environment() -> dict[str, str]:
-    """Ours, so that the agent finds the same runtime directory and the same cpkit."""
+    """Return this process's environment, with this cpkit first on PYTHONPATH."""
     home = str(Path(__file__).parents[2])
     paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,8 +1,8 @@
-"""NVIDIA's MPS daemon, as an ordinary process with its files in a directory of ours.
+"""Run NVIDIA's MPS daemon as an ordinary process, with its files in the agent's directory.
 
-Ranks that share a GPU take turns on it, a few milliseconds each, unless they are clients of one MPS
-daemon: then their kernels run side by side, and a barrier between them takes microseconds. Nothing
-of the GPU's settings is touched, and a daemon that the user runs already is left alone.
+Without MPS, the GPU time-slices the ranks that share it, a few milliseconds per slice. As clients
+of one MPS daemon their kernels run at the same time, and a barrier between them takes microseconds.
+The GPU's settings do not change. If the user already runs a daemon, it is used and not stopped.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from pathlib import Path
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_QUIT_S = 5.0  # less than an agent is given to end
+_QUIT_S = 5.0  # less than the time that an agent has to end
 
 
 def is_installed() -> bool:
-    """Whether this machine has the daemon's program."""
+    """Return True when the daemon's program is installed."""
     return shutil.which(_CONTROL) is not None
 
 
 def is_configured() -> bool:
-    """Whether this process is to be a client of a daemon already."""
+    """Return True when the environment already names a daemon."""
     return _PIPES in os.environ
 
 
 @contextlib.contextmanager
 def serve(directory: Path) -> Iterator[str]:
-    """Run a daemon for the processes that are started inside; yields what came of it, in words.
+    """Run a daemon for the processes started inside the context; yield its status as text.
 
-    Without the program, or when it fails, everything still works: ranks then take turns.
+    If the program is missing or fails, the ranks still work, but are time-sliced.
     """
     if is_configured():
         yield f"MPS: using the daemon at {os.environ[_PIPES]}"
@@ -52,28 +52,28 @@ def serve(directory: Path) -> Iterator[str]:
             return
         os.environ.update(places)
         yield f"MPS: own daemon at {places[_PIPES]}"
-    finally:  # also when its start was interrupted: it may run all the same
+    finally:  # also after an interrupted start: the daemon may be running
         for name in places:
             os.environ.pop(name, None)
         _control([], environment, "quit\n")
 
 
 def quit_daemon(directory: Path) -> None:
-    """End the daemon of a directory whose agent could not do it any more; nothing without one."""
+    """Stop the daemon of a directory whose agent was killed; do nothing if there is none."""
     pipes = directory / "mps"
     if pipes.is_dir() and is_installed():
         _control([], {**os.environ, _PIPES: str(pipes)}, "quit\n")
 
 
-_COST = "ranks on one GPU take turns, and a barrier between them costs milliseconds"
+_COST = "ranks that share a GPU are time-sliced, so a barrier between them takes milliseconds"
 
 
-def _control(options: list[str], environment: dict[str, str], orders: str = "") -> str:
-    """Run the control program; empty when it went well, else why not."""
+def _control(options: list[str], environment: dict[str, str], commands: str = "") -> str:
+    """Run the control program; return "" on success, otherwise the error."""
     try:
         done = subprocess.run(
             [_CONTROL, *options],
-            input=orders,
+            input=commands,
             env=environment,
             capture_output=True,
             text=True,

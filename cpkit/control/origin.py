@@ -1,4 +1,4 @@
-"""Describe who started a set of workers, for a user who did not."""
+"""Describe a set of workers: its size, when and how it was started, and when it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMMAND_CHARS = 80  # of a command line in a message
 
 
 def describe(connection: Connection) -> str:
-    """Return how many ranks run, since when, which process started them, and when they end."""
+    """Return the number of ranks, their start time and owner, and when they end."""
     ranks = f"{connection.world_size} rank{'s' if connection.world_size > 1 else ''}"
     if connection.host != socket.gethostname():
         return f"{ranks}, started on {connection.host}"
@@ -28,12 +28,12 @@ def describe(connection: Connection) -> str:
 
 
 def describe_place(place: RuntimeDir) -> str:
-    """Return the same for the workers that hold a name, which may still be starting."""
+    """Return the description of the workers that hold a name, even while they start or end."""
     try:
         connection = place.connection()
     except ControlError as error:
         return str(error)
-    return describe(connection) if connection else "they are starting or ending at the moment"
+    return describe(connection) if connection else "they are starting or ending"
 
 
 def _since(agent: ProcessId) -> str:
@@ -45,7 +45,7 @@ def _since(agent: ProcessId) -> str:
 
 
 def _process_words(owner: ProcessId) -> str:
-    """What kind of process it is: a notebook's kernel, `make lab`, or its command line."""
+    """Describe a process: a notebook kernel, `make lab`, or its command line."""
     if owner == process_id():
         return f"this process ({owner.pid})"
     try:

@@ -40,14 +40,6 @@ _COLLAPSE_FROM_BYTES = 64 << 20  # the default arena: a tenth of a second, once
 _MADV_COLLAPSE = 25  # Python's mmap has no name for it
 
 
-def check_shm_dir() -> None:
-    """Check that segments can be made in `shm_dir()`. Raises ValueError."""
-    if not shm_dir().is_dir():
-        raise ValueError(
-            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
-        )
-
-
 def free_bytes() -> int:
     """Return the bytes that can still be reserved in `shm_dir()`."""
     stat = os.statvfs(shm_dir())

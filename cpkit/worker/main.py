@@ -1,7 +1,7 @@
-"""What each rank does once `cpkit.worker.rank` has armed its watchdog and torch is imported.
+"""Run one rank, after `cpkit.worker.rank` has started its watchdog and imported torch.
 
-Rank 0 serves the control socket; the other ranks follow its orders. A rank that loses a peer waits
-to be ended by the agent, which knows who died first.
+Rank 0 serves the control socket; the other ranks execute its commands. A rank that loses a peer
+waits for the agent to end it, so that the agent can identify the rank that failed first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _log = logging.getLogger("cpkit")
 
 
 def main(launch: Launch, place: RuntimeDir, agent: Agent) -> None:
-    """Join the job, then serve or follow until told to leave."""
+    """Join the process group, then serve or execute commands until shutdown."""
     me = f"rank {os.environ['RANK']}"
     place.set_startup_phase(me, "preparing its device")
     if worker_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
-    memory_limit_bytes()  # what is available now, not once requests have taken some of it
+    memory_limit_bytes()  # cache it before requests use memory
     place.set_startup_phase(me, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     channel = CommandChannel()
@@ -52,7 +52,7 @@ def main(launch: Launch, place: RuntimeDir, agent: Agent) -> None:
             _serve(launch, place, agent, workers, channel)
         else:
             Executor(channel).run()
-    except RuntimeError as error:  # so does gloo report a closed connection
+    except RuntimeError as error:  # gloo reports a closed connection like this
         _wait_for_the_end(error)
     dist.destroy_process_group()
 
@@ -138,14 +138,14 @@ def _backend_name() -> str:
 
 
 def _endpoint(launch: Launch, agent: Agent) -> str:
-    """A socket in the agent's private directory; TCP when an interface is named."""
+    """Return an ipc endpoint in the agent's private directory, or TCP on the chosen interface."""
     if launch.interface:
         return f"tcp://{address_of(launch.interface)}:*"
     return f"ipc://{agent.socket_dir}/control"
 
 
 def _introduce(channel: CommandChannel, place: RuntimeDir) -> tuple[Worker, ...]:
-    """Everybody's process, for the connection file. Collective."""
+    """Return the process of each rank, for the connection file. Collective."""
     me = Worker(channel.rank, socket.gethostname(), process_id(), _my_log(place))
     answers = channel.all_gather_bytes(msgspec.msgpack.encode(me))
     return tuple(msgspec.msgpack.decode(answer, type=Worker) for answer in answers)
@@ -159,8 +159,8 @@ def _my_log(place: RuntimeDir) -> str:
 
 
 def _wait_for_the_end(error: Exception) -> NoReturn:
-    """A peer is gone. The agent ends this rank in a moment, and must not take it for the cause."""
-    _log.warning("lost a peer, or the way to it", exc_info=error)
+    """Wait for the agent to end this rank, because the first rank to exit counts as the cause."""
+    _log.warning("lost a peer, or the connection to it", exc_info=error)
     time.sleep(_LOST_PEER_PATIENCE_S)
-    _log.error("nobody ended this rank, so it leaves by itself: %s", error)
-    os._exit(1)  # tearing down a broken process group may wait for ever
+    _log.error("the agent did not end this rank, so the rank exits: %s", error)
+    os._exit(1)  # destroying a broken process group may wait forever

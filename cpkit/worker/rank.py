@@ -1,8 +1,9 @@
-"""What torchrun starts on each rank: the watch first, then the worker, whose imports take seconds.
+"""The process that torchrun starts per rank: start the watchdog, then import and run the worker.
 
-    python -m cpkit.worker.rank        (started by the agent, with its settings in the environment)
+    python -m cpkit.worker.rank        (started by the agent, with its options in the environment)
 
-Imports no torch: until the watch is armed, a rank would outlive a killed agent or owner.
+Imports no torch, which takes seconds: before the watchdog runs, a rank would outlive a killed agent
+or owner.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cpkit.processes import leave
 
 
 def main() -> None:
-    """Arm the watch, import torch, and work until told to leave."""
+    """Start the watchdog, import torch, and run the worker until shutdown."""
     _log_to_one_file()
     launch, place, agent = _surroundings()
     start_watchdog(place, agent, launch.owner)
@@ -40,7 +41,7 @@ def _surroundings() -> tuple[Launch, RuntimeDir, Agent]:
 
 
 def _log_to_one_file() -> None:
-    """All output in the order in which it came; an error in any thread ends the process."""
+    """Write stdout and stderr to one file, in order; end the process on an error in any thread."""
     sys.stdout.flush()
     os.dup2(2, 1)
     logging.basicConfig(format=f"%(asctime)s rank {os.environ.get('RANK')} %(message)s")

@@ -17,10 +17,10 @@ from cpkit.control.launch_options import Launch
     ("launch", "gpus", "device", "words"),
     [
         (Launch(device="auto"), 0, "cpu", "no GPU"),
-        (Launch(device="cpu"), 8, "cpu", "as asked"),
+        (Launch(device="cpu"), 8, "cpu", "as requested"),
         (Launch(device="auto", nproc=4), 1, "cuda", "4 ranks share 1 GPU"),
         (Launch(device="cuda", nproc=8), 2, "cuda", "8 ranks share 2 GPU"),
-        (Launch(device="auto", nproc=4), 4, "cuda", "a GPU of its own"),
+        (Launch(device="auto", nproc=4), 4, "cuda", "one GPU per rank"),
         (Launch(device="auto", nproc=4, share_gpu=True), 4, "cuda", "4 ranks share 1 GPU"),
     ],
 )

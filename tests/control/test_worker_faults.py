@@ -252,7 +252,7 @@ def test_every_command_has_help(arguments: str) -> None:
         (("--device", "tpu"), "invalid choice"),
         (("--name", "../etc"), "letters"),
         (("--nnodes", "2"), "host:port"),
-        (("--owner", "999999999"), "no such process"),
+        (("--owner", "999999999"), "not a running process"),
         (("--speed", "11"), "unrecognized"),
     ],
 )

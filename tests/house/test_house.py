@@ -1,4 +1,4 @@
-"""Imports point down the layers, files are short, and links and settings in pages are right."""
+"""Imports point down the layers, files are short, and links of pages lead to files."""
 
 from __future__ import annotations
 
@@ -108,12 +108,3 @@ def test_links_lead_somewhere(page: str) -> None:
     missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
     assert links or page.startswith("docs/")
     assert not missing
-
-
-def test_every_environment_variable_is_documented() -> None:
-    found = set()
-    for module, path in MODULES.items():
-        if not module.startswith("tools"):
-            found |= set(re.findall(r"CPKIT_[A-Z_]+", path.read_text()))
-    documented = set(re.findall(r"CPKIT_[A-Z_]+", (ROOT / "docs/troubleshooting.md").read_text()))
-    assert found == documented

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 
@@ -16,12 +17,48 @@ NAMES = {setting.name for setting in settings.SETTINGS}
 INTERNAL = {settings.LAUNCH, settings.AGENT, settings.DEVICE, settings.GPU_NOTE}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "cpkit.settings"])
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("cpkit.")])
 def test_only_settings_reads_the_variables(module: str) -> None:
-    if not module.startswith("cpkit."):
+    """Other modules may read `environ` by a literal name that is not cpkit's own."""
+    if module in ("cpkit.settings", "cpkit.control.mps"):  # mps keeps NVIDIA's names in constants
         return
-    read = re.findall(r"environ(?:\.get\(|\[)\s*\"(CPKIT_\w+)", MODULES[module].read_text())
-    assert not read, f"{module} reads {read}: use an accessor of cpkit.settings"
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        name = _variable_read_by(node)
+        assert name is None or not name.startswith(("CPKIT", "?")), (
+            f"{module}:{node.lineno} reads {name}: use an accessor of cpkit.settings"
+        )
+
+
+def _variable_read_by(node: ast.AST) -> str | None:
+    """The name in environ[name], environ.get(name, …) or getenv(name); "?…" if not a literal."""
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+        owner, key = ast.unparse(node.value), node.slice
+    elif isinstance(node, ast.Call) and node.args:
+        function = ast.unparse(node.func)
+        reads = (".environ.get", ".environ.pop", ".environ.setdefault", "os.getenv")
+        if not function.endswith(reads):
+            return None
+        owner, key = "os.environ", node.args[0]
+    else:
+        return None
+    if not owner.endswith("environ"):
+        return None
+    return key.value if isinstance(key, ast.Constant) else f"? {ast.unparse(key)}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'os.environ["CPKIT_NAME"]',
+        'os.environ.get("CPKIT_NAME", "x")',
+        "os.environ.get(variable)",
+        'os.getenv("CPKIT_NAME")',
+        'os.environ.pop("CPKIT_NAME")',
+    ],
+)
+def test_every_way_to_read_is_seen(code: str) -> None:
+    node = ast.parse(code, mode="eval").body
+    assert str(_variable_read_by(node)).startswith(("CPKIT", "?"))
 
 
 def test_documentation_and_doctor_list_every_variable() -> None:
@@ -32,6 +69,11 @@ def test_documentation_and_doctor_list_every_variable() -> None:
         assert row in page, row
         assert setting.name in shown
     assert set(re.findall(r"^\| `(CPKIT_\w+)`", page, re.MULTILINE)) == NAMES
+
+
+def test_doctor_explains_a_value_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "soon")
+    assert "CPKIT_DEADLINE_S is 'soon'; it must be seconds" in report()
 
 
 def test_every_variable_that_is_named_anywhere_is_known() -> None:

@@ -54,7 +54,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen
 
 def test_the_workers_and_the_way_out_are_described(first: subprocess.Popen[str]) -> None:
     said = _workers_for_lab(_parser().parse_args(["lab", "--name", "met"]))
-    assert "'met' run already and will be used: 1 rank since 20" in said
+    assert "'met' are already running and will be used: 1 rank since 20" in said
     assert f"started by `make lab` (process {first.pid}); they end with it." in said
     assert "./launch_workers.sh stop --name met" in said
     assert "make lab NAME=" in said
