@@ -321,7 +321,7 @@ def exchange(me):
 # are these two; PyTorch's `_low_contention_all_gather` has them too.
 #
 # **Another way** Two buffers that take turns. A writer of round n+2 overwrites round n, and everybody who passed barrier
-# n+1 has read it: one barrier a round is enough. You pay with memory. cpkit's own board (`board.py`) does this.
+# n+1 has read it: one barrier a round is enough. You pay with memory. cpkit's own barrier (`sync/barrier.py`) does this.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
@@ -644,7 +644,7 @@ def may_free(dropped, me):
 # `set.intersection(*dropped)`.
 #
 # ---
-# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`arena.py`) sends one bit a block at the
+# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`memory/pool.py`) sends one bit a block at the
 # meeting that every gather has anyway, and a digest of all it has done, so that books that differ are an error in words.
 #
 # **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that. Or free
@@ -1153,7 +1153,7 @@ lesson.progress()
 #   (`_all_gather_reorganized`: receive side only), and the threads #24040, #37337, #19329, #36943;
 # - PyTorch `torch/distributed/_symmetric_memory/__init__.py` (`rendezvous`, `put_signal`, `_low_contention_all_gather`);
 # - NCCL `scheduler/symmetric_sched.cc`, `sym_kernels.cc`;
-# - cpkit `board.py`, `arena.py`, `pool.py`, `path.py`: each is under 300 lines.
+# - cpkit `sync/barrier.py`, and in `memory/`: `allocator.py`, `pool.py`, `path.py`.
 #
 # **An open problem** The simulator's memory is sequentially consistent: a step is seen by all at once. A GPU's is not. Extend
 # `simulate.py` with a store buffer for each rank, and find the smallest program that passes here and fails there.
