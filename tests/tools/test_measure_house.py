@@ -14,6 +14,19 @@ def test_lines_of_a_folder_are_those_of_its_modules() -> None:
     assert parts[1][0] == 1
 
 
+def test_ranks_that_fail_are_an_error_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("the ranks failed (exit 1)")
+
+    monkeypatch.setattr(measure_house, "entered_by_a_gather", fail)
+    assert measure_house.main([]) == 1
+    shown = capsys.readouterr()
+    assert "CPKIT_* variables: " in shown.out
+    assert "the gather was not measured: the ranks failed" in shown.err
+
+
 @pytest.mark.workers
 def test_one_gather_stays_in_few_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert measure_house.main([]) == 0
