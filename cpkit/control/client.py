@@ -75,6 +75,7 @@ class Client:
         self.on_wait: Callable[[int], None] | None = None
         self._runtime_dir = RuntimeDir(connection.name)
         self._idle: deque[_Socket] = deque()  # kept, because a CURVE handshake takes milliseconds
+        self._waiting: set[str] = set()  # ids of requests without a result so far
         self._died: WorkersDied | None = None
         self._closed = False
 
@@ -115,6 +116,7 @@ class Client:
         self._check_open()
         socket = self._take_socket()
         ended = False
+        self._waiting.add(request.id)
         try:
             socket.send(data)
             for reply in self._replies(socket, request):
@@ -123,6 +125,7 @@ class Client:
                 if ended:
                     return
         finally:
+            self._waiting.discard(request.id)
             if ended:
                 self._keep_socket(socket)
             else:
