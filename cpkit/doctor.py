@@ -17,6 +17,7 @@ import torch.distributed as dist
 import zmq
 
 from cpkit import settings
+from cpkit.algorithms import TABLE
 from cpkit.control import mps
 from cpkit.control.launcher import names
 from cpkit.control.runtime_dir import RuntimeDir
@@ -243,11 +244,13 @@ def _triton() -> Check:
 def _paths(transport: str, words: str) -> Iterator[Check]:
     """The path of each algorithm over one transport."""
     yield Check("paths", words)
-    for name, send, recv in (
-        ("padded", _ORDINARY, _ORDINARY),
-        ("padded_symm_recv", _ORDINARY, _IN_POOL),
-        ("padded_symm", _IN_POOL, _IN_POOL),
-    ):
+    for row in TABLE.values():
+        name = row.name
+        if row.passes == ("wire",):  # kernels store into the peers' outputs
+            yield Check(f"  {name}", "symmetric")
+            continue
+        send = _IN_POOL if row.symmetric_send else _ORDINARY
+        recv = _IN_POOL if row.symmetric_recv else _ORDINARY
         report = decide([BufferPair(send, recv)], 0, transport)
         path = report.path
         if name == "padded" and transport == "cuda":
@@ -257,4 +260,3 @@ def _paths(transport: str, words: str) -> Iterator[Check]:
         else:
             advice = report.reason if path == "fallback" else ""
         yield Check(f"  {name}", path, advice)
-    yield Check("  direct", "symmetric")
