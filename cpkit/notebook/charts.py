@@ -24,10 +24,6 @@ def stage_split(samples: Sequence[Sample]) -> go.Figure:
         figure.add_trace(_stage_bar(stage, splits))
     figure.update_layout(
         barmode="stack",
-        bargap=0.35,
-        legend=style.legend_below(12 + 50 * len(splits)),
-        margin={"l": 8, "r": 16, "t": 66, "b": 92},
-        uniformtext={"mode": "hide", "minsize": 9},
         xaxis=style.axis("time (µs, mean over ranks)"),
         yaxis=style.names_axis(),
     )
@@ -52,10 +48,6 @@ def timeline(table: pd.DataFrame, label: str) -> go.Figure:
     ranks = sorted(int(rank) for rank in table["rank"].unique())
     figure.update_layout(
         barmode="overlay",
-        bargap=0.3,
-        legend=style.legend_below(12 + 40 * len(ranks)),
-        margin={"l": 8, "r": 16, "t": 66, "b": 92},
-        uniformtext={"mode": "hide", "minsize": 9},
         xaxis=style.axis("time since the first rank entered (µs)", rangemode="tozero"),
         yaxis=style.names_axis(showgrid=False),
     )

@@ -137,10 +137,6 @@ def draw_lines(
         figure.add_trace(_bars(wrong, "✗ wrong", style.WRONG, ""))
     figure.update_layout(
         barmode="overlay",
-        bargap=0.18,
-        legend=style.legend_below(plot_height),
-        margin={"l": 8, "r": 16, "t": 66, "b": 84},
-        uniformtext={"mode": "hide", "minsize": 8},
         xaxis=style.axis(axis_title, range=[-0.5, longest - 0.5], showgrid=False, title_standoff=4),
         yaxis=style.names_axis(showgrid=False),
     )

@@ -115,11 +115,8 @@ def _empty_figure() -> go.Figure:
         figure.update_yaxes(style.axis(y_title, rangemode="tozero"), **where)
     figure.update_layout(
         barmode="stack",
-        bargap=0.35,
+        margin_t=84,  # room for the titles of the plots
         uirevision="live",  # zooming by hand survives the next sample
-        legend=style.legend_below(392, gap=56),
-        margin={"l": 60, "r": 16, "t": 84, "b": 84},
-        uniformtext={"mode": "hide", "minsize": 9},
     )
     alt = "Live: rows per rank, time per rank, stages, history of the slowest rank."
     return style.finish(figure, title="Not measured yet", alt=alt, height=560)

@@ -31,23 +31,20 @@ async function unpack(compressed) {
   return loaded;
 }
 
-// The figure in the colours of the page's theme.
+// The figure in the colours of the page's theme: its template is the only place that has others.
 function themed({ data, layout }, element) {
   const css = getComputedStyle(element);
   const color = (name, otherwise) => css.getPropertyValue(name).trim() || otherwise;
-  const paper = color("--jp-layout-color0", "#ffffff");
-  const ink = color("--jp-content-font-color1", PRINT_INK);
+  const look = layout.template.layout;
+  look.paper_bgcolor = look.plot_bgcolor = color("--jp-layout-color0", "#ffffff");
+  look.font.color = color("--jp-content-font-color1", PRINT_INK);
+  look.title.subtitle.font.color = color("--jp-content-font-color2", "#57606a");
   const faint = color("--jp-border-color2", "#d0d7de");
-  Object.assign(layout, { paper_bgcolor: paper, plot_bgcolor: paper });
-  layout.font = { ...layout.font, color: ink };
-  if (layout.title?.subtitle?.font) {
-    layout.title.subtitle.font.color = color("--jp-content-font-color2", "#57606a");
-  }
-  for (const axis of Object.keys(layout).filter((name) => /^[xy]axis\d*$/.test(name))) {
-    Object.assign(layout[axis], { gridcolor: faint, linecolor: faint, tickcolor: faint });
+  for (const axis of [look.xaxis, look.yaxis]) {
+    Object.assign(axis, { gridcolor: faint, linecolor: faint, tickcolor: faint });
   }
   for (const part of data.flatMap((trace) => [trace.line, trace.error_y])) {
-    if (part?.color === PRINT_INK) part.color = ink;
+    if (part?.color === PRINT_INK) part.color = look.font.color;
   }
   return { data, layout };
 }

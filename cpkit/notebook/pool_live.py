@@ -95,12 +95,7 @@ def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:
     figure.update_xaxes(title_text="request", row=2, col=1)
     figure.update_yaxes(style.axis("memory per rank (MB)", rangemode="tozero"), row=1, col=1)
     figure.update_yaxes(style.axis("until the answer (ms)", rangemode="tozero"), row=2, col=1)
-    figure.update_layout(
-        barmode="stack",
-        bargap=0.35,
-        legend=style.legend_below(330, gap=58),
-        margin={"l": 66, "r": 16, "t": 66, "b": 96},
-    )
+    figure.update_layout(barmode="stack")
     spills = [request for request in served if request.spill_ms]
     return style.finish(
         figure,

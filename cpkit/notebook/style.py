@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 # Okabe and Ito's and Tol's palettes without their reds; neighbours also differ in lightness.
 RANK_COLORS = (
@@ -58,7 +59,43 @@ ALGORITHM_LINES: dict[str, tuple[str, str, str]] = {  # colour, dash, marker
     "direct": ("#0072b2", "solid", "circle"),
 }
 
-_FONT = "DejaVu Sans, Verdana, sans-serif"
+# The look of every figure. plot.js replaces its colours by those of the page's theme.
+_AXIS = {
+    "title": {"font": {"size": 12}},
+    "automargin": True,
+    "gridcolor": "#eaeef2",
+    "linecolor": FAINT,
+    "tickcolor": FAINT,
+    "ticks": "outside",
+    "zeroline": False,
+}
+pio.templates["cpkit"] = go.layout.Template(
+    layout={
+        "font": {"family": "DejaVu Sans, Verdana, sans-serif", "size": 12, "color": INK},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "title": {
+            "font": {"size": 16},
+            "subtitle": {"font": {"size": 12, "color": "#57606a"}},
+            "x": 0.01,
+            "xanchor": "left",
+            "yanchor": "top",
+        },
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "bargap": 0.3,
+        "uniformtext": {"mode": "hide", "minsize": 9},
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "x": 0,
+            "y": 0,
+            "yref": "container",
+            "yanchor": "bottom",
+        },
+        "margin": {"l": 60, "r": 16, "t": 66, "b": 84},
+    }
+)
 
 
 def rank_color(rank: int) -> str:
@@ -103,32 +140,18 @@ def algorithm_line(algorithm: str) -> tuple[str, str, str]:
 
 
 def axis(title: str, **options: object) -> dict[str, Any]:
-    """A plain axis with a title; units belong into it."""
-    return {
-        "title": {"text": title, "font": {"size": 12}},
-        "gridcolor": "#eaeef2",
-        "linecolor": FAINT,
-        "zeroline": False,
-        "ticks": "outside",
-        "tickcolor": FAINT,
-        **options,
-    }
+    """Return the layout of an axis; its title includes the unit."""
+    return {"title": {"text": title}, **options}
 
 
 def names_axis(title: str = "", **options: object) -> dict[str, Any]:
-    """A vertical axis of names, the first on top."""
-    return axis(title, autorange="reversed", automargin=True, ticks="", **options)
+    """Return the layout of a vertical axis of names, the first at the top."""
+    return axis(title, autorange="reversed", ticks="", **options)
 
 
 def hatch(shape: str = "/") -> dict[str, Any]:
     """The pattern of padding, or another (or no) shape drawn alike."""
     return {"shape": shape, "fgcolor": "#8c959f", "size": 6, "solidity": 0.2}
-
-
-def legend_below(plot_height: int, gap: int = 52) -> dict[str, Any]:
-    """A legend `gap` pixels under a plot that is `plot_height` pixels high."""
-    place = {"x": 0, "y": -gap / plot_height, "yanchor": "top"}
-    return {"orientation": "h", "traceorder": "normal", **place}
 
 
 def finish(
@@ -142,19 +165,8 @@ def finish(
     if not title or not alt:
         raise ValueError(f"a figure needs a title and a text alternative; got {title!r}, {alt!r}")
     figure.update_layout(
-        template="none",
-        title={
-            "text": title,
-            "subtitle": {"text": subtitle, "font": {"size": 12, "color": "#57606a"}},
-            "x": 0.01,
-            "xanchor": "left",
-            "y": 1 - 14 / height,
-            "yanchor": "top",
-            "font": {"size": 16},
-        },
-        font={"family": _FONT, "size": 12, "color": INK},
-        paper_bgcolor=PAPER,
-        plot_bgcolor=PAPER,
+        template="cpkit",
+        title={"text": title, "subtitle": {"text": subtitle}, "y": 1 - 14 / height},
         width=width,
         height=height,
         meta={"alt": " ".join(alt.split())},

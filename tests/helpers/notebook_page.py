@@ -57,7 +57,7 @@ READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot =
     title: plot.layout?.title?.text,
     label: plot.getAttribute('aria-label'),
     width: plot.clientWidth,
-    paper: plot.layout?.paper_bgcolor,
+    paper: plot._fullLayout.paper_bgcolor,
     range: plot._fullLayout.xaxis?.range,
     traces: (plot._fullData ?? []).map(trace => Object.fromEntries(
         ['x', 'y', 'z'].filter(key => trace[key]).map(key => [key, Array.from(trace[key])]))),

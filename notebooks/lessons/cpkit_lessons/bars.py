@@ -100,10 +100,6 @@ def _bar(name: str, x: Sequence[str], y: Sequence[float], color: str) -> go.Bar:
 def _lay_out(figure: go.Figure, y: str, x: str, *, barmode: str) -> None:
     figure.update_layout(
         barmode=barmode,
-        bargap=0.3,
-        legend=style.legend_below(220, gap=56),
-        margin={"l": 66 if y else 8, "r": 16, "t": 66, "b": 92},
-        uniformtext={"mode": "hide", "minsize": 9},
         xaxis=style.axis(x),
-        yaxis=style.axis(y, automargin=True, ticks=""),
+        yaxis=style.axis(y, ticks=""),
     )

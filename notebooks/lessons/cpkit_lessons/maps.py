@@ -43,7 +43,7 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
         )
     )
     figure.update_layout(
-        margin={"l": 8, "r": 16, "t": 66, "b": 56},
+        margin_b=56,  # no legend
         xaxis=style.axis("slot, written by", ticks="", showgrid=False),
         yaxis=style.names_axis("memory of"),
     )
@@ -103,7 +103,7 @@ def waste_map(
         )
     )
     figure.update_layout(
-        margin={"l": 8, "r": 16, "t": 66, "b": 44},
+        margin_b=44,  # no legend
         xaxis=style.axis("", type="category", ticks="", showgrid=False),
         yaxis=style.names_axis(type="category", showgrid=False),
     )

@@ -58,8 +58,6 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     figure.update_layout(
         xaxis=style.axis("reported time / right time", type="log", dtick=1, range=_room(found)),
         yaxis=style.names_axis(type="category"),
-        legend=style.legend_below(46 * len(names)),
-        margin={"l": 8, "r": 24, "t": 66, "b": 92},
     )
     words = ", ".join(
         f"{name}: {each.factor:.2g} times the right time" for name, each in found.items()

@@ -102,8 +102,6 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     figure.update_layout(
         xaxis=size_axis(sizes, tickangle=30),
         yaxis=time_axis(),
-        legend=style.legend_below(300, gap=76),
-        margin={"l": 66, "r": 16, "t": 66, "b": 130},
     )
     largest = rows[rows["size_bytes"] == rows["size_bytes"].max()]
     words = ", ".join(f"{row.variant} {row.time_us:,.0f} µs" for row in largest.itertuples())

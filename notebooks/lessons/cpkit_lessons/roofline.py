@@ -40,8 +40,6 @@ def roof(
     figure.update_layout(
         xaxis=size_axis(sizes, range=ends),
         yaxis=time_axis(),
-        legend=style.legend_below(300, gap=60),
-        margin={"l": 66, "r": 16, "t": 66, "b": 96},
     )
     return style.finish(
         figure,
@@ -71,9 +69,6 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
             hovertemplate=f"%{{y}}, {name}: %{{x:,.0f}} µs<extra></extra>",
         )
     figure.update_layout(
-        bargap=0.3,
-        legend=style.legend_below(64 * len(names)),
-        margin={"l": 8, "r": 16, "t": 66, "b": 92},
         xaxis=style.axis("time (µs, slowest rank)", rangemode="tozero"),
         yaxis=style.names_axis(),
     )
@@ -112,7 +107,6 @@ def gain(
         showlegend=False,
         xaxis=size_axis(sizes_bytes),
         yaxis=style.axis("time ratio, ring / symmetric", range=[0.9, max(ratios) * 1.12]),
-        margin={"l": 66, "r": 16, "t": 66, "b": 60},
     )
     pairs = zip(sizes_bytes, ratios, strict=True)
     words = ", ".join(f"{ratio:.2f} × at {byte_words(size)}" for size, ratio in pairs)
@@ -149,8 +143,6 @@ def scale_out(table: pd.DataFrame) -> go.Figure:
     figure.update_layout(
         xaxis=style.axis("cp_size (ranks)", type="log", range=[0.25, 2.0], **ticks),
         yaxis=style.axis("modelled time (µs)", type="log", dtick=1),
-        legend=style.legend_below(240, gap=60),
-        margin={"l": 66, "r": 16, "t": 66, "b": 110},
     )
     words = ", ".join(
         f"{machine}: {byte_words(float(rows['size_bytes'].iloc[-1]))} in "

@@ -31,9 +31,6 @@ def schedule_timeline(failure: Failure) -> go.Figure:
     plot_height = _LANE_PX * failure.size + 20
     figure.update_layout(
         barmode="overlay",
-        bargap=0.45,
-        legend=style.legend_below(plot_height, gap=46),
-        margin={"l": 8, "r": 16, "t": 66, "b": 84},
         xaxis=style.axis(
             "step (order of all ranks' steps)",
             range=[0.4, len(events) + (2.6 if failure.stuck else 0.6)],
@@ -43,7 +40,6 @@ def schedule_timeline(failure: Failure) -> go.Figure:
         yaxis=style.axis(
             "",
             range=[failure.size - 0.5, -0.5],
-            automargin=True,
             ticks="",
             showgrid=False,
             type="category",
