@@ -203,6 +203,17 @@ def check_stages_are_recorded() -> None:
     provenance.check(recorder.arrays["reorder"].view(torch.float32), metadata, round=4)
 
 
+def check_stages_are_ranges_in_a_profile() -> None:
+    group = world_group()
+    metadata = prepare_context_parallel_metadata([67, 50], group.size)
+    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=5)
+    with torch.profiler.profile() as profile:
+        all_gather_kv([rows], metadata, group, algorithm="padded_symm")
+    named = {event.name for event in profile.events() if event.name.startswith("cpkit.")}
+    expected = {"agree", "pad", "wire", "strip", "reorder"}
+    assert named >= {f"cpkit.{name}" for name in expected}, named
+
+
 def check_one_strided_row_a_rank() -> None:
     """One row counts as contiguous to torch, whatever its strides are."""
     group = world_group()
