@@ -29,7 +29,7 @@ test: $(VENV)/.has-test ## run the tests, cheapest first, except those marked sl
 test-all: test ## make test, then the tests marked slow
 	$(PY) -m pytest --slow $(ARGS)
 
-lint: $(VENV)/.has-dev ## ruff, mypy --strict on cpkit, lessons, tools and examples, shellcheck
+lint: $(VENV)/.has-dev ## run ruff, mypy --strict (on cpkit, lessons, tools and examples) and shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -51,7 +51,7 @@ bench-gpu: $(VENV)/.has-bench ## measure this machine's GPUs; update the figures
 notebooks: $(VENV)/.has-test ## build and run the notebooks of notebooks/src (ARGS=01 for one)
 	$(PY) -m tools.build $(ARGS)
 
-rehearse: $(VENV)/.has-test ## run starter, mutants and solution of every exercise (ARGS=01 for one notebook)
+rehearse: $(VENV)/.has-test ## run the starter, mutants and solution of each exercise (ARGS=01 for one notebook)
 	$(PY) -m tools.rehearse $(ARGS)
 
 lock: ## resolve all dependencies in an empty environment and write requirements.lock

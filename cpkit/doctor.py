@@ -150,7 +150,7 @@ def _gpus() -> Iterator[Check]:
     yield _triton()
     yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
     if count > 1 and dist.is_nccl_available():
-        yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather with NCCL")
+        yield from _paths(f"nccl {_version()}", "ranks with one GPU each gather with NCCL")
 
 
 def _devices(count: int) -> Iterator[Check]:

@@ -84,7 +84,7 @@ def connect(
 
 
 def _launch(settings: Launch) -> None:
-    """Start workers and wait until they are ready. Return if another process is starting them."""
+    """Start workers and wait for them, or return when another process is starting them."""
     with contextlib.suppress(NameTaken):
         launcher.wait_until_ready(launcher.start(settings), settings)
 
