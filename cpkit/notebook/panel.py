@@ -116,7 +116,7 @@ def _empty_figure() -> go.Figure:
     figure.update_layout(
         barmode="stack",
         bargap=0.35,
-        uirevision="live",  # keeps the user's zoom when the next sample is drawn
+        uirevision="live",  # zooming by hand survives the next sample
         legend=style.legend_below(392, gap=56),
         margin={"l": 60, "r": 16, "t": 84, "b": 84},
         uniformtext={"mode": "hide", "minsize": 9},

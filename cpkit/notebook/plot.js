@@ -31,7 +31,7 @@ async function unpack(compressed) {
   return loaded;
 }
 
-// Return the figure in the colours of the page's theme.
+// The figure in the colours of the page's theme.
 function themed({ data, layout }, element) {
   const css = getComputedStyle(element);
   const color = (name, otherwise) => css.getPropertyValue(name).trim() || otherwise;

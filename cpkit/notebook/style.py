@@ -103,7 +103,7 @@ def algorithm_line(algorithm: str) -> tuple[str, str, str]:
 
 
 def axis(title: str, **options: object) -> dict[str, Any]:
-    """Return a plain axis. The title should contain the unit."""
+    """A plain axis with a title; units belong into it."""
     return {
         "title": {"text": title, "font": {"size": 12}},
         "gridcolor": "#eaeef2",
@@ -116,7 +116,7 @@ def axis(title: str, **options: object) -> dict[str, Any]:
 
 
 def names_axis(title: str = "", **options: object) -> dict[str, Any]:
-    """Return a vertical axis of names, the first on top."""
+    """A vertical axis of names, the first on top."""
     return axis(title, autorange="reversed", automargin=True, ticks="", **options)
 
 
@@ -126,7 +126,7 @@ def hatch(shape: str = "/") -> dict[str, Any]:
 
 
 def legend_below(plot_height: int, gap: int = 52) -> dict[str, Any]:
-    """Return a legend `gap` pixels below a plot that is `plot_height` pixels high."""
+    """A legend `gap` pixels under a plot that is `plot_height` pixels high."""
     place = {"x": 0, "y": -gap / plot_height, "yanchor": "top"}
     return {"orientation": "h", "traceorder": "normal", **place}
 
