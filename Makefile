@@ -1,5 +1,5 @@
-# Every developer command is a target here. `make` alone lists them.
-# Each target first creates .venv and installs what it needs, if that was not done before.
+# Every developer command is a target here; `make` without a target lists them.
+# A target first creates .venv and installs what it needs, if that is missing.
 
 PYTHON ?= python3
 NPROC ?=
@@ -23,13 +23,13 @@ help: ## list the targets
 lab: $(VENV)/.has-notebooks ## start NPROC workers and open JupyterLab on the first notebook
 	$(PY) -m cpkit lab --name $(NAME) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
-test: $(VENV)/.has-test ## run the tests, cheapest first, without those marked slow (ARGS goes to pytest)
+test: $(VENV)/.has-test ## run the tests, cheapest first, except those marked slow (ARGS goes to pytest)
 	$(PY) -m pytest $(ARGS)
 
 test-all: test ## make test, then the tests marked slow
 	$(PY) -m pytest --slow $(ARGS)
 
-lint: $(VENV)/.has-dev ## ruff, mypy --strict on cpkit, lessons, tools and examples, shellcheck
+lint: $(VENV)/.has-dev ## run ruff, mypy --strict (on cpkit, lessons, tools and examples) and shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -51,7 +51,7 @@ bench-gpu: $(VENV)/.has-bench ## measure this machine's GPUs; update the figures
 notebooks: $(VENV)/.has-test ## build and run the notebooks of notebooks/src (ARGS=01 for one)
 	$(PY) -m tools.build $(ARGS)
 
-rehearse: $(VENV)/.has-test ## run starter, mutants and solution of every exercise (ARGS=01 for one notebook)
+rehearse: $(VENV)/.has-test ## run the starter, mutants and solution of each exercise (ARGS=01 for one notebook)
 	$(PY) -m tools.rehearse $(ARGS)
 
 lock: ## resolve all dependencies in an empty environment and write requirements.lock
@@ -80,7 +80,7 @@ distclean: clean ## make clean, and remove .venv
 
 # ----------------------------------------------------------- environment
 
-# The version of torch for which `make lock` resolves all other dependencies.
+# `make lock` resolves all other dependencies for this version of torch.
 TORCH := 2.13.0
 
 define check_python
@@ -96,8 +96,8 @@ $(PY):
 
 # One stamp per extra of pyproject.toml. The lock file is passed to pip as constraints.
 $(VENV)/.has-%: pyproject.toml requirements.lock | $(PY)
-	@echo 'Installing cpkit[$*] into $(VENV) (the first time downloads torch and takes minutes) ...'
+	@echo 'Installing cpkit[$*] into $(VENV) (the first time, this downloads torch and takes minutes) ...'
 	@[ -e /dev/nvidiactl ] || [ "$$(uname -s)" != Linux ] || $(PY) -c 'import torch' 2>/dev/null || \
-	  echo 'No NVIDIA GPU here. For a much smaller download see docs/troubleshooting.md, "Installing without a GPU".'
+	  echo 'No NVIDIA GPU was found. For a much smaller download see docs/troubleshooting.md, "Installing without a GPU".'
 	@$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[$*]'
 	@touch $@

@@ -5,23 +5,23 @@ set -euo pipefail
 usage() {
   cat <<'TEXT'
 launch_workers.sh [start] [options]    start workers, and return when they are ready
-launch_workers.sh status  [--name N]   show their state, and where the logs are
-launch_workers.sh logs    [--name N]   show the end of their logs; --follow to continue
+launch_workers.sh status  [--name N]   show their state, and where their logs are
+launch_workers.sh logs    [--name N]   show the end of their logs; --follow shows new lines too
 launch_workers.sh stop    [--name N]   stop them
 
 Options of start, with their defaults:
   --nproc 4               ranks on this machine
   --device auto           auto, cpu or cuda (auto: cuda where torch sees a GPU)
-  --share-gpu             all ranks on the first GPU; automatic if there are more ranks than GPUs
+  --share-gpu             run all ranks on the first GPU (default: use all GPUs, and share them if needed)
   --name default          name of this set of workers; several sets can run side by side
   --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT
-                          one job over several machines: run this on each machine
+                          run one job on several machines: start it on each machine
   --interface eth0        serve notebooks over TCP on this interface (default: a private ipc socket)
   --max-restarts 0        restart the ranks after a failure, at most N times
   --owner PID             stop when this process ends (default: run until stopped)
   --foreground            stay in this terminal, for srun or a container
 
-PYTHON names the interpreter; the default is .venv beside this script, else python3.
+PYTHON sets the interpreter; the default is .venv beside this script, otherwise python3.
 `launch_workers.sh COMMAND --help` shows all options of a command.
 TEXT
 }

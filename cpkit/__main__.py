@@ -20,7 +20,7 @@ from cpkit.notebook import workspace
 from cpkit.processes import ProcessId, process_id
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
-_NOT_RUNNING = 3  # exit code of `status`, as of init scripts
+_NOT_RUNNING = 3  # exit code of `status`, as in init scripts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start(options: argparse.Namespace, _: list[str]) -> int:
-    """Start workers that run until they are stopped, or until the process in --owner ends."""
+    """Start workers that run until they are stopped, or until the --owner process ends."""
     settings = Launch(
         name=options.name,
         nproc=options.nproc,
@@ -60,7 +60,7 @@ def start(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def status(options: argparse.Namespace, _: list[str]) -> int:
-    """Print the state of the workers; the exit code is 3 when none are running."""
+    """Print the state of the workers; exit with code 3 if none are running."""
     client = launcher.attach(options.name)
     if client is None:
         others = [name for name in launcher.names() if name != options.name]
@@ -107,7 +107,7 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 
 
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
-    """Start workers and open JupyterLab on the first notebook; both stop together."""
+    """Start workers if none are running, and open JupyterLab; workers started here stop with it."""
     for message in workspace.refresh():
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
@@ -128,7 +128,7 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _workers_for_lab(options: argparse.Namespace) -> str:
-    """Attach to these workers, or start some that this process owns; return a message."""
+    """Attach to these workers, or start workers that this process owns; return a message."""
     name = options.name
     client = launcher.attach(name, options.nproc, options.device)
     if client is None:
@@ -150,7 +150,7 @@ def _workers_for_lab(options: argparse.Namespace) -> str:
 
 
 def _lab_options() -> list[str]:
-    """Return options that open the first notebook, and allow root, as containers need."""
+    """Return options that open the first notebook, and permit root, which containers need."""
     folder = workspace.WORKSPACE
     options = [
         f"--ServerApp.root_dir={folder.parent}",
@@ -185,10 +185,10 @@ def _start(settings: Launch) -> str:
 
 
 def _where(name: str) -> str:
-    """Return the device that the agent chose, and the effect of sharing it."""
+    """Return the workers' device and symmetric-memory backend as text."""
     with launcher.require(name) as client:
-        told = client.call(Status(), StatusResult)
-    return f"on {told.device} ({told.symmetric_backend})"
+        reply = client.call(Status(), StatusResult)
+    return f"on {reply.device} ({reply.symmetric_backend})"
 
 
 def _owner(pid: int | None) -> ProcessId | None:
@@ -213,7 +213,7 @@ _COMMANDS = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cpkit",
-        description="Start, inspect and stop the workers that gather a KV cache.",
+        description="Start, inspect and stop the workers, and check what this machine supports.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers["start"].set_defaults(nproc=Launch().nproc)
     _add_start(parsers["start"])
     parsers["logs"].add_argument(
-        "--lines", type=int, default=40, help="lines to show of each log (default: 40)"
+        "--lines", type=int, default=40, help="number of lines to show per log (default: 40)"
     )
     parsers["logs"].add_argument(
         "--follow", action="store_true", help="show new lines until interrupted"
@@ -246,18 +246,18 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share-gpu",
         action="store_true",
-        help="all ranks on the first GPU, with MPS (automatic if there are more ranks than GPUs)",
+        help="run all ranks on the first GPU (default: use all GPUs, and share them if needed)",
     )
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--nnodes", type=int, default=1, help="machines in the job (default: 1)")
+    add("--nnodes", type=int, default=1, help="number of machines in the job (default: 1)")
     add(
         "--node-rank",
         type=int,
         default=0,
-        help="index of this machine; 0 serves the control socket (default: 0)",
+        help="index of this machine; machine 0 serves the control socket (default: 0)",
     )
     add(
         "--rdzv-endpoint",

@@ -1,8 +1,8 @@
-"""Timing inside a rank.
+"""Time calls inside the ranks.
 
-Every sample begins at a barrier, so that ranks start together, and is the time of one call on one
-rank. The time of a collective is that of its slowest rank. Calls that are compared are interleaved,
-so that other load on the machine affects all of them alike.
+A sample is the time of one call on one rank. It begins after a barrier, so that the ranks start
+together. The time of a collective is that of its slowest rank. Compared calls are interleaved, so
+that other load on the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    Samples are appended to `timings` where it is passed.
+    Appends the samples to `timings` if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
     for iteration in range(warmup + iterations):
@@ -63,7 +63,7 @@ def time_for(
 
 
 def longest_s(elapsed_s: float, group: CPGroup) -> float:
-    """Return the largest of all ranks' values, on every rank. Collective."""
+    """Return the largest value of all ranks, on every rank. Collective."""
     answers = group.exchange(struct.pack("d", elapsed_s))
     return max(float(struct.unpack("d", answer)[0]) for answer in answers)
 
@@ -71,7 +71,7 @@ def longest_s(elapsed_s: float, group: CPGroup) -> float:
 def all_ranks(timing: Timing, group: CPGroup) -> list[Timing]:
     """Return every rank's timing, by rank, on every rank. Collective.
 
-    All ranks must have equally many samples, of the same stages.
+    All ranks must have the same number of samples, of the same stages.
     """
     count = len(timing.times_us)
     flat = [*timing.times_us, *(us for samples in timing.stages_us.values() for us in samples)]
@@ -94,5 +94,5 @@ def _time_once(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
         result = call()
         finish()
         stop_ns = time.perf_counter_ns()
-    del result  # after the clock was read: freeing memory is not part of the gather
+    del result  # only now, because freeing memory is not part of the gather
     return (stop_ns - start_ns) / 1e3, recorder.total_us()

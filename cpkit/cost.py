@@ -1,7 +1,7 @@
-"""What a gather costs, counted from what it does: passes, bytes, synchronizations. Pure.
+"""Predict the time of a gather from its passes, bytes and synchronizations. Pure.
 
 S = bytes of the gathered tensor, W = cp_size, P = S with padding. Bytes moved are bytes read plus
-bytes written, by all ranks together:
+bytes written, summed over all ranks:
 
     algorithm          pad      wire                           strip    reorder
     padded             2·P      (4·(W-1) + 2)·P over TCP       2·W·S    2·W·S
@@ -9,21 +9,20 @@ bytes written, by all ranks together:
     padded_symm        2·P      (W+1)·P                        2·W·S    2·W·S
     direct             -        (W+1)·S                        -        -
 
-A push reads each row once, and writes it W times: (W+1)·S is the least that any gather into W
-separate outputs can move. Through a loopback TCP socket each received byte is copied into the
-kernel and out of it.
+A push reads each row once and writes it W times. No gather into W separate outputs can move less
+than (W+1)·S. A loopback TCP socket copies each received byte into the kernel and out of it.
 
-The model of ranks that share cores, a cache and a memory. A core works for its ranks one after
-another, so what a rank moves counts `turns` = ranks per core times:
+The model describes ranks that share cores, a cache and a memory. With R ranks per core, a core runs
+its ranks one after another, so the bytes of one rank count R times:
 
-    time = start · steps + turns · (cached / cache rate + far / memory rate
-                                    + fresh / first-touch rate + socket / socket rate)
+    time = start · steps + R · (cached / cache rate + far / memory rate
+                                + fresh / first-touch rate + socket / socket rate)
 
-`steps` are the waits for each other: every rank of a core waits for every other, turns² times; a
-ring over sockets has W-1 steps one after the other, each as long as all ranks of a core take.
-`cached` and `far` are the bytes of copies that hit the last-level cache or go to memory, decided by
-the working set of all ranks; `fresh` is ordinary memory that the C library maps anew in every call,
-page fault by page fault.
+`steps` counts waits: each rank of a core waits for each other one, which takes R² steps. A ring
+over sockets has W-1 consecutive steps, each of which takes R. `cached` and `far` are the copied
+bytes that hit the last-level cache or go to memory; the working set of all ranks decides which.
+`fresh` are bytes of ordinary memory that the C library maps again in every call, with a page fault
+per page.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ from dataclasses import dataclass
 from cpkit.algorithms import TABLE
 
 PASSES = {**{name: row.passes for name, row in TABLE.items()}, "plan": ("wire",)}
-MAPPED_ANEW_BYTES = 32 << 20  # glibc's malloc maps blocks from this size on, and unmaps them again
+MMAP_BYTES = 32 << 20  # glibc's malloc maps each block of at least this size, and free unmaps it
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read plus written by all ranks together."""
+    """Bytes read plus bytes written, summed over all ranks."""
 
     wire_bytes: int
     copied_bytes: int
 
     @property
     def moved_bytes(self) -> int:
-        """All of it."""
+        """The sum of both."""
         return self.wire_bytes + self.copied_bytes
 
 
 def traffic(
     algorithm: str, total_bytes: int, cp_size: int, padded_bytes: int | None = None
 ) -> Traffic:
-    """What an algorithm moves to gather `total_bytes`, which padding makes `padded_bytes`.
+    """Return the bytes that a gather of `total_bytes` moves (`padded_bytes` with its padding).
 
     Raises ValueError for an unknown algorithm.
 
@@ -80,18 +79,18 @@ class Host:
     cores: int
     cache_bytes: int
 
-    def turns(self, cp_size: int) -> float:
-        """Ranks that a core works for."""
+    def ranks_per_core(self, cp_size: int) -> float:
+        """Return the number of ranks that share a core, 1 or more."""
         return max(1.0, cp_size / self.cores)
 
     def steps(self, algorithm: str, cp_size: int) -> float:
-        """How often ranks wait for each other, in units of one rank with a core of its own."""
-        turns = self.turns(cp_size)
-        return turns * (cp_size - 1) if algorithm == "padded" else turns**2
+        """Return the number of waits; with one rank per core a barrier counts as 1."""
+        ranks = self.ranks_per_core(cp_size)
+        return ranks * (cp_size - 1) if algorithm == "padded" else ranks**2
 
-    def far_share(self, working_set_bytes: float) -> float:
-        """Share of the bytes that the cache does not serve: none up to a quarter of it, all from
-        twice its size on, in proportion to the logarithm in between.
+    def far_fraction(self, working_set_bytes: float) -> float:
+        """Return the fraction of the bytes that miss the cache: 0 for working sets up to a quarter
+        of the cache, 1 from twice its size on, in between linear in the logarithm.
         """
         low, high = self.cache_bytes / 4, self.cache_bytes * 2
         if working_set_bytes <= low:
@@ -100,7 +99,7 @@ class Host:
 
 
 def working_set_bytes(algorithm: str, total_bytes: int, cp_size: int) -> int:
-    """Memory that a call touches, of all ranks: shards, and the buffers that each rank keeps."""
+    """Return the memory that a call touches on all ranks: the shards and each rank's buffers."""
     buffers = {"direct": 1, "plan": 2, "padded": 3}.get(algorithm, 3)
     return total_bytes * (1 + buffers * cp_size)
 
@@ -109,28 +108,28 @@ FEATURES = ("start", "cached", "far", "fresh", "socket")
 
 
 def features(algorithm: str, total_bytes: int, cp_size: int, host: Host) -> tuple[float, ...]:
-    """What the coefficients are multiplied with: steps, and bytes that a core moves."""
+    """Return the factors of the coefficients: steps, and the bytes that a core moves."""
     moved = traffic(algorithm, total_bytes, cp_size)
-    turns = host.turns(cp_size)
-    per_core = turns / cp_size
+    ranks = host.ranks_per_core(cp_size)
+    per_core = ranks / cp_size
     socket_bytes = moved.wire_bytes * per_core if algorithm == "padded" else 0.0
     copied = moved.moved_bytes * per_core - socket_bytes
-    far = host.far_share(working_set_bytes(algorithm, total_bytes, cp_size))
-    anew = {"padded": 3, "padded_symm_recv": 2, "padded_symm": 2}.get(algorithm, 0)
-    fresh = anew * total_bytes * turns if total_bytes >= MAPPED_ANEW_BYTES else 0.0
+    far = host.far_fraction(working_set_bytes(algorithm, total_bytes, cp_size))
+    buffers = {"padded": 3, "padded_symm_recv": 2, "padded_symm": 2}.get(algorithm, 0)
+    fresh = buffers * total_bytes * ranks if total_bytes >= MMAP_BYTES else 0.0
     steps = host.steps(algorithm, cp_size)
     return steps, copied * (1 - far), copied * far, fresh, socket_bytes
 
 
 @dataclass(frozen=True)
 class HostModel:
-    """Coefficients by algorithm, in µs and µs a byte, in the order of `FEATURES`."""
+    """Coefficients per algorithm, in µs and µs per byte, in the order of `FEATURES`."""
 
     host: Host
     coefficients: Mapping[str, tuple[float, ...]]
 
     def predict_us(self, algorithm: str, total_bytes: int, cp_size: int) -> float:
-        """Time of one gather. Raises KeyError for an algorithm that was not fitted."""
+        """Return the time of one gather. Raises KeyError for an algorithm that was not fitted."""
         weights = self.coefficients[algorithm]
         counted = features(algorithm, total_bytes, cp_size, self.host)
         return sum(w * x for w, x in zip(weights, counted, strict=True))

@@ -1,4 +1,4 @@
-"""What this machine can do for cpkit, and what it lacks: `python -m cpkit doctor`."""
+"""Report what cpkit can do on this machine, and what is missing: `python -m cpkit doctor`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ENOUGH_SHM_BYTES = 1 << 30
 
 
 class Check(NamedTuple):
-    """What was examined, what was found, and what to do if that is too little."""
+    """The subject of a check, what was found, and advice if that is not enough."""
 
     subject: str
     found: str
@@ -49,13 +49,13 @@ class Check(NamedTuple):
 
 
 def examine() -> Iterator[Check]:
-    """Examine everything, cheapest first."""
+    """Yield all checks, the cheapest first."""
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
     yield from _packages()
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    advice = "four ranks share them, so timings are those of a crowded machine" if cores < 4 else ""
+    advice = "four ranks share them, so timings include waiting for a core" if cores < 4 else ""
     yield Check("cores", f"{cores} usable", advice)
     memory = psutil.virtual_memory()
     yield Check(
@@ -100,7 +100,7 @@ def _settings() -> Iterator[Check]:
 
 def _limits() -> Check:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = "every rank opens about 100: raise it with ulimit -n" if files < 1024 else ""
+    advice = "each rank opens about 100: raise the limit with ulimit -n" if files < 1024 else ""
     return Check("limits", f"{files} open files", advice)
 
 
@@ -108,7 +108,7 @@ def _shared_memory() -> Check:
     free = free_bytes()
     advice = ""
     if free < _ENOUGH_SHM_BYTES:
-        advice = "too little for large gathers: in a container, give it --shm-size=2g"
+        advice = "too little for large gathers: start a container with --shm-size=2g"
     return Check("shared memory", f"{free / _GIB:.1f} GiB free in {shm_dir()}", advice)
 
 
@@ -136,7 +136,7 @@ _ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
 
 
 def _gpus() -> Iterator[Check]:
-    """GPUs, the links between them, MPS, NCCL, and the paths that follow."""
+    """Check the GPUs, the links between them, MPS, NCCL, and the paths that follow from them."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
@@ -150,7 +150,7 @@ def _gpus() -> Iterator[Check]:
     yield _triton()
     yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
     if count > 1 and dist.is_nccl_available():
-        yield from _paths(f"nccl {_version()}", "ranks with a GPU each gather with NCCL")
+        yield from _paths(f"nccl {_version()}", "ranks with one GPU each gather with NCCL")
 
 
 def _devices(count: int) -> Iterator[Check]:
@@ -169,23 +169,24 @@ def _links(count: int) -> Iterator[Check]:
         yield Check(
             "peer access",
             "one GPU: ranks share it",
-            "their times are those of one memory, not of a link",
+            "timings measure one shared memory, not a link between GPUs",
         )
     else:
-        blind = [
+        missing = [
             f"{a}→{b}"
             for a in range(count)
             for b in range(count)
             if a != b and not torch.cuda.can_device_access_peer(a, b)
         ]
-        advice = "groups over such a pair have no symmetric memory" if blind else ""
-        yield Check("peer access", f"missing for {', '.join(blind)}" if blind else "all", advice)
+        advice = "groups with such a pair have no symmetric memory" if missing else ""
+        found = f"missing for {', '.join(missing)}" if missing else "between all GPUs"
+        yield Check("peer access", found, advice)
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1":
         yield Check("multicast", "switched off by TORCH_SYMM_MEM_DISABLE_MULTICAST")
     else:
         has = count > 1 and _has_multicast()
         why = "" if has else "needs several GPUs behind one NVSwitch; cpkit's kernels do not use it"
-        yield Check("multicast", "supported" if has else "not here", why)
+        yield Check("multicast", "supported" if has else "not supported", why)
 
 
 def _has_multicast() -> bool:
@@ -210,7 +211,7 @@ def _version() -> str:
 
 def _nccl() -> Iterator[Check]:
     if not dist.is_nccl_available():
-        yield Check("NCCL", "this build of torch has none", "ranks go through gloo and the host")
+        yield Check("NCCL", "this build of torch has none", "ranks use gloo, through host memory")
         return
     version = loaded_nccl_version()
     newer = (
@@ -218,18 +219,19 @@ def _nccl() -> Iterator[Check]:
         "NCCL 2.29.2 or newer"
     )
     rules = {
-        "none": ("has no symmetric kernels", "symmetric memory needs NCCL 2.27 or newer"),
-        "both": ("an all-gather is symmetric when both buffers are registered", newer),
-        "recv": ("an all-gather is symmetric when the receive buffer is registered", ""),
+        "none": ("no symmetric kernels", "symmetric memory needs NCCL 2.27 or newer"),
+        "both": ("an all-gather is symmetric if both buffers are registered", newer),
+        "recv": ("an all-gather is symmetric if the receive buffer is registered", ""),
     }
     found, advice = rules[nccl_rule(version)]
     yield Check("NCCL", f"{_version()}: {found}", advice)
     if nccl_is_racy(version):
         first, last = (".".join(map(str, v)) for v in NCCL_RACY)
         yield Check(
-            "NCCL's faults",
+            "NCCL race",
             f"{first} to {last}: symmetric kernels do not wait for the kernel before them",
-            "silent wrong results with CUDA graphs (sglang#37768): use 2.30.7 or newer for those",
+            "CUDA graphs can give wrong results silently (sglang#37768): use them with NCCL 2.30.7 "
+            "or newer",
         )
 
 
@@ -242,11 +244,11 @@ def _triton() -> Check:
 
 
 def _paths(transport: str, words: str) -> Iterator[Check]:
-    """The path of each algorithm over one transport."""
+    """Yield the path of each algorithm over one transport."""
     yield Check("paths", words)
     for row in TABLE.values():
         name = row.name
-        if row.passes == ("wire",):  # kernels store into the peers' outputs
+        if row.passes == ("wire",):  # stores into the peers' outputs, without a collective
             yield Check(f"  {name}", "symmetric")
             continue
         send = _IN_POOL if row.symmetric_send else _ORDINARY
@@ -256,7 +258,7 @@ def _paths(transport: str, words: str) -> Iterator[Check]:
         if name == "padded" and transport == "cuda":
             path, advice = "staged", "NCCL refuses two ranks on one GPU"
         elif name == "padded":
-            advice = "by design: the ordinary collective"
+            advice = "by design: it uses the ordinary collective"
         else:
             advice = report.reason if path == "fallback" else ""
         yield Check(f"  {name}", path, advice)

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 examples/gather_check.py
 
-It is also the shortest tour of the library without workers and notebooks: initialize a process
+This is also the shortest example of the library without workers and notebooks: initialize a process
 group, split it into context-parallel groups, describe the batch, gather.
 """
 
@@ -102,8 +102,8 @@ def like_sglang(
 ) -> torch.Tensor:
     """Call one of SGLang's two functions as SGLang does.
 
-    `total_len` must leave room for the rank with the most rows. With several sequences that can be
-    more than the number of tokens.
+    `total_len` must have room for `cp_size` times the rows of the rank with the most. With several
+    sequences that can be more than the number of tokens.
     """
     forward_batch = SimpleNamespace(attn_cp_metadata=metadata)
     total_len = metadata.max_rank_len[0] * metadata.cp_size
@@ -139,7 +139,7 @@ def random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def same_bits(want: torch.Tensor, got: torch.Tensor) -> bool:
-    """Return whether shape, dtype and bytes are equal; NaNs compare like any other bits."""
+    """Return True if shape, dtype and bytes are equal. NaNs compare by their bits."""
     if want.shape != got.shape or want.dtype != got.dtype:
         return False
     return torch.equal(*(x.contiguous().view(torch.uint8) for x in (want, got)))

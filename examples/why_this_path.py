@@ -25,8 +25,8 @@ TRANSPORTS = (None, "nccl 2.27.7", "nccl 2.28.9", "nccl 2.29.2", "nccl 2.30.7")
 
 
 def main() -> None:
-    """Print all cases on rank 0. Collective: a path depends on the buffers of all ranks."""
-    parser = argparse.ArgumentParser(description="Which path a gather takes, and why.")
+    """Print all cases on rank 0. Collective, because a path depends on the buffers of all ranks."""
+    parser = argparse.ArgumentParser(description="Show which path a gather takes, and why.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
     if device == "cuda":
@@ -87,7 +87,7 @@ def foreign(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
 
 
 def shifted(group: CPGroup, device: str) -> Iterator[tuple[str, PathReport]]:
-    """Use views that begin one row later on rank 0: in the pool, but at different offsets."""
+    """Use views that begin one row later on rank 0, so their offsets in the pool differ."""
     first = int(group.rank == 0)
     with use_symmetric_memory(group):
         send = torch.empty(ROWS + 1, *SHAPE, device=device)[first : first + ROWS]

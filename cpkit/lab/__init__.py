@@ -1,4 +1,4 @@
-"""What a notebook works with: `connect()` and the `Lab`. Results are in `cpkit.control.results`."""
+"""The notebook's interface: `connect()` and `Lab`. Results are in `cpkit.control.results`."""
 
 from cpkit.lab.lab import Lab, connect
 

@@ -1,4 +1,4 @@
-"""`Lab`: a notebook's view of a set of workers. Each call is one request over the socket."""
+"""`Lab`: a notebook's interface to a set of workers. Each call is one request over the socket."""
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from cpkit import Explorer
 
 Lengths = int | Sequence[int]
-_ATTEMPTS = 3  # another process may have started to launch them, and failed
+_ATTEMPTS = 3  # another process may be starting these workers, and fail
 _log = logging.getLogger("cpkit")
 
 
@@ -65,10 +65,10 @@ def connect(
 ) -> "Lab":
     """Attach to the running workers of this name, or start `nproc` of them (default: 4).
 
-    Workers started here end with this process. "default" means the name in CPKIT_NAME where
-    `make lab` has set one. Raises NoWorkers if there are none and `launch` is false, OtherWorkers
-    if the running ones differ from `nproc` or `device`, ControlError if they cannot be reached or
-    started, ValueError for bad arguments.
+    Workers started here end with this process. "default" means the name in CPKIT_NAME, if it is
+    set. Raises NoWorkers if none are running and `launch` is false, OtherWorkers if the running
+    ones differ from `nproc` or `device`, ControlError if they cannot be reached or started, and
+    ValueError for bad arguments.
     """
     if name == "default":
         name = workers_name()
@@ -90,13 +90,13 @@ def _launch(settings: Launch) -> None:
 
 
 class Lab:
-    """Requests to one set of workers. Thread-safe; a context manager that closes.
+    """Send requests to one set of workers. Thread-safe; leaving its `with` block closes it.
 
     `lengths` are tokens per sequence; `cp_size` is a divisor of the world size, by default all
     ranks. A row has `heads` × `head_dim` elements of `dtype`: `torch.bfloat16`, `"bfloat16"` and
     `"bf16"` are the same. `symmetric=False` gathers through ordinary memory. Algorithm "plan" is
-    `direct`, prepared once. All methods raise BadRequest (a ValueError) for bad input, WorkersDied,
-    WorkersBusy, NoAnswer, Cancelled, RequestFailed.
+    `direct`, prepared once. All methods raise BadRequest (a ValueError) for bad input, and
+    WorkersDied, WorkersBusy, NoAnswer, Cancelled or RequestFailed.
     """
 
     def __init__(self, client: Client) -> None:
@@ -135,7 +135,7 @@ class Lab:
         return self._client.connection.owner == process_id()
 
     def status(self) -> StatusResult:
-        """Return what the workers are; answered at once, also while they are busy."""
+        """Return the workers' processes, device, state and limits, even while they are busy."""
         return self._client.call(Status(), StatusResult)
 
     def gather(
@@ -153,9 +153,9 @@ class Lab:
         round: int = 1,
         show: bool = True,
     ) -> GatherResult:
-        """Run one gather and verify every bit; the result of a small one has its stages.
+        """Run one gather and verify every bit; if it is small, the result contains its stages.
 
-        Rows are stamped with `round`. With `show=False` no stages are returned.
+        Rows are stamped with `round`. With `show=False` the result has no stages.
         """
         workload = self.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
@@ -177,7 +177,7 @@ class Lab:
         samples: int | None = None,
         interval_s: float = 0.1,
     ) -> Generator[Sample, None, None]:
-        """Yield a sample every `interval_s`, `samples` of them or endlessly.
+        """Yield one sample every `interval_s`: `samples` of them, or endlessly if that is None.
 
         Closing the iterator cancels the measurement.
         """
@@ -185,7 +185,7 @@ class Lab:
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )
         body = Measure(workload, samples, interval_s)
-        # Longer intervals are refused.
+        # The workers refuse longer intervals.
         deadline_s = DEADLINE_S + (interval_s if 0 < interval_s <= 60 else 0)
         with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
@@ -207,11 +207,11 @@ class Lab:
         tensors: int = 2,
         iterations: int = 20,
     ) -> "pd.DataFrame":
-        """Return a table in nccl-tests' columns, one row per size, cp_size and algorithm.
+        """Return a table with nccl-tests' columns: one row per size, cp_size and algorithm.
 
-        Sizes are `sizes_bytes`, the total gathered bytes of one sequence (rounded up to whole
-        tokens, and to the 2·cp tokens that zigzag needs), or `lengths`, a list of batches.
-        Algorithms of one size are measured interleaved.
+        Pass either `sizes_bytes`, the gathered bytes of one sequence (rounded up to whole tokens,
+        and to the 2·cp tokens that zigzag needs), or `lengths`, a list of batches. The algorithms
+        of one size are measured interleaved.
         """
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
@@ -253,10 +253,10 @@ class Lab:
     ) -> ClockResult:
         """Time the calls interleaved (A B C, A B C, …), and return every sample of every rank.
 
-        Beside algorithms, calls are `barrier`, nothing else; `copy`, each rank copies the gathered
-        bytes once; `copy_fresh`, the same into memory that was never written; `collective`,
-        torch.distributed alone; `launch`, started and not waited for. `warmup=0` and
-        `barrier=False` leave out what a fair clock needs; rank r starts `r · late_us` late.
+        A call is an algorithm or one of: `barrier`, a barrier alone; `copy`, each rank copies the
+        gathered bytes once; `copy_fresh`, the same into memory that was never written;
+        `collective`, torch.distributed alone; `launch`, started but not waited for. `warmup=0` and
+        `barrier=False` show timing mistakes. Rank r starts each call `r · late_us` late.
         """
         workload = self.workload(
             lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
@@ -264,7 +264,7 @@ class Lab:
         unknown = [call for call in calls if call not in get_args(ClockCall)]
         if unknown:
             raise BadRequest(
-                f"calls has {unknown}; what can be timed is {', '.join(get_args(ClockCall))}"
+                f"calls has {unknown}; each must be one of {', '.join(get_args(ClockCall))}"
             )
         body = Clock(workload, tuple(calls), iterations, warmup, barrier, float(late_us))
         return self._client.call(body, ClockResult)
@@ -282,7 +282,7 @@ class Lab:
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> TraceResult:
-        """Return when each rank was in which stage of one gather."""
+        """Run one gather, and return when each rank was in which stage."""
         workload = self.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )
@@ -301,7 +301,7 @@ class Lab:
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> "pd.DataFrame":
-        """Return the path of the gather per rank: rank, path, reason, send, recv."""
+        """Return the path of the gather, one row per rank: rank, path, reason, send, recv."""
         workload = self.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )
@@ -310,7 +310,7 @@ class Lab:
     def put(
         self, cp_size: int | None = None, *, rounds: int = 1000, barrier: bool = True
     ) -> PutResult:
-        """Write from each rank into its peers' memory, with or without a barrier before reading."""
+        """Let each rank write into its peers' memory, then read with or without barriers."""
         size = self.world_size if cp_size is None else cp_size
         return self._client.call(Put(size, rounds, barrier), PutResult)
 
@@ -358,13 +358,13 @@ class Lab:
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> "Explorer":
-        """Return the live panel, started: display it as the last line of a cell.
+        """Start the live panel and return it. Display it as the last line of a cell.
 
-        The parameters from `cp_size` on are the first values of its controls. A sample arrives
-        every `interval_s`; without a change the panel pauses after `pause_after_s`. Needs the
+        The parameters from `cp_size` on are the initial values of its controls. A sample arrives
+        every `interval_s`. The panel pauses `pause_after_s` after the last change. Requires the
         packages of `cpkit[notebooks]`.
         """
-        from cpkit import Explorer  # loaded here: only a notebook has its packages
+        from cpkit import Explorer  # its packages are optional
 
         return Explorer(
             self,
@@ -382,11 +382,11 @@ class Lab:
         ).start()
 
     def close(self) -> None:
-        """Disconnect. The workers stay, unless this process started them and ends."""
+        """Disconnect. The workers keep running; those of this process end with it."""
         self._client.close()
 
     def stop(self) -> None:
-        """End the workers, and return when they have ended."""
+        """Stop the workers, and return when they have ended."""
         launcher.shut_down(self._client)
         self.close()
 

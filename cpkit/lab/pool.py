@@ -1,4 +1,4 @@
-"""`Lab.pool`: a notebook's view of the symmetric pools of a set of workers."""
+"""`Lab.pool`: a notebook's interface to the symmetric pools of a set of workers."""
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class LabPool:
-    """The symmetric pool of one cp_size (default: all ranks). Every method returns its statistics.
+    """Inspect and change the symmetric pool of one cp_size (default: all ranks).
 
-    One row per rank: rank, segments, arena_bytes, spill_bytes, used_bytes, peak_bytes,
-    largest_free_bytes, live_blocks, spills, spill_ms, registrations, registering_ms.
-    `table.attrs["note"]` says what the method did.
+    Every method except `history` returns its statistics, one row per rank: rank, segments,
+    arena_bytes, spill_bytes, used_bytes, peak_bytes, largest_free_bytes, live_blocks, spills,
+    spill_ms, registrations, registering_ms. `table.attrs["note"]` says what the method did.
     """
 
     def __init__(self, client: Client) -> None:
@@ -35,7 +35,7 @@ class LabPool:
         return self._call(Pool(self._size(cp_size))).table
 
     def history(self, cp_size: int | None = None) -> "pd.DataFrame":
-        """Return rank 0's pool over time: one row per block that was allocated or freed.
+        """Return rank 0's pool over time, one row per allocated or freed block.
 
         Columns: time_s, used_bytes, peak_bytes, free_bytes, largest_free_bytes, spills. All ranks
         allocate the same blocks, so their pools are equal.
@@ -45,7 +45,7 @@ class LabPool:
     def configure(
         self, prealloc_bytes: int | None = None, cp_size: int | None = None
     ) -> "pd.DataFrame":
-        """Replace the pool by a new one with an arena of this size; None is the default size."""
+        """Replace the pool by one with an arena of this size; None is the default size."""
         return self._call(
             Pool(self._size(cp_size), "configure", prealloc_bytes=prealloc_bytes)
         ).table
@@ -60,7 +60,7 @@ class LabPool:
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> "pd.DataFrame":
-        """Grow the arena for the largest batch, so that no gather of up to that size spills."""
+        """Grow the arena so that no gather of up to this size spills."""
         return self._call(
             Pool(
                 self._size(cp_size),

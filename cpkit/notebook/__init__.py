@@ -1,9 +1,9 @@
-"""What a notebook shows: figures of real arrays and times, and live panels.
+"""Figures of real arrays and times, and live panels, for notebooks.
 
-Reads the layout and the control client; never imports `torch.distributed`.
+These modules use the layout and the control client, and never import `torch.distributed`.
 
-    figures        grids (arrays), charts (times), style (colours and words), show (display)
+    figures        grids (arrays), charts (times), style (colours and text), show (display)
     live panels    explorer (with controls and panel), stepper, pool_live
-    their parts    live (thread and frame), plot (with plot.js), cells (a cell that runs again)
+    their parts    live (thread and widgets), plot (with plot.js), cells (a cell that runs again)
     notebooks      workspace (the copies that `make lab` opens)
 """

@@ -1,7 +1,7 @@
-"""Running a cell again closes the live panels that its previous run created.
+"""Close the live panels of a cell when the cell runs again.
 
-A panel owns a thread, a measurement and widgets. When the cell runs again, its variable is rebound,
-which does not stop the old panel; so each panel registers here when it is created.
+A panel owns a thread, a measurement and widgets. Running the cell again rebinds its variable, but
+that does not stop the old panel. So each panel registers here when it is created.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from IPython.core.getipython import get_ipython
 
 
 class Closable(Protocol):
-    """What can be registered."""
+    """A panel that can be registered."""
 
     def close(self) -> None:
-        """Stop all work and free all resources. May be called twice."""
+        """Stop all work and free all resources. A second call does nothing."""
 
 
 class Run(NamedTuple):
@@ -31,8 +31,8 @@ _panels: dict[Closable, Run] = {}
 def replace_previous(panel: Closable) -> None:
     """Close the panels that earlier runs of this cell created, and register `panel`.
 
-    JupyterLab puts the cell's id into each execute request, so panels of other cells, and several
-    panels of one run, stay open. Without an id (a script, nbval, a console) a new panel closes the
+    Panels of other cells, and other panels of the same run, stay open: JupyterLab sends the cell's
+    id with each execute request. Without an id (a script, nbval, a console) a new panel closes the
     earlier ones of its class.
     """
     run = _current_run() or Run(type(panel).__name__, None)
@@ -47,7 +47,7 @@ def replace_previous(panel: Closable) -> None:
 
 
 def forget(panel: Closable) -> None:
-    """Remove a closed panel from the register."""
+    """Unregister a closed panel."""
     _panels.pop(panel, None)
 
 

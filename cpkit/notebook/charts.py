@@ -1,6 +1,6 @@
-"""Pictures of measured times: stages and timelines, and the axes of sizes and times.
+"""Draw measured times: stages and timelines, and the axes of sizes and times.
 
-All take what a `Lab` returns and draw what is in it; nothing is smoothed or left out.
+Each figure draws all values of a result of `Lab`, without smoothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpkit.notebook import style
 
 
 def stage_split(samples: Sequence[Sample]) -> go.Figure:
-    """Where the time of each sample goes: one bar a sample, its stages side by side (rank mean)."""
+    """Draw the stages of each sample, averaged over the ranks, as one stacked bar per sample."""
     figure = go.Figure()
     splits = [(s.workload.algorithm, _mean_stages(s)) for s in samples]
     for stage in _ordered({stage for _, split in splits for stage in split}):
@@ -41,7 +41,7 @@ def stage_split(samples: Sequence[Sample]) -> go.Figure:
 
 
 def timeline(table: pd.DataFrame, label: str) -> go.Figure:
-    """Every stage of every rank on one clock; `table` as `lab.trace(...).table`."""
+    """Draw all stages of all ranks on one time axis; `table` is `lab.trace(...).table`."""
     figure = go.Figure()
     for stage in _ordered(set(table["stage"])):
         figure.add_trace(_timeline_bars(stage, table[table["stage"] == stage]))
@@ -66,7 +66,7 @@ def timeline(table: pd.DataFrame, label: str) -> go.Figure:
 
 
 def byte_words(count: float) -> str:
-    """A byte count with a decimal unit: `33.6 MB`."""
+    """Return a byte count with a decimal unit: `33.6 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -74,14 +74,14 @@ def byte_words(count: float) -> str:
 
 
 def size_axis(sizes_bytes: Sequence[int], **options: object) -> dict[str, Any]:
-    """A logarithmic axis of sizes, each written out in bytes."""
+    """Return a logarithmic axis of sizes, with a tick per size."""
     words = [byte_words(size) for size in sizes_bytes]
     ticks = {"tickvals": list(sizes_bytes), "ticktext": words}
     return style.axis("size: all gathered bytes", type="log", **ticks, **options)
 
 
 def time_axis() -> dict[str, Any]:
-    """A logarithmic axis of the slowest rank's time."""
+    """Return a logarithmic axis of the slowest rank's time."""
     return style.axis("time (µs, slowest rank)", type="log", dtick=1)
 
 

@@ -1,4 +1,4 @@
-"""The explorer's controls: the allowed choices, and the chosen workload."""
+"""The explorer's controls: their options, and the workload that they select."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_SEQUENCES = 4096
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Read sequence lengths: `4096`, `4097, 812` or `16*4097`. Raises ValueError."""
+    """Parse sequence lengths: `4096`, `4097, 812` or `16*4097`. Raises ValueError."""
     lengths: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d{1,6})\s*[*×x]\s*)?(\d{1,9})\s*", part)
@@ -38,13 +38,13 @@ def parse_lengths(text: str) -> tuple[int, ...]:
             )
         count = int(match[1] or 1)
         if len(lengths) + count > _MAX_SEQUENCES:
-            raise ValueError(f"lengths {text!r}: at most {_MAX_SEQUENCES} sequences")
+            raise ValueError(f"lengths {text!r}: write at most {_MAX_SEQUENCES} sequences")
         lengths += [int(match[2])] * count
     return tuple(lengths)
 
 
 class Controls:
-    """Widgets for one workload."""
+    """The widgets that select one workload."""
 
     def __init__(self, cp_sizes: Sequence[int], start: Workload) -> None:
         self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
@@ -64,10 +64,10 @@ class Controls:
         self._tensors = start.tensors
         for name in ("cp_size", "heads", "head_dim", "dtype", "algorithm", "strategy", "lengths"):
             getattr(self, name).add_class(name.replace("_", "-"))
-        self.preset.observe(self._take_preset, "value")
+        self.preset.observe(self._apply_preset, "value")
 
     def workload(self) -> Workload:
-        """Return the chosen workload. Raises ValueError if the lengths cannot be read."""
+        """Return the selected workload. Raises ValueError if the lengths cannot be parsed."""
         return Workload(
             cp_size=self.cp_size.value,
             lengths=parse_lengths(self.lengths.value),
@@ -81,12 +81,12 @@ class Controls:
         )
 
     def observed(self) -> tuple[Any, ...]:
-        """Return the widgets whose values are the workload."""
+        """Return the widgets whose values define the workload."""
         shape = (self.cp_size, self.heads, self.head_dim, self.dtype)
         return (*shape, self.algorithm, self.strategy, self.lengths, self.symmetric)
 
     def box(self) -> widgets.Widget:
-        """Return all controls, in three short columns."""
+        """Return all controls in three columns."""
         columns = (
             (self.cp_size, self.algorithm, self.symmetric),
             (self.lengths, self.preset, self.strategy),
@@ -94,7 +94,7 @@ class Controls:
         )
         return controls_box([widgets.VBox(column) for column in columns], flex_flow="row wrap")
 
-    def _take_preset(self, change: dict[str, Any]) -> None:
+    def _apply_preset(self, change: dict[str, Any]) -> None:
         if change["new"] in PRESETS:
             self.lengths.value = PRESETS[change["new"]]
 

@@ -1,10 +1,10 @@
 """The explorer: change a control, and the workers measure the new setting while you watch.
 
-    controls ──▶ setting (the newest counts) ──▶ thread: lab.measure(setting) ──▶ plot, 5-10 Hz
+    controls ──▶ newest setting ──▶ thread: lab.measure(setting) ──▶ plot, 5-10 Hz
 
-A control's callback only submits a setting and returns: a slow measurement never blocks the kernel,
-and ten quick changes cost one restart. The measurement pauses when no control was changed for
-`pause_after_s`.
+A control's callback only submits a setting and returns, so a slow measurement never blocks the
+kernel, and ten quick changes restart the measurement once. The measurement pauses if no control was
+changed for `pause_after_s`.
 """
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
@@ -36,7 +36,7 @@ _CELL = 'style="padding: 0 8px; text-align: right"'
 
 
 class Measurement(NamedTuple):
-    """A setting of the controls, and the samples that were measured with it."""
+    """One setting of the controls, and the samples measured with it."""
 
     workload: Workload
     is_running: bool
@@ -44,13 +44,13 @@ class Measurement(NamedTuple):
 
 
 class Explorer(LivePanel[Measurement]):
-    """Display it as the last line of a cell, and call `start()`.
+    """Measure the selected workload live. Call `start()`; display it as the last line of a cell.
 
-    The parameters from `cp_size` on are the first values of the controls. `lengths` are tokens per
-    sequence; a sample arrives every `interval_s`.
+    The parameters from `cp_size` on are the initial values of the controls. `lengths` are tokens
+    per sequence; a sample arrives every `interval_s`.
     """
 
-    description = "Live panel: controls, and a plot of what the workers do now"
+    description = "Live panel: controls, and a plot of what the workers measure now"
 
     def __init__(
         self,
@@ -81,20 +81,20 @@ class Explorer(LivePanel[Measurement]):
         super().__init__(self.controls.observed(), self.panel.plot)
 
     def start(self) -> "Self":
-        """Measure what the controls say, until `stop`; return the panel."""
+        """Measure the selected workload until `stop`; return the panel."""
         self._is_running = True
         self._submit()
         return self
 
     def stop(self) -> None:
-        """End the measurement. The workers stay, and layouts are still drawn."""
+        """Stop measuring. The workers keep running, and new settings still draw their layout."""
         self._is_running = False
         self._submit()
 
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until the newest setting has this many samples; return the latest.
 
-        Raises what the measurement raised, RuntimeError while it is stopped, and TimeoutError.
+        Raises the measurement's exception, RuntimeError if the panel is stopped, or TimeoutError.
         """
         with self._changed:
             if not self._is_running and len(self._samples) < samples:
@@ -117,12 +117,12 @@ class Explorer(LivePanel[Measurement]):
 
     @property
     def summary_html(self) -> str:
-        """The latest sample in one line; empty before the first."""
+        """The latest sample in one line; empty before the first sample."""
         return str(self._summary.value)
 
     def _build(self, controls: Sequence[Any]) -> widgets.Widget:
-        start = widgets.Button(description="Start", icon="play", tooltip="measure and redraw")
-        stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers stay")
+        start = widgets.Button(description="Start", icon="play", tooltip="measure")
+        stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers keep running")
         start.add_class("start").on_click(lambda _: self.start())
         stop.add_class("stop").on_click(lambda _: self.stop())
         buttons = widgets.HBox([controls_box([start, stop]), self._status])
@@ -136,7 +136,7 @@ class Explorer(LivePanel[Measurement]):
             return Measurement(workload, self._is_running, self._samples)
 
     def _work(self, setting: Measurement, is_newest: IsNewest) -> None:
-        """Draw the layout and, if running, measure until a newer setting was submitted."""
+        """Draw the layout. If running, measure until a newer setting is submitted."""
         workload = setting.workload
         metadata = workload.layout()
         self.panel.show_layout(workload, metadata)
@@ -158,7 +158,7 @@ class Explorer(LivePanel[Measurement]):
                     break
         if sample:
             self._draw(sample, metadata)
-        self._status.value = "○ paused: no control was changed for a while; Start continues"
+        self._status.value = "○ paused: no control was changed for a while; press Start to continue"
 
     def _keep(self, setting: Measurement, sample: Sample) -> None:
         self.panel.add(sample)

@@ -1,7 +1,7 @@
-"""Pictures of arrays: who owns which token, where the padding is, what each stage holds.
+"""Draw arrays: which rank owns which token, where the padding is, what each stage contains.
 
-Every cell is one slot of a real array. A slot is described by its row of the decoded provenance,
-`(round, rank, sequence, token)`, -1 where nobody wrote a token.
+A cell is a slot of a real array, or a run of slots of one rank. Each slot is a row of decoded
+provenance, `(round, rank, sequence, token)`; all four are -1 where no rank wrote a token.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cpkit.notebook import style
 
 Ints = npt.NDArray[np.int64]
 RANK = 1  # column of the decoded provenance
-MAX_LABELLED = 72  # slots in the longest line that still get a cell and a label each
+MAX_LABELLED = 72  # up to this many slots per line, each slot has its own cell and label
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of cells. `wrong` marks slots that hold something they must not."""
+    """One line of cells. `wrong` marks slots with wrong contents."""
 
     label: str
     slots: Ints  # [slots, 4]
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Cell:
-    """Neighbouring slots that are drawn as one."""
+    """Adjacent slots that are drawn as one bar."""
 
     first: int
     count: int
@@ -45,17 +45,17 @@ class Cell:
 
 
 def rows_of(metadata: ContextParallelMetadata, rank: int) -> Ints:
-    """The rows that `rank` holds, as decoded provenance of round 1: int64 `[rows, 4]`."""
+    """Return the rows that `rank` holds, as decoded provenance of round 1: int64 `[rows, 4]`."""
     return _describe(metadata, metadata.rank_rows(rank).numpy())
 
 
 def token_line(metadata: ContextParallelMetadata) -> Ints:
-    """All tokens in token order, as decoded provenance of round 1: int64 `[total_tokens, 4]`."""
+    """Return all tokens in order, as decoded provenance of round 1: int64 `[total_tokens, 4]`."""
     return _describe(metadata, np.arange(metadata.total_tokens))
 
 
 def pad_rows(slots: Ints, length: int) -> Ints:
-    """Append slots that hold no token, up to `length`: int64 `[length, 4]`."""
+    """Append slots without a token, up to `length` slots: int64 `[length, 4]`."""
     padding = np.full((length - len(slots), 4), -1, dtype=np.int64)
     return np.concatenate([slots, padding])
 
@@ -63,7 +63,7 @@ def pad_rows(slots: Ints, length: int) -> Ints:
 def ownership_strip(
     metadatas: ContextParallelMetadata | Sequence[ContextParallelMetadata],
 ) -> go.Figure:
-    """Who owns token t: one line a layout, tokens in token order, coloured by rank."""
+    """Draw which rank owns each token: one line per layout, in token order, coloured by rank."""
     layouts = [metadatas] if isinstance(metadatas, ContextParallelMetadata) else list(metadatas)
     lines = [Line(f"{m.strategy}, cp_size {m.cp_size}", token_line(m)) for m in layouts]
     first = layouts[0]
@@ -72,7 +72,7 @@ def ownership_strip(
     )
     return draw_lines(
         lines,
-        title="Who owns which token",
+        title="Which rank owns which token",
         subtitle=f"lengths {list(first.lengths)} tokens{_label_words(first, first.total_tokens)}",
         alt=f"Tokens 0 to {first.total_tokens - 1} in token order. {words} tokens.",
         axis_title="token (index in the flattened batch)",
@@ -80,7 +80,7 @@ def ownership_strip(
 
 
 def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
-    """The gathered buffer before the padding is stripped: one line a rank, padding hatched."""
+    """Draw the gathered buffer before the padding is stripped: one line per rank."""
     length = metadata.max_rank_len[0]
     lines = [
         Line(f"rank {rank}: {rows} rows", pad_rows(rows_of(metadata, rank), length))
@@ -88,15 +88,14 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
     ]
     slots = length * metadata.cp_size
     waste = slots - metadata.total_tokens
-    share = f"{waste} of {slots} slots are padding ({waste / slots:.1%})"
+    words = f"{waste} of {slots} slots are padding ({waste / slots:.1%})"
     return draw_lines(
         lines,
-        title=f"Padded to one length: {share}",
+        title=f"Padded to one length: {words}",
         subtitle=f"{metadata.strategy}, lengths {list(metadata.lengths)} tokens, "
         f"max_rank_len {length} rows{_label_words(metadata, length)}",
         alt=f"{metadata.cp_size} ranks with {list(metadata.per_rank_actual_token)} rows, "
-        f"each padded to "
-        f"{length} rows: {share}.",
+        f"each padded to {length} rows: {words}.",
         axis_title="slot (row of the rank's buffer)",
     )
 
@@ -104,7 +103,7 @@ def padding_grid(metadata: ContextParallelMetadata) -> go.Figure:
 def stage_grid(
     gathered: GatherResult, stages: Iterable[str] | None = None, rank: int = 0
 ) -> go.Figure:
-    """What a real gather held after each stage; from `wire` on, as `rank` received it."""
+    """Draw the rows of a real gather after each stage; from `wire` on, those on `rank`."""
     wanted = list(stages if stages is not None else dict.fromkeys(["shard", *gathered.stages]))
     lines = [line for name in wanted for line in _stage_lines(gathered, name, rank)]
     metadata = gathered.metadata
@@ -123,7 +122,7 @@ def stage_grid(
 def draw_lines(
     lines: Sequence[Line], *, title: str, subtitle: str = "", alt: str, axis_title: str
 ) -> go.Figure:
-    """Draw lines of cells, the first on top; one legend entry a rank, one for padding."""
+    """Draw lines of cells, the first on top, with a legend of the ranks and the padding."""
     figure = go.Figure()
     longest = max(len(line.slots) for line in lines)
     plot_height = 34 * len(lines) + 6
@@ -145,7 +144,7 @@ def draw_lines(
 
 
 def in_words(slots: Ints) -> str:
-    """Runs of slots with one owner, as text: `rank 0 ×2, padding ×1`."""
+    """Return the runs of slots with one owner as text: `rank 0 ×2, padding ×1`."""
     runs = _runs(slots[:, RANK])
     shown = [f"{_name(int(slots[first, RANK]))} ×{count}" for first, count in runs[:12]]
     return ", ".join(shown) + (", …" if len(runs) > 12 else "")
@@ -171,7 +170,7 @@ def _label_words(metadata: ContextParallelMetadata, longest: int) -> str:
 
 
 def _stage_lines(gathered: GatherResult, name: str, rank: int) -> Iterator[Line]:
-    """`shard` and `pad` happen on every rank, one line each; the rest is seen by one rank."""
+    """Yield one line per rank for `shard` and `pad`, and one line of `rank` for any other stage."""
     ranks = range(gathered.metadata.cp_size)
     if name == "shard":
         yield from (Line(f"shard, rank {r}", rows_of(gathered.metadata, r)) for r in ranks)
@@ -182,7 +181,7 @@ def _stage_lines(gathered: GatherResult, name: str, rank: int) -> Iterator[Line]
 
 
 def _runs(owners: Ints) -> list[tuple[int, int]]:
-    """(first, count) of each run of equal values."""
+    """Return (first, count) of each run of equal values."""
     edges = np.flatnonzero(np.diff(owners)) + 1
     firsts = np.concatenate([[0], edges]) if len(owners) else np.array([], dtype=np.int64)
     stops = np.concatenate([firsts[1:], [len(owners)]])
@@ -190,7 +189,7 @@ def _runs(owners: Ints) -> list[tuple[int, int]]:
 
 
 def _cells(line: Line, longest: int) -> Iterator[Cell]:
-    """One cell a slot while labels fit, else one cell a run of slots with the same owner."""
+    """Yield one cell per slot if labels fit, otherwise one per run of slots with one owner."""
     wrong = np.zeros(len(line.slots), bool) if line.wrong is None else line.wrong
     single = longest <= MAX_LABELLED
     several = bool((line.slots[:, 2] > 0).any())
@@ -217,7 +216,7 @@ def _name(rank: int) -> str:
 
 
 def _look(rank: int) -> tuple[str, str, str]:
-    """Legend name, colour, hatch."""
+    """Return legend name, colour and hatch."""
     return (
         _name(rank),
         (style.rank_color(rank) if rank >= 0 else style.PADDING),

@@ -1,7 +1,7 @@
 """Live panels: controls, a status line and a live plot, and the thread that follows the controls.
 
-control changed ──▶ submit(setting)   returns at once
-                        │  an older setting that waits is dropped; work on one is stopped
+control changed ──▶ submit(setting)   returns immediately
+                        │  drops an older setting that waits, and stops work on one
                         ▼
                     work(setting, is_newest)   in one thread, one setting at a time
 """
@@ -25,9 +25,9 @@ IsNewest = Callable[[], bool]
 
 
 class LatestWins(Generic[Setting]):
-    """Call `work(setting, is_newest)` for the newest setting; `failed(error)` if that raises.
+    """Call `work(setting, is_newest)` for the newest setting, and `failed(error)` if it raises.
 
-    Long work calls `is_newest()` from time to time, and returns if it is false.
+    Long work should call `is_newest()` periodically, and return if it is false.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class LatestWins(Generic[Setting]):
         atexit.register(self.close)
 
     def submit(self, setting: Setting) -> None:
-        """Replace the setting that is to be worked on. Never waits."""
+        """Replace the setting to work on. Never blocks."""
         with self._changed:
             self._setting = setting
             self._number += 1
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 2.0) -> bool:
-        """Stop the work and end the thread; return whether it ended in time."""
+        """Stop the work and end the thread. Return True if it ended in time."""
         with self._changed:
             self._closed = True
             self._number += 1
@@ -85,12 +85,12 @@ class LatestWins(Generic[Setting]):
 
 
 class LivePanel(Generic[Setting]):
-    """Display it as the last line of a cell. It follows the latest setting of its controls.
+    """Follow the latest setting of the controls. Display it as the last line of a cell.
 
-    A subclass reads its controls (`_setting`), and does what they say (`_work`).
+    A subclass reads its controls in `_setting`, and works on the setting in `_work`.
     """
 
-    description: ClassVar[str]  # shown where no widgets are
+    description: ClassVar[str]  # shown where widgets cannot be displayed
 
     def __init__(self, controls: Sequence[Any], plot: LivePlot) -> None:
         cells.replace_previous(self)
@@ -104,17 +104,17 @@ class LivePanel(Generic[Setting]):
         self._submit()
 
     def close(self) -> None:
-        """End the thread and its work, and free the widgets."""
+        """Stop the work, end the thread, and close the widgets."""
         self._worker.close()
         close_widgets(self._box)
         cells.forget(self)
 
     def _setting(self) -> Setting:
-        """Return what the controls say. Raises ValueError for text that cannot be read."""
+        """Return the setting of the controls. Raises ValueError for text that cannot be parsed."""
         raise NotImplementedError
 
     def _work(self, setting: Setting, is_newest: IsNewest) -> None:
-        """Do what the setting says, and return early when a newer one was submitted."""
+        """Work on the setting, and return early if a newer one is submitted."""
         raise NotImplementedError
 
     def _build(self, controls: Sequence[Any]) -> widgets.Widget:
@@ -144,24 +144,24 @@ class LivePanel(Generic[Setting]):
 
 
 class StepPanel(LivePanel[Setting]):
-    """A live panel whose work for one setting ends. `figure` is the figure that the page shows."""
+    """A live panel whose work on a setting ends. `figure` is the figure that the page shows."""
 
     def __init__(self, controls: Sequence[Any], figure: go.Figure | None = None) -> None:
         self.figure = figure or waiting_figure()
-        self.done = 0  # settings whose work is complete
+        self.done = 0  # number of settings whose work is complete
         super().__init__(controls, LivePlot(self.figure))
 
     def wait(self, done: int = 1, timeout_s: float = 60.0) -> None:
-        """Wait until the work of this many settings is complete. Raises TimeoutError."""
+        """Wait until the work on this many settings is complete. Raises TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done >= done, timeout_s):
                 raise TimeoutError(
-                    f"{self.done} of {done} were done in {timeout_s} s; the panel says: "
+                    f"{self.done} of {done} settings were done in {timeout_s} s; the panel shows: "
                     f"{self._status.value or 'nothing'}"
                 )
 
     def _show(self, setting: Setting, is_newest: IsNewest) -> str:
-        """Do and draw it. Return the status line, or "" if a newer setting was submitted."""
+        """Work on it and draw it. Return the status line, or "" if a newer one was submitted."""
         raise NotImplementedError
 
     def _draw(self, figure: go.Figure) -> None:
@@ -185,17 +185,17 @@ def waiting_figure() -> go.Figure:
     return style.finish(figure, title=text, alt=f"{text}.", height=490)
 
 
-# When the kernel is lost, plot.js finds these classes and cpkit-status: it disables the controls
-# and replaces the status line.
+# When the kernel is lost, plot.js finds the parts by these classes and cpkit-status. It disables
+# the controls and replaces the status line.
 
 
 def live_box(*children: widgets.Widget) -> widgets.VBox:
-    """Stack the parts of a live panel."""
+    """Return the parts of a live panel, one below the other."""
     return widgets.VBox(children, _dom_classes=("cpkit-live",))
 
 
 def controls_box(controls: Sequence[widgets.Widget], **layout: str) -> widgets.HBox:
-    """Put controls side by side."""
+    """Return the controls, side by side."""
     return widgets.HBox(controls, layout=layout, _dom_classes=("cpkit-controls",))
 
 

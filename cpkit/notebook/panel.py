@@ -15,7 +15,7 @@ from cpkit.notebook import style
 from cpkit.notebook.plot import LivePlot
 
 HISTORY = 120  # samples in the history plot
-# Not an empty list: plotly.js removes the axes of a trace without points.
+# Not empty lists, because plotly.js removes the axes of a trace without points.
 _NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
 _TITLES = ("Rows per rank", "Time per rank", "Stages (mean over ranks)", "History")
 
@@ -23,7 +23,7 @@ _TITLES = ("Rows per rank", "Time per rank", "Stages (mean over ranks)", "Histor
 class Panel:
     """Four plots of one workload: rows, time per rank, stages, history.
 
-    One thread updates `figure` and publishes it; other threads read it with `still`.
+    One thread updates `figure` and publishes it; other threads read it with `still()`.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class Panel:
         self._rows, self._padding, self._times, self._history, *stages = self.figure.data
         self._stages = dict(zip(style.STAGE_STYLES, stages, strict=True))
         self._times_us: deque[float] = deque(maxlen=HISTORY)
-        self._taken = 0
+        self._n_added = 0
 
     def show_layout(self, workload: Workload, metadata: ContextParallelMetadata) -> None:
-        """Draw what is known before the first sample, and start a new history."""
+        """Draw the rows per rank, and start a new history."""
         self._times_us.clear()
-        self._taken = 0
+        self._n_added = 0
         ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
         rows = metadata.per_rank_actual_token
         padding = [metadata.max_rank_len[0] - count for count in rows]
@@ -49,7 +49,7 @@ class Panel:
             self.figure.layout.title.subtitle.text = subtitle
             self._rows.update(x=ranks, y=rows, marker={"color": colors})
             self._padding.update(x=ranks, y=padding)
-            nothing = [0] * len(ranks)  # without error bars plotly draws NaN
+            nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
             self._times.update(
                 x=ranks, y=nothing, error_y={"array": nothing}, marker={"color": colors}
             )
@@ -59,15 +59,15 @@ class Panel:
             self._publish()
 
     def show_sample(self, sample: Sample) -> None:
-        """Draw one sample, and the history of all samples that were added."""
+        """Draw one sample, and the history of the added samples."""
         late = [
             p95 - us for us, p95 in zip(sample.per_rank_us, sample.per_rank_p95_us, strict=True)
         ]
-        first = self._taken - len(self._times_us)
+        first = self._n_added - len(self._times_us)
         with self._lock:
             self._times.y = list(sample.per_rank_us)
             self._times.error_y.array = [max(0.0, us) for us in late]
-            self._history.update(x=list(range(first, self._taken)), y=list(self._times_us))
+            self._history.update(x=list(range(first, self._n_added)), y=list(self._times_us))
             for stage, bar in self._stages.items():
                 times_us = sample.stage_us.get(stage, ())
                 bar.x = [sum(times_us) / len(times_us)] if times_us else [0]
@@ -76,7 +76,7 @@ class Panel:
     def add(self, sample: Sample) -> None:
         """Add a sample to the history."""
         self._times_us.append(sample.time_us)
-        self._taken += 1
+        self._n_added += 1
 
     def still(self) -> go.Figure:
         """Return the current figure as a plain figure, for pages without JavaScript."""
@@ -91,7 +91,7 @@ class Panel:
 
 
 def describe(workload: Workload) -> tuple[str, str]:
-    """Return title and subtitle for a workload, short enough for the buttons beside them."""
+    """Return a title and subtitle for a workload, short enough to fit beside plotly's buttons."""
     lengths = ", ".join(str(length) for length in workload.lengths[:4])
     more = f", … ({len(workload.lengths)} sequences)" if len(workload.lengths) > 4 else ""
     memory = "symmetric memory" if workload.symmetric else "ordinary memory"

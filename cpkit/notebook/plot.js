@@ -1,18 +1,18 @@
-// The page's part of plot.py: draws the figure that the kernel published last.
+// The page's part of plot.py: draws the figure that the kernel published most recently.
 
 const CONFIG = { displaylogo: false };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
 
-// Plotly, loaded once per page and version.
+// Load Plotly once per page and version.
 function loadPlotly(library) {
   const key = `cpkit-plotly-${library.get("version")}`;
   globalThis[key] ??= unpack(library.get("gzip")).catch((error) => {
     delete globalThis[key]; // the next view tries again
     throw error;
   });
-  // The library must not be written into saved notebooks: the page keeps it, the model does not.
+  // Empty the model, so that saved notebooks do not contain the library.
   return globalThis[key].then((Plotly) => {
     library.set("gzip", new DataView(new ArrayBuffer(0)));
     return Plotly;
@@ -57,13 +57,13 @@ async function render({ model, el }) {
   notice.setAttribute("role", "status");
   const plot = document.createElement("div");
   plot.setAttribute("role", "img");
-  plot.style.overflow = "hidden"; // a wide drawing must not keep its container from shrinking
+  plot.style.overflow = "hidden"; // otherwise a wide drawing prevents its container from shrinking
   el.style.minWidth = 0;
   el.append(notice, plot);
 
   let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
-  // Quick changes are drawn once, with the newest figure. Drawing takes at most half of the page's
-  // time, so that the controls of a slow page still respond.
+  // Draw quick changes once, with the newest figure. Draw at most half of the time, so that the
+  // controls of a slow page still respond.
   const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
   async function draw() {
     timer = undefined;

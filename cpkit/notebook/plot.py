@@ -1,15 +1,15 @@
-"""A live plot: every view shows the figure that the kernel published last.
+"""A live plot: every view shows the figure that the kernel published most recently.
 
     kernel                          page
     PlotState.figure   ──state──▶   plot.js ──▶ Plotly.react
     PlotlyLibrary.gzip ──state──▶      │  once per page
     LivePlot           ──view───▶   one element per view
 
-The figure is the state of a widget, so a view that is created late, twice, or after the page was
-reloaded reads the same figure as the first view. Figure and library are plain widgets because
-messages to an `AnyWidget` can be lost: if its front-end module is evaluated more than two seconds
-after the model was created, anywidget drops all further messages to that model. `LivePlot` itself
-sends no messages.
+The figure is the state of a widget, so a second view, or a view after a reload of the page, shows
+the same figure as the first one. Figure and library are plain widgets, because messages to an
+`AnyWidget` can be lost: if its front-end module is evaluated more than two seconds after the model
+was created, anywidget drops all further messages to that model. `LivePlot` itself sends no
+messages.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_WIDTH_PX = 860
 
 
 class PlotlyLibrary(widgets.Widget):  # type: ignore[misc]
-    """The plotly.js of the installed plotly, compressed; one per kernel, shared by all plots."""
+    """The plotly.js of the installed plotly, compressed. All plots of a kernel share one."""
 
     version = traitlets.Unicode(plotly.__version__).tag(sync=True)
     gzip = traitlets.Bytes().tag(sync=True)
@@ -69,7 +69,7 @@ class LivePlot(anywidget.AnyWidget):
         self.plot_state.figure = self._next_revision(figure)
 
     def is_due(self) -> bool:
-        """Return whether the last figure is old enough to be replaced smoothly."""
+        """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""
         return time.monotonic() - self._published_at_s >= UPDATE_INTERVAL_S
 
     def close(self) -> None:

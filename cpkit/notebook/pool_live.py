@@ -1,6 +1,6 @@
-"""A panel that fills the real pool: choose the arena, and requests of growing size are served.
+"""A panel that allocates from the real pool: choose the arena's size, see which requests spill.
 
-The figure shows what each request costs, and which of them spill.
+The figure shows the memory and the duration of each request.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Served:
     """One request: its size, its duration, and the pool afterwards."""
 
     asked_mb: float
-    answer_ms: float  # until the notebook had the answer, including its spill
-    spill_ms: float  # registering a new segment, on the slowest rank; 0 without a spill
+    answer_ms: float  # response time in the notebook, including a spill
+    spill_ms: float  # time to register a new segment, on the slowest rank; 0 without a spill
     arena_mb: float
-    spilled_mb: float  # all segments that spilled so far
+    spilled_mb: float  # total size of the spilled segments
 
 
 class PoolLive(StepPanel[int]):
-    """The same requests are served from an arena of the chosen size."""
+    """Serve the same requests from an arena of the chosen size."""
 
-    description = "Panel: choose the arena, see which requests spill"
+    description = "Panel: choose the arena's size, see which requests spill"
 
     def __init__(
         self, lab: Lab, requests_mb: Sequence[float], cp_size: int, arena_mb: int = 16
@@ -68,7 +68,7 @@ class PoolLive(StepPanel[int]):
 def serve(
     pool: LabPool, arena_mb: float, requests_mb: Sequence[float], cp_size: int
 ) -> Iterator[Served]:
-    """Make a new arena, then allocate and release a block per request; yield what each cost."""
+    """Make a new arena. Per request, allocate and release one block, and yield the cost."""
     before = pool.configure(round(arena_mb * MB), cp_size)
     for asked_mb in requests_mb:
         start_s = time.perf_counter()
@@ -81,9 +81,9 @@ def serve(
 
 
 def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:
-    """Draw the pool's memory and each request above, the duration of the requests below.
+    """Draw the pool's memory and the requested size above, the duration of each request below.
 
-    `expected` reserves room for requests that are not served yet.
+    `expected` is the number of requests; those not yet served are left empty.
     """
     names = [f"{n}: {request.asked_mb:g} MB" for n, request in enumerate(served, start=1)]
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
@@ -115,7 +115,7 @@ def _add_memory(figure: go.Figure, served: Sequence[Served], names: list[str]) -
     asked = [request.asked_mb for request in served]
     marker: dict[str, Any] = {"symbol": "diamond", "size": 9, "color": style.rank_color(0)}
     figure.add_trace(
-        go.Scatter(name="asked for", x=names, y=asked, mode="markers", marker=marker), **upper
+        go.Scatter(name="requested", x=names, y=asked, mode="markers", marker=marker), **upper
     )
 
 
@@ -124,7 +124,7 @@ def _add_duration(figure: go.Figure, served: Sequence[Served], names: list[str])
     spill = [request.spill_ms for request in served]
     lower = {"row": 2, "col": 1}
     light = {"color": "#c9d1d9"}
-    figure.add_trace(go.Bar(name="the request itself", x=names, y=rest, marker=light), **lower)
+    figure.add_trace(go.Bar(name="request without spill", x=names, y=rest, marker=light), **lower)
     figure.add_trace(
         go.Bar(
             name="spill: registering a segment",

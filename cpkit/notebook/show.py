@@ -1,8 +1,8 @@
-"""Show a figure so that it can be seen anywhere: live, without JavaScript, and read aloud.
+"""Show a figure in every reader: with JavaScript, without it, and as text for screen readers.
 
-A notebook page gets plotly's own format; a text alternative goes beside it. With CPKIT_STATIC=1 a
-PNG is added, for readers such as GitHub that run no JavaScript. Drawing a PNG needs Chromium or
-Chrome. Without one the figure is shown without a PNG, and no cell fails.
+The output contains plotly's own format and a text alternative. With CPKIT_STATIC=1 it also contains
+a PNG, for readers such as GitHub that do not run JavaScript. A PNG requires Chromium or Chrome. If
+there is none, the figure is shown without a PNG, and no cell fails.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 
 def show(figure: go.Figure) -> None:
-    """Display a figure in the running cell: plotly, a PNG when CPKIT_STATIC=1, and text."""
+    """Display a figure in the running cell: plotly, a PNG if CPKIT_STATIC=1, and text."""
     display(bundle(figure), raw=True)  # type: ignore[no-untyped-call]
 
 
 def bundle(figure: go.Figure) -> dict[str, Any]:
-    """The figure as MIME type to content. All but the PNG follow from the figure alone."""
+    """Return the figure's content per MIME type. All but the PNG depend on the figure alone."""
     data: dict[str, Any] = {"text/plain": text_alternative(figure)}
     data[PLOTLY_MIME] = json.loads(figure.to_json()) | {"config": {"displaylogo": False}}
     if figures_are_static():
@@ -45,7 +45,7 @@ def bundle(figure: go.Figure) -> dict[str, Any]:
 
 
 class NoPicture(RuntimeError):
-    """A figure can't be drawn as a PNG here. The message is one line: why, and what to install."""
+    """A figure cannot be drawn as a PNG here. The message gives the reason in one line."""
 
 
 def png(figure: go.Figure, scale: float = 1.0) -> bytes:
@@ -53,11 +53,12 @@ def png(figure: go.Figure, scale: float = 1.0) -> bytes:
     browser = find_browser()
     if browser is None:
         named = os.environ.get("BROWSER_PATH")
-        raise NoPicture(f"BROWSER_PATH is {named!r}, not an executable" if named else NO_BROWSER)
+        wrong = f"BROWSER_PATH is {named!r}, which is not an executable: correct it or unset it"
+        raise NoPicture(wrong if named else NO_BROWSER)
     try:
-        import kaleido  # only here: a live figure does not need it
+        import kaleido  # a live figure does not need it
 
-        # One browser per picture: kaleido's shared server waits forever if its browser dies.
+        # Use one browser per picture: kaleido's shared server waits forever if its browser dies.
         picture: bytes = kaleido.calc_fig_sync(
             figure,
             opts={"format": "png", "scale": scale},
@@ -70,7 +71,7 @@ def png(figure: go.Figure, scale: float = 1.0) -> bytes:
 
 
 def _with_palette(picture: bytes) -> bytes:
-    """The same PNG in 256 colours: a third of the bytes. Flat colours and text stay as they are."""
+    """Return the PNG in 256 colours: a third of the bytes, with the same flat colours and text."""
     from PIL import Image
 
     few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
@@ -80,7 +81,7 @@ def _with_palette(picture: bytes) -> bytes:
 
 
 def find_browser() -> str | None:
-    """Path of an installed Chromium or Chrome; BROWSER_PATH goes first."""
+    """Return the path of an installed Chromium or Chrome. BROWSER_PATH has priority."""
     named = os.environ.get("BROWSER_PATH")
     if named:
         return named if os.access(named, os.X_OK) else None

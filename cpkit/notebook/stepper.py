@@ -1,4 +1,4 @@
-"""A small panel: choose cp_size and algorithm; the workers gather, and the stages are drawn."""
+"""A panel that runs a gather with the chosen cp_size and algorithm, and draws its stages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cpkit.notebook.live import IsNewest, StepPanel
 
 
 class Choice(NamedTuple):
-    """One gather to look at."""
+    """The settings of one gather."""
 
     cp_size: int
     algorithm: AlgorithmChoice
 
 
 class Stepper(StepPanel[Choice]):
-    """Each change runs a real gather and draws its stages."""
+    """Run a real gather after each change, and draw its stages."""
 
     description = "Panel: choose cp_size and algorithm, see the stages"
 
@@ -44,4 +44,4 @@ class Stepper(StepPanel[Choice]):
         if not is_newest():
             return ""
         self._draw(stage_grid(gathered).update_layout(uirevision=str(setting)))
-        return "every byte checked"
+        return "all bytes are correct"

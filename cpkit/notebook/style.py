@@ -1,12 +1,12 @@
-"""One visual language for every picture: what a colour, a hatch and a word mean.
+"""The common style of all figures: the meaning of colours and hatches, and the text of stages.
 
     colour      the rank that owns or wrote a row, the same in every figure
     hatching    padding: a slot that holds no token
-    red, ✗      something is wrong; nothing else is ever red
-    grey        what belongs to no rank: stages, totals, references
+    red, ✗      an error, and nothing else
+    grey        anything that belongs to no rank: stages, totals, references
 
-Colour never carries a meaning alone: cells hold their token, lines differ in dash and marker.
-Every figure has a title, units on its axes, and a text alternative that says the same in words.
+Colour is never the only sign: cells show their token, and lines differ in dash and marker. Each
+figure has a title, units on its axes, and a text alternative.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# Okabe and Ito's and Tol's palettes without their reds; neighbours also differ in lightness.
+# The palettes of Okabe and Ito and of Tol, without reds. Adjacent colours also differ in lightness.
 RANK_COLORS = (
     "#0072b2",
     "#e69f00",
@@ -33,7 +33,7 @@ INK = "#24292f"
 FAINT = "#d0d7de"
 PAPER = "#ffffff"
 
-# Stages are greys, from the cheap to the dear; the hatch of "pad" is the hatch of padding.
+# Stages are greys, and the expensive ones are darker; "pad" has the hatch of padding.
 STAGE_STYLES: dict[str, tuple[str, str]] = {
     "agree": ("#eaeef2", ""),
     "allocate": ("#dde3e9", ""),
@@ -99,30 +99,30 @@ pio.templates["cpkit"] = go.layout.Template(
 
 
 def rank_color(rank: int) -> str:
-    """Colour of a rank. Ranks 8 and up begin again; the cell's text tells them apart."""
+    """Return the colour of a rank. The colours repeat from rank 8 on."""
     return RANK_COLORS[rank % len(RANK_COLORS)]
 
 
 def text_color(background: str) -> str:
-    """Ink or paper, whichever reads better on a `#rrggbb` background."""
+    """Return `INK` or `PAPER`, whichever is more legible on a `#rrggbb` background."""
     red, green, blue = (int(background[i : i + 2], 16) for i in (1, 3, 5))
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else PAPER
 
 
 def stage_style(stage: str) -> tuple[str, str]:
-    """Grey and hatch of a stage; an unknown stage is plain."""
+    """Return the grey and the hatch of a stage; an unknown stage has no hatch."""
     return STAGE_STYLES.get(stage, ("#b0b8c0", ""))
 
 
 def stage_marker(stage: str) -> dict[str, Any]:
-    """How the bar of a stage is filled, for plotly."""
+    """Return plotly's marker for the bar of a stage."""
     color, shape = stage_style(stage)
     line = {"color": "#57606a", "width": 0.6}
     return {"color": color, "line": line, "pattern": hatch(shape)}
 
 
 def stage_bar(stage: str, **options: object) -> go.Bar:
-    """A horizontal bar of a stage, with its words inside."""
+    """Return a horizontal bar of a stage, with its text inside."""
     return go.Bar(
         name=stage,
         orientation="h",
@@ -135,7 +135,7 @@ def stage_bar(stage: str, **options: object) -> go.Bar:
 
 
 def algorithm_line(algorithm: str) -> tuple[str, str, str]:
-    """Colour, dash and marker of an algorithm's line."""
+    """Return the colour, dash and marker of an algorithm's line."""
     return ALGORITHM_LINES.get(algorithm, (INK, "longdash", "triangle-up"))
 
 
@@ -150,17 +150,16 @@ def names_axis(title: str = "", **options: object) -> dict[str, Any]:
 
 
 def hatch(shape: str = "/") -> dict[str, Any]:
-    """The pattern of padding, or another (or no) shape drawn alike."""
+    """Return the hatch of padding, or the same with another shape; an empty shape is no hatch."""
     return {"shape": shape, "fgcolor": "#8c959f", "size": 6, "solidity": 0.2}
 
 
 def finish(
     figure: go.Figure, *, title: str, subtitle: str = "", alt: str, height: int, width: int = 860
 ) -> go.Figure:
-    """Give a figure the common look, its title in one place and its text alternative.
+    """Apply the common style, the title and the text alternative `alt` to a figure.
 
-    Raises ValueError without a title or a text alternative: a picture that cannot be read aloud is
-    not finished.
+    Raises ValueError without a title or a text alternative, which a screen reader needs.
     """
     if not title or not alt:
         raise ValueError(f"a figure needs a title and a text alternative; got {title!r}, {alt!r}")
@@ -178,10 +177,10 @@ def recorded(figure: go.Figure, *, machine: str, date: str, source: str) -> go.F
     """Label a finished figure as recorded elsewhere: in its title, subtitle and text alternative.
 
     `machine` and `date` say where and when; `source` is the file in benchmarks/results. Raises
-    ValueError where one is missing: a replayed figure that does not say so is a lie.
+    ValueError if one is missing, because a recorded figure must not look like a measured one.
     """
     if not (machine and date and source):
-        raise ValueError(f"say all of machine, date, source; got {machine!r}, {date!r}, {source!r}")
+        raise ValueError(f"pass machine, date and source; got {machine!r}, {date!r}, {source!r}")
     words = f"Recorded on {machine}, {date} ({source}); not measured here."
     title = figure.layout.title
     title.text = f"Recorded: {title.text}"
@@ -191,7 +190,7 @@ def recorded(figure: go.Figure, *, machine: str, date: str, source: str) -> go.F
 
 
 def text_alternative(figure: go.Figure) -> str:
-    """The figure in words: its title, then what it shows."""
+    """Return the figure as text: its title and its text alternative."""
     meta = figure.layout.meta or {}
     title = figure.layout.title.text or "untitled"
     return f"Figure: {title}. {meta.get('alt', '')}".rstrip()

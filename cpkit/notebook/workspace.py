@@ -1,7 +1,7 @@
-"""The learner's copies of the notebooks, which `make lab` opens: the originals stay as committed.
+"""Update the learner's copies of the notebooks, which `make lab` opens instead of the originals.
 
-An unmodified copy follows its original. A modified copy is never overwritten: when its original
-changes, the new version is put beside it as NAME.new.ipynb. A deleted copy is created again.
+An unmodified copy is updated when its original changes. A modified copy is never overwritten: the
+new version is stored beside it as NAME.new.ipynb. A deleted copy is created again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links lead to the same files
+WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links find the same files
 # For JUPYTER_CONFIG_PATH: labconfig/ has defaults for JupyterLab, which a user may override.
 JUPYTER_DEFAULTS = Path(__file__).parent
 _RECORD = ".originals.json"  # name of each copy -> SHA-256 of its original
 
 
 def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -> list[str]:
-    """Update the copies. Return one message per copy that changed or was kept.
+    """Update the copies. Return one message per copy that was updated or kept.
 
     Raises ValueError if there are no originals: an installed cpkit does not contain them.
     """
@@ -35,7 +35,7 @@ def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -
 
 
 def _refresh_one(original: Path, workspace: Path, made_from: str | None) -> str:
-    """Update one copy; `made_from` is the digest of its original, None if it is unknown."""
+    """Update one copy. `made_from` is the digest of the original it was copied from, if known."""
     copy, current = workspace / original.name, _digest(original)
     shown = f"{workspace.name}/{copy.name}"
     if not copy.exists():
@@ -63,7 +63,7 @@ def _free_name(copy: Path) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """Return the record; empty if missing or damaged, so that every differing copy is kept."""
+    """Return the record. It is empty if missing or damaged, so every differing copy is kept."""
     try:
         record = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -41,7 +41,7 @@ BAD = [
     (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
     (lambda lab: lab.put(rounds=0), "rounds is 0"),
     (lambda lab: lab.clock([], [64]), "number of calls is 0"),
-    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; what can be timed is padded"),
+    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; each must be one of padded"),
     (lambda lab: lab.clock(["direct"], [64], iterations=1 << 40), "iterations is"),
     (lambda lab: lab.clock(["direct"], [64], warmup=-1), "warmup is -1"),
     (lambda lab: lab.clock(["direct"], [64], late_us=1e9), "late_us is"),

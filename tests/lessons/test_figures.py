@@ -153,7 +153,7 @@ def test_a_memory_map_marks_what_is_lost_and_what_is_overwritten() -> None:
 
 def test_requests_show_where_the_time_of_a_spill_goes() -> None:
     drawn = {trace.name: list(trace.y) for trace in figures.pool_requests(SERVED).data}
-    assert drawn["the request itself"] == [12.0, 15.0]
+    assert drawn["request without spill"] == [12.0, 15.0]
     assert drawn["spill: registering a segment"] == [0.0, 80.0]
     assert "24 MB took 95 ms, 80 ms of it a spill" in figures.text_alternative(
         figures.pool_requests(SERVED)

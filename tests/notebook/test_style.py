@@ -30,7 +30,7 @@ def test_a_recorded_figure_says_so_everywhere() -> None:
     assert figure.layout.title.text.startswith("Recorded: ")
     assert figure.layout.title.subtitle.text.startswith(words)
     assert words in figures.text_alternative(figure)
-    with pytest.raises(ValueError, match="say all of machine"):
+    with pytest.raises(ValueError, match="pass machine"):
         figures.recorded(figures.padding_grid(LAYOUT), machine="H200", date="", source="x")
 
 
