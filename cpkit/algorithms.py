@@ -1,9 +1,9 @@
 """The table of gather algorithms. It does not import torch, so the notebook side can read it.
 
-    algorithm          full passes over the gathered data      symmetric buffers
+    algorithm          passes over the rows                    symmetric buffers
     padded             pad, wire, strip, reorder               none
     padded_symm_recv   pad, wire, strip, reorder               receive
-    padded_symm        wire, strip, reorder                    send, receive
+    padded_symm        pad, wire, strip, reorder               send, receive
     direct             wire                                    receive (the output itself)
 
 `cpkit.gather` maps each name to its function, `cpkit.notebook.style` to its colour. To add an
@@ -43,7 +43,7 @@ TABLE: dict[str, Algorithm] = {
     for row in (
         Algorithm("padded", _ALL_PASSES),
         Algorithm("padded_symm_recv", _ALL_PASSES, symmetric_recv=True),
-        Algorithm("padded_symm", _ALL_PASSES[1:], symmetric_send=True, symmetric_recv=True),
+        Algorithm("padded_symm", _ALL_PASSES, symmetric_send=True, symmetric_recv=True),
         Algorithm("direct", ("wire",), symmetric_recv=True, plan_gains=True),
     )
 }

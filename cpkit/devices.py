@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import torch
 
@@ -27,6 +28,7 @@ def use_local_gpu(*, shared: bool = False) -> None:
         torch.cuda.set_device(0 if shared else local_rank % torch.cuda.device_count())
 
 
+@cache
 def loaded_nccl_version() -> tuple[int, ...]:
     """Return the version of the NCCL library that this process uses, for example (2, 28, 9).
 

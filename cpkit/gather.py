@@ -25,15 +25,15 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.algorithms import ALGORITHMS
-from cpkit.devices import check_stream, device_type, keep_for_replays, on_stream
-from cpkit.group import CPGroup, get_attention_cp_group
+from cpkit.devices import check_stream, keep_for_replays, on_stream
+from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import same_lanes
-from cpkit.memory.ordinary import OrdinaryMemory
+from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
-from cpkit.symm import is_allocation_symmetric, memory_of, use_symmetric_memory
+from cpkit.symm import use_symmetric_memory
 from cpkit.validate import check_caches, check_call, check_capture, check_group, check_sglang_call
 
 __all__ = [
@@ -87,7 +87,7 @@ def all_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
-    with stage("agree"), group.agreement(device_of(tensors)) as call:
+    with stage("agree"), group.agreement(tensors) as call:
         call.must_match(check_call(tensors, metadata, group, algorithm, symmetric))
         if stream is not None:
             check_stream(stream)
@@ -101,7 +101,7 @@ def all_gather_kv(
 
     inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
     with nullcontext() if stream is None else on_stream(stream, *inputs):
-        memory = memory_of(group, tensors[0].device)
+        memory = memory_of(group, tensors[0].device, symmetric)
         rows = [as_rows(x) for x in tensors]
         keep("shard", rows[0])
         gather = _GATHERS[algorithm] if memory.is_symmetric else padded
@@ -111,6 +111,18 @@ def all_gather_kv(
         gathered, path = gather(rows, metadata, memory)
     results = [from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
     return remember_path(group, path, results)
+
+
+def memory_of(group: CPGroup, device: torch.device, symmetric: bool) -> Memory:
+    """Return the group's pool on this device, or ordinary memory if not `symmetric`.
+
+    The first call makes the pool and is collective over the group.
+    """
+    if not symmetric:
+        reason = spanning_machines(group) if group.spans_hosts else ASYMMETRIC_BATCH
+        return OrdinaryMemory(group, device, reason)
+    pool = group.pools.get(device.type)
+    return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group, device=device.type)
 
 
 # --------------------------------------------------------------------- the algorithms
@@ -228,7 +240,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
-    with stage("agree"), group.agreement(device_type(input_tensor)) as call:
+    with stage("agree"), group.agreement([input_tensor]) as call:
         call.must_match(check_sglang_call(input_tensor, total_len, cp_size, metadata, group))
         check_stream(stream)
 
@@ -374,9 +386,3 @@ def remember_path(
     for result in results:
         _reports[result] = path
     return results
-
-
-def device_of(tensors: object) -> str:
-    """Return `device_type` of a list's first tensor; "cpu" if there is none. Never raises."""
-    first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
-    return first.device.type if isinstance(first, torch.Tensor) and first.is_cuda else "cpu"

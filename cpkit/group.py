@@ -8,6 +8,9 @@ memory. A group that spans machines uses torch.distributed for everything.
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -60,7 +63,8 @@ class CPGroup:
 
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
     `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU.
-    `pools` are the group's symmetric pools, by device type.
+    `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
+    use over time (`SymmetricPool.samples`).
     """
 
     rank: int
@@ -75,6 +79,7 @@ class CPGroup:
     shares_gpu: bool = False
     has_nccl: bool = False
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
+    samples_pools: bool = field(default=False, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
     checked_calls: dict[object, Signature] = field(default_factory=dict, repr=False)
 
@@ -96,12 +101,15 @@ class CPGroup:
             return self.shm_barrier.exchange(message)
         return exchange_over(self.process_group, message, self.size)
 
-    def agreement(self, device: str = "cpu") -> Agreement:
-        """Return a `with` block for the checks before a collective on this kind of device.
+    def agreement(self, tensors: object = ()) -> Agreement:
+        """Return a `with` block for the checks before a collective over these tensors.
 
-        At its end all ranks continue, or all raise ValueError (see cpkit.sync.agreement).
+        At its end all ranks continue, or all raise ValueError (see cpkit.sync.agreement), and
+        blocks of the pool that all ranks have dropped become free.
         """
-        pool = self.pools.get(device)
+        first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
+        is_cuda = isinstance(first, torch.Tensor) and first.is_cuda
+        pool = self.pools.get("cuda" if is_cuda else "cpu")
         return pool.agreement() if pool else Agreement(self.exchange)
 
     def cp_all_gather_into_tensor_async(
@@ -178,6 +186,29 @@ def forget_groups() -> None:
     _state = None
 
 
+# ------------------------------------------------------------------------ the batch
+
+_batch_is_symmetric: ContextVar[bool] = ContextVar("batch_is_symmetric", default=True)
+
+
+def is_allocation_symmetric() -> bool:
+    """Return True when this batch has equal sizes on all ranks, as symmetric memory requires."""
+    return _batch_is_symmetric.get()
+
+
+@contextmanager
+def batch_symmetry(symmetric: bool) -> Iterator[None]:
+    """Declare whether the batch that is processed inside has equal sizes on all ranks.
+
+    SGLang derives this from its data-parallel padding mode. All ranks pass the same value.
+    """
+    token = _batch_is_symmetric.set(symmetric)
+    try:
+        yield
+    finally:
+        _batch_is_symmetric.reset(token)
+
+
 # ------------------------------------------------------------------------ the world
 
 
@@ -225,7 +256,7 @@ def _world() -> _World:
 def _hosts_and_gpus(exchange: StoreExchange) -> tuple[list[str], list[str]]:
     """Return each rank's machine and GPU. Raises ValueError on every rank for a bad setting."""
     states: list[bytes] = []
-    with Agreement(lambda m: exchange.exchange(m, "join the job"), settle=states.extend) as call:
+    with Agreement(lambda m: exchange.exchange(m, "join the job"), on_agreed=states.extend) as call:
         settings.check_shm_dir()
         settings.deadline_s()
         settings.nccl_is_forced()

@@ -30,14 +30,13 @@ from itertools import cycle
 import torch
 
 from cpkit.devices import is_capturing
-from cpkit.gather import all_gather_kv, as_rows, device_of, from_rows, remember_path
-from cpkit.group import CPGroup
+from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of, remember_path
+from cpkit.group import CPGroup, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import Prepared
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
-from cpkit.symm import is_allocation_symmetric, memory_of
 from cpkit.sync.agreement import Signature
 from cpkit.validate import check_call, check_group
 
@@ -99,11 +98,11 @@ def plan_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
-    with stage("agree"), group.agreement(device_of(tensors)) as call:
+    with stage("agree"), group.agreement(tensors) as call:
         call.must_match(check_call(tensors, metadata, group, algorithm, symmetric))
         _check_plan(tensors, keep)
         call.must_match(Signature(f"plan, {keep=}"))
-    memory = memory_of(group, tensors[0].device)
+    memory = memory_of(group, tensors[0].device, symmetric)
     if algorithm != "direct" or not isinstance(memory, SymmetricPool):
         return GatherPlan(tensors, metadata, group, algorithm)
     rows = [as_rows(x) for x in tensors]

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import msgspec
 import torch
 
 from cpkit.devices import device_type
-from cpkit.group import CPGroup
+from cpkit.group import CPGroup, batch_symmetry, is_allocation_symmetric
 from cpkit.memory import factory
 from cpkit.memory.backend import Backend
 from cpkit.memory.locate import locate_pair
-from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
+from cpkit.memory.ordinary import spanning_machines
 from cpkit.memory.path import BufferPair, PathReport, decide, nccl_version
 from cpkit.memory.pool import SymmetricPool
 from cpkit.memory.statistics import PoolStatistics
@@ -39,14 +38,11 @@ __all__ = [
     "batch_symmetry",
     "explain_path",
     "is_allocation_symmetric",
-    "memory_of",
     "put_signal",
     "symmetric_pool",
     "use_symmetric_memory",
     "wait_signal",
 ]
-
-_batch_is_symmetric: ContextVar[bool] = ContextVar("batch_is_symmetric", default=True)
 
 
 @contextmanager
@@ -67,40 +63,6 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
 
     with factory.redirect(allocate):
         yield
-
-
-def is_allocation_symmetric() -> bool:
-    """Return True when this batch has equal sizes on all ranks, as symmetric memory requires."""
-    return _batch_is_symmetric.get()
-
-
-@contextmanager
-def batch_symmetry(symmetric: bool) -> Iterator[None]:
-    """Declare whether the batch that is processed inside has equal sizes on all ranks.
-
-    SGLang derives this from its data-parallel padding mode. All ranks pass the same value.
-    """
-    token = _batch_is_symmetric.set(symmetric)
-    try:
-        yield
-    finally:
-        _batch_is_symmetric.reset(token)
-
-
-def memory_of(group: CPGroup, device: torch.device) -> SymmetricPool | OrdinaryMemory:
-    """Return the group's pool on this device, or ordinary memory where a pool is not possible.
-
-    Memory is ordinary for a group that spans machines and for a batch that is not symmetric. The
-    first call makes the pool and is collective over the group.
-    """
-    if group.spans_hosts:
-        return OrdinaryMemory(group, device, spanning_machines(group))
-    if not is_allocation_symmetric():
-        return OrdinaryMemory(group, device, ASYMMETRIC_BATCH)
-    pool = group.pools.get(device.type)
-    if isinstance(pool, SymmetricPool):
-        return pool
-    return SymmetricPool(group, device=device.type)
 
 
 def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
@@ -169,7 +131,7 @@ def explain_path(
     if group.spans_hosts and transport is None:
         reason = spanning_machines(group)
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
-    with group.agreement(device_type(recv)) as call:
+    with group.agreement([recv]) as call:
         nccl_version(transport or "posix")
         call.must_match(Signature(f"explain_path(transport={transport})"))
         call.state += msgspec.msgpack.encode(locate_pair(send, recv, group))

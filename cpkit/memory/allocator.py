@@ -23,20 +23,20 @@ MAX_BLOCKS = 1024
 MAX_BYTES = 1 << 60  # per segment; a larger size is a mistake, and would not fit into a message
 
 
-class Arena:
+class FreeList:
     """First-fit allocator over `range(nbytes)`; offsets and sizes are multiples of 256."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.used_bytes = 0
-        self._free: list[tuple[int, int]] = [(0, nbytes)]  # (offset, size), by offset
+        self.free_ranges = [(0, nbytes)]  # (offset, size), by offset
 
     def allocate(self, nbytes: int) -> int | None:
         """Return the lowest offset with room, or None."""
-        for index, (offset, size) in enumerate(self._free):
+        for index, (offset, size) in enumerate(self.free_ranges):
             if size >= nbytes:
                 rest = [(offset + nbytes, size - nbytes)] if size > nbytes else []
-                self._free[index : index + 1] = rest
+                self.free_ranges[index : index + 1] = rest
                 self.used_bytes += nbytes
                 return offset
         return None
@@ -44,21 +44,13 @@ class Arena:
     def free(self, offset: int, nbytes: int) -> None:
         """Free a block and join it with its free neighbours."""
         self.used_bytes -= nbytes
-        index = bisect(self._free, (offset, nbytes))
-        self._free.insert(index, (offset, nbytes))
+        index = bisect(self.free_ranges, (offset, nbytes))
+        self.free_ranges.insert(index, (offset, nbytes))
         for left in (index, index - 1):
-            if 0 <= left < len(self._free) - 1:
-                (a, a_size), (b, b_size) = self._free[left : left + 2]
+            if 0 <= left < len(self.free_ranges) - 1:
+                (a, a_size), (b, b_size) = self.free_ranges[left : left + 2]
                 if a + a_size == b:
-                    self._free[left : left + 2] = [(a, a_size + b_size)]
-
-    def free_ranges(self) -> list[tuple[int, int]]:
-        """Return (offset, bytes) of all free ranges."""
-        return list(self._free)
-
-    def largest_free(self) -> int:
-        """Return the bytes of the largest block that fits."""
-        return max((size for _, size in self._free), default=0)
+                    self.free_ranges[left : left + 2] = [(a, a_size + b_size)]
 
 
 class Block(NamedTuple):
@@ -74,11 +66,12 @@ class BlockAllocator:
     """All blocks of a pool, in all its segments."""
 
     def __init__(self) -> None:
-        self.arenas: list[Arena] = []
+        self.free_lists: list[FreeList] = []
         self.blocks: dict[int, Block] = {}
         self._free_slots = list(range(MAX_BLOCKS))  # a heap
         self._released = 0  # one bit per slot that this rank has dropped and that is not free yet
-        self._dropped: deque[int] = deque()  # slots dropped since; finalizers append at any moment
+        # Slots that this rank has dropped since. Finalizers append to it, in any thread.
+        self.dropped: deque[int] = deque()
         self.total_bytes, self.used_bytes = 0, 0  # of all segments; in blocks that are not free
         self.peak_bytes = 0
         self.digest = 0
@@ -86,7 +79,7 @@ class BlockAllocator:
 
     def add_segment(self, nbytes: int) -> None:
         """Add a segment to place blocks in."""
-        self.arenas.append(Arena(nbytes))
+        self.free_lists.append(FreeList(nbytes))
         self.total_bytes += nbytes
         self.digest = zlib.crc32(b"segment %d" % nbytes, self.digest)
 
@@ -95,8 +88,8 @@ class BlockAllocator:
         if not self._free_slots:
             return None
         size = rounded(nbytes)
-        for segment, arena in enumerate(self.arenas):
-            offset = arena.allocate(size)
+        for segment, free_list in enumerate(self.free_lists):
+            offset = free_list.allocate(size)
             if offset is not None:
                 block = Block(heapq.heappop(self._free_slots), segment, offset, size)
                 self.blocks[block.slot] = block
@@ -107,22 +100,18 @@ class BlockAllocator:
                 return block
         return None
 
-    def release(self, slot: int) -> None:
-        """Record that this rank has dropped the block. Safe in a finalizer, in any thread."""
-        self._dropped.append(slot)
-
     def released(self) -> int:
         """Return a bit per slot: set if this rank dropped the block and it is not free yet."""
-        while self._dropped:
-            self._released |= 1 << self._dropped.popleft()
+        while self.dropped:
+            self._released |= 1 << self.dropped.popleft()
         return self._released
 
-    def settle(self, released_everywhere: int) -> None:
+    def free(self, released_everywhere: int) -> None:
         """Free the blocks that all ranks have dropped (the AND of all ranks' `released`)."""
         for slot in sorted(self.blocks):
             if released_everywhere >> slot & 1:
                 block = self.blocks.pop(slot)
-                self.arenas[block.segment].free(block.offset, block.nbytes)
+                self.free_lists[block.segment].free(block.offset, block.nbytes)
                 heapq.heappush(self._free_slots, slot)
                 self.used_bytes -= block.nbytes
                 self.digest = zlib.crc32(b"free %d" % slot, self.digest)
@@ -130,7 +119,8 @@ class BlockAllocator:
 
     def largest_free(self) -> int:
         """Return the bytes of the largest block that fits into any segment."""
-        return max((arena.largest_free() for arena in self.arenas), default=0)
+        sizes = (size for free_list in self.free_lists for _, size in free_list.free_ranges)
+        return max(sizes, default=0)
 
     def is_full(self) -> bool:
         """Return True when MAX_BLOCKS blocks are placed."""

@@ -20,22 +20,31 @@ from cpkit.memory.path import PathReport
 
 ORDINARY_COLLECTIVE = PathReport(
     "fallback",
-    "algorithm 'padded' uses ordinary memory and the collective of torch.distributed",
+    "both buffers are in ordinary memory: the collective of torch.distributed moved the rows",
     "ordinary memory",
     "ordinary memory",
 )
-PUSHED_FROM_ORDINARY = PathReport(
-    "symmetric",
-    "each rank stored its shard, padded in ordinary memory, into every peer's receive buffer",
-    "ordinary memory",
-    "in the pool",
-)
-PUSHED_FROM_POOL = PathReport(
-    "symmetric",
-    "each rank stored its padded shard into every peer's receive buffer",
-    "in the pool",
-    "in the pool",
-)
+# By which buffers are symmetric: (send, recv).
+SHARDS_MOVED = {
+    (False, True): PathReport(
+        "symmetric",
+        "each rank stored its shard, padded in ordinary memory, into every peer's receive buffer",
+        "ordinary memory",
+        "in the pool",
+    ),
+    (True, True): PathReport(
+        "symmetric",
+        "each rank stored its padded shard into every peer's receive buffer",
+        "in the pool",
+        "in the pool",
+    ),
+    (True, False): PathReport(
+        "staged",
+        "each rank loaded its peers' shards from the symmetric send buffers",
+        "in the pool",
+        "ordinary memory",
+    ),
+}
 STORED_IN_PLACE = PathReport(
     "symmetric",
     "each rank stored its rows at their final place in every peer's output",
@@ -168,6 +177,7 @@ class Backend(Protocol):
     def wait_signal(self, peer: int) -> None:
         """Wait for a peer's signal, and consume it."""
 
+    @property
     def late_message(self) -> str:
         """Return the text of a timeout on the device; empty when there was none."""
 

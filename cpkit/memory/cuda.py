@@ -25,8 +25,7 @@ from cpkit.kernels.gather_kernel import MAX_RANKS, PAGE_WORDS
 from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit, launch_gather
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import (
-    PUSHED_FROM_ORDINARY,
-    PUSHED_FROM_POOL,
+    SHARDS_MOVED,
     STORED_IN_PLACE,
     Peers,
     Prepared,
@@ -133,7 +132,11 @@ class CudaBackend:
         symmetric_send: bool,
         symmetric_recv: bool,
     ) -> PathReport:
-        """Push into symmetric outputs, pull from symmetric shards, or stage in the pool."""
+        """Push into symmetric outputs, pull from symmetric shards, or stage in the pool.
+
+        As PosixBackend does, in stream order. The host's agreement does not order the streams, so
+        `enter` waits until the stream of every rank is done with its buffers.
+        """
         if not (symmetric_send or symmetric_recv):
             return self._gather_staged(peers, shards, outputs)
         move = peers.push_shard if symmetric_recv else peers.pull_shards
@@ -143,7 +146,7 @@ class CudaBackend:
                 move(output, shard)
         with stage("exit"):
             self.leave()
-        return PUSHED_FROM_POOL if symmetric_send else PUSHED_FROM_ORDINARY
+        return SHARDS_MOVED[symmetric_send, symmetric_recv]
 
     def _gather_staged(
         self, peers: Peers, shards: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
@@ -344,6 +347,7 @@ class CudaBackend:
         """Wait on the stream, by torch's own kernel; the host does not wait."""
         self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
 
+    @property
     def late_message(self) -> str:
         """Return a message that names the rank a kernel timed out waiting for; empty if none."""
         late = int(self._late[0])
@@ -358,7 +362,7 @@ class CudaBackend:
 
     def check(self) -> None:
         """Raise BarrierTimeout when a kernel timed out, with the rank that it waited for."""
-        late = self.late_message()
+        late = self.late_message
         if late:
             raise BarrierTimeout(late)
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 import torch
@@ -80,7 +81,8 @@ class SymmetricPool:
         with Agreement(group.exchange) as call:
             check_can_grow(kind)
             call.must_match(Signature(f"make a symmetric pool on {kind}"))
-        self.group = group
+        assert group.shm_barrier, "the ranks of one machine have a barrier in shared memory"
+        self.group, self._exchange = group, group.shm_barrier.exchange
         # Ranks start at different peers, so that they do not all write to the same one.
         self.peer_order = [(group.rank + step) % group.size for step in range(group.size)]
         old = group.pools.get(kind)
@@ -89,7 +91,7 @@ class SymmetricPool:
         self.device = self.backend.device
         self._allocator = BlockAllocator()
         self._segments: list[Segment] = []
-        self.samples: deque[PoolSample] = deque(maxlen=_MAX_SAMPLES)  # one per change, oldest first
+        self.samples: deque[PoolSample] = deque(maxlen=_MAX_SAMPLES)  # oldest first
         self._start_s = time.monotonic()
         self._spills, self._spill_ms = 0, 0.0
         self._registrations, self._registering_ms = 0, 0.0
@@ -109,12 +111,11 @@ class SymmetricPool:
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         nbytes = count * dtype.itemsize
-        block = self._allocator.place(nbytes) or self._place_after_settling(nbytes)
-        self._sample()
-        allocator, slot = self._allocator, block.slot
-        memory = self._segments[block.segment].block(
-            block.offset, nbytes, lambda: allocator.release(slot)
-        )
+        block = self._allocator.place(nbytes) or self._place_after_freeing(nbytes)
+        if self.group.samples_pools:
+            self._sample()
+        release = partial(self._allocator.dropped.append, block.slot)
+        memory = self._segments[block.segment].block(block.offset, nbytes, release)
         if self.device.type == "cuda":
             keep_for_replays("cuda", memory)
         return memory.view(dtype).view(tuple(shape))
@@ -161,11 +162,12 @@ class SymmetricPool:
 
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
         """Store this rank's shard into every peer's symmetric output. Not synchronized."""
-        rank, rows = self.group.rank, shard.shape[0]
         if shard.numel():
+            segment, start = self.offset_of(output)
+            offset = start + self.group.rank * shard.nbytes
             for peer in self.peer_order:
-                view = self.peer_view(output, peer)
-                view[rank * rows : (rank + 1) * rows].copy_(shard)
+                place = self._segments[segment].view(peer, offset, shard.nbytes)
+                place.view(shard.dtype).view(shard.shape).copy_(shard)
 
     def pull_shards(self, output: torch.Tensor, shard: torch.Tensor) -> None:
         """Load every peer's symmetric shard into an output in any memory. Not synchronized."""
@@ -174,7 +176,7 @@ class SymmetricPool:
             for peer in self.peer_order:
                 output[peer * rows : (peer + 1) * rows].copy_(self.peer_view(shard, peer))
 
-    def _place_after_settling(self, nbytes: int) -> Block:
+    def _place_after_freeing(self, nbytes: int) -> Block:
         """Free what all ranks have dropped, then place the block; spill if that is not enough."""
         with self.agreement() as call:
             check_can_grow(self.device.type)
@@ -203,7 +205,8 @@ class SymmetricPool:
         took_ms = (time.perf_counter() - start) * 1e3
         self._registrations += 1
         self._registering_ms += took_ms
-        self._sample()
+        if self.group.samples_pools:
+            self._sample()
         return took_ms
 
     # ------------------------------------------------------------------ agreement
@@ -216,29 +219,30 @@ class SymmetricPool:
         """
         released = self._allocator.released().to_bytes(_MASK_BYTES, "little")
         state = released + self._allocator.digest.to_bytes(4, "little")
-        late = self.backend.late_message()
+        late = self.backend.late_message
         failure = BarrierTimeout(late) if late else None
-        return Agreement(self.group.exchange, state, self._settle, failure)
+        return Agreement(self._exchange, state, self._free_agreed, failure)
 
-    def settle(self, purpose: str) -> None:
+    def free_dropped(self, purpose: str) -> None:
         """Free the blocks that all ranks have dropped. Collective."""
         with self.agreement() as call:
             call.must_match(Signature(purpose))
 
-    def _settle(self, states: list[bytes]) -> None:
-        """Free what all ranks have released: the AND of their masks."""
+    def _free_agreed(self, states: list[bytes]) -> None:
+        """Free the blocks that all ranks have dropped: the AND of their masks."""
         if len({state[_MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
             self._raise_divergence()
         released_everywhere = _ALL_BLOCKS
         for mask in {state[:_MASK_BYTES] for state in states}:  # usually all are equal
             released_everywhere &= int.from_bytes(mask, "little")
         if released_everywhere:
-            self._allocator.settle(released_everywhere)
-            self._sample()
+            self._allocator.free(released_everywhere)
+            if self.group.samples_pools:
+                self._sample()
 
     def _raise_divergence(self) -> None:
         """Raise on every rank, with what each of them allocated last."""
-        answers = self.group.exchange(msgspec.msgpack.encode(list(self._allocator.recent)))
+        answers = self._exchange(msgspec.msgpack.encode(list(self._allocator.recent)))
         recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in answers]
         raise SymmetricMemoryError(explain_divergence(recent))
 
@@ -414,8 +418,8 @@ class SymmetricPool:
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that tests detect unwritten rows. Local."""
-        for segment, arena in zip(self._segments, self._allocator.arenas, strict=True):
-            for offset, nbytes in arena.free_ranges():
+        for segment, free_list in zip(self._segments, self._allocator.free_lists, strict=True):
+            for offset, nbytes in free_list.free_ranges:
                 segment.view(self.group.rank, offset, nbytes).fill_(POISON_BYTE)
 
 

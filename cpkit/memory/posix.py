@@ -25,8 +25,7 @@ from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata, Runs
 from cpkit.memory.backend import (
     ORDINARY_COLLECTIVE,
-    PUSHED_FROM_ORDINARY,
-    PUSHED_FROM_POOL,
+    SHARDS_MOVED,
     STORED_IN_PLACE,
     Peers,
     Prepared,
@@ -49,9 +48,11 @@ class PosixBackend:
 
     name = "POSIX shared memory"
     device = torch.device("cpu")
+    late_message = ""  # a barrier that times out raises where it waits
 
     def __init__(self, group: CPGroup) -> None:
-        self.group = group
+        assert group.shm_barrier, "the ranks of one machine have a barrier in shared memory"
+        self.group, self._barrier = group, group.shm_barrier
         self._signals = ShmSignals(group.store_exchange)
 
     def all_gather(
@@ -65,9 +66,8 @@ class PosixBackend:
     ) -> PathReport:
         """Push into symmetric outputs, pull from symmetric shards, or use torch.distributed.
 
-        rank 0   agreement │ store into 0, into 1 │ barrier │ read
-        rank 1   agreement │ store into 1, into 0 │ barrier │ read
-                           ↑ outputs are free       ↑ all rows have arrived
+        push   agreement │ store into 0, into 1 │ barrier: all rows have arrived
+        pull   agreement │ load from 0, from 1  │ barrier: the shards are free again
         """
         if not (symmetric_send or symmetric_recv):
             with stage("wire"):
@@ -79,8 +79,8 @@ class PosixBackend:
             for output, shard in zip(outputs, shards, strict=True):
                 move(output, shard)
         with stage("exit"):
-            self.leave()
-        return PUSHED_FROM_POOL if symmetric_send else PUSHED_FROM_ORDINARY
+            self._barrier.barrier()
+        return SHARDS_MOVED[symmetric_send, symmetric_recv]
 
     def push(
         self,
@@ -101,7 +101,7 @@ class PosixBackend:
                 else:
                     self._push_into_slots(peers, x, output, metadata, slots)
         with stage("exit"):
-            self.leave()
+            self._barrier.barrier()
         return STORED_IN_PLACE
 
     def prepare(
@@ -112,8 +112,6 @@ class PosixBackend:
         metadata: ContextParallelMetadata,
     ) -> tuple[list[Prepared], PathReport]:
         """Prepare the copies of every set of outputs. Each set's barrier has its own identity."""
-        barrier = self.group.shm_barrier
-        assert barrier, "ranks that share memory have a barrier in it"
         with torch.inference_mode(False):  # otherwise the copies would be valid in that mode only
             pushes = [
                 partial(
@@ -124,8 +122,8 @@ class PosixBackend:
                         if output.numel()
                         for copy in self._copies(peers, x, output, metadata)
                     ],
-                    barrier,
-                    barrier.new_call(number),
+                    self._barrier,
+                    self._barrier.new_call(number),
                 )
                 for number, outputs in enumerate(output_sets)
             ]
@@ -153,7 +151,7 @@ class PosixBackend:
 
     def leave(self) -> None:
         """Wait at a barrier: stores before it are visible to all peers after it."""
-        self.group.barrier()
+        self._barrier.barrier()
 
     def put_signal(self, peer: int) -> None:
         """Signal a peer; see cpkit.sync.signals."""
@@ -162,10 +160,6 @@ class PosixBackend:
     def wait_signal(self, peer: int) -> None:
         """Wait on the host for a peer's signal. Raises BarrierTimeout naming the peer."""
         self._signals.wait(peer)
-
-    def late_message(self) -> str:
-        """Return "": a barrier that times out raises where it waits."""
-        return ""
 
     def check(self) -> None:
         """Do nothing: a barrier that times out raises where it waits."""

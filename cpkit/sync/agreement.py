@@ -51,7 +51,7 @@ class Agreement:
     """The checks before one collective call; see the module's docstring.
 
     `state` is sent with the record. Once all ranks have agreed, `states` holds the states of all
-    ranks, and `settle` is called with them. At the end of the block every rank raises ValueError
+    ranks, and `on_agreed` is called with them. At the end of the block every rank raises ValueError
     when any rank raised in it or signatures differ; a rank whose own exception is not a ValueError
     raises that one. `failure` is an exception that occurred before the block.
     """
@@ -60,17 +60,23 @@ class Agreement:
         self,
         exchange: Exchange,
         state: bytes = b"",
-        settle: Callable[[list[bytes]], object] | None = None,
+        on_agreed: Callable[[list[bytes]], object] | None = None,
         failure: Exception | None = None,
     ) -> None:
-        self._exchange, self._settle, self._failure = exchange, settle, failure
+        self._exchange, self._on_agreed, self._failure = exchange, on_agreed, failure
         self._signatures: list[Signature] = []
+        self._fingerprint = bytes(_DIGEST_BYTES)  # of all signatures
         self.state = state
         self.states: list[bytes] = []
 
     def must_match(self, signature: Signature) -> None:
         """Add a property that must be equal on all ranks."""
+        digest = signature.digest
+        if self._signatures:
+            both = self._fingerprint + digest
+            digest = blake2b(both, digest_size=_DIGEST_BYTES).digest()
         self._signatures.append(signature)
+        self._fingerprint = digest
 
     def __enter__(self) -> Self:
         return self
@@ -84,25 +90,16 @@ class Agreement:
         if error is not None and not isinstance(error, Exception):
             return  # an interrupt ends this rank's call now; the peers time out
         error = self._failure or error
-        head = self._head(error)
-        record = head + self.state
-        answers = self._exchange(record)
+        head = _FAILED + bytes(_DIGEST_BYTES) if error else _PASSED + self._fingerprint
+        answers = self._exchange(head + self.state)
         if error is not None or any(answer[:_HEAD_BYTES] != head for answer in answers):
             self._explain(error)
             if self._failure:
                 raise self._failure
             return
         self.states = [answer[_HEAD_BYTES:] for answer in answers]
-        if self._settle:
-            self._settle(self.states)
-
-    def _head(self, error: Exception | None) -> bytes:
-        if error is not None:
-            return _FAILED + bytes(_DIGEST_BYTES)
-        if len(self._signatures) == 1:
-            return _PASSED + self._signatures[0].digest
-        digests = b"".join(each.digest for each in self._signatures)
-        return _PASSED + blake2b(digests, digest_size=_DIGEST_BYTES).digest()
+        if self._on_agreed:
+            self._on_agreed(self.states)
 
     def _explain(self, error: Exception | None) -> None:
         """Exchange the texts; raise ValueError unless this rank's own exception propagates."""

@@ -22,7 +22,7 @@ class PoolOperation(Operation[Pool]):
         """Act, and return this rank's pool afterwards."""
         note = self._act(symmetric_pool(group, worker_device()), state)
         pool = symmetric_pool(group, worker_device())
-        pool.settle("look at the pool")  # returns the blocks that all ranks have dropped
+        pool.free_dropped("look at the pool")  # returns the blocks that all ranks have dropped
         samples = list(pool.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         return PoolResult(self.body.cp_size, (pool.stats(),), note, tuple(samples))
 

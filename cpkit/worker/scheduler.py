@@ -75,6 +75,7 @@ class Executor:
         """Yield this rank's reports; None on ranks outside the first group."""
         job_operation = operation(body)
         group = init_context_parallel(job_operation.cp_size())
+        group.samples_pools = True
         if group.index > 0:
             while True:
                 yield None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpkit.memory.allocator import ALIGNMENT_BYTES, MAX_BLOCKS, Arena, BlockAllocator, rounded
+from cpkit.memory.allocator import ALIGNMENT_BYTES, MAX_BLOCKS, BlockAllocator, FreeList, rounded
 
 Steps = list[tuple[str, int]]
 steps = st.lists(st.tuples(st.sampled_from(["place", "drop"]), st.integers(1, 5000)), max_size=60)
@@ -13,7 +13,7 @@ steps = st.lists(st.tuples(st.sampled_from(["place", "drop"]), st.integers(1, 50
 
 @given(steps)
 def test_blocks_never_overlap_and_free_space_joins_again(script: Steps) -> None:
-    arena, live = Arena(32768), []
+    arena, live = FreeList(32768), []
     for what, number in script:
         if what == "place":
             size = rounded(number)
@@ -25,11 +25,10 @@ def test_blocks_never_overlap_and_free_space_joins_again(script: Steps) -> None:
         elif live:
             arena.free(*live.pop(number % len(live)))
         assert arena.used_bytes == sum(size for _, size in live)
-        assert arena.used_bytes + sum(size for _, size in arena.free_ranges()) == arena.nbytes
+        assert arena.used_bytes + sum(size for _, size in arena.free_ranges) == arena.nbytes
     for block in live:
         arena.free(*block)
-    assert arena.free_ranges() == [(0, 32768)]
-    assert arena.largest_free() == 32768
+    assert arena.free_ranges == [(0, 32768)]
 
 
 @given(steps, st.lists(st.integers(0, 3), min_size=60, max_size=60))
@@ -50,14 +49,14 @@ def test_ranks_that_drop_at_different_times_keep_equal_books(
                 live.append(blocks[0].slot)
         elif live:
             slot = live.pop(number % len(live))
-            ranks[0].release(slot)
+            ranks[0].dropped.append(slot)
             late.append((moment + delays[moment % 60], slot))
         for due, slot in [entry for entry in late if entry[0] <= moment]:
-            ranks[1].release(slot)
+            ranks[1].dropped.append(slot)
             late.remove((due, slot))
         both = ranks[0].released() & ranks[1].released()
         for ledger in ranks:
-            ledger.settle(both)
+            ledger.free(both)
         assert ranks[0].digest == ranks[1].digest
         assert ranks[0].blocks == ranks[1].blocks
 
@@ -75,10 +74,10 @@ def test_a_block_is_free_only_when_everybody_dropped_it() -> None:
     ledger.add_segment(256)
     block = ledger.place(100)
     assert block is not None
-    ledger.release(block.slot)
-    ledger.settle(0)  # a peer still holds it
+    ledger.dropped.append(block.slot)
+    ledger.free(0)  # a peer still holds it
     assert ledger.place(100) is None
-    ledger.settle(ledger.released())
+    ledger.free(ledger.released())
     assert ledger.place(100) is not None
 
 

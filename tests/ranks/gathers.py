@@ -301,7 +301,7 @@ def check_the_reference_push_agrees() -> None:
             for i, (output, (dtype, shape)) in enumerate(zip(outputs, kinds, strict=True)):
                 like = torch.empty(0, *shape, dtype=dtype, device=DEVICE)
                 provenance.check(from_rows(output, like), metadata, round=round, tensor=i)
-            pool.settle("next")
+            pool.free_dropped("next")
 
 
 def check_a_wrong_type_on_one_rank_is_everybodys_error() -> None:

@@ -147,7 +147,7 @@ def check_outputs_return_to_the_pool_with_the_plan() -> None:
     pool = pool_of(group)
     for _ in range(3):
         plan_gather_kv([rows], metadata, group)()
-        pool.settle("settle")
+        pool.free_dropped("settle")
     assert pool.stats().used_bytes == 0
 
 

@@ -62,7 +62,7 @@ def check_offsets_agree_and_memory_is_reused() -> None:
         assert len(set(group.exchange(repr(place).encode()))) == 1
         seen.add(place)
         del x
-        pool.settle("settle")
+        pool.free_dropped("settle")
     assert len(seen) == 1
     assert pool.stats().used_bytes == 0
 
@@ -80,14 +80,14 @@ def check_a_block_that_one_rank_still_holds_is_not_reused() -> None:
     location = pool.locate(held)
     kept = [held] if group.rank == 0 else []
     del held
-    pool.settle("settle")
+    pool.free_dropped("settle")
     other = allocate()
     assert pool.locate(other) != location, f"rank {group.rank}: {location} was given out twice"
     kept.clear()
     del other
-    pool.settle("settle")
+    pool.free_dropped("settle")
     assert pool.locate(allocate()) == location
-    pool.settle("settle")
+    pool.free_dropped("settle")
 
 
 def check_nothing_has_a_name_once_it_is_mapped() -> None:
@@ -136,7 +136,7 @@ def check_allocations_that_differ_are_an_error_not_corruption() -> None:
     with use_symmetric_memory(group):
         torch.empty(size, dtype=torch.uint8)
     try:
-        group.pools["cpu"].settle("anything")
+        group.pools["cpu"].free_dropped("anything")
     except SymmetricMemoryError as error:
         said = str(error)
     assert "rank 0: [4096]" in said
@@ -285,7 +285,7 @@ def check_the_last_block_of_the_books_is_given_out_once() -> None:
         held.pop()
         held.append(pool.empty([1], torch.uint8))
     del held
-    pool.settle("settle")
+    pool.free_dropped("settle")
     assert pool.stats().live_blocks == 0
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cpkit.memory.allocator import ALIGNMENT_BYTES, Arena
+from cpkit.memory.allocator import ALIGNMENT_BYTES, FreeList
 
 Ints = npt.NDArray[np.int64]
 Action = tuple[str, str, int]  # ("alloc", block, rows) or ("free", block, 0)
@@ -97,9 +97,9 @@ def simulate_push(
     return Divergence(tuple(memory), tuple(recv), tuple(lost), tuple(overwritten))
 
 
-def _execute(trace: Sequence[Action], arena_rows: int) -> tuple[Arena, Blocks]:
+def _execute(trace: Sequence[Action], arena_rows: int) -> tuple[FreeList, Blocks]:
     """Return the arena after a trace, and the blocks that are still in use."""
-    arena, blocks = Arena(arena_rows * ROW_BYTES), Blocks()
+    arena, blocks = FreeList(arena_rows * ROW_BYTES), Blocks()
     for action, block, rows in trace:
         if action == "alloc":
             blocks[block] = _allocate(arena, block, rows), rows
@@ -109,7 +109,7 @@ def _execute(trace: Sequence[Action], arena_rows: int) -> tuple[Arena, Blocks]:
     return arena, blocks
 
 
-def _allocate(arena: Arena, block: str, rows: int) -> int:
+def _allocate(arena: FreeList, block: str, rows: int) -> int:
     offset = arena.allocate(rows * ROW_BYTES)
     if offset is None:
         raise ValueError(f"{block} of {rows} rows does not fit the arena of {arena.nbytes} bytes")

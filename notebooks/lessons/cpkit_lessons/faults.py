@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.memory.allocator import Arena
+from cpkit.memory.allocator import FreeList
 from cpkit.provenance import explain_mismatch, poison_, shard_rows
 from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetric_memory
 from cpkit.sync.shm import free_bytes, make_segment
@@ -73,7 +73,7 @@ def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
     """An allocator without an agreement: the victim keeps a block that all others have freed."""
     row_bytes = 256
     segment = make_segment(group.store_exchange, 64 * row_bytes, "make an arena")
-    arena = Arena(segment.nbytes)
+    arena = FreeList(segment.nbytes)
     block_bytes = group.size * ROWS * row_bytes
     old = arena.allocate(block_bytes)
     arena.allocate(row_bytes)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
-from cpkit.memory.allocator import Arena
+from cpkit.memory.allocator import FreeList
 from cpkit.memory.path import BufferLocation, BufferPair, Version, decide, nccl_rule
 from cpkit_lessons.failure_lab import CASES, PostMortem, RankReport
 from cpkit_lessons.feedback import Score, WrongAnswer
@@ -79,7 +79,7 @@ def _released_by_all(released: list[set[int]], _me: int) -> set[int]:
 def _peak_bytes(may_free: MayFree, size: int, seed: int) -> int:
     """Allocate, release and exchange; return the peak. Raises WrongAnswer at the first mistake."""
     draw = random.Random(seed)
-    arenas = [Arena(_ARENA_BYTES) for _ in range(size)]
+    arenas = [FreeList(_ARENA_BYTES) for _ in range(size)]
     blocks: list[dict[int, tuple[int, int]]] = [{} for _ in range(size)]  # (offset, bytes)
     released: list[set[int]] = [set() for _ in range(size)]
     peak = 0
