@@ -1,8 +1,8 @@
-"""The context-parallel process groups: the world is cut into world/cp_size of them.
+"""The context-parallel process groups: the world is split into world/cp_size of them.
 
-Groups are made once per cp_size and kept, so changing cp_size is a look-up. The ranks of one
-machine get a barrier in shared memory (cpkit.sync.barrier) and can use symmetric memory. A group
-that spans machines uses torch.distributed for everything.
+Groups are made once per cp_size and kept, so a later change of cp_size is a dictionary lookup. The
+ranks of one machine get a barrier in shared memory (cpkit.sync.barrier) and can use symmetric
+memory. A group that spans machines uses torch.distributed for everything.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ NO_POOL = PathReport(
 
 
 class Pool(Protocol):
-    """What a group needs of its symmetric memory (see cpkit.memory.pool)."""
+    """The part of a symmetric pool that its group uses (see cpkit.memory.pool)."""
 
     def agreement(self) -> Agreement:
-        """As CPGroup.agreement; it also settles which blocks are free on all ranks."""
+        """Return what CPGroup.agreement does; it also frees blocks that all ranks dropped."""
 
     def all_gather_into_tensor(
         self,
@@ -91,7 +91,7 @@ class CPGroup:
             pool.check()
 
     def exchange(self, message: bytes) -> list[bytes]:
-        """Return the messages of all ranks (at most NOTE_BYTES bytes each), by rank; a barrier."""
+        """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
         if self.shm_barrier:
             return self.shm_barrier.exchange(message)
         return exchange_over(self.process_group, message, self.size)
@@ -99,7 +99,7 @@ class CPGroup:
     def agreement(self, device: str = "cpu") -> Agreement:
         """Return a `with` block for the checks before a collective on this kind of device.
 
-        At its end all ranks go on, or all raise ValueError (see cpkit.sync.agreement).
+        At its end all ranks continue, or all raise ValueError (see cpkit.sync.agreement).
         """
         pool = self.pools.get(device)
         return pool.agreement() if pool else Agreement(self.exchange)
@@ -117,9 +117,9 @@ class CPGroup:
         Complete on return for CPU tensors. CUDA tensors are gathered on `stream` (default: the
         current one), which first waits for the current stream; wait for it before reading.
 
-        The ranks agree first, and ValueError is raised on every rank when shapes or dtypes do not
-        fit. `agreed` skips that for a caller whose ranks have agreed on this call already, and
-        which allocated `output` after it. Source: SGLang's GroupCoordinator, same name.
+        The ranks agree first, and every rank raises ValueError when shapes or dtypes do not fit.
+        `agreed=True` skips that: the caller's ranks have already agreed on this call, and allocated
+        `output` after that agreement. Source: SGLang's GroupCoordinator, same name.
         """
         pool = self.pools.get(device_type(input))
         if pool:
@@ -139,9 +139,9 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     """Return this rank's context-parallel group of `cp_size` ranks. Collective over the world.
 
     Global ranks 0 … cp_size-1 are the first group, the next cp_size the second. Groups are kept by
-    size and name, so a second call is cheap; another name makes groups with pools of their own.
+    size and name, so a second call is cheap; another name makes other groups, with their own pools.
     Raises ValueError on every rank when cp_size does not divide the world or an argument differs
-    between ranks, RuntimeError before `dist.init_process_group`.
+    between ranks, and RuntimeError when called before `dist.init_process_group`.
     """
     world = _world()
     with Agreement(world.exchange) as call:
@@ -155,7 +155,7 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
 
 
 def get_attention_cp_group() -> CPGroup:
-    """Return the group that `init_context_parallel` returned last."""
+    """Return the group that `init_context_parallel` returned last; RuntimeError without one."""
     if _state and _state.current:
         return _state.current
     raise RuntimeError(
@@ -164,10 +164,10 @@ def get_attention_cp_group() -> CPGroup:
 
 
 def forget_groups() -> None:
-    """Drop all groups and their symmetric memory, so that the next ones start clean.
+    """Drop all groups and their symmetric memory, so that new ones can be made.
 
-    For recovery: after a rank failed inside a collective, its group is out of step. Every rank
-    calls it; tensors in symmetric memory stay valid for as long as they are held.
+    Call it on every rank to recover from an exception inside a collective, which leaves the ranks
+    of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
     """
     global _state, _generation
     _generation += 1
@@ -225,7 +225,7 @@ def _world() -> _World:
 def _hosts_and_gpus(exchange: StoreExchange) -> tuple[list[str], list[str]]:
     """Return each rank's machine and GPU. Raises ValueError on every rank for a bad setting."""
     states: list[bytes] = []
-    with Agreement(lambda m: exchange.exchange(m, "find each other"), settle=states.extend) as call:
+    with Agreement(lambda m: exchange.exchange(m, "join the job"), settle=states.extend) as call:
         settings.check_shm_dir()
         settings.deadline_s()
         settings.nccl_is_forced()
@@ -237,9 +237,9 @@ def _hosts_and_gpus(exchange: StoreExchange) -> tuple[list[str], list[str]]:
 
 @cache
 def host_id() -> str:
-    """Return text that is equal for ranks that can share memory: boot and shared-memory directory.
+    """Return text that is equal on ranks that can share memory: boot id and device of `shm_dir()`.
 
-    `CPKIT_HOST_ID` replaces it, so that one machine can stand for several.
+    `CPKIT_HOST_ID` replaces it, so that one machine can simulate several.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else platform.node()
@@ -247,7 +247,7 @@ def host_id() -> str:
 
 
 def gpu_id() -> str:
-    """Return the identity of this process's GPU, independent of its number; empty without one."""
+    """Return the UUID of this process's GPU; empty without one."""
     if settings.passed_on(settings.DEVICE) == "cpu" or not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
@@ -267,9 +267,9 @@ def _check_size(world: _World, cp_size: int, name: str) -> None:
 
 def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     all_ranks = [tuple(range(first, first + cp_size)) for first in range(0, world.size, cp_size)]
-    crowded = [len({world.gpus[r] for r in ranks}) < cp_size for ranks in all_ranks]
-    # Making a group is collective over the world, so the answer is the same for all groups.
-    has_nccl = _nccl_is_possible(world, any(crowded))
+    # Making a group is collective over the world, so all groups have the same backend.
+    share_gpu = any(len({world.gpus[r] for r in ranks}) < cp_size for ranks in all_ranks)
+    has_nccl = _nccl_is_possible(world, share_gpu)
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     made = [
         dist.new_group(
@@ -303,8 +303,11 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     )
 
 
-def _nccl_is_possible(world: _World, crowded: bool) -> bool:
-    """NCCL accepts one rank per GPU. `CPKIT_NCCL=1` uses it anyway, with a NCCL_HOSTID per rank."""
+def _nccl_is_possible(world: _World, share_gpu: bool) -> bool:
+    """Return True when NCCL can be used, which accepts one rank per GPU of a host.
+
+    `CPKIT_NCCL=1` uses it anyway; then every rank needs its own NCCL_HOSTID.
+    """
     if not all(world.gpus) or not dist.is_nccl_available():
         return False
-    return not crowded or settings.nccl_is_forced()
+    return not share_gpu or settings.nccl_is_forced()

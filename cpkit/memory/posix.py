@@ -2,16 +2,15 @@
 
 How a rank stores its rows at their final place in every peer's output:
 
-    for each tile of my rows        loaded from memory once ...
-        for each peer, me first     ... and stored to all of them while this core's cache holds it
+    for each tile of its rows        loaded from memory once ...
+        for each peer, itself first  ... and stored to all of them while this core's cache holds it
 
-A tile is 1 MiB, the second-level cache of a server core. Whole blocks instead of tiles load the
-rows from memory once per peer, and small tiles change pages all the time; both cost up to 30
-percent at 134 MB. Dense tiles use C's memmove, which is a tenth faster than a loop of vector
-stores. Rows that are not adjacent in token order (interleave) use torch's strided copy.
+A tile is 1 MiB, the size of a server core's second-level cache. Copies of whole blocks would load
+the rows from memory once per peer, and small tiles would change pages too often; each costs up to
+30 % at 134 MB. Dense tiles use C's memmove, which is 10 % faster than a loop of vector stores. Rows
+that are not adjacent in token order (interleave) use torch's strided copy.
 
-What depends on the layout alone is computed once and kept, so a gather does no work per row and
-little per tile.
+Tiles are cached per layout, so a gather does no work per row and little per tile.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class PosixBackend:
         metadata: ContextParallelMetadata,
         slots: torch.Tensor | None = None,
     ) -> PathReport:
-        """Store tile by tile; the agreement before it has seen all ranks done with the outputs."""
+        """Store tile by tile; since the agreement before it, the outputs are free on all ranks."""
         with stage("wire"):
             for x, output in zip(rows, outputs, strict=True):
                 if not output.numel():
@@ -112,7 +111,7 @@ class PosixBackend:
         output_sets: Sequence[Sequence[torch.Tensor]],
         metadata: ContextParallelMetadata,
     ) -> tuple[list[Prepared], PathReport]:
-        """Make the copies of every set now. Each set's barrier has an identity of its own."""
+        """Prepare the copies of every set of outputs. Each set's barrier has its own identity."""
         barrier = self.group.shm_barrier
         assert barrier, "ranks that share memory have a barrier in it"
         with torch.inference_mode(False):  # otherwise the copies would be valid in that mode only
@@ -138,45 +137,45 @@ class PosixBackend:
         metadata: ContextParallelMetadata,
         into: Sequence[torch.Tensor] | None,
     ) -> bool:
-        """CUDA graphs do not capture CPU tensors."""
+        """Return False: CUDA graphs do not capture CPU tensors."""
         return False
 
     def default_prealloc(self) -> int:
-        """Return the rank's part of an eighth of the free shared memory, at most 64 MiB."""
+        """Return an eighth of the free shared memory over the number of ranks, at most 64 MiB."""
         return min(free_bytes() // (8 * self.group.size), _MAX_DEFAULT_BYTES)
 
     def make_segment(self, nbytes: int, purpose: str) -> Segment:
-        """See cpkit.sync.shm.make_segment."""
+        """Make a segment of shared memory; see cpkit.sync.shm.make_segment."""
         return make_segment(self.group.store_exchange, nbytes, purpose)
 
     def enter(self) -> None:
-        """Do nothing: the agreement before a gather has seen all ranks done with their buffers."""
+        """Do nothing: since the agreement before a gather, all outputs are free."""
 
     def leave(self) -> None:
-        """Barrier: what a rank stored before it is visible to its peers after it."""
+        """Wait at a barrier: stores before it are visible to all peers after it."""
         self.group.barrier()
 
     def put_signal(self, peer: int) -> None:
-        """Complete on return; see cpkit.sync.signals."""
+        """Signal a peer; see cpkit.sync.signals."""
         self._signals.put(peer)
 
     def wait_signal(self, peer: int) -> None:
-        """The host waits. Raises BarrierTimeout naming the peer."""
-        self._signals.take(peer)
+        """Wait on the host for a peer's signal. Raises BarrierTimeout naming the peer."""
+        self._signals.wait(peer)
 
     def late_message(self) -> str:
-        """Empty: a barrier that times out raises where it waits."""
+        """Return "": a barrier that times out raises where it waits."""
         return ""
 
     def check(self) -> None:
         """Do nothing: a barrier that times out raises where it waits."""
 
     def transport(self) -> str:
-        """Ranks push."""
+        """Return "posix": the ranks push."""
         return "posix"
 
     def window_problem(self) -> str:
-        """Empty: NCCL does not move CPU tensors."""
+        """Return "": NCCL does not move CPU tensors."""
         return ""
 
     # --------------------------------------------------------------------- the copies
@@ -188,10 +187,9 @@ class PosixBackend:
         output: torch.Tensor,
         metadata: ContextParallelMetadata,
     ) -> list[Copy]:
-        """Return the copies of this rank's rows, `[rows, lanes]`, into every peer's output.
+        """Return calls that copy this rank's rows, `[rows, lanes]`, into every peer's output.
 
-        Each is a call without arguments. It stays valid as long as the memory does; the caller
-        keeps that.
+        The caller keeps the memory of rows and outputs alive.
         """
         row_bytes = rows.shape[1] * rows.element_size()
         pieces = tiles(metadata, self.group.rank, row_bytes)
@@ -243,7 +241,7 @@ def tiles(
 
 
 def _dense_copies(source: int, targets: Sequence[int], row_bytes: int, pieces: Runs) -> list[Copy]:
-    """From the address of a rank's rows to that of every target; tokens are adjacent."""
+    """Return calls that copy rows of adjacent tokens from an address to every target address."""
     in_target, in_source, nbytes = (
         (field * row_bytes).tolist() for field in (pieces.token, pieces.row, pieces.length)
     )
@@ -257,7 +255,7 @@ def _dense_copies(source: int, targets: Sequence[int], row_bytes: int, pieces: R
 def _strided_copies(
     rows: torch.Tensor, targets: Sequence[torch.Tensor], pieces: Runs
 ) -> list[Copy]:
-    """From `[rows, lanes]` to every `[tokens, lanes]`, for tokens at any constant step."""
+    """Return calls that copy `[rows, lanes]` into every `[tokens, lanes]`, at any token step."""
     return [
         partial(
             target[token : token + (length - 1) * step + 1 : step].copy_,

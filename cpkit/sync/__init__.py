@@ -1,1 +1,1 @@
-"""How ranks meet: store exchange, shared-memory segments, barrier, signals, agreement."""
+"""Synchronization of ranks: store exchange, shared memory, barrier, signals, agreement."""

@@ -1,16 +1,15 @@
-"""Agreement: all ranks go on with a collective, or all of them raise.
+"""Agreement: all ranks continue with a collective, or all of them raise.
 
-A rank that raised on its own would leave its peers waiting in the collective. So the checks that
-precede one run in a `with` block, and the end of the block is an exchange:
+A rank that raised on its own would leave its peers waiting in the collective. So the checks before
+a collective run in a `with` block, and the end of the block is an exchange:
 
     with group.agreement() as call:      rank 0   checks pass  ──┐              ┌─▶ ValueError
         check_rows(x)                    rank 1   ValueError   ──┼── exchange ──┼─▶ ValueError
         call.must_match(signature)       rank 2   checks pass  ──┘              └─▶ ValueError
 
 The block holds local checks only. Each rank sends one small record: a flag, a fingerprint of the
-call, and the state of its pool. Records that match need no text. If a flag is set or fingerprints
-differ, a second exchange carries the texts that explain it, so no rank has to remember what was
-agreed earlier.
+call, and the state of its pool. If a flag is set or fingerprints differ, a second exchange carries
+the texts that explain it, so no rank has to keep the texts of earlier agreements.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from typing import Self
 
 import msgspec
 
-from cpkit.sync.barrier import NOTE_BYTES
+from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 _PASSED, _FAILED = b"\x00", b"\x01"
 _DIGEST_BYTES = 16
 _HEAD_BYTES = 1 + _DIGEST_BYTES
-_TEXT_BYTES = NOTE_BYTES // 2 - 512  # two long texts, two short ones and their lengths fit
+_TEXT_BYTES = MAX_MESSAGE_BYTES // 2 - 512  # two long texts, two short ones and lengths must fit
 Exchange = Callable[[bytes], list[bytes]]
 
 
 class Signature:
     """One property of a call that must be equal on all ranks, as text.
 
-    `advice` replaces the general explanation when only this property differs. A signature can be
-    kept and used again: its digest is computed once.
+    `advice` replaces the general explanation when this property differs. A signature can be reused:
+    its digest is computed once.
     """
 
     def __init__(self, text: str, advice: str = "") -> None:
@@ -44,17 +43,17 @@ class Signature:
 
     @cached_property
     def digest(self) -> bytes:
-        """Equal on two ranks exactly when the texts are equal."""
+        """Digest of the text, to compare it between ranks and between processes."""
         return blake2b(self.text.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 class Agreement:
     """The checks before one collective call; see the module's docstring.
 
-    `state` is sent beside the record. Once all ranks have agreed, `states` holds those of all
+    `state` is sent with the record. Once all ranks have agreed, `states` holds the states of all
     ranks, and `settle` is called with them. At the end of the block every rank raises ValueError
-    when one of them raised in it or has other signatures; a rank whose own exception is not a
-    ValueError raises that one. `failure` is an exception from before the block.
+    when any rank raised in it or signatures differ; a rank whose own exception is not a ValueError
+    raises that one. `failure` is an exception that occurred before the block.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Agreement:
         _trace: TracebackType | None,
     ) -> None:
         if error is not None and not isinstance(error, Exception):
-            return  # an interrupt ends this rank's call at once; the deadline ends the others
+            return  # an interrupt ends this rank's call now; the peers time out
         error = self._failure or error
         head = self._head(error)
         record = head + self.state
@@ -106,10 +105,10 @@ class Agreement:
         return _PASSED + blake2b(digests, digest_size=_DIGEST_BYTES).digest()
 
     def _explain(self, error: Exception | None) -> None:
-        """Exchange the texts; raise ValueError unless this rank's own exception goes on."""
+        """Exchange the texts; raise ValueError unless this rank's own exception propagates."""
         mine = _Explanation()
         if error is not None:
-            mine.problem = _cut(_in_words(error))
+            mine.problem = _cut(_describe(error))
         else:
             mine.signatures = [(_cut(each.text), each.advice) for each in self._signatures]
         answers = self._exchange(msgspec.msgpack.encode(mine))
@@ -119,14 +118,14 @@ class Agreement:
 
 
 class _Explanation(msgspec.Struct):
-    """Why one rank can't go on, or else the (text, advice) of each of its signatures."""
+    """Why one rank cannot continue, or the (text, advice) of each of its signatures."""
 
     problem: str = ""
     signatures: list[tuple[str, str]] = msgspec.field(default_factory=list)
 
 
 def _explain(explanations: Sequence[_Explanation]) -> str:
-    """The problems of all ranks, or else the first property that differs between their calls."""
+    """Return the problems of all ranks; without any, how their calls differ."""
     problems = _by_rank([each.problem for each in explanations])
     if problems:
         return problems
@@ -135,10 +134,11 @@ def _explain(explanations: Sequence[_Explanation]) -> str:
         if advice and len({text for text, _ in signatures}) > 1:
             return advice
     calls = [", ".join(text for text, _ in each.signatures) for each in explanations]
-    return f"the ranks call different collectives. {_by_rank(calls)}. All ranks must pass the same."
+    listed = _by_rank(calls)
+    return f"the ranks call different collectives. {listed}. All ranks must pass equal arguments."
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     text = str(error)
     return (
         text if isinstance(error, ValueError | TimeoutError) else f"{type(error).__name__}: {text}"
@@ -146,7 +146,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _by_rank(texts: list[str]) -> str:
-    """Name each text once, with the ranks that sent it; empty ones are left out."""
+    """List each text once, with the ranks that sent it; skip empty texts."""
     ranks_of: dict[str, list[str]] = {}
     for rank, text in enumerate(texts):
         if text:
@@ -157,7 +157,7 @@ def _by_rank(texts: list[str]) -> str:
 
 
 def _cut(text: str) -> str:
-    """Shorten a text to what one exchange can carry, so that different texts stay different."""
+    """Shorten a text to what one exchange can carry; a digest keeps different texts different."""
     data = text.encode()
     if len(data) <= _TEXT_BYTES:
         return text

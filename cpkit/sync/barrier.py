@@ -18,12 +18,12 @@ counter. x86 guarantees that order; arm64 does not, and plain Python stores have
 semantics. `fence()` therefore releases and acquires a lock that is never contended. Both are atomic
 operations, release first and acquire second, and a load-acquire never moves before an earlier
 store-release (Arm's RCsc rule; on x86 both are locked instructions). So everything before the fence
-is ordered before everything after it, on both machines. The counters are aligned 8-byte words,
-which both machines load and store whole.
+is ordered before everything after it, on both architectures. The counters are aligned 8-byte words,
+whose loads and stores are atomic on both.
 
-A barrier is only as fast as cores are free. torch's own threads spin after each parallel copy: with
-two per rank (OMP_NUM_THREADS=2) on two cores, barriers right after a copy took 2 ms between 2
-ranks, 4 ms between 4 and 27 ms between 8. torchrun starts ranks with one thread each; keep it so.
+A barrier is slow when threads outnumber cores, because torch's threads spin after each parallel
+copy: with two per rank (OMP_NUM_THREADS=2) on two cores, a barrier right after a copy took 2 ms
+for 2 ranks, 4 ms for 4 and 27 ms for 8. Keep torchrun's default of one thread per rank.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from cpkit.sync.exchange import StoreExchange
 from cpkit.sync.shm import make_segment
 
 PAGE_BYTES = 16384
-NOTE_BYTES = 7168
+MAX_MESSAGE_BYTES = 7168
 _MESSAGES = (1024, 1024 + 7680)
 _CALLS = (1, 2)  # words after the counter
-PLAIN, EXCHANGE = 0, 1  # calls; those of a plan are numbers from `ShmBarrier.new_call`
+PLAIN, EXCHANGE = 0, 1  # calls without a plan; `ShmBarrier.new_call` numbers those with one
 _SHORT_WAIT_S = 0.02
-_SHORT_SLEEP_S = 1e-6  # the shortest possible; on Linux about 55 µs
-_YIELDS = (4, 64)  # least and most before a sleep, where ranks share a core
+_SHORT_SLEEP_S = 1e-6  # the shortest possible; takes about 55 µs on Linux
+_YIELDS = (4, 64)  # minimum and maximum before a sleep, where ranks share a core
 _SLEEP_S = 0.0002
 
 
@@ -94,20 +94,20 @@ class ShmBarrier:
         self._polls, self._yields = (0, _YIELDS[0]) if self._crowded else (500, 256)
 
     def new_call(self, number: int) -> int:
-        """Return a new identity for later calls, the same on all ranks; `number` is below 65536.
+        """Return a new identity for later calls, equal on all ranks; `number` is below 65536.
 
-        It is unique because ranks in step have arrived at the same number of barriers.
+        It contains the count of barriers so far, which is unique and equal on all ranks.
         """
         return self._round << 16 | number
 
     def barrier(self, call: int = PLAIN) -> None:
         """Wait for all ranks.
 
-        Raises BarrierTimeout naming the late ranks, and CallsDiffer on every rank when one arrived
-        from another call.
+        Raises BarrierTimeout naming the late ranks, and CallsDiffer on every rank when the ranks
+        arrived from different calls.
         """
         if self._broken:
-            raise BarrierTimeout(f"{self._broken} The group is out of step since then.")
+            raise BarrierTimeout(f"{self._broken} The group has been out of step since then.")
         self._round += 1
         round = self._round
         slot = _CALLS[round % 2]
@@ -123,9 +123,9 @@ class ShmBarrier:
                 raise self._calls_differ([words[slot] for words in self._words])
 
     def exchange(self, message: bytes) -> list[bytes]:
-        """Return the messages of all ranks, by rank (at most NOTE_BYTES bytes each); a barrier."""
-        if len(message) > NOTE_BYTES:
-            raise ValueError(f"a message has {len(message)} bytes; it can have up to {NOTE_BYTES}")
+        """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} fit")
         slot = _MESSAGES[(self._round + 1) % 2]
         self._words[self.rank][slot // 8] = len(message)
         self._pages[self.rank][slot + 8 : slot + 8 + len(message)] = message
@@ -135,19 +135,19 @@ class ShmBarrier:
         return [bytes(page[slot + 8 : slot + 8 + length]) for page, length in pairs]
 
     def _wait(self, counter: memoryview, round: int) -> None:
-        """Poll, then yield, then sleep; how long depends on the load of this core.
+        """Poll, then yield, then sleep; for how long depends on the load of this core.
 
         With a core per rank: poll for the duration of a short wait, then yield.
 
-        With several ranks per core: yield at once, because the late rank may need this core, and
-        sleep if it has not arrived then. Among ranks alone a barrier takes a few yields, and a
-        sleep would double that. Beside other work a yield is expensive: Linux charges the rank that
-        yields for the rest of its time slice, so the other work runs for milliseconds first. The
-        number of yields therefore adapts like a TCP window: a sleep cuts it to 4, a wait without
-        one adds 4, up to 64. Barriers of 8 ranks on 2 busy cores take 0.2 to 0.4 ms with 64 yields
-        always, and 0.08 ms with the adaptive number.
+        With several ranks per core: yield at once, because the late rank may need this core, then
+        sleep. If only ranks run, a barrier takes a few yields, and a sleep would double its time.
+        If other processes run, a yield is expensive: Linux charges the rank that yields for the
+        rest of its time slice, so the other process runs for milliseconds first. The number of
+        yields therefore adapts like a TCP window: a sleep resets it to 4, a wait without a sleep
+        adds 4, up to 64. Barriers of 8 ranks on 2 busy cores take 0.2 to 0.4 ms with a constant 64
+        yields, and 0.08 ms with the adaptive number.
 
-        After 20 ms the wait is no longer short, and longer sleeps leave the core to others.
+        After 20 ms, longer sleeps leave the core to other processes.
         """
         for _ in range(self._polls):
             if counter[0] >= round:
@@ -181,17 +181,17 @@ class ShmBarrier:
         )
 
     def _calls_differ(self, calls: list[int]) -> CallsDiffer:
-        said = ", ".join(f"rank {rank} at {_in_words(call)}" for rank, call in enumerate(calls))
+        listed = ", ".join(f"rank {rank} at {_describe(call)}" for rank, call in enumerate(calls))
         return CallsDiffer(
             f"{self._name}: the ranks arrived at barrier {self._round} from different calls: "
-            f"{said}. "
-            f"What this call gathered is incomplete. Every rank has to make the same calls in the "
+            f"{listed}. "
+            f"The result of this call is incomplete. Every rank has to make the same calls in the "
             f"same order; after an exception inside one, start again with "
             f"cpkit.group.forget_groups() on every rank"
         )
 
 
-def _in_words(call: int) -> str:
+def _describe(call: int) -> str:
     if call >> 16:
         return f"the end of a plan's call (plan {call >> 16}, output {call & 0xFFFF})"
     return "the agreement before a collective" if call == EXCHANGE else "the end of a gather"

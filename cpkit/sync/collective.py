@@ -1,8 +1,8 @@
 """The collectives of torch.distributed: an all-gather, and an exchange of small messages.
 
 Every gather that NCCL performs for cpkit goes through `ordinary_all_gather`. NCCL selects its
-kernel by the address of a buffer, whatever the caller intends. So the default is safe: a buffer in
-symmetric memory is replaced by an ordinary copy unless the caller states that the ranks agreed.
+kernel by the address of a buffer alone. So the default is safe: a buffer in symmetric memory is
+replaced by an ordinary copy unless the caller states that the ranks agreed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from cpkit.devices import check_device, check_no_grad, is_plain_view
-from cpkit.sync.barrier import NOTE_BYTES
+from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 
 class Members(Protocol):
-    """What of a group is needed here."""
+    """The part of a group that the collectives use."""
 
     process_group: dist.ProcessGroup
     has_nccl: bool
@@ -42,7 +42,9 @@ def check_gather(output: torch.Tensor, input: torch.Tensor, size: int) -> None:
             f"output must be {want} of the same dtype"
         )
     if not (output.is_contiguous() and is_plain_view(output)):
-        raise ValueError(f"output {describe(output)} must be contiguous, no conjugated view")
+        raise ValueError(
+            f"output {describe(output)} must be contiguous, and not a conjugated or negated view"
+        )
 
 
 def describe(*tensors: torch.Tensor) -> str:
@@ -58,14 +60,14 @@ def describe(*tensors: torch.Tensor) -> str:
 
 
 class Segment(Protocol):
-    """What of a segment is needed here: where each rank's memory is in this process."""
+    """The part of a segment that is used here: where each rank's memory is in this process."""
 
     nbytes: int
     addresses: list[int]
 
 
 class Owner(NamedTuple):
-    """Which rank of which group a segment belongs to; a group itself would keep its segments."""
+    """The group of a segment, as ranks: a reference to the group would keep its segments alive."""
 
     rank: int
     ranks: tuple[int, ...]
@@ -75,12 +77,12 @@ _segments: weakref.WeakKeyDictionary[Segment, Owner] = weakref.WeakKeyDictionary
 
 
 def register_segment(segment: Segment, rank: int, ranks: tuple[int, ...]) -> None:
-    """Remember memory as symmetric for as long as it exists, also after its pool is replaced."""
+    """Record a segment as symmetric memory until it is freed, even after its pool is replaced."""
     _segments[segment] = Owner(rank, ranks)
 
 
 def owner_of(x: torch.Tensor) -> Owner | None:
-    """Return the group in whose symmetric memory this rank's tensor begins; None for others."""
+    """Return the owner of the symmetric memory in which a tensor begins; None for other memory."""
     address = x.data_ptr()
     for segment, owner in list(_segments.items()):
         if 0 <= address - segment.addresses[owner.rank] < segment.nbytes:
@@ -89,7 +91,7 @@ def owner_of(x: torch.Tensor) -> Owner | None:
 
 
 def ordinary_copy(x: torch.Tensor) -> torch.Tensor:
-    """Return the tensor itself, or a copy in ordinary memory of one in symmetric memory."""
+    """Return a copy of a tensor that is in symmetric memory; return any other tensor itself."""
     return x.clone() if owner_of(x) else x
 
 
@@ -101,11 +103,11 @@ def ordinary_all_gather(
     symmetric_send: bool = False,
     symmetric_recv: bool = False,
 ) -> None:
-    """Gather equal shards with the collective of torch.distributed, as bytes of any dtype.
+    """Gather equal shards of any dtype with the collective of torch.distributed, as bytes.
 
     CUDA tensors go through NCCL where each rank has its own GPU, otherwise through the host and
-    gloo. NCCL receives a buffer in symmetric memory as it is only where `symmetric_send`,
-    `symmetric_recv` state that all ranks agreed to it (`path.unsafe_for_nccl`).
+    gloo. A buffer in symmetric memory is passed to NCCL without a copy only if `symmetric_send` or
+    `symmetric_recv` states that all ranks agreed to it (`path.unsafe_for_nccl`).
     """
     if output.numel() == 0:
         return
@@ -125,11 +127,11 @@ def ordinary_all_gather(
 
 
 def exchange_over(process_group: dist.ProcessGroup, message: bytes, size: int) -> list[bytes]:
-    """Return the messages of all ranks, by rank, where they have no shared memory.
+    """Return the messages of all ranks, by rank, for ranks without shared memory.
 
-    Messages have at most NOTE_BYTES bytes and travel in frames of one fixed size.
+    Messages have at most MAX_MESSAGE_BYTES and are sent in frames of one fixed size.
     """
-    mine = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8, device="cpu")
+    mine = torch.zeros(8 + MAX_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
     data = len(message).to_bytes(8, "little") + message
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     frames = torch.empty(size * len(mine), dtype=torch.uint8, device="cpu")
@@ -139,9 +141,9 @@ def exchange_over(process_group: dist.ProcessGroup, message: bytes, size: int) -
 
 
 def _flat_bytes(x: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor in one dimension; a view of it where it is contiguous."""
+    """Return all bytes of a tensor in one dimension: a view of it if it is contiguous."""
     dense = x.detach().resolve_conj().resolve_neg().contiguous()
-    # One element counts as contiguous whatever its stride is; here it must be 1.
+    # A single element counts as contiguous with any stride, but the view below needs stride 1.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 

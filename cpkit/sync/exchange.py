@@ -1,7 +1,7 @@
 """Exchange small messages through the job's key-value store, with a deadline.
 
-It needs no process group, and a timeout names the ranks that did not arrive. It is used for rare
-events: making groups, growing a pool.
+An exchange needs no process group, and its timeout names the ranks that did not arrive. It is used
+for rare events, such as making groups and growing a pool.
 
     rank 0   set 7/0 ── wait for 7/0 7/1 7/2 ── read all
     rank 1     set 7/1 ── wait for 7/0 7/1 7/2 ── read all
@@ -29,8 +29,8 @@ class StoreExchange:
     """Repeated exchanges between the same ranks, in the same order on each of them."""
 
     def __init__(self, store: dist.Store, name: str, rank: int, size: int) -> None:
-        # The prefix is new for each object of a name, so keys that an earlier one left in the store
-        # are not read. All ranks make the objects of a name equally often.
+        # Each object has a new prefix, so that it does not read keys that an earlier object of the
+        # same name left in the store. All ranks make the same number of objects per name.
         _made[name] += 1
         self._store = dist.PrefixStore(f"cpkit/{name}/{_made[name]}", store)
         self.name, self.rank, self.size = name, rank, size
@@ -51,7 +51,7 @@ class StoreExchange:
                 f"calls in the same order; CPKIT_DEADLINE_S sets the wait."
             ) from None
         answers = [self._store.get(key) for key in keys]
-        # Once all ranks have arrived at the round after it, no rank reads a round any more.
+        # All ranks have arrived at this round, so no rank reads that earlier one any more.
         self._store.delete_key(f"{self._round - 2}/{self.rank}")
         return answers
 
@@ -64,7 +64,7 @@ class SymmetricMemoryError(RuntimeError):
 
 
 class SegmentOffer(msgspec.Struct):
-    """What one rank allocated for a segment: its name and size, or why it could not."""
+    """What one rank allocated for a segment: its name and size, or why the allocation failed."""
 
     name: str
     nbytes: int
@@ -76,7 +76,7 @@ def agree_on_segment(
 ) -> list[SegmentOffer]:
     """Return the offers of all ranks, by rank. Collective, with the exchange's deadline.
 
-        rank 0   allocated 64 MiB ──┐                ┌─▶ equal sizes: go on
+        rank 0   allocated 64 MiB ──┐                ┌─▶ equal sizes: continue
         rank 1   allocated 64 MiB ──┼── exchanged ───┤
         rank 2   "out of memory"  ──┘                └─▶ otherwise: raise on every rank
 

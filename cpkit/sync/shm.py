@@ -7,9 +7,9 @@
     ──────────────── exchange "mapped" ───────────────
     unlink A                    unlink B                  no names remain: a crash leaves nothing
 
-Large segments get huge pages where Linux (6.1 or newer) has free ones: stores into 4 KiB pages of
-every peer miss the TLB constantly. Compared with 4 KiB pages, interleaved in one run, plans of 2
-ranks took 0.88 of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
+Large segments get huge pages where Linux (6.1 or newer) has free ones, because stores into 4 KiB
+pages of every peer miss the TLB constantly. In runs that alternated between both page sizes, plans
+of 2 ranks took 0.88 of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
 
 A process that is killed before it can unlink leaves a file whose name identifies that process; the
 next process that makes a segment removes it.
@@ -36,7 +36,7 @@ from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
 
 _PREFIX = "cpkit"
 _HUGE_PAGE_BYTES = 2 << 20
-_COLLAPSE_FROM_BYTES = 64 << 20  # the default arena: a tenth of a second, once
+_COLLAPSE_FROM_BYTES = 64 << 20  # the default arena; collapsing it takes 0.1 s, once
 _MADV_COLLAPSE = 25  # Python's mmap has no name for it
 
 
@@ -58,7 +58,7 @@ class Segment:
         return torch.frombuffer(self.maps[rank], dtype=torch.uint8, count=nbytes, offset=offset)
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Return own bytes, uint8 `[nbytes]`; `release` runs when the last tensor is dropped."""
+        """Return own bytes, uint8 `[nbytes]`; `release` runs once no tensor uses them any more."""
         # The tensor's storage keeps this view alive until the last tensor over it is dropped.
         memory = memoryview(self.maps[self._rank])[offset : offset + nbytes]
         weakref.finalize(memory, release).atexit = False
@@ -68,8 +68,8 @@ class Segment:
 def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
     """Make a segment on every rank; collective over the ranks of the exchange.
 
-    Raises SymmetricMemoryError on every rank when one of them has no room, or asks for another
-    size, and ExchangeTimeout when one does not come.
+    Raises SymmetricMemoryError on every rank when one of them has no room or sizes differ, and
+    ExchangeTimeout when a rank does not arrive.
     """
     path, own, problem = _create(nbytes, exchange.size)
     try:
@@ -82,7 +82,7 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
 
 
 def reap_dead_files() -> list[Path]:
-    """Remove segments whose process is dead; return them. Files of other users are not touched."""
+    """Remove this user's segment files whose process is dead; return their paths."""
     removed = []
     ours = re.compile(rf"{_PREFIX}-{os.getuid()}-(\d+)-(\d+)-[0-9a-f]{{16}}")
     for path in shm_dir().iterdir():
@@ -96,7 +96,7 @@ def reap_dead_files() -> list[Path]:
 
 
 def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
-    """Create, reserve and map this rank's file. Returns a problem, which all ranks then raise."""
+    """Create, reserve and map this rank's file; return its path, its map, and why that failed."""
     me = process_id()
     name = f"{_PREFIX}-{os.getuid()}-{me.pid}-{me.start_ticks}-{secrets.token_hex(8)}"
     path = shm_dir() / name
@@ -123,7 +123,7 @@ def _stored_bytes(nbytes: int) -> int:
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
-    """Reserve the pages now: a full file system is an error here, a bus error at first touch."""
+    """Reserve the pages now, so that a full file system is an error here, not a bus error later."""
     if nbytes > free_bytes():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
@@ -140,9 +140,9 @@ def _map(descriptor: int, nbytes: int) -> mmap.mmap:
 
 
 def _align(spacers: contextlib.ExitStack, descriptor: int, nbytes: int) -> None:
-    """Align the next map of this size to a huge page, if it is placed where a probe was.
+    """Align the next map of this size to a huge page, by a spacer above it.
 
-    Maps are placed from high addresses to low ones, each in the first gap that holds it:
+    Linux places maps from high addresses to low ones, each in the first gap that holds it:
 
         │ … probe ────────────────│ used     starts at any address
         │ … the map ──────│ spacer│ used     starts at a multiple of 2 MiB

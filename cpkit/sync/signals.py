@@ -1,10 +1,10 @@
-"""Signals between two ranks on the CPU: one word says "my data has arrived", without a barrier.
+"""Signals between two ranks on the CPU: "my data has arrived", without a barrier.
 
-A pair of ranks has two counters, each written by one of them only: signals that the sender has
-sent, and signals that the receiver has consumed. So no store is lost, and no atomic is needed.
+A sender and a receiver have two counters: signals sent, which only the sender writes, and signals
+consumed, which only the receiver writes. With one writer each, no atomic operation is needed.
 
     rank 0   store row ─ sent[1] = 1
-    rank 1               wait until sent[1] = 1 ─ taken[0] = 1 ─ read row
+    rank 1               wait until sent[1] = 1 ─ consumed[0] = 1 ─ read row
 
 A consumed signal does not mean that the row was read: before rank 0 stores the next row, rank 1
 has to signal that it has read this one.
@@ -27,30 +27,30 @@ _SLEEP_S = 0.0002
 
 
 class ShmSignals:
-    """One signal word per pair of ranks and direction. Making them is collective."""
+    """The counters of all pairs of ranks, in both directions. Making them is collective."""
 
     def __init__(self, exchange: StoreExchange) -> None:
         self._rank, self._size, self._name = exchange.rank, exchange.size, exchange.name
         segment = make_segment(exchange, 2 * 8 * self._size, "make the signal words")
         words = [memoryview(page).cast("Q") for page in segment.maps]
         self._sent = [page[: self._size] for page in words]
-        self._taken = [page[self._size : 2 * self._size] for page in words]
+        self._consumed = [page[self._size : 2 * self._size] for page in words]
 
     def put(self, peer: int) -> None:
         """Signal a peer. Blocks until the peer has consumed the previous signal."""
         mine = self._sent[self._rank]
-        self._wait(lambda: self._taken[peer][self._rank] == mine[peer], peer, "take a signal")
+        self._poll(lambda: self._consumed[peer][self._rank] == mine[peer], peer, "consume a signal")
         fence()
         mine[peer] += 1
 
-    def take(self, peer: int) -> None:
+    def wait(self, peer: int) -> None:
         """Wait for a peer's signal, and consume it."""
-        mine = self._taken[self._rank]
-        self._wait(lambda: self._sent[peer][self._rank] > mine[peer], peer, "send a signal")
+        mine = self._consumed[self._rank]
+        self._poll(lambda: self._sent[peer][self._rank] > mine[peer], peer, "send a signal")
         fence()
         mine[peer] += 1
 
-    def _wait(self, done: Callable[[], bool], peer: int, what: str) -> None:
+    def _poll(self, done: Callable[[], bool], peer: int, what: str) -> None:
         """Yield, then sleep. Raises BarrierTimeout naming the peer."""
         start = time.monotonic()
         while not done():
