@@ -4,9 +4,8 @@ Pure arithmetic, the same on every rank. Two rules keep the allocators of all ra
 an offset means the same block on each of them:
 
 * blocks are placed first-fit, with sizes that are equal on all ranks;
-* a block that one rank has dropped is free only when *every* rank has dropped it, which they settle
-  at the next collective. A rank that keeps a tensor longer than its peers costs memory, not
-  correctness.
+* a block is free only when *every* rank has dropped it, which the ranks determine at the next
+  collective. A rank that keeps a tensor longer than its peers costs memory, not correctness.
 
 `digest` summarizes the history: ranks compare it before they rely on each other's offsets.
 """
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
-MAX_BYTES = 1 << 60  # of a segment: a larger size is a mistake, and would not fit a message
+MAX_BYTES = 1 << 60  # per segment; a larger size is a mistake, and would not fit into a message
 
 
 class Arena:
@@ -58,12 +57,12 @@ class Arena:
         return list(self._free)
 
     def largest_free(self) -> int:
-        """Return the bytes of the largest block that still fits."""
+        """Return the bytes of the largest block that fits."""
         return max((size for _, size in self._free), default=0)
 
 
 class Block(NamedTuple):
-    """A placed allocation: `segment` numbers the pool's segments, `offset` is in bytes."""
+    """An allocation: its bit in the release masks, its segment's number, its offset in bytes."""
 
     slot: int
     segment: int
@@ -72,7 +71,7 @@ class Block(NamedTuple):
 
 
 class BlockAllocator:
-    """All blocks of a pool over all its segments. A slot is a block's bit in the release masks."""
+    """All blocks of a pool, in all its segments."""
 
     def __init__(self) -> None:
         self.arenas: list[Arena] = []
@@ -109,11 +108,11 @@ class BlockAllocator:
         return None
 
     def release(self, slot: int) -> None:
-        """Note that this rank has dropped the block. Safe in a finalizer, in any thread."""
+        """Record that this rank has dropped the block. Safe in a finalizer, in any thread."""
         self._dropped.append(slot)
 
     def released(self) -> int:
-        """Return the blocks that this rank dropped and that are not free yet: a bit per slot."""
+        """Return a bit per slot: set if this rank dropped the block and it is not free yet."""
         while self._dropped:
             self._released |= 1 << self._dropped.popleft()
         return self._released
@@ -130,7 +129,7 @@ class BlockAllocator:
         self._released &= ~released_everywhere
 
     def largest_free(self) -> int:
-        """Return the bytes of the largest block that a segment still has room for."""
+        """Return the bytes of the largest block that fits into any segment."""
         return max((arena.largest_free() for arena in self.arenas), default=0)
 
     def is_full(self) -> bool:

@@ -1,4 +1,4 @@
-"""What one kind of memory does for a gather: the interface, and what its kinds share.
+"""The interface between a gather and one kind of memory, and what its implementations share.
 
     ordinary   torch.distributed only                  groups that span machines
     posix      POSIX shared memory                     CPU ranks of one machine
@@ -42,7 +42,7 @@ STORED_IN_PLACE = PathReport(
     "ordinary memory (read in place)",
     "in the pool",
 )
-Prepared = Callable[[], None]  # one push, its synchronization included
+Prepared = Callable[[], None]  # one push, including its synchronization
 
 
 class Segment(Protocol):
@@ -62,7 +62,7 @@ class Segment(Protocol):
 
 
 class Peers(Protocol):
-    """What a backend needs of the pool that its buffers are in."""
+    """The part of a pool that its backend uses."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Allocate at the same offset on every rank."""
@@ -143,7 +143,7 @@ class Backend(Protocol):
     # -------------------------------------------------------------------------- memory
 
     def default_prealloc(self) -> int:
-        """Return the bytes of the arena when the user names no size."""
+        """Return the default size of the arena in bytes."""
 
     def make_segment(self, nbytes: int, purpose: str) -> Segment:
         """Allocate on every rank and map the peers' memory. Collective, with a deadline.
@@ -175,13 +175,13 @@ class Backend(Protocol):
         """Raise BarrierTimeout when a wait on the device timed out. Local."""
 
     def transport(self) -> str:
-        """Return what moves the rows of an equal-sized gather: see cpkit.memory.path."""
+        """Return the transport of an equal-sized gather: see cpkit.memory.path."""
 
     def window_problem(self) -> str:
-        """Return why NCCL does not know this memory; empty when it does or is not used."""
+        """Return why NCCL has no window on this memory; empty if it has one or is not used."""
 
 
 def same_lanes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """View two `[rows, lanes]` of equal row bytes in the narrower lane: alignments can differ."""
+    """View two `[rows, lanes]` with the narrower of their lanes; rows have equal bytes."""
     lane = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return a.view(lane), b.view(lane)

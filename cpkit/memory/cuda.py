@@ -1,7 +1,7 @@
 """Symmetric memory on CUDA: torch.distributed._symmetric_memory, synchronized on the stream.
 
 Ranks can each have a GPU, or share one (TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES, set here where it
-is needed). The host never waits for the GPU: `enter` and `leave` are a kernel that signals every
+is needed). The host never waits for the GPU: `enter` and `leave` launch a kernel that signals every
 peer and waits for every peer's signal, so they can be captured in a CUDA graph.
 """
 
@@ -41,15 +41,15 @@ _Launch = Callable[[launch.Signals], None]
 _MAX_DEFAULT_BYTES = 4 << 30  # upstream's (SGLang, arg_groups/memory_hook.py, #19082)
 _STAGED = PathReport(
     "staged",
-    "NCCL refuses two ranks on one GPU, so each rank copied its shard into the pool, and "
+    "NCCL does not support two ranks on one GPU, so each rank copied its shard into the pool, and "
     "its peers pulled it from there into ordinary memory",
     "a copy in the pool",
     "ordinary memory",
 )
 
 
-class _Owner:
-    """Memory for torch's array interface; it is kept as long as a tensor over it exists."""
+class _BlockMemory:
+    """Memory with the CUDA array interface; a tensor over it keeps this object alive."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -64,9 +64,9 @@ class _Owner:
 class CudaSegment:
     """One allocation on every rank, mapped by all: a tensor in a memory pool of its own.
 
-    With its own pool, memory that was dropped returns to the GPU and is never reused. In a shared
-    pool, two free segments of one size could be taken in different orders on two ranks, which would
-    pair the wrong peers (pytorch#178138).
+    Memory that was dropped from its own pool returns to the GPU and is never reused. In a shared
+    pool, two ranks could reuse two free segments of one size in different orders, which would pair
+    the wrong segments (pytorch#178138).
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class CudaSegment:
 
     def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
         """Return own bytes; `release` is called when the last tensor over them is dropped."""
-        owner = _Owner(self._buffer.data_ptr() + offset, nbytes)
-        owner.segment = self  # keeps the memory of a held block, also after its pool is replaced
-        weakref.finalize(owner, release).atexit = False
-        return torch.as_tensor(owner, device=self._device)
+        memory = _BlockMemory(self._buffer.data_ptr() + offset, nbytes)
+        memory.segment = self  # keeps the memory of a held block, even after its pool is replaced
+        weakref.finalize(memory, release).atexit = False
+        return torch.as_tensor(memory, device=self._device)
 
 
 class CudaBackend:
@@ -114,12 +114,12 @@ class CudaBackend:
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
-        group.exchange(b"")  # no rank signals into a page that is not zero yet
+        group.exchange(b"")  # so that no rank signals into a page before it is zeroed
         self.pages = self._page.peers
         self.tables = TileTables(group.rank, self.device)
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
         self._graphs: dict[tuple[_Launch, float], torch.cuda.CUDAGraph] = {}
-        launch_entry(self)  # compile both now, not while a peer waits or a graph is captured
+        launch_entry(self)  # compiles both now, not while a peer waits or a graph is captured
         launch_exit(self)
 
     # ------------------------------------------------------------------- moving rows
@@ -153,7 +153,7 @@ class CudaBackend:
             rank 0   shard → stage 0 │ barrier │ pull stage 0, stage 1 │ barrier │ stage 0 is free
             rank 1   shard → stage 1 │ barrier │ pull stage 1, stage 0 │ barrier │ stage 1 is free
 
-        Only this rank writes to its stage, so no wait precedes that.
+        Only this rank writes to its stage, so the copy into it needs no barrier.
         """
         with stage("wire"):
             stages = [peers.empty(shard.shape, shard.dtype) for shard in shards]
@@ -174,7 +174,7 @@ class CudaBackend:
         metadata: ContextParallelMetadata,
         slots: torch.Tensor | None = None,
     ) -> PathReport:
-        """Launch one kernel, its entry and exit synchronization inside.
+        """Launch one kernel, which includes the entry and exit synchronization.
 
         Source of the idea: vLLM #49517 (each rank stores final rows into every peer's cache).
         """
@@ -192,7 +192,7 @@ class CudaBackend:
         *,
         entry: bool = True,
     ) -> None:
-        """`entry=False`: the caller knows that all outputs are free (see cpkit.plan)."""
+        """Launch the kernel; `entry=False` where all outputs are known to be free (cpkit.plan)."""
         present = [(x, y) for x, y in zip(rows, outputs, strict=True) if y.numel()]
         if not present:
             self.leave()
@@ -235,7 +235,7 @@ class CudaBackend:
         metadata: ContextParallelMetadata,
         into: Sequence[torch.Tensor] | None,
     ) -> bool:
-        """True when kernel and table exist: neither can be made while a graph is captured."""
+        """Return True when kernel and table exist: capture allows neither to be made."""
         sizes = [math.prod(x.shape[1:]) * x.element_size() for x in tensors]
         # Buffers allocated here, outputs and dense copies of strided rows, are 16-byte aligned.
         sources = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
@@ -258,8 +258,7 @@ class CudaBackend:
 
         rank 0   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
         rank 1   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
-                            ↑ out of memory on one: every rank raises, and none waits in the
-                            rendezvous
+                            ↑ out of memory on one: all ranks raise, so none waits at rendezvous
         """
         exchange = self.group.store_exchange
         pool, buffer, problem = self._allocate(nbytes)
@@ -271,9 +270,10 @@ class CudaBackend:
         return CudaSegment(buffer, pool, handle, self.device)
 
     def _allocate(self, nbytes: int) -> tuple[torch.cuda.MemPool, torch.Tensor | None, str]:
-        """Return a pool, memory of torch's symmetric allocator in it, or why there is none.
+        """Allocate symmetric memory in a new pool; return pool, memory, and why that failed.
 
-        The pool has the options of `symm_mem.get_mem_pool`'s: blocks are not split or lent.
+        The options are those of `symm_mem.get_mem_pool`: blocks are not split, and other tensors
+        cannot use the pool when memory runs out.
         """
         allocator = symm_mem.get_mempool_allocator(self.device)
         pool = torch.cuda.MemPool(allocator, use_on_oom=False, no_split=True)
@@ -297,25 +297,25 @@ class CudaBackend:
             return symm_mem.rendezvous(buffer, self.group.process_group), ""
         except RuntimeError as error:
             return None, (
-                f"cannot map the peers' memory: {error}. (Ranks with a GPU each must see all of "
-                f"them: with one in CUDA_VISIBLE_DEVICES each, torch takes them for the same.)"
+                f"cannot map the peers' memory: {error}. (With a GPU per rank, every rank must see "
+                f"all GPUs: if CUDA_VISIBLE_DEVICES names one each, torch mistakes them for one.)"
             )
 
     # ---------------------------------------------------------------- synchronization
 
     def enter(self) -> None:
-        """On the stream: wait until all ranks arrive, so their buffers are free. Then `leave`."""
+        """Wait on the stream until the outputs of all ranks are free. `leave` must follow."""
         self._replay(launch_entry)
 
     def leave(self) -> None:
-        """On the stream: wait until the stores of all ranks before it have arrived."""
+        """Wait on the stream until the earlier stores of all ranks have arrived."""
         self._replay(launch_exit)
 
     def in_order(self) -> None:
         """Make the current stream wait for this rank's launches on other streams.
 
-        A rank has one page of counters, so one launch at a time. Replays of a graph that a caller
-        captured are ordered by the caller.
+        A rank has one page of counters, so its launches must not overlap. Replays of a graph that a
+        caller captured are ordered by the caller.
         """
         if is_capturing("cuda") or raw_stream() == self._raw_stream:
             return
@@ -324,7 +324,7 @@ class CudaBackend:
         self._raw_stream = raw_stream()
 
     def _replay(self, run: _Launch) -> None:
-        """Replay a graph of one kernel: on the host a tenth of the cost of Triton's launch."""
+        """Replay a graph of one kernel, which costs the host a tenth of a launch by Triton."""
         if is_capturing("cuda") or not launch.SYNC:
             run(self)
             return
@@ -337,23 +337,23 @@ class CudaBackend:
         self._graphs[key].replay()
 
     def put_signal(self, peer: int) -> None:
-        """On the stream, by torch's own kernel, which traps when the deadline has passed."""
+        """Signal on the stream, by torch's own kernel, which traps after the deadline."""
         self._page.handle.put_signal(peer, 0, int(deadline_s() * 1e3))
 
     def wait_signal(self, peer: int) -> None:
-        """As `put_signal`; the host does not wait."""
+        """Wait on the stream, by torch's own kernel; the host does not wait."""
         self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
 
     def late_message(self) -> str:
-        """Return which rank a kernel timed out waiting for, as text; empty when none did."""
+        """Return a message that names the rank a kernel timed out waiting for; empty if none."""
         late = int(self._late[0])
         if not late:
             return ""
         return (
             f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
             f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in it, "
-            f"or replayed its graph another number of times. The group is out of step since then: "
-            f"restart the job."
+            f"or replayed its graph a different number of times. The group has been out of step "
+            f"since then: restart the job."
         )
 
     def check(self) -> None:
@@ -363,27 +363,27 @@ class CudaBackend:
             raise BarrierTimeout(late)
 
     def transport(self) -> str:
-        """Pushes over peer access, or inside one GPU."""
+        """Return "cuda": the ranks push over peer access, or inside one GPU."""
         return "cuda"
 
     def window_problem(self) -> str:
-        """Empty: NCCL does not move these rows."""
+        """Return "": NCCL does not move these rows."""
         return ""
 
 
 @dataclass
 class _Capture:
-    """Shared by the pushes of one plan: true once a caller's graph has captured one of them."""
+    """Whether a caller's graph has captured a push of one plan; shared by all its pushes."""
 
     happened: bool = False
 
 
 class _PreparedPush:
-    """`push` as a CUDA graph of one kernel, for one of the outputs that a plan alternates.
+    """`push` as a CUDA graph of one kernel, for one of the sets of outputs of a plan.
 
     Making one is collective: the kernel runs with and without its entry synchronization, because it
-    can't be compiled during capture. Once a caller's graph has captured a push, it is unknown which
-    outputs its replays fill when, so every push of the plan waits at its entry from then on.
+    cannot be compiled during capture. Once a caller's graph has captured a push, it is unknown when
+    its replays fill which outputs, so every push of the plan waits at its entry from then on.
     """
 
     def __init__(self, backend: CudaBackend, run: Callable[..., None], capture: _Capture) -> None:

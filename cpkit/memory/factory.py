@@ -4,7 +4,7 @@ A torch function mode intercepts the factories: it computes the geometry on the 
 allocates with the given allocator, and fills the memory as the factory would. Results of other
 operations (cat, clone, arithmetic) stay where torch puts them. On CUDA torch could replace the
 allocator itself (torch.cuda.MemPool), but its free lists can differ between ranks (pytorch#178138);
-those of cpkit.memory.allocator can't.
+those of cpkit.memory.allocator cannot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNFILLED = {
 }
 _ZEROS = {torch.zeros, torch.zeros_like, torch.Tensor.new_zeros}
 _ONES = {torch.ones, torch.ones_like, torch.Tensor.new_ones}
-_FULL = {torch.full: 1, torch.full_like: 1, torch.Tensor.new_full: 2}
+_FULL = {torch.full: 1, torch.full_like: 1, torch.Tensor.new_full: 2}  # position of fill_value
 FACTORIES = frozenset(_UNFILLED | _ZEROS | _ONES | set(_FULL))
 
 
@@ -54,10 +54,10 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
         geometry = func(*args, **kept, device="meta")
         if geometry.layout is not torch.strided:
             return func(*args, **kwargs)
-        return self._place(geometry, _fill_value(func, args, kwargs), device)
+        return self._allocate_like(geometry, _fill_value(func, args, kwargs), device)
 
-    def _place(self, geometry: torch.Tensor, fill: Any, device: str) -> torch.Tensor:
-        """Allocate for this geometry: one dense extent, whatever the strides are."""
+    def _allocate_like(self, geometry: torch.Tensor, fill: Any, device: str) -> torch.Tensor:
+        """Allocate one dense extent, and view it with the shape and strides of `geometry`."""
         shape, stride = geometry.shape, geometry.stride()
         extent = 0
         if geometry.numel():
@@ -69,7 +69,7 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the requested kind of device; empty for a GPU that is not this rank's."""
+    """Return the requested type of device; empty for a GPU that is not this rank's."""
     wanted = kwargs.get("device")
     if wanted is None and args and isinstance(args[0], torch.Tensor):
         wanted = args[0].device
@@ -85,6 +85,5 @@ def _fill_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if func in _ONES:
         return 1
     if func in _FULL:
-        place = _FULL[func]
-        return kwargs["fill_value"] if "fill_value" in kwargs else args[place]
+        return kwargs["fill_value"] if "fill_value" in kwargs else args[_FULL[func]]
     return None

@@ -1,4 +1,4 @@
-"""Where a buffer is, seen from a group: in its pool, in another pool, or in ordinary memory."""
+"""Locate a buffer relative to a group: in its pool, in another pool, or in ordinary memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def locate_pair(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> Buffe
 
 
 def locate_buffer(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
-    """Return where a buffer is, seen from a group: in its pool, in another one, or in neither."""
+    """Return where a buffer is: in the group's pool, in another pool, or in ordinary memory."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-        return BufferLocation(other="no ordinary tensor", fault="unregistered")
+        return BufferLocation(other="not a strided tensor", fault="unregistered")
     pool = group.pools.get(tensor.device.type)
     found = pool.locate(tensor) if pool else None
     if found and not tensor.is_contiguous():
@@ -29,7 +29,7 @@ def locate_buffer(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
     if owner:
         return BufferLocation(
             other=f"in the pool of another group (ranks {list(owner.ranks)}), "
-            f"or in one that was configured away",
+            f"or in a pool that has been replaced",
             fault="foreign",
         )
     return BufferLocation(other="ordinary memory", fault="unregistered")

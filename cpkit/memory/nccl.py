@@ -1,6 +1,6 @@
 """Symmetric memory on CUDA with a GPU per rank: NCCL gathers equal shards, kernels push rows.
 
-NCCL knows the pool's segments as symmetric windows where it can register them.
+The pool's segments are registered with NCCL as symmetric windows where that is possible.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NcclBackend(CudaBackend):
         symmetric_send: bool,
         symmetric_recv: bool,
     ) -> PathReport:
-        """Gather with NCCL, which is done when its kernel is: there is no exit barrier.
+        """Gather with NCCL, whose kernel synchronizes the ranks: no exit barrier follows.
 
         A shard that needed no padding is the caller's own tensor, which may be in symmetric memory
         on some ranks only: without `symmetric_send` NCCL receives an ordinary copy of it.
@@ -72,17 +72,17 @@ class NcclBackend(CudaBackend):
         return segment
 
     def transport(self) -> str:
-        """NCCL, with the version of the library that this process uses."""
+        """Return "nccl" with the version of the library that this process uses."""
         return "nccl " + ".".join(map(str, loaded_nccl_version()))
 
     def window_problem(self) -> str:
-        """Return why NCCL does not know the pool's memory; empty when it does."""
+        """Return why NCCL has no windows on the pool's memory; empty when it has them."""
         return self._window_problem
 
     def _prepare_windows(self) -> str:
-        """Return why NCCL can't have windows here; empty when it can. Collective.
+        """Return why windows are not possible here; empty when they are. Collective.
 
-        NCCL needs a communicator that has run a collective already (pytorch#188567).
+        A communicator must have run a collective before it gets a window (pytorch#188567).
         """
         if self.group.size == 1:
             return ""
@@ -109,15 +109,15 @@ class NcclBackend(CudaBackend):
 
 @lru_cache(maxsize=16)
 def _report(send: BufferLocation, size: int, transport: str, window_problem: str) -> PathReport:
-    """The path of a gather whose receive buffer is in the pool; the same on every rank."""
+    """Return the path of a gather whose receive buffer is in the pool; the same on every rank."""
     report = decide([BufferPair(send, _IN_POOL)] * size, 0, transport)
     return without_windows(report, window_problem)
 
 
 def _never_free(pool: torch.cuda.MemPool) -> None:
-    """Keep a pool that NCCL knows, and its memory on the GPU, for as long as the process exists.
+    """Keep a registered pool and its GPU memory until the process exits.
 
-    NCCL's hook on it outlives the communicator: freeing the pool after `destroy_process_group` ends
-    the process in std::terminate (~MemPool, torch 2.11).
+    NCCL's hook on the pool outlives the communicator: freeing the pool after
+    `destroy_process_group` ends the process in std::terminate (~MemPool, torch 2.11).
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))

@@ -1,8 +1,8 @@
-"""What NCCL's own log says it selected: its lines, counted.
+"""Count the kernels that NCCL selected, from its log.
 
-A report made from where buffers are (cpkit.memory.path) is a prediction. NCCL decides alone, and
-writes its choice to its log only: run with the variables of `environment(file)` set before the
-first collective, and count.
+A path report (cpkit.memory.path) predicts the choice from the locations of the buffers. NCCL states
+its choice only in its log: set the variables of `environment(file)` before the first collective,
+run, and count.
 
     AllGather [Symmetric]: 65536 Bytes -> Kernel AllGather_ST nchannels 4 …        symmetric
     AllGather [Copy Engine]: 65536 Bytes -> cudaMemcpy; …                          copy engine
@@ -38,10 +38,10 @@ class Selections:
 
 
 def environment(log: Path) -> dict[str, str]:
-    """Return what to set before NCCL starts, so that it writes its selections to `log`.
+    """Return the variables to set before NCCL starts, so that it writes its selections to `log`.
 
-    Each process writes its own file, `log` with its process id appended: NCCL opens its file for
-    writing, not for appending, so two ranks with one file would overwrite each other's lines.
+    Each process writes its own file, `log` with its process id appended: NCCL truncates its file
+    when it opens it, so two ranks with one file would overwrite each other's lines.
     """
     return {
         "NCCL_DEBUG": "INFO",
@@ -63,7 +63,7 @@ def count(lines: Iterable[str], operation: str = "AllGather") -> Selections:
 
 
 def count_file(log: Path, operation: str = "AllGather") -> Selections:
-    """Count the selections in the logs of all processes; none where there is no log."""
+    """Count the selections in the logs of all processes; all zero without a log."""
     files = sorted(log.parent.glob(f"{log.name}.*"))
     return count(
         (line for file in files for line in file.read_text(errors="replace").splitlines()),

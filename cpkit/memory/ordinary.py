@@ -1,4 +1,4 @@
-"""Ordinary memory in the place of a pool, for groups and batches without symmetric memory."""
+"""Ordinary memory instead of a pool, for groups and batches without symmetric memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASYMMETRIC_BATCH = (
 
 
 class OrdinaryMemory:
-    """What a gather uses where symmetric memory is not possible; `reason` is its path's reason."""
+    """Memory with the interface of a pool; `reason` says why the group has no pool here."""
 
     is_symmetric = False
 

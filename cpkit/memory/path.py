@@ -2,22 +2,22 @@
 
 | path | what happens |
 |---|---|
-| `symmetric` | rows go straight into peers' buffers: by our stores, or by NCCL's symmetric kernel |
-| `staged` | each rank loads the rows it needs out of every peer's symmetric send buffer |
+| `symmetric` | the ranks, or NCCL's symmetric kernel, store rows straight into peers' buffers |
+| `staged` | each rank loads its peers' rows from their symmetric send buffers |
 | `fallback` | the ordinary collective, without symmetric memory |
 
-What a path needs depends on the *transport*, which moves the rows:
+What a path requires depends on the *transport*, which moves the rows:
 
 * `posix`, `cuda`: the ranks push into peers' memory (on one GPU, or over peer access). They need
   the receive buffer in the group's pool, at one offset on all ranks; with a symmetric send buffer
   alone, peers pull.
-* `nccl 2.28.9`, or any other version: NCCL selects a kernel, by the table `NCCL_RULES`.
+* `nccl 2.28.9`, or any other version: NCCL selects a kernel, by the rules in `NCCL_RULES`.
 
 A buffer is symmetric when three things hold on all ranks: it is registered, with *this* group, at
 the same offset. The reason of a report says which of them fails. NCCL reads the send buffer through
 this rank's own pointer, so only the offset of the receive buffer counts there.
 
-A report does not bind NCCL, which selects a kernel from the windows of this rank's buffers. So
+NCCL does not read this report: it selects a kernel from the windows of this rank's buffers. So
 `unsafe_for_nccl` says which buffers must not be passed to it.
 """
 
@@ -39,8 +39,8 @@ NCCL_RULES: tuple[tuple[Version, Literal["none", "both", "recv"]], ...] = (
     ((2, 27), "both"),
     ((2, 29, 2), "recv"),
 )
-# Their symmetric kernels do not wait for the kernel before them (sglang#37768, silent wrong
-# results).
+# First and last version whose symmetric kernels do not wait for the preceding kernel, which makes
+# results silently wrong (sglang#37768).
 NCCL_RACY = ((2, 28, 0), (2, 30, 4))
 
 _REMEDY = {
@@ -54,7 +54,7 @@ _REMEDY = {
 class BufferLocation(msgspec.Struct, frozen=True):
     """Where a buffer is: its segment and offset in the pool, or why it has none.
 
-    `fault` is "unregistered" or "foreign", with the words for it in `other`.
+    `fault` is "unregistered" or "foreign", and `other` describes where the buffer is.
     """
 
     segment: int = -1
@@ -104,7 +104,7 @@ def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> Path
 
 
 def unsafe_for_nccl(pairs: list[BufferPair]) -> tuple[bool, bool]:
-    """Return whether (send, recv) must reach NCCL as ordinary copies; the same on every rank.
+    """Return whether (send, recv) must be passed to NCCL as copies; the same on every rank.
 
     NCCL selects a kernel on each rank from the windows of that rank's buffers, and a symmetric
     kernel stores into every peer's window at *this* rank's receive offset:
@@ -112,9 +112,9 @@ def unsafe_for_nccl(pairs: list[BufferPair]) -> tuple[bool, bool]:
         rank 0   recv at offset    0   │ stores at    0 of rank 1's window   wrong rows
         rank 1   recv at offset 4096   │ stores at 4096 of rank 0's window   wrong rows
 
-    So a receive buffer in symmetric memory has to lie at one offset of this group's pool on all
-    ranks. A send buffer is read by its own rank only, so beside such a receive buffer its offset is
-    free; but all ranks or none must have it in the pool, or they select different kernels.
+    So a receive buffer in symmetric memory has to be at one offset of this group's pool on all
+    ranks. A send buffer is read by its own rank only, so with such a receive buffer its offset may
+    differ; but all ranks or none must have it in the pool, or they select different kernels.
     Measured with NCCL 2.28.9: shards of 2 MiB and more were wrong without an error.
     """
     recv = [pair.recv for pair in pairs]
@@ -129,7 +129,7 @@ def unsafe_for_nccl(pairs: list[BufferPair]) -> tuple[bool, bool]:
 
 
 class Decision(NamedTuple):
-    """The path of an equal-sized gather, and which buffers NCCL must not receive as they are."""
+    """The path of an equal-sized gather, and which buffers must be passed to NCCL as copies."""
 
     path: PathReport
     unsafe_send: bool
@@ -140,14 +140,14 @@ class Decision(NamedTuple):
 def decide_from(
     locations: tuple[bytes, ...], rank: int, transport: str, window_problem: str
 ) -> Decision:
-    """Decide from encoded BufferPairs, one per rank; the same buffers are decided once."""
+    """Decide from encoded BufferPairs, one per rank; cached, because buffers are reused."""
     pairs = [msgspec.msgpack.decode(each, type=BufferPair) for each in locations]
     path = without_windows(decide(pairs, rank, transport), window_problem)
     return Decision(path, *unsafe_for_nccl(pairs))
 
 
 def without_windows(report: PathReport, problem: str) -> PathReport:
-    """Replace the report of a gather whose memory NCCL does not know; empty `problem`: it does."""
+    """Return the report for memory that NCCL has no windows on; unchanged if `problem` is empty."""
     if not problem or report.path != "symmetric":
         return report
     return PathReport("fallback", problem, report.send, report.recv)
@@ -214,7 +214,7 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
     )
     return "symmetric", (
         f"recv is registered at one offset on all ranks{also}, which is enough where all GPUs of "
-        f"the group reach each other over NVLink; its log proves it (cpkit.memory.nccl_log){racy}"
+        f"the group reach each other over NVLink; NCCL's log shows it (cpkit.memory.nccl_log){racy}"
     )
 
 
@@ -224,8 +224,8 @@ def _fault(name: str, locations: list[BufferLocation]) -> str:
     offsets = [(location.segment, location.offset) for location in locations]
     if fault or len(set(offsets)) == 1:
         return fault
-    said = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
-    return f"{name} is at different segments/offsets on the ranks ({said}): {_REMEDY['offset']}"
+    listed = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
+    return f"{name} is at different segments/offsets on the ranks ({listed}): {_REMEDY['offset']}"
 
 
 def _registration_fault(name: str, locations: list[BufferLocation]) -> str:

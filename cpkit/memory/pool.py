@@ -1,8 +1,8 @@
-"""The symmetric pool of a group: an arena that every rank allocated alike, and its allocator.
+"""The symmetric pool of a group: an arena of equal size on every rank, and its allocator.
 
 A block that does not fit *spills*: it makes another segment at run time, which is a hidden
-collective, counted and timed. The agreement before every collective is the one synchronization
-before data moves. There the ranks check that their allocators have the same history, and settle
+collective, counted and timed. The agreement before every collective is the only synchronization
+before data moves. In it the ranks check that their allocators have the same history, and determine
 which blocks are free on all of them. The backend (cpkit.memory.backend) provides the memory.
 
 On CUDA, blocks are reused in stream order: use one stream for a group's gathers and for what reads
@@ -59,9 +59,9 @@ _MAX_SAMPLES = 4096
 class SymmetricPool:
     """The symmetric memory of one group on one kind of device; becomes the group's pool there.
 
-    `prealloc` is the arena in bytes; by default `CPKIT_SYMM_PREALLOC_GB`, else 4 GiB on CUDA (at
-    most an eighth of the free memory per rank on the GPU) and 64 MiB on the CPU (at most an eighth
-    of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
+    `prealloc` is the arena in bytes; by default `CPKIT_SYMM_PREALLOC_GB`, otherwise 4 GiB on CUDA
+    (at most an eighth of the free memory per rank on the GPU) and 64 MiB on the CPU (at most an
+    eighth of the free shared memory). `device` is "cpu" or "cuda"; default: torch's default device.
     Collective. Raises SymmetricMemoryError on every rank when there is no room, ValueError for a
     group that spans machines or a size below 1.
     """
@@ -81,7 +81,7 @@ class SymmetricPool:
             check_can_grow(kind)
             call.must_match(Signature(f"make a symmetric pool on {kind}"))
         self.group = group
-        # Ranks that start at different peers do not all write to the same memory at once.
+        # Ranks start at different peers, so that they do not all write to the same one.
         self.peer_order = [(group.rank + step) % group.size for step in range(group.size)]
         old = group.pools.get(kind)
         kept = old.backend if isinstance(old, SymmetricPool) else None
@@ -102,8 +102,8 @@ class SymmetricPool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Allocate an uninitialised contiguous tensor, at the same offset on every rank.
 
-        Every rank makes the same calls. The bytes return to the pool once all ranks have dropped
-        the tensor and have settled that at a collective. Collective only when it spills.
+        Every rank makes the same calls. The bytes return to the pool at the first agreement after
+        all ranks have dropped the tensor. Collective only when the pool has no room.
         """
         count = math.prod(shape)
         if count == 0:
@@ -122,16 +122,16 @@ class SymmetricPool:
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """Return the same tensor in a peer's memory.
 
-        Raises ValueError for one that is not from this pool.
+        Raises ValueError for a tensor that is not from this pool.
         """
         segment, offset = self.offset_of(tensor)
         memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
 
     def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
-        """Return the address of the same tensor of each rank in this process, by rank.
+        """Return the address in this process of each rank's tensor at the same offset, by rank.
 
-        Raises ValueError for one that is not from this pool.
+        Raises ValueError for a tensor that is not from this pool.
         """
         segment, offset = self.offset_of(tensor)
         return [start + offset for start in self._segments[segment].addresses]
@@ -146,7 +146,7 @@ class SymmetricPool:
         return None
 
     def offset_of(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """As `locate` for a contiguous tensor of this pool. Raises ValueError for any other."""
+        """Return `locate` of a contiguous tensor of this pool. Raises ValueError for others."""
         found = self.locate(tensor)
         if found is None or not tensor.is_contiguous():
             raise ValueError(
@@ -175,15 +175,15 @@ class SymmetricPool:
                 output[peer * rows : (peer + 1) * rows].copy_(self.peer_view(shard, peer))
 
     def _place_after_settling(self, nbytes: int) -> Block:
-        """No room: free what all ranks have dropped; spill when that is not enough."""
+        """Free what all ranks have dropped, then place the block; spill if that is not enough."""
         with self.agreement() as call:
             check_can_grow(self.device.type)
             call.must_match(Signature(f"allocate {nbytes} symmetric bytes (no room in the pool)"))
         block = self._allocator.place(nbytes)
         if block is None and self._allocator.is_full():
             raise ValueError(
-                f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy them. Those that a "
-                f"CUDA graph captured stay for its replays: gather into= caches there"
+                f"{MAX_BLOCKS} symmetric tensors are alive; drop some, or copy them. Tensors in a "
+                f"captured CUDA graph are never released: gather into caches (into=) in graphs"
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
@@ -211,8 +211,8 @@ class SymmetricPool:
     def agreement(self) -> Agreement:
         """Return a `with` block for the checks before a collective (see CPGroup.agreement).
 
-        At its end every rank also raises SymmetricMemoryError when the ranks have not allocated the
-        same, and BarrierTimeout when a kernel of this rank timed out earlier.
+        At its end every rank also raises SymmetricMemoryError when the ranks' allocations differ,
+        and this rank raises BarrierTimeout when a kernel of it timed out earlier.
         """
         released = self._allocator.released().to_bytes(_MASK_BYTES, "little")
         state = released + self._allocator.digest.to_bytes(4, "little")
@@ -230,7 +230,7 @@ class SymmetricPool:
         if len({state[_MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
             self._raise_divergence()
         released_everywhere = _ALL_BLOCKS
-        for mask in {state[:_MASK_BYTES] for state in states}:  # mostly one
+        for mask in {state[:_MASK_BYTES] for state in states}:  # usually all are equal
             released_everywhere &= int.from_bytes(mask, "little")
         if released_everywhere:
             self._allocator.settle(released_everywhere)
@@ -252,7 +252,7 @@ class SymmetricPool:
         symmetric_send: bool = False,
         symmetric_recv: bool = False,
     ) -> PathReport:
-        """See Backend.all_gather. Collective."""
+        """Gather equal shards; see Backend.all_gather. Collective."""
         return self.backend.all_gather(
             self, shards, outputs, symmetric_send=symmetric_send, symmetric_recv=symmetric_recv
         )
@@ -264,7 +264,7 @@ class SymmetricPool:
         metadata: ContextParallelMetadata,
         slots: torch.Tensor | None = None,
     ) -> PathReport:
-        """See Backend.push. Collective."""
+        """Store this rank's rows into every peer's outputs; see Backend.push. Collective."""
         return self.backend.push(self, rows, outputs, metadata, slots)
 
     def prepare(
@@ -273,7 +273,7 @@ class SymmetricPool:
         output_sets: Sequence[Sequence[torch.Tensor]],
         metadata: ContextParallelMetadata,
     ) -> tuple[list[Prepared], PathReport]:
-        """See Backend.prepare. Collective."""
+        """Prepare one push per set of outputs; see Backend.prepare. Collective."""
         return self.backend.prepare(self, rows, output_sets, metadata)
 
     def all_gather_into_tensor(
@@ -326,7 +326,7 @@ class SymmetricPool:
     def decide(self, call: Agreement, transport: str = "") -> Decision:
         """Decide from the buffer locations that all ranks added to an agreement's state.
 
-        `transport` is by default that of this pool.
+        `transport` defaults to that of this pool.
         """
         locations = tuple([state[_STATE_BYTES:] for state in call.states])
         if transport:
@@ -339,7 +339,7 @@ class SymmetricPool:
     def configure(self, prealloc: int | None = None) -> SymmetricPool:
         """Replace the pool by one with another arena; return the new pool. Collective.
 
-        Tensors of the old pool stay valid until they are dropped, but are ordinary to this group.
+        Tensors of the old pool stay valid, but gathers no longer treat them as symmetric.
         """
         return SymmetricPool(self.group, prealloc, self.device.type)
 
@@ -351,10 +351,10 @@ class SymmetricPool:
         tensors: int = 2,
         sequences: int = 1,
     ) -> None:
-        """Make room for the largest batch now, so that no gather up to it spills. Collective.
+        """Make room for the largest batch now, so that no gather up to that size spills.
 
-        At most `max_tokens` tokens in at most `sequences` sequences; see `warm_up_bytes`. Raises
-        ValueError on every rank for arguments that are not sizes.
+        The largest batch has `max_tokens` tokens in `sequences` sequences, and `tensors` tensors
+        per gather. Collective. Raises ValueError on every rank for arguments that are not sizes.
         """
         with self.agreement() as call:
             check_warm_up(max_tokens, trailing_shape, dtype, tensors, sequences)
@@ -368,7 +368,7 @@ class SymmetricPool:
             self._make_room(needed, f"warm the symmetric pool up for {max_tokens} tokens")
 
     def _make_room(self, needed: int, purpose: str) -> None:
-        """One arena if possible: while no block is held, a larger one replaces all segments."""
+        """Add a segment; while no block is held, replace all segments by one larger arena."""
         if self._allocator.blocks:
             self._grow(needed, purpose)
             self._arena_bytes += needed
@@ -379,7 +379,7 @@ class SymmetricPool:
         self._arena_bytes = larger
 
     def check(self) -> None:
-        """See Backend.check."""
+        """Raise BarrierTimeout when a wait on the device timed out. Local."""
         self.backend.check()
 
     def stats(self) -> PoolStatistics:
@@ -413,7 +413,7 @@ class SymmetricPool:
         )
 
     def poison_free(self) -> None:
-        """Poison all free memory of this rank, so that unwritten results show. Local."""
+        """Poison all free memory of this rank, so that tests detect unwritten rows. Local."""
         for segment, arena in zip(self._segments, self._allocator.arenas, strict=True):
             for offset, nbytes in arena.free_ranges():
                 segment.view(self.group.rank, offset, nbytes).fill_(POISON_BYTE)

@@ -1,4 +1,4 @@
-"""How large a pool has to be: its arena, and the room that the largest batch needs."""
+"""The size of a pool: its arena, and the room that the largest batch needs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cpkit.sync.agreement import Agreement, Signature
 def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int) -> int:
     """Return the bytes that gathers of one tensor of up to `max_tokens` tokens need.
 
-    It counts the peak allocation of the most demanding algorithm, a receive buffer and a padded
-    shard, twice: blocks return to the pool only at the next call. Each sequence can make the
-    longest rank two rows longer.
+    The sum is twice the peak allocation of the most demanding algorithm, a receive buffer and a
+    padded shard, because blocks return to the pool only at the next call. Each sequence can add two
+    rows to the longest rank.
     """
     padded_rows = -(-max_tokens // cp_size) + 2 * sequences
     recv_bytes = rounded(padded_rows * cp_size * row_bytes)
@@ -28,7 +28,7 @@ def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int)
 def agree_on_prealloc(backend: Backend, group: CPGroup, prealloc: int | None) -> int:
     """Return one arena size in bytes for all ranks. Collective.
 
-    A default depends on the memory that was free on this rank, so the smallest of all ranks counts.
+    The default depends on the free memory of each rank, so all ranks use the smallest.
     """
     exchange = group.store_exchange
     purpose = "agree on the pool's size"
