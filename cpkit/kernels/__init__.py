@@ -1,1 +1,1 @@
-"""How rows are stored into the memory of the peers: the Triton kernel, its launch, its tiles."""
+"""Storing rows into the memory of the peers: the Triton kernel, its launch, its tiles."""

@@ -1,19 +1,19 @@
-"""The Triton kernel of `direct` on CUDA: load each tile once, store it at its final place in every
-peer's output, with the entry and exit synchronization of the ranks inside.
+"""The Triton kernel of `direct` on CUDA: copy tiles into all peers' outputs, and synchronize.
+
+A rank loads each tile once, and stores it at its final place in every peer's output:
 
     rank 0   signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
     rank 1      signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
-                               ↑ every peer's output is free                          all rows have
-                                                                                      landed ↑
+                               ↑ every peer's output is free                 all rows have arrived ↑
 
-Without tiles it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
+Launched without tiles, it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
 Each rank has a page of words in symmetric memory (see the constants below). The entry and exit
 words count gathers (*epochs*) and only grow, so that peers never wait for a reset. A captured graph
 can be replayed, because the kernel reads the last epoch itself and increments it.
 
-Memory ordering is PTX's: the stores of a block come before its barrier, before the release of its
-arrival, before the release (system scope) of the exit signal that a peer acquires.
+Memory ordering follows PTX: a block's stores precede its barrier, then the release of its arrival,
+then the release (system scope) of the exit signal, which a peer acquires.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _SIGNAL_ASM, _WAIT_ASM = tl.constexpr(_SIGNAL), tl.constexpr(_WAIT)
 
 @triton.jit
 def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Store `epoch` into word `word` of every rank's page, after all that this block did before."""
+    """Store `epoch` into word `word` of every rank's page, after all earlier work of this block."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
     page = tl.load(pages + lanes, mask=active, other=0)
@@ -80,7 +80,7 @@ def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Wait until every peer has stored `epoch`; return one past the last late rank, or 0."""
+    """Wait until every peer has stored `epoch`; return the last late rank plus 1, or 0."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
     late = tl.inline_asm_elementwise(
@@ -103,7 +103,7 @@ def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: t
 
 @triton.jit
 def _select(values, number, COUNT: tl.constexpr):
-    """Return values[number] for a number that is known only at run time."""
+    """Return values[number] for a number that is not known at compile time."""
     chosen = values[0].to(tl.int64)
     for k in tl.static_range(1, COUNT):
         chosen = tl.where(number == k, values[k].to(tl.int64), chosen)
@@ -112,7 +112,7 @@ def _select(values, number, COUNT: tl.constexpr):
 
 @triton.jit
 def _pointer(address, WORD: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Convert an address to a pointer that the compiler knows is aligned, so it moves vectors."""
+    """Convert an address to a pointer marked as aligned, so that Triton emits vector accesses."""
     return tl.multiple_of(address.to(tl.pointer_type(WORD)), ALIGNMENT)
 
 
@@ -145,15 +145,15 @@ def _copy_tile(
         position = first.to(tl.int32) + i
         row = position // row_units.to(tl.int32)
         column = position - row * row_units.to(tl.int32)
-        place = token + row.to(tl.int64) * step
+        target_row = token + row.to(tl.int64) * step
         if SLOTS:
-            place = tl.load(slots + place, mask=inside, other=-1)
-            inside = inside & (place >= 0)
-        target = place * row_units + column
+            target_row = tl.load(slots + target_row, mask=inside, other=-1)
+            inside = inside & (target_row >= 0)
+        target = target_row * row_units + column
         target = tl.max_contiguous(tl.multiple_of(target, VECTOR), VECTOR)
         inside = tl.max_constancy(inside, VECTOR)
-        for turn in tl.static_range(CP):
-            base = tl.load(bases + (rank + 1 + turn) % CP) + offset
+        for k in tl.static_range(CP):
+            base = tl.load(bases + (rank + 1 + k) % CP) + offset
             tl.store(
                 _pointer(base, WORD, VECTOR * BYTES) + target,
                 words,
@@ -162,8 +162,8 @@ def _copy_tile(
             )
     else:
         shift = (token * row_units + first) * BYTES + offset
-        for turn in tl.static_range(CP):
-            base = tl.load(bases + (rank + 1 + turn) % CP) + shift
+        for k in tl.static_range(CP):
+            base = tl.load(bases + (rank + 1 + k) % CP) + shift
             tl.store(
                 _pointer(base, WORD, VECTOR * BYTES) + i, words, mask=inside, cache_modifier=".cs"
             )
@@ -185,10 +185,10 @@ def _copy_tiles(
     NARROW: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Copy tile after tile; each block that becomes free takes the next one.
+    """Copy tiles; a block that has finished one takes the next.
 
-    So the blocks of a rank stay close together in its memory. With every n-th tile for each of n
-    blocks they drift apart, and the same copies take 8 % longer (H200).
+    This keeps the blocks of a rank close together in its memory. With a fixed stride of n tiles for
+    each of n blocks, they drift apart, and the same copies take 8 % longer (H200).
     """
     number = tl.program_id(0)
     while number < n_tiles:
@@ -212,9 +212,10 @@ def _copy_tiles(
 
 
 @triton.jit
-def _note_late(words, late, late_rank):
-    """Store which rank was late (one past it; 0: none). From then on this rank stops: a later
-    launch would store and signal in an epoch that its peers are not in.
+def _record_late(words, late, late_rank):
+    """Record a late rank (its number plus 1, 0 for none), and stop this rank's later launches.
+
+    A later launch would store and signal in an epoch that its peers are not in.
     """
     if late_rank > 0:
         tl.store(late, late_rank)
@@ -226,9 +227,9 @@ def _leave(
     pages, words, epoch, rank, late, timeout_ns,
     CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """When the last block arrives here, signal all peers that this rank's rows have arrived, and
-    wait for their signals. When a block timed out at the entry, rows are missing: no peer is
-    signalled, and the peers time out as well.
+    """In the last block that arrives, signal that this rank's rows have arrived, and wait for all.
+
+    When a block timed out at the entry, rows are missing: it signals no peer, and all time out.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
@@ -239,13 +240,13 @@ def _leave(
             if tl.load(words + _BROKEN, volatile=True) == 0:
                 _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
                 late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
-                _note_late(words, late, late_rank)
+                _record_late(words, late, late_rank)
                 tl.store(words + _EPOCH, epoch)
 
 
-# Triton compiles again when an integer exceeds 32 bits or has another alignment; the peers would
-# wait meanwhile, or a capture would fail. So buffers are passed as addresses, which need 64 bits
-# (0, where there are no rows, is a variant of its own), and not as offsets in a segment.
+# Triton recompiles when an integer exceeds 32 bits or changes its alignment; peers would wait for
+# that, or a capture would fail. So buffers are passed as addresses, which always need 64 bits (only
+# 0, for no rows, is a separate variant), and not as offsets in a segment.
 @triton.jit(
     do_not_specialize=["n_tiles", "rank", "timeout_ns"],
     do_not_specialize_on_alignment=["slots"],
@@ -272,23 +273,23 @@ def gather_kernel(
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
     tiles     int64 `[n_tiles, 8]`, see cpkit.kernels.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
-    late      one word of host memory: one past the rank that a wait timed out for
+    late      one word of host memory: the rank that a wait timed out for, plus 1
     ENTRY     signal and wait at the entry; off when all outputs are known to be free
     EXIT      signal and wait at the exit (the interpreter can do neither)
     """
     words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
     epoch = tl.load(words + _EPOCH, volatile=True) + 1
     if ENTRY:
-        # Atomic, because a block that times out may write it now: one answer for a whole block.
+        # Atomic, because another block may write it now, and all threads need the same value.
         stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
         if stop == 0:
             if tl.program_id(0) == 0:
                 _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
             stop = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
-            _note_late(words, late, stop)
+            _record_late(words, late, stop)
     else:
         stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
-    if stop > 0:  # one past a late rank, or 1 where this rank has stopped
+    if stop > 0:  # a late rank plus 1, or 1 where this rank has stopped
         n_tiles = 0
     _copy_tiles(
         sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,

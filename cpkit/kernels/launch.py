@@ -39,17 +39,17 @@ class Shape(NamedTuple):
     blocks: int
 
 
-# Large tiles are some percent faster for long copies; small ones start sooner.
+# Large tiles are a few percent faster for long copies; small ones start sooner.
 _SMALL, _LARGE = Shape(2048, 8, 4), Shape(4096, 16, 2)
 _LARGE_FROM_BYTES = 4 << 20
-_REGISTERS = 65536  # of a multiprocessor, compute capability 7.0 to 12.x
+_REGISTERS = 65536  # per multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
 _Addresses = tuple[int, ...]
 _NO_ADDRESSES: tuple[_Addresses, _Addresses, _Addresses] = ((0,), (0,), (0,))
 
 
 class Signals(Protocol):
-    """What a launch needs of a backend."""
+    """The part of a backend that a launch uses."""
 
     group: CPGroup
     device: torch.device
@@ -57,7 +57,7 @@ class Signals(Protocol):
     late: torch.Tensor
 
     def enter(self) -> None:
-        """On the stream: `launch_entry`."""
+        """Run `launch_entry` on the stream."""
 
     def in_order(self) -> None:
         """Make the current stream wait for this rank's launches on other streams."""
@@ -75,7 +75,7 @@ def launch_gather(
     shape: Shape = _SMALL,
     entry: bool = True,
 ) -> None:
-    """Start `gather_kernel` on the current stream; its arguments are explained there."""
+    """Launch `gather_kernel` on the current stream; see its docstring for the arguments."""
     if entry and SYNC and signals.group.shares_gpu:
         signals.enter()
         entry = False
@@ -84,7 +84,7 @@ def launch_gather(
 
 
 def launch_entry(signals: Signals) -> None:
-    """Wait on the current stream until all ranks' streams arrive. An exit follows."""
+    """Wait on the current stream until all ranks' streams arrive. `launch_exit` must follow."""
     _launch(signals, signals.pages[:0], _NO_ADDRESSES, leave=False)
 
 
@@ -136,7 +136,7 @@ def shape_for(own_bytes: int) -> Shape:
 
 
 def _blocks(signals: Signals, tiles: int, shape: Shape) -> int:
-    """Return how many blocks fit on the GPU beside those of the ranks that share it."""
+    """Return how many blocks fit on the GPU together with those of the ranks that share it."""
     ranks = max(1, signals.group.ranks_on_gpu)
     return max(1, min(tiles, _processors(signals.device) * shape.blocks // ranks))
 
@@ -152,20 +152,20 @@ def _processors(device: torch.device) -> int:
 class Cut(NamedTuple):
     """How a rank's rows are cut into tiles, and which variant of the kernel Triton makes for them.
 
-    Gathers of one layout with equal cuts share a table, and nothing is compiled for the second.
+    Gathers of one layout with equal cuts share a table and a compiled kernel.
     """
 
     row_bytes: tuple[int, ...]
     wide: tuple[bool, ...]
-    aligned: tuple[tuple[bool, bool], ...]  # a tensor and its output, to 16 bytes
+    aligned: tuple[tuple[bool, bool], ...]  # to 16 bytes: each tensor, and its output
     narrow: int
     shape: Shape
 
     @classmethod
     def of(cls, max_rows: int, row_bytes: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Cut:
-        """Cut at most `max_rows` rows per rank; a pair is the addresses of a tensor and its output.
+        """Cut up to `max_rows` rows per rank; a pair is the addresses of a tensor and its output.
 
-        All ranks cut alike: blocks of different sizes might not fit on a shared GPU together.
+        All ranks cut equally, because blocks of different sizes might not fit on a shared GPU.
         """
         units = [unit_bytes(n, x | y) for n, (x, y) in zip(row_bytes, pairs, strict=True)]
         return cls(
@@ -195,12 +195,12 @@ class TileTables:
         self._captured: dict[_Key, torch.Tensor] = {}
 
     def has(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> bool:
-        """Return True when no table has to be copied to the GPU for this gather."""
+        """Return True when the table of this gather is already on the GPU."""
         key = metadata, cut, mapped
         return key in self._tables or key in self._captured
 
     def get(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> torch.Tensor:
-        """Return the table, made at the first call; `mapped` says that a slot mapping follows."""
+        """Return the table, made at the first call; `mapped`: rows are stored by a slot mapping."""
         key = metadata, cut, mapped
         table = self._tables.pop(key, self._captured.get(key))
         if table is None:

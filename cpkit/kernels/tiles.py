@@ -1,15 +1,15 @@
 """Cut the rows of a rank into tiles, the units of work of the CUDA gather kernel. Pure.
 
 A *run* (`layout.Runs`) is a range of a rank's rows whose tokens lie `step` apart. A tile is a range
-of one run, counted in *units*: the widest integers that every row is a whole number of.
+of one run, counted in *units*: the widest integers whose size divides every row.
 
     run      rows 4..8 of the shard, tokens 12..16, 3 units per row
     units    0 1 2 | 3 4 5 | 6 7 8 | 9 10 11
     tiles    └──── 0 ────┘ └─── 1 ────┘ └ 2 ┘         5 units per tile
 
 Where tokens are adjacent and row t goes to position t, a tile is one dense copy (*flat*). Otherwise
-its units go to `position(token) · row_units + column` (*mapped*): tokens of the interleave
-strategy, and rows that a slot mapping stores in a paged cache.
+its units go to `position(token) · row_units + column` (*mapped*): this is so for tokens of the
+interleave strategy, and for rows that a slot mapping stores in a paged cache.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def tile_table(
     """Return all tiles of a rank for several tensors: int64 `[tiles, len(COLUMNS)]`.
 
     A `wide` tensor is counted in words of 8 bytes, an even number per tile; the others in units of
-    `narrow_bytes`. `mapped` says that a slot mapping follows, so that no tile is flat. Runs of 2³¹
-    units or more are cut into shorter ones, because the kernel counts the units of a run in 32
+    `narrow_bytes`. With `mapped`, rows are stored by a slot mapping, so no tile is flat. Runs of
+    2³¹ units or more are cut into shorter ones, because the kernel counts the units of a run in 32
     bits. Raises ValueError for a row of that many units.
     """
     parts = [
