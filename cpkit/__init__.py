@@ -1,8 +1,8 @@
 """cpkit: see, measure and write the context-parallel all-gather of a KV cache.
 
-`cpkit.connect()` gives a notebook its workers. Code that runs inside a rank imports `cpkit.layout`,
-`cpkit.group`, `cpkit.symm` and `cpkit.gather`. Importing `cpkit` itself loads neither torch nor
-pandas.
+`cpkit.connect()` connects a notebook to its workers. Code that runs inside a rank imports
+`cpkit.layout`, `cpkit.group`, `cpkit.symm` and `cpkit.gather`. Importing `cpkit` itself loads
+neither torch nor pandas.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Explorer": "cpkit.notebook.explorer",
     "Lab": "cpkit.lab.lab",
     "connect": "cpkit.lab.lab",
@@ -60,9 +60,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cpkit' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The algorithms of the gather as one table. Imports no torch, so the notebook side reads it too.
+"""The table of gather algorithms. It does not import torch, so the notebook side can read it.
 
     algorithm          full passes over the gathered data      symmetric buffers
     padded             pad, wire, strip, reorder               none
@@ -17,14 +17,14 @@ from typing import Literal, get_args
 
 AlgorithmName = Literal["padded", "padded_symm_recv", "padded_symm", "direct"]
 ALGORITHMS: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
-# What a notebook may choose: "plan" is `direct`, prepared once (`cpkit.plan.plan_gather_kv`).
+# The choices in a notebook: "plan" is `direct`, prepared once (`cpkit.plan.plan_gather_kv`).
 AlgorithmChoice = Literal[AlgorithmName, "plan"]
 ALGORITHM_CHOICES: tuple[AlgorithmChoice, ...] = get_args(AlgorithmChoice)
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One algorithm: the passes that it makes, and which of its buffers are symmetric.
+    """One algorithm: its passes over the data, and which of its buffers are symmetric.
 
     `plan_gains` is true where a prepared gather (`cpkit.plan`) is faster than a single call.
     """

@@ -1,4 +1,4 @@
-"""CPU or CUDA: which device a tensor is on, whether a gather can use it, and on which stream."""
+"""Devices and streams: which device a tensor is on, and whether a gather accepts it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 
 def device_type(x: object) -> str:
-    """Return "cuda" for a CUDA tensor, "cpu" for everything else (which checks refuse later)."""
+    """Return "cuda" for a CUDA tensor, "cpu" for everything else; never raises."""
     return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
 
 
 def use_local_gpu(*, shared: bool = False) -> None:
-    """Make the GPU of `LOCAL_RANK` (set by torchrun) this process's current one.
+    """Select the GPU of `LOCAL_RANK` (set by torchrun) as this process's current device.
 
-    Ranks that outnumber the GPUs share them in turn; with `shared` all ranks take the first one.
-    Call it before `init_context_parallel`, which records each rank's GPU. Without a GPU it does
-    nothing.
+    If there are more ranks than GPUs, several ranks share each GPU; with `shared`, all ranks use
+    GPU 0. Call this before `init_context_parallel`, which records each rank's GPU. Does nothing
+    without a GPU.
     """
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -30,9 +30,9 @@ def use_local_gpu(*, shared: bool = False) -> None:
 def loaded_nccl_version() -> tuple[int, ...]:
     """Return the version of the NCCL library that this process uses, for example (2, 28, 9).
 
-    `torch.cuda.nccl.version()` is the version that torch was compiled with; another library can
-    take its place (LD_PRELOAD, a newer nvidia-nccl package). A torch that contains NCCL has no
-    such library, and its own number is right.
+    `torch.cuda.nccl.version()` is the version that torch was compiled with. The library that is
+    loaded can be another one (LD_PRELOAD, a newer nvidia-nccl package). If NCCL is linked into
+    torch, there is no such library, and torch's version is the right one.
     """
     number = ctypes.c_int()
     try:
@@ -54,14 +54,14 @@ def finish() -> None:
 
 
 def is_plain_view(x: torch.Tensor) -> bool:
-    """Return False for lazily conjugated or negated views: their memory holds other values."""
+    """Return False for lazily conjugated or negated views: their memory holds different values."""
     return not (x.is_conj() or x.is_neg())
 
 
 def check_device(name: str, x: torch.Tensor) -> None:
-    """Check that a gather can take a tensor on this device. Raises ValueError."""
+    """Check that a gather accepts a tensor on this device. Raises ValueError."""
     if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} is on {x.device}; gathers take CPU and CUDA tensors")
+        raise ValueError(f"{name} is on {x.device}; move it to the CPU or to this rank's GPU")
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         raise ValueError(
             f"{name} is on {x.device}, and this rank's GPU is cuda:{torch.cuda.current_device()}; "
@@ -93,28 +93,28 @@ _replayed: list[object] = []
 
 
 def keep_for_replays(device: str, *objects: object) -> None:
-    """Keep what a captured CUDA graph reads or writes for as long as the process lives.
+    """Keep objects that a captured CUDA graph uses alive until the process ends.
 
-    Replays use it again, whatever happens to the pool, the cache or the plan that holds it now. A
-    graph does not announce when it is dropped, so the objects are never released.
+    Replays use them again, even after the pool, cache or plan that holds them now is gone. There is
+    no notification when a graph is dropped, so the objects are never released.
     """
     if is_capturing(device):
         _replayed.extend(objects)
 
 
 def raw_stream() -> int:
-    """Return the current stream's handle; making a Stream object would take microseconds."""
+    """Return the current stream's handle without a Stream object, which takes microseconds."""
     handle: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
     return handle
 
 
 def check_can_grow(device: str) -> None:
-    """Check that a symmetric pool on this device can be made or grow now. Raises ValueError."""
+    """Check that a symmetric pool on this device can be made or grown now. Raises ValueError."""
     if is_capturing(device):
         raise ValueError(
-            "a symmetric pool cannot be made or grow while a CUDA graph is captured: call "
-            'symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same gather once, '
-            "first"
+            "a symmetric pool cannot be made or grown while a CUDA graph is captured: before the "
+            'capture, call symmetric_pool(group, "cuda").warm_up(max_tokens, …), or run the same '
+            "gather once"
         )
 
 
@@ -126,18 +126,18 @@ def check_stream(stream: object) -> None:
         )
 
 
-_HERE: AbstractContextManager[None] = nullcontext()
+_NO_SWITCH: AbstractContextManager[None] = nullcontext()
 
 
 def on_stream(
     stream: torch.cuda.Stream | None, *inputs: torch.Tensor
 ) -> AbstractContextManager[None]:
-    """Run on `stream` after all earlier work of the current stream; None: on the current one.
+    """Run the block on `stream`, after all earlier work of the current stream (None: on that one).
 
     current   … make k ┐                          ┌ wait_stream(stream) ─ read whole
-    stream             └ wait ─ gather k ─────────┘  the caller's
+    stream             └ wait ─ gather k ─────────┘ (by the caller)
     """
-    return _HERE if stream is None else _after_current(stream, inputs)
+    return _NO_SWITCH if stream is None else _after_current(stream, inputs)
 
 
 @contextmanager

@@ -4,12 +4,12 @@
 
     padded            pad to P → collective into ordinary memory → strip → reorder
     padded_symm_recv  pad to P → peers store into a symmetric [W·P] buffer → strip → reorder
-    padded_symm       copy into a symmetric shard → the same → strip → reorder
+    padded_symm       copy into a symmetric shard → store as above → strip → reorder
     direct            each rank stores its n_r rows at their final place in every peer's [T]
 
-Every call begins with one agreement, in which the ranks check that all of them make the same call:
-bad arguments raise ValueError on every rank before anything moves. CUDA tensors are then gathered
-in stream order, and the host does not wait.
+Every call begins with one agreement, in which the ranks check that all of them make the same call.
+Invalid arguments raise ValueError on every rank before any data moves. CUDA tensors are then
+gathered in stream order, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import is_allocation_symmetric, memory_of, use_symmetric_memory
-from cpkit.validate import check_caches, check_call, check_capture, check_group, check_seed_call
+from cpkit.validate import check_caches, check_call, check_capture, check_group, check_sglang_call
 
 __all__ = [
     "ALGORITHMS",
@@ -60,30 +60,28 @@ def all_gather_kv(
     into: Sequence[torch.Tensor] | None = None,
     slots: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gather K, V and other tensors in one call: from `[rows, …]` each to `[total_tokens, …]`,
-    token order.
+    """Gather K, V and other tensors: `[rows, …]` each to `[total_tokens, …]` each, in token order.
 
     Collective over the group. `tensors` are this rank's rows (`layout.shard`), of any dtype,
     trailing shape and stride, all on the CPU or all on this rank's GPU. `direct` returns tensors in
-    the group's symmetric pool: they are yours as long as you hold them, and their bytes are reused
-    only after every rank has dropped them. The other algorithms return ordinary tensors. Where
-    symmetric memory is not possible (the group spans machines, or `is_allocation_symmetric()` is
-    false) all algorithms do what `padded` does, and `last_path` says so.
+    the group's symmetric pool; their memory is reused only after every rank has dropped them. The
+    other algorithms return ordinary tensors. Where symmetric memory is not possible (the group
+    spans machines, or `is_allocation_symmetric()` is false), every algorithm runs as `padded`, and
+    `last_path` reports that.
 
     On CUDA the gather runs on `stream` (default: the current one) after all earlier work of the
     current stream; make the stream that reads the results wait for it. The host does not wait, so a
     late rank is detected afterwards: the next call, or `group.check()` after a synchronization,
     raises TimeoutError.
 
-    `into` and `slots` store the rows in a paged KV cache instead: one cache `[slots, …]` per
-    tensor, and int64 `slots`, `[total_tokens]`, the row of each token in the caches of all ranks,
-    -1 for a token that is not stored. `direct` stores straight into every rank's cache, which has
-    to be in the pool for that; the others gather, then scatter. Returns `into`. Slots are checked
-    on the host, so on CUDA the call waits for its stream, unless it is captured: then they are
-    trusted. Source: SGLang's `cp_allgather_and_save_kv_cache`.
+    With `into` and `slots`, rows are stored in paged KV caches. `into` holds one cache `[slots, …]`
+    per tensor; `slots`, int64 `[total_tokens]`, is the cache row of each token, or -1 to skip it.
+    `direct` stores straight into every rank's cache, which must be in the pool; the others gather,
+    then scatter. Returns `into`. Slots are checked on the host, so on CUDA the call waits for its
+    stream; during capture they are not checked. Source: SGLang's `cp_allgather_and_save_kv_cache`.
 
-    Raises ValueError on every rank, before anything moves, when one of them passes an unknown
-    algorithm, wrong rows or caches, or other shapes, dtypes, lengths or slots than its peers.
+    Raises ValueError on every rank, before any data moves, when any rank passes an unknown
+    algorithm or wrong rows or caches, or when shapes, dtypes, lengths or slots differ among ranks.
 
         rank 0 of 2, lengths [8], zigzag:  k[0 1 6 7]  →  k[0 1 2 3 4 5 6 7]
     """
@@ -119,7 +117,7 @@ def all_gather_kv(
 
 
 def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
-    """Pad, use the ordinary collective, strip, reorder. Source: SGLang before #24040."""
+    """Pad, gather with the ordinary collective, strip, reorder. Source: SGLang before #24040."""
     with stage("pad"):
         shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
     keep("pad", shards[0])
@@ -131,7 +129,7 @@ def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: 
 def padded_symm_recv(
     rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
 ) -> Gathered:
-    """As `padded`, into a symmetric receive buffer. Source: SGLang #24040."""
+    """Gather as `padded` does, into a symmetric receive buffer. Source: SGLang #24040."""
     with stage("pad"):
         shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
     keep("pad", shards[0])
@@ -143,11 +141,11 @@ def padded_symm_recv(
 def padded_symm(
     rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
 ) -> Gathered:
-    """As `padded_symm_recv`, padded straight into a symmetric shard. Source: SGLang #37337."""
+    """Gather as `padded_symm_recv` does, from a symmetric shard. Source: SGLang #37337."""
     with stage("pad"):
         shards = [memory.empty((metadata.max_rank_len[0], x.shape[1]), x.dtype) for x in rows]
         for shard, x in zip(shards, rows, strict=True):
-            shard[: len(x)].copy_(x)  # the padding stays as it is: no rank reads it
+            shard[: len(x)].copy_(x)  # the padding stays uninitialized: no rank reads it
     keep("pad", shards[0])
     outputs = [memory.empty((len(x) * metadata.cp_size, x.shape[1]), x.dtype) for x in shards]
     path = memory.all_gather(shards, outputs, symmetric_send=True, symmetric_recv=True)
@@ -180,7 +178,7 @@ _GATHERS: dict[str, Gather] = {
 def _strip_and_reorder(
     outputs: list[torch.Tensor], metadata: ContextParallelMetadata
 ) -> list[torch.Tensor]:
-    """`[W·P, lanes]` each, rank order with padding → `[T, lanes]` each, token order."""
+    """Convert `[W·P, lanes]` each, padded rank order, to `[T, lanes]` each, token order."""
     keep("wire", outputs[0])
     with stage("strip"):
         rank_order = [strip_padding(x, metadata.per_rank_actual_token) for x in outputs]
@@ -199,7 +197,7 @@ def _gather_into(
     into: Sequence[torch.Tensor],
     slots: torch.Tensor,
 ) -> PathReport:
-    """Store each token at its slot of every cache: `direct` at once, the others in a last pass."""
+    """Store each token at its slot of every cache; all but `direct` need a last pass for that."""
     caches = [as_rows(cache) for cache in into]
     if gather is direct and isinstance(memory, SymmetricPool):
         path = memory.push(rows, caches, metadata, slots)
@@ -211,7 +209,7 @@ def _gather_into(
     return path
 
 
-# ------------------------------------------------------------------ the seed's functions
+# -------------------------------------------------------------------- SGLang's functions
 
 
 def cp_all_gather_reorganized_into_tensor_kv_cache(
@@ -221,17 +219,17 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     forward_batch: Any,
     stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    """Gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped: the seed.
+    """Gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped.
 
-    Of `forward_batch` only `attn_cp_metadata` is read. The padded length is the seed's
-    ceil(total_len / cp_size): right for one sequence, too small for several. Raises ValueError on
-    every rank when it would cut rows off, and for wrong rows or a wrong cp_size. Source: SGLang
-    `cp_utils.py` up to 0.5.18 (#22914, #24040).
+    Only `forward_batch.attn_cp_metadata` is read. The padded length is ceil(total_len / cp_size) as
+    in SGLang: right for one sequence, too small for several. Raises ValueError on every rank when
+    it would cut rows off, and for wrong rows or a wrong cp_size. Source: SGLang `cp_utils.py` up to
+    0.5.18 (#22914, #24040).
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
     with stage("agree"), group.agreement(device_type(input_tensor)) as call:
-        call.must_match(check_seed_call(input_tensor, total_len, cp_size, metadata, group))
+        call.must_match(check_sglang_call(input_tensor, total_len, cp_size, metadata, group))
         check_stream(stream)
 
     max_len = -(-total_len // cp_size)
@@ -259,9 +257,9 @@ def cp_all_gather_rerange_kv_cache(
     forward_batch: Any,
     stream: torch.cuda.Stream | None = None,
 ) -> torch.Tensor:
-    """Gather `[rows, …]` to `[total_tokens, …]` in token order: the seed, and its second half.
+    """Gather `[rows, …]` to `[total_tokens, …]` in token order.
 
-    Arguments and errors as `cp_all_gather_reorganized_into_tensor_kv_cache`.
+    Arguments and errors are those of `cp_all_gather_reorganized_into_tensor_kv_cache`.
     """
     rank_order = cp_all_gather_reorganized_into_tensor_kv_cache(
         input_tensor, total_len, cp_size, forward_batch, stream
@@ -276,8 +274,8 @@ def cp_all_gather_rerange_kv_cache(
 
 # ----------------------------------------------------------------------- the passes
 #
-# Rows travel as bytes: `[rows, lanes]`, where a lane is the widest integer that divides the row. So
-# fp8 and bool move like any other dtype, bit by bit.
+# Rows are moved as `[rows, lanes]`, where a lane is the widest integer whose size divides the row.
+# So fp8 and bool are copied bit-exact, like any other dtype.
 #
 #     pad      [rows, lanes]       → [max_len, lanes]
 #     wire     [max_len, lanes]    → [cp_size · max_len, lanes]       rank order, with padding
@@ -288,13 +286,13 @@ _LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View a tensor `[rows, …]` as `[rows, lanes]`; copy it if it is strided or misaligned."""
+    """View a tensor `[rows, …]` as `[rows, lanes]`; copy it first if it is not contiguous."""
     row_items = math.prod(x.shape[1:])
     row_bytes = row_items * x.element_size()
     if row_bytes == 0:
         return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
     dense = x.detach().resolve_conj().resolve_neg().contiguous()
-    # One row counts as contiguous whatever its strides are; here they must be the plain ones.
+    # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = flat.storage_offset() * x.element_size()
     for width, lane in _LANES:
@@ -311,19 +309,19 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:
-    """Append zeros up to `max_len` rows, as the seed does; return a full tensor as it is."""
+    """Append zeros up to `max_len` rows; return a tensor that has them already unchanged."""
     missing = max_len - rows.shape[0]
     return F.pad(rows, [0, 0, 0, missing]) if missing else rows
 
 
 def strip_padding(gathered: torch.Tensor, rows_per_rank: Sequence[int]) -> torch.Tensor:
-    """Drop the padding between the ranks' rows: rank order, dense."""
+    """Remove the padding after each rank's rows; the rows stay in rank order."""
     chunks = gathered.chunk(len(rows_per_rank))
     return torch.cat([chunk[:rows] for chunk, rows in zip(chunks, rows_per_rank, strict=True)])
 
 
 def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) -> torch.Tensor:
-    """Reorder rank order to token order: upstream's split and cat for zigzag, else an index."""
+    """Reorder rows from rank order to token order: zigzag by blocks as in SGLang, others by row."""
     if metadata.strategy == "zigzag":
         blocks = rank_order.split(metadata.reverse_split_len)
         return torch.cat([blocks[position] for position in metadata.cp_reverse_index])
@@ -334,9 +332,9 @@ def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) 
 
 @lru_cache(maxsize=256)
 def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> torch.Tensor:
-    """`metadata.token_order`, kept on the device: it can't be copied there during capture.
+    """Return `metadata.token_order` on the device; cached, because capture forbids the copy.
 
-    Made outside inference mode, whatever the first caller's mode is: autograd may save it later.
+    The tensor is made outside inference mode, because autograd may save it in a later call.
     """
     with torch.inference_mode(False):
         return metadata.token_order.to(device)
@@ -345,7 +343,7 @@ def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> 
 def scatter_into(
     caches: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor], slots: torch.Tensor
 ) -> None:
-    """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; drop it where that is -1."""
+    """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; skip it where that is -1."""
     stored = (slots >= 0).nonzero().flatten()
     for cache, rows in zip(caches, gathered, strict=True):
         target, source = same_lanes(cache, rows)
@@ -363,7 +361,7 @@ def last_path(group: CPGroup) -> PathReport | None:
 
 
 def path_of_result(result: torch.Tensor) -> PathReport | None:
-    """Return the path of the gather that made this very tensor; None for others and for views."""
+    """Return the path of the gather that returned this tensor object; None for any other tensor."""
     report: PathReport | None = _reports.get(result)
     return report
 
@@ -379,6 +377,6 @@ def remember_path(
 
 
 def device_of(tensors: object) -> str:
-    """Return "cuda" or "cpu" for the first tensor of a list; "cpu" for what checks refuse."""
+    """Return `device_type` of a list's first tensor; "cpu" if there is none. Never raises."""
     first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
     return first.device.type if isinstance(first, torch.Tensor) and first.is_cuda else "cpu"

@@ -8,9 +8,9 @@ holds, in the order it holds them. Over all ranks it is a bijection onto `range(
     interleave   rank 0: 0 2 4 6     rank 1: 1 3 5 7     token t -> rank t mod 2
     contiguous   rank 0: 0 1 2 3     rank 1: 4 5 6 7     one block per rank
 
-A layout is computed with numpy, without Python work per token or per sequence: a serving engine
-lays out a new batch for every forward pass. What is cached is handed out as tuples, read-only
-arrays or copies, so that no caller can change the layout of another.
+A layout is computed with numpy, without a Python loop over tokens or sequences, because a serving
+engine lays out a new batch for every forward pass. Cached values are returned as tuples, read-only
+arrays or copies, so that no caller can change the layout of another. "Upstream" is SGLang.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ class Runs(NamedTuple):
     step: Integers
     length: Integers
 
-    def cut(self, most: int) -> Runs:
-        """Return the same rows in runs of at most `most` rows.
+    def cut(self, max_rows: int) -> Runs:
+        """Return the same rows in runs of at most `max_rows` rows.
 
         row 0, token 4, step 1, length 5, cut at 2 → lengths 2, 2, 1 at rows 0, 2, 4, tokens 4, 6, 8
         """
-        pieces = -(-self.length // most)
+        pieces = -(-self.length // max_rows)
         run = np.repeat(np.arange(len(pieces)), pieces)
-        done: Integers = most * (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run])
+        done: Integers = max_rows * (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run])
         return Runs(
             self.row[run] + done,
             self.token[run] + done * self.step[run],
             self.step[run],
-            np.minimum(most, self.length[run] - done),
+            np.minimum(max_rows, self.length[run] - done),
         )
 
 
 def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag") -> bool:
-    """Return True when upstream would split this batch over `cp_size` ranks; never over one.
+    """Return True when upstream would split this batch over `cp_size` ranks; False for one rank.
 
     zigzag: every sequence has at least 2·cp tokens. interleave: the batch has at least cp tokens.
     contiguous: every sequence has at least cp tokens, one per rank.
@@ -91,8 +91,8 @@ def prepare_context_parallel_metadata(
     if strategy == "zigzag" and cp_size > 1 and not can_cp_split(sizes, cp_size, strategy):
         raise ValueError(
             f"zigzag over {cp_size} ranks cuts every sequence into {2 * cp_size} blocks, "
-            f"and the shortest sequence has {min(sizes)} tokens. Upstream falls back to no split "
-            f"then: do the same (cp_size=1), or use strategy 'interleave' or 'contiguous'."
+            f"and the shortest sequence has {min(sizes)} tokens. Use cp_size=1, as SGLang does for "
+            f"such a batch, or strategy 'interleave' or 'contiguous'."
         )
     return _cached_metadata(sizes, cp_size, strategy)
 
@@ -116,12 +116,12 @@ class ContextParallelMetadata:
 
     @cached_property
     def per_rank_actual_token(self) -> tuple[int, ...]:
-        """Number of rows that each rank really holds, by rank."""
+        """Number of rows that each rank holds, without padding, by rank."""
         return tuple(int(self._pieces(rank)[2].sum()) for rank in range(self.cp_size))
 
     @cached_property
     def max_rank_len(self) -> tuple[int, ...]:
-        """The padded length, cp_size times, as upstream keeps it."""
+        """The padded length, repeated cp_size times as upstream does."""
         return (max(self.per_rank_actual_token),) * self.cp_size
 
     def rank_rows(self, rank: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ class ContextParallelMetadata:
         return torch.from_numpy(tokens)
 
     def runs(self, rank: int) -> Runs:
-        """Return `rank_rows` as few arithmetic runs: a gather copies one slice per run."""
+        """Return `rank_rows` as arithmetic runs: a gather copies one slice per run."""
         _check_rank(rank, self.cp_size)
         if rank not in self._runs:
             self._runs[rank] = _merge(*self._pieces(rank))
@@ -164,7 +164,7 @@ class ContextParallelMetadata:
         return owner
 
     def sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the sequence of each token (index into the flattened batch): int64."""
+        """Return the sequence that each token belongs to; `tokens` index the flattened batch."""
         ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.searchsorted(ends, tokens, right=True)
 
@@ -190,7 +190,7 @@ class ContextParallelMetadata:
         return tuple(self._block_sizes.flatten().tolist())
 
     def zigzag_index(self, rank: int) -> tuple[int, ...]:
-        """Return the blocks of `split_list` that `rank` holds: all first ones, then all second."""
+        """Return the indices in `split_list` of a rank's blocks: all first, then all second."""
         self._only_zigzag("zigzag_index")
         _check_rank(rank, self.cp_size)
         return tuple(self._zigzag_blocks[rank].tolist())
@@ -209,7 +209,7 @@ class ContextParallelMetadata:
 
     @property
     def _block_sizes(self) -> Integers:
-        """Tokens of each block, `[sequences, 2·cp]`: the first `length % (2·cp)` have one more."""
+        """Tokens per block, `[sequences, 2·cp]`: the first `length % (2·cp)` have one more."""
         size, longer = np.divmod(self._lengths[:, None], 2 * self.cp_size)
         return size + (np.arange(2 * self.cp_size) < longer)
 
@@ -275,7 +275,7 @@ def _cached_metadata(
 
 
 def _merge(token: Integers, step: int, length: Integers) -> Runs:
-    """Drop empty pieces, join each piece that continues the one before it, number the rows.
+    """Drop empty pieces, join adjacent ones, and number the rows.
 
     token 0 4 8, step 1, length 4 0 2 → runs (row 0, token 0, length 4), (row 4, token 8, length 2)
     """
@@ -294,13 +294,13 @@ def _merge(token: Integers, step: int, length: Integers) -> Runs:
 def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     try:
         sizes = tuple(lengths)
-        if set(map(type, sizes)) != {int}:  # numbers of other libraries
+        if set(map(type, sizes)) != {int}:  # such as numpy integers
             sizes = tuple(index(n) for n in sizes if not isinstance(n, bool))
     except TypeError:
         sizes = ()
     if not sizes or len(sizes) < len(lengths) or min(sizes) < 1:
         raise ValueError(
-            f"lengths is {lengths!r}; it must hold the tokens of each sequence, "
+            f"lengths is {lengths!r}; it must hold the number of tokens of each sequence, "
             f"at least one sequence of at least one token, for example [4097, 812]"
         )
     return sizes

@@ -1,8 +1,8 @@
-"""A gather that is prepared once and called many times, as MPI's persistent collectives are.
+"""A gather that is prepared once and called many times, like MPI's persistent collectives.
 
 All ranks check the arguments when the plan is made; a call then only moves rows. `all_gather_kv`
-needs an agreement before it stores into the peers' outputs. A plan needs no wait before its stores,
-because it alternates between outputs:
+needs an agreement before it stores into the peers' outputs. A plan stores without waiting, because
+it alternates between outputs:
 
     call          1               2               3
     rank 0   store A │exit 1│ store B │exit 2│ store A │exit 3│
@@ -14,8 +14,8 @@ it: rank 1 is in call 2 by then, and has finished with A.
 
 On CUDA the same holds in stream order, and a call replays a CUDA graph of one kernel. A plan that
 is itself captured in a caller's graph keeps its entry barrier, because the number of replays of
-that graph is unknown. Ranks do not synchronize on the host there, so plans that one rank calls in
-another order than its peers are not detected, and their rows are wrong.
+that graph is unknown. Ranks do not synchronize on the host there: if one rank calls its plans in a
+different order from its peers, this is not detected, and the rows are wrong.
 
 A result is valid until this rank calls the plan again. With one output, rank 0's second call would
 store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` uses three
@@ -43,10 +43,10 @@ from cpkit.validate import check_call, check_group
 
 
 class GatherPlan:
-    """What `plan_gather_kv` returns: call it to gather. All ranks call their plans in step.
+    """A prepared gather, made by `plan_gather_kv`. All ranks call their plans in the same order.
 
-    `pushes` are the prepared calls and their results, used in turn; without any, a call is an
-    ordinary `all_gather_kv`.
+    `pushes` are the prepared calls and their results, used cyclically; if there are none, a call is
+    an ordinary `all_gather_kv`.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class GatherPlan:
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
         self._tensors = list(tensors)  # the pushes read their memory
-        self._pool = pool  # the pushes write through its maps, also after it is replaced
+        self._pool = pool  # the pushes write through its maps, even after it is replaced
         self._pushes = cycle(pushes) if pushes else None
         self._path = path
 
     def __call__(self) -> list[torch.Tensor]:
-        """Gather what the plan's tensors hold now. Collective.
+        """Gather the current contents of the plan's tensors. Collective.
 
         Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
-        a synchronization), CallsDiffer on every rank when one is in another call.
+        a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
@@ -89,13 +89,13 @@ def plan_gather_kv(
 ) -> GatherPlan:
     """Prepare `all_gather_kv(tensors, metadata, group)` for many calls with the same memory.
 
-    Collective, as are the calls. The plan reads `tensors` where they are: write new rows into them
-    before a call, and keep them contiguous. A result is valid until this rank calls the plan again;
-    `keep=n` makes it valid until the n-th call after, and costs n + 1 outputs in the pool. Only
-    `direct` in symmetric memory gains; other algorithms do what `all_gather_kv` does.
+    Collective, as are the calls. The plan reads `tensors` in place: write new rows into them before
+    each call. A result is valid until this rank calls the plan again; `keep=n` makes it valid until
+    the n-th later call, and costs n + 1 outputs in the pool. Only `direct` in symmetric memory gets
+    faster; other algorithms do what `all_gather_kv` does.
 
-    Raises ValueError on every rank for what `all_gather_kv` refuses, for tensors that are not
-    contiguous, and for a `keep` below 1. Source of the idea: MPI-4's MPI_Allgatherv_init.
+    Raises ValueError on every rank for arguments that `all_gather_kv` rejects, tensors that are not
+    contiguous, and a `keep` below 1. Source of the idea: MPI-4's MPI_Allgatherv_init.
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
@@ -129,7 +129,7 @@ def _check_plan(tensors: Sequence[torch.Tensor], keep: int) -> None:
         if x.numel() and as_rows(x).data_ptr() != x.data_ptr():
             raise ValueError(
                 f"tensors[{number}] is a strided, conjugated or negated view, and a plan reads its "
-                f"tensors where they are; pass a contiguous one, or call all_gather_kv"
+                f"tensors in place; pass a contiguous tensor, or call all_gather_kv"
             )
     if is_capturing(tensors[0].device.type):
         raise ValueError("a plan cannot be made while a CUDA graph is captured: make it before")

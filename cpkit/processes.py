@@ -16,20 +16,19 @@ _HAS_PROC = Path("/proc/self/stat").exists()
 class ProcessId(NamedTuple):
     """The identity of a process, unique until the machine restarts.
 
-    On Linux, `start_ticks` counts from the boot, so that a change of the system clock does not
-    change it.
+    On Linux, `start_ticks` counts from the boot, so it does not depend on the system clock.
     """
 
     pid: int
     start_ticks: int
 
     def is_alive(self) -> bool:
-        """Return True while this process runs; False for a zombie or a reused pid."""
+        """Return True while this process runs; False for a zombie and when the pid was reused."""
         return _start_ticks(self.pid) == self.start_ticks
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process without Python's shutdown, which takes half a CPU second with torch.
+    """Exit without Python's shutdown, which takes half a CPU second with torch.
 
     Call it only after sockets, files and locks that other processes can see are closed.
     """
@@ -49,7 +48,7 @@ def process_id(pid: int | None = None) -> ProcessId:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return the start time of a process; None when it does not run."""
+    """Return the start time of a process; None when it is not running."""
     try:
         if _HAS_PROC:
             # "pid (name) state …": the name may contain spaces and parentheses, so split after it.

@@ -1,15 +1,14 @@
-"""Rows that encode their origin; the first wrong row is found, decoded and explained.
+"""Test rows that encode their origin, so that a check can explain the first wrong row.
 
-A gather moves bits, so its test data are bits with a meaning. A row of the KV cache is cut into
-64-bit words (lanes). Each word encodes its round, rank, sequence, token and lane, and the number of
-its tensor:
+A row of the KV cache is cut into 64-bit words (lanes). Each word encodes its round, rank, sequence,
+token and lane, and the number of its tensor:
 
     bits   63-62   61-52   51-44   43-34      33-14   13-4    3-0
            tag 01  round   rank    sequence   token   lane    tensor
 
-A row that is not a multiple of 8 bytes ends in the low bytes of a mixed word: enough to distinguish
-two rows, too short to decode. Booleans hold the lowest bit of each byte of the mixed word.
-Expected values come from this formula alone, never from another collective.
+A row that is not a multiple of 8 bytes ends in the low bytes of a word whose bits are mixed: they
+distinguish two rows, but cannot be decoded. Booleans hold the lowest bit of each byte of a mixed
+word. Expected values are computed by this formula alone, never by another collective.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _FIELDS = {
 
 
 class ProvenanceError(AssertionError):
-    """A gathered row is not the one that belongs there."""
+    """A gathered row differs from the expected one."""
 
 
 def shard_rows(
@@ -85,9 +84,9 @@ def check(
 def explain_mismatch(
     got: torch.Tensor, metadata: ContextParallelMetadata, *, round: int, tensor: int = 0
 ) -> str | None:
-    """Return None when `got` (token order) is bit-exact, else the first wrong element, decoded.
+    """Return None when `got` (token order) is bit-exact, otherwise its first wrong byte, decoded.
 
-    slot 37 (of 64) lane 0 holds round 6, rank 2, sequence 1, token 5, lane 0, tensor 0;
+    slot 37 (of 64) byte 0 holds round 6, rank 2, sequence 1, token 5, lane 0, tensor 0;
     wanted round 7, rank 3, … (19 of 64 rows differ)
     """
     want = expected_rows(metadata, got.shape[1:], got.dtype, round=round, tensor=tensor)
@@ -179,14 +178,14 @@ def _row_bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _describe(row: torch.Tensor, byte: int) -> str:
-    """Describe the 64-bit word around a byte of a row, or the byte itself where there is none."""
+    """Describe the 64-bit word that contains a byte of a row; in a shorter rest, the byte."""
     first = byte // 8 * 8
     value = int(row[byte])
     if first + 8 > len(row):
         return f"byte 0x{value:02x}"
     word = row[first : first + 8].clone().view(torch.int64)
     if bool((row[first : first + 8] == POISON_BYTE).all()):
-        return "poison (nobody wrote here)"
+        return "poison (never written)"
     if int(word) == 0:
         return "zeros (padding?)"
     if int(word) >> 62 != 1:

@@ -1,8 +1,8 @@
-"""The gather in its plainest form: slow, short and right. Read this first.
+"""A reference gather: slow, short and correct. Read this first.
 
-`all_gather_kv_reference` has the signature of `cpkit.gather.all_gather_kv`: one broadcast per rank,
-then one assignment per row, `whole[token] = row`, for the tokens of `rank_rows`. No padding, no
-symmetric memory. `push_reference` has the signature of `SymmetricPool.push`, after the pool.
+`all_gather_kv_reference` takes the arguments of `cpkit.gather.all_gather_kv`: it does one broadcast
+per rank, then one assignment per row, `whole[token] = row`, without padding or symmetric memory.
+`push_reference` takes a pool, then the arguments of `SymmetricPool.push`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def all_gather_kv_reference(
     metadata: ContextParallelMetadata,
     group: CPGroup,
     *,
-    algorithm: str = "direct",  # noqa: ARG001 - all algorithms have this one result
+    algorithm: str = "direct",  # noqa: ARG001 - all algorithms have the same result
     stream: torch.cuda.Stream | None = None,  # noqa: ARG001 - CPU tensors have none
 ) -> list[torch.Tensor]:
     """Gather `[rows, …]` each to `[total_tokens, …]` each, token order. Collective; no checks."""

@@ -1,7 +1,7 @@
 """The environment variables that change what cpkit does, read and checked in one place.
 
-A value that can't be used raises ValueError, which says what is allowed. Variables are read at each
-use, not at import, so that a test or a script can change them.
+An invalid value raises ValueError, which says what is allowed. Variables are read at each use, not
+at import, so that a test or a script can change them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = (
         "size of the symmetric pool's arena, in GiB",
         "4 on CUDA, less where ranks share a GPU; on the CPU a fraction of the free shared memory",
     ),
-    Setting("CPKIT_SHM_DIR", "directory of the shared-memory segments, best a tmpfs", "`/dev/shm`"),
+    Setting("CPKIT_SHM_DIR", "directory of shared-memory segments, preferably tmpfs", "`/dev/shm`"),
     Setting(
         "CPKIT_MEMORY_LIMIT_BYTES",
         "memory that one request to the workers may use, all ranks together",
@@ -45,22 +45,22 @@ SETTINGS = (
     Setting("CPKIT_NCCL", "`1`: use NCCL also where ranks share a GPU", "off"),
     Setting(
         "CPKIT_HOST_ID",
-        "identity of this machine, so that one machine can stand for several in a test",
+        "identity of this machine, so that one machine can simulate several in a test",
         "from the system",
     ),
     Setting("CPKIT_STATIC", "`1`: figures also as PNG, for pages without JavaScript", "off"),
     Setting(
         "CPKIT_ANSWER_KEY",
-        "`1`: fill in predictions that a learner left open, so that a notebook runs through",
+        "`1`: fill in predictions that a learner left open, so that a notebook runs to its end",
         "off",
     ),
 )
-# What an agent passes to its own ranks. Users do not set these.
+# Set by an agent for its ranks, not by users.
 LAUNCH, AGENT, DEVICE, GPU_NOTE = "CPKIT_LAUNCH", "CPKIT_AGENT", "CPKIT_DEVICE", "CPKIT_GPU_NOTE"
 
 
 def problem_of(setting: Setting) -> str:
-    """Return why the value of a variable can't be used; empty when it can."""
+    """Return why the value of a variable is invalid; empty when it is valid."""
     checks = {
         "CPKIT_DEADLINE_S": deadline_s,
         "CPKIT_SYMM_PREALLOC_GB": symm_prealloc_bytes,
@@ -77,19 +77,19 @@ def problem_of(setting: Setting) -> str:
 
 
 def chosen(setting: Setting) -> str | None:
-    """Return the value that a variable has now; None when it is not set."""
+    """Return the current value of a variable; None when it is not set."""
     return os.environ.get(setting.name)
 
 
 def workers_name() -> str:
-    """Return the set of workers that "default" stands for."""
+    """Return the name of the set of workers that "default" refers to."""
     return os.environ.get("CPKIT_NAME") or "default"
 
 
 def deadline_s() -> float:
-    """Return the seconds that a rank waits for others anywhere in cpkit.
+    """Return the deadline of every wait for other ranks, in seconds.
 
-    Raises ValueError for a value that is not a time: every wait must end.
+    Raises ValueError for a value that is not between 0 and one day, because every wait must end.
     """
     chosen = os.environ.get("CPKIT_DEADLINE_S") or "30"
     try:
@@ -114,13 +114,13 @@ def symm_prealloc_bytes() -> int | None:
         nbytes = 0
     if not 1 <= nbytes <= _LARGEST_BYTES:
         raise ValueError(
-            f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be GiB, such as 4 or 0.5"
+            f"CPKIT_SYMM_PREALLOC_GB is {chosen_gb!r}; it must be a number of GiB, such as 4 or 0.5"
         )
     return nbytes
 
 
 def shm_dir() -> Path:
-    """Return where segments are made: the chosen directory, /dev/shm, or the temporary one."""
+    """Return the directory of segments: the chosen one, otherwise /dev/shm or the system's temp."""
     chosen = os.environ.get("CPKIT_SHM_DIR")
     if chosen:
         return Path(chosen)
@@ -132,7 +132,7 @@ def check_shm_dir() -> None:
     """Check that segments can be made in `shm_dir()`. Raises ValueError."""
     if not shm_dir().is_dir():
         raise ValueError(
-            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, best a tmpfs"
+            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, preferably a tmpfs"
         )
 
 
@@ -154,7 +154,7 @@ def nccl_is_forced() -> bool:
 
 
 def host_id() -> str | None:
-    """Return the chosen identity of this machine; None for the system's own."""
+    """Return the identity that was chosen for this machine; None when none was."""
     return os.environ.get("CPKIT_HOST_ID") or None
 
 

@@ -1,8 +1,8 @@
-"""The stages of a gather: their times, and the arrays they made.
+"""Record the stages of a gather: their times, and the arrays they produce.
 
-Recording is off by default, and a stage is a null context then. All ranks of one machine read the
-same monotonic clock, so the spans of several ranks can be compared. On a GPU a stage is the time
-between two events on the stream, converted to the host's clock at a moment when the GPU was idle.
+Recording is off by default; a stage is then a null context. All ranks of one machine read the same
+monotonic clock, so the spans of several ranks can be compared. On a GPU a stage is the time between
+two events on the stream, converted to the host's clock by a pair of readings taken at GPU idle.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def _event() -> torch.cuda.Event:
 
 
 _recorder: Recorder | None = None
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_NO_STAGE: AbstractContextManager[None] = nullcontext()
 
 
 @contextmanager
 def record(keep_arrays: bool = False) -> Iterator[Recorder]:
-    """Record every stage inside; with `keep_arrays`, also a copy of what each stage made."""
+    """Record every stage inside; with `keep_arrays`, also a copy of each stage's output."""
     global _recorder
     previous, _recorder = _recorder, Recorder(keep_arrays)
     try:
@@ -86,10 +86,10 @@ def record(keep_arrays: bool = False) -> Iterator[Recorder]:
 
 def stage(name: str) -> AbstractContextManager[None]:
     """Time a stage while `record()` is active."""
-    return _recorder.stage(name) if _recorder else _NOTHING
+    return _recorder.stage(name) if _recorder else _NO_STAGE
 
 
 def keep(name: str, array: torch.Tensor) -> None:
-    """Keep a copy of what a stage made while `record(keep_arrays=True)` is active."""
+    """Keep a copy of a stage's output while `record(keep_arrays=True)` is active."""
     if _recorder and _recorder.keep_arrays:
         _recorder.arrays.setdefault(name, array.detach().clone())

@@ -54,7 +54,7 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
     """Allocate tensors made inside by torch.empty, zeros, new_empty, … in the group's pool.
 
     Collective: every rank of the group makes the same tensors in the same order. With `disabled`,
-    and for a group that spans machines, allocation is the ordinary one. Source: SGLang
+    and for a group that spans machines, torch allocates as usual. Source: SGLang
     `pynccl_allocator.use_symmetric_memory` (PR #8934, #24040).
     """
     check_group(group)
@@ -62,15 +62,15 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
         yield
         return
 
-    def place(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+    def allocate(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
         return symmetric_pool(group, device).empty(shape, dtype)
 
-    with factory.redirect(place):
+    with factory.redirect(allocate):
         yield
 
 
 def is_allocation_symmetric() -> bool:
-    """Return True when this batch has equal sizes on all ranks: it can use symmetric memory."""
+    """Return True when this batch has equal sizes on all ranks, as symmetric memory requires."""
     return _batch_is_symmetric.get()
 
 
@@ -78,7 +78,7 @@ def is_allocation_symmetric() -> bool:
 def batch_symmetry(symmetric: bool) -> Iterator[None]:
     """Declare whether the batch that is processed inside has equal sizes on all ranks.
 
-    Upstream decides this from its data-parallel padding mode. All ranks pass the same.
+    SGLang derives this from its data-parallel padding mode. All ranks pass the same value.
     """
     token = _batch_is_symmetric.set(symmetric)
     try:
@@ -88,10 +88,10 @@ def batch_symmetry(symmetric: bool) -> Iterator[None]:
 
 
 def memory_of(group: CPGroup, device: torch.device) -> SymmetricPool | OrdinaryMemory:
-    """Return the group's pool on this device, made at the first call, or ordinary memory.
+    """Return the group's pool on this device, or ordinary memory where a pool is not possible.
 
-    Memory is ordinary for a group that spans machines and for a batch that is not symmetric. All
-    ranks pass the same; collective when it makes the pool.
+    Memory is ordinary for a group that spans machines and for a batch that is not symmetric. The
+    first call makes the pool and is collective over the group.
     """
     if group.spans_hosts:
         return OrdinaryMemory(group, device, spanning_machines(group))
@@ -125,14 +125,14 @@ def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
 
     Before rank 0 stores the next row, rank 1 has to signal back that it has read this one. `device`
     is "cpu" or "cuda", and can be omitted when the group has symmetric memory on one only. Raises
-    ValueError for a peer that is no rank of the group and for a device without symmetric memory so
-    far; TimeoutError after the deadline (on CUDA the kernel traps).
+    ValueError when `peer` is not a rank of the group, or when the group has no symmetric memory on
+    `device` yet; TimeoutError after the deadline (on CUDA the kernel traps).
     """
     _backend_with(group, peer, device).put_signal(peer)
 
 
 def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
-    """Wait for `put_signal` of that peer, and consume its signal. Errors as there."""
+    """Wait for a peer's `put_signal`, and consume the signal. Raises the same errors."""
     _backend_with(group, peer, device).wait_signal(peer)
 
 
@@ -156,7 +156,7 @@ def explain_path(
     """Explain which path a gather of these buffers takes, and what a better one requires.
 
     Collective over the group: a buffer is symmetric only if it is so on every rank. `transport`
-    asks what another one would do with the same buffers: "posix", "cuda", or NCCL with its version.
+    selects a transport other than the group's own: "posix", "cuda", or NCCL with its version.
 
         >>> explain_path(send, recv, group).path                            # doctest: +SKIP
         'symmetric'

@@ -21,7 +21,7 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def took_ns(self) -> int:
-        """The duration."""
+        """Duration in nanoseconds."""
         return self.stop_ns - self.start_ns
 
 

@@ -1,7 +1,7 @@
-"""What a gather accepts. Every check raises ValueError where it finds the fault.
+"""Check the arguments of a gather. Every check raises ValueError on the rank with the fault.
 
 A message says what was passed, what is allowed and what to call instead. The checks run inside an
-agreement (cpkit.sync.agreement), which raises on every rank what one of them raised.
+agreement (cpkit.sync.agreement), which turns one rank's error into an error on all ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_CHECKED_CALLS = 256
 
 
 def check_group(group: CPGroup) -> None:
-    """Check that this is a group. Local: without a group there is no rank to agree with."""
+    """Check that this is a group. Local, because an agreement needs a group."""
     if not isinstance(group, CPGroup):
         raise ValueError(f"group is {group!r}; pass what init_context_parallel(cp_size) returned")
 
@@ -42,7 +42,7 @@ def check_call(
     """Check the arguments of all_gather_kv; return what must be equal on all ranks.
 
     A model makes the same call in every layer, so a call with the same metadata, shapes, dtypes and
-    devices as an earlier one is not checked again. Only ordinary tensors are remembered.
+    devices as an earlier one is not checked again. Only calls with ordinary tensors are cached.
     """
     key = _key(tensors, metadata, algorithm, symmetric)
     known = group.checked_calls.get(key) if key else None
@@ -62,7 +62,7 @@ def check_call(
 def _key(
     tensors: Any, metadata: object, algorithm: object, symmetric: bool
 ) -> tuple[object, ...] | None:
-    """All that `_check_call` and the signature depend on; None for what must always be checked."""
+    """Return all that the checks and the signature depend on; None if the call is not cached."""
     if type(tensors) not in (list, tuple) or type(metadata) is not ContextParallelMetadata:
         return None
     if type(algorithm) is not str:
@@ -101,7 +101,7 @@ def _check_call(
     devices = {str(x.device) for x in tensors if isinstance(x, torch.Tensor)}
     if len(devices) > 1:
         raise ValueError(
-            f"tensors are on {', '.join(sorted(devices))}; gather those of one device in a call"
+            f"tensors are on {', '.join(sorted(devices))}; pass tensors of one device per call"
         )
     for number, x in enumerate(tensors):
         _check_rows(x, metadata, group, f"tensors[{number}]")
@@ -135,24 +135,24 @@ def _check_rows(
 
 @lru_cache(maxsize=256)
 def _describe_layout(metadata: ContextParallelMetadata) -> str:
-    """Describe a layout: short for large batches, different for different ones."""
+    """Describe a layout briefly; a digest keeps the texts of different layouts different."""
     lengths = list(metadata.lengths)
     shown = str(lengths) if len(lengths) <= 16 else f"[{lengths[0]}, … {len(lengths)} sequences]"
     digest = blake2b(repr(lengths).encode(), digest_size=8).hexdigest()
     return f"{metadata.strategy}, cp_size={metadata.cp_size}, lengths={shown} ({digest})"
 
 
-# -------------------------------------------------------------------- the seed's functions
+# ---------------------------------------------------------------------- SGLang's functions
 
 
-def check_seed_call(
+def check_sglang_call(
     x: torch.Tensor,
     total_len: int,
     cp_size: int,
     metadata: ContextParallelMetadata,
     group: CPGroup,
 ) -> Signature:
-    """Check the arguments of the seed's functions; return what must be equal on all ranks."""
+    """Check the arguments of SGLang's functions; return what must be equal on all ranks."""
     _check_metadata(metadata)
     if not isinstance(total_len, int) or isinstance(total_len, bool):
         raise ValueError(f"total_len is {total_len!r}; it must be a whole number of tokens")
@@ -193,11 +193,11 @@ def check_caches(
     """Check paged caches and slots; yield what must be equal on all ranks.
 
     The values of slots are read on the host, which on CUDA waits for the stream. While a graph is
-    captured they can't be read, and are trusted.
+    captured they cannot be read, so they are not checked.
     """
     if into is None or slots is None:
         raise ValueError(
-            "into and slots go together: the caches, and the row of each token in them"
+            "pass into and slots together: the caches, and the row of each token in them"
         )
     if not isinstance(into, list | tuple) or len(into) != len(tensors):
         count = len(into) if isinstance(into, list | tuple) else type(into).__name__
@@ -248,7 +248,7 @@ def _check_cache(cache: torch.Tensor, x: torch.Tensor, name: str) -> None:
         )
     if not (cache.is_contiguous() and is_plain_view(cache)):
         raise ValueError(
-            f"{name} {describe(cache)} must be contiguous, and no conjugated or negated view"
+            f"{name} {describe(cache)} must be contiguous, and not a conjugated or negated view"
         )
     check_no_grad(name, cache)
 
@@ -271,20 +271,21 @@ def _check_slot_values(values: torch.Tensor, rows: int) -> None:
     least, most = int(values.min()), int(values.max())
     if least < -1 or most >= rows:
         raise ValueError(
-            f"slots go from {least} to {most}; the caches have rows 0 to {rows - 1}, -1 skips"
+            f"slots go from {least} to {most}; each must be a cache row, 0 to {rows - 1}, or -1 to "
+            f"skip the token"
         )
     stored = values[values >= 0]
     named = torch.zeros(rows, dtype=torch.bool, device="cpu")
-    named[stored] = True  # sorting them takes ten times as long
+    named[stored] = True  # sorting the slots would take ten times as long
     if int(named.sum()) < len(stored):
         raise ValueError("slots name a row twice; every stored token needs a row of its own")
 
 
 def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Rows would be overwritten before they are read, or by rows of another tensor."""
+    """Check that no cache shares memory with another tensor: its rows would be overwritten."""
     named = [(*_extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
     named += [(*_extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
-    furthest = furthest_cache = (0, "")  # the end of the tensors before, and its name
+    furthest = furthest_cache = (0, "")  # the highest end so far, and whose it is
     for start, stop, name, is_cache in sorted(named):
         end, other = furthest if is_cache else furthest_cache  # rows can share memory with rows
         if start < end:
@@ -295,7 +296,7 @@ def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte and after the last one; 0, 0 for an empty tensor."""
+    """Return the address of a tensor's first byte and the one after its last; 0, 0 if empty."""
     if not x.numel():
         return 0, 0
     items = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
@@ -313,7 +314,7 @@ def check_capture(
     symmetric: bool,
     into: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Check that this gather can be captured, if a CUDA graph is captured now."""
+    """Check that this gather can be captured, if a CUDA graph is being captured."""
     if not is_capturing("cuda"):
         return
     if algorithm == "direct" and symmetric:
@@ -323,11 +324,11 @@ def check_capture(
         ):
             raise ValueError(
                 "this gather is captured in a CUDA graph before it has run: run it once (same "
-                "lengths, same tensors) before torch.cuda.graph, so that pool, kernel and tables "
-                "exist"
+                "lengths, same tensors) before torch.cuda.graph, which makes pool, kernel and "
+                "tables"
             )
     elif into is not None:
         raise ValueError(
-            "only 'direct' in symmetric memory can be captured into caches: the others look at the "
-            "slots on the host"
+            "only 'direct' in symmetric memory can be captured with caches: other algorithms read "
+            "the slots on the host"
         )

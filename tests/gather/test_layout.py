@@ -181,7 +181,7 @@ def test_can_cp_split(lengths: list[int], cp_size: int, strategy: str, expected:
         ([8], 0, "zigzag", ["cp_size is 0", "1 or more"]),
         ([8], -2, "zigzag", ["cp_size is -2"]),
         ([8], 2, "zigzags", ["strategy is 'zigzags'", "zigzag, interleave, contiguous"]),
-        ([100, 7], 4, "zigzag", ["8 blocks", "has 7 tokens", "no split", "interleave"]),
+        ([100, 7], 4, "zigzag", ["8 blocks", "has 7 tokens", "cp_size=1", "interleave"]),
     ],
 )
 def test_bad_input_says_what_and_what_instead(

@@ -81,7 +81,7 @@ def wrong_tensor(x: torch.Tensor) -> None:
         (swap_rows, ["slot 3 ", "token 4", "wanted", "token 3", "2 of 34 rows"]),
         (stale_row, ["slot 5 ", "holds round 6", "wanted round 7"]),
         (padding_leaks, ["slot 33 ", "zeros (padding?)", "sequence 2, token 7"]),
-        (nobody_wrote, ["slot 2 ", "poison (nobody wrote here)"]),
+        (nobody_wrote, ["slot 2 ", "poison (never written)"]),
         (lane_shifted, ["slot 8 ", "lane 3", "wanted", "lane 0"]),
         (one_bit, ["slot 20 ", "lane 3", "tensor 1;", "1 of 34 rows"]),
         (rank_order_instead, ["slot 2 ", "sequence 1"]),

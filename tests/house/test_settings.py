@@ -87,7 +87,7 @@ def test_every_variable_that_is_named_anywhere_is_known() -> None:
     [
         ("CPKIT_DEADLINE_S", "0", settings.deadline_s, "above 0"),
         ("CPKIT_DEADLINE_S", "soon", settings.deadline_s, "it must be seconds"),
-        ("CPKIT_SYMM_PREALLOC_GB", "-1", settings.symm_prealloc_bytes, "it must be GiB"),
+        ("CPKIT_SYMM_PREALLOC_GB", "-1", settings.symm_prealloc_bytes, "be a number of GiB"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "1 GiB", settings.memory_limit_bytes, "whole number of bytes"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "0", settings.memory_limit_bytes, "1 or more"),
         ("CPKIT_NCCL", "yes", settings.nccl_is_forced, "it must be 1"),

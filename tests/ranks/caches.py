@@ -75,7 +75,7 @@ def check_bad_caches_and_slots_are_everybodys_error() -> None:
     ordinary = torch.empty(64, 8, device=DEVICE)
     first = group.rank == 0
     cases = [
-        ([cache], None, "go together"),
+        ([cache], None, "pass into and slots together"),
         ([cache, cache], slots, "has 2 caches for 1 tensors"),
         ([cache[:, :4]], slots, "must be equal"),
         ([ordinary], slots, "inside `with use_symmetric_memory(group)`"),
@@ -161,4 +161,4 @@ def check_a_cache_that_does_not_show_what_it_stores_is_refused() -> None:
         said = error_of(
             all_gather_kv, [rows], metadata, group, algorithm=algorithm, into=[mine], slots=slots
         )
-        assert "no conjugated or negated view" in said, said
+        assert "not a conjugated or negated view" in said, said

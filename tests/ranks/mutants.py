@@ -66,7 +66,7 @@ def check_a_peer_that_is_left_out() -> None:
 
     pool_class = type(symmetric_pool(world_group()))
     with planted(pool_class, "peer_addresses", last_is_me):
-        expect("direct", "poison (nobody wrote here)")
+        expect("direct", "poison (never written)")
 
 
 def check_rows_at_the_neighbours_place() -> None:
@@ -99,7 +99,7 @@ def check_no_barrier_after_the_wire() -> None:
         (got,) = all_gather_kv([rows], metadata, group)
         said = provenance.explain_mismatch(got, metadata, round=1) or ""
     everybody = [note.decode() for note in group.exchange(said.encode())]
-    assert any("poison (nobody wrote here)" in each for each in everybody), everybody
+    assert any("poison (never written)" in each for each in everybody), everybody
 
 
 def check_no_reorder() -> None:
