@@ -141,7 +141,7 @@ def padded_symm_recv(
 def padded_symm(
     rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
 ) -> Gathered:
-    """Gather as `padded_symm_recv` does, from a symmetric shard. Source: SGLang #37337."""
+    """Gather as `padded_symm_recv` does, from a shard padded in the pool. Source: SGLang #37337."""
     with stage("pad"):
         shards = [memory.empty((metadata.max_rank_len[0], x.shape[1]), x.dtype) for x in rows]
         for shard, x in zip(shards, rows, strict=True):
@@ -309,7 +309,7 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:
-    """Append zeros up to `max_len` rows; return a tensor that has them already unchanged."""
+    """Append zeros up to `max_len` rows; return a tensor of that length unchanged."""
     missing = max_len - rows.shape[0]
     return F.pad(rows, [0, 0, 0, missing]) if missing else rows
 
@@ -378,5 +378,4 @@ def remember_path(
 
 def device_of(tensors: object) -> str:
     """Return `device_type` of a list's first tensor; "cpu" if there is none. Never raises."""
-    first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
-    return first.device.type if isinstance(first, torch.Tensor) and first.is_cuda else "cpu"
+    return device_type(tensors[0] if isinstance(tensors, list | tuple) and tensors else None)
