@@ -153,7 +153,7 @@ def padded_symm_recv(
 def padded_symm(
     rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
 ) -> Gathered:
-    """Gather as `padded_symm_recv` does, from a symmetric shard. Source: SGLang #37337."""
+    """Gather as `padded_symm_recv` does, from a shard padded in the pool. Source: SGLang #37337."""
     with stage("pad"):
         shards = [memory.empty((metadata.max_rank_len[0], x.shape[1]), x.dtype) for x in rows]
         for shard, x in zip(shards, rows, strict=True):
@@ -321,7 +321,7 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:
-    """Append zeros up to `max_len` rows; return a tensor that has them already unchanged."""
+    """Append zeros up to `max_len` rows; return a tensor of that length unchanged."""
     missing = max_len - rows.shape[0]
     return F.pad(rows, [0, 0, 0, missing]) if missing else rows
 

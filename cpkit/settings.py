@@ -42,7 +42,7 @@ SETTINGS = (
         "memory that one request to the workers may use, all ranks together",
         "half of what is available",
     ),
-    Setting("CPKIT_NCCL", "`1`: use NCCL also where ranks share a GPU", "off"),
+    Setting("CPKIT_NCCL", "`1`: use NCCL even where ranks share a GPU", "off"),
     Setting(
         "CPKIT_HOST_ID",
         "identity of this machine, so that one machine can simulate several in a test",
@@ -149,7 +149,7 @@ def memory_limit_bytes() -> int | None:
 
 
 def nccl_is_forced() -> bool:
-    """Return True when NCCL is used also where ranks share a GPU."""
+    """Return True when NCCL is used even where ranks share a GPU."""
     return _is_on("CPKIT_NCCL")
 
 

@@ -1,10 +1,10 @@
-"""Symmetric memory: buffers that every rank allocated alike, and that all peers address directly.
+"""Symmetric memory: buffers at equal offsets on all ranks, which every rank addresses directly.
 
     with use_symmetric_memory(group):
         recv = torch.empty(rows * group.size, 8, 128)  # the group's pool, one offset on all ranks
 
     pool = symmetric_pool(group)
-    pool.peer_view(recv, 1)  # rank 1's recv: an ordinary tensor over it
+    pool.peer_view(recv, 1)  # rank 1's recv, as an ordinary tensor
 
 Only the ranks of one machine can share memory; a group that spans machines allocates as usual.
 """

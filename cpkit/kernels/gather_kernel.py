@@ -8,7 +8,8 @@ A rank loads each tile once, and stores it at its final place in every peer's ou
 
 Launched without tiles, it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
-Each rank has a page of words in symmetric memory (see the constants below). The entry and exit
+Each rank has a page of words in symmetric memory: an entry and an exit word per peer, its last
+epoch, its blocks that have arrived, its next tile, and whether it has stopped. The entry and exit
 words count gathers (*epochs*) and only grow, so that peers never wait for a reset. A captured graph
 can be replayed, because the kernel reads the last epoch itself and increments it.
 

@@ -259,8 +259,8 @@ class CudaBackend:
     def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
         """Allocate from torch's symmetric memory and map the peers'. Collective.
 
-        rank 0   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
-        rank 1   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ go on
+        rank 0   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ continue
+        rank 1   allocate ─ all allocated? ─ rendezvous ─ all mapped? ─ continue
                             ↑ out of memory on one: all ranks raise, so none waits at rendezvous
         """
         exchange = self.group.store_exchange
