@@ -1,6 +1,6 @@
-"""The agent: run torchrun in its own session, remove its files, and report why a rank died.
+"""The agent: run torchrun in its own session, clean up after it, and report why a rank died.
 
-The agent holds the lock of its name while it runs. `cpkit.control.launcher` starts it as
+The agent holds the lock of its name while it runs. `cpkit.control.launcher` starts it with
 `python -m cpkit.control.agent OPTIONS`.
 """
 
@@ -27,11 +27,11 @@ from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.launch_options import Launch, from_json, loopback
 from cpkit.control.runtime_dir import (
-    NAME_TAKEN_CODE,
+    ALREADY_RUNNING_CODE,
     SOCKET_DIR_PREFIX,
     Agent,
+    AlreadyRunning,
     Death,
-    NameTaken,
     PostMortem,
     RuntimeDir,
     remove_socket_dir,
@@ -51,41 +51,41 @@ _log = logging.getLogger("cpkit.agent")
 def main(arguments: list[str]) -> int:
     """Run one set of workers until it ends, and return the exit code."""
     launch = from_json(arguments[0])
-    place = RuntimeDir(launch.place_name)
+    runtime_dir = RuntimeDir(launch.runtime_dir_name)
     try:
-        lock = place.acquire_lock()
-    except NameTaken as taken:
-        _log.error("%s", taken)
-        return NAME_TAKEN_CODE
+        lock = runtime_dir.acquire_lock()
+    except AlreadyRunning as error:
+        _log.error("%s", error)
+        return ALREADY_RUNNING_CODE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun installs its handlers
-    _start_afresh(place)
+    _remove_old_files(runtime_dir)
     if launch.owner:
-        threading.Thread(target=_end_with, args=(launch.owner,), daemon=True).start()
+        threading.Thread(target=_watch_owner, args=(launch.owner,), daemon=True).start()
     report = PostMortem((), "the agent ended before it started the workers")
     socket_dir = _make_socket_dir()
     try:
-        _introduce(lock, socket_dir)
+        _write_agent(lock, socket_dir)
         with _device(launch, Path(socket_dir)):
-            report = _run(launch, place)
+            report = _run(launch, runtime_dir)
     except ValueError as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
         return BAD_SETTINGS_CODE
     finally:
         remove_socket_dir(socket_dir)
-        if place.directory.exists():  # it may have been removed meanwhile
-            write_private(place.post_mortem_file, report)
-            place.clean()
+        if runtime_dir.directory.exists():  # a user may have removed it
+            write_private(runtime_dir.post_mortem_file, report)
+            runtime_dir.clean()
         _reap_segments()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
 
 
-def _end_with(owner: ProcessId) -> None:
-    """Send this process SIGTERM when the owner has ended.
+def _watch_owner(owner: ProcessId) -> None:
+    """Send SIGTERM to this process when the owner has ended.
 
     The ranks watch the owner too, but it may end before they start. PR_SET_PDEATHSIG does not work
-    here, because it fires when the owner's *thread* that called `connect` ends.
+    here, because it takes effect when the owner's *thread* that called `connect` ends.
     """
     while owner.is_alive():
         time.sleep(_PERIOD_S)
@@ -93,7 +93,7 @@ def _end_with(owner: ProcessId) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
+def torchrun_arguments(launch: Launch, runtime_dir: RuntimeDir) -> list[str]:
     """Return the command-line arguments for torchrun."""
     if launch.nnodes == 1:
         rendezvous = ["--standalone", "--local-addr=127.0.0.1"]
@@ -110,16 +110,16 @@ def torchrun_arguments(launch: Launch, place: RuntimeDir) -> list[str]:
         f"--nproc-per-node={launch.nproc}",
         f"--max-restarts={launch.max_restarts}",
         "--monitor-interval=0.05",
-        f"--log-dir={place.log_dir}",
+        f"--log-dir={runtime_dir.log_dir}",
         "--redirects=3",
         "--module",
         "cpkit.worker.rank",
     ]
 
 
-def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
+def _run(launch: Launch, runtime_dir: RuntimeDir) -> PostMortem:
     """Run torchrun until it ends, and return why it ended."""
-    place.set_startup_phase("agent", "importing torch")
+    runtime_dir.set_startup_phase("agent", "importing torch")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -128,18 +128,18 @@ def _run(launch: Launch, place: RuntimeDir) -> PostMortem:
     launch.export()
     _prepare_environment(launch)
     try:
-        arguments = torchrun_arguments(launch, place)
+        arguments = torchrun_arguments(launch, runtime_dir)
         if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch 2.12 and newer
             arguments.insert(0, "--shutdown-timeout=5")
-        place.set_startup_phase("agent", "running torchrun")
+        runtime_dir.set_startup_phase("agent", "running torchrun")
         torchrun.run(torchrun.parse_args(arguments))
     except ChildFailedError as failed:
-        return _post_mortem(failed, place)
+        return _post_mortem(failed, runtime_dir)
     except SignalException as signalled:
         if launch.owner and not launch.owner.is_alive():
-            return PostMortem((), f"their owner, process {launch.owner.pid}, has ended")
-        return PostMortem((), f"their agent received {signalled.sigval.name}")
-    return PostMortem((), "the workers were asked to stop, or their owner has ended")
+            return PostMortem((), f"the owner, process {launch.owner.pid}, has ended")
+        return PostMortem((), f"the agent received {signalled.sigval.name}")
+    return PostMortem((), "the workers were stopped, or their owner has ended")
 
 
 @contextlib.contextmanager
@@ -152,14 +152,14 @@ def _device(launch: Launch, directory: Path) -> Iterator[None]:
     if device == "cpu" or not is_shared(launch, gpus):
         yield
         return
-    with mps.serve(directory) as words:
-        _log.warning("%s", words)
-        pass_on(GPU_NOTE, f"{why}. {words}")
+    with mps.serve(directory) as mps_status:
+        _log.warning("%s", mps_status)
+        pass_on(GPU_NOTE, f"{why}. {mps_status}")
         yield
 
 
 def _prepare_environment(launch: Launch) -> None:
-    """Set environment variables for the ranks; values set by the user have priority."""
+    """Set environment variables for the ranks; a value that the user has set is kept."""
     threads = max(1, (os.cpu_count() or 1) // launch.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # Restarted ranks must not read the addresses of dead ranks from a shared store.
@@ -169,21 +169,21 @@ def _prepare_environment(launch: Launch) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def _start_afresh(place: RuntimeDir) -> None:
-    """Remove the files of a killed agent; keep the previous logs beside the new ones."""
-    if place.agent_log.exists():
-        os.truncate(place.agent_log, 0)
-    place.clean()
-    place.post_mortem_file.unlink(missing_ok=True)
-    shutil.rmtree(place.startup_dir, ignore_errors=True)
-    previous = place.log_dir.with_name("logs.previous")
-    if place.log_dir.exists():
+def _remove_old_files(runtime_dir: RuntimeDir) -> None:
+    """Remove the files of the previous agent; keep its rank logs in `logs.previous`."""
+    if runtime_dir.agent_log.exists():
+        os.truncate(runtime_dir.agent_log, 0)
+    runtime_dir.clean()
+    runtime_dir.post_mortem_file.unlink(missing_ok=True)
+    shutil.rmtree(runtime_dir.startup_dir, ignore_errors=True)
+    previous = runtime_dir.log_dir.with_name("logs.previous")
+    if runtime_dir.log_dir.exists():
         shutil.rmtree(previous, ignore_errors=True)
-        place.log_dir.rename(previous)
+        runtime_dir.log_dir.rename(previous)
 
 
 def _reap_segments() -> None:
-    """Remove segments of ranks that were killed before they could unlink them."""
+    """Remove shared-memory segments of ranks that were killed before they unlinked them."""
     from cpkit.sync.shm import reap_dead_files
 
     with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ def _reap_segments() -> None:
 
 
 def _make_socket_dir() -> str:
-    """Make a private directory whose path is short enough for a socket."""
+    """Create a private directory whose path is short enough for a socket."""
     for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
         room = zmq.IPC_PATH_MAX_LEN - len(parent) - len(f"/{SOCKET_DIR_PREFIX}12345678/control")
         if room > 0:
@@ -199,27 +199,27 @@ def _make_socket_dir() -> str:
     raise OSError(f"no temporary directory has a path short enough for a socket: {parent}")
 
 
-def _introduce(lock: int, socket_dir: str) -> None:
+def _write_agent(lock: int, socket_dir: str) -> None:
     agent = Agent(process_id(), socket_dir)
     agent.export()
     os.ftruncate(lock, 0)
     os.pwrite(lock, msgspec.json.encode(agent), 0)
 
 
-def _post_mortem(failed: ChildFailedError, place: RuntimeDir) -> PostMortem:
-    deaths = [_death(rank, failure, place) for rank, failure in failed.failures.items()]
-    deaths.sort(key=_was_consequence)
+def _post_mortem(failed: ChildFailedError, runtime_dir: RuntimeDir) -> PostMortem:
+    deaths = [_death(rank, failure, runtime_dir) for rank, failure in failed.failures.items()]
+    deaths.sort(key=_is_consequence)
     first = deaths[0]
     return PostMortem(tuple(deaths), f"rank {first.rank} died: {describe_exit(first.exit_code)}")
 
 
-def _was_consequence(death: Death) -> bool:
-    """Return True for a rank that ended because it lost a peer: by SIGTERM or an exit code."""
+def _is_consequence(death: Death) -> bool:
+    """Return True for a rank that probably ended because a peer did: SIGTERM or an exit code."""
     return death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
 
 
-def _death(rank: int, failure: Any, place: RuntimeDir) -> Death:
-    logs = sorted(place.log_dir.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"))
+def _death(rank: int, failure: Any, runtime_dir: RuntimeDir) -> Death:
+    logs = sorted(runtime_dir.log_dir.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"))
     newest = max(logs, key=lambda log: log.stat().st_mtime, default=None)
     lines = last_lines(str(newest)) if newest else ()
     return Death(rank, failure.pid, failure.exitcode, "", lines)

@@ -1,8 +1,8 @@
 """The client's side of the control socket: one ZeroMQ socket per open request.
 
-A waiting call ends with a result, or with an error for one of four reasons: no reply within
-`deadline_s` (the workers are busy, or do not answer), a rejected key, a closed client, or the death
-of a worker process. Waiting calls check for dead processes ten times per second.
+A call returns a result, or raises an error for one of four reasons: no reply within `deadline_s`
+(the workers are busy, or do not answer), a rejected key, a closed client, or a dead worker process.
+Waiting calls check for dead processes ten times per second.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ R = TypeVar("R", bound=Message)
 class Client:
     """Sends requests to one set of workers. Thread-safe; a context manager that calls `close`.
 
-    `on_wait`, if set, is called with the number of requests ahead when a request has to wait.
-    Raises ControlError when the workers use another version of the protocol.
+    `on_wait`, if set, is called when a request has to wait, with the number of requests ahead.
+    The constructor raises ControlError when the workers use another version of the protocol.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -75,7 +75,7 @@ class Client:
         self.on_wait: Callable[[int], None] | None = None
         self._runtime_dir = RuntimeDir(connection.name)
         self._idle: deque[_Socket] = deque()  # kept, because a CURVE handshake takes milliseconds
-        self._waiting: set[str] = set()  # ids of requests without a result so far
+        self._waiting: set[str] = set()  # ids of requests without a result
         self._died: WorkersDied | None = None
         self._closed = False
 
@@ -91,7 +91,7 @@ class Client:
         self._close_idle_sockets()
 
     def call(self, body: Body, kind: type[R], deadline_s: float = DEADLINE_S) -> R:
-        """Send a request, wait, and return its result of type `kind`. Raises as `stream` does."""
+        """Send a request and return its result, of type `kind`. Raises the errors of `stream`."""
         with contextlib.closing(self.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, kind):
@@ -112,7 +112,7 @@ class Client:
         try:
             data = encode(request)
         except (OverflowError, TypeError, ValueError) as error:
-            raise BadRequest(f"this request can't be sent: {error}") from error
+            raise BadRequest(f"this request cannot be sent: {error}") from error
         self._check_open()
         socket = self._take_socket()
         ended = False
@@ -180,7 +180,7 @@ class Client:
 
     def _keep_socket(self, socket: _Socket) -> None:
         self._idle.append(socket)
-        if self._closed:  # perhaps only just, by another thread
+        if self._closed:  # `close` may have run in another thread before the append
             self._close_idle_sockets()
 
     def _close_idle_sockets(self) -> None:
@@ -230,7 +230,7 @@ class _Socket:
         return None
 
     def close(self) -> None:
-        """Free the socket; what was sent is still delivered in the background."""
+        """Free the socket. Messages already sent are still delivered in the background."""
         self._dealer.disable_monitor()
         self._monitor.close(linger=0)
         self._dealer.close()
@@ -244,7 +244,7 @@ def _decoded(data: bytes) -> Reply:
 
 
 def _result(reply: ReplyBody) -> ReplyBody:
-    """Return the reply, or raise the error that a Failed stands for."""
+    """Return the reply, or raise the error of a Failed."""
     if not isinstance(reply, Failed):
         return reply
     if reply.kind == "bad_request":
@@ -266,6 +266,6 @@ def _deadline_error(deadline_s: float, ahead: int, connection: Connection) -> Co
         )
     return NoAnswer(
         f"no answer within {deadline_s:g} s from the workers {connection.name!r} at "
-        f"{connection.endpoint}, although their processes are alive; their logs are in "
+        f"{connection.endpoint}, although their processes are alive; see the logs in "
         f"{connection.log_dir}"
     )

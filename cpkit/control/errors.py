@@ -1,4 +1,4 @@
-"""Errors between a client and the workers, one class per next step, and text for decode errors."""
+"""Errors of the control socket, one class per action of the user, and readable decode errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WorkersDied(ControlError):
 
 
 class WorkersBusy(ControlError):
-    """The workers are serving other requests; `ahead` of them come first. Wait, or cancel them."""
+    """The workers are serving other requests, `ahead` of them before this one. Wait or cancel."""
 
     def __init__(self, message: str, *, ahead: int) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ class RequestFailed(ControlError):
 
 
 class BadRequest(ValueError):
-    """The request is invalid; the message says what is allowed. The workers are unharmed."""
+    """The request is invalid; the message lists what is allowed. The workers keep running."""
 
 
 _ALLOWED = {
@@ -81,7 +81,7 @@ _FIELD = re.compile(r"unknown field `(?P<field>\w+)`(?: - at `(?P<path>[^`]*)`)?
 
 
 def explain_decode_error(error: msgspec.DecodeError) -> str:
-    """Return msgspec's message, with what is allowed instead.
+    """Return msgspec's message with the allowed values.
 
     "Invalid enum value 'fast' - at `$.algorithm`" becomes "algorithm is 'fast'; it must be one of
     padded, padded_symm_recv, padded_symm, direct".

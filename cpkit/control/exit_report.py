@@ -10,15 +10,15 @@ from pathlib import Path
 from cpkit.control.errors import WorkersDied
 from cpkit.control.runtime_dir import READY, Connection, Death, RuntimeDir, Worker
 
-_POST_MORTEM_TIMEOUT_S = 20.0  # worth waiting for: only the agent knows the exit codes
+_POST_MORTEM_TIMEOUT_S = 20.0  # long, because only the post-mortem contains the exit codes
 _LAST_LINES = 8
 _LAST_BYTES = 16 << 10
 
 
 def exit_report(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied | None:
-    """Return an error when the agent or a rank has ended, else None.
+    """Return an error when the agent or a rank has ended, otherwise None.
 
-    Processes on other hosts cannot be checked, and count as alive.
+    Processes on other hosts cannot be checked and count as alive.
     """
     if connection.host != socket.gethostname():
         return None
@@ -35,7 +35,7 @@ def dead_workers(connection: Connection) -> list[Worker]:
 
 
 def last_lines(log: str) -> tuple[str, ...]:
-    """Return the last lines of a log file; none when it cannot be read."""
+    """Return the last non-empty lines of a log file; an empty tuple if it cannot be read."""
     try:
         with Path(log).open("rb") as file:
             size = file.seek(0, 2)
@@ -57,7 +57,7 @@ def describe_exit(exit_code: int) -> str:
 
 
 def _from_post_mortem(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied | None:
-    """Wait for the agent's post-mortem; None when it will not write one."""
+    """Wait for the agent's post-mortem. Return None when the agent will not write one."""
     deadline = time.monotonic() + _POST_MORTEM_TIMEOUT_S
     while time.monotonic() < deadline:
         may_write = connection.agent.is_alive() and not _is_restarting(runtime_dir)
@@ -71,7 +71,7 @@ def _from_post_mortem(runtime_dir: RuntimeDir, connection: Connection) -> Worker
 
 
 def _is_restarting(runtime_dir: RuntimeDir) -> bool:
-    """Whether torchrun has restarted the ranks: one of them is in a phase before READY."""
+    """Return True after torchrun has restarted the ranks: a rank is in a phase before READY."""
     phases = runtime_dir.startup_phases()
     return any(phase != READY for process, phase in phases.items() if process.startswith("rank"))
 
@@ -91,15 +91,15 @@ def _from_processes(connection: Connection, dead: list[Worker]) -> WorkersDied:
     """Report without a post-mortem: the agent was killed, or has restarted the ranks."""
     if not dead:
         return WorkersDied(
-            "the agent of the workers has ended, and the workers end with it; "
+            "the agent of the workers has ended, which ends the workers too; "
             "cpkit.connect() starts new ones"
         )
     first = dead[0]
     lines = last_lines(first.log)
     ranks = ", ".join(str(worker.rank) for worker in dead)
     return WorkersDied(
-        f"rank(s) {ranks} of {connection.world_size} ended, exit code unknown, because the agent "
-        f"wrote no post-mortem. cpkit.connect() starts new ones.\n{_quoted(lines)}",
+        f"rank(s) {ranks} of {connection.world_size} ended with an unknown exit code, because "
+        f"the agent wrote no post-mortem. cpkit.connect() starts new ones.\n{_quoted(lines)}",
         rank=first.rank,
         log_lines=lines,
     )

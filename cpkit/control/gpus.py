@@ -1,4 +1,4 @@
-"""Choose the device of a set of workers. The agent does it before it starts the ranks."""
+"""Choose the device of a set of workers. The agent calls this before it starts the ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_device(launch: Launch, gpus: int) -> tuple[Literal["cpu", "cuda"], st
         if launch.share_gpu:
             raise ValueError("--share-gpu needs a GPU, but torch sees none here; leave it out")
         return "cpu", "ranks run on the CPU: torch sees no GPU here"
-    if launch.nproc > gpus or launch.share_gpu:
+    if is_shared(launch, gpus):
         used = 1 if launch.share_gpu else gpus
         return "cuda", (
             f"{launch.nproc} ranks share {used} GPU(s): timings measure one shared memory, "

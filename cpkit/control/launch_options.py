@@ -15,7 +15,7 @@ from cpkit.settings import LAUNCH, pass_on, passed_on
 
 
 class Launch(Message, frozen=True):
-    """One set of workers. It holds no secrets, because arguments and environment are public."""
+    """The options of one set of workers. No secrets: other users can read a process's arguments."""
 
     name: str = "default"
     nproc: int = 4
@@ -29,12 +29,12 @@ class Launch(Message, frozen=True):
     owner: ProcessId | None = None
 
     @property
-    def place_name(self) -> str:
-        """The name of this node's directory: nodes may share one home directory."""
+    def runtime_dir_name(self) -> str:
+        """Name of this node's runtime directory; different per node, as nodes may share a home."""
         return self.name if self.node_rank == 0 else f"{self.name}.node{self.node_rank}"
 
     def check(self) -> None:
-        """Raise ValueError for options that cannot work, with what is allowed."""
+        """Raise ValueError for an invalid option, with what is allowed."""
         if self.nproc < 1:
             raise ValueError(f"--nproc is {self.nproc}; it must be 1 or more ranks on this machine")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -42,14 +42,14 @@ class Launch(Message, frozen=True):
         if self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
             raise ValueError(
                 f"--nnodes is {self.nnodes} and --node-rank is {self.node_rank}; "
-                f"node ranks go from 0 to nnodes-1"
+                f"node ranks are 0 to nnodes-1"
             )
         if self.max_restarts < 0:
             raise ValueError(f"--max-restarts is {self.max_restarts}; it must be 0 or more")
         if self.nnodes > 1 and not _is_host_and_port(self.rdzv_endpoint):
             raise ValueError(
                 f"--rdzv-endpoint is {self.rdzv_endpoint!r}; with --nnodes {self.nnodes} all nodes "
-                f"must name the same host:port of node 0, for example node0:29500"
+                f"must use the same host:port of node 0, for example node0:29500"
             )
         if self.share_gpu and self.device == "cpu":
             raise ValueError("--share-gpu and --device cpu contradict each other; leave one out")
@@ -57,7 +57,7 @@ class Launch(Message, frozen=True):
             address_of(self.interface)
 
     def to_json(self) -> str:
-        """Encode for an argument or the environment."""
+        """Encode the options for an argument or the environment."""
         return msgspec.json.encode(self).decode()
 
     def export(self) -> None:
@@ -71,13 +71,13 @@ def from_json(text: str) -> Launch:
 
 
 def from_environment() -> Launch | None:
-    """Return what the agent exported; None in a process that no agent started."""
+    """Return the options that the agent exported, or None if no agent started this process."""
     text = passed_on(LAUNCH)
     return from_json(text) if text else None
 
 
 def address_of(interface: str) -> str:
-    """Return the IPv4 address of a network interface, or of an address. Raises ValueError."""
+    """Return the IPv4 address of a network interface, or the address given. Raises ValueError."""
     try:
         return str(ipaddress.ip_address(interface))
     except ValueError:
@@ -93,7 +93,7 @@ def address_of(interface: str) -> str:
 
 
 def loopback() -> str:
-    """Return the name of the interface of 127.0.0.1; empty when there is none."""
+    """Return the name of the interface that has 127.0.0.1, or an empty string."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
             return name

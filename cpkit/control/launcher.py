@@ -1,4 +1,4 @@
-"""Start, find and stop sets of workers. Imports no torch: only the agent and the ranks do."""
+"""Start, find and stop sets of workers. Does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -20,63 +20,66 @@ from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers
 from cpkit.control.exit_report import dead_workers, last_lines
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
-from cpkit.control.origin import describe, describe_place
-from cpkit.control.runtime_dir import NAME_TAKEN_CODE, Connection, NameTaken, RuntimeDir
+from cpkit.control.origin import describe, describe_holder
+from cpkit.control.runtime_dir import ALREADY_RUNNING_CODE, AlreadyRunning, Connection, RuntimeDir
 from cpkit.processes import ProcessId, process_id
 
-READY_S = 90.0  # without progress of any process
-_ENDING_S = 20.0  # torchrun uses 5 s of it to end its ranks
-_LEAVING_S = 5.0
+READY_S = 90.0  # longest time between two startup phases
+_STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks
+_EXIT_TIMEOUT_S = 5.0
 _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
 
 
 def running(name: str) -> Connection | None:
-    """Return the connection of the running workers of this name; None when there are none.
+    """Return the connection of the running workers of this name, or None.
 
     Waits while workers start or end. Removes the files of dead workers and logs a warning. Raises
-    ControlError when the connection file is not safe to use, NoAnswer when a start or an end
+    ControlError when the connection file is not safe to use, and NoAnswer when starting or ending
     takes too long.
     """
-    place = RuntimeDir(name)
-    patience = _Patience(place)
-    while not patience.is_over():
-        is_held = place.is_locked()
+    runtime_dir = RuntimeDir(name)
+    deadline = _StartDeadline(runtime_dir)
+    while not deadline.has_passed():
+        is_held = runtime_dir.is_locked()
         try:
-            connection = place.connection()
+            connection = runtime_dir.connection()
         except Unreadable as error:
             if is_held:
                 raise
             _log.warning("removed a file of dead workers: %s", error)
-            place.clean()
+            runtime_dir.clean()
             return None
-        if (
-            connection
-            and connection.host != socket.gethostname()
-            and not _is_stale(connection, is_held)
-        ):
-            return _of_another_host(connection)
+        if connection and connection.host != socket.gethostname():
+            if not connection.endpoint.startswith("ipc:"):
+                return connection
+            if is_held:
+                raise ControlError(
+                    f"the workers {name!r} run on {connection.host} and accept no connections "
+                    f"from here: start them with --interface, or choose another name"
+                )
+            # No agent holds the name, so the file is from before this host was renamed.
         if not is_held:
             if connection:
-                _clean_up_after(place, connection)
+                _remove_stale_files(runtime_dir, connection)
             return None
         if connection and not _is_ending(connection):
             return connection
         time.sleep(_PERIOD_S)
-    raise NoAnswer(f"the workers {name!r} hold their name but are not ready: {patience.words()}")
+    raise NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
 
 
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
-    """Return a client of the running workers of this name, after they answered; None without any.
+    """Return a client of the running workers of this name, or None. Waits until they answer.
 
-    Raises OtherWorkers when `nproc` or `device` is given and the workers differ from it.
+    Raises OtherWorkers when the workers have another `nproc` or `device` than requested.
     """
     connection = running(name)
     if connection is None:
         return None
     client = Client(connection)
     try:
-        _check_as_asked(connection, client.call(Status(), StatusResult), nproc, device)
+        _check_settings(connection, client.call(Status(), StatusResult), nproc, device)
     except BaseException:
         client.close()
         raise
@@ -86,15 +89,15 @@ def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client 
 def start(launch: Launch) -> subprocess.Popen[bytes]:
     """Start an agent in its own session, and return immediately.
 
-    Signals to this process do not reach it, so an interrupt of the notebook does not stop the
-    workers. Raises ValueError for bad options, NameTaken when workers of this name are running.
+    Its own session shields the workers from an interrupt of the notebook. Raises ValueError for bad
+    options, and AlreadyRunning when workers of this name are running.
     """
     launch.check()
-    place = RuntimeDir(launch.place_name)
-    place.create()
-    if place.is_locked():
-        raise NameTaken(launch.name, describe_place(place))
-    with place.agent_log.open("ab") as log:
+    runtime_dir = RuntimeDir(launch.runtime_dir_name)
+    runtime_dir.create()
+    if runtime_dir.is_locked():
+        raise AlreadyRunning(launch.name, describe_holder(runtime_dir))
+    with runtime_dir.agent_log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "cpkit.control.agent", launch.to_json()],
             stdin=subprocess.DEVNULL,
@@ -106,78 +109,74 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
 
 
 def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
-    """Return when the workers accept requests. Raises NameTaken, or ControlError with the cause.
+    """Wait until the workers accept requests; on a node without rank 0, until the agent runs.
 
-    On a node without rank 0 it returns as soon as the agent holds its name. If the wait ends in an
-    exception, an interrupt included, the agent and its ranks are ended first.
+    Raises AlreadyRunning, or ControlError with the cause. On any exception, an interrupt included,
+    the agent and its ranks are ended first.
     """
+    runtime_dir = RuntimeDir(launch.runtime_dir_name)
+    deadline = _StartDeadline(runtime_dir)
     try:
-        _wait_until_ready(agent, launch)
+        while not deadline.has_passed():
+            code = agent.poll()
+            if code is not None:
+                raise _start_error(code, runtime_dir)
+            holder = runtime_dir.agent() if runtime_dir.is_locked() else None
+            is_ready = launch.node_rank > 0 or runtime_dir.connection() is not None
+            if holder and holder.process.pid == agent.pid and is_ready:
+                return
+            time.sleep(_PERIOD_S)
+        raise NoAnswer(f"the workers did not start and were stopped: {deadline.describe()}")
     except BaseException:
         with contextlib.suppress(ProcessLookupError):  # the agent has already ended
             _end(process_id(agent.pid))
-        agent.wait(_ENDING_S)
+        agent.wait(_STOP_TIMEOUT_S)
         raise
 
 
-def _wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
-    place = RuntimeDir(launch.place_name)
-    patience = _Patience(place)
-    while not patience.is_over():
-        code = agent.poll()
-        if code is not None:
-            raise _did_not_start(code, place)
-        holder = place.agent() if place.is_locked() else None
-        is_ready = launch.node_rank > 0 or place.connection() is not None
-        if holder and holder.process.pid == agent.pid and is_ready:
-            return
-        time.sleep(_PERIOD_S)
-    raise NoAnswer(f"the workers did not start and were stopped: {patience.words()}")
-
-
 def stop(name: str) -> bool:
-    """Stop the workers of this name and wait until they have ended; False when there were none.
+    """Stop the workers of this name and wait until they have ended. Return False without workers.
 
     Sends SIGTERM to the agent, identified by pid and start time, and SIGKILL after a timeout.
     """
-    place = RuntimeDir(name)
-    if not place.is_locked():
-        connection = place.connection()
+    runtime_dir = RuntimeDir(name)
+    if not runtime_dir.is_locked():
+        connection = runtime_dir.connection()
         if connection:
-            _clean_up_after(place, connection)
+            _remove_stale_files(runtime_dir, connection)
         return False
-    agent = place.agent()
+    agent = runtime_dir.agent()
     if agent:
         _end(agent.process)
-    # The threads of a zombie process may hold its files a little longer.
-    if not wait_for(lambda: not place.is_locked(), _LEAVING_S):
-        raise NoAnswer(f"the workers {name!r} did not end; see {place.agent_log}")
+    # The threads of a zombie process may hold the lock a little longer.
+    if not wait_for(lambda: not runtime_dir.is_locked(), _EXIT_TIMEOUT_S):
+        raise NoAnswer(f"the workers {name!r} did not end; see {runtime_dir.agent_log}")
     return True
 
 
 def _end(agent: ProcessId) -> None:
     """End an agent and its ranks, with SIGTERM and then SIGKILL, and wait until they have ended.
 
-    A killed agent can't end its ranks. The watchdog of a rank does, unless the rank hangs, so the
-    ranks that remain are killed too.
+    A killed agent cannot end its ranks. Their watchdogs do, unless a rank hangs, so the remaining
+    ranks are killed too.
     """
     ranks: set[psutil.Process] = set()
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            ranks |= set(psutil.Process(agent.pid).children()) if agent.is_alive() else set()
             if agent.is_alive():
+                ranks |= set(psutil.Process(agent.pid).children())
                 os.kill(agent.pid, number)
-        if wait_for(lambda: not agent.is_alive(), _ENDING_S):
+        if wait_for(lambda: not agent.is_alive(), _STOP_TIMEOUT_S):
             break
-    _, alive = psutil.wait_procs(ranks, timeout=_LEAVING_S)
+    _, alive = psutil.wait_procs(ranks, timeout=_EXIT_TIMEOUT_S)
     for rank in alive:
         rank.kill()
-    psutil.wait_procs(alive, timeout=_LEAVING_S)
+    psutil.wait_procs(alive, timeout=_EXIT_TIMEOUT_S)
 
 
 def shut_down(client: Client) -> None:
     """Send the workers a shutdown request, and wait until they have ended."""
-    place = RuntimeDir(client.connection.name)
+    runtime_dir = RuntimeDir(client.connection.name)
     try:
         client.call(Shutdown(), Done)
     except ControlError:
@@ -185,8 +184,8 @@ def shut_down(client: Client) -> None:
             "the workers did not accept the shutdown request; stopping their agent instead"
         )
     if client.connection.host == socket.gethostname():
-        wait_for(lambda: not place.is_locked(), _ENDING_S)
-        if place.agent() and place.is_locked():
+        wait_for(lambda: not runtime_dir.is_locked(), _STOP_TIMEOUT_S)
+        if runtime_dir.agent() and runtime_dir.is_locked():
             stop(client.connection.name)
 
 
@@ -199,9 +198,9 @@ def names() -> list[str]:
 
 def log_files(name: str) -> list[Path]:
     """Return the log files of the agent and of the ranks; a file may be empty."""
-    place = RuntimeDir(name)
-    ranks = sorted(place.log_dir.glob("*/attempt_*/*/stderr.log"))
-    return [path for path in (place.agent_log, *ranks) if path.exists()]
+    runtime_dir = RuntimeDir(name)
+    ranks = sorted(runtime_dir.log_dir.glob("*/attempt_*/*/stderr.log"))
+    return [path for path in (runtime_dir.agent_log, *ranks) if path.exists()]
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -215,7 +214,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def require(name: str, nproc: int | None = None, device: str = "auto") -> Client:
-    """Return what `attach` returns. Raises NoWorkers when no workers of this name are running."""
+    """Return a client as `attach` does. Raises NoWorkers when no workers of this name run."""
     client = attach(name, nproc, device)
     if client is None:
         raise NoWorkers(
@@ -225,78 +224,63 @@ def require(name: str, nproc: int | None = None, device: str = "auto") -> Client
     return client
 
 
-def _check_as_asked(
+def _check_settings(
     connection: Connection, running: StatusResult, nproc: int | None, device: str
 ) -> None:
     """Raise OtherWorkers when the number of ranks or the device differs from the request."""
-    asked: dict[str, object] = {}
+    different: dict[str, object] = {}
     if nproc is not None and nproc != running.world_size:
-        asked["nproc"] = nproc
+        different["nproc"] = nproc
     if device not in ("auto", running.device.partition(":")[0]):
-        asked["device"] = device
-    if not asked:
+        different["device"] = device
+    if not different:
         return
     name = connection.name
-    wanted = " and ".join(f"{key}={value!r}" for key, value in asked.items())
+    wanted = " and ".join(f"{key}={value!r}" for key, value in different.items())
     raise OtherWorkers(
         f"asked for {wanted}, but workers {name!r} already run on {running.device}: "
-        f"{describe(connection)}. To use them, leave out {' and '.join(asked)}. To start others "
-        f"beside them, choose another name. To end them: `python -m cpkit stop --name {name}`, or "
+        f"{describe(connection)}. To use them, leave out {' and '.join(different)}. To start "
+        f"others, choose another name. To stop these: `python -m cpkit stop --name {name}`, or "
         f"in a notebook cpkit.connect({name!r}).stop()."
     )
 
 
-class _Patience:
-    """A deadline that each startup step renews, so that a slow start does not time out."""
+class _StartDeadline:
+    """A deadline that each startup phase renews, so that a slow start does not time out."""
 
-    def __init__(self, place: RuntimeDir) -> None:
-        self._place = place
-        self._steps: dict[str, str] | None = None
+    def __init__(self, runtime_dir: RuntimeDir) -> None:
+        self._runtime_dir = runtime_dir
+        self._phases: dict[str, str] | None = None
         self._deadline = 0.0
 
-    def is_over(self) -> bool:
+    def has_passed(self) -> bool:
         """Return True when no process has made progress for READY_S."""
-        steps = self._place.startup_phases()
-        if steps != self._steps:
-            self._steps, self._deadline = steps, time.monotonic() + READY_S
+        phases = self._runtime_dir.startup_phases()
+        if phases != self._phases:
+            self._phases, self._deadline = phases, time.monotonic() + READY_S
         return time.monotonic() > self._deadline
 
-    def words(self) -> str:
-        """Describe the last step of each process, and name the log files."""
-        steps = ", ".join(f"{process}: {step}" for process, step in (self._steps or {}).items())
+    def describe(self) -> str:
+        """Return the last phase of each process and the log files, for an error message."""
+        phases = ", ".join(f"{process}: {phase}" for process, phase in (self._phases or {}).items())
         return (
-            f"no progress within {READY_S:g} s ({steps or 'no process has started'}); "
-            f"see {self._place.agent_log} and {self._place.log_dir}"
+            f"no progress within {READY_S:g} s ({phases or 'no process has started'}); "
+            f"see {self._runtime_dir.agent_log} and {self._runtime_dir.log_dir}"
         )
 
 
 def _is_ending(connection: Connection) -> bool:
     """Return True while the remaining workers shut down: the owner or a rank has ended."""
-    owner_is_gone = connection.owner is not None and not connection.owner.is_alive()
-    return owner_is_gone or bool(dead_workers(connection))
+    owner_has_ended = connection.owner is not None and not connection.owner.is_alive()
+    return owner_has_ended or bool(dead_workers(connection))
 
 
-def _is_stale(connection: Connection, is_held: bool) -> bool:
-    """Return True for a private socket without an agent, left from before the host was renamed."""
-    return connection.endpoint.startswith("ipc:") and not is_held
-
-
-def _clean_up_after(place: RuntimeDir, connection: Connection) -> None:
-    _log.warning(
-        "removed %s: its workers (agent %d) are dead", place.connection_file, connection.agent.pid
-    )
-    here = [w for w in connection.workers if w.host == socket.gethostname()]
-    wait_for(lambda: len(dead_workers(connection)) == len(here), 2.0)
-    place.clean()
-
-
-def _of_another_host(connection: Connection) -> Connection:
-    if connection.endpoint.startswith("ipc:"):
-        raise ControlError(
-            f"the workers {connection.name!r} run on {connection.host} and accept no connections "
-            f"from here: start them with --interface, or choose another name"
-        )
-    return connection
+def _remove_stale_files(runtime_dir: RuntimeDir, connection: Connection) -> None:
+    file, agent = runtime_dir.connection_file, connection.agent.pid
+    _log.warning("removed %s: its workers (agent %d) are dead", file, agent)
+    local = [w for w in connection.workers if w.host == socket.gethostname()]
+    wait_for(lambda: len(dead_workers(connection)) == len(local), 2.0)
+    runtime_dir.clean()
 
 
 def _environment() -> dict[str, str]:
@@ -306,13 +290,12 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _did_not_start(code: int, place: RuntimeDir) -> ControlError:
-    lines = "\n".join(f"  {line}" for line in last_lines(str(place.agent_log)))
-    if code == NAME_TAKEN_CODE:
-        return NameTaken(place.name, describe_place(place))
-    report = place.post_mortem()
+def _start_error(code: int, runtime_dir: RuntimeDir) -> ControlError:
+    lines = "\n".join(f"  {line}" for line in last_lines(str(runtime_dir.agent_log)))
+    if code == ALREADY_RUNNING_CODE:
+        return AlreadyRunning(runtime_dir.name, describe_holder(runtime_dir))
+    report = runtime_dir.post_mortem()
     if report and report.deaths:
-        first = report.deaths[0]
-        lines = "\n".join(f"  {line}" for line in first.log_lines)
+        lines = "\n".join(f"  {line}" for line in report.deaths[0].log_lines)
         return ControlError(f"the workers did not start: {report.text}\n{lines}")
-    return ControlError(f"the workers did not start (agent's exit code {code}):\n{lines}")
+    return ControlError(f"the workers did not start (exit code {code} of the agent):\n{lines}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
-    """One measurement: statistics over `iterations` gathers, per rank, in microseconds."""
+    """One measurement: statistics per rank over `iterations` gathers, in microseconds."""
 
     sequence: int
     iterations: int
@@ -35,7 +35,7 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the parts, and their stages by name."""
+        """Join the parts, and the times of equal stages."""
         stage_us = {
             name: tuple(us for part in parts for us in part.stage_us.get(name, (0.0,)))
             for name in dict.fromkeys(name for part in parts for name in part.stage_us)
@@ -49,12 +49,12 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
     @property
     def min_us(self) -> float:
-        """Shortest time of the gather; the largest of all ranks."""
+        """Shortest time of the gather on each rank; the maximum over ranks."""
         return max(self.per_rank_min_us)
 
     @property
     def p95_us(self) -> float:
-        """95th percentile of the gather's time; the largest of all ranks."""
+        """95th percentile of the gather's time on each rank; the maximum over ranks."""
         return max(self.per_rank_p95_us)
 
     @property
@@ -68,7 +68,7 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
         return busbw_gbps(self.total_bytes, self.time_us, self.cp_size)
 
     def row(self) -> dict[str, object]:
-        """Return the sample as a row in nccl-tests' columns."""
+        """Return the sample as a table row with nccl-tests' columns."""
         work = self.workload
         return {
             "size_bytes": self.total_bytes,
@@ -118,7 +118,7 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the samples, workload by workload."""
+        """Join the samples of each workload."""
         workloads = zip(*(part.rows for part in parts), strict=True)
         return cls(tuple(map(Sample.of_all_ranks, workloads)))
 
@@ -131,9 +131,9 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
 
 
 class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is"):
-    """Start and end of every call on every rank. A repeated call is named `direct#2` and so on.
+    """Start and end of every call on every rank. A repeated call gets a number, as in `direct#2`.
 
-    Times are microseconds of one clock. The time of a gather is that of its slowest rank.
+    Times are in microseconds on one clock. The time of a gather is that of its slowest rank.
     """
 
     calls: tuple[str, ...]
@@ -141,7 +141,7 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     @staticmethod
     def numbered(calls: Iterable[ClockCall]) -> tuple[str, ...]:
-        """Return the names of the calls, with #2 at the second of a name, and so on."""
+        """Return the names of the calls; the second call of a name ends in #2, and so on."""
         names: list[str] = []
         for call in calls:
             count = sum(name.partition("#")[0] == call for name in names) + 1
@@ -150,14 +150,14 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the samples, in microseconds since the first of them."""
+        """Join the samples, in microseconds since the first start."""
         import numpy as np
 
         samples = np.concatenate([part.samples_us.numpy() for part in parts], axis=2)
         return msgspec.structs.replace(parts[0], samples_us=Array.of(samples - samples.min()))
 
     def begin_us(self, call: str) -> np.ndarray:
-        """Return when each rank started: float64 `[iterations, ranks]`. Raises as `times_us`."""
+        """Return when each rank started, as `times_us` does."""
         return self._samples(call)[..., 0]
 
     def times_us(self, call: str) -> np.ndarray:
@@ -182,7 +182,7 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per call: call, time_us, min_us, p95_us, iterations; of the slowest rank."""
+        """One row per call, of the slowest rank: call, time_us, min_us, p95_us, iterations."""
         import pandas as pd
 
         rows = [
@@ -203,6 +203,6 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     def _samples(self, call: str) -> np.ndarray:
         if call not in self.calls:
-            raise ValueError(f"{call!r} was not timed; what was: {', '.join(self.calls)}")
+            raise ValueError(f"{call!r} was not timed; use one of {', '.join(self.calls)}")
         samples: np.ndarray = self.samples_us.numpy()[self.calls.index(call)]
         return samples

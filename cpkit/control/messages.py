@@ -1,14 +1,14 @@
 """The closed set of messages on the control socket, and how they are packed.
 
 Every message is a msgspec struct in MessagePack: decoding builds these types or fails; it never
-runs code. Unknown fields, operations and enum values are refused by the decoder, whose message
-contains the position of the fault.
+runs code. The decoder rejects unknown fields, operations and enum values, and reports the position
+of the fault.
 
     notebook                         rank 0
        │ Request(id, deadline_s, body) ──▶ │
        │ ◀── Reply(id, Queued(ahead=1))    │   another request is being served
        │ ◀── Reply(id, Progress | Sample)  │   each of them renews the deadline
-       │ ◀── Reply(id, <a result>)         │   or Failed; exactly one of the two ends the request
+       │ ◀── Reply(id, <a result>)         │   or Failed; either one ends the request
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from cpkit.control.measurements import *  # noqa: F403 - the closed set is these modules
+from cpkit.control.measurements import *  # noqa: F403 - these modules are the closed set
 from cpkit.control.measurements import ClockResult, Sample, SweepResult
 from cpkit.control.requests import *  # noqa: F403
 from cpkit.control.requests import Message
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Queued(Message, frozen=True, tag="queued", tag_field="is"):
-    """The request waits; `ahead` other requests are served first."""
+    """The request waits until `ahead` other requests have been served."""
 
     ahead: int
 
@@ -79,14 +79,14 @@ ReplyBody = Queued | Progress | Sample | Failed | Result
 
 
 class Reply(Message, frozen=True):
-    """What rank 0 sends."""
+    """A message from rank 0 to a client."""
 
     id: str
     body: ReplyBody
 
 
 class Envelope(msgspec.Struct):
-    """The part of a request that every protocol version has: enough to answer "wrong version"."""
+    """The fields that a request has in every protocol version, to reject another version."""
 
     id: str
     version: int
@@ -101,7 +101,7 @@ def encode(message: msgspec.Struct) -> bytes:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(
             f"{type(message).__name__} packs to {len(data)} bytes; a message may have at most "
-            f"{MAX_MESSAGE_BYTES}. Ask for fewer or smaller arrays."
+            f"{MAX_MESSAGE_BYTES}: request fewer or smaller arrays"
         )
     return data
 
@@ -114,5 +114,5 @@ def decode(data: bytes, kind: type[T]) -> T:
         )
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (UnicodeDecodeError, RecursionError) as error:  # garbage too, but not DecodeErrors
+    except (UnicodeDecodeError, RecursionError) as error:  # also raised for invalid data
         raise msgspec.DecodeError(str(error)) from error

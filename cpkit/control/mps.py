@@ -1,8 +1,8 @@
 """Run NVIDIA's MPS daemon as an ordinary process, with its files in the agent's directory.
 
 Without MPS, the GPU time-slices the ranks that share it, a few milliseconds per slice. As clients
-of one MPS daemon their kernels run at the same time, and a barrier between them takes microseconds.
-The GPU's settings do not change. If the user already runs a daemon, it is used and not stopped.
+of one MPS daemon, their kernels run concurrently, and a barrier between them takes microseconds.
+The GPU's settings do not change. A daemon that the user already runs is used and not stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_QUIT_S = 5.0  # less than the time that an agent has to end
+_CONTROL_TIMEOUT_S = 5.0  # shorter than the timeout for stopping an agent
 
 
 def is_installed() -> bool:
@@ -25,7 +25,7 @@ def is_installed() -> bool:
 
 
 def is_configured() -> bool:
-    """Return True when the environment already names a daemon."""
+    """Return True when the environment already contains the directory of a daemon."""
     return _PIPES in os.environ
 
 
@@ -41,19 +41,19 @@ def serve(directory: Path) -> Iterator[str]:
     if not is_installed():
         yield f"MPS: {_CONTROL} is not installed; {_COST}"
         return
-    places = {_PIPES: str(directory / "mps"), _LOGS: str(directory / "mps-log")}
-    for place in places.values():
-        Path(place).mkdir(mode=0o700, parents=True, exist_ok=True)
-    environment = {**os.environ, **places}
+    variables = {_PIPES: str(directory / "mps"), _LOGS: str(directory / "mps-log")}
+    for path in variables.values():
+        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    environment = {**os.environ, **variables}
     try:
         failed = _control(["-d"], environment)
         if failed:
             yield f"MPS: {failed}; {_COST}"
             return
-        os.environ.update(places)
-        yield f"MPS: own daemon at {places[_PIPES]}"
-    finally:  # also after an interrupted start: the daemon may be running
-        for name in places:
+        os.environ.update(variables)
+        yield f"MPS: own daemon at {variables[_PIPES]}"
+    finally:  # also after an interrupted start, which may leave a running daemon
+        for name in variables:
             os.environ.pop(name, None)
         _control([], environment, "quit\n")
 
@@ -77,7 +77,7 @@ def _control(options: list[str], environment: dict[str, str], commands: str = ""
             env=environment,
             capture_output=True,
             text=True,
-            timeout=_QUIT_S,
+            timeout=_CONTROL_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

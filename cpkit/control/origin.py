@@ -13,7 +13,7 @@ from cpkit.control.errors import ControlError
 from cpkit.control.runtime_dir import Connection, RuntimeDir
 from cpkit.processes import ProcessId, process_id
 
-_COMMAND_CHARS = 80  # of a command line in a message
+_MAX_COMMAND_CHARS = 80
 
 
 def describe(connection: Connection) -> str:
@@ -24,13 +24,13 @@ def describe(connection: Connection) -> str:
     ranks += _since(connection.agent)
     if connection.owner is None:
         return f"{ranks}, started by launch_workers.sh; they run until they are stopped"
-    return f"{ranks}, started by {_process_words(connection.owner)}; they end with it"
+    return f"{ranks}, started by {_describe_process(connection.owner)}; they end with it"
 
 
-def describe_place(place: RuntimeDir) -> str:
-    """Return the description of the workers that hold a name, even while they start or end."""
+def describe_holder(runtime_dir: RuntimeDir) -> str:
+    """Describe the workers that hold the lock of a name, even while they start or end."""
     try:
-        connection = place.connection()
+        connection = runtime_dir.connection()
     except ControlError as error:
         return str(error)
     return describe(connection) if connection else "they are starting or ending"
@@ -44,7 +44,7 @@ def _since(agent: ProcessId) -> str:
     return time.strftime(" since %Y-%m-%d %H:%M", started)
 
 
-def _process_words(owner: ProcessId) -> str:
+def _describe_process(owner: ProcessId) -> str:
     """Describe a process: a notebook kernel, `make lab`, or its command line."""
     if owner == process_id():
         return f"this process ({owner.pid})"
@@ -59,4 +59,4 @@ def _process_words(owner: ProcessId) -> str:
         return f"the notebook{name} (kernel: process {owner.pid})"
     if command[1:4] == ["-m", "cpkit", "lab"]:
         return f"`make lab` (process {owner.pid})"
-    return f"process {owner.pid} (`{shlex.join(command)[:_COMMAND_CHARS]}`)"
+    return f"process {owner.pid} (`{shlex.join(command)[:_MAX_COMMAND_CHARS]}`)"

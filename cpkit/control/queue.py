@@ -1,8 +1,8 @@
-"""The queue of requests: first in, first out, and round-robin for endless measurements.
+"""The queue of requests: first in, first out, but round-robin for measurements.
 
-One request runs at a time, because a second one would disturb what the first one measures. After
-each sample, an endless measurement goes to the back of the queue, so that a live plot in one
-notebook does not block the requests of another.
+One request runs at a time, because a second one would distort the times of the first one. After
+each sample, a measurement moves to the back of the queue, so that a live plot in one notebook does
+not block the requests of another.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cpkit.control.requests import Body, Request
 class Job:
     """A client's request and its state in the queue.
 
-    `not_before` leaves the interval between two samples to other jobs. `ahead` is the number that
-    was last sent to the client. Times are those of `time.monotonic`, in seconds.
+    The next step starts at `not_before` or later, so that other jobs run between two samples.
+    `ahead` is the queue position last sent to the client. Times are those of `time.monotonic`.
     """
 
     number: int
@@ -34,11 +34,11 @@ class Job:
 
     @property
     def body(self) -> Body:
-        """The operation that the request asks for."""
+        """The operation that the client requests."""
         return self.request.body
 
     def is_overdue(self) -> bool:
-        """Whether the last reply to the client is older than the request's deadline."""
+        """Return True when the time since the last reply exceeds the request's deadline."""
         return time.monotonic() - self.last_reply > self.request.deadline_s
 
 
@@ -67,7 +67,7 @@ class JobQueue:
             self._changed.notify()
 
     def take(self, timeout_s: float) -> Job | None:
-        """Remove the first job that is ready and make it current; None after `timeout_s`."""
+        """Make the first ready job the current one and return it; None after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not (job := self._first_ready()):
@@ -105,7 +105,7 @@ class JobQueue:
             return job
 
     def cancel_all(self, client: bytes | None = None) -> list[Job]:
-        """Cancel all jobs of a client, or of all clients; return those that had not started."""
+        """Cancel all jobs of one client or of all; return the jobs that had not started."""
         with self._changed:
             jobs = [job for job in self._all() if client in (None, job.client)]
             for job in jobs:
@@ -123,7 +123,7 @@ class JobQueue:
     def waiting(self) -> list[tuple[Job, int]]:
         """Return each waiting job with the number of jobs ahead of it.
 
-        Cancelled jobs do not count as ahead: they end without another step.
+        Cancelled jobs do not count, because they end without another step.
         """
         with self._changed:
             ahead = int(self._current is not None and not self._current.cancelled)
@@ -134,7 +134,7 @@ class JobQueue:
             return waiting
 
     def has_id(self, request_id: str) -> bool:
-        """Whether a job has this request id."""
+        """Return True if a job has this request id."""
         with self._changed:
             return any(job.request.id == request_id for job in self._all())
 

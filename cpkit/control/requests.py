@@ -1,4 +1,4 @@
-"""What a client may ask of the workers: the closed set of requests."""
+"""The closed set of requests that a client can send to the workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16
 
 
 def dtype_name(dtype: object) -> str:
-    """Return torch's name of a dtype: of `torch.bfloat16`, `"bfloat16"` or `"bf16"`."""
+    """Return torch's name of a dtype; accepts `torch.bfloat16`, `"bfloat16"` and `"bf16"`."""
     name = str(dtype).removeprefix("torch.")
     return _DTYPE_ALIASES.get(name, name)
 
@@ -75,11 +75,11 @@ class Workload(Message, frozen=True):
 
 
 class Status(Message, frozen=True, tag="status", tag_field="op"):
-    """Describe the workers. Answered at once, also while they are busy."""
+    """Describe the workers. Answered immediately, even while they are busy."""
 
 
 class Gather(Message, frozen=True, tag="gather", tag_field="op"):
-    """Run one gather, verify every bit, and return its stages if it is small."""
+    """Run one gather, verify every bit, and return the stages of a small one."""
 
     workload: Workload
     round: int = 1
@@ -95,7 +95,7 @@ class Measure(Message, frozen=True, tag="measure", tag_field="op"):
 
 
 class Sweep(Message, frozen=True, tag="sweep", tag_field="op"):
-    """Time several workloads, one row each. Consecutive ones of one size are interleaved."""
+    """Time workloads. Consecutive ones that differ only in algorithm or memory are interleaved."""
 
     workloads: tuple[Workload, ...]
     iterations: int = 20
@@ -138,11 +138,11 @@ class Put(Message, frozen=True, tag="put", tag_field="op"):
 class Clock(Message, frozen=True, tag="clock", tag_field="op"):
     """Time calls of one workload, interleaved, and return every sample of every rank.
 
-    Calls are algorithms and: `barrier`, nothing else; `copy`, each rank copies the gathered bytes
-    once; `copy_fresh`, the same into memory that was never written; `collective`, torch.distributed
-    alone; `launch`, started and not waited for. With `warmup=0` the first sample is the first call.
-    Rank r starts each call `r · late_us` late; with `barrier` the ranks then wait for each other
-    before their clocks start.
+    A call is an algorithm, or one of: `barrier`; `copy`, each rank copies the gathered bytes once;
+    `copy_fresh`, the same into memory that was never written; `collective`, torch.distributed
+    alone; `launch`, which starts a gather and does not wait for it. With `warmup=0` the first
+    sample is the first call. Rank r starts each call `r · late_us` late; with `barrier` a second
+    barrier follows the delay.
     """
 
     workload: Workload
@@ -154,7 +154,7 @@ class Clock(Message, frozen=True, tag="clock", tag_field="op"):
 
 
 class Cancel(Message, frozen=True, tag="cancel", tag_field="op"):
-    """Cancel the request with this id, queued or running. The workers stay."""
+    """Cancel the request with this id, queued or running. The workers keep running."""
 
     target: str
 
@@ -167,7 +167,7 @@ Body = Status | Gather | Measure | Sweep | Clock | Trace | Pool | Explain | Put 
 
 
 class Request(Message, frozen=True):
-    """What a client sends."""
+    """A message from a client to rank 0."""
 
     id: str
     deadline_s: float

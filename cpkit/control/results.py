@@ -1,7 +1,7 @@
-"""What the workers return, one struct per result; timings are in `measurements`.
+"""The results of the workers, one struct each; timings are in `measurements`.
 
 Each rank reports its part of a result, `of_all_ranks` joins the parts on rank 0, the socket carries
-the whole, and a notebook shows it as a line and a table.
+the joined result, and a notebook shows it as a line and a table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Array(Message, frozen=True):
-    """A small tensor to look at: dtype name, shape, raw little-endian bytes."""
+    """A small tensor: dtype name, shape, raw little-endian bytes."""
 
     dtype: Literal["int64", "int32", "float64", "uint8"]
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class Array(Message, frozen=True):
         return cls(values.dtype.name, values.shape, values.tobytes())  # type: ignore[arg-type]
 
     def numpy(self) -> np.ndarray:
-        """Return the array; read-only."""
+        """Return a read-only array."""
         import numpy as np
 
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
@@ -51,16 +51,16 @@ class Array(Message, frozen=True):
 class ShownResult(Message, frozen=True):
     """A result that is joined from one part per rank, and shown as a line of text and a table."""
 
-    joined: ClassVar[tuple[str, ...]] = ()  # fields that are tuples, by rank
-    added: ClassVar[tuple[str, ...]] = ()  # fields that are counts
+    joined: ClassVar[tuple[str, ...]] = ()  # tuples with one part per rank
+    added: ClassVar[tuple[str, ...]] = ()  # counts, which are summed
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
         """Join the parts, one per rank in rank order. Other fields are those of rank 0."""
         fields = {name: [getattr(part, name) for part in parts] for name in cls.joined + cls.added}
-        whole = {name: tuple(chain.from_iterable(fields[name])) for name in cls.joined}
+        tuples = {name: tuple(chain.from_iterable(fields[name])) for name in cls.joined}
         return msgspec.structs.replace(
-            parts[0], **whole, **{name: sum(fields[name]) for name in cls.added}
+            parts[0], **tuples, **{name: sum(fields[name]) for name in cls.added}
         )
 
     @property
@@ -89,7 +89,7 @@ class WorkloadResult(ShownResult, frozen=True):
 
     @property
     def cp_size(self) -> int:
-        """Ranks that took part."""
+        """Number of ranks of the gather."""
         return self.workload.cp_size
 
     @property
@@ -158,7 +158,7 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
 
 
 class StageArray(Message, frozen=True):
-    """One stage on one rank: rows of (round, rank, sequence, token), -1 for padding."""
+    """The rows of one stage on one rank: (round, rank, sequence, token), or -1 for padding."""
 
     stage: str
     rank: int
@@ -166,7 +166,7 @@ class StageArray(Message, frozen=True):
 
 
 class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="is"):
-    """A gather whose every bit was compared with the expected rows; a mismatch raises."""
+    """A gather, every bit of which was compared with the expected rows; a mismatch raises."""
 
     round: int
     per_rank_actual_token: tuple[int, ...]
@@ -183,7 +183,7 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the stages whose arrays are here; empty for a large gather."""
+        """Names of the recorded stages; empty for a large gather."""
         return tuple(dict.fromkeys(array.stage for array in self.arrays))
 
     def stage(self, name: str, rank: int) -> np.ndarray:
@@ -197,12 +197,12 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
                 return array.rows.numpy()
         if not self.arrays:
             raise ValueError(
-                f"this gather has no stage arrays: {sum(self.lengths)} tokens are too many to "
-                f"show, or show=False was passed"
+                f"this gather has no stages: {sum(self.lengths)} tokens are too many to show, or "
+                f"show=False was passed. Use fewer tokens and show=True."
             )
         raise ValueError(
             f"there is no stage {name!r} of rank {rank}; stages are {', '.join(self.stages)}, "
-            f"ranks 0 to {self.cp_size - 1}"
+            f"ranks are 0 to {self.cp_size - 1}"
         )
 
     @property
@@ -229,9 +229,9 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
 
 
 class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is"):
-    """The stages of one gather on every rank, in nanoseconds since the first rank entered.
+    """The stages of one gather on every rank, in nanoseconds since the first start.
 
-    If `spans_hosts`, the clocks of the ranks differ, and each rank starts at 0.
+    If `spans_hosts`, the clocks of the hosts differ, so each rank starts at 0.
     """
 
     spans: tuple[tuple[Span, ...], ...]  # by rank
@@ -239,7 +239,7 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the spans, and start the clock at 0."""
+        """Join the spans, and subtract the first start."""
         starts_ns = [part.spans[0][0].start_ns for part in parts]
         zeros_ns = starts_ns if parts[0].spans_hosts else [min(starts_ns)] * len(parts)
         spans = tuple(
@@ -268,14 +268,14 @@ class TraceResult(WorkloadResult, frozen=True, tag="trace_result", tag_field="is
     def summary(self) -> str:
         """Return the algorithm and the total time in one line."""
         return (
-            f"{self.algorithm!r} over cp_size {self.cp_size}: {self.total_us:.0f} µs from first to "
-            f"last"
+            f"{self.algorithm!r} over cp_size {self.cp_size}: {self.total_us:.0f} µs from the "
+            f"first start to the last end"
         )
 
     def chrome_trace(self) -> dict[str, Any]:
         """Return the timeline in Chrome's trace format: one thread per rank, times in µs.
 
-        Source of the format: "Trace Event Format", the Chromium project's public document.
+        The format is specified in the Chromium project's document "Trace Event Format".
         """
         work = self.workload
         title = f"{work.algorithm}, cp_size {work.cp_size}, {work.total_bytes} bytes"
@@ -333,7 +333,7 @@ class PoolResult(ShownResult, frozen=True, tag="pool_result", tag_field="is"):
 
 
 class ExplainResult(WorkloadResult, frozen=True, tag="explain_result", tag_field="is"):
-    """The path that each rank took, by rank."""
+    """The path of the gather on each rank."""
 
     ranks: tuple[PathReport, ...]
 
@@ -346,7 +346,7 @@ class ExplainResult(WorkloadResult, frozen=True, tag="explain_result", tag_field
 
 
 class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
-    """What each rank read in its own memory after its peers wrote to it."""
+    """What each rank read from its own memory while its peers wrote to it."""
 
     cp_size: int
     rounds: int
@@ -377,12 +377,12 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
 
     @property
     def matrix(self) -> np.ndarray:
-        """The round that each rank saw at its last read: int64 `[reader, writer]`."""
+        """The round in each stamp of the last read: int64 `[reader, writer]`."""
         return self.stamps & 0xFFFFFFFF
 
     @property
     def writers(self) -> np.ndarray:
-        """The rank that wrote what each rank saw at its last read: int64 `[reader, writer]`."""
+        """The writer in each stamp of the last read: int64 `[reader, writer]`."""
         return self.stamps >> 32
 
     @property
@@ -392,7 +392,7 @@ class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):
         return rank_table(self.cp_size, offset=self.offsets, address=addresses)
 
     def summary(self) -> str:
-        """Return rounds, reads and faults in one line."""
+        """Return rounds, reads, stale and ahead in one line."""
         how = "with a barrier" if self.barrier else "without a barrier"
         return (
             f"{self.rounds} rounds over cp_size {self.cp_size} {how}: {self.reads} reads, "
@@ -408,7 +408,7 @@ def rank_table(cp_size: int, **columns: object) -> pd.DataFrame:
 
 
 def _table_of(rows: Sequence[msgspec.Struct], with_rank: bool = False) -> pd.DataFrame:
-    """Return structs as rows; with their number as the first column if they are one per rank."""
+    """Return structs as rows. `with_rank` adds their index as the first column."""
     import pandas as pd
 
     table = pd.DataFrame([msgspec.structs.asdict(row) for row in rows])

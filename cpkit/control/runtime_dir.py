@@ -2,7 +2,7 @@
 
 <jupyter runtime directory>/cpkit/<name>/
     lock              locked by the agent while it runs; the name is free when it is not locked
-    connection.json   endpoint, keys, processes; mode 0600, rejected when other users can access it
+    connection.json   endpoint, keys, processes; mode 0600; not read if other users can access it
     post_mortem.json  which ranks died and why, written by the agent
     agent.log, logs/  output of the agent and of the ranks
     startup/          the startup phase of each process, one file per process
@@ -32,23 +32,24 @@ from cpkit.settings import AGENT, pass_on, passed_on
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
 READY = "ready"  # the last startup phase of a rank
-NAME_TAKEN_CODE = 3  # exit code of an agent that finds the name taken
+ALREADY_RUNNING_CODE = 3  # exit code of an agent whose name is locked
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class NameTaken(ControlError):
+class AlreadyRunning(ControlError):
     """Workers of this name are running."""
 
     def __init__(self, name: str, description: str = "") -> None:
+        details = f" ({description})" if description else ""
         super().__init__(
-            f"workers named {name!r} run already{f' ({description})' if description else ''}: show "
-            f"them with `python -m cpkit status --name {name}`, stop them with `python -m cpkit "
-            f"stop --name {name}`, or choose another name"
+            f"workers named {name!r} are already running{details}: show them with `python -m cpkit "
+            f"status --name {name}`, stop them with `python -m cpkit stop --name {name}`, or "
+            f"choose another name"
         )
 
 
 class Agent(Message, frozen=True):
-    """The process that holds the lock, and its socket directory, to be removed after its end."""
+    """The process that holds the lock, and the socket directory to remove after it has ended."""
 
     process: ProcessId
     socket_dir: str
@@ -56,7 +57,7 @@ class Agent(Message, frozen=True):
     def export(self) -> None:
         """Store this agent in the environment, for the ranks.
 
-        The lock file does not serve, because after a kill it may already name the next agent.
+        The ranks cannot use the lock file: after a kill, it may already contain the next agent.
         """
         pass_on(AGENT, msgspec.json.encode(self).decode())
 
@@ -143,23 +144,21 @@ class RuntimeDir:
                 f"{os.geteuid()} and be writable only by it: remove it, or run chmod 700 on it"
             )
 
-    # ------------------------------------------------------------------- the lock
-
     def acquire_lock(self) -> int:
-        """Lock the name until this process ends, and return the descriptor. Raises NameTaken."""
+        """Lock the name until this process ends; return the descriptor. Raises AlreadyRunning."""
         self.create()
         lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for _ in range(25):  # `is_locked` in another process holds the lock for a moment
+        for _ in range(25):  # `is_locked` in another process locks the file for a moment
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
             except BlockingIOError:
                 time.sleep(0.01)
         os.close(lock)
-        raise NameTaken(self.name)
+        raise AlreadyRunning(self.name)
 
     def is_locked(self) -> bool:
-        """Whether an agent of this name is running."""
+        """Return True while an agent of this name is running."""
         try:
             lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -173,10 +172,8 @@ class RuntimeDir:
         return False
 
     def agent(self) -> Agent | None:
-        """Return the agent that holds the lock, or held it last."""
+        """Return the agent that holds the lock or was the last to hold it, or None."""
         return _read(self.lock_file, Agent)
-
-    # ------------------------------------------------------------------ the files
 
     def connection(self) -> Connection | None:
         """Read the connection file. Raises ControlError when other users can access it."""
@@ -198,18 +195,18 @@ class RuntimeDir:
         return _read(self.post_mortem_file, PostMortem)
 
     def set_startup_phase(self, process: str, phase: str) -> None:
-        """Record the startup phase of a process, for the caller that waits for the workers."""
-        with contextlib.suppress(OSError):  # the directory was removed, so no caller waits
+        """Record the startup phase of a process, for the launcher that waits for the workers."""
+        with contextlib.suppress(OSError):  # the directory was removed
             self.startup_dir.mkdir(mode=0o700, exist_ok=True)
             (self.startup_dir / process).write_text(phase)
 
     def startup_phases(self) -> dict[str, str]:
         """Return the startup phase of each process."""
-        found = {}
+        phases = {}
         for path in sorted(self.startup_dir.glob("*")):
             with contextlib.suppress(OSError):  # a new set of workers has just removed it
-                found[path.name] = path.read_text()
-        return found
+                phases[path.name] = path.read_text()
+        return phases
 
     def clean(self) -> None:
         """Remove the connection file and the socket directory, which only running workers need."""
@@ -220,17 +217,17 @@ class RuntimeDir:
 
 
 def write_private(path: Path, message: msgspec.Struct) -> None:
-    """Write a struct as JSON, atomically and with mode 0600 from the first byte on."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    """Write a struct as JSON, atomically; the file has mode 0600 from its creation."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(message), indent=1))
-    fresh.replace(path)
+    temporary.replace(path)
 
 
 def remove_socket_dir(directory: str) -> None:
-    """Remove a socket directory, if cpkit created it for this user."""
+    """Remove a socket directory that cpkit created for this user, and stop its MPS daemon."""
     path = Path(directory)
     if not path.name.startswith(SOCKET_DIR_PREFIX) or path.is_symlink() or not path.is_dir():
         return
@@ -243,9 +240,9 @@ def _check_private(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise ControlError(
             f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}; it "
-            f"holds keys, so it must belong to uid {os.geteuid()} with mode 0600. If no other user "
-            f"can have changed it: chmod 600 {path}. Otherwise stop the workers and start them "
-            f"again."
+            f"contains keys, so it must belong to uid {os.geteuid()} with mode 0600. If no other "
+            f"user can have changed it, run chmod 600 {path}; otherwise stop the workers and start "
+            f"them again"
         )
 
 
@@ -261,6 +258,6 @@ def _parse(path: Path, data: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(
-            f"{path} is not a connection file of this version of cpkit ({error}). Remove it, or "
-            f"stop the workers with the cpkit that started them."
+            f"{path} was not written by this version of cpkit ({error}): stop the workers with the "
+            f"cpkit that started them, or remove the file"
         ) from error

@@ -1,7 +1,7 @@
 """Rank 0's side of the control socket: a thread that receives requests and sends replies.
 
-The thread answers `Status` and `Cancel` at once, even while the ranks are busy. All other requests
-wait in `jobs` for the scheduler, which answers through `reply`.
+The thread answers `Status` and `Cancel` immediately, even while the ranks are busy. All other
+requests wait in `jobs` for the scheduler, which answers through `reply`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _log = logging.getLogger("cpkit")
 class Server:
     """Binds the control socket and serves it in a thread from `start` to `close`.
 
-    An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the address that was
-    bound. `status` answers a Status request, given the number of jobs.
+    An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the bound address.
+    `status` returns the reply to a Status request, given the number of jobs.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Server:
         self.jobs = JobQueue()
         self._status = status
         self._client_key = client_public_key
-        self._numbers = count(1)
+        self._job_numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
         self._waker = Waker()
         self._closing = False
@@ -84,7 +84,7 @@ class Server:
     def reply(self, job: Job, body: ReplyBody) -> None:
         """Send a reply to the job's client, from any thread.
 
-        If the client is disconnected, its jobs are cancelled.
+        If the client has disconnected, its jobs are cancelled.
         """
         job.last_reply = time.monotonic()
         self._outbox.append((job.client, _pack(job.request.id, body)))
@@ -95,8 +95,6 @@ class Server:
         self._closing = True
         self._waker.wake()
         self._thread.join(timeout=2)
-
-    # ------------------------------------------------------------- the thread
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -116,7 +114,7 @@ class Server:
         self._waker.close()
 
     def _authenticate(self) -> None:
-        """Answer ZeroMQ's question whether a client's key is accepted (RFC 27); exactly one is."""
+        """Accept or reject a client's key for ZeroMQ (RFC 27). Only one key is accepted."""
         version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart()
         key = z85.encode(credentials[0]) if mechanism == b"CURVE" and credentials else b""
         accepted = hmac.compare_digest(key, self._client_key)
@@ -160,8 +158,6 @@ class Server:
                 job.ahead = ahead
                 if ahead:
                     self.reply(job, Queued(ahead))
-
-    # ------------------------------------------------------------ the requests
 
     def _handle(self, client: bytes, frames: list[bytes]) -> Reply | None:
         data = frames[0] if len(frames) == 1 else b""
@@ -208,7 +204,7 @@ class Server:
             return Failed(
                 "busy", f"{_MAX_WAITING} requests are waiting, which is the limit; try again later"
             )
-        self.jobs.add(Job(next(self._numbers), client, request))
+        self.jobs.add(Job(next(self._job_numbers), client, request))
         return None
 
     def _cancel(self, target: str) -> Done:

@@ -4,10 +4,10 @@
 
 The kernel sends SIGNAL (PR_SET_PDEATHSIG). The setting survives `exec`, so COMMAND can be any
 program. If the parent ended before the call, this process has another parent pid, and exits. The
-module imports only the standard library, because the process is not tied until the call.
+module imports only the standard library, so that the call is early.
 
-PR_SET_PDEATHSIG fires when the *thread* that started the process ends. Start tied processes from a
-thread that waits for them, or from the main thread. Outside Linux, only the pids are compared.
+The kernel sends the signal when the *thread* that started the process ends. Start tied processes
+from a thread that waits for them, or from the main thread. Outside Linux, no signal is sent.
 """
 
 from __future__ import annotations
@@ -22,24 +22,19 @@ PARENT_GONE_CODE = 3
 
 
 def tied(command: list[str], number: signal.Signals = signal.SIGKILL) -> list[str]:
-    """Return the command line that runs `command` tied to this process."""
+    """Return the command line that runs `command` until this process ends."""
     return [sys.executable, "-m", __name__, str(os.getpid()), str(int(number)), *command]
 
 
-def tie(parent_pid: int, number: int) -> None:
-    """Request signal `number` when the parent ends. Exits if the parent has already ended."""
+def main(arguments: list[str]) -> None:
+    """Tie this process to its parent, then replace it with the command."""
+    parent_pid, number, *command = arguments
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0):
+        if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:
+    if os.getppid() != int(parent_pid):
         sys.exit(PARENT_GONE_CODE)
-
-
-def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then replace it by the command."""
-    parent_pid, number, *command = arguments
-    tie(int(parent_pid), int(number))
     os.execvp(command[0], command)  # noqa: S606 - no shell is what we want
 
 

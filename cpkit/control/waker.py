@@ -1,4 +1,4 @@
-"""Wakes a thread that polls sockets, from any other thread."""
+"""Wake a thread that polls sockets from any other thread."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Waker:
         return self._reader.fileno()
 
     def wake(self) -> None:
-        """Make the pair readable; never blocks."""
-        with contextlib.suppress(OSError):  # the buffer is full, so it is readable, or it is closed
+        """Make the pair readable, without blocking."""
+        with contextlib.suppress(OSError):  # full, so already readable; or closed
             self._writer.send(b"\0")
 
     def clear(self) -> None:

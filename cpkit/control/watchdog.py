@@ -1,7 +1,7 @@
-"""A rank's watchdog: ends the process when its agent or its owner has ended.
+"""A rank's watchdog: end the process when its agent or its owner has ended.
 
-torchrun's ranks outlive a killed agent, and a killed notebook kernel cannot clean up. Therefore
-each rank checks both four times per second.
+Otherwise a rank would outlive a killed agent or notebook kernel, neither of which can clean up.
+Each rank checks both four times per second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def start_watchdog(runtime_dir: RuntimeDir, agent: Agent, owner: ProcessId | Non
 
 
 def remove_connection(runtime_dir: RuntimeDir, agent: Agent) -> None:
-    """Remove socket and connection file of `agent`'s workers, but not those of a later agent."""
+    """Remove the socket and the connection file of an agent, but not those of a later agent."""
     remove_socket_dir(agent.socket_dir)
     try:
         connection = runtime_dir.connection()

@@ -38,7 +38,7 @@ from cpkit.control.messages import (
     Workload,
     dtype_name,
 )
-from cpkit.control.runtime_dir import NameTaken
+from cpkit.control.runtime_dir import AlreadyRunning
 from cpkit.lab.pool import LabPool
 from cpkit.processes import process_id
 from cpkit.settings import workers_name
@@ -85,7 +85,7 @@ def connect(
 
 def _launch(settings: Launch) -> None:
     """Start workers and wait for them, or return when another process is starting them."""
-    with contextlib.suppress(NameTaken):
+    with contextlib.suppress(AlreadyRunning):
         launcher.wait_until_ready(launcher.start(settings), settings)
 
 

@@ -1,1 +1,1 @@
-"""What each torchrun rank runs: the scheduler and its operations."""
+"""The program of each torchrun rank: the scheduler and its operations."""

@@ -1,12 +1,12 @@
-"""Raw samples: when each rank started and ended each call (`Clock`).
+"""Record when each rank starts and ends each call (`Clock`).
 
     one iteration of one call on two ranks; rank r starts r · late_us after the first barrier
 
     rank 0   │barrier│ ─────────────│barrier│ start ══ call ══ end
     rank 1   │barrier│ ── late_us ──│barrier│ start ══ call ══ end
 
-Warm-up and the second barrier can be left out: a notebook shows how each omission distorts the
-times. Every gather is compared bit by bit, before the timing, or after it if there is no warm-up.
+Warm-up and the second barrier are optional: a notebook shows how each omission distorts the times.
+Every gather is compared bit by bit, before the timing, or after it if there is no warm-up.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from cpkit.worker.workload import Run, prepare
 
 
 class ClockOperation(Operation[Clock]):
-    """Interleave all calls, so that other load affects all of them alike."""
+    """Interleave all calls, so that other load affects all of them equally."""
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
-        """Take as many iterations per step as fit its duration; the ranks agree on how many."""
+        """Run as many iterations per step as fit in CHUNK_S on the slowest rank."""
         body = self.body
         bench = _Bench(prepare(body.workload, group, state.round), group)
         calls = [bench.call(name) for name in body.calls]
@@ -46,10 +46,10 @@ class ClockOperation(Operation[Clock]):
         samples: list[list[tuple[float, float]]] = [[] for _ in calls]
         start_s = time.monotonic()
         for iteration in count(-body.warmup):
-            for call, kept in zip(calls, samples, strict=True):
+            for call, recorded in zip(calls, samples, strict=True):
                 sample = _sample_us(call, group, body)
                 if iteration >= 0:
-                    kept.append(sample)
+                    recorded.append(sample)
             if iteration + 1 == body.iterations:
                 break
             if longest_s(time.monotonic() - start_s, group) > CHUNK_S:
@@ -75,20 +75,20 @@ def _sample_us(call: Call, group: CPGroup, body: Clock) -> tuple[float, float]:
     result = call()
     end_ns = time.perf_counter_ns()
     if isinstance(result, dist.Work):
-        result.wait()  # after the clock was read: the mistake that `launch` shows
+        result.wait()  # after the clock was read, because `launch` shows this mistake
     finish()
     return start_ns / 1e3, end_ns / 1e3
 
 
 @dataclass
 class _Bench:
-    """The calls of one workload on this rank that can be timed."""
+    """The calls that can be timed, for one workload on this rank."""
 
     run: Run
     group: CPGroup
 
     def call(self, name: str) -> Call:
-        """Return a call that is complete on return; `launch` returns unfinished work."""
+        """Return a function that runs the call to completion; `launch` returns unfinished work."""
         if name in ALGORITHM_CHOICES:
             run = self._variant(name)
             if name == "plan":
@@ -107,14 +107,14 @@ class _Bench:
         return _finished(calls[name]) if name in calls else self._launch(whole, shard)
 
     def _launch(self, whole: torch.Tensor, shard: torch.Tensor) -> Call:
-        """Return a call that starts a gather: on the GPU a kernel, otherwise the collective."""
+        """Return a function that starts a gather: a kernel on the GPU, otherwise the collective."""
         if shard.is_cuda:
             return self.run.gather
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return lambda: gather(whole, shard, group=self.group.process_group, async_op=True)
 
     def verify(self, names: tuple[str, ...]) -> None:
-        """Compare every gather that is timed bit by bit. Raises ProvenanceError. Collective."""
+        """Compare every timed gather bit by bit. Raises ProvenanceError. Collective."""
         for name in names:
             if name in ALGORITHM_CHOICES:
                 self._variant(name).verified_gather()
@@ -125,14 +125,14 @@ class _Bench:
 
     @cached_property
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two buffers of the gathered size, written once, so that their pages are mapped."""
+        """Two buffers of the gathered size, written once so that their pages are mapped."""
         shape, device = (self.run.workload.total_bytes,), self.run.tensors[0].device
         source, target = (torch.full(shape, n, dtype=torch.uint8, device=device) for n in (1, 2))
         return source, target
 
 
 def _finished(call: Callable[[], object]) -> Call:
-    """Return a call that waits for the GPU."""
+    """Return a function that also waits for the GPU."""
 
     def finished() -> object:
         result = call()
@@ -143,7 +143,7 @@ def _finished(call: Callable[[], object]) -> Call:
 
 
 def _fresh_memory(like: torch.Tensor) -> torch.Tensor:
-    """Return memory of the same size that was never written: its pages are not mapped yet."""
+    """Return memory of the same size that was never written, so its pages are not mapped."""
     if like.is_cuda:
         return torch.empty_like(like)
     return torch.frombuffer(mmap.mmap(-1, len(like)), dtype=torch.uint8)

@@ -2,8 +2,8 @@
 
     rank 0   send(command) ─ broadcast ─▶ every rank executes ─ all_gather ─▶ [StepResult per rank]
 
-They use a process group of their own, so that commands are never mixed with measured traffic. A
-frame has a fixed size; only a message that does not fit costs a second collective.
+They use their own process group, so that commands are never mixed with measured traffic. A frame
+has a fixed size; only a message that does not fit costs a second collective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpkit.control.messages import Body, Message
 _FRAME_BYTES = 2048
 _HEADER_BYTES = 8
 _TIMEOUT = timedelta(minutes=10)  # between two commands
-KEEP_ALIVE_S = 60.0  # an idle rank 0 sends KeepAlive this often, far more often than the timeout
+KEEP_ALIVE_S = 60.0  # interval of KeepAlive on an idle rank 0; far shorter than the timeout
 
 
 class Begin(Message, frozen=True, tag="begin"):
@@ -43,7 +43,7 @@ class End(Message, frozen=True, tag="end"):
 
 
 class KeepAlive(Message, frozen=True, tag="keep_alive"):
-    """Do nothing; renews the timeout while no request arrives."""
+    """Do nothing, but renew the timeout while no request arrives."""
 
 
 class Exit(Message, frozen=True, tag="exit"):
@@ -54,7 +54,7 @@ Command = Begin | Step | End | KeepAlive | Exit
 
 
 class StepResult(Message, frozen=True):
-    """The result of a step on one rank. `report` is packed; empty on a rank outside the group."""
+    """The result of a step on one rank. `report` is packed, and empty outside the first group."""
 
     report: bytes = b""
     last: bool = False
@@ -107,7 +107,7 @@ class CommandChannel:
 
 
 def _frame(data: bytes, nbytes: int) -> torch.Tensor:
-    """Return length and content in `nbytes`; content that does not fit is cut off."""
+    """Return a frame of `nbytes`: length and content. Content that does not fit is cut off."""
     frame = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
     message = len(data).to_bytes(_HEADER_BYTES, "little") + data
     fitting = bytearray(message[:nbytes])

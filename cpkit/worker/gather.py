@@ -1,4 +1,4 @@
-"""One gather: verified and shown (`Gather`), as a timeline (`Trace`), its path (`Explain`)."""
+"""Run one gather: verify it (`Gather`), trace it (`Trace`), or report its path (`Explain`)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from cpkit.symm import symmetric_pool
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import Run, prepare
 
-_MAX_SHOWN_SLOTS = 16_384  # over all ranks, of one stage: 2.5 MB for five stages
+_MAX_SHOWN_SLOTS = 16_384  # per stage, over all ranks: 2.5 MB for five stages
 _ITERATIONS = 5
 
 
 class GatherOperation(Operation[Gather]):
-    """Gather into poisoned memory, compare every bit, keep the stages, then time it."""
+    """Gather into poisoned memory, compare every bit, record the stages, then time the gather."""
 
     def only_step(self, group: CPGroup, state: RankState) -> GatherResult:
         """Return this rank's part of a verified gather."""
@@ -85,11 +85,11 @@ class ExplainOperation(Operation[Explain]):
 
 
 def _poison_pool(run: Run) -> None:
-    """Fill free memory, so that unwritten rows never look right. Collective without a pool."""
+    """Overwrite free pool memory, so that rows which the gather misses are detected. Collective."""
     if run.workload.symmetric and not run.group.spans_hosts:
         symmetric_pool(run.group, worker_device()).poison_free()
         finish()
-        run.group.barrier()  # no rank stores rows into memory that its owner still poisons
+        run.group.barrier()  # otherwise a peer could store rows into memory before it is poisoned
 
 
 def _array(name: str, rank: int, rows: torch.Tensor) -> StageArray:

@@ -1,6 +1,6 @@
 """The limits of requests, which rank 0 checks before it sends them to the other ranks.
 
-Every check raises ValueError. None allocates, so a request that is too large does no harm.
+Every check raises ValueError, and none allocates memory.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _MAX_ROUND = 1023
 _MAX_ROUNDS = 100_000
 _MAX_CALLS = 16
 _CLOCK_COPIES = 3  # source, target and fresh memory of the calls that copy
-_MAX_SAMPLES = 100_000  # of all ranks: 1.6 MB
+_MAX_SAMPLES = 100_000  # over all ranks: 1.6 MB
 _MAX_LATE_US = 100_000.0
 _MAX_TOKENS = 1 << 20
-# The largest number of copies of the gathered result that are allocated on a rank at one time,
-# including its shard and the expected rows. A plan has two outputs.
+# Copies of the gathered result that a rank holds at the same time, at most, including its shard and
+# the expected rows. A plan has two outputs.
 _COPIES = {"direct": 4}
-_COPIES_OTHERWISE = 5
+_DEFAULT_COPIES = 5
 
 
 @cache
 def memory_limit_bytes() -> int:
-    """Return how many bytes one request may need on all ranks together.
+    """Return how many bytes one request may use on all ranks together.
 
-    `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory that is available when the workers start (on
-    the GPU if the ranks run there).
+    This is `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory (on the GPU if the ranks run there)
+    that is available when the workers start.
     """
     chosen = settings.memory_limit_bytes()
     if chosen:
@@ -91,12 +91,12 @@ def check_cp_size(cp_size: int, world_size: int) -> None:
     if cp_size not in divisors:
         raise ValueError(
             f"cp_size is {cp_size}; it must divide the {world_size} ranks of these workers: use "
-            f"one of {', '.join(map(str, divisors))}, or start another number of workers"
+            f"one of {', '.join(map(str, divisors))}, or start the workers with another nproc"
         )
 
 
 def check_workload(workload: Workload, world_size: int) -> None:
-    """Raise ValueError for a workload that cannot run here."""
+    """Raise ValueError for a workload that `world_size` ranks cannot run."""
     check_cp_size(workload.cp_size, world_size)
     _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
     _in_range("the number of sequences", len(workload.lengths), 1, _MAX_SEQUENCES)
@@ -107,11 +107,11 @@ def check_workload(workload: Workload, world_size: int) -> None:
 
 
 def needed_bytes(workload: Workload) -> int:
-    """Return how many bytes all ranks together need for a workload, at most."""
+    """Return an upper bound of the bytes that all ranks together need for a workload."""
     longest_rank = -(-sum(workload.lengths) // workload.cp_size) + 2 * len(workload.lengths)
     padded = longest_rank * workload.cp_size * workload.row_bytes * workload.tensors
-    indices = 64 * sum(workload.lengths)  # int64 rows and orders, and temporaries of stamping
-    copies = _COPIES.get(workload.algorithm, _COPIES_OTHERWISE)
+    indices = 64 * sum(workload.lengths)  # int64 indices, and temporaries of stamping
+    copies = _COPIES.get(workload.algorithm, _DEFAULT_COPIES)
     return workload.cp_size * (copies * padded + indices)
 
 
@@ -130,8 +130,8 @@ def _check_memory(workload: Workload, more_copies: int = 0) -> None:
 def _check_clock(body: Clock) -> None:
     _check_memory(body.workload, _CLOCK_COPIES)
     _in_range("the number of calls", len(body.calls), 1, _MAX_CALLS)
-    room = _MAX_SAMPLES // (len(body.calls) * body.workload.cp_size)
-    _in_range("iterations", body.iterations, 1, room)
+    most = _MAX_SAMPLES // (len(body.calls) * body.workload.cp_size)
+    _in_range("iterations", body.iterations, 1, most)
     _in_range("warmup", body.warmup, 0, 1000)
     _in_range("late_us", body.late_us, 0.0, _MAX_LATE_US)
 
@@ -139,15 +139,15 @@ def _check_clock(body: Clock) -> None:
 def _check_pool(body: Pool, world_size: int) -> None:
     check_cp_size(body.cp_size, world_size)
     _check_shape(body.heads, body.head_dim, body.dtype, body.tensors)
-    room = memory_limit_bytes() // body.cp_size
+    rank_limit = memory_limit_bytes() // body.cp_size
     if body.action == "configure" and body.prealloc_bytes is not None:
-        _in_range("prealloc_bytes", body.prealloc_bytes, 1, room)
+        _in_range("prealloc_bytes", body.prealloc_bytes, 1, rank_limit)
     if body.action == "allocate":
-        _in_range("nbytes", body.nbytes or 0, 1, room)
+        _in_range("nbytes", body.nbytes or 0, 1, rank_limit)
     if body.action == "warm_up":
         # Receive buffer and shard of each tensor, twice; see SymmetricPool.warm_up.
         row = body.heads * body.head_dim * DTYPE_BYTES[body.dtype] * 4 * body.tensors
-        _in_range("max_tokens", body.max_tokens or 0, 1, max(1, room // row))
+        _in_range("max_tokens", body.max_tokens or 0, 1, max(1, rank_limit // row))
 
 
 def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:

@@ -1,7 +1,7 @@
 """Run one rank, after `cpkit.worker.rank` has started its watchdog and imported torch.
 
-Rank 0 serves the control socket; the other ranks execute its commands. A rank that loses a peer
-waits for the agent to end it, so that the agent can identify the rank that failed first.
+Rank 0 serves the control socket; the other ranks execute its commands. After losing a peer, a rank
+waits until the agent ends it, so that the agent can identify the rank that failed first.
 """
 
 from __future__ import annotations
@@ -31,46 +31,47 @@ from cpkit.worker.commands import CommandChannel
 from cpkit.worker.limits import memory_limit_bytes
 from cpkit.worker.scheduler import Executor, Scheduler
 
-_LOST_PEER_PATIENCE_S = 10.0
+_AGENT_TIMEOUT_S = 10.0
 _log = logging.getLogger("cpkit")
 
 
-def main(launch: Launch, place: RuntimeDir, agent: Agent) -> None:
+def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     """Join the process group, then serve or execute commands until shutdown."""
-    me = f"rank {os.environ['RANK']}"
-    place.set_startup_phase(me, "preparing its device")
+    name = f"rank {os.environ['RANK']}"
+    runtime_dir.set_startup_phase(name, "preparing its device")
     if worker_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
-    memory_limit_bytes()  # cache it before requests use memory
-    place.set_startup_phase(me, "joining the process group")
+    memory_limit_bytes()  # cached before requests use memory
+    runtime_dir.set_startup_phase(name, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     channel = CommandChannel()
-    workers = _introduce(channel, place)
-    place.set_startup_phase(me, READY)
+    workers = _gather_workers(channel, runtime_dir)
+    runtime_dir.set_startup_phase(name, READY)
     try:
         if channel.rank == 0:
-            _serve(launch, place, agent, workers, channel)
+            _serve(launch, runtime_dir, agent, workers, channel)
         else:
             Executor(channel).run()
-    except RuntimeError as error:  # gloo reports a closed connection like this
-        _wait_for_the_end(error)
+    except RuntimeError as error:  # how gloo reports a closed connection
+        _wait_for_agent(error)
     dist.destroy_process_group()
 
 
 def _serve(
     launch: Launch,
-    place: RuntimeDir,
+    runtime_dir: RuntimeDir,
     agent: Agent,
     workers: tuple[Worker, ...],
     channel: CommandChannel,
 ) -> None:
-    """Rank 0: bind the socket, write the connection file, run the scheduler."""
+    """On rank 0, bind the socket, write the connection file, and run the scheduler."""
     server_public, server_secret = zmq.curve_keypair()
     client_public, client_secret = zmq.curve_keypair()
-    started = time.monotonic()
+    start_s = time.monotonic()
 
     def status(ahead: int) -> StatusResult:
-        return _status(launch, place, workers, server.endpoint, ahead, time.monotonic() - started)
+        uptime_s = time.monotonic() - start_s
+        return _status(launch, runtime_dir, workers, server.endpoint, ahead, uptime_s)
 
     server = Server(_endpoint(launch, agent), server_secret, client_public, status)
     connection = Connection(
@@ -85,19 +86,19 @@ def _serve(
         agent=agent.process,
         owner=launch.owner,
         workers=workers,
-        log_dir=str(place.log_dir),
+        log_dir=str(runtime_dir.log_dir),
     )
-    write_private(place.connection_file, connection)
+    write_private(runtime_dir.connection_file, connection)
     server.start()
     _log.warning("ready: %d ranks at %s", len(workers), server.endpoint)
     Scheduler(server, channel).run()
     server.close()
-    remove_connection(place, agent)
+    remove_connection(runtime_dir, agent)
 
 
 def _status(
     launch: Launch,
-    place: RuntimeDir,
+    runtime_dir: RuntimeDir,
     workers: tuple[Worker, ...],
     endpoint: str,
     ahead: int,
@@ -110,12 +111,12 @@ def _status(
         torch_version=str(torch.__version__),
         world_size=world_size,
         cp_sizes=tuple(n for n in range(1, world_size + 1) if world_size % n == 0),
-        device=_device_words(),
+        device=_describe_device(),
         state="busy" if ahead else "idle",
         ahead=ahead,
         uptime_s=uptime_s,
         endpoint=endpoint,
-        log_dir=str(place.log_dir),
+        log_dir=str(runtime_dir.log_dir),
         owner_pid=launch.owner.pid if launch.owner else None,
         symmetric_backend=_backend_name(),
         memory_limit_bytes=memory_limit_bytes(),
@@ -125,7 +126,7 @@ def _status(
     )
 
 
-def _device_words() -> str:
+def _describe_device() -> str:
     if worker_device() == "cpu":
         return "cpu"
     return f"cuda: {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
@@ -138,29 +139,29 @@ def _backend_name() -> str:
 
 
 def _endpoint(launch: Launch, agent: Agent) -> str:
-    """Return an ipc endpoint in the agent's private directory, or TCP on the chosen interface."""
+    """Return an ipc endpoint in the agent's private directory, or TCP on `launch.interface`."""
     if launch.interface:
         return f"tcp://{address_of(launch.interface)}:*"
     return f"ipc://{agent.socket_dir}/control"
 
 
-def _introduce(channel: CommandChannel, place: RuntimeDir) -> tuple[Worker, ...]:
+def _gather_workers(channel: CommandChannel, runtime_dir: RuntimeDir) -> tuple[Worker, ...]:
     """Return the process of each rank, for the connection file. Collective."""
-    me = Worker(channel.rank, socket.gethostname(), process_id(), _my_log(place))
-    answers = channel.all_gather_bytes(msgspec.msgpack.encode(me))
-    return tuple(msgspec.msgpack.decode(answer, type=Worker) for answer in answers)
+    mine = Worker(channel.rank, socket.gethostname(), process_id(), _log_file(runtime_dir))
+    packed = channel.all_gather_bytes(msgspec.msgpack.encode(mine))
+    return tuple(msgspec.msgpack.decode(data, type=Worker) for data in packed)
 
 
-def _my_log(place: RuntimeDir) -> str:
+def _log_file(runtime_dir: RuntimeDir) -> str:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     rank = os.environ.get("LOCAL_RANK", "0")
-    found = sorted(place.log_dir.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))
+    found = sorted(runtime_dir.log_dir.glob(f"*/attempt_{attempt}/{rank}/stderr.log"))
     return str(found[-1]) if found else ""
 
 
-def _wait_for_the_end(error: Exception) -> NoReturn:
-    """Wait for the agent to end this rank, because the first rank to exit counts as the cause."""
+def _wait_for_agent(error: Exception) -> NoReturn:
+    """Wait for the agent to end this rank: torchrun reports the first rank to exit as the cause."""
     _log.warning("lost a peer, or the connection to it", exc_info=error)
-    time.sleep(_LOST_PEER_PATIENCE_S)
+    time.sleep(_AGENT_TIMEOUT_S)
     _log.error("the agent did not end this rank, so the rank exits: %s", error)
-    os._exit(1)  # destroying a broken process group may wait forever
+    os._exit(1)  # destroying a broken process group may block forever

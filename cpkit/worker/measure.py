@@ -1,4 +1,4 @@
-"""Timing one workload repeatedly (`Measure`), or several side by side (`Sweep`)."""
+"""Time one workload repeatedly (`Measure`), or several interleaved ones (`Sweep`)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first has few iterations and arrives early; later ones fill a step."""
+    """Stream samples. The first has few iterations, to arrive early; later ones fill a step."""
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
         """Take one sample per step."""
@@ -48,7 +48,7 @@ class MeasureOperation(Operation[Measure]):
         return _sample(workload, (self.body.samples or 1) - 1, timing, run.path())
 
     def collect(self, reports: list[Sample], *, over: bool) -> Iterator[ReplyBody]:
-        """Yield one sample, and the end after the last."""
+        """Yield one sample, and Done after the last one."""
         yield Sample.of_all_ranks(reports)
         if over:
             yield Done()
@@ -62,7 +62,7 @@ class SweepOperation(Operation[Sweep]):
         self._rows: list[Sample] = []
 
     def cp_size(self) -> int:
-        """Return the number of ranks that take part in this part."""
+        """Return the cp_size of this part."""
         return self.body.workloads[0].cp_size
 
     def parts(self) -> Sequence[Body]:
@@ -73,7 +73,7 @@ class SweepOperation(Operation[Sweep]):
         ]
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
-        """Take as many samples per step as fit its duration."""
+        """Run as many iterations per step as fit in CHUNK_S."""
         workloads, iterations = self.body.workloads, self.body.iterations
         first = prepare(workloads[0], group, state.round)
         runs = [replace(first, workload=workload) for workload in workloads]
@@ -93,7 +93,7 @@ class SweepOperation(Operation[Sweep]):
     def collect(
         self, reports: list[Progress] | list[SweepResult], *, over: bool
     ) -> Iterator[ReplyBody]:
-        """Yield progress in workloads; at the end of the last part, all rows."""
+        """Yield progress in workloads; after the last part, all rows."""
         parts = [report for report in reports if isinstance(report, SweepResult)]
         if parts:
             for sample in SweepResult.of_all_ranks(parts).rows:

@@ -1,11 +1,11 @@
-"""What an operation is: steps on every rank of the first group, whose reports rank 0 joins.
+"""An operation: steps on every rank of the first group, and reports that rank 0 joins.
 
     rank 0   steps: report ─┐             ┌─▶ collect ─▶ replies to the client
     rank 1   steps: report ─┼─ gathered ──┘
     rank 2   (not in the first group: idle)
 
-A report is a reply with this rank's part. Steps are short: between two steps rank 0 checks for
-cancelled requests, and serves requests that wait.
+A report is a reply that contains one rank's part. Steps are short, because rank 0 cancels requests
+and serves waiting ones between two steps.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from cpkit.group import CPGroup, forget_groups
 
 B = TypeVar("B", bound=Message)
 Steps = Generator[ReplyBody, None, ReplyBody]
-CHUNK_S = 0.05  # duration of a step
+CHUNK_S = 0.05  # target duration of a step
 
 
 class RankState:
-    """What a rank keeps between requests.
+    """The state of a rank between requests.
 
-    `held` are the blocks that a notebook holds in the pool of a cp_size. `round` differs between
-    consecutive requests and is equal on all ranks, so that rows stamped with it are never mistaken
-    for those of an earlier request.
+    `held` contains, per cp_size, the pool blocks that a notebook has allocated and not released.
+    `round` differs between consecutive requests and is equal on all ranks. Rows are stamped with
+    it, so that rows of an earlier request are detected.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class RankState:
         self.round = 0
 
     def reset(self) -> None:
-        """Drop everything after a failure inside a collective. Every rank calls it."""
+        """Drop all state after a failure inside a collective. Call it on every rank."""
         self.held.clear()
         forget_groups()
 
@@ -50,11 +50,11 @@ class Operation(Generic[B]):
         self.body = body
 
     def parts(self) -> Sequence[Body]:
-        """Return the request as requests of one cp_size each, which are run in order."""
+        """Return the request as requests of one cp_size each, which run in order."""
         return [self.body]  # type: ignore[list-item]  # every B is one of Body's types
 
     def cp_size(self) -> int:
-        """Return the number of ranks that take part."""
+        """Return the number of ranks that run the operation."""
         body: Any = self.body
         size: int = getattr(body, "workload", body).cp_size
         return size
@@ -62,13 +62,13 @@ class Operation(Generic[B]):
     def steps(self, group: CPGroup, state: RankState) -> Steps:
         """Yield a report after each step, and return the last one. Collective over the group."""
         return self.only_step(group, state)
-        yield  # makes this a generator, as all steps are
+        yield  # unreachable; makes this function a generator
 
     def only_step(self, group: CPGroup, state: RankState) -> ReplyBody:
         """Return the report of an operation that has one step."""
         raise NotImplementedError
 
     def collect(self, reports: list[Any], *, over: bool) -> Iterator[ReplyBody]:
-        """On rank 0, yield the replies to one report per rank; if `over`, also the result."""
+        """On rank 0, yield the replies for one report per rank; if `over`, also the result."""
         first = reports[0]
         yield first if isinstance(first, Progress) else first.of_all_ranks(reports)

@@ -1,4 +1,4 @@
-"""Show a pool, resize it, warm it up, or fill it deliberately (`Pool`)."""
+"""Show, resize, warm up or fill a pool (`Pool`)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import DTYPES
 
-_MAX_SAMPLES = 512  # of the pool's history that are sent: about 30 kB
+_MAX_SAMPLES = 512  # of the history, about 30 kB
 
 
 class PoolOperation(Operation[Pool]):
-    """Perform one action, then report the statistics."""
+    """Run one action, then report the statistics."""
 
     def only_step(self, group: CPGroup, state: RankState) -> PoolResult:
-        """Act, and return this rank's pool afterwards."""
+        """Run the action, and return the statistics of this rank's pool."""
         note = self._act(symmetric_pool(group, worker_device()), state)
         pool = symmetric_pool(group, worker_device())
         pool.free_dropped("look at the pool")  # returns the blocks that all ranks have dropped
@@ -27,7 +27,7 @@ class PoolOperation(Operation[Pool]):
         return PoolResult(self.body.cp_size, (pool.stats(),), note, tuple(samples))
 
     def _act(self, pool: SymmetricPool, state: RankState) -> str:
-        """Perform the action, and return what it did."""
+        """Run the action, and return a note on what it did."""
         match self.body.action:
             case "configure":
                 state.held.pop(self.body.cp_size, None)

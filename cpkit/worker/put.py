@@ -1,11 +1,11 @@
-"""Each rank writes its stamp into every peer's memory, and reads what its peers wrote (`Put`).
+"""Write stamps into every peer's memory, and read the stamps of the peers (`Put`).
 
     round n, with barriers      write n everywhere │ barrier │ read: n everywhere │ barrier │ next
     round n, without            write n everywhere, read: any round, next round
 
-A stamp is `writer << 32 | round`, so a read shows which rank wrote it and in which round: an
-earlier one (stale: the peer has not written yet) or a later one (ahead: the peer has overwritten
-the stamp that was to be read).
+A stamp is `writer << 32 | round`, so a read shows which rank wrote it and in which round. A read is
+stale if the peer has not written in this round yet, and ahead if the peer has already overwritten
+the stamp in a later round.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class _Stamps:
         pool = symmetric_pool(group, mine.device.type)
         location = pool.locate(mine)
         self._mine, self._group, self._barrier = mine, group, barrier
-        self._views = [pool.peer_view(mine, peer) for peer in range(group.size)]
-        # On the CPU, numpy stores a word at once; torch takes microseconds for it.
-        self._words = [v.numpy() for v in self._views] if mine.device.type == "cpu" else self._views
+        views = [pool.peer_view(mine, peer) for peer in range(group.size)]
+        # On the CPU, a store takes microseconds in torch and much less in numpy.
+        self._views = [view.numpy() for view in views] if mine.device.type == "cpu" else views
         self._offset = location[1] if location else -1
         self._reads = self._stale = self._ahead = 0
         self._row: list[int] = []
@@ -64,7 +64,7 @@ class _Stamps:
     def run_round(self, number: int) -> None:
         """Write to all peers, then read what they wrote here."""
         rank = self._group.rank
-        for view in self._words:
+        for view in self._views:
             view[rank] = rank << _ROUND_BITS | number
         finish()
         if self._barrier:

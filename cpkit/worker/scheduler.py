@@ -20,7 +20,6 @@ from cpkit.control.messages import (
     Failed,
     FailureKind,
     Measure,
-    ReplyBody,
     Shutdown,
 )
 from cpkit.control.queue import Job
@@ -58,7 +57,7 @@ class Executor:
             self.execute(command)
 
     def execute(self, command: Command) -> list[StepResult]:
-        """Execute a command; return every rank's result of a step, else nothing. Collective."""
+        """Execute a command. Return one result per rank of a step, otherwise []. Collective."""
         if isinstance(command, Begin):
             self._state.round = command.job % 1000 + 1
             self._open[command.job] = self._steps(command.body)
@@ -72,7 +71,7 @@ class Executor:
         return []
 
     def _steps(self, body: Body) -> Generator[Any, None, Any]:
-        """Yield this rank's reports; None on ranks outside the first group."""
+        """Yield the reports of this rank; on ranks outside the first group, None."""
         job_operation = operation(body)
         group = init_context_parallel(job_operation.cp_size())
         group.samples_pools = True
@@ -83,7 +82,7 @@ class Executor:
 
 
 def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
-    """Run one step. An exception becomes a result, so that the other ranks learn of it."""
+    """Run one step. An exception becomes a result, so that all ranks still exchange results."""
     try:
         report, last = next(steps), False
     except StopIteration as end:
@@ -98,7 +97,7 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
 
 
 class Task:
-    """A job on rank 0: its operation, and the parts that are not finished."""
+    """A job on rank 0: its operation and its unfinished parts."""
 
     def __init__(self, body: Body) -> None:
         self.operation: Operation[Any] = operation(body)
@@ -107,7 +106,7 @@ class Task:
 
 
 class Scheduler:
-    """Rank 0's loop: takes jobs from the queue, sends the commands, and replies to the clients."""
+    """Rank 0's loop: takes jobs from the queue, sends commands, and replies to clients."""
 
     def __init__(self, server: Server, channel: CommandChannel) -> None:
         self._server, self._jobs, self._channel = server, server.jobs, channel
@@ -154,7 +153,12 @@ class Scheduler:
             task.parts.popleft()
             self._close([job.number])
         over = not task.parts
-        for reply in self._collect(task, results, over=over):
+        reports = [
+            msgspec.msgpack.decode(result.report, type=task.operation.report)
+            for result in results
+            if result.report
+        ]
+        for reply in task.operation.collect(reports, over=over):
             self._server.reply(job, reply)
         if over:
             self._remove(job)
@@ -163,16 +167,8 @@ class Scheduler:
         else:
             self._jobs.put_back(job, front=not isinstance(job.body, Measure))
 
-    def _collect(self, task: Task, results: list[StepResult], *, over: bool) -> list[ReplyBody]:
-        reports = [
-            msgspec.msgpack.decode(result.report, type=task.operation.report)
-            for result in results
-            if result.report
-        ]
-        return list(task.operation.collect(reports, over=over))
-
     def _report_errors(self, job: Job, results: list[StepResult]) -> None:
-        """Report the lowest rank's error. Unless all ranks agreed on it, reset all ranks."""
+        """Report the error of the lowest rank. Reset all ranks unless they agreed on the error."""
         rank = next((r for r, result in enumerate(results) if result.error), 0)
         first = results[rank]
         if all(result.agreed for result in results):
@@ -183,7 +179,7 @@ class Scheduler:
             self._fail(job, "internal", first.error, rank)
 
     def _reset(self) -> None:
-        """Close every open job and drop all groups; open measurements start again."""
+        """Close every open job and drop all groups. Jobs in the queue start their part again."""
         open_jobs = [number for number, task in self._tasks.items() if task.is_open]
         self._close(open_jobs, reset=True)
 
@@ -204,6 +200,6 @@ class Scheduler:
         self._execute(End(tuple(jobs), reset))
 
     def _execute(self, command: Command) -> list[StepResult]:
-        """Send a command to all ranks, and execute it here."""
+        """Send a command to the other ranks, and execute it on rank 0."""
         self._channel.send(command)
         return self._executor.execute(command)

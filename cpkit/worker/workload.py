@@ -1,4 +1,4 @@
-"""A workload on one rank: its stamped rows, the gather, and the check of the result."""
+"""A workload on one rank: stamp its rows, gather them, and check the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_B
 
 @dataclass
 class Run:
-    """A workload that is ready to be gathered any number of times. Every rank has one."""
+    """A prepared workload on one rank, to gather any number of times."""
 
     workload: Workload
     metadata: ContextParallelMetadata
@@ -42,7 +42,7 @@ class Run:
             )
 
     def prepare_plan(self) -> GatherPlan:
-        """Return the plan of algorithm "plan"; make it at the first call. Collective."""
+        """Return the plan of algorithm "plan", created in the first call. Collective."""
         if self._plan is None:
             with batch_symmetry(self.workload.symmetric):
                 self._plan = plan_gather_kv(self.tensors, self.metadata, self.group)
@@ -63,7 +63,7 @@ class Run:
         return gathered
 
     def _is_expected(self, tensor: torch.Tensor, number: int) -> bool:
-        """Return whether every bit is right: ten times faster than a check that can explain."""
+        """Return True if every bit is right. Ten times faster than `provenance.check`."""
         want = provenance.expected_rows(
             self.metadata, tensor.shape[1:], tensor.dtype, round=self.round, tensor=number
         )
@@ -79,7 +79,7 @@ class Run:
 
 
 def prepare(workload: Workload, group: CPGroup, round_number: int) -> Run:
-    """Stamp this rank's rows. Local."""
+    """Stamp this rank's rows, and return the prepared workload. Local."""
     metadata = workload.layout()
     shape, dtype = (workload.heads, workload.head_dim), DTYPES[workload.dtype]
     tensors = [

@@ -110,7 +110,7 @@ def test_a_start_that_hangs_is_stopped_and_reports_its_phase(
     until(lambda: {"rank 0", "rank 1"} <= phases().keys(), why=lambda: str(phases()))
     for process in processes_with(MARK, mark):
         process.suspend()
-    for limit in ("READY_S", "_ENDING_S", "_LEAVING_S"):
+    for limit in ("READY_S", "_STOP_TIMEOUT_S", "_EXIT_TIMEOUT_S"):
         monkeypatch.setattr(launcher, limit, 1.0)
     with pytest.raises(cpkit.NoAnswer, match=r"rank 0: .*, rank 1: .*agent\.log"):
         launcher.wait_until_ready(agent, settings)

@@ -16,7 +16,7 @@ from cpkit.control import launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of, from_json, loopback
 from cpkit.control.runtime_dir import (
-    NameTaken,
+    AlreadyRunning,
     RuntimeDir,
     remove_socket_dir,
     write_private,
@@ -70,7 +70,7 @@ def test_a_directory_that_other_users_can_write_to_is_rejected(here: RuntimeDir)
 def test_a_file_that_is_not_a_connection_file_is_rejected(here: RuntimeDir, content: bytes) -> None:
     here.connection_file.touch(mode=0o600)
     here.connection_file.write_bytes(content)
-    with pytest.raises(ControlError, match="not a connection file"):
+    with pytest.raises(ControlError, match=r"not written by this version.*stop the workers"):
         here.connection()
 
 
@@ -87,7 +87,7 @@ def test_a_name_is_taken_while_its_holder_lives(here: RuntimeDir) -> None:
         assert holder.stdout
         holder.stdout.readline()
         assert here.is_locked()
-        with pytest.raises(NameTaken, match=r"run already.*stop"):
+        with pytest.raises(AlreadyRunning, match=r"already running.*stop"):
             here.acquire_lock()
         holder.kill()
         holder.wait()
@@ -112,7 +112,7 @@ def test_only_socket_directories_of_cpkit_are_removed(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (Launch(nproc=0), "--nproc is 0"),
-        (Launch(nnodes=2, node_rank=2, rdzv_endpoint="a:1"), "node ranks go from 0"),
+        (Launch(nnodes=2, node_rank=2, rdzv_endpoint="a:1"), "node ranks are 0 to"),
         (Launch(nnodes=2), "host:port"),
         (Launch(nnodes=2, rdzv_endpoint="a:http"), "host:port"),
         (Launch(max_restarts=-1), "--max-restarts"),
@@ -132,8 +132,8 @@ def test_settings_are_decoded_as_they_were_encoded() -> None:
 
 
 def test_nodes_that_share_a_home_have_separate_directories() -> None:
-    assert Launch(name="x").place_name == "x"
-    assert Launch(name="x", nnodes=2, node_rank=1).place_name == "x.node1"
+    assert Launch(name="x").runtime_dir_name == "x"
+    assert Launch(name="x", nnodes=2, node_rank=1).runtime_dir_name == "x.node1"
 
 
 def test_an_interface_has_an_address() -> None:
@@ -145,13 +145,13 @@ def test_each_startup_phase_renews_the_deadline(
     here: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "READY_S", 0.2)
-    patience = launcher._Patience(here)
+    deadline = launcher._StartDeadline(here)
     for phase in ("importing torch", "joining the process group"):
         here.set_startup_phase("rank 0", phase)
-        assert not patience.is_over(), "slow is not stuck"
+        assert not deadline.has_passed(), "slow is not stuck"
         time.sleep(0.3)
-    until(patience.is_over)
-    assert "within 0.2 s (rank 0: joining the process group)" in patience.words()
+    until(deadline.has_passed)
+    assert "within 0.2 s (rank 0: joining the process group)" in deadline.describe()
 
 
 def test_a_process_is_alive_until_it_is_a_zombie() -> None:

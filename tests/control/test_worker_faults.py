@@ -201,7 +201,7 @@ def test_the_script_starts_shows_and_stops_workers(runtime_dir: Path) -> None:
     assert "2 workers 'shell' are ready" in started.stdout
     twice = script("start", "--name", "shell", "--nproc", "2")
     assert twice.returncode == 1
-    assert "run already" in twice.stderr
+    assert "already running" in twice.stderr
     shown = script("status", "--name", "shell")
     assert shown.returncode == 0
     assert "running until stopped" in shown.stdout

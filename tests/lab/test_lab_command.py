@@ -76,7 +76,7 @@ def test_starting_others_of_the_same_name_is_refused(
 ) -> None:
     assert main(["start", "--name=met", "--nproc=2"]) == 1
     said = capsys.readouterr().err
-    assert "workers named 'met' run already" in said
+    assert "workers named 'met' are already running" in said
     assert_names_the_lab(said, first.pid)
 
 
