@@ -31,7 +31,7 @@ class Capabilities:
 
     def __str__(self) -> str:
         lines = [f"- {it.what}: {it.why}. Instead: {it.instead}." for it in self.limitations]
-        return "\n".join([self.title, *(["Not here:"] if lines else []), *lines])
+        return "\n".join([self.title, *(["Not available here:"] if lines else []), *lines])
 
 
 _NO_LINKS = Limitation(

@@ -83,7 +83,7 @@ def simulate_push(
         [[(GATHER, writer, 0, row) for row in range(shard_rows)] for writer in range(size)]
     )
     for writer in range(size):
-        first = recv[writer] + writer * shard_rows  # the writer knows only its own offset
+        first = recv[writer] + writer * shard_rows  # the writer uses its own offset on all peers
         for peer in range(size):
             memory[peer][first : first + shard_rows] = shards[writer]
     lost, overwritten = [], []

@@ -1,7 +1,7 @@
 """Run ranks that make a mistake on purpose, and report what each of them observed.
 
 A failed rank may hang or be dead. So each case has its own processes, a short deadline and a time
-limit: no process is left when `inject_fault` returns. `cpkit_lessons.faults` is what they run.
+limit, and no process is left when `inject_fault` returns. They run `cpkit_lessons.faults`.
 """
 
 from __future__ import annotations
