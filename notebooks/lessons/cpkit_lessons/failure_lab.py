@@ -40,7 +40,7 @@ _TIMEOUT_S = 35.0
 
 
 class RankReport(Message, frozen=True):
-    """What one rank observed, and how its process ended.
+    """The observations of one rank, and the end of its process.
 
     `error`: the type of an exception, `message`: its text; `paths`: transport to path, `reason`:
     why; `wrong`: a description of the first wrong row; `exit_code`: added by the parent process.

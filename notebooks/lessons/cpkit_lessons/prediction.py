@@ -1,4 +1,4 @@
-"""One question that is answered before the measurement: a number, a name, or names in order."""
+"""A question to answer before the measurement: a number, a name, or names in order."""
 
 from __future__ import annotations
 
