@@ -110,7 +110,7 @@ def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Seque
     if got > max(held):
         return f"{call}: {max(held)} slots are enough; more are padding on all ranks"
     rank = held.index(max(held))
-    return f"{call}: the last {max(held) - got} of rank {rank} would be cut off"
+    return f"{call}: {max(held) - got} row(s) of rank {rank} would be cut off"
 
 
 # --------------------------------------------------------------- 4 and 5: strip and reorder

@@ -264,8 +264,8 @@ def check_copies(copies: Copies) -> Score:
             least = _fewest(tokens)
             if len(plan) > least:
                 raise WrongAnswer(
-                    f"rank {rank} holds tokens {tokens}: your plan has {len(plan)} copies; {least} "
-                    f"are enough: consecutive tokens need one copy"
+                    f"rank {rank} holds tokens {tokens}: your plan has {len(plan)} copies; the "
+                    f"minimum is {least}, because consecutive tokens need one copy"
                 )
             yours, fewest = yours + len(plan), fewest + least
         rows.check_rows("copies", result, wanted, layout)

@@ -226,9 +226,7 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
         for ranks in (list(card.ranks), list(reversed(card.ranks))):
             got = cause(ranks)
             if got != case:
-                shown = str(dataclasses.replace(card, case="this post-mortem")).replace(
-                    "\n", "\n  "
-                )
+                shown = str(dataclasses.replace(card, case="Its post-mortem")).replace("\n", "\n  ")
                 raise WrongAnswer(f"you say {got!r}; the cause was {case!r}. {shown}")
             cases += 1
     return Score(cases)
