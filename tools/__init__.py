@@ -1,1 +1,1 @@
-"""What authors of the notebooks need: build, rehearse, picture. Not part of the wheel."""
+"""Tools for the authors of the notebooks. Not part of the wheel."""

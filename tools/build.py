@@ -1,8 +1,8 @@
-"""Make the notebooks from their sources: `python -m tools.build [01 02 03]`.
+"""Build the notebooks from their sources: `python -m tools.build [01 02 03]`.
 
-`notebooks/src/NAME.py` (see `source`) is what is edited; `notebooks/NAME.ipynb` is made of it, run,
-and written in canonical form. Outputs are kept, because pages such as GitHub show them and nbval
-compares them; what changes from run to run without meaning anything is dropped.
+Edit `notebooks/src/NAME.py` (see `source`). This tool renders it as `notebooks/NAME.ipynb`, runs
+it and writes it in canonical form: with outputs, because GitHub shows them and nbval compares them,
+but without metadata that differs from run to run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import nbformat
 from cpkit.notebook.show import NO_BROWSER, find_browser
 from tools import run, source
 
-MAX_BYTES = 1_000_000  # of a committed notebook, pictures included
+MAX_BYTES = 1_000_000  # per committed notebook, including its pictures
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SOURCES = NOTEBOOKS / "src"
@@ -30,22 +30,22 @@ _METADATA = {
 
 
 def build(path: Path) -> Any:
-    """The notebook of a source file, run with its starters in it.
+    """Return the notebook of a source file, executed with the starters.
 
-    Raises ValueError when a cell took longer than its budget.
+    Raises ValueError if a cell took longer than its budget.
     """
     notebook = run.notebook_of(list(source.read(path).rendered()))
     run.execute(notebook, NOTEBOOKS, {"CPKIT_STATIC": "1"})
     late = run.over_budget(notebook)
     if late:
-        raise ValueError(f"{path.name}: {'; '.join(late)}; make it quicker, or set budget_s")
+        raise ValueError(f"{path.name}: {'; '.join(late)}; make it faster, or set budget_s")
     return notebook
 
 
 def canonical(notebook: Any) -> str:
-    """A notebook as text, in the one form in which notebooks are committed.
+    """Return a notebook as text, in the form in which notebooks are committed.
 
-    Raises ValueError when it is larger than MAX_BYTES or two cells share an id.
+    Raises ValueError if it is larger than MAX_BYTES or two cells share an id.
     """
     cells = [_canonical_cell(cell) for cell in notebook.cells]
     ids = [cell["id"] for cell in cells]
@@ -60,7 +60,7 @@ def canonical(notebook: Any) -> str:
     text: str = nbformat.writes(nbformat.from_dict(clean), version=4) + "\n"  # type: ignore[no-untyped-call]
     size = len(text.encode())
     if size > MAX_BYTES:
-        raise ValueError(f"the notebook has {size} bytes; {MAX_BYTES} are allowed: show less in it")
+        raise ValueError(f"the notebook has {size} bytes; {MAX_BYTES} are allowed: cut its outputs")
     return text
 
 
@@ -88,8 +88,8 @@ def _canonical_output(output: Any) -> dict[str, Any]:
     return clean
 
 
-def complaints(path: Path) -> list[str]:
-    """What is wrong with a committed notebook: its form, or that its source says something else."""
+def problems(path: Path) -> list[str]:
+    """Return what is wrong with a committed notebook: its form, or a difference from its source."""
     text = path.read_text()
     notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
     try:
@@ -100,7 +100,7 @@ def complaints(path: Path) -> list[str]:
         return [f"{path.name} is not in canonical form: run `make notebooks`"]
     wanted = run.notebook_of(list(source.read(SOURCES / f"{path.stem}.py").rendered()))
     if _without_outputs(notebook) != _without_outputs(wanted):
-        return [f"{path.name} is not what its source in src/ says: run `make notebooks`"]
+        return [f"{path.name} differs from its source in src/: run `make notebooks`"]
     return []
 
 
@@ -109,23 +109,23 @@ def _without_outputs(notebook: Any) -> list[tuple[Any, ...]]:
 
 
 def check(paths: Sequence[Path]) -> int:
-    """Name what is wrong with committed notebooks; 1 when there is anything."""
-    wrong = [complaint for path in paths for complaint in complaints(path)]
-    sys.stderr.writelines(f"{complaint}\n" for complaint in wrong)
-    return int(bool(wrong))
+    """Print the problems of committed notebooks; return 1 if there are any."""
+    found = [problem for path in paths for problem in problems(path)]
+    sys.stderr.writelines(f"{problem}\n" for problem in found)
+    return int(bool(found))
 
 
 def named(numbers: Sequence[str]) -> list[Path]:
-    """The source files whose names begin so; all of them by default."""
+    """Return the source files whose names begin with one of `numbers`; all of them by default."""
     found = sorted(SOURCES.glob("[0-9]*.py"))
     return [path for path in found if path.stem.startswith(tuple(numbers or [""]))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make, run and write the named notebooks; all of them by default."""
+    """Build the named notebooks, or all of them; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.build", description=__doc__)
-    parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
-    parser.add_argument("--check", action="store_true", help="run nothing: are they as committed?")
+    parser.add_argument("notebooks", nargs="*", help="start of their names; default: all")
+    parser.add_argument("--check", action="store_true", help="check what is committed; run nothing")
     options = parser.parse_args(arguments)
     if options.check:
         return check(sorted(NOTEBOOKS.glob("*.ipynb")))

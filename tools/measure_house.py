@@ -1,10 +1,10 @@
-"""Measure how large the house is, and how much code one gather enters.
+"""Measure the size of the repository, and how much code one gather enters.
 
     python -m tools.measure_house
 
 Prints lines and modules per folder, the number of `CPKIT_*` variables, and for one warm
 `all_gather_kv` of rank 0 (one tensor, two sequences, cp_size 2, CPU) the files and distinct
-functions of cpkit that it enters. Comprehensions count as part of the function that they are in.
+functions of cpkit that it enters. A comprehension counts as part of its function.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def variables() -> tuple[int, int]:
 
 
 def entered_by_a_gather() -> dict[str, tuple[int, int, int]]:
-    """Return by algorithm: files, distinct functions and changes of file. Starts two ranks.
+    """Return files, distinct functions and changes of file by algorithm. Starts two ranks.
 
-    Raises RuntimeError, with the end of their output, when the ranks fail, and TimeoutExpired
-    after 120 s.
+    Raises RuntimeError with the end of their output if the ranks fail, and TimeoutExpired after
+    120 s.
     """
     with TemporaryDirectory() as directory:
         output = Path(directory) / "entered.json"
@@ -141,13 +141,13 @@ def _entered(call: Callable[[], None]) -> tuple[int, int, int]:
     package = str(ROOT / "cpkit") + os.sep
     trail: list[tuple[str, str]] = []
 
-    def note(frame: FrameType, event: str, _: object) -> None:
+    def record(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
         is_part = code.co_name.startswith("<") and code.co_name != "<lambda>"
         if event == "call" and code.co_filename.startswith(package) and not is_part:
             trail.append((code.co_filename, code.co_qualname))
 
-    sys.setprofile(note)
+    sys.setprofile(record)
     call()
     sys.setprofile(None)
     files = [file for file, _ in trail]

@@ -1,6 +1,6 @@
-"""The picture at the top of the README: `python -m tools.picture docs/gather.png`.
+"""Draw the picture at the top of the README: `python -m tools.picture docs/gather.png`.
 
-Drawn from two real gathers of the same batch, run on workers of its own.
+It shows two real gathers of the same batch, executed by its own workers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CP_SIZE = 4
 
 
 def gather_picture(padded: GatherResult, direct: GatherResult) -> go.Figure:
-    """What the padded pipeline does in four passes, and `direct` in one."""
+    """Draw the shards, the four passes of the padded gather, and the one pass of `direct`."""
     shards = [Line(f"rank {rank} holds", padded.stage("shard", rank)) for rank in range(CP_SIZE)]
     passes = {"wire": "padded: pad, all-gather", "strip": "then strip", "reorder": "then reorder"}
     lines = shards + [Line(label, padded.stage(name, 0)) for name, label in passes.items()]
     lines.append(Line("<b>direct: one pass</b>", direct.stage("wire", 0)))
     return draw_lines(
         lines,
-        title="One batch, four ranks: what the padded gather does, and what direct does",
+        title="One batch, four ranks: the padded gather and the direct gather",
         subtitle="two sequences of 13 and 9 tokens, zigzag; a cell is a row of the KV cache and "
         "shows sequence:token",
         alt=". ".join(f"{line.label}: {in_words(line.slots)}" for line in lines) + ".",

@@ -1,11 +1,11 @@
-"""Go through a notebook as a whole class would: `python -m tools.rehearse [01 02 03]`.
+"""Test the exercises of a notebook and their checks: `python -m tools.rehearse [01 02 03]`.
 
-One kernel runs the notebook with the answer key. At each exercise it tries the starter, every
-mutant and the solution, each followed by the check:
+One kernel runs the notebook with the answer key. At each exercise it runs the starter, every mutant
+and the solution, each followed by the check:
 
-    starter    ✗   and says so politely: no exception
-    mutants    ✗   every one, or the check is too weak
-    solution   ✓   it stays, so that the rest of the notebook is run with everything solved
+    starter    ✗   without an exception
+    mutants    ✗   all of them, otherwise the check is too weak
+    solution   ✓   runs last, so that the rest of the notebook uses it
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WANTED = {"starter": "✗", "mutant": "✗", "solution": "✓"}
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one cell of the rehearsal said. `variant`: starter, mutant-NAME, solution, or ""."""
+class CellResult:
+    """The output of one executed cell. `variant`: starter, mutant-NAME, solution, or ""."""
 
     cell: str
     variant: str
@@ -37,67 +37,67 @@ class StepResult:
 
     @property
     def fault(self) -> str:
-        """What is wrong with it, in words; empty when it is as it should be."""
-        place = f"{self.cell} {self.variant}".strip()
+        """A description of the difference from the expected output; empty if there is none."""
+        cell = f"{self.cell} {self.variant}".strip()
         if self.error:
-            return f"{place} raised {self.error}"
+            return f"{cell} raised {self.error}"
         wanted = WANTED.get(self.variant.split("-")[0])
         if wanted and not self.text.startswith(wanted):
-            return f"{place}: the check must say {wanted}, and said: {self.text or 'nothing'}"
+            return f"{cell}: the check must show {wanted}; it shows {self.text or 'nothing'}"
         if not wanted and self.text.startswith(("✗", "≠", "○")):
-            return f"{place}: with the answer key, {self.text}"
+            return f"{cell}: with the answer key, {self.text}"
         return ""
 
 
-def rehearse(path: Path) -> tuple[list[StepResult], list[str]]:
-    """Run a source in all its variants; what each code cell said, and cells over their budget."""
+def rehearse(path: Path) -> tuple[list[CellResult], list[str]]:
+    """Run a source with all variants; return the result of each code cell, and late cells."""
     notebook = run.notebook_of(list(_cells(read(path))))
     run.execute(notebook, NOTEBOOKS, {KEY_VARIABLE: "1"}, allow_errors=True)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [_outcome(cell) for cell in code], run.over_budget(notebook)
+    return [_result(cell) for cell in code], run.over_budget(notebook)
 
 
 def _cells(source: Source) -> Iterator[Cell]:
     for cell in source.rendered():
         exercise, role, _ = cell.part
         if role == "check":
-            yield from _tries(source.exercises[exercise], cell)
+            yield from _variants(source.exercises[exercise], cell)
         elif cell.kind == "code":
             yield cell
 
 
-def _tries(exercise: Exercise, check: Cell) -> Iterator[Cell]:
-    """Each variant as a pair of cells: the code, and the check with the variant in its id."""
+def _variants(exercise: Exercise, check: Cell) -> Iterator[Cell]:
+    """Yield each variant as two cells: the code, and the check with the variant in its id."""
     mutants = {f"mutant-{name}": text for name, text in exercise.mutants.items()}
-    tries = {"starter": exercise.starter} | mutants | {"solution": exercise.solution}
-    for variant, text in tries.items():
+    variants = {"starter": exercise.starter} | mutants | {"solution": exercise.solution}
+    for variant, text in variants.items():
         yield Cell(f"{exercise.name}-code-{variant}", "code", text)
         yield Cell(f"{check.id}_{variant}", "code", check.text, check.tags, check.budget_s)
 
 
-def _outcome(cell: Any) -> StepResult:
+def _result(cell: Any) -> CellResult:
     name, _, variant = cell.id.partition("_")
     errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
     errors += [f"stderr: {o.text}" for o in cell.outputs if o.get("name") == "stderr"]
     shown = [o.data.get("text/plain", "") for o in cell.outputs if "data" in o]
-    return StepResult(name, variant, "\n".join(shown), "; ".join(errors), run.seconds(cell))
+    return CellResult(name, variant, "\n".join(shown), "; ".join(errors), run.seconds(cell))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rehearse the named notebooks and print every try; 1 when something is not as it should be."""
+    """Test the named notebooks and print the result of each variant; return 1 after a fault."""
     parser = argparse.ArgumentParser(prog="python -m tools.rehearse", description=__doc__)
-    parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
+    parser.add_argument("notebooks", nargs="*", help="start of their names; default: all")
     parser.add_argument("-q", "--quiet", action="store_true", help="print faults only")
     options = parser.parse_args(arguments)
     failed = False
     for path in named(options.notebooks):
-        outcomes, late = rehearse(path)
-        faults = [outcome.fault for outcome in outcomes if outcome.fault] + late
-        tries = [] if options.quiet else [o for o in outcomes if o.variant]
-        lines = [f"{o.cell} {o.variant} ({o.took_s:.1f} s)\n    {o.text}" for o in tries]
+        results, late = rehearse(path)
+        faults = [result.fault for result in results if result.fault] + late
+        checks = [] if options.quiet else [r for r in results if r.variant]
+        lines = [f"{r.cell} {r.variant} ({r.took_s:.1f} s)\n    {r.text}" for r in checks]
         lines += [f"FAULT {fault}" for fault in faults]
-        total_s = sum(outcome.took_s for outcome in outcomes)
-        lines.append(f"{path.stem}: {len(tries)} tries, {len(faults)} faults, {total_s:.0f} s")
+        total_s = sum(result.took_s for result in results)
+        lines.append(f"{path.stem}: {len(checks)} checks, {len(faults)} faults, {total_s:.0f} s")
         sys.stdout.writelines(f"{line}\n" for line in lines)
         failed = failed or bool(faults)
     return int(failed)

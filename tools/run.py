@@ -1,4 +1,4 @@
-"""Run a notebook in a fresh kernel with workers of its own, and say how long each cell took."""
+"""Run a notebook in a fresh kernel with its own workers, and report how long each cell took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CELL_TIMEOUT_S = 120
 
 
 def notebook_of(cells: list[Cell]) -> Any:
-    """Cells as an nbformat notebook without outputs."""
+    """Return cells as an nbformat notebook without outputs."""
     made = []
     for cell in cells:
         metadata: dict[str, Any] = {"tags": list(cell.tags)} if cell.tags else {}
@@ -39,10 +39,10 @@ def notebook_of(cells: list[Cell]) -> Any:
 
 def execute(
     notebook: Any, folder: Path, environment: Mapping[str, str], *, allow_errors: bool = False
-) -> Any:
-    """Run all cells from top to bottom; returns the notebook with its outputs.
+) -> None:
+    """Run all cells from top to bottom, and store their outputs in the notebook.
 
-    Raises nbclient's CellExecutionError for a cell that fails, unless errors are allowed.
+    Raises nbclient's CellExecutionError if a cell fails, unless `allow_errors`.
     """
     with tempfile.TemporaryDirectory(prefix="cpkit-build-") as runtime:
         private = {"JUPYTER_RUNTIME_DIR": runtime, **environment}
@@ -55,11 +55,10 @@ def execute(
             allow_errors=allow_errors,
             resources={"metadata": {"path": str(folder)}},
         ).execute(env=os.environ | private)
-    return notebook
 
 
 def seconds(cell: Any) -> float:
-    """How long an executed code cell ran."""
+    """Return how long an executed code cell ran; 0 without a record of its times."""
     times = cell.metadata.get("execution", {})
     begin, end = times.get("iopub.execute_input"), times.get("shell.execute_reply")
     if not (begin and end):
@@ -68,7 +67,7 @@ def seconds(cell: Any) -> float:
 
 
 def over_budget(notebook: Any) -> list[str]:
-    """The cells that ran longer than their budget, in words."""
+    """Return a message for each cell that ran longer than its budget."""
     found = []
     for cell in notebook.cells:
         budget_s, took_s = cell.metadata.get("budget_s", BUDGET_S), seconds(cell)

@@ -1,7 +1,7 @@
-"""A notebook's one source, `notebooks/src/NAME.py`: starter, solution and mutants side by side.
+"""Read the source of a notebook, `notebooks/src/NAME.py`, with starters, solutions and mutants.
 
-It is jupytext's percent format, so it is plain Python that tools can read. A cell's title is its
-id; ids say what a cell is for:
+The format is jupytext's percent format, so a source is valid Python. The title of a cell is its id,
+which also names its role:
 
     # %% e2-task [markdown]     Goal, Example, About: what to do
     # %% e2                     the exercise. The solution is live code, `#:` lines are the starter
@@ -12,7 +12,7 @@ id; ids say what a cell is for:
         # <<<
     # %% e2-mutant-mean         a wrong solution that the check must refuse; never in the notebook
     # %% e2-check               the check, run by the learner
-    # %% e2-help [markdown]     three hints, then why and an alternative, parted by lines `---`
+    # %% e2-help [markdown]     three hints, then why and an alternative, separated by `---`
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import jupytext
 from tools.glossary import expand
 
 BEGIN, END, STARTER = "# >>> your code", "# <<<", "#:"
-BUDGET_S = 30.0  # of a cell that names none
+BUDGET_S = 30.0  # of a cell that sets none
 _PART = re.compile(r"(e\d+)(?:-(task|check|help|mutant)(?:-(.+))?)?")
 _SUMMARIES = ("Hint 1: where to look", "Hint 2: the idea", "Hint 3: the shape of the code")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a source. `budget_s`: how long it may run on the slowest machine that counts."""
+    """One cell of a source. `budget_s`: how long it may run on the slowest supported machine."""
 
     id: str
     kind: str  # "code" or "markdown"
@@ -45,14 +45,14 @@ class Cell:
 
     @property
     def part(self) -> tuple[str, str, str]:
-        """(exercise, role, name): ("e2", "mutant", "mean"); ("", "", "") outside of exercises."""
+        """(exercise, role, name): ("e2", "mutant", "mean"); ("", "", "") outside exercises."""
         match = _PART.fullmatch(self.id)
         return (match[1], match[2] or "code", match[3] or "") if match else ("", "", "")
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """All that belongs to one exercise. `mutants`: name to source."""
+    """The texts of one exercise. `mutants`: name to source."""
 
     name: str
     task: str
@@ -71,8 +71,8 @@ class Source:
     cells: tuple[Cell, ...]
 
     def rendered(self, *, solved: bool = False) -> Iterator[Cell]:
-        """The notebook's cells: the starter of each exercise in its place, or the solution."""
-        exercises = self.exercises  # also says what is missing
+        """Yield the notebook's cells, with the starter of each exercise, or with the solution."""
+        exercises = self.exercises  # raises if a part is missing
         for cell in self.cells:
             exercise, role, _ = cell.part
             if role == "mutant":
@@ -88,7 +88,7 @@ class Source:
 
     @cached_property
     def exercises(self) -> dict[str, Exercise]:
-        """By name. Raises ValueError, naming file, exercise and part, where one is missing."""
+        """The exercises by name. Raises ValueError that names a missing part."""
         names = dict.fromkeys(cell.part[0] for cell in self.cells if cell.part[0])
         return {name: self._exercise(name) for name in names}
 
@@ -110,7 +110,7 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """Read a source file. Raises ValueError for a cell without an id, or two with the same."""
+    """Read a source file. Raises ValueError for missing, malformed or repeated ids."""
     notebook = jupytext.read(path)
     cells = tuple(
         Cell(
@@ -128,14 +128,14 @@ def read(path: Path) -> Source:
     )
     if wrong:
         raise ValueError(
-            f"{path.name}: every cell needs an id of its own, of a-z, 0-9 and '-', as in "
-            f"'# %% waste-figure'; got {', '.join(map(repr, sorted(wrong)))} none or more than once"
+            f"{path.name}: every cell needs its own id of a-z, 0-9 and '-', as in "
+            f"'# %% waste-figure'; missing, malformed or repeated: {', '.join(map(repr, wrong))}"
         )
     return Source(path, cells)
 
 
 def region(text: str, *, solved: bool) -> str:
-    """A cell with either the starter or the solution between its markers.
+    """Return a cell with either the starter or the solution between its markers.
 
     Raises ValueError unless there is exactly one region that holds both.
     """
@@ -151,7 +151,7 @@ def region(text: str, *, solved: bool) -> str:
 
 
 def split(text: str) -> tuple[list[str], list[str], list[str]]:
-    """The lines of a cell before, inside and after its region; the markers stay outside."""
+    """Return the lines before, inside and after a cell's region; the markers are outside."""
     lines = text.split("\n")
     marks = [i for i, line in enumerate(lines) if line.strip() in (BEGIN, END)]
     if [lines[i].strip() for i in marks] != [BEGIN, END]:
@@ -161,12 +161,12 @@ def split(text: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _help(exercise: Exercise) -> str:
-    """Three hints and the solution, folded one inside the other: one click reveals one step."""
+    """Return three hints and the solution, each folded inside the previous one."""
     parts = [part.strip() for part in re.split(r"(?m)^---$", exercise.help)]
     if len(parts) != 4 or not all(parts):
         raise ValueError(
-            f"{exercise.name}-help needs three hints and the why of the solution, parted by lines "
-            f"'---'; got {len(parts)} parts"
+            f"{exercise.name}-help needs three hints and the why of the solution, separated by "
+            f"lines '---'; got {len(parts)} parts"
         )
     lines = [x for x in exercise.solution.split("\n") if x.strip() not in (BEGIN, END)]
     solution = "\n".join(["```python", *lines, "```", "", parts[3]])

@@ -711,7 +711,7 @@ table
 lesson.reveal("survivors", int(alive["lengths only"]))
 
 # %% survivors-text [markdown]
-# `one constant a rank` is what NCCL's own symmetric-memory example and several tests in PyTorch use: it does not see a
+# `one constant per rank` is what NCCL's own symmetric-memory example and several tests in PyTorch use: it does not see a
 # stale round or two exchanged rows of one rank. Reading down a column: each check has a blind spot, and a bug lives there.
 
 # %% e7-task [markdown]

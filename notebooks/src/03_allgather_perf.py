@@ -732,11 +732,11 @@ lesson.predict("stops", ...)
 # %% stops
 from cpkit_lessons.published import SYMMETRIC
 
-ring = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.before_us)
-symmetric = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.after_us)
+ring = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us)
+symmetric = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.symmetric_us)
 for name, (alpha, beta) in {"ring": ring, "symmetric": symmetric}.items():
     print(f"{name:10} alpha {alpha:4.1f} µs, busbw without it {1e-3 / beta * 7 / 8:.0f} GB/s")
-figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.before_us, SYMMETRIC.after_us)
+figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
 figures.show(
     figures.recorded(
         figure, machine=SYMMETRIC.machine, date="date not given", source=SYMMETRIC.source
@@ -744,7 +744,7 @@ figures.show(
 )
 
 # %% stops-reveal
-lesson.reveal("stops", SYMMETRIC.before_us[-1] / SYMMETRIC.after_us[-1])
+lesson.reveal("stops", SYMMETRIC.ring_us[-1] / SYMMETRIC.symmetric_us[-1])
 
 
 # %% e7-task [markdown]

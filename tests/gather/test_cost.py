@@ -164,5 +164,5 @@ def test_two_nodes_wait_for_the_network_and_gain_nothing_from_symmetric_memory()
 def test_presets_are_marked_as_modelled_and_say_their_sources(preset: Preset) -> None:
     assert preset.modelled
     assert len(preset.sources) >= 3
-    with pytest.raises(ValueError, match="has room for"):
+    with pytest.raises(ValueError, match="supports cp_size 1 to"):
         preset.predict_us("direct", 1000, preset.max_cp_size + 1)

@@ -68,7 +68,7 @@ UNITS = {
     "who": "memory of",
     "split": "time (µs, mean over ranks)",
     "timeline": "time since the first rank entered (µs)",
-    "work": "keys looked at",
+    "work": "keys attended to",
     "roof": "time (µs, slowest rank)",
     "steps": "time (µs, slowest rank)",
     "gain": "time ratio, ring / symmetric",

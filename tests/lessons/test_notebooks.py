@@ -16,7 +16,7 @@ import pytest
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.helpers.notebook_gates import RUN_LIMIT_S, figure_faults, region_faults, rerun_faults
 from tools import source
-from tools.build import NOTEBOOKS, SOURCES, complaints
+from tools.build import NOTEBOOKS, SOURCES, problems
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 EXERCISES = {  # at least
@@ -34,7 +34,7 @@ def test_there_are_three() -> None:
 
 @each_notebook
 def test_it_is_canonical_small_and_what_its_source_says(path: Path) -> None:
-    assert complaints(path) == []
+    assert problems(path) == []
     nbformat.validate(nbformat.read(path, as_version=4))
 
 

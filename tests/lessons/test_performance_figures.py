@@ -64,7 +64,7 @@ def test_damage_shows_each_factor_and_its_samples() -> None:
         "slanders": Mistake(10.0, 30.0, [10.0]),
     }
     figure = figures.damage(found)
-    reported = next(trace for trace in figure.data if trace.name == "what the mistake reports")
+    reported = next(trace for trace in figure.data if trace.name == "reported by the mistake")
     assert list(reported.x) == [0.5, 3.0]
     assert list(figure.data[0].x) == [0.9, 1.1], "samples by the right time"
 
@@ -131,7 +131,7 @@ def test_the_committed_records_can_be_read() -> None:
 def test_published_times_say_what_the_notes_say() -> None:
     ring, symmetric = (
         performance.fit_line(published.SYMMETRIC.sizes_bytes, times)
-        for times in (published.SYMMETRIC.before_us, published.SYMMETRIC.after_us)
+        for times in (published.SYMMETRIC.ring_us, published.SYMMETRIC.symmetric_us)
     )
     assert symmetric[0] == pytest.approx(5.3, abs=0.05)
     assert 7 / 8 * 1e-3 / symmetric[1] == pytest.approx(328, abs=1)

@@ -4,7 +4,7 @@
     a mutant that lives; an answer key that is wrong; a cell that takes too long
     starter and solution that differ outside of the region                        region_faults
     a figure without picture, title, units or text alternative                    figure_faults
-    another form, another source, too large                              build.complaints
+    another form, another source, too large                              build.problems
     a cell over its budget when the notebook is built                                     build
     another result, a run that hangs, something left behind                         rerun_faults
 
@@ -22,7 +22,7 @@ import pytest
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.helpers.notebook_gates import figure_faults, region_faults, rerun_faults
 from tools import source
-from tools.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, complaints
+from tools.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, problems
 from tools.rehearse import main, rehearse
 
 COMMITTED = min(NOTEBOOKS.glob("*.ipynb"))
@@ -111,14 +111,14 @@ def test_the_rehearsal_finds_each_kind_of_fault(
         + exercise("e4", "0", "1", "2", "lambda got: got > 0")  # the check is too weak
         + exercise("e5", "0", "1", "2", "lambda got: gott == 1")  # the check itself is broken
     )
-    outcomes, late = rehearse(path)
-    faults = [outcome.fault for outcome in outcomes if outcome.fault]
+    results, late = rehearse(path)
+    faults = [result.fault for result in results if result.fault]
     expected = [
         "p-reveal: with the answer key, ≠ you said 1; it is 5",
         "broken raised ZeroDivisionError",
-        "e2-check starter: the check must say ✗, and said: ✓",
-        "e3-check solution: the check must say ✓, and said: ✗",
-        "e4-check mutant-wrong: the check must say ✗, and said: ✓",
+        "e2-check starter: the check must show ✗; it shows ✓",
+        "e3-check solution: the check must show ✓; it shows ✗",
+        "e4-check mutant-wrong: the check must show ✗; it shows ✓",
         "e5-check starter raised NameError",
         "e5-check mutant-wrong raised NameError",
         "e5-check solution raised NameError",
@@ -197,7 +197,7 @@ def test_another_source_is_noticed(tmp_path: Path) -> None:
     notebook.cells[2].source += "!"
     copy = tmp_path / COMMITTED.name
     copy.write_text(canonical(notebook))
-    assert complaints(copy) == [f"{copy.name} is not what its source in src/ says: {MEND}"]
+    assert problems(copy) == [f"{copy.name} differs from its source in src/: {MEND}"]
 
 
 def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Path) -> None:
@@ -210,8 +210,8 @@ def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Pat
         canonical(notebook)
     copy = tmp_path / COMMITTED.name
     nbformat.write(notebook, copy)
-    (complaint,) = complaints(copy)
-    assert complaint.startswith(f"{copy.name}: the notebook has {MAX_BYTES + 1} bytes")
+    (problem,) = problems(copy)
+    assert problem.startswith(f"{copy.name}: the notebook has {MAX_BYTES + 1} bytes")
 
 
 # ------------------------------------------------------------------------------------ run anew

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.build import SOURCES
-from tools.rehearse import StepResult, rehearse
+from tools.rehearse import CellResult, rehearse
 from tools.source import read
 
 pytestmark = [
@@ -26,7 +26,7 @@ each_source = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 @functools.cache
-def rehearsed(path: Path) -> tuple[list[StepResult], list[str]]:
+def rehearsed(path: Path) -> tuple[list[CellResult], list[str]]:
     return rehearse(path)
 
 

@@ -68,8 +68,8 @@ def test_one_source_gives_starter_and_solution(tmp_path: Path) -> None:
         ("    return a + b\n    # <<<", "    # <<<", "a solution"),
         ("    # <<<", "", "one region from"),
         ("# two\n# ---\n", "", "three hints and the why"),
-        ("# %% e1-check", "# %% e1", "every cell needs an id of its own"),
-        ("# %% e1-check", "# %%", "every cell needs an id of its own"),
+        ("# %% e1-check", "# %% e1", "every cell needs its own id"),
+        ("# %% e1-check", "# %%", "every cell needs its own id"),
     ],
 )
 def test_a_source_that_lacks_something_is_refused(

@@ -1,1 +1,1 @@
-"""What each notebook asks and checks: one module a notebook."""
+"""The notebooks' questions, exercise checks and figures: one package per notebook."""

@@ -1,4 +1,4 @@
-"""Pictures of cost by counting: keys that a rank looks at, bytes that a gather writes."""
+"""Figures of counted costs: keys that a rank attends to, bytes that a gather writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES = ("pad", "wire", "strip", "reorder")
 
 
 def work_bars(work: Mapping[str, Sequence[int]]) -> go.Figure:
-    """Keys that each rank looks at, one group of bars a strategy; the dotted line is the mean."""
+    """Draw the keys that each rank attends to, one group of bars per strategy; dotted: the mean."""
     figure = go.Figure()
     strategies = list(work)
     for rank in range(len(work[strategies[0]])):
@@ -21,21 +21,21 @@ def work_bars(work: Mapping[str, Sequence[int]]) -> go.Figure:
         figure.add_trace(_bar(f"rank {rank}", strategies, values, style.rank_color(rank)))
     mean = sum(work[strategies[0]]) / len(work[strategies[0]])
     figure.add_hline(y=mean, line={"dash": "dot", "color": style.INK}, annotation_text="mean")
-    _lay_out(figure, "keys looked at", "strategy", barmode="group")
+    _lay_out(figure, "keys attended to", "strategy", barmode="group")
     words = "; ".join(f"{name}: {', '.join(map(str, work[name]))}" for name in strategies)
     return style.finish(
         figure,
-        title="Keys that each rank looks at",
-        subtitle="causal attention: token t looks at t + 1 keys; the slowest rank is the time",
+        title="Keys that each rank attends to",
+        subtitle="causal attention: token t attends to t + 1 keys; the slowest rank sets the time",
         alt=f"Keys by rank, from rank 0 up. {words}. The mean is {mean:.0f}.",
         height=360,
     )
 
 
 def bill(layout: ContextParallelMetadata, row_bytes: int) -> dict[str, int]:
-    """Bytes that the padded gather writes on each rank, stage by stage; the dearest rank.
+    """Return the bytes that a rank writes per stage of the padded gather, if it has to pad.
 
-    `row_bytes`: one token in all tensors that are gathered. `direct` writes `strip` of these, once.
+    `row_bytes`: one token in all gathered tensors. `direct` writes the bytes of `strip` only.
     """
     longest, total = layout.max_rank_len[0], layout.total_tokens
     pads = any(rows < longest for rows in layout.per_rank_actual_token)
@@ -45,7 +45,7 @@ def bill(layout: ContextParallelMetadata, row_bytes: int) -> dict[str, int]:
 
 
 def byte_bars(layout: ContextParallelMetadata, models: Mapping[str, int]) -> go.Figure:
-    """What one layer's gather writes per rank: padded stage by stage, direct in one bar.
+    """Draw the bytes that one layer's gather writes per rank: padded by stage, direct in one bar.
 
     `models`: name to bytes of one token's K and V in one layer.
     """
@@ -74,7 +74,7 @@ def byte_bars(layout: ContextParallelMetadata, models: Mapping[str, int]) -> go.
     )
     return style.finish(
         figure,
-        title="What one layer's gather writes",
+        title="Bytes written by the gather of one layer",
         subtitle=f"{layout.strategy}, cp_size {layout.cp_size}, {layout.total_tokens} tokens; "
         "a rank that pads; counted, not timed",
         alt=words + ".",

@@ -23,7 +23,7 @@ class Limitation:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What one kind of machine can demonstrate."""
+    """The name of one kind of machine, and what it cannot demonstrate."""
 
     name: str
     title: str
@@ -31,7 +31,7 @@ class Capabilities:
 
     def __str__(self) -> str:
         lines = [f"- {it.what}: {it.why}. Instead: {it.instead}." for it in self.limitations]
-        return "\n".join([self.title, *(["Not here:"] if lines else []), *lines])
+        return "\n".join([self.title, *(["Not available here:"] if lines else []), *lines])
 
 
 _NO_LINKS = Limitation(
@@ -53,11 +53,11 @@ ONE_GPU = Capabilities(
         Limitation(
             "multicast",
             "it is off where ranks share a device (pytorch#140127)",
-            "what was recorded elsewhere, labelled so",
+            "recordings from other machines, labelled as such",
         ),
     ),
 )
-GPU_PER_RANK = Capabilities("gpus", "one GPU for each rank: everything is live", ())
+GPU_PER_RANK = Capabilities("gpus", "one GPU per rank: everything runs live", ())
 
 
 def capabilities_of(status: StatusResult) -> Capabilities:

@@ -1,4 +1,4 @@
-"""Count what a piece of torch code writes: the score shown beside a passed check.
+"""Count the kernels and written bytes of torch code: the score of a passed check.
 
     with CopyCounter() as counter:
         solution(x)
@@ -21,7 +21,7 @@ _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 
 
 class CopyCounter(TorchDispatchMode):
-    """While entered, counts kernels and the bytes that they write."""
+    """Context manager that counts kernels and the bytes that they write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

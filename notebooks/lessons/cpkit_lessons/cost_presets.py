@@ -1,12 +1,12 @@
-"""Machines that nobody here can run on: modelled, with the source of every number. Pure.
+"""Modelled machines, with the source of every number.
 
     time   = start + wire + copies
-    wire   = S · (cp-1)/cp / wire rate           what each GPU has to receive
+    wire   = S · (cp-1)/cp / wire rate           the bytes that each GPU receives
     copies = 2 · S · passes after the wire / memory rate
 
-That is the collective with symmetric memory; without it, it takes longer by a factor that shrinks
-with the size (`ring_factor`): symmetric memory buys latency, not bandwidth. Everything here is a
-model, not a measurement: `modelled` is true in each preset, and figures made from it say so.
+This is the time with symmetric memory. Without it the collective takes longer by `ring_factor`,
+which shrinks with the size: symmetric memory reduces latency and adds no bandwidth. Nothing here is
+measured: `modelled` is true in each preset, and figures say so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 COPY_PASSES = {"direct": 0, "padded_symm": 2, "padded_symm_recv": 2, "padded": 2}
 # µs by NCCL's ring and by its symmetric kernels, by total bytes, on 8 H100.
-# Source: NVIDIA/Megatron-LM#5596. NCCL changes its protocol with the size, so this is no line.
+# Source: NVIDIA/Megatron-LM#5596. They are not on a line: NCCL selects its protocol by size.
 RING_AND_SYMMETRIC_US = {
     2 << 20: (20.2, 10.9),
     8 << 20: (43.4, 27.4),
@@ -36,15 +36,15 @@ class Preset:
     wire_gbps: float
     memory_gbps: float
     sources: tuple[str, ...]
-    node_size: int = 0  # GPUs of one machine, where a group spans several
-    network_gbps: float = 0.0  # of one GPU's network adapter
+    node_size: int = 0  # GPUs per machine; 0 for a single machine
+    network_gbps: float = 0.0  # per network adapter; one adapter per GPU
     modelled: bool = True
 
     def wire_us(self, total_bytes: int, cp_size: int) -> float:
-        """What the gather itself takes once it has started.
+        """Return the time of the transfer without the start.
 
-        Over several machines the slower of the two ways counts: every adapter brings in its share
-        of the other machines' rows, which then spread over NVLink.
+        Over several machines the slower of two transfers counts: each adapter receives its part of
+        the other machines' rows, while NVLink distributes the rows inside the machine.
         """
         self._check(total_bytes, cp_size)
         inside_us = total_bytes * (cp_size - 1) / cp_size / self.wire_gbps / 1e3
@@ -54,20 +54,20 @@ class Preset:
         return max(inside_us, foreign_bytes / self.node_size / self.network_gbps / 1e3)
 
     def spans(self, cp_size: int) -> bool:
-        """Whether a group of this size leaves one machine, which symmetric memory does not."""
+        """Whether a group spans several machines, where symmetric memory is not available."""
         return bool(self.node_size) and cp_size > self.node_size
 
     def copies_us(self, total_bytes: int, passes: float) -> float:
-        """Passes over the gathered tensor in a GPU's own memory, read and written."""
+        """Return the time of passes over the gathered tensor in a GPU's memory."""
         return passes * 2 * total_bytes / self.memory_gbps / 1e3
 
     def collective_us(self, total_bytes: int, cp_size: int, *, symmetric: bool) -> float:
-        """The gather without the passes before and after it."""
+        """Return the time of the gather without the passes before and after it."""
         time_us = self.start_us + self.wire_us(total_bytes, cp_size)
         return time_us if symmetric else time_us * self.symmetric_gain(total_bytes, cp_size)
 
     def predict_us(self, algorithm: str, total_bytes: int, cp_size: int) -> float:
-        """One gather. Raises ValueError for an unknown algorithm, or a cp_size too large."""
+        """Return the time of a gather. Raises ValueError for an unknown algorithm or cp_size."""
         if algorithm not in COPY_PASSES:
             raise ValueError(
                 f"algorithm is {algorithm!r}; it must be one of {', '.join(COPY_PASSES)}"
@@ -77,33 +77,33 @@ class Preset:
         return self.collective_us(total_bytes, cp_size, symmetric=symmetric) + copies_us
 
     def symmetric_gain(self, total_bytes: int, cp_size: int) -> float:
-        """How many times faster the collective is with symmetric memory than with a ring."""
+        """Return the speedup of the collective by symmetric memory, relative to a ring."""
         self._check(total_bytes, cp_size)
         return 1.0 if self.spans(cp_size) else ring_factor(total_bytes)
 
     def _check(self, total_bytes: int, cp_size: int) -> None:
         if not 1 <= cp_size <= self.max_cp_size or total_bytes < 0:
             raise ValueError(
-                f"cp_size is {cp_size} and the size {total_bytes} bytes; {self.name} has room for "
-                f"cp_size 1 to {self.max_cp_size}"
+                f"cp_size is {cp_size} and the size {total_bytes} bytes; {self.name} supports "
+                f"cp_size 1 to {self.max_cp_size} and sizes from 0"
             )
 
 
 def ring_factor(total_bytes: int) -> float:
-    """Ring by symmetric time at any size: a line over the logarithm of the size, level outside."""
+    """Return ring time / symmetric time, interpolated over log(size)."""
     sizes = np.log(list(RING_AND_SYMMETRIC_US))
     factors = [ring_us / symmetric_us for ring_us, symmetric_us in RING_AND_SYMMETRIC_US.values()]
     return float(np.interp(np.log(max(total_bytes, 1)), sizes, factors))
 
 
 _START = (
-    "start and wire: least squares over NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 MiB, symmetric), "
+    "start and wire: least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 MiB, symmetric), "
     "residual below 1 %"
 )
-_GAIN = "what a ring takes longer: the same table, as measured there"
-_ASSUMED = "start, and what a ring takes longer: as on 8 H100, assumed"
+_GAIN = "ring / symmetric: the same table, measured there"
+_ASSUMED = "start and ring / symmetric: as on 8 H100, assumed"
 _NVLINK = "NVLink bus bandwidth that NCCL reaches: NCCL 2.30.7, sym_kernels.cc, nvlinkBws"
-_SHEET = "memory rate, read plus written: nine tenths of the data sheet's {}, assumed"
+_SHEET = "memory rate, read plus written: 0.9 of the data sheet's {}, assumed"
 
 PRESETS = {
     preset.name: preset
@@ -126,7 +126,7 @@ PRESETS = {
             3_000,
             (
                 _NVLINK,
-                "network: one 400 Gb/s adapter a GPU (DGX H100 data sheet), nine tenths of it",
+                "network: one 400 Gb/s adapter per GPU (DGX H100 data sheet), 0.9 of it",
                 "start over the network: 30 µs, assumed",
             ),
             node_size=8,

@@ -29,7 +29,7 @@ BEFORE, GATHER = 1, 2  # rounds: the contents before the push, and the pushed ro
 
 @dataclass(frozen=True)
 class Divergence:
-    """The memory of every rank after the push, as decoded provenance, and what is wrong in it.
+    """The memory of every rank after the push, as decoded provenance, and its wrong rows.
 
     `memory[rank]` is int64 `[rows, 4]` of (round, rank, block or 0, row), -1 where never written.
     """
@@ -57,8 +57,8 @@ class Divergence:
             if len(rows):
                 round_, writer = self.memory[rank][rows[0]][:2]
                 parts.append(
-                    f"rank {rank}: row {rows[0]} was in use, and holds round {round_} of rank "
-                    f"{writer} now"
+                    f"rank {rank}: row {rows[0]} was in use, and now holds round {round_} of "
+                    f"rank {writer}"
                 )
         return "; ".join(parts)
 
@@ -83,7 +83,7 @@ def simulate_push(
         [[(GATHER, writer, 0, row) for row in range(shard_rows)] for writer in range(size)]
     )
     for writer in range(size):
-        first = recv[writer] + writer * shard_rows  # the writer knows only its own offset
+        first = recv[writer] + writer * shard_rows  # the writer uses its own offset on all peers
         for peer in range(size):
             memory[peer][first : first + shard_rows] = shards[writer]
     lost, overwritten = [], []

@@ -1,7 +1,7 @@
 """Run ranks that make a mistake on purpose, and report what each of them observed.
 
 A failed rank may hang or be dead. So each case has its own processes, a short deadline and a time
-limit: no process is left when `inject_fault` returns. `cpkit_lessons.faults` is what they run.
+limit, and no process is left when `inject_fault` returns. They run `cpkit_lessons.faults`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TIMEOUT_S = 35.0
 
 
 class RankReport(Message, frozen=True):
-    """What one rank observed, and how its process ended.
+    """The observations of one rank, and the end of its process.
 
     `error`: the type of an exception, `message`: its text; `paths`: transport to path, `reason`:
     why; `wrong`: a description of the first wrong row; `exit_code`: added by the parent process.

@@ -3,8 +3,8 @@
     python -m cpkit_lessons.faults CASE VICTIM DEADLINE_S DIRECTORY
     (RANK and WORLD_SIZE in the environment)
 
-`cpkit_lessons.failure_lab` starts these ranks and ends them. A rank is also killed by its own alarm
-after `_LIFE_S`, if the process that started it could not do so.
+`cpkit_lessons.failure_lab` starts and kills these ranks. If it cannot kill a rank, the alarm of the
+rank does so after `_LIFE_S`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Case = Callable[[CPGroup, int], RankReport]
 
 
 def skips_the_rendezvous(group: CPGroup, victim: int) -> RankReport:
-    """The victim takes a branch that creates no symmetric memory."""
+    """Create no symmetric memory on the victim."""
     if group.rank == victim:
         return RankReport(group.rank, message="took the other branch and ended")
     symmetric_pool(group)
@@ -44,7 +44,7 @@ def skips_the_rendezvous(group: CPGroup, victim: int) -> RankReport:
 
 
 def sizes_differ(group: CPGroup, victim: int) -> RankReport:
-    """Each rank sizes a scratch buffer by its own rows instead of max_rank_len."""
+    """Size a scratch buffer by the rows of the rank instead of by max_rank_len."""
     local_rows = ROWS + (group.rank == victim)
     with use_symmetric_memory(group):
         scratch = torch.empty(local_rows, *SHAPE, dtype=DTYPE)
@@ -54,14 +54,14 @@ def sizes_differ(group: CPGroup, victim: int) -> RankReport:
 
 
 def receive_only(group: CPGroup, _: int) -> RankReport:
-    """As merged in #24040: the output is symmetric, the shard is an ordinary tensor."""
+    """Register the output only, as sglang#24040 does; the shard is an ordinary tensor."""
     with use_symmetric_memory(group):
         output = _output(group)
     return _gather(group, _shard(group), output)
 
 
 def wrong_group(group: CPGroup, _: int) -> RankReport:
-    """The buffers come from the pool of another group (#19329)."""
+    """Allocate the buffers in the pool of another group (sglang#19329)."""
     with use_symmetric_memory(init_context_parallel(1)):
         output = _output(group)
         shard = torch.empty(ROWS, *SHAPE, dtype=DTYPE)
@@ -70,7 +70,7 @@ def wrong_group(group: CPGroup, _: int) -> RankReport:
 
 
 def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
-    """An allocator without an agreement: the victim keeps a block that all others have freed."""
+    """Keep a block on the victim that all others have freed, in an allocator without agreement."""
     row_bytes = 256
     segment = make_segment(group.store_exchange, 64 * row_bytes, "make an arena")
     arena = FreeList(segment.nbytes)
@@ -97,14 +97,14 @@ def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
 
 
 def shared_memory_is_full(group: CPGroup, _: int) -> RankReport:
-    """The arena is larger than the free shared memory."""
+    """Create an arena that is larger than the free shared memory."""
     group.barrier()
     SymmetricPool(group, prealloc=2 * free_bytes() + (1 << 30))
     return RankReport(group.rank)
 
 
 def a_rank_dies(group: CPGroup, victim: int) -> RankReport:
-    """The victim is killed before the gather, as by the kernel's OOM killer."""
+    """Kill the victim before the gather, as the kernel's OOM killer would."""
     with use_symmetric_memory(group):
         output = _output(group)
     if group.rank == victim:
@@ -159,7 +159,7 @@ def main(case: str, victim: int, deadline_s: str, directory: Path) -> None:
     store = dist.FileStore(str(directory / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     group = init_context_parallel(size)
-    os.environ["CPKIT_DEADLINE_S"] = deadline_s  # only now, because starting up may take longer
+    os.environ["CPKIT_DEADLINE_S"] = deadline_s  # not earlier, because startup may take longer
     start = time.monotonic()
     try:
         report = CASES[case](group, victim)
@@ -168,7 +168,7 @@ def main(case: str, victim: int, deadline_s: str, directory: Path) -> None:
     report = msgspec.structs.replace(report, waited_s=time.monotonic() - start)
     (directory / f"{rank}.json").write_bytes(msgspec.json.encode(report))
     sys.stdout.flush()
-    os._exit(int(bool(report.error)))  # a clean-up could wait for peers that have ended
+    os._exit(int(bool(report.error)))  # skips cleanup, which could wait for dead peers
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from IPython.display import display
 from cpkit.notebook import style
 from cpkit_lessons.prediction import Answer, Prediction
 
-Number = float | int
 _MARKS = {True: "✓", False: "✗", None: "○"}
 _LEFT = "text-align: left"
 _CARD = "border-left: 4px solid {}; padding: 4px 12px; margin: 4px 0; max-width: 56em"
@@ -30,7 +29,7 @@ class Score:
     """The cost of a right solution: `costs` as unit to (yours, reference), over `cases` cases."""
 
     cases: int
-    costs: Mapping[str, tuple[Number, Number]] = field(default_factory=dict)
+    costs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     note: str = ""
 
     def __str__(self) -> str:
@@ -40,7 +39,7 @@ class Score:
 
 
 def show_open(text: str) -> None:
-    """Show what is still to be done."""
+    """Show that something is still open."""
     _show_card("○", text)
 
 

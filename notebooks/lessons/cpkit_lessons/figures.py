@@ -1,4 +1,4 @@
-"""All figures in one place, for notebooks: `from cpkit.notebook import figures`."""
+"""All figures for notebooks in one module: `from cpkit_lessons import figures`."""
 
 from cpkit.notebook.charts import stage_split, timeline
 from cpkit.notebook.grids import (

@@ -15,10 +15,9 @@ from cpkit_lessons.feedback import WrongAnswer
 
 def guarded(attempt: object) -> object:
     """Wrap a function so that it raises `WrongAnswer` only; return any other object unchanged."""
-    return _guarded(attempt) if callable(attempt) else attempt
+    if not callable(attempt):
+        return attempt
 
-
-def _guarded(attempt: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(attempt)
     def call(*arguments: Any, **named: Any) -> Any:
         try:

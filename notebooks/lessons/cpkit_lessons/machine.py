@@ -1,4 +1,4 @@
-"""Where something was measured: the processor and the commit, for records and reports."""
+"""Return the processor and the commit, for records and reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """Return the name of the processor as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -17,14 +17,14 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked when it has changes; empty without a checkout or git."""
+    """Return the commit, marked if the checkout has changes; empty without a checkout or git."""
     if shutil.which("git") is None:
         return ""
-    said = subprocess.run(
+    done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return said.stdout.strip()
+    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Pictures of memory: who wrote where, whose rows lie where, how much is padding."""
+"""Figures of memory: the writer of each slot, the rows in each arena, the fraction of padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpkit_lessons.divergence import Divergence
 
 
 def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
-    """What each rank found in its memory: stamps `[reader, slot]`; those of other rounds are red.
+    """Draw the stamps `[reader, slot]` in the memory of each rank; those of other rounds are red.
 
     A stamp is `writer << 32 | round`.
     """
@@ -47,14 +47,12 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
         xaxis=style.axis("slot, written by", ticks="", showgrid=False),
         yaxis=style.names_axis("memory of"),
     )
-    right = f"all {size * size} cells are of round {rounds}"
-    words = (
-        f"{int(wrong.sum())} of {size * size} are not of round {rounds}" if wrong.any() else right
-    )
+    cells = f"{int(wrong.sum())} of {size * size}" if wrong.any() else f"all {size * size}"
+    words = f"{cells} cells hold {'another round than' if wrong.any() else 'round'} {rounds}"
     return style.finish(
         figure,
-        title="Who wrote where",
-        subtitle=f"a cell shows the round it holds; {words}",
+        title="Writer and round of each slot",
+        subtitle=f"a cell shows its round; {words}",
         alt=f"A {size} by {size} matrix of reader and writer: {words}.",
         height=140 + 44 * size,
         width=140 + 110 * size if size > 3 else 520,
@@ -62,7 +60,7 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
 
 
 def memory_map(found: Divergence) -> go.Figure:
-    """The arenas of all ranks: one line a rank, one cell a row; red: lost or overwritten."""
+    """Draw the arenas: one line per rank, one cell per row; red: lost or overwritten."""
     lines = []
     for rank, rows in enumerate(found.memory):
         wrong = np.zeros(len(rows), dtype=np.bool_)
@@ -72,8 +70,8 @@ def memory_map(found: Divergence) -> go.Figure:
     bad = sum(map(len, found.lost)) + sum(map(len, found.overwritten))
     figure = draw_lines(
         lines,
-        title="Equal offsets" if not found.diverged else "Rows that land in the wrong place",
-        subtitle="colour: who wrote the row; a cell shows block:row, block 0 is the gather; "
+        title="Different offsets: misplaced rows" if found.diverged else "Equal offsets",
+        subtitle="colour: writer of the row; a cell shows block:row, block 0 is the gather; "
         "hatched: never written",
         alt=f"{found.explain()}. {bad} rows are wrong.",
         axis_title="row of the rank's arena",
@@ -85,15 +83,15 @@ def memory_map(found: Divergence) -> go.Figure:
 def waste_map(
     length_sets: Sequence[Sequence[int]], cp_sizes: Sequence[int], strategy: str = "zigzag"
 ) -> go.Figure:
-    """Share of padding over batches and cp sizes; empty where the batch can't be split."""
-    shares = [[_waste(lengths, cp, strategy) for cp in cp_sizes] for lengths in length_sets]
+    """Draw the fraction of padding by batch and cp_size; empty if the batch cannot be split."""
+    fractions = [[_waste(lengths, cp, strategy) for cp in cp_sizes] for lengths in length_sets]
     names = [_short(lengths) for lengths in length_sets]
     figure = go.Figure(
         go.Heatmap(
             x=[f"cp {cp}" for cp in cp_sizes],
             y=names,
-            z=shares,
-            text=[["no split" if v is None else f"{v:.1%}" for v in row] for row in shares],
+            z=fractions,
+            text=[["no split" if v is None else f"{v:.1%}" for v in row] for row in fractions],
             texttemplate="%{text}",
             colorscale=[(0, "#ffffff"), (1, "#57606a")],
             colorbar={"title": {"text": "padding"}, "tickformat": ".0%"},
@@ -107,10 +105,10 @@ def waste_map(
         xaxis=style.axis("", type="category", ticks="", showgrid=False),
         yaxis=style.names_axis(type="category", showgrid=False),
     )
-    known = [value for row in shares for value in row if value is not None]
+    known = [value for row in fractions for value in row if value is not None]
     return style.finish(
         figure,
-        title="Share of the gathered slots that is padding",
+        title="Fraction of the gathered slots that is padding",
         subtitle=f"{strategy}; rows: tokens of each sequence",
         alt=f"Padding between {min(known):.1%} and {max(known):.1%} over {len(names)} batches.",
         height=130 + 34 * len(names),

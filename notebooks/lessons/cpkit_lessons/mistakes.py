@@ -1,4 +1,4 @@
-"""Timing mistakes: what each of them reports, beside the samples it had and the right answer."""
+"""Draw timing mistakes: the time that each one reports, the samples, and the right time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FAINT_INK = "#8c959f"
 
 
 class Mistake(NamedTuple):
-    """One mistake: the right time, what is reported instead, and the samples behind the right."""
+    """One mistake: the right time, the reported time, and the samples of the right time."""
 
     right_us: float
     reported_us: float
@@ -25,12 +25,12 @@ class Mistake(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Reported time by right time: under 1, the gather looks faster than it is."""
+        """Reported time / right time; below 1 the gather seems faster than it is."""
         return self.reported_us / self.right_us
 
 
 def damage(found: Mapping[str, Mistake]) -> go.Figure:
-    """One line a mistake, right = 1: grey dots are the samples, a red ✗ is what was reported."""
+    """Draw one line per mistake, relative to the right time: grey samples, the report a red ✗."""
     figure = go.Figure()
     names = list(found)
     for name, each in found.items():
@@ -43,9 +43,9 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
             showlegend=False,
             hovertemplate="sample: %{x:.2f} × the right time<extra></extra>",
         )
-    figure.data[0].update(name="samples, done right", showlegend=True)
+    figure.data[0].update(name="samples, measured correctly", showlegend=True)
     figure.add_scatter(
-        name="what the mistake reports",
+        name="reported by the mistake",
         x=[found[name].factor for name in names],
         y=names,
         mode="markers+text",
@@ -56,7 +56,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     )
     figure.add_vline(x=1, line={"color": style.INK, "width": 1.5})
     figure.update_layout(
-        xaxis=style.axis("reported time / right time", type="log", dtick=1, range=_room(found)),
+        xaxis=style.axis("reported time / right time", type="log", dtick=1, range=_range(found)),
         yaxis=style.names_axis(type="category"),
     )
     words = ", ".join(
@@ -64,22 +64,22 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     )
     return style.finish(
         figure,
-        title="What each timing mistake reports",
+        title="Time reported by each timing mistake",
         subtitle="the line is the right time: median over iterations of the slowest rank",
         alt=words + ".",
         height=170 + 46 * len(names),
     )
 
 
-def _room(found: Mapping[str, Mistake]) -> list[float]:
-    """The range of the axis, as powers of ten: the words beside the outer marks fit in."""
+def _range(found: Mapping[str, Mistake]) -> list[float]:
+    """Return the range in powers of ten, with room for the labels of the outer marks."""
     factors = [each.factor for each in found.values()]
     return [math.log10(min(0.5, *factors) / 3), math.log10(max(2.0, *factors) * 3)]
 
 
 @contextmanager
 def noisy_neighbour(threads: int = 2) -> Iterator[None]:
-    """Keep cores and memory of this machine busy while inside, as another user would."""
+    """Keep cores and memory busy inside the context, as another user of the machine would."""
     over = threading.Event()
     workers = [threading.Thread(target=_copy_until, args=(over,)) for _ in range(threads)]
     for worker in workers:
@@ -96,4 +96,4 @@ def _copy_until(over: threading.Event) -> None:
     source = np.ones(1 << 24, dtype=np.uint8)
     target = np.empty_like(source)
     while not over.is_set():
-        np.copyto(target, source)  # without the GIL: the kernel goes on
+        np.copyto(target, source)  # releases the GIL, so the notebook continues

@@ -1,4 +1,4 @@
-"""One question that is answered before the measurement: a number, a name, or names in order."""
+"""A question to answer before the measurement: a number, a name, or names in order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prediction:
     tolerance: float = 0.1
 
     def parse(self, guess: object) -> Answer:
-        """Convert a learner's guess. Raises ValueError that names what is allowed."""
+        """Convert a learner's guess. Raises ValueError that lists the allowed answers."""
         if self.choices and isinstance(self.answer, tuple):
             names = tuple(guess) if isinstance(guess, list | tuple) else ()
             if sorted(names) != sorted(self.choices):
@@ -37,7 +37,7 @@ class Prediction:
             return names
         if self.choices:
             if guess not in self.choices:
-                raise ValueError(f"{guess!r} is none of {', '.join(self.choices)}")
+                raise ValueError(f"{guess!r} is not one of {', '.join(self.choices)}")
             return str(guess)
         if not isinstance(guess, Real) or isinstance(guess, bool) or not math.isfinite(guess):
             raise ValueError(f"{guess!r} is not a number")

@@ -1,7 +1,7 @@
-"""Runs of `make bench` that were recorded on other machines, to be laid beside yours.
+"""Read runs of `make bench` that were recorded on other machines, to compare them with yours.
 
-They are the files in benchmarks/results; each says where, when and from which commit it was taken.
-Nothing is shown as measured here: figures say "Recorded" in their title.
+They are the files in benchmarks/results; each contains its machine, date and commit. Figures of
+them say "Recorded" in their title.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cpkit.notebook import style
 from cpkit.notebook.charts import byte_words, size_axis, time_axis
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
-_SAME_AS = {"seed": "padded_symm_recv"}  # what the benchmark on GPUs calls it
+_SAME_AS = {"seed": "padded_symm_recv"}  # the name in the GPU benchmark
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One recorded run: its file, what it says of its machine, and its rows."""
+    """One recorded run: its file, its environment, and its rows."""
 
     name: str
     environment: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Recording:
 
     @property
     def machine(self) -> str:
-        """The machine in words."""
+        """The name of the GPU, or of the processor with its cores."""
         if self.is_gpu:
             return str(self.environment["device"])
         cores = self.environment.get("cores", "an unknown number of")
@@ -46,7 +46,7 @@ class Recording:
 
 
 def read(folder: Path = RESULTS) -> list[Recording]:
-    """All recordings of gathers, the newest last. A file without any is left out."""
+    """Return all recordings of gathers, the newest last; skip files without any."""
     found = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def read(folder: Path = RESULTS) -> list[Recording]:
 
 
 def describe(found: list[Recording]) -> str:
-    """One line a recording, and what is missing."""
+    """Return one line per recording, and a line if a GPU run is missing."""
     lines = [
         f"{each.name}: {each.machine}, {each.environment.get('date', 'no date')}, commit "
         f"{each.environment.get('commit', 'unknown')}, cp_size "
@@ -68,23 +68,23 @@ def describe(found: list[Recording]) -> str:
     ]
     if not any(each.is_gpu for each in found):
         lines.append(
-            "missing: a run on GPUs; `make bench-gpu` on a machine that has some records one in "
-            "benchmarks/results"
+            "missing: a run on GPUs; to record one in benchmarks/results, run `make bench-gpu` on "
+            "a machine with GPUs"
         )
     return "\n".join(lines)
 
 
 def newest(found: list[Recording], cp_size: int) -> list[Recording]:
-    """Of each kind of machine, CPU and GPU, the newest recording that has this cp_size."""
+    """Return the newest recording with this cp_size on CPUs, and the newest on GPUs."""
     fitting = [each for each in found if cp_size in set(each.table["cp_size"])]
-    kinds = {each.is_gpu: each for each in fitting}  # later ones replace earlier ones
+    kinds = {each.is_gpu: each for each in fitting}  # the last one of each kind remains
     return [kinds[kind] for kind in sorted(kinds)]
 
 
 def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure:
-    """Your sweep and a recorded run over size; filled marks are yours, open ones are recorded.
+    """Draw your sweep and a recorded run over size; filled marks are yours, open ones recorded.
 
-    Raises ValueError when the recording has nothing of this cp_size.
+    Raises ValueError if the recording has no rows of this cp_size.
     """
     rows = recording.table[recording.table["cp_size"] == cp_size]
     if rows.empty:
@@ -116,7 +116,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
 
 
 def _apart(sizes: list[int]) -> list[int]:
-    """Those of ascending sizes whose names have room beside each other on a log axis."""
+    """Return those ascending sizes whose labels do not overlap on a log axis."""
     kept: list[int] = []
     for size in sizes:
         if not kept or size > 1.6 * kept[-1]:
@@ -125,7 +125,7 @@ def _apart(sizes: list[int]) -> list[int]:
 
 
 def _add_floor(figure: go.Figure, rows: pd.DataFrame) -> None:
-    """The least that the recorded machine could take, where the recording says so."""
+    """Add the least time that the recorded machine could take, if it was recorded."""
     if "floor_us" not in rows or rows["floor_us"].isna().all():
         return
     floors = rows.groupby("size_bytes")["floor_us"].first()

@@ -1,7 +1,7 @@
-"""A report of a run that a stranger can read, and repeat: one page, and the same as JSON.
+"""Write a report of a run, with all that is needed to repeat it, as an HTML page and as JSON.
 
-The page needs no network and no JavaScript: tables, and figures as pictures, or as text where no
-Chromium can draw them. The JSON stands in the page as well, so one file is enough.
+The page needs no network and no JavaScript. Its figures are pictures, or text if no Chromium can
+draw them. The page also contains the JSON, so one file is enough.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from cpkit.notebook.style import text_alternative
 from cpkit_lessons import machine
 
 METHOD = (
-    "Every gather was compared bit by bit before it was timed. Algorithms of one size took turns. "
-    "Every sample began at a barrier. time_us is the median of the slowest rank, the largest of "
-    "the ranks' medians; min_us and p95_us are the largest of theirs."
+    "Every gather was compared bit by bit before it was timed. The algorithms alternated at each "
+    "size. Every sample began at a barrier. time_us is the largest of the ranks' medians; min_us "
+    "and p95_us are the largest of the ranks' minima and 95th percentiles."
 )
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -38,7 +38,7 @@ _STYLE = (
 
 
 def environment(status: StatusResult) -> dict[str, Any]:
-    """Where and with what: machine, versions, commit, date; what a reader needs to compare."""
+    """Return the machine, versions, commit and date, which a comparison needs."""
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
         "cpkit": status.version,
@@ -64,10 +64,10 @@ def write(
     results: Mapping[str, Any],
     figures: Sequence[go.Figure] = (),
 ) -> tuple[Path, Path]:
-    """Write `report.html` and `report.json`; returns both paths.
+    """Write `report.html` and `report.json`; return both paths.
 
-    `table` is `lab.sweep`'s, `repeat` the code that measures it again, `results` what was concluded
-    (name with its unit, value). Raises ValueError when the table lacks a column.
+    `table`: the result of `lab.sweep`; `repeat`: the code that measures it again; `results`: the
+    conclusions (name with its unit, value). Raises ValueError if the table lacks a column.
     """
     missing = {"size_bytes", "cp_size", "algorithm", "time_us", "p95_us", "iterations"} - {*table}
     if missing:
@@ -88,16 +88,16 @@ def write(
 
 
 def _pictures(figures: Sequence[go.Figure]) -> list[str]:
-    """Each figure as HTML: a picture, or its text alternative and why, which is also printed."""
+    """Return each figure as HTML: a picture, or its text and the reason, which is also printed."""
     parts, reason = [], ""
     for figure in figures:
-        words = escape(text_alternative(figure))
+        text = escape(text_alternative(figure))
         try:
             data = b64encode(png(figure)).decode()
-            parts.append(f'<p><img alt="{words}" src="data:image/png;base64,{data}"></p>')
+            parts.append(f'<p><img alt="{text}" src="data:image/png;base64,{data}"></p>')
         except NoPicture as problem:
             reason = f"The report has no pictures: {problem}."
-            parts.append(f"<p>{words}</p><p>{escape(reason)}</p>")
+            parts.append(f"<p>{text}</p><p>{escape(reason)}</p>")
     if reason:
         sys.stdout.write(f"{reason}\n")
     return parts
@@ -110,16 +110,16 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[st
     shown = table[[name for name in columns.split() if name in table]].round(2)
     raw = json.dumps(content, indent=1)
     parts = [
-        "<h1>Padded all-gather: a measured run</h1>",
+        "<h1>Padded all-gather: measurements</h1>",
         f"<p>{escape(content['method'])}</p>",
-        "<h2>Where and with what</h2>",
+        "<h2>Environment</h2>",
         _pairs(content["environment"]),
         "<h2>Results</h2>",
         _pairs(content["results"]),
         "<h2>Times</h2>",
         shown.to_html(index=False, border=0),
         *pictures,
-        "<h2>Measure it again</h2>",
+        "<h2>Repeat the measurement</h2>",
         f"<pre>{escape(content['repeat'])}</pre>",
         f"<details><summary>All numbers, as JSON</summary><pre>{escape(raw)}</pre></details>",
     ]
@@ -130,11 +130,11 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[st
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    rows = [f"<tr><th>{escape(k)}</th><td>{escape(_words(v))}</td></tr>" for k, v in values.items()]
+    rows = [f"<tr><th>{escape(k)}</th><td>{escape(_text(v))}</td></tr>" for k, v in values.items()]
     return f"<table>{''.join(rows)}</table>"
 
 
-def _words(value: object) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"

@@ -1,7 +1,6 @@
-"""Pictures of models: the speed of light under measured times, steps predicted and measured, and
-what lies beyond this machine.
+"""Figures of models: the speed of light, predicted and measured times, modelled machines.
 
-What is computed is drawn as an outline or a thin line, what was measured as a filled shape.
+Computed values are outlines or thin lines; measured values are filled shapes.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ _SYMBOLS = ("circle", "square", "diamond", "x")
 def roof(
     light: Curve, table: pd.DataFrame | None = None, fit: tuple[str, float, float] | None = None
 ) -> go.Figure:
-    """The speed of light over size, later with measured times on the same axes.
+    """Draw the speed of light over size, optionally with measured times and a fit.
 
-    `table` is `lab.sweep`'s; `fit` is (algorithm, alpha in µs, beta in µs per byte).
+    `table`: the result of `lab.sweep`; `fit`: (algorithm, alpha in µs, beta in µs per byte).
     """
     figure = go.Figure()
     sizes = sorted(light)
@@ -43,15 +42,15 @@ def roof(
     )
     return style.finish(
         figure,
-        title="Speed of light" + (" and what was measured" if table is not None else ""),
-        subtitle="meet once, read every byte once, write it for every rank; grey is out of reach",
+        title="Speed of light" + (" and measured times" if table is not None else ""),
+        subtitle="meet once, read every byte once, write it for every rank; grey: not possible",
         alt=". ".join(words) + ".",
         height=460,
     )
 
 
 def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.Figure:
-    """Predicted and measured µs of each algorithm, from the slowest to the fastest."""
+    """Draw the predicted and measured time of each algorithm, in the order of `measured`."""
     names = list(measured)
     figure = go.Figure()
     outline = {"color": style.PAPER, "line": {"color": _OUTLINE, "width": 1.5}}
@@ -79,7 +78,7 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
     return style.finish(
         figure,
         title="Passes removed: predicted and measured",
-        subtitle="predicted = two meetings + what each pass over the bytes costs by itself",
+        subtitle="predicted: two meetings, and each pass over the bytes, measured on its own",
         alt=words + ".",
         height=160 + 64 * len(names),
     )
@@ -88,7 +87,7 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
 def gain(
     sizes_bytes: Sequence[int], slow_us: Sequence[float], fast_us: Sequence[float]
 ) -> go.Figure:
-    """How often faster the second is, over size: where its gain ends."""
+    """Draw slow / fast by size, which shows where the gain ends."""
     ratios = [slow / fast for slow, fast in zip(slow_us, fast_us, strict=True)]
     figure = go.Figure()
     figure.add_scatter(
@@ -111,12 +110,12 @@ def gain(
     pairs = zip(sizes_bytes, ratios, strict=True)
     words = ", ".join(f"{ratio:.2f} × at {byte_words(size)}" for size, ratio in pairs)
     return style.finish(
-        figure, title="What symmetric memory gains", alt=f"Gain: {words}.", height=360
+        figure, title="Speedup by symmetric memory", alt=f"Gain: {words}.", height=360
     )
 
 
 def scale_out(table: pd.DataFrame) -> go.Figure:
-    """Modelled µs over cp_size, a line a machine and size.
+    """Draw modelled times over cp_size, one line per machine and size.
 
     `table` has the columns machine, size_bytes, cp_size, time_us.
     """
@@ -124,7 +123,7 @@ def scale_out(table: pd.DataFrame) -> go.Figure:
     machines, widest = list(table["machine"].unique()), table["cp_size"].max()
     lines = table.groupby(["machine", "size_bytes"], sort=False)
     for (machine, _), rows in lines:
-        look, size = machines.index(machine), float(rows["size_bytes"].iloc[0])
+        index, size = machines.index(machine), float(rows["size_bytes"].iloc[0])
         figure.add_scatter(
             name=machine,
             legendgroup=machine,
@@ -134,8 +133,8 @@ def scale_out(table: pd.DataFrame) -> go.Figure:
             y=rows["time_us"].tolist(),
             text=[f" {byte_words(size)}" if n == widest else "" for n in rows["cp_size"]],
             textposition="middle right",
-            line={"color": style.INK, "dash": _DASHES[look % 4], "width": 1.5},
-            marker={"symbol": f"{_SYMBOLS[look % 4]}-open", "size": 9},
+            line={"color": style.INK, "dash": _DASHES[index % 4], "width": 1.5},
+            marker={"symbol": f"{_SYMBOLS[index % 4]}-open", "size": 9},
             hovertemplate=f"{machine}: cp_size %{{x}}, %{{y:,.0f}} µs<extra></extra>",
         )
     sizes = sorted(int(size) for size in table["cp_size"].unique())

@@ -18,7 +18,7 @@ from cpkit_lessons.feedback import WrongAnswer
 ROW_SHAPE = (2, 8)  # heads, head_dim: 32 bytes of bfloat16, which hold the four stamps
 DTYPE = torch.bfloat16
 ROW_BYTES = torch.empty(ROW_SHAPE, dtype=DTYPE).nbytes
-_ROUNDS = 1024  # a stamp counts up to this
+_ROUNDS = 1024  # the rounds that a stamp can hold
 
 
 def layouts() -> Iterator[ContextParallelMetadata]:
@@ -41,7 +41,7 @@ def layouts() -> Iterator[ContextParallelMetadata]:
 def rounds(
     layouts: Iterator[ContextParallelMetadata],
 ) -> Iterator[tuple[int, ContextParallelMetadata]]:
-    """Yield (round, layout): each layout in two rounds, so that stale rows of the first show."""
+    """Yield (round, layout): each layout in two rounds, so that stale rows are detected."""
     number = 0
     for layout in layouts:
         for _ in range(2):
@@ -82,7 +82,7 @@ def describe_row(row: torch.Tensor) -> str:
 
 
 def check_rows(call: str, got: object, want: torch.Tensor, layout: ContextParallelMetadata) -> None:
-    """Raise WrongAnswer that describes the first wrong row, unless `got` has the bits of `want`."""
+    """Raise WrongAnswer for the first row of `got` that is not bit for bit that of `want`."""
     where = f"{call}, {describe_layout(layout)}"
     if not isinstance(got, torch.Tensor):
         raise WrongAnswer(

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-MAX_STEPS = 400  # per rank; a program that takes more is taken to be endless
+MAX_STEPS = 400  # per rank; a program that takes more is considered endless
 NEVER_WRITTEN = 0  # the round that a slot holds before its first put
 
 
@@ -113,12 +113,12 @@ Program = Callable[[Rank], Generator[Step, Any, None]]
 
 
 class InvalidProgram(Exception):
-    """A program yields something else than a step, names a missing rank, or does not end."""
+    """Raised for a program that yields a non-step, names a missing rank, or does not end."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that was taken. `found` is the round that a read returned."""
+    """One executed step. `found`: the round that a read returned."""
 
     rank: int
     step: Step
@@ -131,6 +131,12 @@ class Event:
             return ""
         early = self.found < self.step.round
         return "stale (read after write)" if early else "ahead (write after read)"
+
+    @property
+    def mismatch(self) -> str:
+        """What a wrong read expects and returns."""
+        found = f"round {self.found}" if self.found != NEVER_WRITTEN else "nothing"
+        return f"expects round {self.step.round} of rank {self.step.peer} and reads {found}"
 
 
 class Run:
@@ -236,7 +242,7 @@ class Run:
             self.next[rank] = None
             if not_yielded:
                 raise InvalidProgram(
-                    f"rank {rank} makes `{not_yielded[0]}` without `yield`: that does nothing"
+                    f"rank {rank} creates `{not_yielded[0]}` without `yield`, which has no effect"
                 ) from None
             return
         if not isinstance(step, Step):
@@ -281,11 +287,8 @@ class Failure:
             when = f"after {len(self.events)} steps ({steps})" if steps else "at the first step"
             return f"deadlock, {ranks}, {when}"
         last = self.events[-1]
-        found = f"round {last.found}" if last.found != NEVER_WRITTEN else "nothing yet"
-        return (
-            f"{last.fault}: rank {last.rank} wants round {last.step.round} of rank "
-            f"{last.step.peer} and finds {found}, in {len(self.events)} steps ({steps})"
-        )
+        count = len(self.events)
+        return f"{last.fault}: rank {last.rank} {last.mismatch}, in {count} steps ({steps})"
 
 
 @dataclass(frozen=True)
@@ -317,7 +320,7 @@ def smallest_failure(program: Program, size: int, rounds: int, max_states: int =
                 seen.add(state)
                 queue.append((*order, rank))
         if len(seen) > max_states:
-            raise ValueError(f"more than {max_states} states: take fewer ranks or rounds")
+            raise ValueError(f"more than {max_states} states: use fewer ranks or rounds")
     return Search(len(seen), None)
 
 
@@ -333,10 +336,10 @@ def replay(program: Program, size: int, rounds: int, order: Sequence[int]) -> Ru
 
 def _why_not_ready(run: Run, rank: int) -> str:
     if rank not in run.unfinished():
-        return "has nothing left to do"
+        return "has already ended"
     if run.at_barrier(rank):
         return f"waits at the barrier for rank {run.arrived.index(min(run.arrived))}"
-    return f"has to wait before {run.next[rank]}"
+    return f"cannot execute `{run.next[rank]}` yet"
 
 
 def first_fault(program: Program, size: int, rounds: int, order: Sequence[int]) -> Failure | None:

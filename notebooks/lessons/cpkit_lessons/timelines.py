@@ -1,4 +1,4 @@
-"""A failing schedule as a picture: one lane a rank, one column a step, the wrong read in red."""
+"""Draw a failing schedule: one lane per rank, one column per step, the wrong read in red."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LANE_PX = 58
 
 
 def schedule_timeline(failure: Failure) -> go.Figure:
-    """The order in which the ranks took their steps; arrows are writes into a peer's memory."""
+    """Draw the ranks' steps in their order; arrows are writes into a peer's memory."""
     events = failure.events
     figure = go.Figure()
     for rank in range(failure.size):
@@ -59,14 +59,9 @@ def schedule_timeline(failure: Failure) -> go.Figure:
 def _subtitle(failure: Failure) -> str:
     steps = f"{failure.size} ranks, {len(failure.events)} steps"
     if failure.stuck:
-        who = ", ".join(f"rank {rank}" for rank, _ in failure.stuck)
-        return f"{steps}; then {who} would wait for ever"
-    last = failure.events[-1]
-    found = f"round {last.found}" if last.found else "nothing yet"
-    return (
-        f"{steps}; the last read wants round {last.step.round} of rank {last.step.peer} and "
-        f"finds {found}"
-    )
+        ranks = ", ".join(f"rank {rank}" for rank, _ in failure.stuck)
+        return f"{steps}; then {ranks} would wait forever"
+    return f"{steps}; the last read {failure.events[-1].mismatch}"
 
 
 def _cells(steps: Sequence[tuple[int, Event]], name: str, color: str) -> go.Bar:
@@ -87,7 +82,7 @@ def _cells(steps: Sequence[tuple[int, Event]], name: str, color: str) -> go.Bar:
 
 
 def _label(event: Event) -> str:
-    """`put r1` over `→ rank 0`; a read shows the round that it found."""
+    """Return the text of a step: `put r1` over `→ rank 0`; for a read, the round that it found."""
     step, mark = event.step, "✗ " if event.fault else ""
     match step.kind:
         case "put":
@@ -124,7 +119,7 @@ def _stuck(steps: int, rank: int, where: str) -> dict[str, Any]:
     return {
         "x": steps + 1.5,
         "y": f"rank {rank}",
-        "text": f"✗ waits for ever:<br>{where}",
+        "text": f"✗ waits forever:<br>{where}",
         "showarrow": False,
         "font": {"color": style.WRONG, "size": 11},
     }

@@ -64,14 +64,15 @@ def check_keys_seen(keys_seen: KeysSeen) -> Score:
             if got != wanted:
                 raise WrongAnswer(
                     f"keys_seen(tokens={tokens.tolist()}, lengths={lengths}) is {got}; each token "
-                    f"looks at itself and what comes before it in its own sequence: {wanted} keys"
+                    f"attends to itself and the earlier tokens of its own sequence: {wanted} keys"
                 )
             cases += 1
-    ratios = (f"{strategy} {_slowest_by_mean(keys_seen, strategy):.2f}" for strategy in STRATEGIES)
-    return Score(cases, note=f"slowest rank by mean over 4 ranks, 4096 tokens: {', '.join(ratios)}")
+    ratios = (f"{strategy} {_imbalance(keys_seen, strategy):.2f}" for strategy in STRATEGIES)
+    return Score(cases, note=f"slowest rank / mean, 4 ranks, 4096 tokens: {', '.join(ratios)}")
 
 
-def _slowest_by_mean(keys_seen: KeysSeen, strategy: str) -> float:
+def _imbalance(keys_seen: KeysSeen, strategy: str) -> float:
+    """Return the work of the slowest rank / the mean, for 4 ranks and 4096 tokens."""
     layout = prepare_context_parallel_metadata([4096], 4, strategy)
     work = [keys_seen(layout.rank_rows(rank), [4096]) for rank in range(4)]
     return max(work) / (sum(work) / len(work))
@@ -107,9 +108,9 @@ def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Seque
     if not isinstance(got, int):
         return f"{call}, and a length is an int"
     if got > max(held):
-        return f"{call}: {max(held)} slots are enough, any more are padding on all ranks"
+        return f"{call}: {max(held)} slots are enough; more are padding on all ranks"
     rank = held.index(max(held))
-    return f"{call}: of rank {rank} the last {max(held) - got} would be cut off"
+    return f"{call}: {max(held) - got} row(s) of rank {rank} would be cut off"
 
 
 # --------------------------------------------------------------- 4 and 5: strip and reorder
@@ -212,7 +213,7 @@ def _check_output(
         token = int(layout.rank_rows(rank)[row])
         keys = f"keys 0 to {token}" if token else "key 0"
         raise WrongAnswer(
-            f"{where}: row {row} is token {token}, which looks at {keys} and at no other; its "
+            f"{where}: row {row} is token {token}, which attends to {keys} only; its "
             f"output is off by {float(errors[row]):.2f} ({len(wrong)} of {len(errors)} rows are "
             "wrong)"
         )
@@ -225,9 +226,9 @@ Rows = npt.NDArray[np.int64]  # [slots, 4]: round, rank, sequence, token
 
 @LESSON.exercise("e7", "write the check")
 def check_accepts(accepts: Accepts) -> Score:
-    """Check that right gathers are accepted and broken ones refused, over random batches."""
+    """Check that right gathers are accepted and broken ones rejected, for random batches."""
     draw = random.Random(11)
-    cases = refused = 0
+    cases = rejected = 0
     for round_, layout in rows.rounds(_small_layout(draw) for _ in range(20)):
         for name, got in _gathers(layout, round_).items():
             owners, lengths = layout.owners().tolist(), list(layout.lengths)
@@ -235,11 +236,11 @@ def check_accepts(accepts: Accepts) -> Score:
             if bool(accepted) != (name == "right"):
                 where = f"lengths {lengths}, cp_size {layout.cp_size}, round {round_}"
                 if name == "right":
-                    raise WrongAnswer(f"your check refuses a right gather: {where}")
+                    raise WrongAnswer(f"your check rejects a right gather: {where}")
                 fault = _first_fault(got, layout, round_)
                 raise WrongAnswer(f"`{name}` survives: {where}. {fault}, and your check accepts it")
-            cases, refused = cases + 1, refused + (name != "right")
-    return Score(cases, {"mutants killed": (refused, refused)})
+            cases, rejected = cases + 1, rejected + (name != "right")
+    return Score(cases, {"mutants killed": (rejected, rejected)})
 
 
 def _small_layout(draw: random.Random) -> ContextParallelMetadata:
@@ -299,7 +300,7 @@ def _first_fault(got: Rows, layout: ContextParallelMetadata, round_: int) -> str
 
 _WEAK_CHECKS: Mapping[str, Callable[[Rows, Rows], bool]] = {
     "lengths only": lambda got, want: len(got) == len(want),
-    "one constant a rank": lambda got, want: np.array_equal(got[:, 1], want[:, 1]),
+    "one constant per rank": lambda got, want: np.array_equal(got[:, 1], want[:, 1]),
     "the same set of tokens": lambda got, want: (
         set(map(tuple, got[:, 2:])) == set(map(tuple, want[:, 2:]))
     ),
@@ -308,7 +309,7 @@ _WEAK_CHECKS: Mapping[str, Callable[[Rows, Rows], bool]] = {
 
 
 def kill_table(layout: ContextParallelMetadata, round_: int) -> pd.DataFrame:
-    """Apply checks of real test suites to every broken gather: ✓ killed, or `alive`."""
+    """Apply the checks of real test suites to every broken gather: `✓ killed` or `alive`."""
     gathers = _gathers(layout, round_)
     want = gathers.pop("right")
     return pd.DataFrame(

@@ -20,15 +20,15 @@ LESSON.ask(
 )
 LESSON.ask(
     "work",
-    "Contiguous, 24 tokens, 4 ranks: how many times as many keys as rank 0 does rank 3 look at?",
+    "Contiguous, 24 tokens, 4 ranks: how many times as many keys as rank 0 does rank 3 attend to?",
     answer=129 / 21,
     unit="times",
     wrong={
-        1: "Both hold 6 tokens. But token t looks at t + 1 keys, so late tokens cost more.",
-        4: "The last token of rank 3 looks at 4 times as many keys; for earlier ones it is more.",
-        7: "7 to 1 is the ratio for very long sequences. For short ones it is smaller.",
+        1: "Both hold 6 tokens. But token t attends to t + 1 keys, so late tokens cost more.",
+        4: "The last token of rank 3 attends to 4 times as many keys; for earlier ones it is more.",
+        7: "7 is the ratio for very long sequences. For short ones it is smaller.",
     },
-    why="Rank 0 looks at 1 + … + 6 = 21 keys, rank 3 at 19 + … + 24 = 129.",
+    why="Rank 0 attends to 1 + … + 6 = 21 keys, rank 3 to 19 + … + 24 = 129.",
     tolerance=0.08,
 )
 LESSON.ask(
@@ -40,7 +40,7 @@ LESSON.ask(
     tolerance=0.05,
     wrong={
         0: "22 tokens over 4 ranks do not divide evenly: some ranks hold one row less.",
-        2 / 22: "That is padding by tokens. What is sent are slots: 4 ranks of 6 rows.",
+        2 / 22: "That is padding / tokens. The ranks send slots: 4 ranks of 6 rows.",
     },
     why="Every rank pads to the longest, 6 rows: 4 · 6 = 24 slots for 22 tokens.",
 )
@@ -53,7 +53,7 @@ LESSON.ask(
     wrong={
         0: "Right for one sequence. Here each of 16 sequences adds its odd token to rank 0.",
         16: "Rank 0 does hold 16 tokens more. But the formula adds 4 of them to every rank.",
-        4: "4 is the room that the formula leaves. Rank 0 needs 16.",
+        4: "4 is what the formula adds to 16384 rows. Rank 0 needs 16.",
     },
     why="Each sequence has one odd token, and zigzag adds it to the first block: rank 0 holds "
     "16400 rows, the others 16384. The formula gives 16388. SGLang up to 0.5.12 used it, and "
@@ -74,37 +74,37 @@ LESSON.ask(
 )
 LESSON.ask(
     "passes",
-    "padded: how many times is a row written until the attention of another rank may read it?",
+    "padded: how many times is a row written before the attention of another rank may read it?",
     answer=4,
     unit="times",
     tolerance=0.01,
     wrong={
-        1: "That is the wire alone. What happens to the row before and after?",
+        1: "That is the wire alone. Count the copies before and after it.",
         2: "Strip and reorder are two copies, not one, and the pad copied it before the wire.",
         3: "One of pad, wire, strip and reorder is missing in your count.",
     },
     why="Pad, wire, strip and reorder each write it once. SGLang 0.5.23 makes four copies after "
-    "the wire (trim, reverse, contiguous, scatter): by arithmetic as expensive as the wire itself "
-    "on 4 H200.",
+    "the wire (trim, reverse, contiguous, scatter), which by calculation cost as much as the "
+    "wire itself on 4 H200.",
 )
 LESSON.ask(
     "order",
-    "Causal attention over 24 tokens reads K and V in rank order: how many outputs stay right?",
+    "Causal attention over 24 tokens reads K and V in rank order: how many outputs are right?",
     answer=4,
     unit="of 24 outputs",
     tolerance=0.01,
     wrong={
         24: "True without a mask, because a sum does not depend on order. The causal mask does.",
         0: "Rank order begins with 0, 1, 2 too, so the first outputs use the right keys.",
-        3: "Right for the first three. Which token looks at all keys, in whatever order?",
-        1: "The last token looks at all keys. But the first three also use the right ones.",
+        3: "Right for the first three. But one token attends to all keys, in any order.",
+        1: "The last token attends to all keys. But the first three also use the right ones.",
     },
     why="Output t is right if the first t + 1 rows of rank order are the tokens 0 … t. That holds "
-    "for 0, 1 and 2, which rank 0 holds first, and for 23, which looks at all keys.",
+    "for 0, 1 and 2, which rank 0 holds first, and for 23, which attends to all keys.",
 )
 LESSON.ask(
     "survivors",
-    "8 broken gathers: how many does a check of the number of rows let pass?",
+    "8 broken gathers: how many pass a check of the number of rows?",
     answer=7,
     unit="of 8",
     tolerance=0.01,
@@ -118,7 +118,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "bill",
-    "32767 tokens, 4 ranks: how many times the bytes of direct does a rank that pads write?",
+    "32767 tokens, 4 ranks: a rank that pads writes how many times the bytes of direct?",
     answer=3.25,
     unit="times",
     tolerance=0.02,

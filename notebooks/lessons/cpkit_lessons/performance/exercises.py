@@ -64,7 +64,7 @@ def check_bandwidths(bandwidths: Bandwidths) -> Score:
             if not math.isclose(found, wanted[name], rel_tol=1e-9, abs_tol=1e-12):
                 raise WrongAnswer(
                     f"{call}: {name} is {found:.6g} GB/s; wanted {wanted[name]:.6g}. The whole "
-                    f"result has {total:,} bytes, 1 GB is 10⁹ bytes"
+                    f"result has {total:,} bytes; 1 GB is 10⁹ bytes"
                 )
         cases += 1
     return Score(cases)
@@ -86,13 +86,13 @@ def check_light(light_us: Light) -> Score:
         if not math.isclose(got, wanted, rel_tol=1e-9):
             raise WrongAnswer(
                 f"light_us({total}, {cp_size}, {alpha_us:.4g}, {gbps:.4g}) is {got:.6g} µs; wanted "
-                f"{wanted:.6g}: alpha {alpha_us:.4g} µs, then what a rank does not hold yet at "
+                f"{wanted:.6g}: alpha {alpha_us:.4g} µs, then the bytes of the other ranks at "
                 f"{gbps:.4g} · 10³ bytes per µs"
             )
         cases += 1
     errors = [
         abs(light_us(size, 8, *_FITTED) / measured - 1)
-        for size, measured in zip(SYMMETRIC.sizes_bytes, SYMMETRIC.after_us, strict=True)
+        for size, measured in zip(SYMMETRIC.sizes_bytes, SYMMETRIC.symmetric_us, strict=True)
     ]
     note = f"and {SYMMETRIC.source} within {max(errors):.1%}, with alpha 5.3 µs and 328 GB/s"
     return Score(cases, note=note)
@@ -136,15 +136,15 @@ def _mistake(times: np.ndarray, warmup: int, got: float) -> str:
     """Name the typical mistake that yields exactly this number."""
     kept = times[warmup:]
     mistakes = {
-        "That is the mean of everything.": times.mean(),
+        "That is the mean of all samples.": times.mean(),
         "That is the mean: one slow iteration moved it.": kept.max(axis=1).mean(),
         "That is rank 0 alone.": np.median(kept[:, 0]),
         "That is the fastest rank.": np.median(kept.min(axis=1)),
-        "The warm-up is in it.": np.median(times.max(axis=1)),
-        "That is the median over everything: no gather is done when half its ranks are.": np.median(
+        "That includes the warm-up.": np.median(times.max(axis=1)),
+        "That is the median of all samples: a gather takes as long as its slowest rank.": np.median(
             kept
         ),
-        "That is the largest of the ranks' medians: which rank is slowest changes from one "
+        "That is the largest of the ranks' medians: the slowest rank changes from one "
         "iteration to the next.": np.median(kept, axis=0).max(),
         "That is the best sample.": kept.max(axis=1).min(),
     }
@@ -176,7 +176,7 @@ def check_fit(fit: Fit) -> Score:
                 f"bytes (25 % are allowed)"
             )
         cases += 1
-    published = fit(SYMMETRIC.sizes_bytes, list(SYMMETRIC.after_us))
+    published = fit(SYMMETRIC.sizes_bytes, list(SYMMETRIC.symmetric_us))
     alpha = _pair("fit", published, "(alpha_us, us_per_byte)")[0]
     costs = {"% off at worst": (round(100 * yours), round(100 * reference))}
     return Score(cases, costs, note=f"alpha of {SYMMETRIC.source} is {alpha:.1f} µs by your fit")
@@ -215,8 +215,8 @@ def check_price(lab: Lab, price_us: Price) -> Score:
             if not math.isclose(got, wanted, rel_tol=1e-9):
                 raise WrongAnswer(
                     f"{algorithm}, lengths {lengths}: rank 0 wrote {written} for {total} rows; "
-                    f"copy {prices[0]}, wire {prices[1]}, meet {prices[2]} µs: you say {got:.2f} "
-                    f"µs, wanted {wanted:.2f}"
+                    f"copy {prices[0]}, wire {prices[1]}, barrier {prices[2]} µs: you say "
+                    f"{got:.2f} µs, wanted {wanted:.2f}"
                 )
             cases += 1
     return Score(cases)
@@ -237,7 +237,7 @@ def rows_written(gathered: GatherResult, rank: int = 0) -> dict[str, int]:
 def price(
     rows: Mapping[str, int], total: int, copy_us: float, wire_us: float, barrier_us: float
 ) -> float:
-    """Return the µs of a gather: two barriers, and the rows of each stage.
+    """Return the time of a gather in µs: two barriers, and the rows of each stage.
 
     Writing `total` rows takes `wire_us` in the stage `wire` and `copy_us` in any other.
     """
@@ -257,20 +257,20 @@ def check_copies(copies: Copies) -> Score:
         result = poison_(torch.empty_like(wanted))
         for rank in range(layout.cp_size):
             tokens = layout.rank_rows(rank).tolist()
-            plan = _checked(copies(list(tokens)), tokens, layout, rank)
+            plan = _checked_plan(copies(list(tokens)), tokens, layout, rank)
             shard = rows.shard(layout, rank, round_)
             for row, token, length in plan:
                 result[token : token + length] = shard[row : row + length]
             least = _fewest(tokens)
             if len(plan) > least:
                 raise WrongAnswer(
-                    f"rank {rank} holds tokens {tokens}: your plan has {len(plan)} copies; {least} "
-                    f"would do, since neighbours can go in one"
+                    f"rank {rank} holds tokens {tokens}: your plan has {len(plan)} copies; the "
+                    f"minimum is {least}, because consecutive tokens need one copy"
                 )
             yours, fewest = yours + len(plan), fewest + least
         rows.check_rows("copies", result, wanted, layout)
         cases, row_by_row = cases + 1, row_by_row + layout.total_tokens
-    note = f"one copy per row would be {row_by_row:,}"
+    note = f"one copy per row: {row_by_row:,} copies"
     return Score(cases, {"copies": (yours, fewest)}, note=note)
 
 
@@ -280,7 +280,7 @@ def _fewest(tokens: list[int]) -> int:
     return bool(tokens) + sum(after != before + 1 for before, after in gaps)
 
 
-def _checked(
+def _checked_plan(
     plan: object, tokens: list[int], layout: ContextParallelMetadata, rank: int
 ) -> list[Copy]:
     """Return the plan if every copy is inside the shard and inside the result."""
@@ -293,7 +293,7 @@ def _checked(
         if not (inside and length > 0 and 0 <= token <= token + length <= layout.total_tokens):
             raise WrongAnswer(
                 f"rank {rank} of {layout.cp_size} holds {len(tokens)} rows of "
-                f"{layout.total_tokens} tokens; the copy ({row}, {token}, {length}) leaves them"
+                f"{layout.total_tokens} tokens; the copy ({row}, {token}, {length}) is out of range"
             )
     return list(plan)
 
@@ -303,7 +303,7 @@ def _checked(
 
 @LESSON.exercise("e7", "where a gain ends")
 def check_break_even(break_even_bytes: BreakEven) -> Score:
-    """Check random pairs of lines; some keep the gain at every size, some have it at none."""
+    """Check random pairs of lines; some have the gain at every size, some at no size."""
     draw, cases = random.Random(11), 0
     edges = [((10.0, 2e-6), (5.0, 1e-6), 1.5), ((10.0, 1e-6), (9.0, 1e-6), 1.5)]
     drawn = [
@@ -331,7 +331,7 @@ def _break_even(slow: Line, fast: Line, gain: float) -> tuple[float, str]:
     if alpha_left <= 0 and beta_lost >= 0:
         return 0.0, "no size has this gain: the answer is 0"
     if beta_lost <= 0:
-        return math.inf, "the gain stays above it, however large the size: math.inf"
+        return math.inf, "every size has this gain: the answer is math.inf"
     size = alpha_left / beta_lost
     times = [alpha + beta * size for alpha, beta in (slow, fast)]
     return size, f"there the times are {times[0]:.4g} and {times[1]:.4g} µs, {gain} to 1"

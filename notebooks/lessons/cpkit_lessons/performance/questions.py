@@ -9,13 +9,13 @@ predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
 LESSON.ask(
     "busbw",
-    "4 ranks hold 8.4 MB each, and the gather takes 20 ms: which busbw in GB/s?",
+    "4 ranks hold 8.4 MB each, and the gather takes 20 ms: what is busbw in GB/s?",
     answer=1.26,
     unit="GB/s",
     tolerance=0.02,
     wrong={
         1.68: "That is algbw, S / t. Each rank already holds a quarter of S: it crosses no link.",
-        0.42: "That is one rank's 8.4 MB by the time. S is the whole result: 33.6 MB.",
+        0.42: "That is one rank's 8.4 MB / t. S is the whole result: 33.6 MB.",
         0.315: "The factor is right. But S is the whole result, 4 · 8.4 MB, not one rank's 8.4 MB.",
         2.24: "The factor is (n−1)/n, not its inverse: less crosses the links than is gathered.",
         1.17: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
@@ -25,41 +25,41 @@ LESSON.ask(
 )
 LESSON.ask(
     "late",
-    "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: which time in "
+    "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: what time in "
     "ms does the slowest rank report for a small gather?",
     answer=16.0,
     unit="ms",
     tolerance=0.5,
     wrong={
-        0.5: "That is about the gather. But rank 0 is ready, and waits while its clock runs.",
+        0.5: "That is about the gather alone. But rank 0 waits for others while its clock runs.",
         5.0: "That is one step. Rank 0 waits for the last rank, which is three steps late.",
-        30.0: "Rank 0 waits only for the latest rank, not for one after the other.",
+        30.0: "Rank 0 waits for the latest rank; the delays of the ranks do not add up.",
     },
-    why="Rank 0 waits 3 · 5 ms while its clock runs. Nothing is wrong with the gather: the delay "
-    "of the work before it was measured. A barrier before the clock removes it.",
+    why="Rank 0 waits 3 · 5 ms while its clock runs. The gather is not slow: the measured time "
+    "contains the delay of earlier work. A barrier before the clock removes it.",
 )
 LESSON.ask(
     "damage",
-    "Three mistakes: which reports the smallest fraction of the right time, which the largest?",
+    "Three mistakes: what is their order by reported time / right time, the smallest first?",
     choices=("no barrier", "fastest rank", "not waited for"),
     answer=("not waited for", "fastest rank", "no barrier"),
     wrong={
         ("fastest rank", "not waited for", "no barrier"): "The fastest rank still moved its bytes. "
         "A call that is not waited for has moved nothing yet.",
         ("no barrier", "fastest rank", "not waited for"): "Without a barrier the early ranks wait "
-        "while their clocks run: the time grows.",
+        "while their clocks run, so the time grows.",
     },
     why="A call that is not waited for costs only its launch. The fastest rank leaves before the "
     "others are done. Without a barrier the work before the gather is counted too.",
 )
 LESSON.ask(
     "ranking",
-    "64 MiB over 4 ranks: which algorithm is fastest, which slowest?",
+    "64 MiB over 4 ranks: what is the order of the algorithms, the fastest first?",
     choices=("padded", "padded_symm", "direct"),
     answer=("direct", "padded_symm", "padded"),
     wrong={
         ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies the "
-        "result twice more afterwards.",
+        "result twice afterwards.",
         ("padded", "padded_symm", "direct"): "The order is fastest first: less work, less time.",
     },
     why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
@@ -75,22 +75,21 @@ LESSON.ask(
         0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Barriers cost more.",
         0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
     },
-    why="On the left all ranks wait for all others. There, fewer barriers help and bandwidth does "
-    "not.",
+    why="A small gather mostly waits at barriers: fewer barriers help, and bandwidth does not.",
 )
 LESSON.ask(
     "passes",
-    "padded_symm copies the result twice more than direct. How many times as fast is direct at "
-    "16 MiB?",
+    "padded_symm makes two more copies of the result than direct. How many times as fast is "
+    "direct at 16 MiB?",
     answer=4.0,
     unit="times",
     tolerance=0.7,
     wrong={
         1.0: "A copy of all bytes costs about as much as the push. Count passes.",
-        20.0: "That is more than padded against direct, where the collective is slow too.",
+        20.0: "That is more than direct gains over padded, whose collective is slow as well.",
     },
-    why="Pass by pass: push, strip and reorder against push alone, plus a quarter pass to fill the "
-    "symmetric shard. Three passes to one, as long as memory bandwidth is the limit.",
+    why="Count passes: push, strip and reorder, and a quarter pass to fill the symmetric shard, "
+    "against push alone. The ratio holds while memory bandwidth is the limit.",
 )
 LESSON.ask(
     "padding",
@@ -116,7 +115,7 @@ LESSON.ask(
     tolerance=0.04,
     wrong={
         1.85: "The gain is in alpha, and alpha is a small part of 128 MiB.",
-        1.0: "Nearly: 6 % are left.",
+        1.0: "Nearly: a gain of 6 % remains.",
         1.5: "Less. Compare 10 µs saved with the 370 µs that the bytes need on the wire.",
         3.0: "The links are the same. What is saved is the cost of synchronization.",
     },
@@ -125,18 +124,18 @@ LESSON.ask(
 )
 LESSON.ask(
     "nodes",
-    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network for each "
+    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network per "
     "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
     answer=2.25,
     unit="times",
     tolerance=0.12,
     wrong={
         16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
-        "and 8 network cards share it.",
+        "and 8 network adapters share it.",
         3.3: "That adds network and NVLink. They work at the same time: the slower one counts.",
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
-    why="The other node's 128 MB enter through 8 cards, 16 MB each: 356 µs. Meanwhile every GPU "
+    why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "
     "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. NVLink limits large "
     "gathers, not the network.",
 )

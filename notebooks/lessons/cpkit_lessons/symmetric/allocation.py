@@ -91,7 +91,7 @@ def _peak_bytes(may_free: MayFree, size: int, seed: int) -> int:
             mine[number] = offset or 0, nbytes
         for block in list(blocks[0]):
             for rank in range(size):
-                if draw.random() < 0.35:  # each rank releases a block at another time
+                if draw.random() < 0.35:  # the ranks release a block at different times
                     released[rank].add(block)
         freed = [may_free([set(each) for each in released], rank) for rank in range(size)]
         for rank, free in enumerate(freed):
@@ -101,7 +101,7 @@ def _peak_bytes(may_free: MayFree, size: int, seed: int) -> int:
         kept = sorted(set.intersection(*released) - freed[0])
         if kept:
             raise WrongAnswer(
-                f"exchange {number}: all ranks have released block {kept[0]}, and it was not "
+                f"exchange {number}: all ranks have released block {kept[0]}, but it was not "
                 f"freed: the arena would fill up and spill"
             )
         freed_by_any = set().union(*freed)
@@ -121,7 +121,7 @@ def _check_offsets(offsets: list[int | None], number: int) -> None:
         each = ", ".join(f"offset {offset} on rank {rank}" for rank, offset in enumerate(offsets))
         raise WrongAnswer(
             f"{size} ranks: block {number} has {each}. The ranks have freed different blocks, "
-            f"and a peer's row would be written to the wrong place"
+            f"so a peer's row would be written to the wrong offset"
         )
 
 
@@ -226,7 +226,7 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
         for ranks in (list(card.ranks), list(reversed(card.ranks))):
             got = cause(ranks)
             if got != case:
-                shown = str(dataclasses.replace(card, case="this card")).replace("\n", "\n  ")
+                shown = str(dataclasses.replace(card, case="Its post-mortem")).replace("\n", "\n  ")
                 raise WrongAnswer(f"you say {got!r}; the cause was {case!r}. {shown}")
             cases += 1
     return Score(cases)

@@ -10,17 +10,16 @@ predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
 LESSON.ask(
     "same",
-    "Four ranks make the same symmetric buffer. What of it is sure to be equal on all ranks?",
+    "Four ranks allocate the same symmetric buffer. What is guaranteed to be equal on all ranks?",
     choices=("address", "offset", "both"),
     answer="offset",
     wrong={
         "address": "Each process has its own address space, and maps a segment where there is "
         "room. The addresses need not be equal.",
-        "both": "Addresses may happen to be equal, but no allocator guarantees it, least of all "
-        "after the next allocation.",
+        "both": "Addresses may happen to be equal, but no allocator guarantees it.",
     },
-    why="Symmetric means: the same offset in every rank's segment. All ranks compare it when the "
-    "memory is allocated. A pointer is valid only in its own process.",
+    why="Symmetric means: the same offset in every rank's segment. The ranks compare it when they "
+    "allocate the memory. A pointer is valid only in its own process.",
 )
 LESSON.ask(
     "stale",
@@ -30,10 +29,10 @@ LESSON.ask(
     wrong={
         "under 1 %": "That would need ranks in lockstep. Without a barrier, one rank runs while "
         "another sleeps, and gets whole rounds ahead.",
-        "1 to 10 %": "Ranks drift apart by whole rounds, not by a few instructions, and stay so.",
+        "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
     },
-    why="A rank's read of its own slot is always right: 1/cp of all reads. Of the others nearly "
-    "every one can be wrong. A missing barrier is not a rare event; but a *test* with the same "
+    why="A rank's read of its own slot is always right: 1/cp of all reads. Nearly all other reads "
+    "can be wrong. A missing barrier is not a rare event; but a *test* with the same "
     "data in every round cannot detect it.",
 )
 LESSON.ask(
@@ -43,8 +42,7 @@ LESSON.ask(
     unit="orders",
     tolerance=0.01,
     wrong={
-        16: "Twice 8 steps, or 2^4? Each order is a choice of which 4 of the 8 positions are rank "
-        "0's.",
+        16: "That is 2 · 8, or 2^4. An order is a choice of 4 of the 8 positions, those of rank 0.",
         256: "2^8 also counts orders in which one rank takes more than four steps.",
         40320: "8! would also reorder the steps of one rank; these stay in program order.",
     },
@@ -59,11 +57,11 @@ LESSON.ask(
     unit="steps",
     tolerance=0.01,
     wrong={
-        1: "The first step of a rank is a put; before it reads it has to put to both.",
+        1: "The first step of a rank is a put; it puts to both ranks before it reads.",
         4: "The steps of one rank are enough: put, put, read.",
         8: "The other rank need not take a single step.",
     },
-    why="One rank puts, puts and reads, before the other has begun. The smallest failure is the "
+    why="One rank puts, puts and reads, before the other starts. The smallest failure is the "
     "best explanation of a race: it contains no unnecessary step.",
 )
 LESSON.ask(
@@ -73,17 +71,17 @@ LESSON.ask(
     answer=1,
     tolerance=0.01,
     wrong={
-        2: "The *write* is of round 2. The read that it spoils still expects round 1.",
+        2: "The *write* is of round 2. The read that it breaks still expects round 1.",
         0: "Rounds count from 1; and with a barrier before the read, no read is stale.",
     },
-    why="The reader of round 1 is slow; the writer goes on to round 2 and overwrites what was not "
-    "read yet: a write after read. So the error appears only when a buffer is used *again*, and a "
-    "test of one round passes.",
+    why="The reader of round 1 is slow; the writer continues with round 2 and overwrites "
+    "unread rows: a write after read. So the error appears only when a buffer is used *again*, and "
+    "a test of one round passes.",
 )
 LESSON.ask(
     "held",
-    "Eight ranks in a ring, each reads its left neighbour only. Rank 3 has not begun. With signals "
-    "instead of barriers, how many of the 7 others cannot finish round 1?",
+    "Eight ranks in a ring; each reads its left neighbour only. Rank 3 has not started. With "
+    "signals instead of barriers, how many of the 7 others cannot finish round 1?",
     answer=1,
     unit="of 7",
     tolerance=0.01,
@@ -92,8 +90,8 @@ LESSON.ask(
         2: "Rank 2 writes *to* rank 3 and waits for nothing from it in round 1.",
         0: "Rank 4 needs the row that rank 3 has not written.",
     },
-    why="A signal waits for the rank whose data you need. A barrier waits for all ranks, and costs "
-    "more the more ranks there are.",
+    why="A signal waits for the rank whose data you need. A barrier waits for all ranks, so its "
+    "cost grows with their number.",
 )
 LESSON.ask(
     "spills",
@@ -128,7 +126,7 @@ LESSON.ask(
 def _ask_symptom(case: str, what: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
     LESSON.ask(
         case,
-        f"{what}: what do the ranks see?",
+        f"{what}: what is the symptom?",
         choices=SYMPTOMS[:4],
         answer=answer,
         wrong=wrong,
@@ -150,7 +148,7 @@ _ask_symptom(
 )
 _ask_symptom(
     "sizes_differ",
-    "Rank 1 makes a scratch buffer of another size",
+    "Rank 1 allocates a scratch buffer of another size",
     answer="error at once",
     why="All ranks arrive, and compare a digest of all allocations. NCCL does not compare them: "
     "there the caller has to guarantee equal offsets, and the same mistake raises no error.",
@@ -161,7 +159,7 @@ _ask_symptom(
 )
 _ask_symptom(
     "receive_only",
-    "Only the receive buffer is registered, and one of the NCCLs is 2.28.9",
+    "Only the receive buffer is registered, and one NCCL version is 2.28.9",
     answer="slow but right",
     why="No rank gets an error, every row is right, and only the path differs: by its rule, NCCL "
     "2.28.9 falls back and 2.29.7 does not.",

@@ -79,7 +79,7 @@ def check_exchange(exchange: Program) -> Score:
     program = guard.guarded_steps(exchange)
     cases = _check_orders(program, with_itself=True)
     yours, reference = (_count(each, "barrier") // 4 for each in (program, two_barriers))
-    return Score(cases, {"barriers a round": (_per_round(yours), _per_round(reference))})
+    return Score(cases, {"barriers per round": (_per_round(yours), _per_round(reference))})
 
 
 @LESSON.exercise("e3", "make it fail")
@@ -99,7 +99,7 @@ def check_order(order: Sequence[int]) -> Score:
             f"rank {r} before `{s}`" if s else f"rank {r} at its end"
             for r, s in enumerate(run.next)
         )
-        raise WrongAnswer(f"no read is wrong in these {len(order)} steps; they leave {at}")
+        raise WrongAnswer(f"no read is wrong in these {len(order)} steps; they end with {at}")
     smallest = simulate.smallest_failure(one_barrier, 2, 2).failure
     assert smallest is not None
     steps = {"steps": (len(failure.events), len(smallest.events))}
@@ -112,9 +112,9 @@ def check_signals(exchange: Program) -> Score:
     program = guard.guarded_steps(exchange)
     cases = _check_orders(program, with_itself=False)
     if _count(program, "barrier"):
-        raise WrongAnswer("there is still a barrier in it: use me.signal and me.wait")
+        raise WrongAnswer("the program still has a barrier; use me.signal and me.wait")
     yours, reference = (_count(each, "signal") for each in (program, with_signals))
-    return Score(cases, {"signals a round, 4 ranks": (_per_round(yours), _per_round(reference))})
+    return Score(cases, {"signals per round, 4 ranks": (_per_round(yours), _per_round(reference))})
 
 
 def _check_orders(program: Program, *, with_itself: bool) -> int:
@@ -122,15 +122,15 @@ def _check_orders(program: Program, *, with_itself: bool) -> int:
     cases = 0
     try:
         for _ in Run(program, 2, 1).finish_randomly(random.Random(0)):
-            pass  # at its end, a run raises for steps without `yield`
+            pass  # the end of a run raises for steps without `yield`
         for size, rounds in SEARCHED:
             search = simulate.smallest_failure(program, size, rounds)
-            _refuse(search.failure, size, rounds)
+            _check_passed(search.failure, size, rounds)
             cases += search.states
         _check_reads_all(program, with_itself=with_itself)
         for seed in range(RANDOM_ORDERS):
             failure = simulate.random_failure(program, RANDOM_RANKS, RANDOM_ROUNDS, seed)
-            _refuse(failure, RANDOM_RANKS, RANDOM_ROUNDS)
+            _check_passed(failure, RANDOM_RANKS, RANDOM_ROUNDS)
             cases += 1
     except InvalidProgram as fault:
         raise WrongAnswer(str(fault)) from None
@@ -139,7 +139,7 @@ def _check_orders(program: Program, *, with_itself: bool) -> int:
     return cases
 
 
-def _refuse(failure: Failure | None, size: int, rounds: int) -> None:
+def _check_passed(failure: Failure | None, size: int, rounds: int) -> None:
     if failure:
         raise WrongAnswer(f"{size} ranks, {rounds} round{'s' * (rounds > 1)}: {failure}")
 
@@ -163,7 +163,7 @@ def _finished(program: Program, size: int, rounds: int) -> Run:
     """Run in lockstep to the end. Raises WrongAnswer for a deadlock, not for a wrong read."""
     run = Run(program, size, rounds)
     run.finish_in_lockstep()
-    _refuse(simulate.deadlock(run), size, rounds)
+    _check_passed(simulate.deadlock(run), size, rounds)
     return run
 
 
