@@ -342,7 +342,7 @@ def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) 
     return rank_order.index_select(0, order)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # 8 bytes per token each
 def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> torch.Tensor:
     """Return `metadata.token_order` on the device; cached, because capture forbids the copy.
 

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 STRATEGIES = ("zigzag", "interleave", "contiguous")
+_MAX_TOKENS = 1 << 48  # sizes in bytes still fit 64 bits
 Integers = npt.NDArray[np.int64]
 
 
@@ -106,8 +107,10 @@ class ContextParallelMetadata:
     strategy: str
 
     def __post_init__(self) -> None:
-        """Convert the lengths to a tuple, because the metadata is a cache key."""
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        """Check the fields, and convert the lengths to a tuple: the metadata is a cache key."""
+        object.__setattr__(self, "lengths", _checked_lengths(self.lengths))
+        _check_cp_size(self.cp_size)
+        _check_strategy(self.strategy)
 
     @cached_property
     def total_tokens(self) -> int:
@@ -158,10 +161,10 @@ class ContextParallelMetadata:
 
     def owners(self) -> torch.Tensor:
         """Return the rank that holds each token: int64 `[total_tokens]`."""
-        owner = torch.empty(self.total_tokens, dtype=torch.int64, device="cpu")
+        owner = np.empty(self.total_tokens, dtype=np.int64)
         for rank in range(self.cp_size):
-            owner[self.rank_rows(rank)] = rank
-        return owner
+            owner[self.rank_rows(rank).numpy()] = rank
+        return torch.from_numpy(owner)
 
     def sequence_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the sequence that each token belongs to; `tokens` index the flattened batch."""
@@ -176,10 +179,10 @@ class ContextParallelMetadata:
     @property
     def token_order(self) -> torch.Tensor:
         """Inverse of `rank_order`: the position in rank order of token t (`x[token_order]`)."""
-        order = self.rank_order
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device="cpu")
-        return inverse
+        order = self.rank_order.numpy()
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return torch.from_numpy(inverse)
 
     # ------------------------------------------------------- upstream's zigzag lists
 
@@ -293,15 +296,16 @@ def _merge(token: Integers, step: int, length: Integers) -> Runs:
 
 def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     try:
-        sizes = tuple(lengths)
+        given = sizes = tuple(lengths)
         if set(map(type, sizes)) != {int}:  # such as numpy integers
-            sizes = tuple(index(n) for n in sizes if not isinstance(n, bool))
+            sizes = tuple(index(n) for n in given if not isinstance(n, bool))
     except TypeError:
-        sizes = ()
-    if not sizes or len(sizes) < len(lengths) or min(sizes) < 1:
+        given = sizes = ()
+    if not sizes or len(sizes) < len(given) or min(sizes) < 1 or sum(sizes) > _MAX_TOKENS:
         raise ValueError(
             f"lengths is {lengths!r}; it must hold the number of tokens of each sequence, "
-            f"at least one sequence of at least one token, for example [4097, 812]"
+            f"at least one sequence of at least one token, at most 2**48 tokens in all, for "
+            f"example [4097, 812]"
         )
     return sizes
 

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from cpkit.algorithms import ALGORITHMS
@@ -275,8 +276,8 @@ def _check_slot_values(values: torch.Tensor, rows: int) -> None:
             f"skip the token"
         )
     stored = values[values >= 0]
-    named = torch.zeros(rows, dtype=torch.bool, device="cpu")
-    named[stored] = True  # sorting the slots would take ten times as long
+    named = np.zeros(rows, dtype=np.bool_)  # sorting the slots would take ten times as long
+    named[stored.numpy()] = True
     if int(named.sum()) < len(stored):
         raise ValueError("slots name a row twice; every stored token needs a row of its own")
 

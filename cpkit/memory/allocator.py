@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
+MASK_BYTES = MAX_BLOCKS // 8
 MAX_BYTES = 1 << 60  # per segment; a larger size is a mistake, and would not fit into a message
 
 
@@ -100,14 +101,17 @@ class BlockAllocator:
                 return block
         return None
 
-    def released(self) -> int:
-        """Return a bit per slot: set if this rank dropped the block and it is not free yet."""
+    def record(self) -> bytes:
+        """Return what the ranks exchange: a bit per block that this rank dropped, then the digest.
+
+        The first MASK_BYTES are the bits, of blocks that are not free yet; 4 bytes follow.
+        """
         while self.dropped:
             self._released |= 1 << self.dropped.popleft()
-        return self._released
+        return self._released.to_bytes(MASK_BYTES, "little") + self.digest.to_bytes(4, "little")
 
     def free(self, released_everywhere: int) -> None:
-        """Free the blocks that all ranks have dropped (the AND of all ranks' `released`)."""
+        """Free the blocks that all ranks have dropped (the AND of all ranks' bits)."""
         for slot in sorted(self.blocks):
             if released_everywhere >> slot & 1:
                 block = self.blocks.pop(slot)

@@ -25,6 +25,7 @@ from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_str
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
+    MASK_BYTES,
     MAX_BLOCKS,
     Block,
     BlockAllocator,
@@ -51,8 +52,7 @@ from cpkit.sync.collective import (
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
-_MASK_BYTES = MAX_BLOCKS // 8
-_STATE_BYTES = _MASK_BYTES + 4
+_STATE_BYTES = MASK_BYTES + 4
 _ALL_BLOCKS = (1 << MAX_BLOCKS) - 1
 _MAX_SAMPLES = 4096
 
@@ -87,7 +87,8 @@ class SymmetricPool:
         self.peer_order = [(group.rank + step) % group.size for step in range(group.size)]
         old = group.pools.get(kind)
         kept = old.backend if isinstance(old, SymmetricPool) else None
-        self.backend: Backend = kept or _make_backend(group, kind)
+        with torch._C.DisableTorchFunction():  # also inside `use_symmetric_memory`
+            self.backend: Backend = kept or _make_backend(group, kind)
         self.device = self.backend.device
         self._allocator = BlockAllocator()
         self._segments: list[Segment] = []
@@ -198,7 +199,8 @@ class SymmetricPool:
     def _grow(self, nbytes: int, purpose: str) -> float:
         """Add a segment on all ranks; return the milliseconds that this took."""
         start = time.perf_counter()
-        segment = self.backend.make_segment(nbytes, purpose)
+        with torch._C.DisableTorchFunction():  # `use_symmetric_memory` would allocate in this pool
+            segment = self.backend.make_segment(nbytes, purpose)
         register_segment(segment, self.group.rank, self.group.ranks)
         self._segments.append(segment)
         self._allocator.add_segment(nbytes)
@@ -217,11 +219,9 @@ class SymmetricPool:
         At its end every rank also raises SymmetricMemoryError when the ranks' allocations differ,
         and this rank raises BarrierTimeout when a kernel of it timed out earlier.
         """
-        released = self._allocator.released().to_bytes(_MASK_BYTES, "little")
-        state = released + self._allocator.digest.to_bytes(4, "little")
         late = self.backend.late_message
         failure = BarrierTimeout(late) if late else None
-        return Agreement(self._exchange, state, self._free_agreed, failure)
+        return Agreement(self._exchange, self._allocator.record, self._free_agreed, failure)
 
     def free_dropped(self, purpose: str) -> None:
         """Free the blocks that all ranks have dropped. Collective."""
@@ -230,10 +230,10 @@ class SymmetricPool:
 
     def _free_agreed(self, states: list[bytes]) -> None:
         """Free the blocks that all ranks have dropped: the AND of their masks."""
-        if len({state[_MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
+        if len({state[MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
             self._raise_divergence()
         released_everywhere = _ALL_BLOCKS
-        for mask in {state[:_MASK_BYTES] for state in states}:  # usually all are equal
+        for mask in {state[:MASK_BYTES] for state in states}:  # usually all are equal
             released_everywhere &= int.from_bytes(mask, "little")
         if released_everywhere:
             self._allocator.free(released_everywhere)
@@ -377,9 +377,13 @@ class SymmetricPool:
             self._grow(needed, purpose)
             self._arena_bytes += needed
             return
-        larger = max(needed, self._arena_bytes)
-        self._allocator, self._segments, self._arena_bytes = BlockAllocator(), [], 0
-        self._grow(larger, purpose)
+        old_bytes, larger = self._arena_bytes, max(needed, self._arena_bytes)
+        self._allocator, self._segments = BlockAllocator(), []
+        try:
+            self._grow(larger, purpose)
+        except SymmetricMemoryError:  # on every rank
+            self._grow(old_bytes, "make the old arena again")
+            raise
         self._arena_bytes = larger
 
     def check(self) -> None:

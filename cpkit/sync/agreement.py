@@ -50,23 +50,27 @@ class Signature:
 class Agreement:
     """The checks before one collective call; see the module's docstring.
 
-    `state` is sent with the record. Once all ranks have agreed, `states` holds the states of all
-    ranks, and `on_agreed` is called with them. At the end of the block every rank raises ValueError
-    when any rank raised in it or signatures differ; a rank whose own exception is not a ValueError
-    raises that one. `failure` is an exception that occurred before the block.
+    At the end of the block every rank raises ValueError when any rank raised in it or signatures
+    differ; a rank whose own exception is not a ValueError raises that one. `failure` is an
+    exception that occurred before the block.
+
+    The result of `record` and then `state` are sent too; `record` is called at the end, because an
+    allocation in the block may change what it returns. Once all ranks have agreed, `states` holds
+    what each rank sent, and `on_agreed` is called with it.
     """
 
     def __init__(
         self,
         exchange: Exchange,
-        state: bytes = b"",
+        record: Callable[[], bytes] = bytes,
         on_agreed: Callable[[list[bytes]], object] | None = None,
         failure: Exception | None = None,
     ) -> None:
-        self._exchange, self._on_agreed, self._failure = exchange, on_agreed, failure
+        self._exchange, self._record = exchange, record
+        self._on_agreed, self._failure = on_agreed, failure
         self._signatures: list[Signature] = []
         self._fingerprint = bytes(_DIGEST_BYTES)  # of all signatures
-        self.state = state
+        self.state = b""
         self.states: list[bytes] = []
 
     def must_match(self, signature: Signature) -> None:
@@ -91,7 +95,7 @@ class Agreement:
             return  # an interrupt ends this rank's call now; the peers time out
         error = self._failure or error
         head = _FAILED + bytes(_DIGEST_BYTES) if error else _PASSED + self._fingerprint
-        answers = self._exchange(head + self.state)
+        answers = self._exchange(head + self._record() + self.state)
         if error is not None or any(answer[:_HEAD_BYTES] != head for answer in answers):
             self._explain(error)
             if self._failure:

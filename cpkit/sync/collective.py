@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -115,7 +116,7 @@ def ordinary_all_gather(
     if recv.device.type == "cpu":
         _all_gather_single(recv, send, group.process_group)
     elif not group.has_nccl:
-        host = torch.empty(recv.shape, dtype=recv.dtype, device="cpu")
+        host = torch.from_numpy(np.empty(len(recv), dtype=np.uint8))
         _all_gather_single(host, send.cpu(), group.process_group)
         recv.copy_(host)
     else:
@@ -131,11 +132,12 @@ def exchange_over(process_group: dist.ProcessGroup, message: bytes, size: int) -
 
     Messages have at most MAX_MESSAGE_BYTES and are sent in frames of one fixed size.
     """
-    mine = torch.zeros(8 + MAX_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
+    # numpy allocates, because inside `use_symmetric_memory` torch.empty allocates in a pool.
+    mine = np.zeros(8 + MAX_MESSAGE_BYTES, dtype=np.uint8)
     data = len(message).to_bytes(8, "little") + message
-    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    frames = torch.empty(size * len(mine), dtype=torch.uint8, device="cpu")
-    _all_gather_single(frames, mine, process_group)
+    mine[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+    frames = torch.from_numpy(np.empty(size * len(mine), dtype=np.uint8))
+    _all_gather_single(frames, torch.from_numpy(mine), process_group)
     pages = [bytes(page.numpy()) for page in frames.view(size, -1)]
     return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]
 

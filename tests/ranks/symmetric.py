@@ -26,6 +26,7 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
+from cpkit.sync.agreement import Signature
 from cpkit.sync.shm import free_bytes, reap_dead_files
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
@@ -88,6 +89,40 @@ def check_a_block_that_one_rank_still_holds_is_not_reused() -> None:
     pool.free_dropped("settle")
     assert pool.locate(allocate()) == location
     pool.free_dropped("settle")
+
+
+def check_a_block_that_is_placed_during_an_agreement_is_freed_once() -> None:
+    """Both blocks are alive, so they have different memory.
+
+    In a full pool an allocation is an agreement of its own. Here it happens inside the checks of
+    another one: the factories of those checks are redirected to the pool too.
+    """
+    group = init_context_parallel(dist.get_world_size(), "freed once")
+    pool = SymmetricPool(group, 1 << 20)
+    with use_symmetric_memory(group):
+        full = torch.empty(pool.stats().largest_free_bytes - 256, dtype=torch.uint8)
+        del full  # and not yet free: the peers have not agreed
+        with pool.agreement() as call:
+            temporary = torch.zeros(5000)
+            del temporary
+            call.must_match(Signature("an agreement around an allocation"))
+        first = torch.full((1000,), 1.0)
+        pool.free_dropped("free what was dropped")
+        second = torch.full((1000,), 2.0)
+    assert pool.locate(first) != pool.locate(second)
+    assert first.unique().tolist() == [1.0]
+
+
+def check_a_failed_warm_up_keeps_the_arena() -> None:
+    group = init_context_parallel(dist.get_world_size(), "failed warm-up")
+    pool = SymmetricPool(group, 1 << 20)
+    with pytest.raises(SymmetricMemoryError, match="warm the symmetric pool up"):
+        pool.warm_up(1 << 35)
+    assert pool.stats().arena_bytes == 1 << 20
+    with use_symmetric_memory(group):
+        blocks = [torch.empty(1000) for _ in range(20)]
+    assert len(blocks) == 20
+    assert pool.stats().spills == 0
 
 
 def check_nothing_has_a_name_once_it_is_mapped() -> None:
