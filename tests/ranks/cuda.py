@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -46,6 +47,15 @@ class Rounds:
         self.wrong += (got.view(torch.int64) != self.want.view(torch.int64)).sum()
 
 
+def rounds_of(
+    *lengths: int, strategy: str = "zigzag"
+) -> tuple[CPGroup, ContextParallelMetadata, Rounds]:
+    """Return the group of all ranks, a layout over it, and rounds of its rows."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata(lengths, group.size, strategy)
+    return group, metadata, Rounds(group, metadata)
+
+
 def wrong_words(rounds: Rounds, group: CPGroup) -> int:
     """Wait for the GPU; return the number of wrong words over all ranks."""
     torch.cuda.synchronize()
@@ -64,10 +74,8 @@ def captured(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGra
 
 
 def check_a_thousand_rounds_back_to_back_eager() -> None:
-    group = world_group()
     for algorithm in ALGORITHMS:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size)
-        rounds = Rounds(group, metadata)
+        group, metadata, rounds = rounds_of(97, 64)
         for _ in range(ROUNDS):
             rounds.tick()
             (got,) = all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
@@ -77,18 +85,9 @@ def check_a_thousand_rounds_back_to_back_eager() -> None:
 
 
 def check_a_thousand_rounds_back_to_back_captured() -> None:
-    group = world_group()
     for algorithm in ALGORITHMS:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size)
-        rounds = Rounds(group, metadata)
-
-        def gather(
-            rounds: Rounds = rounds,
-            metadata: ContextParallelMetadata = metadata,
-            algorithm: str = algorithm,
-        ) -> list[torch.Tensor]:
-            return all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
-
+        group, metadata, rounds = rounds_of(97, 64)
+        gather = partial(all_gather_kv, [rounds.mine], metadata, group, algorithm=algorithm)
         graph, result = captured(gather)
         for _ in range(ROUNDS):
             rounds.tick()
@@ -98,22 +97,12 @@ def check_a_thousand_rounds_back_to_back_captured() -> None:
 
 
 def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
-    group = world_group()
     for strategy in STRATEGIES:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
-        rounds = Rounds(group, metadata)
+        group, metadata, rounds = rounds_of(97, 64, strategy=strategy)
         slots = torch.randperm(161, generator=torch.Generator().manual_seed(1)).cuda()
         with use_symmetric_memory(group):
             cache = torch.empty(161, 4, 16, device="cuda")
-
-        def gather(
-            rounds: Rounds = rounds,
-            metadata: ContextParallelMetadata = metadata,
-            cache: torch.Tensor = cache,
-            slots: torch.Tensor = slots,
-        ) -> list[torch.Tensor]:
-            return all_gather_kv([rounds.mine], metadata, group, into=[cache], slots=slots)
-
+        gather = partial(all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=slots)
         graph, result = captured(gather)
         for _ in range(50):
             rounds.tick()
@@ -123,9 +112,7 @@ def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
 
 
 def check_plans_back_to_back() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     plan = plan_gather_kv([rounds.mine], metadata, group)
     for _ in range(ROUNDS):
         rounds.tick()
@@ -135,9 +122,7 @@ def check_plans_back_to_back() -> None:
 
 def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
     """Negative control: rank 0 is late, and its peers do not wait for it."""
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     real = cuda_launch.SYNC
     all_gather_kv([rounds.mine], metadata, group)
     try:
@@ -155,9 +140,7 @@ def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
 
 
 def check_other_streams_are_waited_for() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     side = torch.cuda.Stream()
     for _ in range(30):
         torch.cuda._sleep(200_000)
@@ -182,8 +165,7 @@ def check_capture_before_the_first_run_is_an_error_on_every_rank() -> None:
 
 
 def gather_works(group: CPGroup) -> None:
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(64)
     (got,) = all_gather_kv([rounds.mine], metadata, group)
     rounds.judge(got)
     assert wrong_words(rounds, group) == 0
@@ -272,9 +254,7 @@ def check_z_a_rank_that_does_not_replay_in_time_is_named() -> None:
 
     The late rank must not treat rows as received that no peer has sent.
     """
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     os.environ["CPKIT_DEADLINE_S"] = "2"
     try:
         graph, result = captured(lambda: all_gather_kv([rounds.mine], metadata, group))

@@ -11,32 +11,27 @@ import torch
 
 from cpkit import provenance
 from cpkit.gather import all_gather_kv
-from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import use_symmetric_memory
-from tests.ranks.cuda import Rounds, captured, gather_works, wrong_words
+from tests.ranks.cuda import captured, gather_works, rounds_of, wrong_words
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 
 FEW, MANY = [97, 64], [160000]  # tokens: one or two blocks per rank, and blocks on the whole GPU
 
 
-def rounds_of(lengths: list[int], group: CPGroup) -> Rounds:
-    return Rounds(group, prepare_context_parallel_metadata(lengths, group.size))
-
-
 def check_launches_on_two_streams_are_ordered() -> None:
     """Both use the one page of counters; the second must not count the blocks of the first."""
-    group = world_group()
-    many, few = rounds_of(MANY, group), rounds_of(FEW, group)
-    plan = plan_gather_kv([few.mine], few.metadata, group)
+    _, _, many = rounds_of(*MANY)
+    group, metadata, few = rounds_of(*FEW)
+    plan = plan_gather_kv([few.mine], metadata, group)
     side = torch.cuda.Stream()
     for _ in range(30):
         many.tick()
         few.tick()
         (long,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
-        (short,) = all_gather_kv([few.mine], few.metadata, group)
+        (short,) = all_gather_kv([few.mine], metadata, group)
         few.judge(short)
         (long_too,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
         few.judge(plan()[0])
@@ -65,34 +60,32 @@ def check_ranks_on_both_sides_of_a_size_limit_use_one_launch_shape() -> None:
 
 def check_blocks_that_wait_at_their_own_entry() -> None:
     """Ranks wait this way if each has a GPU of its own."""
-    group = world_group()
+    group, metadata, few = rounds_of(*FEW)
     group.shares_gpu = False
-    few = rounds_of(FEW, group)
-    graph, result = captured(lambda: all_gather_kv([few.mine], few.metadata, group))
+    graph, result = captured(lambda: all_gather_kv([few.mine], metadata, group))
     for _ in range(50):
         few.tick()
         graph.replay()
         few.judge(result)
-        (got,) = all_gather_kv([few.mine], few.metadata, group)
+        (got,) = all_gather_kv([few.mine], metadata, group)
         few.judge(got)
         del got
     assert wrong_words(few, group) == 0
 
 
 def check_the_outputs_of_a_captured_plan_are_never_reused() -> None:
-    group = world_group()
-    few = rounds_of(FEW, group)
-    plan = plan_gather_kv([few.mine], few.metadata, group)
+    group, metadata, few = rounds_of(*FEW)
+    plan = plan_gather_kv([few.mine], metadata, group)
     graph, result = captured(plan)
     del plan, result
     gc.collect()
-    others = [all_gather_kv([few.mine], few.metadata, group)[0] for _ in range(4)]
+    others = [all_gather_kv([few.mine], metadata, group)[0] for _ in range(4)]
     few.tick()
     graph.replay()
     torch.cuda.synchronize()
     group.barrier()
     for other in others:
-        provenance.check(other, few.metadata, round=0)
+        provenance.check(other, metadata, round=0)
 
 
 def check_a_variant_that_was_not_compiled_is_not_captured() -> None:

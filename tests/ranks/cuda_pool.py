@@ -15,7 +15,7 @@ from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metad
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
 from cpkit.sync.exchange import SymmetricMemoryError
-from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
+from tests.ranks.cuda import MIB, Rounds, captured, gather_works, rounds_of, wrong_words
 from tests.ranks.device import OWN_GPU, world_group
 from tests.ranks.errors import error_of, raised
 
@@ -102,9 +102,7 @@ def check_an_offset_beyond_2_gib_needs_no_other_kernel() -> None:
 
 def check_a_plan_captured_by_its_caller() -> None:
     """Replays and eager calls alternate, and rank 0 is sometimes late."""
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     plan = plan_gather_kv([rounds.mine], metadata, group)
     graph, result = captured(plan)
     for call in range(60):
@@ -142,9 +140,7 @@ def check_a_plan_keeps_the_tiles_that_its_graphs_read() -> None:
 
 
 def check_a_plan_is_not_made_during_a_capture() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         said = error_of(plan_gather_kv, [rounds.mine], metadata, group)
@@ -153,9 +149,7 @@ def check_a_plan_is_not_made_during_a_capture() -> None:
 
 
 def check_only_direct_is_captured_into_caches() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     slots = torch.arange(161, device="cuda")
     with use_symmetric_memory(group):
         cache = torch.empty(161, 4, 16, device="cuda")
