@@ -1,8 +1,8 @@
 """How long a notebook waits for its workers: `python -m benchmarks.control_path [--json PATH]`.
 
-Starts workers of its own, in a runtime directory of its own, and ends them. Prints one row a
-figure: median, 95th percentile, and the goal for two cores. Idle is what the busiest worker uses of
-one core while nobody asks it anything.
+Starts its own workers in its own runtime directory, and stops them. Prints one row per figure:
+median, 95th percentile, and the goal for two cores. Idle is the CPU time of the busiest worker
+without requests, in percent of one core.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ GOALS = {
 
 
 def timed_ms(action: Callable[[], object]) -> float:
-    """Milliseconds that a call takes."""
+    """Return the milliseconds that a call takes."""
     start = time.perf_counter()
     action()
     return (time.perf_counter() - start) * 1e3
 
 
 def launch_ms() -> float:
-    """From the start of the agent to an answer of the workers, which then stay."""
+    """Time from the start of the agent to the first reply of the workers, which keep running."""
 
     def start_and_ask() -> None:
         settings = Launch(name="bench", nproc=4, owner=process_id())
@@ -64,12 +64,12 @@ def launch_ms() -> float:
 
 
 def connect_ms() -> float:
-    """One `connect` and `close` in this process."""
+    """Time one `connect` and `close` in this process."""
     return timed_ms(lambda: cpkit.connect("bench", launch=False).close())
 
 
 def fresh_connect_ms() -> float:
-    """What `connect` takes in a process that has not imported anything yet, imports included."""
+    """Time `connect` in a new process, including its imports."""
     code = "import time; t = time.perf_counter(); import cpkit; "
     code += "cpkit.connect('bench', launch=False); print((time.perf_counter() - t) * 1e3)"
     done = subprocess.run(
@@ -79,7 +79,7 @@ def fresh_connect_ms() -> float:
 
 
 def first_sample_ms(lab: cpkit.Lab, cp_size: int, tokens: int) -> float:
-    """From asking for another cp_size to its first sample, as a slider does."""
+    """Time from a request with another cp_size, as a slider sends it, to its first sample."""
     stream = lab.measure([tokens], cp_size)
     took_ms = timed_ms(lambda: next(stream))
     stream.close()
@@ -87,7 +87,7 @@ def first_sample_ms(lab: cpkit.Lab, cp_size: int, tokens: int) -> float:
 
 
 def streamed_ms(lab: cpkit.Lab, samples: int, tokens: int) -> list[float]:
-    """From each sample to the next, of one measurement that streams at its shortest interval."""
+    """Time between consecutive samples of one measurement at its shortest interval."""
     stream = lab.measure([tokens], samples=samples + 1, interval_s=INTERVAL_S)
     next(stream)
     times_ms = [timed_ms(lambda: next(stream)) for _ in range(samples)]
@@ -96,7 +96,7 @@ def streamed_ms(lab: cpkit.Lab, samples: int, tokens: int) -> list[float]:
 
 
 def idle_percent(lab: cpkit.Lab) -> float:
-    """CPU time of the busiest worker while nobody asks it anything, in percent of one core."""
+    """Return the CPU time of the busiest worker without requests, in percent of one core."""
     workers = [psutil.Process(worker.pid) for worker in lab.status().workers]
     before_s, start = [_used_s(worker) for worker in workers], time.perf_counter()
     time.sleep(IDLE_S)
@@ -106,7 +106,7 @@ def idle_percent(lab: cpkit.Lab) -> float:
 
 
 def _used_s(process: psutil.Process) -> float:
-    """CPU time: by Linux' scheduler, which counts nanoseconds, or else in ticks of 10 ms."""
+    """Return the CPU time in ns from Linux's scheduler, or otherwise in ticks of 10 ms."""
     threads = list(Path(f"/proc/{process.pid}/task").glob("*/schedstat"))
     if threads:
         return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
@@ -114,14 +114,14 @@ def _used_s(process: psutil.Process) -> float:
 
 
 def measure(rounds: int, tokens: int) -> Iterator[tuple[str, list[float]]]:
-    """All figures, with all their samples."""
+    """Yield every figure with all its samples."""
     names = iter(GOALS)
     yield next(names), [launch_ms()]
     with cpkit.connect("bench", launch=False) as lab:
         yield next(names), [connect_ms() for _ in range(20)]
         yield next(names), [fresh_connect_ms() for _ in range(5)]
         yield next(names), [timed_ms(lab.status) for _ in range(50 * rounds)]
-        for cp_size in lab.cp_sizes:  # groups are made once, at the first use of each cp_size
+        for cp_size in lab.cp_sizes:  # the first use of a cp_size creates its groups
             first_sample_ms(lab, cp_size, tokens)
         sizes = islice(cycle(lab.cp_sizes), rounds * len(lab.cp_sizes))
         yield next(names), [first_sample_ms(lab, cp_size, tokens) for cp_size in sizes]
@@ -131,7 +131,7 @@ def measure(rounds: int, tokens: int) -> Iterator[tuple[str, list[float]]]:
 
 
 def row(name: str, samples: list[float]) -> dict[str, object]:
-    """One figure."""
+    """Return the row of one figure."""
     goal, unit = GOALS[name]
     p50, below = statistics.median(samples), name == IDLE
     (judged,) = entry(name, {(0, 0): p50}, goal, max, strict=below)

@@ -1,7 +1,7 @@
-"""Is the cost model any good? Fit it to part of the sweep, predict the rest, say the errors.
+"""Check the cost model: fit it to part of the sweep, predict the rest, report the errors.
 
-The model knows nothing of other programs on the machine. So what it is fitted to, and what it is
-compared with, is the time of the quietest round, each round's figure being a median by itself.
+The model does not include other programs on the machine. So it is fitted to, and compared with, the
+time of the fastest round. The time of a round is a median.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FITTED_TOKENS = (256, 2048, 8192, 65536)
 
 
 def check(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, Any] | None:
-    """Fitted at cp 2 and 4; predicts cp 8, and the sizes it was not fitted to.
+    """Fit to some sizes at cp 2 and 4; predict cp 8 and the other sizes.
 
-    None when the sweep has nothing to fit, or nothing to predict.
+    Return None if the sweep has nothing to fit or nothing to predict.
     """
     points = [row for row in rows if row["variant"] in PASSES]
     known = [row for row in points if _is_fitted(row)]
@@ -43,7 +43,7 @@ def check(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> dict[str, An
 
 
 def modelled_lines() -> list[list[str]]:
-    """What the modelled machines say: where symmetric memory stops paying, what copies cost."""
+    """Return a line per modelled machine: the gain of symmetric memory, the cost of copies."""
     lines = []
     for preset in PRESETS.values():
         cp_size = preset.max_cp_size

@@ -1,4 +1,4 @@
-"""Fitting the cost model to a sweep: least squares of the relative error, no negative costs."""
+"""Fit the cost model to a sweep: least squares of the relative error, with nonnegative costs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Measured(NamedTuple):
 
 
 def fit(points: Sequence[Measured], host: Host) -> HostModel:
-    """The model of a host whose relative errors at these points are smallest.
+    """Return the model of a host with the smallest relative errors at these points.
 
-    Each algorithm has coefficients of its own: how well a copy uses cache and memory depends on its
-    shape. Raises ValueError without points.
+    Each algorithm has its own coefficients, because the rate of a copy depends on its shape. Raises
+    ValueError without points.
     """
     if not points:
         raise ValueError("there is nothing to fit: pass the points of a sweep")
@@ -44,7 +44,7 @@ def _fit_one(points: Sequence[Measured], host: Host) -> tuple[float, ...]:
 def nonnegative_least_squares(
     matrix: np.ndarray, target: np.ndarray, tolerance: float = 1e-12
 ) -> np.ndarray:
-    """The x ≥ 0 that makes |matrix·x - target| smallest. Source: Lawson and Hanson, 1974."""
+    """Return the x ≥ 0 that minimizes |matrix·x - target|. Source: Lawson and Hanson, 1974."""
     count = matrix.shape[1]
     free = np.zeros(count, dtype=bool)
     x = np.zeros(count)
@@ -68,7 +68,7 @@ def nonnegative_least_squares(
 
 
 def describe(model: HostModel) -> dict[str, dict[str, float]]:
-    """The coefficients by name: µs a step, and GB/s where a rate was found."""
+    """Return the coefficients by name: µs per step, and GB/s for every nonzero rate."""
     said = {}
     for algorithm, weights in model.coefficients.items():
         named = dict(zip(FEATURES, weights, strict=True))

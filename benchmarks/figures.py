@@ -74,14 +74,14 @@ RATIOS = (
 
 
 def as_text(record: Record) -> str:
-    """All figures as Markdown, for the terminal; the shortest and most important last."""
+    """Return all figures as Markdown, with the shortest and most important tables last."""
     gather = table_of(with_ratios(record["gather"]), GATHER_COLUMNS)
     modelled = table(cost_check.MODELLED_HEADER, cost_check.modelled_lines())
     return "\n\n".join([conditions(record), gather, modelled, *summary_tables(record)])
 
 
 def as_summary(record: Record) -> str:
-    """Ratios at one cp_size, one line per size, for README.md."""
+    """Return the ratios at one cp_size, one line per size, for README.md."""
     where = record["environment"]
     words = (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, torch {where['torch']}, "
@@ -91,7 +91,7 @@ def as_summary(record: Record) -> str:
 
 
 def ratio_table(times: Times, ratios: Ratios) -> str:
-    """One line per size of README's cp_size: the plan's time, and the ratios."""
+    """Return one line per size at README's cp_size: the plan's time and the ratios."""
     header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in ratios)]
     lines = [
         [str(cp_size), cell(nbytes / 1e6), cell(us.get("plan")), *quotients(us, ratios)]
@@ -102,12 +102,12 @@ def ratio_table(times: Times, ratios: Ratios) -> str:
 
 
 def as_details(record: Record) -> str:
-    """Times, barriers, control path, cost model and goals, for docs/performance.md."""
+    """Return times, barriers, control path, cost model and goals for docs/performance.md."""
     return "\n\n".join([conditions(record), *summary_tables(record)])
 
 
 def summary_tables(record: Record) -> list[str]:
-    """Sizes, barriers, the control path, and the goals."""
+    """Return the tables of sizes, barriers, control path, cost model and goals."""
     return [
         time_table(times_us(record["gather"]), SUMMARY_VARIANTS, RATIOS),
         table_of(record["barrier"], BARRIER_COLUMNS),
@@ -118,7 +118,7 @@ def summary_tables(record: Record) -> list[str]:
 
 
 def conditions(record: Record) -> str:
-    """Where, when and how the figures were taken."""
+    """Describe where, when and how the figures were measured."""
     where, plan = record["environment"], record["plan"]
     return (
         f"{where['date']}, {where['processor']}, {where['cores']} cores, "
@@ -137,7 +137,7 @@ def conditions(record: Record) -> str:
 
 
 def time_table(times: Times, variants: Sequence[str], ratios: Ratios) -> str:
-    """One line per size: every variant's time, and the ratios."""
+    """Return one line per size: every variant's time and the ratios."""
     header = ["cp_size", "size (B)", *(f"{name} (us)" for name in variants)]
     lines = [
         [*map(cell, key), *(cell(us.get(name)) for name in variants), *quotients(us, ratios)]
@@ -147,12 +147,12 @@ def time_table(times: Times, variants: Sequence[str], ratios: Ratios) -> str:
 
 
 def quotients(us: Mapping[str, float | None], ratios: Ratios) -> list[str]:
-    """The ratios of one size."""
+    """Return the ratios of one size."""
     return [ratio(us, above, below) for _, above, below in ratios]
 
 
 def with_ratios(rows: list[Record]) -> list[Record]:
-    """Each row with its ratios to the opponents of the same run."""
+    """Add to each row its ratios to the competitors of the same run."""
     all_us = times_us(rows)
     found = []
     for row in rows:
@@ -168,13 +168,13 @@ def with_ratios(rows: list[Record]) -> list[Record]:
 
 
 def ratio(us: Mapping[str, float | None], above: str, below: str) -> str:
-    """A quotient of two times; what was not measured is said."""
+    """Return the quotient of two times, or "not measured"."""
     a, b = us.get(above), us.get(below)
     return f"{a / b:.2f}" if a and b else "not measured"
 
 
 def cost_tables(cost: Record | None) -> list[str]:
-    """What the cost model made of the sweep."""
+    """Return the worst predictions of the cost model."""
     if not cost:
         return []
     worst = sorted(cost["predictions"], key=lambda each: -abs(each["error_pct"]))[:6]
@@ -182,7 +182,7 @@ def cost_tables(cost: Record | None) -> list[str]:
 
 
 def cell(value: object) -> str:
-    """Numbers with three digits that count, all else in words."""
+    """Format a value: floats with three significant digits."""
     if value is None:
         return "not measured"
     if isinstance(value, bool):
@@ -193,13 +193,13 @@ def cell(value: object) -> str:
 
 
 def table_of(rows: Sequence[Record], columns: Columns) -> str:
-    """A line for each row, under the columns' titles."""
+    """Return a table with one line per row, under the columns' titles."""
     lines = [[cell(row.get(name)) for name, _ in columns] for row in rows]
     return table([title for _, title in columns], lines)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table that also reads well in a terminal."""
+    """Return a Markdown table that is also readable in a terminal."""
     rows = [header, *lines]
     width = [max(len(row[i]) for row in rows) for i in range(len(header))]
     text = [
@@ -210,18 +210,18 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def fill_pages(root: Path, record_path: Path) -> None:
-    """Put the figures of a record between the markers of each page that shows them."""
+    """Write the figures of a record between the markers of each page."""
     record = json.loads(record_path.read_text())
     write_pages(root, (BEGIN, END), pages(record, record_path.name))
 
 
 def pages(record: Record, name: str) -> dict[str, str]:
-    """What stands between the markers, by page."""
+    """Return the text between the markers, by page."""
     return sourced(as_summary(record), as_details(record), name)
 
 
 def sourced(summary: str, details: str, name: str) -> dict[str, str]:
-    """The text of both pages, with the record that it comes from."""
+    """Return the text of both pages with a link to the record."""
     return {
         "README.md": f"{summary}\n\nSource: [{name}](benchmarks/results/{name})",
         "docs/performance.md": f"{details}\n\nSource: [{name}](../benchmarks/results/{name})",
@@ -229,15 +229,15 @@ def sourced(summary: str, details: str, name: str) -> dict[str, str]:
 
 
 def write_pages(root: Path, markers: tuple[str, str], bodies: dict[str, str]) -> None:
-    """Fill each page."""
+    """Write the text between the markers of each page."""
     for page, body in bodies.items():
         path = root / page
         path.write_text(put_between(path.read_text(), *markers, body))
 
 
 def put_between(text: str, begin: str, end: str, body: str) -> str:
-    """A text with `body` between its two markers. Raises ValueError without them."""
+    """Return the text with `body` between its two markers. Raises ValueError without them."""
     if begin not in text or end not in text:
-        raise ValueError(f"the page has no {begin} … {end} to put the figures between")
+        raise ValueError(f"the page has no {begin} … {end} for the figures")
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text)

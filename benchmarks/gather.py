@@ -2,17 +2,17 @@
 
     torchrun … -m benchmarks.gather OUTPUT.json BLOCK_SECONDS TOKENS…
 
-Correctness first: every variant gathers stamped rows into poisoned memory and is checked bit by
-bit. Then each is timed in a block of its own: a barrier, then one call, on every rank, as many as
-fit BLOCK_SECONDS. Blocks of one launch follow each other; the benchmark alternates launches of
-ours and of Open MPI's. Rank 0 writes every rank's samples.
+First, every variant gathers stamped rows into poisoned memory, and every bit is checked. Then each
+variant is timed in its own block. A sample is a barrier and then one call on every rank. A block
+has as many samples as fit into BLOCK_SECONDS. The benchmark alternates between launches of cpkit
+and of Open MPI. Rank 0 writes every rank's samples.
 
-    direct       all_gather_kv, a call by itself
-    plan         the same as a prepared call (cpkit.plan)
-    padded …     the seed's pipeline over gloo, and with symmetric buffers, as its users have it
+    direct       one call of all_gather_kv
+    plan         the same gather as a prepared call (cpkit.plan)
+    padded …     the seed's pipeline over gloo, and with symmetric buffers, as its users call it
     gloo alone   its collective, all_gather_single, without pad, strip and reorder
     memcpy       every rank copies the whole result once, in memory that was touched before
-    barrier      nothing but a barrier, back to back with the one that begins a sample
+    barrier      a second barrier directly after the one that begins a sample
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(config: Config, group: CPGroup) -> dict[str, Any]:
-    """Samples of every variant at one size: µs by rank, and the stages of the slowest rank."""
+    """Return the samples of every variant in µs, by rank, and the slowest rank's stages."""
     metadata = prepare_context_parallel_metadata([config.tokens], group.size, config.strategy)
     timed = {
         name: time_block(call, config.block_s, group)
@@ -82,7 +82,7 @@ def measure(config: Config, group: CPGroup) -> dict[str, Any]:
 
 
 def variants(config: Config, metadata: ContextParallelMetadata, group: CPGroup) -> Calls:
-    """What is compared. Raises ProvenanceError when one of them gathers wrongly."""
+    """Return the variants. Raises ProvenanceError if one of them gathers wrong rows."""
     shape = (config.heads, config.head_dim)
     pool = symmetric_pool(group)
     pool.warm_up(config.tokens, shape, config.dtype, tensors=1)
@@ -95,7 +95,7 @@ def variants(config: Config, metadata: ContextParallelMetadata, group: CPGroup) 
     pool.poison_free()
     group.barrier()
     calls["plan"] = plan = plan_gather_kv([mine], metadata, group)
-    for _ in range(2):  # both of its outputs
+    for _ in range(2):  # a plan has two outputs
         provenance.check(plan()[0], metadata, round=1)
     for name in ALGORITHMS:
         pool.poison_free()
@@ -105,7 +105,7 @@ def variants(config: Config, metadata: ContextParallelMetadata, group: CPGroup) 
 
 
 def opponents(config: Config, metadata: ContextParallelMetadata, group: CPGroup) -> Calls:
-    """What others have, in buffers that are made once and were touched before."""
+    """Return the competitors; their buffers are allocated once and touched before."""
     row_bytes = config.total_bytes // config.tokens
     shard = torch.zeros(metadata.max_rank_len[0], row_bytes, dtype=torch.uint8)
     padded = shard.new_zeros(len(shard) * group.size, row_bytes)
@@ -119,7 +119,7 @@ def opponents(config: Config, metadata: ContextParallelMetadata, group: CPGroup)
 def time_block(
     call: Callable[[], object], block_s: float, group: CPGroup, at_most: int = 200
 ) -> dict[str, Any]:
-    """Samples of one variant by rank: as many as fit `block_s`, at least 3."""
+    """Return the samples of one variant by rank: as many as fit into `block_s`, at least 3."""
     trial = bench.time_calls({"": call}, group, iterations=1, warmup=1)[""]  # the warm-up
     trial_us = max(max(each.times_us) for each in bench.all_ranks(trial, group))
     iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
@@ -130,10 +130,10 @@ def time_block(
 
 
 def barrier_samples_us(group: CPGroup, block_s: float, at_most: int) -> list[list[float]]:
-    """Samples by rank, with nothing but the clock between barriers, as Open MPI's are taken.
+    """Return samples by rank with only the clock between barriers, as for Open MPI.
 
-    Ranks that share a core wait for all that the others do between two barriers: the book-keeping
-    of `time_block`, which is a few microseconds a rank, would double a barrier of 8 ranks.
+    Ranks that share a core also wait for the work of the others between two barriers. The
+    bookkeeping of `time_block`, a few µs per rank, would double the time of a barrier of 8 ranks.
     """
 
     def once() -> float:

@@ -1,4 +1,4 @@
-"""What was to be reached on the CPU, and what was. Ratios are of one run. Pure."""
+"""The goals on the CPU, and whether they were reached. A ratio compares times of one run. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MB = 1e6
 
 
 def goals_of(record: Record) -> list[Record]:
-    """One entry a goal: the worst ratio of all its sizes, and the limit."""
+    """Return one entry per goal: the worst ratio over all its sizes, and the limit."""
     times = times_us(record["gather"])
     small, large = (0.4 * MB, 5 * MB), (30 * MB, 140 * MB)
     found = [
@@ -43,7 +43,7 @@ def goals_of(record: Record) -> list[Record]:
 def _against(
     times: Times, opponent: str, cp_sizes: tuple[int, ...], sizes: tuple[float, float], limit: float
 ) -> list[Record]:
-    """The ratio of both ways to call direct to an opponent."""
+    """Return the ratios of `plan` and `direct` to a competitor."""
     entries = []
     who = f"cp_size {' and '.join(map(str, cp_sizes))}"
     what = f"{who}, {sizes[0] / MB:.3g} to {sizes[1] / MB:.3g} MB"
@@ -67,9 +67,9 @@ def entry(
     *,
     strict: bool = False,
 ) -> list[Record]:
-    """Nothing without values: a run that did not measure it says nothing about it.
+    """Return the entry of a goal, or no entry if the run did not measure it.
 
-    `strict`: the limit itself is too much.
+    `strict`: a value equal to the limit misses the goal.
     """
     if not values:
         return []
@@ -91,7 +91,7 @@ def _cost_goals(cost: Record | None) -> list[Record]:
 
 
 def times_us(rows: list[Record]) -> Times:
-    """Median time of each variant by (cp_size, size_bytes)."""
+    """Return the median time of each variant by (cp_size, size_bytes)."""
     found: Times = {}
     for row in rows:
         found.setdefault((row["cp_size"], row["size_bytes"]), {})[row["variant"]] = row["time_us"]

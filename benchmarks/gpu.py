@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--quick] [--no-record] [--cp-sizes 2,4,8] [--rounds 3] [--fill RECORD]
 
-With fewer GPUs than ranks, ranks share them, and NVIDIA's MPS daemon runs meanwhile: without it,
-processes take turns on the GPU and every barrier waits for a time slice. The floor is what one
-memory shared by all ranks must move at least, (cp + 1) times the gathered bytes, at the rate of the
-device's own copy in the same run.
+With fewer GPUs than ranks, ranks share a GPU, and NVIDIA's MPS daemon runs during the measurement.
+Without it, the GPU would switch between processes, and every barrier would wait for a time slice.
+The floor is the time to move (cp + 1) times the gathered bytes, the minimum in one memory shared by
+all ranks, at the rate of the device's own copy in the same run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS = 3
 
 
 def main() -> int:
-    """Run everything; fails loudly when something was wrong."""
+    """Run the benchmark. A wrong result is an error."""
     parser = argparse.ArgumentParser(description="Measure cpkit on this machine's GPUs.")
     parser.add_argument("--quick", action="store_true", help="two sizes, one round, no record")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], rounds: int) -> None:
-    """All rounds at one cp_size, added to the record."""
+    """Add all rounds at one cp_size to the record."""
     say(f"gather, cp_size {cp_size} ...")
     shared = cp_size > torch.cuda.device_count()
     one_memory = torch.cuda.device_count() == 1
@@ -85,7 +85,7 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
 
 
 def gpu_environment() -> dict[str, Any]:
-    """Machine, versions and GPUs."""
+    """Return the machine, the versions and the GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -1,4 +1,4 @@
-"""A record of `make bench-gpu` as text: for the terminal and the pages that show it. Pure."""
+"""A record of `make bench-gpu` as text, for the terminal and the pages. Pure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 def as_text(record: dict[str, Any]) -> str:
-    """All figures as Markdown; the goals, the most important, last."""
+    """Return all figures as Markdown, with the goals last."""
     missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items() if why]
     rows = with_ratios(record["gather"])
     goals = table_of(record["goals"], GOAL_COLUMNS)
@@ -54,7 +54,7 @@ def as_text(record: dict[str, Any]) -> str:
 
 
 def conditions(record: dict[str, Any]) -> str:
-    """Where, when and how the figures were taken."""
+    """Describe where, when and how the figures were measured."""
     where = record["environment"]
     return (
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
@@ -69,7 +69,7 @@ def conditions(record: dict[str, Any]) -> str:
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its ratios to the opponents of the same run."""
+    """Add to each row its ratios to the competitors of the same run."""
     times = times_us(rows)
 
     def quotient(each: dict[str, Any], opponent: str) -> float:
@@ -88,7 +88,7 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_summary(record: dict[str, Any]) -> str:
-    """Ratios at one cp_size, one line per size, for README.md."""
+    """Return the ratios at one cp_size, one line per size, for README.md."""
     where = record["environment"]
     words = (
         f"{where['date']}, {where['device']}, torch {where['torch']}, commit {where['commit']}, "
@@ -98,23 +98,23 @@ def as_summary(record: dict[str, Any]) -> str:
 
 
 def as_details(record: dict[str, Any]) -> str:
-    """Times, one line per size, and the goals, for docs/performance.md."""
+    """Return the times, one line per size, and the goals for docs/performance.md."""
     times = time_table(with_floors(record), (*VARIANTS, "floor"), RATIOS)
     return "\n\n".join([conditions(record), times, table_of(record["goals"], GOAL_COLUMNS)])
 
 
 def with_floors(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """The times of every size, and the floor among them."""
+    """Return the times of every size, including the floor."""
     floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record["gather"]}
     return {k: {**us, "floor": floors[k]} for k, us in times_us(record["gather"]).items()}
 
 
 def fill_pages(root: Path, record_path: Path) -> None:
-    """Put the figures of a record between the markers of each page that shows them."""
+    """Write the figures of a record between the markers of each page."""
     record = json.loads(record_path.read_text())
     write_pages(root, (BEGIN, END), pages(record, record_path.name))
 
 
 def pages(record: dict[str, Any], name: str) -> dict[str, str]:
-    """What stands between the markers, by page."""
+    """Return the text between the markers, by page."""
     return sourced(as_summary(record), as_details(record), name)

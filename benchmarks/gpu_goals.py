@@ -1,4 +1,4 @@
-"""What was to be reached on the GPU, and what was. Ratios are of one run. Pure."""
+"""The goals on the GPU, and whether they were reached. A ratio compares times of one run. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEED, LOW_CONTENTION = "seed", "low-contention"
 
 
 def goals_of(rows: list[dict[str, Any]]) -> list[Record]:
-    """One entry a goal: the worst ratio of all its sizes, and the limit."""
+    """Return one entry per goal: the worst ratio over all its sizes, and the limit."""
     floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in rows if r["floor_us"]}
     times = times_us(rows)
     found: list[Record] = []
@@ -30,7 +30,7 @@ def goals_of(rows: list[dict[str, Any]]) -> list[Record]:
 
 
 def against_seed(times: Times, name: str, seed: str) -> list[Record]:
-    """Two goals: with eight ranks, and with fewer."""
+    """Return two goals: one for eight ranks and one for fewer."""
     large = {k: v for k, v in ratios(times, seed, name).items() if k[1] >= 16 * MB}
     at_8 = {k: v for k, v in large.items() if k[0] == 8}
     below_8 = {k: v for k, v in large.items() if k[0] < 8}
@@ -41,10 +41,10 @@ def against_seed(times: Times, name: str, seed: str) -> list[Record]:
 
 
 def ratios(times: Times, opponent: str, name: str) -> dict[tuple[int, int], float]:
-    """How many times as long the opponent takes, where both were measured."""
+    """Return the competitor's time as a multiple of ours, where both were measured."""
     return {k: us[opponent] / us[name] for k, us in times.items() if opponent in us}
 
 
 def opponent_us(us: dict[str, float], name: str) -> float:
-    """An opponent's time: eager, or captured in a graph where that is faster."""
+    """Return the competitor's eager time, or its time in a graph if that is faster."""
     return min(us[name], us.get(f"{name} graph", us[name]))

@@ -1,15 +1,15 @@
 """The rank side of `make bench-gpu`: `torchrun … -m benchmarks.gpu_ranks OUTPUT.json TOKENS…`.
 
-Correctness first: every variant gathers stamped rows into poisoned memory and is checked bit by
-bit. A sample is the time between two CUDA events around several calls, divided by their number, as
-nccl-tests do; it begins with all ranks at a barrier. Variants take turns, sample by sample.
+First, every variant gathers stamped rows into poisoned memory, and every bit is checked. A sample
+is the time between two CUDA events around several calls, divided by their number, as in nccl-tests.
+It begins with a barrier of all ranks. The variants alternate sample by sample.
 
-    direct           all_gather_kv, a call by itself
-    plan             the same as a prepared call (cpkit.plan), which replays a graph of its own
+    direct           one call of all_gather_kv
+    plan             the same gather as a prepared call (cpkit.plan), which replays its own graph
     graph            the plan's call in a caller's CUDA graph; small sizes only
     seed             the seed's pipeline on symmetric buffers: pad, wire, strip, reorder
     low-contention   torch's _low_contention_all_gather from a symmetric shard, then strip, reorder
-    … graph          an opponent captured in a CUDA graph, as a serving engine would have it
+    … graph          a competitor captured in a CUDA graph, as in a serving engine
     copy             every rank copies the whole result once
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def prepare(tokens: int, group: CPGroup) -> Size:
-    """Stamped rows on this rank's device."""
+    """Create stamped rows on this rank's device."""
     metadata = prepare_context_parallel_metadata([tokens], group.size)
     rows = provenance.shard_rows(metadata, group.rank, SHAPE, DTYPE, round=1)
     want = provenance.expected_rows(metadata, SHAPE, DTYPE, round=1)
@@ -85,7 +85,7 @@ def prepare(tokens: int, group: CPGroup) -> Size:
 
 
 def copy_ceiling(group: CPGroup) -> float:
-    """Bytes read plus written per µs by one large copy on the device, the others at rest."""
+    """Return the bytes read plus written per µs by one large copy while other ranks are idle."""
     rate = 0.0
     if group.rank == 0:
         source = torch.ones(CEILING_BYTES, dtype=torch.uint8, device="cuda")
@@ -99,7 +99,7 @@ def copy_ceiling(group: CPGroup) -> float:
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Samples of every variant: µs by rank, or why a variant was not measured."""
+    """Return the samples of every variant in µs, by rank, or why it was not measured."""
     calls, missing = checked_variants(size)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(SAMPLES + 2):
@@ -120,7 +120,7 @@ def measure(size: Size) -> dict[str, Any]:
 
 
 def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
-    """What is compared, and what is not, with the reason. Raises ProvenanceError for wrong rows."""
+    """Return the variants, and why others are missing. Wrong rows raise ProvenanceError."""
     calls: dict[str, Call] = {}
     missing: dict[str, str] = {}
     whole = torch.ones(size.total_bytes, dtype=torch.uint8, device="cuda")
@@ -132,7 +132,9 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
     for call in calls.values():
         _check(call, size)
     graphs: dict[str, Call] = {}
-    if size.total_bytes <= GRAPH_UP_TO_BYTES:  # a plan of its own: a captured one waits at entry
+    if (
+        size.total_bytes <= GRAPH_UP_TO_BYTES
+    ):  # a separate plan, because a captured one waits at entry
         graphs["graph"] = plan_gather_kv([size.mine], size.metadata, size.group)
     graphs |= {f"{name} graph": calls[name] for name in ("seed", "low-contention")}
     for name, call in graphs.items():
@@ -145,7 +147,7 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
 
 
 def low_contention(size: Size) -> Call:
-    """Torch's own copy-engine all-gather, and the two passes that bring tokens in order."""
+    """Return torch's copy-engine all-gather with the two passes that restore token order."""
     metadata, group = size.metadata, size.group
     rows = gather.as_rows(size.mine)
     shard = symm_mem.empty(metadata.max_rank_len[0], rows.shape[1], dtype=rows.dtype, device="cuda")
@@ -166,7 +168,7 @@ def low_contention(size: Size) -> Call:
 
 
 def captured(call: Callable[[], Any], size: Size) -> Call:
-    """The call as a CUDA graph, checked after a replay into poisoned memory."""
+    """Capture the call in a CUDA graph, and check a replay into poisoned memory."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -194,8 +196,9 @@ def _gather(size: Size, algorithm: str) -> list[torch.Tensor]:
 
 
 def _check(call: Callable[[], Any], size: Size) -> None:
-    """Into poisoned memory, twice: a plan takes two outputs in turns. What the others allocate
-    comes from where the poisoned results have just gone back to.
+    """Check two calls into poisoned memory, because a plan alternates between two outputs.
+
+    Other variants allocate the memory that the poisoned results have just freed.
     """
     for result in [result for _ in range(2) for result in call()]:
         provenance.poison_(result)
@@ -209,13 +212,13 @@ def _check(call: Callable[[], Any], size: Size) -> None:
 
 
 def _compare(got: torch.Tensor, size: Size) -> None:
-    """Every bit, on the GPU; only what is wrong goes to the host, to be explained."""
+    """Compare every bit on the GPU. Copy only a wrong result to the host, to explain it."""
     if not torch.equal(got.view(torch.int16), size.want.view(torch.int16)):
         provenance.check(got, size.metadata, round=1)
 
 
 def events_us(call: Call, calls: int) -> float:
-    """µs a call between two CUDA events around several of them."""
+    """Return the µs per call between two CUDA events around several calls."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

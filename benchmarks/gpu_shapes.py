@@ -1,10 +1,10 @@
-"""Which shape of a launch suits a GPU: the gather kernel alone, in one process, without signals.
+"""Compare launch shapes of the gather kernel on a GPU, in one process and without signals.
 
     python -m benchmarks.gpu_shapes [--cp-sizes 2,8] [--mib 256]
 
-One process stores one source into `cp` outputs, with the whole GPU to itself. So the times say what
-the copies cost, and nothing about ranks that wait for each other. `cpkit.kernels.launch` has the
-shapes that were chosen. Every variant's outputs are compared before it is timed.
+One process stores one source into `cp` outputs and uses the whole GPU. So the times contain only
+the cost of the copies, without waiting between ranks. `cpkit.kernels.launch` has the chosen shapes.
+The outputs of every variant are checked before it is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = tuple(
 
 @dataclass(frozen=True)
 class OneProcess:
-    """A group of which this process plays rank 0 and owns all memory."""
+    """A group in which this process is rank 0 and owns all memory."""
 
     size: int
     rank: int = 0
@@ -47,7 +47,7 @@ class OneProcess:
 
 @dataclass(frozen=True)
 class Words:
-    """A page of counters that all ranks share, since nobody signals."""
+    """A page of counters that all ranks share, because there are no signals."""
 
     group: OneProcess
     device: torch.device
@@ -55,10 +55,10 @@ class Words:
     late: torch.Tensor
 
     def enter(self) -> None:
-        """Nobody to wait for."""
+        """Return at once: there is no peer."""
 
     def in_order(self) -> None:
-        """One stream."""
+        """Return at once: there is only one stream."""
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def compare(cp_size: int, nbytes: int) -> None:
-    """All shapes at one number of outputs."""
+    """Compare all shapes at one number of outputs."""
     source = torch.arange(nbytes // 8, dtype=torch.int64, device="cuda")
     outputs = [torch.empty_like(source) for _ in range(cp_size)]
     copy_us = time_us(lambda: outputs[0].copy_(source))
@@ -97,7 +97,7 @@ def compare(cp_size: int, nbytes: int) -> None:
 
 
 def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) -> Callable[[], None]:
-    """A launch that copies the source to all outputs."""
+    """Return a launch that copies the source to all outputs."""
     rows = source.numel() * 8 // ROW_BYTES
     runs = prepare_context_parallel_metadata([rows], 1, "contiguous").runs(0)
     tiles = tile_table(runs, [ROW_BYTES], [True], 1, shape.tile, mapped=False).cuda()
@@ -114,7 +114,7 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
 
 
 def time_us(call: Callable[[], object]) -> float:
-    """Median µs of a call, between CUDA events around several."""
+    """Return the median µs per call, measured by CUDA events around several calls."""
     call()
     return statistics.median(events_us(call, CALLS) for _ in range(SAMPLES))
 

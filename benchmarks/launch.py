@@ -1,4 +1,4 @@
-"""What both benchmarks do around their figures: start ranks, keep the record."""
+"""Shared by the benchmarks: start ranks and write the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def on_ranks(cp_size: int, module: str, *arguments: object) -> Any:
-    """Run a module on so many ranks; what rank 0 wrote to the file of its first argument."""
+    """Run a module on `cp_size` ranks; return the content of the file that rank 0 wrote."""
     with TemporaryDirectory() as directory:
         output = Path(directory) / "samples.json"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp_size}"]
@@ -29,9 +29,9 @@ def on_ranks(cp_size: int, module: str, *arguments: object) -> Any:
 
 
 def run_here(arguments: list[str], *, quiet: bool = False) -> None:
-    """Run this Python with these arguments from the repository root; fails loudly."""
+    """Run this Python with these arguments from the repository root. A failure is an error."""
     subprocess.run(
-        tied([sys.executable, *arguments], signal.SIGTERM),  # at which torchrun ends its ranks
+        tied([sys.executable, *arguments], signal.SIGTERM),  # on which torchrun ends its ranks
         cwd=ROOT,
         check=True,
         timeout=1200,
@@ -41,12 +41,12 @@ def run_here(arguments: list[str], *, quiet: bool = False) -> None:
 
 
 def say(text: str) -> None:
-    """Progress, apart from the figures."""
+    """Print progress to stderr, because stdout has the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
 def keep(record: dict[str, Any], kind: str, fill_pages: Callable[[Path, Path], None]) -> None:
-    """Write the dated record, and put its figures into the pages that show them."""
+    """Write the dated record, and its figures into the pages that show them."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record['environment']['date']}-{kind}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

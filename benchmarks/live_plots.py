@@ -1,4 +1,4 @@
-"""Show each live widget many times beside busy loops, and count the plots that are not right.
+"""Show each live widget many times beside busy loops, and count the plots that are blank or wrong.
 
     python -m benchmarks.live_plots [--busy-loops 12] [--displays 20] [--no-record]
 
@@ -40,7 +40,7 @@ VERSIONS = ("anywidget", "ipywidgets", "jupyterlab", "plotly")
 
 
 def main() -> int:
-    """1 when a plot was blank or wrong."""
+    """Return 1 if a plot was blank or wrong."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.partition("\n")[0])
     parser.add_argument("--busy-loops", type=int, default=12)
     parser.add_argument("--displays", type=int, default=20, help="fresh displays of each widget")

@@ -1,4 +1,4 @@
-"""Where and with what figures were taken."""
+"""The machine and the versions with which figures were measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpkit_lessons.machine import commit, processor
 
 
 def environment(command: str, device: str = "cpu") -> dict[str, Any]:
-    """Machine, versions, commit and date."""
+    """Return the machine, the versions, the commit and the date."""
     return {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "time_utc": dt.datetime.now(tz=dt.UTC).time().isoformat(timespec="seconds"),
@@ -37,7 +37,7 @@ def environment(command: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def cache_bytes() -> int:
-    """The last-level cache as the system tells it; 0 when it doesn't."""
+    """Return the size of the last-level cache, or 0 if the system does not report it."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     found = [path.read_text().strip() for path in sizes]
     return max(

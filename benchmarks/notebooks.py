@@ -1,10 +1,10 @@
-"""Run the committed notebooks as they are, on this machine, and record what happened.
+"""Run the committed notebooks on this machine, and record device, times and errors.
 
     python -m benchmarks.notebooks [--no-record] [01 02 03]
 
-The notebooks find their device themselves: with a GPU their four ranks run on it. The record says
-what the first cell printed (device, ranks, tier), how long each notebook took, and what failed.
-There is one only of all notebooks together.
+The notebooks choose their device: on a machine with a GPU, their four ranks run on it. The record
+has the output of the first cell (device, ranks, tier), the time of each notebook, and all errors.
+It is written only if all notebooks run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMAND = "python -m benchmarks.notebooks"
 
 
 def main() -> int:
-    """1 when a cell of any notebook failed."""
+    """Return 1 if a cell of any notebook failed."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def ran(path: Path) -> dict[str, Any]:
-    """One notebook, run to its end whatever fails on the way."""
+    """Run one notebook to its end, also after a cell has failed."""
     say(f"{path.stem} ...")
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     start_s = time.monotonic()
@@ -71,12 +71,12 @@ def ran(path: Path) -> dict[str, Any]:
 
 
 def printed(cell: Any) -> str:
-    """What a cell wrote to its standard output."""
+    """Return what a cell wrote to its standard output."""
     return "".join(o["text"] for o in cell.outputs if o["output_type"] == "stream")
 
 
 def error_of(cell: Any) -> str:
-    """Which cell failed, and with what; empty for one that did not."""
+    """Return the cell's id and its error, or "" if it did not fail."""
     for output in cell.outputs:
         if output["output_type"] == "error":
             return f"{cell.id}: {output['ename']}: {output['evalue']}"[:300]

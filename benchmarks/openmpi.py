@@ -1,10 +1,10 @@
-"""The strongest ordinary opponent on one machine: Open MPI's MPI_Allgatherv, final displacements.
+"""The strongest competitor on one machine: Open MPI's MPI_Allgatherv with final displacements.
 
     mpirun -n 4 python -m benchmarks.openmpi OUTPUT.json BLOCK_SECONDS TOKENS...
 
-One call for each zigzag block of a rank puts every row at its final place: no padding, no strip, no
-reorder. Buffers are made once, as MPI programs do. Imports no torch: this is not our process.
-Samples are taken as ours are: a barrier, then one gather, on every rank.
+One call per zigzag block of a rank stores every row at its final place, without padding, strip and
+reorder. Buffers are allocated once, as in MPI programs. The ranks import no torch. A sample is
+measured as for cpkit: a barrier, then one gather, on every rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIANT = "Open MPI"
 
 
 def available() -> str:
-    """Why Open MPI can't be measured here; empty when it can."""
+    """Return why Open MPI cannot be measured here, or "" if it can."""
     if not _mpirun().exists():
         return f"Open MPI is not installed here ({_mpirun()} is missing): pip install -e '.[bench]'"
     found = subprocess.run(
@@ -38,7 +38,7 @@ def available() -> str:
 
 
 def version() -> str:
-    """Open MPI's own words for itself."""
+    """Return the version that Open MPI prints."""
     said = subprocess.run(
         [str(_mpirun()), "--version"], capture_output=True, text=True, check=False, timeout=60
     )
@@ -48,7 +48,7 @@ def version() -> str:
 
 
 def measure(cp_size: int, tokens: tuple[int, ...], block_s: float) -> list[dict[str, Any]]:
-    """One launch by its own launcher: samples by size. Fails loudly."""
+    """Run one launch of mpirun; return the samples by size. A failure is an error."""
     with TemporaryDirectory() as directory:
         output = Path(directory) / "samples.json"
         script = ["-m", "benchmarks.openmpi", str(output), str(block_s), *map(str, tokens)]
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _prepare(comm: Any, whole: Any, count: int) -> tuple[Callable[[], None], Any]:
-    """The gather of this rank's two zigzag blocks, and where it gathers to."""
+    """Return the gather of this rank's two zigzag blocks, and its output."""
     import numpy as np
     from mpi4py import MPI
 
@@ -126,7 +126,7 @@ def _prepare(comm: Any, whole: Any, count: int) -> tuple[Callable[[], None], Any
 def _samples(
     comm: Any, call: Callable[[], None], block_s: float, at_most: int = 200
 ) -> list[list[float]]:
-    """Microseconds of each call, by rank: as many as fit `block_s`, at least 3."""
+    """Return the µs of each call by rank: as many calls as fit into `block_s`, at least 3."""
     from mpi4py import MPI
 
     def once() -> float:

@@ -1,4 +1,4 @@
-"""From samples to rows: one row a variant and size, in nccl-tests' columns. Pure."""
+"""Turn samples into rows: one row per variant and size, in nccl-tests' columns. Pure."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PLANNED = {"plan": "direct", "graph": "direct", "seed": "padded_symm_recv"}
 
 
 def summarize(rounds: Sequence[Samples]) -> dict[str, Any]:
-    """The figures of one variant over several rounds. Of each round, the slowest rank counts.
+    """Return the figures of one variant over several rounds.
 
-    time_us is the median over rounds of that rank's median; spread_pct says how far rounds differ,
-    skew_us how far ranks do.
+    time_us is the median over rounds of the slowest rank's median. spread_pct is the spread between
+    rounds, skew_us the difference between ranks.
     """
     medians = [[statistics.median(rank) for rank in ranks] for ranks in rounds]
     slowest = [max(ranks) for ranks in medians]
@@ -38,7 +38,7 @@ def summarize(rounds: Sequence[Samples]) -> dict[str, Any]:
 def row(
     variant: str, cp_size: int, tokens: int, padded_bytes: int, rounds: Sequence[Samples]
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one row of the table."""
     total_bytes = tokens * ROW_BYTES
     figures = summarize(rounds)
     return {
@@ -58,7 +58,7 @@ def row(
 
 
 def moved_bytes(variant: str, total_bytes: int, cp_size: int, padded_bytes: int) -> int | None:
-    """Bytes read plus written by all ranks; None for another library's insides."""
+    """Return the bytes read plus written by all ranks; None if that is internal to a library."""
     algorithm = PLANNED.get(variant, variant)
     if algorithm in PASSES:
         return traffic(algorithm, total_bytes, cp_size, padded_bytes).moved_bytes
@@ -68,14 +68,14 @@ def moved_bytes(variant: str, total_bytes: int, cp_size: int, padded_bytes: int)
 
 
 def passes(variant: str) -> int:
-    """Passes over the data; all opponents that do only one thing make one."""
+    """Return the number of passes over the data; competitors without a pipeline make one."""
     return len(PASSES.get(PLANNED.get(variant, variant), ("wire",)))
 
 
 def rows_of(
     cp_size: int, ours: Sequence[list[dict[str, Any]]], theirs: Sequence[list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(gather rows, barrier rows) of all rounds at one cp_size."""
+    """Return (gather rows, barrier rows) of all rounds at one cp_size."""
     found = _by_size(ours)
     gathers, barriers = [], []
     for tokens, (padded_bytes, variants) in found.items():
@@ -95,7 +95,7 @@ def rows_of(
 def _by_size(
     launches: Iterable[list[dict[str, Any]]],
 ) -> dict[int, tuple[int, dict[str, list[Samples]]]]:
-    """Samples of all rounds, by tokens and variant."""
+    """Return the samples of all rounds by tokens and variant."""
     found: dict[int, tuple[int, dict[str, list[Samples]]]] = {}
     for launch in launches:
         for size in launch:

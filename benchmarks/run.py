@@ -2,10 +2,10 @@
 
     python -m benchmarks.run [--quick] [--no-record] [--fill RECORD]
 
-The configuration is frozen below. A round is one launch of our ranks under torchrun and one of Open
-MPI's under mpirun; rounds alternate, so that a noisy neighbour meets both. Every launch checks
+The configuration is fixed below. A round is one launch of cpkit under torchrun and one of Open MPI
+under mpirun. They alternate, so that other load on the machine affects both. Every launch checks
 every bit before it times anything. Writes benchmarks/results/DATE-cpu.json with machine and
-versions, and fills the figures of README.md and docs/performance.md from that file.
+versions, and writes the figures of that file into README.md and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.rows import rows_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The configuration of a measurement."""
 
     tokens: tuple[int, ...] = (256, 1024, 2048, 8192, 16384, 65536)
     cp_sizes: tuple[int, ...] = (2, 4, 8)
@@ -40,9 +40,9 @@ QUICK = Plan(tokens=(256, 2048), cp_sizes=(2, 4), rounds=1, block_s=0.1)
 
 
 def main() -> int:
-    """Run everything; fails loudly when something was wrong."""
+    """Run the benchmark. A wrong result is an error."""
     parser = argparse.ArgumentParser(description="Measure cpkit on this machine.")
-    parser.add_argument("--quick", action="store_true", help="a short look, nothing recorded")
+    parser.add_argument("--quick", action="store_true", help="two sizes, one round, no record")
     parser.add_argument("--no-record", action="store_true", help="print, but write no file")
     parser.add_argument("--fill", type=Path, help="only put this record's figures into the pages")
     options = parser.parse_args()
@@ -66,9 +66,9 @@ def main() -> int:
 
 
 def measure(plan: Plan) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """All rounds, ours and theirs in turn: (gather rows, barrier rows) of each cp_size.
+    """Measure all rounds of cpkit and Open MPI; return (gather rows, barrier rows) per cp_size.
 
-    A round goes through all cp_sizes, so that what changes in an hour meets all of them.
+    Each round measures all cp_sizes, so that slow changes of the machine affect all of them.
     """
     ours: dict[int, list[Any]] = {cp_size: [] for cp_size in plan.cp_sizes}
     theirs: dict[int, list[Any]] = {cp_size: [] for cp_size in plan.cp_sizes}
@@ -84,7 +84,7 @@ def measure(plan: Plan) -> list[tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def control_figures(rounds: int) -> dict[str, Any]:
-    """The control path against workers of its own."""
+    """Measure the control path with its own workers."""
     with TemporaryDirectory() as directory:
         output = Path(directory) / "control.json"
         script = ["-m", "benchmarks.control_path", "--json", str(output)]

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Print the time of each layer, and which tests were left out and why."""
+    """Print the time of each layer, and which tests were not selected and why."""
     took = config.stash.get(_seconds, {})
     layers = [f"{name} {took[name]:.0f} s" for name in LAYERS if name in took]
     terminalreporter.write_line(f"Time by layer: {', '.join(layers)}")
@@ -101,7 +101,7 @@ def layer(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="session")
 def runtime_dir() -> Iterator[Path]:
-    """Make a Jupyter runtime directory for this session, so that it does not use other workers."""
+    """Create a Jupyter runtime directory for this session, separate from all other workers."""
     directory = Path(tempfile.mkdtemp(prefix="cpkit-test-"))
     before = os.environ.get("JUPYTER_RUNTIME_DIR")
     os.environ["JUPYTER_RUNTIME_DIR"] = str(directory)

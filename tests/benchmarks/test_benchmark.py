@@ -1,6 +1,7 @@
-"""The benchmark's figures, and README shows what was recorded.
+"""The figures of the benchmark, and the pages that show the latest record.
 
-tests/ranks/benchmark.py, run by test_gather.py: it refuses a wrong gather and sees a slow one.
+test_gather.py runs tests/ranks/benchmark.py: the benchmark rejects a wrong gather and detects a
+slow one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def record() -> dict[str, Any]:
 
 
 def is_shown(pages: dict[str, str], markers: tuple[str, str]) -> bool:
-    """Whether each page has exactly this between its markers."""
+    """Return True if each page has exactly this text between its markers."""
     texts = {page: (ROOT / page).read_text() for page in pages}
     return all(
         figures.put_between(texts[page], *markers, body) == texts[page]
@@ -50,10 +51,10 @@ def test_pages_show_the_latest_record(record: dict[str, Any]) -> None:
         assert not is_shown(figures.pages(changed, name), markers)
 
 
-def test_the_record_says_where_it_comes_from(record: dict[str, Any]) -> None:
+def test_the_record_names_its_machine_and_commit(record: dict[str, Any]) -> None:
     wanted = {"date", "commit", "processor", "cores", "torch", "python", "system", "open_mpi"}
     assert wanted <= record["environment"].keys()
-    assert record["goals"] == goals_of(record), "the goals were not worked out from the figures"
+    assert record["goals"] == goals_of(record), "the goals differ from those of the figures"
 
 
 def test_a_slower_direct_misses_its_goals(record: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def test_a_readme_without_markers_is_an_error() -> None:
         figures.put_between("nothing here", figures.BEGIN, figures.END, "figures")
 
 
-def test_the_slowest_rank_counts_and_rounds_show_their_spread() -> None:
+def test_a_time_is_that_of_the_slowest_rank_and_rounds_have_a_spread() -> None:
     fast, slow = [[1.0, 2.0, 3.0], [7.0, 8.0, 9.0]], [[1.0, 1.0, 1.0], [10.0, 12.0, 14.0]]
     got = summarize([fast, slow, fast])
     assert got["time_us"] == 8.0
@@ -91,7 +92,7 @@ def test_columns_are_those_of_nccl_tests() -> None:
     assert got["passes"] == 1
 
 
-def test_a_missing_opponent_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_competitor_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.openmpi.sys.executable", str(tmp_path / "python"))
     assert "pip install" in openmpi.available()
     size = {"tokens": 256, "padded_bytes": 1, "variants": {"plan": {"samples_us": [[1.0], [2.0]]}}}
@@ -126,7 +127,7 @@ def gpu_record(direct_us: float, cp_size: int = 8) -> dict[str, Any]:
     }
 
 
-def test_gpu_goals_see_a_slow_one() -> None:
+def test_gpu_goals_detect_a_slow_gather() -> None:
     assert all(goal["met"] for goal in gpu_record(600.0)["goals"])
     assert not any(goal["met"] for goal in gpu_record(1095.0)["goals"])
 

@@ -37,11 +37,6 @@ def test_a_missing_gpu_is_rejected(launch: Launch) -> None:
         choose_device(launch, 0)
 
 
-def test_settings_that_contradict_are_rejected() -> None:
-    with pytest.raises(ValueError, match="contradict"):
-        Launch(device="cpu", share_gpu=True).check()
-
-
 def test_without_mps_the_cost_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with mps.serve(tmp_path) as words:

@@ -1,15 +1,18 @@
-"""Messages: unpacking inverts packing, and all other data is rejected."""
+"""Messages: decoding inverts encoding, and all other data is rejected with what is allowed."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpkit.algorithms import ALGORITHMS
 from cpkit.control import messages
+from cpkit.control.errors import explain_decode_error
 from cpkit.control.messages import (
     Cancel,
     Envelope,
@@ -23,6 +26,7 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
+from cpkit.layout import STRATEGIES
 
 WORKLOAD = Workload(cp_size=4, lengths=(4097, 812))
 BAD_WORKLOAD = {"cp_size": 2, "lengths": [8], "algorithm": "magic"}
@@ -71,7 +75,7 @@ bodies = st.one_of(
 
 
 @given(bodies)
-def test_requests_are_unpacked_as_they_were_packed(body: messages.Body) -> None:
+def test_requests_are_decoded_as_they_were_encoded(body: messages.Body) -> None:
     request = Request("0" * 32, 30.0, body)
     assert decode(encode(request), Request) == request
 
@@ -89,7 +93,7 @@ def test_requests_are_unpacked_as_they_were_packed(body: messages.Body) -> None:
         ({"body": {"op": "gather", "workload": BAD_WORKLOAD}}, "$.body.workload.algorithm"),
     ],
 )
-def test_what_is_not_in_the_closed_set_is_rejected_by_name(
+def test_an_unknown_or_invalid_field_is_rejected_by_name(
     change: dict[str, object], place: str
 ) -> None:
     assert decode(pack(GOOD), Request).body == Status()
@@ -138,3 +142,35 @@ def test_bytes_of_a_workload() -> None:
     assert WORKLOAD.total_bytes == (4097 + 812) * 8 * 128 * 2 * 2
     with pytest.raises(ValueError, match="float31"):
         _ = msgspec.structs.replace(WORKLOAD, dtype="float31").row_bytes
+
+
+def explanation(body: dict[str, Any]) -> str:
+    with pytest.raises(msgspec.ValidationError) as error:
+        decode(pack({**GOOD, "body": body}), Request)
+    return explain_decode_error(error.value)
+
+
+def workload(**fields: Any) -> dict[str, Any]:
+    return {"cp_size": 2, "lengths": [8], **fields}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {"op": "gather", "workload": workload(algorithm="fast")},
+            f"algorithm is 'fast'; it must be one of {', '.join(ALGORITHMS)}",
+        ),
+        (
+            {"op": "sweep", "workloads": [workload(strategy="zag")]},
+            f"strategy is 'zag'; it must be one of {', '.join(STRATEGIES)}",
+        ),
+        ({"op": "gather", "workload": workload(speed=9)}, "a workload has cp_size, lengths, st"),
+        ({"op": "sweep", "workloads": [workload(speed=9)]}, "there is no 'speed'; a workload has"),
+        ({"op": "pool", "cp_size": 2, "action": "burn"}, "action is 'burn'; it must be one of st"),
+        ({"op": "status", "verbose": True}, "unknown field `verbose`"),
+        ({"op": "gather", "workload": workload(heads="8")}, "Expected `int`, got `str`"),
+    ],
+)
+def test_decode_errors_say_what_is_allowed(body: dict[str, Any], words: str) -> None:
+    assert words in explanation(body)

@@ -9,10 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from cpkit.control.errors import (
-    ControlError,
-    NoAnswer,
-)
+from cpkit.control.errors import ControlError, NoAnswer
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -70,9 +67,7 @@ def test_garbage_gets_an_answer_and_does_no_harm(control_server: ControlServer) 
         msgspec.msgpack.encode({"id": "", "version": 1}),
     ):
         dealer.send(garbage)
-        reply = decode(dealer.recv(), Reply)
-        assert isinstance(reply.body, Failed)
-        assert reply.body.kind == "bad_request"
+        assert decode(dealer.recv(), Reply).body.kind == "bad_request"
     dealer.send_multipart([b"several", b"frames"])
     assert isinstance(decode(dealer.recv(), Reply).body, Failed)
     dealer.close()
@@ -113,7 +108,6 @@ def test_an_invalid_request_is_rejected_with_its_id(
     reply = decode(dealer.recv(), Reply)
     dealer.close()
     assert reply.id == (fields["id"] if len(str(fields["id"])) <= 64 else "")
-    assert isinstance(reply.body, Failed)
     assert reply.body.kind == kind
     assert words in reply.body.message
 
@@ -122,10 +116,8 @@ def test_an_id_that_is_in_use_is_rejected(control_server: ControlServer) -> None
     dealer = control_server.raw()
     for _ in range(2):
         dealer.send(encode(Request("same", 9.0, Put(2))))
-    reply = decode(dealer.recv(), Reply)
+    assert "in use" in decode(dealer.recv(), Reply).body.message
     dealer.close()
-    assert isinstance(reply.body, Failed)
-    assert "in use" in reply.body.message
 
 
 def test_a_client_of_another_protocol_version_raises_before_it_connects(

@@ -1,4 +1,4 @@
-"""The scripts of README, docs and examples run under torchrun and detect one wrong bit."""
+"""The scripts in README, docs and examples run under torchrun; the example detects a wrong bit."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ runpy.run_path(path, run_name="__main__")
 
 
 @pytest.mark.parametrize(("page", "nproc"), [("README.md", 2), ("docs/training.md", 3)])
-def test_the_script_of_a_page_runs(page: str, nproc: int, tmp_path: Path) -> None:
+def test_the_script_on_a_page_runs(page: str, nproc: int, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (source,) = (block for block in blocks if "init_process_group" in block)
-    if page == "README.md":  # which docs/library.md continues
+    if page == "README.md":  # docs/library.md continues this script
         body, end = source.split("dist.destroy_process_group()")
         more = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
         source = "\n".join([body, *more, "dist.destroy_process_group()", end])

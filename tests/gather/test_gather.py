@@ -1,4 +1,4 @@
-"""Gathers in real processes, for 2, 4 and 3 ranks: powers of two hide mistakes."""
+"""Gathers in real processes, on 2, 4 and 3 ranks, because powers of two hide mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_ranks(nproc: int, module: str, check: str) -> None:
 
 
 @pytest.mark.parametrize("nproc", MODULES)
-def test_every_check_has_a_name_of_its_own(nproc: int) -> None:
-    """The results of one launch are kept by name."""
+def test_every_check_has_a_unique_name(nproc: int) -> None:
+    """The results of one launch are stored by name."""
     names = [check for module in MODULES[nproc] for check in checks(module)]
     assert len(names) == len(set(names))

@@ -1,5 +1,6 @@
-"""Gathers on GPUs: 2, 4 and 8 ranks that share one, with and without MPS, or have one each; NCCL;
-the workers.
+"""Gathers of 2, 4 and 8 ranks on one shared GPU, with and without MPS, or on one GPU each.
+
+Also NCCL, and the workers.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ pytestmark = [
     ),
 ]
 RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split(",")]
-# Without MPS the ranks take turns on the GPU, milliseconds each: fewer rounds, the same checks.
+# Without MPS the GPU switches between the ranks every few milliseconds, so there are fewer rounds.
 ROUNDS = {"mps": "1000", "turns": "60", "own": "1000"}
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
-# One launch runs them all, in this order: the last check of `cuda` leaves its group out of step.
+# One launch runs all of them in this order; after the last check of `cuda` its ranks disagree.
 MODULES = ("gathers", "caches", "plans", "signals", "cuda_pool", "cuda_order", "cuda")
 
 
 def checks(*modules: str) -> list[str]:
-    """Their names, read from the sources: importing some of them needs Triton and a GPU."""
+    """Return the names of the checks from the sources; importing some modules needs a GPU."""
     sources = [(ROOT / "tests" / "ranks" / f"{name}.py").read_text() for name in modules]
     return [
         line.removeprefix("def ").partition("(")[0]
@@ -52,7 +53,7 @@ def checks(*modules: str) -> list[str]:
 def sharing(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """How ranks use the GPUs: one for all, with one MPS daemon or without; or one each."""
+    """Yield how ranks use the GPUs: one for all, with or without an MPS daemon, or one each."""
     if request.param != "mps":
         yield request.param
         return
@@ -92,7 +93,7 @@ def test_ranks(sharing: str, check: str, nproc: int) -> None:
     [
         "check_every_algorithm_is_bit_exact",
         "check_the_path_is_that_of_this_nccls_version",
-        "check_the_witness_counts_what_nccl_selected",
+        "check_the_log_counts_what_nccl_selected",
     ],
 )
 def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -137,7 +138,7 @@ def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) 
             for _ in samples:
                 pass
         assert time.monotonic() - start < 10
-    time.sleep(5)  # an MPS daemon needs a moment after a client that was killed
+    time.sleep(5)  # an MPS daemon needs time after the death of a client
     with cpkit.connect("gpu-tests", nproc=2, device="cuda") as lab:
         lab.gather([4097], cp_size=2)
         lab.stop()

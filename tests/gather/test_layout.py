@@ -1,4 +1,4 @@
-"""The permutation is the spec: every list and every formula follows from `rank_rows`."""
+"""The permutation `rank_rows` is the specification: all lists and formulas follow from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cpkit.memory.posix import tiles
 
 @st.composite
 def layouts(draw: st.DrawFn, strategies: tuple[str, ...] = STRATEGIES) -> ContextParallelMetadata:
-    """Any batch that a strategy accepts."""
+    """Draw a batch that the strategy accepts."""
     strategy = draw(st.sampled_from(strategies))
     cp_size = draw(st.integers(1, 9))
     shortest = 2 * cp_size if strategy == "zigzag" and cp_size > 1 else 1
@@ -34,7 +34,7 @@ def layouts(draw: st.DrawFn, strategies: tuple[str, ...] = STRATEGIES) -> Contex
 
 
 def owner_by_definition(metadata: ContextParallelMetadata) -> list[int]:
-    """Who owns each token, token by token, from the strategies' one-line definitions."""
+    """Return the owner of each token, from the one-line definitions of the strategies."""
     owners = []
     cp_size, flat = metadata.cp_size, 0
     for length in metadata.lengths:
@@ -75,7 +75,7 @@ def test_lengths_follow_from_the_permutation(metadata: ContextParallelMetadata) 
 
 
 @given(layouts())
-def test_runs_say_the_same_as_rank_rows_in_order(metadata: ContextParallelMetadata) -> None:
+def test_runs_expand_to_rank_rows(metadata: ContextParallelMetadata) -> None:
     for rank in range(metadata.cp_size):
         spelled = [
             (row + i, token + i * step)
@@ -94,7 +94,7 @@ def test_token_order_undoes_rank_order(metadata: ContextParallelMetadata) -> Non
 
 
 @given(layouts(strategies=("zigzag",)))
-def test_upstreams_zigzag_lists_reorganize(metadata: ContextParallelMetadata) -> None:
+def test_upstreams_zigzag_lists_restore_token_order(metadata: ContextParallelMetadata) -> None:
     x = torch.arange(metadata.total_tokens)
     blocks = x.split(metadata.split_list)
     for rank in range(metadata.cp_size):
@@ -135,17 +135,13 @@ def test_lengths_may_be_numbers_of_other_libraries() -> None:
     assert all(type(length) is int for length in metadata.lengths)
 
 
-def test_one_rank_takes_even_one_token() -> None:
+def test_a_single_rank_accepts_one_token() -> None:
     assert prepare_context_parallel_metadata([1, 3], 1).rank_rows(0).tolist() == [0, 1, 2, 3]
 
 
-def test_ranks_may_hold_nothing() -> None:
-    assert prepare_context_parallel_metadata([2], 4, "interleave").per_rank_actual_token == (
-        1,
-        1,
-        0,
-        0,
-    )
+def test_ranks_may_hold_no_rows() -> None:
+    interleaved = prepare_context_parallel_metadata([2], 4, "interleave")
+    assert interleaved.per_rank_actual_token == (1, 1, 0, 0)
     empty = prepare_context_parallel_metadata([1], 3, "contiguous")
     assert sum(empty.per_rank_actual_token) == 1
     assert shard(torch.zeros(1, 4), empty, 0).shape[0] == empty.per_rank_actual_token[0]
@@ -177,6 +173,7 @@ def test_can_cp_split(lengths: list[int], cp_size: int, strategy: str, expected:
         ([2.5], 2, "contiguous", ["lengths is [2.5]"]),
         ([8, True], 2, "contiguous", ["lengths is [8, True]"]),
         ("8", 2, "contiguous", ["lengths is '8'"]),
+        ([1 << 70], 2, "contiguous", ["at most 2**48 tokens"]),
         (7, 2, "zigzag", ["lengths is 7"]),
         ([8], 0, "zigzag", ["cp_size is 0", "1 or more"]),
         ([8], -2, "zigzag", ["cp_size is -2"]),
@@ -184,16 +181,19 @@ def test_can_cp_split(lengths: list[int], cp_size: int, strategy: str, expected:
         ([100, 7], 4, "zigzag", ["8 blocks", "has 7 tokens", "cp_size=1", "interleave"]),
     ],
 )
-def test_bad_input_says_what_and_what_instead(
+def test_bad_input_is_refused_with_the_value_and_an_alternative(
     lengths: object, cp_size: int, strategy: str, words: list[str]
 ) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         prepare_context_parallel_metadata(lengths, cp_size, strategy)  # type: ignore[arg-type]
     for word in words:
         assert word in str(error.value)
+    if "blocks" not in str(error.value):
+        with pytest.raises(ValueError, match=r"lengths|cp_size|strategy"):
+            ContextParallelMetadata(lengths, cp_size, strategy)  # type: ignore[arg-type]
 
 
-def test_shard_wants_the_whole_batch() -> None:
+def test_shard_needs_the_whole_batch() -> None:
     metadata = prepare_context_parallel_metadata([8], 2)
     with pytest.raises(ValueError, match="8 tokens"):
         shard(torch.zeros(7, 2), metadata, 0)
@@ -204,8 +204,8 @@ def test_shard_wants_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_default_device_of_the_user_changes_no_layout(strategy: str) -> None:
-    """Layouts, stamps and tiles are made on the CPU, whatever torch.set_default_device says."""
+def test_the_default_device_of_torch_changes_no_layout(strategy: str) -> None:
+    """Layouts, stamps and tiles are created on the CPU, whatever the default device is."""
     metadata = prepare_context_parallel_metadata([29, 17], 2, strategy)
     with torch.device("meta"):
         made = (
@@ -221,7 +221,7 @@ def test_a_default_device_of_the_user_changes_no_layout(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_caller_can_change_the_layout_of_another(strategy: str) -> None:
-    """Layouts are cached: the next caller with these lengths gets the same object."""
+    """Layouts are cached: the next call with these lengths returns the same object."""
     metadata = prepare_context_parallel_metadata([9, 8], 2, strategy)
     want = metadata.rank_rows(0).tolist(), metadata.token_order.tolist()
     for made in (metadata.rank_rows(0), metadata.rank_order, metadata.token_order):
@@ -238,7 +238,7 @@ def test_no_caller_can_change_the_layout_of_another(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["rank_order", "token_order"])
-def test_a_layout_first_read_in_inference_mode_serves_autograd_later(order: str) -> None:
+def test_a_layout_first_read_in_inference_mode_works_with_autograd(order: str) -> None:
     metadata = prepare_context_parallel_metadata([7, 13, 41], 2, "interleave")
     with torch.inference_mode():
         getattr(metadata, order)
@@ -250,11 +250,11 @@ def test_a_layout_first_read_in_inference_mode_serves_autograd_later(order: str)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_layout_takes_no_python_work_per_sequence(strategy: str) -> None:
-    """A serving engine lays out a new batch of many sequences for every forward pass."""
+def test_a_layout_needs_no_python_work_per_sequence(strategy: str) -> None:
+    """A serving engine computes the layout of a new batch for every forward pass."""
 
     def calls(sequences: int) -> int:
-        """Functions, of Python and of C, entered for one new layout."""
+        """Return the number of Python and C functions called for one new layout."""
         made = 0
 
         def count(_frame: object, event: str, _argument: object) -> None:

@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Code that several test files use."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A control server without workers: the test takes the jobs and replies."""
+"""A control server without workers: the test takes the jobs and replies to them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import msgspec
 import zmq
 
 from cpkit.control.client import Client
-from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, Workload
+from cpkit.control.messages import PROTOCOL_VERSION, ReplyBody, StatusResult, Workload
+from cpkit.control.queue import Job
 from cpkit.control.runtime_dir import Connection, Worker
 from cpkit.control.server import Server
 from cpkit.processes import process_id
+from tests.helpers.processes import LIMIT_S
 
 WORKLOAD = Workload(2, (16,))
 
@@ -67,6 +69,14 @@ class ControlServer:
     def client(self, **changes: object) -> Client:
         self.clients.append(Client(self.connection(**changes)))
         return self.clients[-1]
+
+    def answer(self, *bodies: ReplyBody) -> Job:
+        """Take the next job, send these replies, and finish it."""
+        job = self.server.jobs.take(LIMIT_S)
+        for body in bodies:
+            self.server.reply(job, body)
+        self.server.jobs.finish()
+        return job
 
     def raw(self) -> zmq.Socket[bytes]:
         """Return a socket with the right keys that can send anything."""

@@ -1,4 +1,4 @@
-"""What figures are drawn from in tests: a small layout, its stages, and a sample."""
+"""Inputs of figures: a small layout, its stages, and a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
 
 
 class Padded:
-    """The stages of a padded gather, computed from the layout alone."""
+    """The stages of a padded gather, computed from the layout only."""
 
     metadata = LAYOUT
     stages = ("pad", "wire", "strip", "reorder")

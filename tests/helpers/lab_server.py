@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 class JupyterLab:
-    """A server of its own. Its kernels meet the workers of `runtime_dir`, by default their own."""
+    """A separate server. Its kernels connect to the workers of `runtime_dir`, if given."""
 
     def __init__(self, home: Path, runtime_dir: Path | None = None, name: str = "default") -> None:
         self.home, self.token, self.port = home, secrets.token_hex(16), _free_port()
@@ -98,7 +98,7 @@ class JupyterLab:
         self.log.close()
 
     def left_behind(self, timeout_s: float = 10.0) -> list[str]:
-        """Processes with our config directory in their environment that do not end in time."""
+        """Return the processes with our config directory in their environment after the timeout."""
         ours = "JUPYTER_CONFIG_DIR", self._environment()["JUPYTER_CONFIG_DIR"]
         return left_after(timeout_s, lambda: list(processes_with(*ours).values()))
 

@@ -1,8 +1,8 @@
-"""The gates that a notebook passes before it is committed, and when CI runs it again.
+"""Checks of a committed notebook, and of a second run of it.
 
-tests/lessons/test_notebooks.py holds the three notebooks against them; tests/tools/test_gates.py
-shows that each of them fails where something is wrong. Other gates stand where they are used:
-`tools.build` (form, source, size, time per cell), `tools.rehearse` (starter, mutants, solution).
+tests/lessons/test_notebooks.py applies them to the notebooks; tests/tools/test_gates.py shows that
+each check finds its fault. `tools.build` checks form, source, size and time per cell;
+`tools.rehearse` checks starter, mutants and solution.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from tests.helpers import ROOT
 from tests.helpers.processes import LIMIT_S, left_after, processes_with
 from tools import source
 
-# These end what hangs. How long a cell may take on a quiet machine is its budget, checked when the
-# notebook is built.
+# Only a run that hangs reaches these limits. `tools.build` checks the time budget of each cell.
 CELL_LIMIT_S = 180
 RUN_LIMIT_S = 400
 
 
 def figure_faults(data: Mapping[str, Any]) -> list[str]:
-    """What a displayed figure lacks: picture, title, units on its axes, text alternative."""
+    """Return what a displayed figure lacks: picture, title, units or text alternative."""
     layout = data[PLOTLY_MIME]["layout"]
     title = layout.get("title", {}).get("text", "")
     named = [axis for name, axis in layout.items() if name.startswith(("xaxis", "yaxis"))]
@@ -49,22 +48,22 @@ def figure_faults(data: Mapping[str, Any]) -> list[str]:
 
 
 def _says_what_it_is(axis: dict, traces: list[dict]) -> bool:
-    """An axis has a title, or each of its ticks is a name, or the cells carry their own words."""
+    """Return True if the axis has a title, its ticks are names, or its cells contain text."""
     named = axis.get("type") == "category" or "categoryarray" in axis or "ticktext" in axis
     names = named or any(t.get("orientation") == "h" or t["type"] == "heatmap" for t in traces)
     return bool(axis.get("title", {}).get("text")) or names
 
 
 def region_faults(made: source.Source, committed: Mapping[str, str]) -> list[str]:
-    """Where the committed starter and the solution differ outside of a marked region, or not in it.
+    """Return the cells whose starter and solution differ outside the marked region, or are equal.
 
-    `committed`: cell id to text.
+    `committed` maps a cell id to its text.
     """
     faults = []
     for cell in made.rendered(solved=True):
         if cell.part[1] != "code":
             if cell.text != committed[cell.id]:
-                faults.append(f"{cell.id} is another one where the exercises are solved")
+                faults.append(f"{cell.id} differs in the solved notebook")
             continue
         starter, solution = (source.split(text) for text in (committed[cell.id], cell.text))
         if (starter[0], starter[2]) != (solution[0], solution[2]):
@@ -75,10 +74,10 @@ def region_faults(made: source.Source, committed: Mapping[str, str]) -> list[str
 
 
 def rerun_faults(path: Path, limit_s: float = RUN_LIMIT_S, end_s: float = LIMIT_S) -> list[str]:
-    """Run a notebook by nbval: what failed or differs, took too long, or is there after `end_s`.
+    """Run a notebook with nbval; return its faults, and what is left after `end_s` seconds.
 
-    nbval ends its kernel by SIGKILL, so what is left shows whether workers end with their owner.
-    All that a run may leave is looked for in surroundings of its own.
+    nbval ends its kernel with SIGKILL, so this also tests that workers end with their owner. Each
+    run has private directories, which are searched afterwards.
     """
     home = Path(tempfile.mkdtemp(prefix="nb-"))
     memory = Path("/dev/shm")
@@ -89,7 +88,7 @@ def rerun_faults(path: Path, limit_s: float = RUN_LIMIT_S, end_s: float = LIMIT_
         "IPYTHONDIR": str(home / "ipython"),
         "TMPDIR": str(home / "tmp"),
         "CPKIT_SHM_DIR": str(shm),
-        "TORCHINDUCTOR_CACHE_DIR": str(home / "torch"),  # a cache is meant to stay
+        "TORCHINDUCTOR_CACHE_DIR": str(home / "torch"),  # a cache may remain
     }
     try:
         faults = _nbval(path, os.environ | private, limit_s)
@@ -111,7 +110,7 @@ def _nbval(path: Path, environment: Mapping[str, str], limit_s: float) -> list[s
 
 
 def _run(command: list[str], environment: Mapping[str, str], limit_s: float) -> tuple[int, str]:
-    """Run in a session of its own, at most `limit_s`; the exit code and all output."""
+    """Run in a new session for at most `limit_s` seconds; return the exit code and all output."""
     with subprocess.Popen(
         tied(command),
         env=environment,
@@ -130,7 +129,7 @@ def _run(command: list[str], environment: Mapping[str, str], limit_s: float) -> 
 
 
 def _left_behind(home: Path, shm: Path) -> list[str]:
-    """Processes, sockets, connection files and shared memory of a run."""
+    """Return the processes, sockets, connection files and shared memory of a run."""
     processes = list(_processes_of(home).values())
     sockets = [str(path) for path in (home / "tmp").iterdir()]
     connections = [str(path) for path in (home / "runtime").rglob("connection.json")]

@@ -1,4 +1,4 @@
-"""Imports point down the layers, files are short, and links of pages lead to files."""
+"""Imports point to lower layers, files are short, and links in pages lead to files."""
 
 from __future__ import annotations
 

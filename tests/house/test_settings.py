@@ -30,7 +30,7 @@ def test_only_settings_reads_the_variables(module: str) -> None:
 
 
 def _variable_read_by(node: ast.AST) -> str | None:
-    """The name in environ[name], environ.get(name, …) or getenv(name); "?…" if not a literal."""
+    """Return the name that `environ[…]`, `.get(…)` or `getenv(…)` reads; "?…" if not a literal."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         owner, key = ast.unparse(node.value), node.slice
     elif isinstance(node, ast.Call) and node.args:
@@ -56,7 +56,7 @@ def _variable_read_by(node: ast.AST) -> str | None:
         'os.environ.pop("CPKIT_NAME")',
     ],
 )
-def test_every_way_to_read_is_seen(code: str) -> None:
+def test_every_way_to_read_is_found(code: str) -> None:
     node = ast.parse(code, mode="eval").body
     assert str(_variable_read_by(node)).startswith(("CPKIT", "?"))
 
@@ -76,7 +76,7 @@ def test_doctor_explains_a_value_that_cannot_be_used(monkeypatch: pytest.MonkeyP
     assert "CPKIT_DEADLINE_S is 'soon'; it must be seconds" in report()
 
 
-def test_every_variable_that_is_named_anywhere_is_known() -> None:
+def test_every_variable_that_is_named_anywhere_is_declared() -> None:
     text = "".join(path.read_text() for path in MODULES.values())
     named = {name for name in re.findall(r"\bCPKIT_[A-Z_]+\b", text) if not name.endswith("_")}
     assert named == NAMES | INTERNAL
@@ -86,7 +86,10 @@ def test_every_variable_that_is_named_anywhere_is_known() -> None:
     ("name", "value", "read", "words"),
     [
         ("CPKIT_DEADLINE_S", "0", settings.deadline_s, "above 0"),
-        ("CPKIT_DEADLINE_S", "soon", settings.deadline_s, "it must be seconds"),
+        *(
+            ("CPKIT_DEADLINE_S", value, settings.deadline_s, "it must be seconds")
+            for value in ("soon", "nan", "inf", "-1", "1e9")
+        ),
         ("CPKIT_SYMM_PREALLOC_GB", "-1", settings.symm_prealloc_bytes, "be a number of GiB"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "1 GiB", settings.memory_limit_bytes, "whole number of bytes"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "0", settings.memory_limit_bytes, "1 or more"),
@@ -105,3 +108,11 @@ def test_a_value_that_cannot_be_used_is_refused(
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}")) as raised:
         read()
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("value", "wait_s"), [("", 30), ("0.5", 0.5), ("86400", 86400)])
+def test_a_valid_deadline_is_used(
+    value: str, wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPKIT_DEADLINE_S", value)
+    assert settings.deadline_s() == wait_s

@@ -1,6 +1,6 @@
 """The CUDA kernel's index arithmetic, run by Triton's interpreter without a GPU.
 
-All ranks are played by one process, one after the other, with the synchronization left out.
+One process runs the kernel for all ranks, one after the other, without synchronization.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def gathered_by_kernel(
     heights: int,
     slots: torch.Tensor | None = None,
 ) -> list[list[torch.Tensor]]:
-    """Every rank's outputs, `[heights, lanes]` each; `shards[rank]` are what a rank holds."""
+    """Return the outputs of every rank, `[heights, lanes]` each, from the shards of every rank."""
     cp_size = metadata.cp_size
     rows = [[as_rows(x) for x in mine] for mine in shards]
     outputs = [
@@ -100,7 +100,7 @@ def launch(
         EXIT=False,
         THREADS=32,
     )
-    assert not words.any()  # counters are as the next kernel wants them
+    assert not words.any()  # the next kernel expects counters of zero
 
 
 def shards_of(
@@ -119,7 +119,7 @@ def shards_of(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_every_rank_gets_every_row(strategy: str, cp_size: int) -> None:
+def test_every_rank_receives_every_row(strategy: str, cp_size: int) -> None:
     rng = random.Random(f"{strategy} {cp_size}")
     lengths = [rng.randint(2 * cp_size, 2 * cp_size + 9) for _ in range(2)]
     metadata = prepare_context_parallel_metadata(lengths, cp_size, strategy)
@@ -133,7 +133,7 @@ def test_every_rank_gets_every_row(strategy: str, cp_size: int) -> None:
 
 @interpreted
 @pytest.mark.timeout(300)
-def test_slots_name_the_rows_of_a_cache_and_minus_one_skips() -> None:
+def test_slots_select_cache_rows_and_minus_one_skips_a_token() -> None:
     metadata = prepare_context_parallel_metadata([9, 8], 2)
     slots = torch.randperm(30, generator=torch.Generator().manual_seed(3))[:17]
     slots[[2, 11]] = -1
@@ -152,7 +152,7 @@ def test_slots_name_the_rows_of_a_cache_and_minus_one_skips() -> None:
 
 
 @interpreted
-def test_a_wrong_tile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_tile_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: one tile's token is off by one."""
     real = tile_table
 

@@ -49,7 +49,7 @@ def test_gathers_are_verified_and_shown_by_every_algorithm(
         assert list(last[:, 3]) == [*range(11), *range(16), *range(9)]
 
 
-def test_a_plan_can_be_chosen_wherever_an_algorithm_can(lab: Lab) -> None:
+def test_a_plan_is_accepted_wherever_an_algorithm_is(lab: Lab) -> None:
     got = lab.gather([13, 9], 4, algorithm="plan")
     assert got.verified
     assert got.path == "symmetric"
@@ -94,11 +94,6 @@ def test_large_gathers_have_no_arrays_but_are_verified(lab: Lab) -> None:
     assert got.checked_rows == 20_000 * 2 * 2
     with pytest.raises(ValueError, match="too many"):
         got.stage("shard", 0)
-
-
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bool", "float32", "int64"])
-def test_any_dtype(lab: Lab, dtype: str) -> None:
-    assert lab.gather([33], 4, dtype=dtype, heads=3, head_dim=5).verified
 
 
 def test_without_symmetric_memory_the_path_has_the_reason(lab: Lab) -> None:
@@ -178,7 +173,7 @@ def test_without_the_barrier_the_clock_counts_waiting(lab: Lab) -> None:
     assert np.median(fair.times_us("direct")[:, 0]) < 0.5 * late_us
 
 
-def test_a_call_that_is_not_waited_for_looks_fast(lab: Lab) -> None:
+def test_a_call_that_is_only_launched_looks_fast(lab: Lab) -> None:
     timed = lab.clock(["collective", "launch"], [8192], 4, iterations=5)
     quickest = timed.table.set_index("call")["min_us"]
     assert quickest["launch"] < quickest["collective"] / 2
@@ -215,7 +210,7 @@ def test_the_pool_fills_spills_and_is_warmed_up(lab: Lab) -> None:
     lab.pool.configure(None, 2)
 
 
-def test_a_barrier_makes_putting_safe(lab: Lab) -> None:
+def test_put_is_safe_with_a_barrier_and_stale_without(lab: Lab) -> None:
     safe = lab.put(4, rounds=700)
     assert (safe.stale, safe.ahead) == (0, 0)
     assert safe.reads == 700 * 4 * 4

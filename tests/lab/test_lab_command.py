@@ -1,4 +1,4 @@
-"""`python -m cpkit lab`, which is `make lab`, and who meets the workers that it has started."""
+"""`python -m cpkit lab` (`make lab`), and later clients of the workers that it started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.workers
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    """A `make lab` with one rank, named "met"; afterwards nothing of it is left."""
+    """Run `make lab` with one rank, named "met"; check that it leaves no process behind."""
     home = tmp_path_factory.mktemp("lab")
     names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
     names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
@@ -52,7 +52,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen
         log.close()
 
 
-def test_the_workers_and_the_way_out_are_described(first: subprocess.Popen[str]) -> None:
+def test_running_workers_are_described_with_the_command_that_stops_them(
+    first: subprocess.Popen[str],
+) -> None:
     said = _workers_for_lab(_parser().parse_args(["lab", "--name", "met"]))
     assert "'met' are already running and will be used: 1 rank since 20" in said
     assert f"started by `make lab` (process {first.pid}); they end with it." in said
@@ -63,7 +65,7 @@ def test_the_workers_and_the_way_out_are_described(first: subprocess.Popen[str])
 @pytest.mark.parametrize(
     ("option", "asked"), [("--nproc=2", "nproc=2"), ("--device=cuda", "device='cuda'")]
 )
-def test_a_lab_that_asks_for_other_workers_is_refused(
+def test_a_lab_that_requests_other_workers_is_refused(
     first: subprocess.Popen[str], option: str, asked: str
 ) -> None:
     with pytest.raises(cpkit.OtherWorkers, match=f"asked for {asked}") as caught:
@@ -71,7 +73,7 @@ def test_a_lab_that_asks_for_other_workers_is_refused(
     assert_names_the_lab(str(caught.value), first.pid)
 
 
-def test_starting_others_of_the_same_name_is_refused(
+def test_starting_other_workers_of_the_same_name_is_refused(
     first: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["start", "--name=met", "--nproc=2"]) == 1
@@ -81,14 +83,14 @@ def test_starting_others_of_the_same_name_is_refused(
 
 
 def assert_names_the_lab(said: str, pid: int) -> None:
-    """The message says what runs, who started it, and both ways out."""
+    """Check that the message names the workers, their owner, and both remedies."""
     assert "1 rank since 20" in said
     assert f"`make lab` (process {pid}); they end with it" in said
     assert "python -m cpkit stop --name met" in said
     assert "choose another name" in said
 
 
-def test_connect_takes_what_runs_unless_it_is_asked_for_something_else(
+def test_connect_attaches_unless_it_requests_other_workers(
     first: subprocess.Popen[str],
 ) -> None:
     for options in ({}, {"nproc": 1}, {"nproc": 1, "device": "cpu"}, {"launch": False}):
@@ -111,7 +113,7 @@ def test_the_kind_of_owner_is_named(module: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("JPY_SESSION_NAME", "workspace/02_symmetric_memory.ipynb")
     command = [sys.executable, "-m", module]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as owner:
-        until(psutil.Process(owner.pid).cmdline)  # empty for a moment after the exec
+        until(psutil.Process(owner.pid).cmdline)  # empty directly after the exec
         said = describe(here(process_id(owner.pid)))
         owner.kill()
     if module == "ipykernel_launcher":

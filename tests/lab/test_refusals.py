@@ -1,12 +1,15 @@
-"""What a `Lab` refuses: with a message, before anything is allocated; the ranks stay usable."""
+"""What a `Lab` refuses, with a message and before it allocates anything, and what it accepts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
 import cpkit
+from cpkit.algorithms import ALGORITHMS
 from cpkit.lab import Lab
 
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
@@ -32,6 +35,20 @@ BAD = [
     (lambda lab: lab.gather([1 << 40]), r"needs about \d+ bytes.*limit is \d+ bytes"),
     (lambda lab: next(lab.measure([64], samples=0)), "samples is 0"),
     (lambda lab: next(lab.measure([64], interval_s=-1.0)), "interval_s is -1.0"),
+    (lambda lab: next(lab.measure([64], interval_s=float("nan"))), "interval_s is nan"),
+    (lambda lab: next(lab.measure([64], interval_s=float("inf"))), "interval_s is inf"),
+    (lambda lab: next(lab.measure([64], interval_s=1e10)), "interval_s is 1"),
+    (lambda lab: lab.gather([2**70]), r"."),
+    (lambda lab: lab.gather([64], round=2**70), r"."),
+    (lambda lab: lab.gather([64], round=-1), "round is -1"),
+    (lambda lab: lab.gather([64], round=1024), "round is 1024"),
+    (lambda lab: lab.gather([64], dtype="\ud800"), r"."),
+    (lambda lab: lab.gather([(1 << 20) + 8], 2, heads=1, head_dim=8), "1048576"),
+    (lambda lab: lab.put(2, rounds=2**70), r"."),
+    (lambda lab: lab.pool.configure(2**70, 2), r"."),
+    (lambda lab: lab.sweep(sizes_bytes=["a"]), "sizes_bytes"),
+    (lambda lab: lab.sweep(sizes_bytes=[-5]), "sizes_bytes"),
+    (lambda lab: lab.sweep(sizes_bytes=[64], cp_sizes=["a"]), "cp_sizes"),
     (lambda lab: lab.sweep(), "either sizes_bytes or lengths"),
     (lambda lab: lab.sweep(lengths=[]), "number of workloads is 0"),
     (lambda lab: lab.sweep(lengths=[64], iterations=0), "iterations is 0"),
@@ -57,9 +74,25 @@ def test_bad_input_is_refused_with_a_message(
         ask(lab)
 
 
-def test_an_unknown_parameter_is_an_ordinary_type_error(lab: Lab) -> None:
+def test_an_unknown_parameter_is_a_type_error(lab: Lab) -> None:
     with pytest.raises(TypeError, match="colour"):
-        lab.gather([64], colour="red")  # type: ignore[call-arg]
+        lab.gather([64], colour="red")
+    with pytest.raises(TypeError, match="'algorithm'"):  # a sweep has `algorithms`
+        lab.sweep(sizes_bytes=[1 << 14], algorithm="direct")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "bf16"])
+def test_a_dtype_is_torchs_or_its_name(lab: Lab, dtype: str | torch.dtype) -> None:
+    assert lab.workload(64, 2, dtype=dtype).dtype == "bfloat16"
+    assert lab.gather(64, 2, dtype=dtype).verified
+
+
+def test_integers_of_numpy_are_accepted(lab: Lab) -> None:
+    assert lab.gather(np.int64(64), np.int64(2), heads=np.int64(2)).verified
+    table = lab.sweep(
+        sizes_bytes=np.array([1 << 14, 1 << 15]), cp_sizes=np.array([2]), iterations=2
+    )
+    assert len(table) == 2 * len(ALGORITHMS)
 
 
 def test_a_refused_gather_is_refused_before_anything_is_allocated(lab: Lab) -> None:

@@ -1,6 +1,9 @@
-"""Results: how the parts of the ranks are joined, and the statistics over times."""
+"""Results: joining the parts of all ranks, statistics over times, and the exported timeline."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from cpkit.control.messages import (
     TraceResult,
     Workload,
 )
-from cpkit.timing import Span, Timing, algbw_gbps, busbw_gbps, percentile
+from cpkit.timing import Span, Timing, percentile
 
 WORKLOAD = Workload(2, (8,))
 
@@ -93,5 +96,27 @@ def test_statistics() -> None:
         timing.add(time_us, {"wire": time_us / 2})
     assert timing.median_us == 5.0
     assert timing.stage_medians_us() == {"wire": 2.5}
-    assert algbw_gbps(8_000_000, 1000.0) == pytest.approx(8.0)
-    assert busbw_gbps(8_000_000, 1000.0, 4) == pytest.approx(6.0)
+
+
+def test_the_saved_timeline_is_in_chromes_trace_format(tmp_path: Path) -> None:
+    """Every track of a rank has a name, and every stage has a start and a duration in µs."""
+    spans = (
+        (Span("agree", 0, 10_500), Span("wire", 10_500, 50_250)),
+        (Span("agree", 1_250, 11_000),),
+    )
+    TraceResult(WORKLOAD, spans).save_chrome_trace(tmp_path / "trace.json")
+    saved = json.loads((tmp_path / "trace.json").read_text())
+    title, *events = saved["traceEvents"]
+    assert (title["ph"], title["name"]) == ("M", "process_name")
+    assert "cp_size 2" in title["args"]["name"]
+    assert saved["otherData"]["lengths"] == [8]
+    assert {event["pid"] for event in saved["traceEvents"]} == {0}
+    shown = [(e["ph"], e["tid"], e["name"], e.get("ts"), e.get("dur")) for e in events]
+    assert shown == [
+        ("M", 0, "thread_name", None, None),
+        ("X", 0, "agree", 0.0, 10.5),
+        ("X", 0, "wire", 10.5, 39.75),
+        ("M", 1, "thread_name", None, None),
+        ("X", 1, "agree", 1.25, 9.75),
+    ]
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == ["rank 0", "rank 1"]

@@ -1,4 +1,4 @@
-"""Free lists that differ: which rows a push loses and which it destroys."""
+"""Free lists that differ: which rows a push loses and which it overwrites."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_equal_free_lists_lose_nothing(trace: list, size: int) -> None:
     assert found.explain().endswith("every row is right")
 
 
-def test_a_late_free_loses_rows_and_destroys_others() -> None:
+def test_a_late_free_loses_rows_and_overwrites_others() -> None:
     found = simulate_push([EARLY, LATE], shard_rows=3, arena_rows=18)
     assert found.recv == (0, 12)
     assert [rows.tolist() for rows in found.lost] == [[3, 4, 5], [0, 1, 2]]
@@ -36,8 +36,8 @@ def test_a_late_free_loses_rows_and_destroys_others() -> None:
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=4), st.integers(1, 3))
-def test_what_is_wrong_is_what_differs_from_the_formula(kept: list[int], shard_rows: int) -> None:
-    """Ranks that have freed 0, 1 or 2 of their blocks."""
+def test_lost_and_overwritten_rows_follow_from_the_memory(kept: list[int], shard_rows: int) -> None:
+    """The ranks have freed 0, 1 or 2 of their blocks."""
     blocks = [("alloc", name, 5) for name in "abc"]
     traces = [[*blocks, *[("free", name, 0) for name in "ab"[:n]]] for n in kept]
     found = simulate_push(traces, shard_rows, arena_rows=40)

@@ -1,4 +1,4 @@
-"""The failure lab: each fault has its symptom, and no process or segment is left."""
+"""The failure lab: each fault has its symptom, and no process or segment remains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_both_modules_have_the_same_cases() -> None:
 
 @cache
 def card_of(case: str) -> PostMortem:
-    """Run a case once; the deadline is short only in cases that wait for it."""
+    """Run a case once. The deadline is short only if the case waits for it."""
     waits = WANTED[case] == "error after the deadline"
     size = 3 if case == "a_rank_dies" else 2
     return inject_fault(case, size=size, victim=size - 1, deadline_s=1.5 if waits else 20.0)
@@ -74,7 +74,7 @@ def test_the_waiting_ranks_name_the_victim() -> None:
     assert "killed by SIGKILL" in card._repr_html_()
 
 
-def test_a_receive_buffer_alone_is_judged_by_version() -> None:
+def test_the_path_of_a_receive_buffer_alone_depends_on_the_version() -> None:
     for rank in card_of("receive_only").ranks:
         assert rank.paths == {
             "posix": "symmetric",

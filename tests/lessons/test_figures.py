@@ -1,4 +1,4 @@
-"""Figures are drawn from the arrays they are given, and can be read by everybody."""
+"""Figures show the arrays that they are given, and have a title, units and a text alternative."""
 
 from __future__ import annotations
 
@@ -79,12 +79,7 @@ UNITS = {
     "memory": "row of the rank's arena",
     "schedule": "step (order of all ranks' steps)",
 }
-WRONG = {
-    "who",
-    "memory",
-    "schedule",
-    "damage",
-}  # of these figures, those that are given something wrong
+WRONG = {"who", "memory", "schedule", "damage"}  # the figures above that show a fault
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -92,7 +87,7 @@ def test_a_figure_has_title_units_and_text(name: str) -> None:
     figure = FIGURES[name]()
     text = figures.text_alternative(figure)
     assert figure.layout.title.text in text
-    assert len(text) > len(figure.layout.title.text) + 30, "the alternative says what is shown"
+    assert len(text) > len(figure.layout.title.text) + 30, "the alternative describes the figure"
     axes = [*figure.select_xaxes(), *figure.select_yaxes()]
     assert UNITS[name] in [axis.title.text for axis in axes]
 
@@ -106,7 +101,7 @@ def test_a_figure_is_the_same_every_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_red_means_wrong_and_nothing_else(name: str) -> None:
+def test_only_faults_are_red(name: str) -> None:
     red = style.WRONG in json.dumps(show.bundle(FIGURES[name]())[show.PLOTLY_MIME]["data"])
     assert red == (name in WRONG)
 
@@ -127,7 +122,7 @@ def test_padding_grid_hatches_exactly_the_padding() -> None:
     assert "2 of 24 slots are padding (8.3%)" in figure.layout.title.text
 
 
-def test_a_stage_grid_follows_the_arrays_of_the_stages() -> None:
+def test_a_stage_grid_shows_the_arrays_of_the_stages() -> None:
     figure = figures.stage_grid(Padded(), ["reorder"], rank=2)
     text = [t for trace in figure.data for t in trace.text]
     assert sorted(text) == sorted([f"0:{i}" for i in range(13)] + [f"1:{i}" for i in range(9)])
@@ -151,7 +146,7 @@ def test_a_memory_map_marks_what_is_lost_and_what_is_overwritten() -> None:
     assert "never written" in [trace.name for trace in figure.data]
 
 
-def test_requests_show_where_the_time_of_a_spill_goes() -> None:
+def test_requests_show_the_time_of_a_spill() -> None:
     drawn = {trace.name: list(trace.y) for trace in figures.pool_requests(SERVED).data}
     assert drawn["request without spill"] == [12.0, 15.0]
     assert drawn["spill: registering a segment"] == [0.0, 80.0]
@@ -163,8 +158,8 @@ def test_requests_show_where_the_time_of_a_spill_goes() -> None:
 def test_byte_bars_show_what_torch_writes() -> None:
     figure = figures.byte_bars(LAYOUT, {"m": ROW_BYTES})
     drawn = {trace.name: trace.x[0] for trace in figure.data}
-    dearest = max((written_bytes(LAYOUT, rank) for rank in range(4)), key=lambda w: sum(w.values()))
-    assert drawn == {stage: written / 1e6 for stage, written in dearest.items()}
+    most = max((written_bytes(LAYOUT, rank) for rank in range(4)), key=lambda w: sum(w.values()))
+    assert drawn == {stage: written / 1e6 for stage, written in most.items()}
     assert figure.data[1].x[1] == LAYOUT.total_tokens * ROW_BYTES / 1e6, (
         "direct writes each row once"
     )
@@ -186,5 +181,5 @@ def test_a_wrong_slot_is_red_and_marked() -> None:
 
 
 def _cells(figure: go.Figure) -> list[tuple[int, str]]:
-    """(first slot, legend name) of every cell."""
+    """Return (first slot, legend name) of every cell."""
     return [(round(base + 0.5), trace.name) for trace in figure.data for base in trace.base]

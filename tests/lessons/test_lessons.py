@@ -63,7 +63,7 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> Lesson:
 
 
 def shown(call, *arguments: object) -> str:
-    """The text that a call showed; the HTML card shows the same."""
+    """Return the text that a call displayed."""
     with mock.patch.object(feedback, "display") as display:
         call(*arguments)
     ((data,), options) = display.call_args
@@ -73,7 +73,7 @@ def shown(call, *arguments: object) -> str:
     return data["text/plain"]
 
 
-def test_an_open_prediction_says_what_to_write_and_keeps_the_answer(lesson: Lesson) -> None:
+def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Lesson) -> None:
     assert shown(lesson.predict, "share") == (
         "○ How much? Write a number (of it) in place of `...`, and run this cell."
     )
@@ -83,7 +83,7 @@ def test_an_open_prediction_says_what_to_write_and_keeps_the_answer(lesson: Less
     assert "0.25" not in text
 
 
-def test_a_prediction_is_written_down_and_revealed(lesson: Lesson) -> None:
+def test_a_prediction_is_recorded_and_revealed(lesson: Lesson) -> None:
     assert shown(lesson.predict, "share", 0.5) == "✎ Written down: 0.5 of it."
     assert shown(lesson.reveal, "share", 0.25).split("\n") == [
         "≠ you said 0.5 of it; it is 0.25 of it (2.00 × the measured)",
@@ -94,13 +94,13 @@ def test_a_prediction_is_written_down_and_revealed(lesson: Lesson) -> None:
     assert shown(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
 
 
-def test_the_number_of_a_rank_has_no_ratio() -> None:
+def test_a_rank_number_has_no_ratio() -> None:
     asked = Prediction("Which rank?", answer=2, why="So.")
     assert asked.ratio(3.0, 2.0) == ""
     assert replace(asked, unit="ms").ratio(3.0, 2.0) == "1.50 × the measured"
 
 
-def test_a_guess_after_the_reveal_is_shown_as_one(lesson: Lesson) -> None:
+def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
     shown(lesson.predict, "share", 0.5)
     shown(lesson.reveal, "share", 0.25)
     shown(lesson.predict, "share", 0.25)
@@ -113,15 +113,15 @@ def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: ob
     assert "is not an order of b, a" in shown(lesson.predict, "order", guess)
 
 
-def test_the_answer_key_stands_in_for_a_learner(
-    lesson: Lesson, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_answer_key_replaces_a_learner(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "1")
     assert shown(lesson.predict, "share", ...) == "✎ Written down: 0.25 of it."
-    assert shown(lesson.predict, "share", 0.1) == "✎ Written down: 0.1 of it.", "a guess goes first"
+    assert shown(lesson.predict, "share", 0.1) == "✎ Written down: 0.1 of it.", (
+        "a guess overrides the key"
+    )
 
 
-def test_an_unknown_key_is_the_authors_error(lesson: Lesson) -> None:
+def test_an_unknown_prediction_is_an_error(lesson: Lesson) -> None:
     with pytest.raises(
         ValueError, match="has no prediction 'waste'; its predictions are share, order"
     ):
@@ -142,7 +142,7 @@ def exercise(lesson: Lesson):
     return check
 
 
-def test_a_check_says_passed_with_its_score_or_the_first_fault(lesson: Lesson) -> None:
+def test_a_check_shows_its_score_or_the_first_fault(lesson: Lesson) -> None:
     check = exercise(lesson)
     assert shown(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
     assert "✗" in shown(lesson.progress)
@@ -160,7 +160,7 @@ def test_progress_counts_exercises_in_their_order(lesson: Lesson) -> None:
     ]  # fmt: skip
 
 
-def test_what_a_learner_raises_is_one_line(lesson: Lesson) -> None:
+def test_an_exception_of_the_attempt_is_one_line(lesson: Lesson) -> None:
     def broken(number):
         return [2 * number][number]
 
@@ -170,7 +170,7 @@ def test_what_a_learner_raises_is_one_line(lesson: Lesson) -> None:
     assert "takes 0 positional" in shown(exercise(Lesson("x")), lambda: 1)
 
 
-def test_an_error_of_the_check_itself_is_not_blamed_on_the_learner(lesson: Lesson) -> None:
+def test_an_error_of_the_check_itself_is_not_shown_as_a_wrong_answer(lesson: Lesson) -> None:
     @lesson.exercise("e1", "broken check")
     def check(attempt) -> Score:
         raise KeyError("ours")
@@ -182,7 +182,7 @@ def test_an_error_of_the_check_itself_is_not_blamed_on_the_learner(lesson: Lesso
 # ------------------------------------------------- glossary, capabilities and copy counter
 
 
-def test_the_glossary_knows_its_words() -> None:
+def test_the_glossary_expands_its_terms() -> None:
     table = glossary.expand("before\n{glossary: rank order; token, row}\nafter")
     assert "| **rank order** | rank 0's rows" in table
     assert table.endswith("|\nafter")
@@ -223,7 +223,9 @@ def test_the_counter_counts_kernels_and_bytes() -> None:
     assert view.numel() == 24
     with CopyCounter() as counted:
         out[torch.tensor([1, 2])] = x[:2]
-    assert (counted.kernels, counted.bytes_written) == (1, 32), "of a scatter, what it puts"
+    assert (counted.kernels, counted.bytes_written) == (1, 32), (
+        "a scatter writes only the scattered rows"
+    )
 
 
 def test_every_lesson_belongs_to_a_notebook() -> None:

@@ -1,4 +1,4 @@
-"""The committed notebooks: what their sources say, seen without JavaScript, true when run again.
+"""The committed notebooks: equal to their sources, readable on GitHub, and repeatable.
 
 nbval runs each of them from top to bottom in a real kernel with real workers, and compares every
 output that is not tagged `nbval-ignore-output`. A notebook holds the starters of its exercises;
@@ -33,7 +33,7 @@ def test_there_are_three() -> None:
 
 
 @each_notebook
-def test_it_is_canonical_small_and_what_its_source_says(path: Path) -> None:
+def test_it_is_canonical_small_and_equal_to_its_source(path: Path) -> None:
     assert problems(path) == []
     nbformat.validate(nbformat.read(path, as_version=4))
 
@@ -47,7 +47,7 @@ def test_it_holds_no_widget_state_and_no_machine_path(path: Path) -> None:
 
 
 @each_notebook
-def test_every_figure_has_a_picture_a_title_units_and_words(path: Path) -> None:
+def test_every_figure_has_a_picture_a_title_units_and_a_text_alternative(path: Path) -> None:
     shown = [o.data for o in _outputs(path) if PLOTLY_MIME in o.get("data", {})]
     assert len(shown) >= 3
     assert [fault for data in shown for fault in figure_faults(data)] == []
@@ -60,7 +60,7 @@ def test_starter_and_solution_differ_only_inside_the_region(path: Path) -> None:
 
 
 @each_notebook
-def test_every_exercise_says_all_that_a_learner_needs(path: Path) -> None:
+def test_every_exercise_has_all_its_parts(path: Path) -> None:
     exercises = source.read(SOURCES / f"{path.stem}.py").exercises
     assert list(exercises) == [f"e{n}" for n in range(1, len(exercises) + 1)]
     assert len(exercises) >= EXERCISES[path.stem[:2]]
@@ -80,7 +80,9 @@ def test_the_starter_fails_politely_in_the_committed_file(path: Path) -> None:
     for cell in checks:
         (output,) = cell.outputs
         assert output.data["text/plain"].startswith("✗ Exercise "), cell.id
-        assert len(output.data["text/plain"].split("\n")) >= 2, "it says what is wrong first"
+        assert len(output.data["text/plain"].split("\n")) >= 2, (
+            "a second line names the first fault"
+        )
 
 
 @each_notebook
@@ -92,7 +94,7 @@ def test_it_ran_in_order_without_error(path: Path) -> None:
 
 
 @each_notebook
-def test_it_reads_well(path: Path) -> None:
+def test_its_cells_are_short(path: Path) -> None:
     cells = _code_cells(path)
     assert "lab = cpkit.connect()" in cells[0].source
     assert max(len(cell.source.splitlines()) for cell in cells) <= 15
@@ -105,7 +107,7 @@ def test_it_reads_well(path: Path) -> None:
 @pytest.mark.notebook
 @pytest.mark.timeout(RUN_LIMIT_S + 60)
 @each_notebook
-def test_it_is_true_when_run_again(path: Path) -> None:
+def test_a_second_run_gives_the_same_outputs(path: Path) -> None:
     faults = rerun_faults(path)
     assert not faults, "\n".join(faults)
 

@@ -1,4 +1,4 @@
-"""What notebook 3 draws and writes: from the numbers it is given, and labelled as what they are."""
+"""Figures, records and reports of notebook 3, from given numbers and with honest labels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recording(folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-
 # ------------------------------------------------------------------------- figures
 
 
-def test_the_roof_stays_when_points_arrive() -> None:
+def test_the_roof_stays_when_points_are_added() -> None:
     before, after = figures.roof(LIGHT), figures.roof(LIGHT, sweep(), ("direct", 2.0, 2e-4))
     light = [next(t for t in f.data if t.name == "speed of light") for f in (before, after)]
     assert list(light[0].y) == list(light[1].y) == [LIGHT[size] for size in SIZES]
@@ -69,7 +69,7 @@ def test_damage_shows_each_factor_and_its_samples() -> None:
     assert list(figure.data[0].x) == [0.9, 1.1], "samples by the right time"
 
 
-def test_a_neighbour_is_heard_and_leaves() -> None:
+def test_a_noisy_neighbour_runs_threads_and_ends_them() -> None:
     before = threading.active_count()
     with noisy_neighbour(2):
         assert threading.active_count() == before + 2
@@ -79,7 +79,7 @@ def test_a_neighbour_is_heard_and_leaves() -> None:
 # ------------------------------------------------------------------------- records
 
 
-def test_recordings_say_what_they_are_and_what_is_missing(tmp_path: Path) -> None:
+def test_recordings_describe_their_machine_and_what_is_missing(tmp_path: Path) -> None:
     recording(tmp_path, "cpu", name="2026-01-01")
     recording(tmp_path, "cpu", name="2026-01-02")
     (tmp_path / "notes.json").write_text('{"something": "else"}')
@@ -98,7 +98,7 @@ def test_recordings_say_what_they_are_and_what_is_missing(tmp_path: Path) -> Non
     assert recordings.newest(found, 8) == []
 
 
-def test_what_was_recorded_is_never_shown_as_measured_here(tmp_path: Path) -> None:
+def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None:
     recording(tmp_path, "NVIDIA H200")
     (found,) = recordings.read(tmp_path)
     figure = recordings.beside(sweep(), found, 4)
@@ -111,7 +111,7 @@ def test_what_was_recorded_is_never_shown_as_measured_here(tmp_path: Path) -> No
         recordings.beside(sweep(), found, 8)
 
 
-def test_a_gpu_record_brings_its_floor(tmp_path: Path) -> None:
+def test_a_gpu_record_includes_its_floor(tmp_path: Path) -> None:
     path = recording(tmp_path, "NVIDIA H200")
     content = json.loads(path.read_text())
     content["gather"] = [{**row, "variant": "seed", "floor_us": 2.0} for row in content["gather"]]
@@ -128,7 +128,7 @@ def test_the_committed_records_can_be_read() -> None:
     assert all(each.environment["date"] and each.machine for each in found)
 
 
-def test_published_times_say_what_the_notes_say() -> None:
+def test_published_times_fit_the_stated_line() -> None:
     ring, symmetric = (
         performance.fit_line(published.SYMMETRIC.sizes_bytes, times)
         for times in (published.SYMMETRIC.ring_us, published.SYMMETRIC.symmetric_us)
@@ -145,7 +145,7 @@ STATUS = SimpleNamespace(
 )
 
 
-def test_a_report_has_all_that_a_stranger_needs(tmp_path: Path) -> None:
+def test_a_report_has_all_that_is_needed_to_repeat_it(tmp_path: Path) -> None:
     page, data = report.write(
         tmp_path / "new" / "folder",
         STATUS,
@@ -167,7 +167,7 @@ def test_a_report_has_all_that_a_stranger_needs(tmp_path: Path) -> None:
     assert json.loads(unescape(text.split("<pre>")[-1].split("</pre>")[0])) == content
 
 
-def test_a_report_without_a_browser_says_what_to_install(
+def test_a_report_without_a_browser_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("BROWSER_PATH", raising=False)
@@ -204,6 +204,6 @@ def test_clocked_times_are_of_the_slowest_rank() -> None:
     assert clocked.table.loc[0, ["time_us", "min_us", "iterations"]].tolist() == [5, 3, 3]
 
 
-def test_a_price_counts_what_was_written() -> None:
+def test_the_modelled_time_counts_the_bytes_written() -> None:
     rows = {"pad": 3, "wire": 12, "strip": 10}
     assert performance.price(rows, 10, 5.0, 20.0, 1.0) == 2 + 1.5 + 24 + 5

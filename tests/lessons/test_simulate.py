@@ -1,4 +1,4 @@
-"""The simulator finds the shortest failing order, and only orders that can happen."""
+"""The simulator finds the shortest failing order, and only orders that are possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RIGHT = {"barriers": two_barriers, "signals": with_signals}
 
 
 def early_free(me: Rank):
-    """Signal `free` before the read: wrong in one order of many."""
+    """Signal `free` before the read, which fails in only a few orders."""
     for number in me.rounds:
         for peer in me.peers:
             if number > 1:
@@ -35,7 +35,7 @@ WRONG = {"no barrier": no_barrier, "one barrier": one_barrier, "early free": ear
 
 
 def brute_force(program: Program, size: int, rounds: int) -> int | None:
-    """Fewest steps to a wrong read over *all* orders, without a set of visited states."""
+    """Return the fewest steps to a wrong read over all orders, without a set of visited states."""
     best, stack = None, [()]
     while stack:
         order = stack.pop()
@@ -56,7 +56,7 @@ def test_the_failure_found_is_the_shortest_of_all(program: Program) -> None:
     assert failure is not None
     assert len(failure.events) == brute_force(program, 2, rounds)
     again = simulate.first_fault(program, 2, rounds, failure.schedule)
-    assert str(again) == str(failure), "the order really leads there"
+    assert str(again) == str(failure), "the schedule reproduces the failure"
 
 
 @pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT)
@@ -182,6 +182,6 @@ def test_invalid_programs_are_named(bad: Program, message: str) -> None:
         simulate.random_failure(bad, 2, 1, seed=0)
 
 
-def test_who_is_blocked_by_by_a_slow_rank() -> None:
+def test_the_number_of_ranks_blocked_by_a_slow_rank() -> None:
     assert blocked_by(one_barrier, 8, slow=3) == 7
     assert blocked_by(no_barrier, 8, slow=3) == 0

@@ -1,4 +1,4 @@
-"""The pool's books: blocks never overlap, and ranks that do the same have the same books."""
+"""The allocator: blocks never overlap, and equal calls on all ranks give equal blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dropped(allocator: BlockAllocator) -> int:
 
 
 @given(steps)
-def test_blocks_never_overlap_and_free_space_joins_again(script: Steps) -> None:
+def test_blocks_never_overlap_and_free_ranges_are_merged(script: Steps) -> None:
     arena, live = FreeList(32768), []
     for what, number in script:
         if what == "place":
@@ -43,18 +43,18 @@ def test_blocks_never_overlap_and_free_space_joins_again(script: Steps) -> None:
 
 
 @given(steps, st.lists(st.integers(0, 3), min_size=60, max_size=60))
-def test_ranks_that_drop_at_different_times_keep_equal_books(
+def test_ranks_that_release_at_different_times_keep_equal_blocks(
     script: Steps, delays: list[int]
 ) -> None:
-    """Rank 1 lets go of everything later than rank 0; offsets stay equal all the same."""
+    """Rank 1 releases every block later than rank 0. The offsets stay equal."""
     ranks = [BlockAllocator(), BlockAllocator()]
-    for ledger in ranks:
-        ledger.add_segment(32768)
+    for allocator in ranks:
+        allocator.add_segment(32768)
     live: list[int] = []
     late: list[tuple[int, int]] = []
     for moment, (what, number) in enumerate(script):
         if what == "place":
-            blocks = [ledger.place(number) for ledger in ranks]
+            blocks = [allocator.place(number) for allocator in ranks]
             assert blocks[0] == blocks[1]
             if blocks[0]:
                 live.append(blocks[0].slot)
@@ -66,36 +66,35 @@ def test_ranks_that_drop_at_different_times_keep_equal_books(
             ranks[1].dropped.append(slot)
             late.remove((due, slot))
         both = dropped(ranks[0]) & dropped(ranks[1])
-        for ledger in ranks:
-            ledger.free(both)
+        for allocator in ranks:
+            allocator.free(both)
         assert ranks[0].digest == ranks[1].digest
         assert ranks[0].blocks == ranks[1].blocks
 
 
-def test_different_books_have_different_digests() -> None:
-    ledgers = [BlockAllocator(), BlockAllocator()]
-    for ledger, size in zip(ledgers, (256, 512), strict=True):
-        ledger.add_segment(4096)
-        ledger.place(size)
-    assert ledgers[0].digest != ledgers[1].digest
+def test_different_blocks_have_different_digests() -> None:
+    allocators = [BlockAllocator(), BlockAllocator()]
+    for allocator, size in zip(allocators, (256, 512), strict=True):
+        allocator.add_segment(4096)
+        allocator.place(size)
+    assert allocators[0].digest != allocators[1].digest
 
 
-def test_a_block_is_free_only_when_everybody_dropped_it() -> None:
-    ledger = BlockAllocator()
-    ledger.add_segment(256)
-    block = ledger.place(100)
-    assert block is not None
-    ledger.dropped.append(block.slot)
-    ledger.free(0)  # a peer still holds it
-    assert ledger.place(100) is None
-    ledger.free(dropped(ledger))
-    assert ledger.place(100) is not None
+def test_a_block_is_free_only_after_all_ranks_released_it() -> None:
+    allocator = BlockAllocator()
+    allocator.add_segment(256)
+    block = allocator.place(100)
+    allocator.dropped.append(block.slot)
+    allocator.free(0)  # a peer still holds it
+    assert allocator.place(100) is None
+    allocator.free(dropped(allocator))
+    assert allocator.place(100) is not None
 
 
-def test_the_books_have_an_end() -> None:
-    ledger = BlockAllocator()
-    ledger.add_segment(ALIGNMENT_BYTES * (MAX_BLOCKS + 1))
+def test_the_number_of_blocks_is_limited() -> None:
+    allocator = BlockAllocator()
+    allocator.add_segment(ALIGNMENT_BYTES * (MAX_BLOCKS + 1))
     for _ in range(MAX_BLOCKS):
-        assert ledger.place(1)
-    assert ledger.is_full()
-    assert ledger.place(1) is None
+        assert allocator.place(1)
+    assert allocator.is_full()
+    assert allocator.place(1) is None

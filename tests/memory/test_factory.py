@@ -1,4 +1,4 @@
-"""Redirected factories make what torch would have made, in the memory that was given."""
+"""Redirected factories return the tensors that torch would return, in the given memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[], torch.Tensor]] = {
 
 
 class Memory:
-    """Counts what it gives out."""
+    """Record every tensor that it returns."""
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
@@ -47,7 +47,7 @@ class Memory:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_redirected_equals_ordinary(name: str) -> None:
+def test_a_redirected_factory_equals_the_ordinary_one(name: str) -> None:
     want, memory = CALLS[name](), Memory()
     with factory.redirect(memory):
         got = CALLS[name]()
@@ -75,7 +75,7 @@ def test_unfilled_factories_are_redirected(call: Callable[[], torch.Tensor]) -> 
     assert memory.owns(got)
 
 
-def test_what_is_not_a_cpu_factory_stays_with_torch() -> None:
+def test_other_functions_are_not_redirected() -> None:
     memory = Memory()
     with factory.redirect(memory):
         torch.cat([X, X])
@@ -84,11 +84,11 @@ def test_what_is_not_a_cpu_factory_stays_with_torch() -> None:
         torch.zeros(3, out=torch.empty(0, device="meta"))
         torch.arange(5)
     assert memory.tensors == []
-    torch.empty(3)  # and outside nothing is redirected
+    torch.empty(3)  # outside the context
     assert memory.tensors == []
 
 
-def test_a_gpu_that_is_not_this_ranks_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_of_another_rank_is_not_redirected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     places: list[str] = []
 

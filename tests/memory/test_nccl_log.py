@@ -1,4 +1,4 @@
-"""Counting what NCCL selected, from lines as it writes them."""
+"""Count which algorithms NCCL selected, from lines of its log."""
 
 from __future__ import annotations
 

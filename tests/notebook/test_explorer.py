@@ -1,4 +1,4 @@
-"""The live panels with real workers, driven by their controls as a page does."""
+"""The live panels with real workers, driven through their controls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def panel(lab: cpkit.Lab) -> Iterator[Explorer]:
     explorer.close()
 
 
-def test_it_measures_what_the_controls_say(panel: Explorer) -> None:
+def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     panel.start()
     sample = panel.wait(samples=2)
     assert sample.workload == panel.controls.workload()
@@ -45,7 +45,7 @@ def test_explore_shows_the_parameters_of_the_panel() -> None:
     assert shown == accepted
 
 
-def test_many_quick_changes_never_block_and_the_last_one_counts(panel: Explorer) -> None:
+def test_many_quick_changes_never_block_and_the_last_one_is_measured(panel: Explorer) -> None:
     panel.start()
     panel.wait()
     start_s = time.monotonic()
@@ -98,16 +98,12 @@ def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2
-    until(lambda: len(panel.panel.figure.data[0].x) == 2, why="the layout is drawn all the same")
+    until(
+        lambda: len(panel.panel.figure.data[0].x) == 2,
+        why="the layout is drawn while the panel is stopped",
+    )
     until(lambda: lab.status().state == "idle")
     panel.close()
-
-
-def test_close_ends_the_measurement(lab: cpkit.Lab) -> None:
-    panel = Explorer(lab, lengths=[4096], cp_size=4).start()
-    panel.wait()
-    panel.close()
-    until(lambda: lab.status().state == "idle")
 
 
 def test_the_stepper_gathers_again(lab: cpkit.Lab) -> None:

@@ -37,7 +37,7 @@ def test_other_lengths_are_refused_with_an_example(text: str) -> None:
         parse_lengths(text)
 
 
-def test_the_panel_follows_layout_and_samples() -> None:
+def test_the_panel_shows_layout_and_samples() -> None:
     panel = Panel()
     four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
     panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
@@ -50,7 +50,7 @@ def test_the_panel_follows_layout_and_samples() -> None:
     panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
     assert list(panel.figure.data[3].y) == [None], "a new history"
     assert "cp_size 2" in panel.still().layout.title.text
-    assert "uid" not in json.dumps(show.bundle(panel.still())), "or no two runs would be equal"
+    assert "uid" not in json.dumps(show.bundle(panel.still())), "a uid would differ between runs"
     panel.plot.close()
 
 
@@ -63,7 +63,7 @@ def test_a_published_figure_is_the_state_of_the_plot() -> None:
     assert state["revision"] == plot.revision == 2
     assert go.Figure(state["data"], state["layout"]).data == figure.data
     assert state["alt"] == style.text_alternative(figure)
-    assert state["layout"]["uirevision"], "or each update would undo the reader's zoom"
+    assert state["layout"]["uirevision"], "without it, each update would reset the zoom"
     plot.close()
 
 
@@ -87,7 +87,7 @@ def test_one_library_serves_all_plots_even_after_all_widgets_were_closed() -> No
 
 
 def shown(plot: LivePlot) -> dict[str, Any]:
-    """What a view of the plot reads now."""
+    """Return what a view of the plot reads now."""
     state = plot.get_state()
     assert state["plot_state"] == f"IPY_MODEL_{plot.plot_state.model_id}"
     return json.loads(plot.plot_state.get_state()["figure"])

@@ -31,7 +31,7 @@ def test_a_new_panel_replaces_one_that_was_never_closed(lab: cpkit.Lab) -> None:
 
 
 def resources(lab: cpkit.Lab) -> dict[str, int]:
-    """What must not grow."""
+    """Return the counts that must not grow."""
     gc.collect()
     names = [thread.name for thread in threading.enumerate()]
     return {
@@ -56,7 +56,7 @@ class Panel:
 
 def test_only_an_earlier_run_of_the_same_cell_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def executes(cell: str, request: str) -> None:
-        """JupyterLab's execute request, as ipykernel keeps it."""
+        """Simulate an execute request of JupyterLab, as ipykernel stores it."""
         parent = {"header": {"msg_id": request}, "metadata": {"cellId": cell}}
         shell = SimpleNamespace(get_parent=lambda: parent)
         monkeypatch.setattr(cells, "get_ipython", lambda: shell)

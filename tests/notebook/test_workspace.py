@@ -1,4 +1,4 @@
-"""The copies that `make lab` opens: they follow their originals, and no work is overwritten."""
+"""The copies that `make lab` opens: unmodified ones follow their originals; work is kept."""
 
 from __future__ import annotations
 
@@ -50,30 +50,23 @@ def test_an_unmodified_copy_follows_its_original(originals: Path, copies: Path) 
     assert workspace.refresh(originals, copies) == []
 
 
-def test_a_modified_copy_is_kept_and_the_new_version_put_beside_it(
+def test_a_modified_copy_is_kept_and_each_new_version_is_stored_beside_it(
     originals: Path, copies: Path
 ) -> None:
     (copies / NAME).write_text("my work")
-    (originals / NAME).write_text("second")
-    (message,) = workspace.refresh(originals, copies)
-    assert message.startswith(f"workspace/{NAME} was kept")
-    assert "workspace/01.new.ipynb" in message
-    assert contents(copies) == {NAME: "my work", "01.new.ipynb": "second", "02.ipynb": "other"}
-    assert workspace.refresh(originals, copies) == [], "said once"
-
-
-def test_a_new_version_beside_it_is_not_overwritten_either(originals: Path, copies: Path) -> None:
-    (copies / NAME).write_text("my work")
-    for version in ("second", "third", "fourth"):
+    for version, name in (
+        ("second", "01.new.ipynb"),
+        ("third", "01.new2.ipynb"),
+        ("fourth", "01.new3.ipynb"),
+    ):
         (originals / NAME).write_text(version)
-        workspace.refresh(originals, copies)
-    assert contents(copies) == {
-        NAME: "my work",
-        "01.new.ipynb": "second",
-        "01.new2.ipynb": "third",
-        "01.new3.ipynb": "fourth",
-        "02.ipynb": "other",
-    }
+        (message,) = workspace.refresh(originals, copies)
+        assert message.startswith(f"workspace/{NAME} was kept")
+        assert f"workspace/{name}" in message
+        assert contents(copies)[name] == version
+        assert workspace.refresh(originals, copies) == [], "the message is shown once"
+    assert contents(copies)[NAME] == "my work"
+    assert contents(copies)["01.new.ipynb"] == "second"
 
 
 @pytest.mark.parametrize("record", [None, "{", "[]", "\xff"])
@@ -88,7 +81,7 @@ def test_without_a_record_nothing_is_overwritten(
     assert contents(copies) == {NAME: "first", "01.new.ipynb": "second", "02.ipynb": "other"}
 
 
-def test_a_copy_that_was_deleted_or_replaced_by_the_new_version_is_a_fresh_start(
+def test_a_deleted_copy_or_one_replaced_by_the_new_version_follows_again(
     originals: Path, copies: Path
 ) -> None:
     (copies / NAME).write_text("my work")
@@ -102,18 +95,18 @@ def test_a_copy_that_was_deleted_or_replaced_by_the_new_version_is_a_fresh_start
     assert contents(copies) == {NAME: "third", "02.ipynb": "other"}
 
 
-def test_without_originals_it_says_so(tmp_path: Path) -> None:
+def test_missing_originals_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in a clone of cpkit"):
         workspace.refresh(tmp_path, tmp_path / "workspace")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_git_ignores_all_files_of_a_learner() -> None:
-    """Copies, reports and checkpoints, from copies and from originals that are opened directly."""
+    """Copies, reports and checkpoints are ignored, also those beside the originals."""
     made = ["workspace/01.ipynb", "workspace/.originals.json", "workspace/reports/report.html"]
     made += ["notebooks/reports/report.html", "notebooks/.ipynb_checkpoints/01-checkpoint.ipynb"]
     if not (ROOT / ".git").exists():
-        pytest.skip("this is no git checkout")
+        pytest.skip("this is not a git checkout")
     said = subprocess.run(
         ["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -121,7 +114,7 @@ def test_git_ignores_all_files_of_a_learner() -> None:
     assert workspace.WORKSPACE == ROOT / "workspace", "beside notebooks/: relative links still work"
 
 
-def test_jupyterlab_takes_the_defaults_that_keep_its_news_from_covering_the_page(
+def test_jupyterlab_uses_the_defaults_that_disable_its_news_popup(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plugin = "@jupyterlab/apputils-extension:notification"

@@ -1,4 +1,4 @@
-"""The benchmark's own negative controls: a wrong result, and a deliberately slower `direct`."""
+"""Negative controls of the benchmark: a wrong result, and an artificially slow `direct`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.rows import summarize
 from cpkit.memory.posix import PosixBackend
 from cpkit.provenance import ProvenanceError
 from tests.ranks.device import world_group
+from tests.ranks.errors import raised
 from tests.ranks.mutants import planted
 
 SMALL = Config(tokens=512, block_s=0.01)
@@ -20,29 +21,24 @@ SLOW_S = 0.02
 
 
 def measured() -> dict[str, float]:
-    """The time of every variant, in µs."""
+    """Return the time of every variant in µs."""
     variants = measure(SMALL, world_group())["variants"]
     return {name: summarize([timed["samples_us"]])["time_us"] for name, timed in variants.items()}
 
 
 def check_a_wrong_gather_is_not_timed() -> None:
-    kept: list[torch.Tensor] = []  # the copies read their memory
+    kept: list[torch.Tensor] = []  # the prepared copies read this memory
 
     def shifted(real: Any, backend: Any, peers: Any, rows: torch.Tensor, *args: Any) -> Any:
         kept.append(rows.roll(1, 0))
         return real(backend, peers, kept[-1], *args)
 
-    with planted(PosixBackend, "_copies", shifted):  # of direct, and of the plan as well
-        try:
-            measured()
-        except ProvenanceError as error:
-            assert "wanted round 1" in str(error)  # noqa: PT017
-        else:
-            raise AssertionError("a wrong gather was timed")
+    with planted(PosixBackend, "_copies", shifted):  # used by direct and by the plan
+        assert "wanted round 1" in raised(ProvenanceError, measured)
 
 
-def check_a_slow_one_is_seen() -> None:
-    """Only the last rank is slow: the slowest rank is what counts."""
+def check_a_slow_gather_is_detected() -> None:
+    """Only the last rank is slow, because the time is that of the slowest rank."""
 
     def slow(real: Any, *args: Any) -> Any:
         copies = real(*args)
@@ -57,7 +53,7 @@ def check_a_slow_one_is_seen() -> None:
     assert slowed["memcpy"] < SLOW_S * 1e6
 
 
-def check_every_rank_is_in_the_samples() -> None:
+def check_the_samples_include_every_rank() -> None:
     group = world_group()
     variants = measure(SMALL, group)["variants"]
     assert {len(timed["samples_us"]) for timed in variants.values()} == {group.size}

@@ -1,55 +1,40 @@
-"""Ranks that are in different calls, or left one half-way: every rank hears of it, in words."""
+"""Ranks that make different calls, or were interrupted in one: all ranks raise with a message."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from cpkit import provenance
 from cpkit.gather import all_gather_kv
-from cpkit.group import CPGroup, init_context_parallel
-from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata, shard
+from cpkit.layout import prepare_context_parallel_metadata, shard
 from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import plan_gather_kv
 from cpkit.sync.barrier import CallsDiffer
+from tests.ranks.device import batch_of, world_group
+from tests.ranks.errors import raised
 from tests.ranks.mutants import planted
 
 
-def everybody_and_rows() -> tuple[CPGroup, ContextParallelMetadata, torch.Tensor]:
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([97], group.size)
-    rows = provenance.shard_rows(metadata, group.rank, (16,), torch.float32, round=1)
-    return group, metadata, rows
-
-
 def expect(call: Callable[[], object], *words: str) -> None:
-    """The call raises CallsDiffer with these words, on this rank."""
-    try:
-        call()
-    except CallsDiffer as error:
-        assert all(each in str(error) for each in words), error  # noqa: PT017
-    else:
-        raise AssertionError(f"nobody said {words}")
+    """Check that the call raises CallsDiffer with these words on this rank."""
+    message = raised(CallsDiffer, call)
+    assert all(each in message for each in words), message
 
 
-def interrupted(call: Callable[[], object]) -> None:
-    """Leave a call before its rows are stored, as ■ Interrupt does."""
+def interrupt(call: Callable[[], object]) -> None:
+    """Interrupt a call before its rows are stored, as ■ Interrupt does."""
 
-    def interrupt(*_: object, **__: object) -> None:
+    def raise_interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with planted(SymmetricPool, "push", interrupt):
-        try:
-            call()
-        except KeyboardInterrupt:
-            return
-    raise AssertionError("the call was not interrupted")
+    with planted(SymmetricPool, "push", raise_interrupt):
+        raised(KeyboardInterrupt, call)
 
 
-def check_two_plans_in_another_order() -> None:
-    group, metadata, rows = everybody_and_rows()
+def check_two_plans_called_in_different_orders() -> None:
+    group, metadata, rows = batch_of(97)
     one, other = (plan_gather_kv([rows], metadata, group) for _ in range(2))
     first, second = (one, other) if group.rank == 0 else (other, one)
     expect(first, "rank 0 at the end of a plan's call", "rank 1 at the end of a plan's call")
@@ -57,8 +42,8 @@ def check_two_plans_in_another_order() -> None:
 
 
 def check_a_plan_and_a_gather() -> None:
-    """Out of step for one call only: the next ones are right again."""
-    group, metadata, rows = everybody_and_rows()
+    """Only one call fails; the next gather is right."""
+    group, metadata, rows = batch_of(97)
     plan = plan_gather_kv([rows], metadata, group)
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
     expect(
@@ -68,27 +53,25 @@ def check_a_plan_and_a_gather() -> None:
 
 
 def check_a_barrier_and_a_gather() -> None:
-    group, metadata, rows = everybody_and_rows()
+    group, metadata, rows = batch_of(97)
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
     expect(group.barrier if group.rank == 0 else gather, "rank 0 at the end of a gather")
 
 
-def check_an_interrupted_gather_ends_nobody_elses() -> None:
-    """Rank 0's next call meets the end of its peers' first: their rows from it are missing."""
-    group, metadata, rows = everybody_and_rows()
+def check_after_an_interrupted_gather_all_ranks_raise_once() -> None:
+    """Rank 0 starts its next call while its peers still wait at the end of the first one."""
+    group, metadata, rows = batch_of(97)
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
     gather()
     if group.rank == 0:
-        interrupted(gather)
+        interrupt(gather)
     expect(gather, "rank 0 at the agreement", "rank 1 at the end of a gather")
     provenance.check(gather()[0], metadata, round=1)
 
 
-def check_an_interrupted_call_of_a_plan_ends_nobody_elses() -> None:
-    """Rank 0 is one output ahead of its peers from then on."""
-    group = init_context_parallel(dist.get_world_size())
-    metadata = prepare_context_parallel_metadata([97], group.size)
-    rows = provenance.shard_rows(metadata, group.rank, (16,), torch.float32, round=1)
+def check_after_an_interrupted_call_of_a_plan_all_ranks_raise() -> None:
+    """Rank 0 has advanced to the next output; its peers have not."""
+    group, metadata, rows = batch_of(97)
     plan = plan_gather_kv([rows], metadata, group)
     if group.rank == 0:
         assert plan._pushes
@@ -96,8 +79,8 @@ def check_an_interrupted_call_of_a_plan_ends_nobody_elses() -> None:
     expect(plan, "output 1), rank 1 at", "output 0)")
 
 
-def check_a_plan_made_under_inference_mode_is_called_outside() -> None:
-    group = init_context_parallel(dist.get_world_size())
+def check_a_plan_made_in_inference_mode_works_outside_it() -> None:
+    group = world_group()
     for strategy in ("zigzag", "interleave"):
         metadata = prepare_context_parallel_metadata([97], group.size, strategy)
         whole = torch.arange(97.0)[:, None].expand(-1, 3)

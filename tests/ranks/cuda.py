@@ -1,7 +1,7 @@
-"""Symmetric memory and gathers on CUDA: what the CPU's checks don't have.
+"""Checks of symmetric memory and gathers that exist only on CUDA.
 
-Rounds are stamped on the GPU itself: adding `1 << 52` to every word of a row makes it the next
-round's (cpkit.provenance), so a thousand rounds run back to back without the host in between.
+Rounds are stamped on the GPU: adding `1 << 52` to every word of a row advances it to the next round
+(cpkit.provenance). So a thousand rounds run back to back without the host.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ from cpkit.plan import plan_gather_kv
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
 from cpkit.sync.barrier import BarrierTimeout
 from tests.ranks.device import OWN_GPU, path_by_table, world_group
-from tests.ranks.errors import error_of
+from tests.ranks.errors import error_of, raised
 
 ROUNDS = int(os.environ.get("CPKIT_TEST_ROUNDS", "1000"))
 MIB = 1 << 20
@@ -29,7 +30,7 @@ NEXT_ROUND = 1 << 52
 
 
 class Rounds:
-    """Rows that grow a round older at every `tick`, and how many words came out wrong so far."""
+    """Rows that advance one round per `tick`, and the number of wrong words so far."""
 
     def __init__(self, group: CPGroup, metadata: ContextParallelMetadata) -> None:
         self.metadata = metadata
@@ -46,15 +47,24 @@ class Rounds:
         self.wrong += (got.view(torch.int64) != self.want.view(torch.int64)).sum()
 
 
+def rounds_of(
+    *lengths: int, strategy: str = "zigzag"
+) -> tuple[CPGroup, ContextParallelMetadata, Rounds]:
+    """Return the group of all ranks, a layout over it, and rounds of its rows."""
+    group = world_group()
+    metadata = prepare_context_parallel_metadata(lengths, group.size, strategy)
+    return group, metadata, Rounds(group, metadata)
+
+
 def wrong_words(rounds: Rounds, group: CPGroup) -> int:
-    """Over all ranks, once the GPU is done."""
+    """Wait for the GPU; return the number of wrong words over all ranks."""
     torch.cuda.synchronize()
     symmetric_pool(group, "cuda").backend.check()
     return sum(int(note) for note in group.exchange(str(int(rounds.wrong)).encode()))
 
 
 def captured(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """The call as a graph, with the tensor that its replays fill."""
+    """Return a graph of the call, and the tensor that its replays fill."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -64,10 +74,8 @@ def captured(call: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGra
 
 
 def check_a_thousand_rounds_back_to_back_eager() -> None:
-    group = world_group()
     for algorithm in ALGORITHMS:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size)
-        rounds = Rounds(group, metadata)
+        group, metadata, rounds = rounds_of(97, 64)
         for _ in range(ROUNDS):
             rounds.tick()
             (got,) = all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
@@ -77,18 +85,9 @@ def check_a_thousand_rounds_back_to_back_eager() -> None:
 
 
 def check_a_thousand_rounds_back_to_back_captured() -> None:
-    group = world_group()
     for algorithm in ALGORITHMS:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size)
-        rounds = Rounds(group, metadata)
-
-        def gather(
-            rounds: Rounds = rounds,
-            metadata: ContextParallelMetadata = metadata,
-            algorithm: str = algorithm,
-        ) -> list[torch.Tensor]:
-            return all_gather_kv([rounds.mine], metadata, group, algorithm=algorithm)
-
+        group, metadata, rounds = rounds_of(97, 64)
+        gather = partial(all_gather_kv, [rounds.mine], metadata, group, algorithm=algorithm)
         graph, result = captured(gather)
         for _ in range(ROUNDS):
             rounds.tick()
@@ -98,22 +97,12 @@ def check_a_thousand_rounds_back_to_back_captured() -> None:
 
 
 def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
-    group = world_group()
     for strategy in STRATEGIES:
-        metadata = prepare_context_parallel_metadata([97, 64], group.size, strategy)
-        rounds = Rounds(group, metadata)
+        group, metadata, rounds = rounds_of(97, 64, strategy=strategy)
         slots = torch.randperm(161, generator=torch.Generator().manual_seed(1)).cuda()
         with use_symmetric_memory(group):
             cache = torch.empty(161, 4, 16, device="cuda")
-
-        def gather(
-            rounds: Rounds = rounds,
-            metadata: ContextParallelMetadata = metadata,
-            cache: torch.Tensor = cache,
-            slots: torch.Tensor = slots,
-        ) -> list[torch.Tensor]:
-            return all_gather_kv([rounds.mine], metadata, group, into=[cache], slots=slots)
-
+        gather = partial(all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=slots)
         graph, result = captured(gather)
         for _ in range(50):
             rounds.tick()
@@ -123,9 +112,7 @@ def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
 
 
 def check_plans_back_to_back() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     plan = plan_gather_kv([rounds.mine], metadata, group)
     for _ in range(ROUNDS):
         rounds.tick()
@@ -134,10 +121,8 @@ def check_plans_back_to_back() -> None:
 
 
 def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
-    """Negative control: rank 0 is late, and nobody waits for it."""
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    """Negative control: rank 0 is late, and its peers do not wait for it."""
+    group, metadata, rounds = rounds_of(97, 64)
     real = cuda_launch.SYNC
     all_gather_kv([rounds.mine], metadata, group)
     try:
@@ -145,7 +130,7 @@ def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
         for _ in range(20):
             rounds.tick()
             if group.rank == 0:
-                torch.cuda._sleep(2_000_000)  # a millisecond or so
+                torch.cuda._sleep(2_000_000)  # about a millisecond
             (got,) = all_gather_kv([rounds.mine], metadata, group)
             rounds.judge(got)
             del got
@@ -155,9 +140,7 @@ def check_without_exit_synchronization_the_rounds_are_wrong() -> None:
 
 
 def check_other_streams_are_waited_for() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     side = torch.cuda.Stream()
     for _ in range(30):
         torch.cuda._sleep(200_000)
@@ -182,8 +165,7 @@ def check_capture_before_the_first_run_is_an_error_on_every_rank() -> None:
 
 
 def gather_works(group: CPGroup) -> None:
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(64)
     (got,) = all_gather_kv([rounds.mine], metadata, group)
     rounds.judge(got)
     assert wrong_words(rounds, group) == 0
@@ -205,7 +187,7 @@ def check_offsets_and_addresses_of_peers() -> None:
     assert len(set(group.exchange(repr(pool.locate(inbox)).encode()))) == 1
 
 
-def check_paths_are_what_really_happens() -> None:
+def check_the_predicted_path_is_the_reported_one() -> None:
     group = world_group()
     rank = float(group.rank)
     with use_symmetric_memory(group):
@@ -213,7 +195,7 @@ def check_paths_are_what_really_happens() -> None:
         symm_recv = torch.empty(4 * group.size, 4, device="cuda")
     send = torch.full((4, 4), rank, device="cuda")
     recv = torch.empty(4 * group.size, 4, device="cuda")
-    # Peers pull from a symmetric send buffer only where our own ranks move the rows.
+    # Peers read from a symmetric send buffer only if cpkit and not NCCL moves the rows.
     staged = "fallback" if OWN_GPU else "staged"
     for source, target, path, by_nccl in (
         (symm_send, symm_recv, path_by_table("padded_symm"), "symmetric"),
@@ -233,8 +215,9 @@ def check_paths_are_what_really_happens() -> None:
 
 
 def check_large_shards_fit_on_the_gpu_with_all_ranks() -> None:
-    """Both shapes of a launch, with rows of wide and of narrow units: as many blocks as there is
-    room for, of kernels that need many registers. If they did not fit, the entry would never come.
+    """Launch as many blocks as fit, in both launch shapes, for rows of wide and of narrow units.
+
+    Blocks that do not fit on the GPU together would wait at the entry forever.
     """
     group = world_group()
     for own_bytes in (2 << 20, 5 << 20):
@@ -254,7 +237,7 @@ def check_large_shards_fit_on_the_gpu_with_all_ranks() -> None:
             del cache
 
 
-def check_devices_that_differ_are_everybodys_error() -> None:
+def check_different_devices_are_an_error_on_all_ranks() -> None:
     group = world_group()
     metadata = prepare_context_parallel_metadata([64], group.size)
     rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
@@ -267,12 +250,11 @@ def check_devices_that_differ_are_everybodys_error() -> None:
 
 
 def check_z_a_rank_that_does_not_replay_in_time_is_named() -> None:
-    """Last: the group is out of step afterwards. The rank that is late is not told that rows have
-    landed which nobody sent.
+    """This check is the last one, because the ranks of the group no longer agree after it.
+
+    The late rank must not treat rows as received that no peer has sent.
     """
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     os.environ["CPKIT_DEADLINE_S"] = "2"
     try:
         graph, result = captured(lambda: all_gather_kv([rounds.mine], metadata, group))
@@ -288,15 +270,12 @@ def check_z_a_rank_that_does_not_replay_in_time_is_named() -> None:
         torch.cuda.synchronize()
         assert time.monotonic() - start < 20
     group.barrier()
-    assert (result == -1).all(), "rows of a rank that had given up"
+    assert (result == -1).all(), "rows of a rank that had timed out"
     if group.rank == 1:
         graph.replay()
         graph.replay()
         torch.cuda.synchronize()
-    try:
-        symmetric_pool(group, "cuda").backend.check()
-    except BarrierTimeout as error:
-        said = str(error)
+    said = raised(BarrierTimeout, symmetric_pool(group, "cuda").backend.check)
     last_of_the_others = group.size - 1 if group.size > 2 else 0
     late = last_of_the_others if group.rank == 1 else 1
     assert f"for rank {late}, which did not launch its gather" in said, said

@@ -1,5 +1,5 @@
-"""Launches that could get in each other's way: on two streams, in too little room, in graphs that
-live longer than what they store into.
+"""Launches that could interfere: on two streams, with few free blocks, or in graphs that outlive
+their outputs.
 """
 
 from __future__ import annotations
@@ -11,32 +11,27 @@ import torch
 
 from cpkit import provenance
 from cpkit.gather import all_gather_kv
-from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import use_symmetric_memory
-from tests.ranks.cuda import Rounds, captured, gather_works, wrong_words
+from tests.ranks.cuda import captured, gather_works, rounds_of, wrong_words
 from tests.ranks.device import world_group
 from tests.ranks.errors import error_of
 
-FEW, MANY = [97, 64], [160000]  # tokens: a block or two a rank, and blocks on the whole GPU
+FEW, MANY = [97, 64], [160000]  # tokens: one or two blocks per rank, and blocks on the whole GPU
 
 
-def rounds_of(lengths: list[int], group: CPGroup) -> Rounds:
-    return Rounds(group, prepare_context_parallel_metadata(lengths, group.size))
-
-
-def check_two_streams_take_turns() -> None:
-    """A rank has one page of counters: the second launch must not count the blocks of the first."""
-    group = world_group()
-    many, few = rounds_of(MANY, group), rounds_of(FEW, group)
-    plan = plan_gather_kv([few.mine], few.metadata, group)
+def check_launches_on_two_streams_are_ordered() -> None:
+    """Both use the one page of counters; the second must not count the blocks of the first."""
+    _, _, many = rounds_of(*MANY)
+    group, metadata, few = rounds_of(*FEW)
+    plan = plan_gather_kv([few.mine], metadata, group)
     side = torch.cuda.Stream()
     for _ in range(30):
         many.tick()
         few.tick()
         (long,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
-        (short,) = all_gather_kv([few.mine], few.metadata, group)
+        (short,) = all_gather_kv([few.mine], metadata, group)
         few.judge(short)
         (long_too,) = all_gather_kv([many.mine], many.metadata, group, stream=side)
         few.judge(plan()[0])
@@ -47,56 +42,54 @@ def check_two_streams_take_turns() -> None:
     assert wrong_words(few, group) + wrong_words(many, group) == 0
 
 
-def check_ranks_whose_rows_straddle_the_limit_cut_alike() -> None:
-    """One rank has a row more than the others, and comes last: its blocks must find room."""
+def check_ranks_on_both_sides_of_a_size_limit_use_one_launch_shape() -> None:
+    """One rank has one row more than the others and starts last; its blocks must still fit."""
     group = world_group()
-    tokens = group.size * 2048 - 1  # of 2 KiB: 4 MiB a rank, or a row less
+    tokens = group.size * 2048 - 1  # rows of 2 KiB: 4 MiB per rank, or one row less
     metadata = prepare_context_parallel_metadata([tokens], group.size)
     shape, dtype = (8, 128), torch.bfloat16
     rows = provenance.shard_rows(metadata, group.rank, shape, dtype, round=3).cuda()
     start = time.monotonic()
     for late in range(group.size):
         if group.rank == late:
-            torch.cuda._sleep(20_000_000)  # ten milliseconds or so
+            torch.cuda._sleep(20_000_000)  # about ten milliseconds
         (got,) = all_gather_kv([rows], metadata, group)
         provenance.check(got, metadata, round=3)
     assert time.monotonic() - start < 20
 
 
 def check_blocks_that_wait_at_their_own_entry() -> None:
-    """As where every rank has a GPU of its own."""
-    group = world_group()
+    """Ranks wait this way if each has a GPU of its own."""
+    group, metadata, few = rounds_of(*FEW)
     group.shares_gpu = False
-    few = rounds_of(FEW, group)
-    graph, result = captured(lambda: all_gather_kv([few.mine], few.metadata, group))
+    graph, result = captured(lambda: all_gather_kv([few.mine], metadata, group))
     for _ in range(50):
         few.tick()
         graph.replay()
         few.judge(result)
-        (got,) = all_gather_kv([few.mine], few.metadata, group)
+        (got,) = all_gather_kv([few.mine], metadata, group)
         few.judge(got)
         del got
     assert wrong_words(few, group) == 0
 
 
-def check_the_outputs_of_a_captured_plan_are_never_given_away() -> None:
-    group = world_group()
-    few = rounds_of(FEW, group)
-    plan = plan_gather_kv([few.mine], few.metadata, group)
+def check_the_outputs_of_a_captured_plan_are_never_reused() -> None:
+    group, metadata, few = rounds_of(*FEW)
+    plan = plan_gather_kv([few.mine], metadata, group)
     graph, result = captured(plan)
     del plan, result
     gc.collect()
-    others = [all_gather_kv([few.mine], few.metadata, group)[0] for _ in range(4)]
+    others = [all_gather_kv([few.mine], metadata, group)[0] for _ in range(4)]
     few.tick()
     graph.replay()
     torch.cuda.synchronize()
     group.barrier()
     for other in others:
-        provenance.check(other, few.metadata, round=0)
+        provenance.check(other, metadata, round=0)
 
 
 def check_a_variant_that_was_not_compiled_is_not_captured() -> None:
-    """Triton would compile another kernel for tensors that are aligned otherwise."""
+    """Triton would compile another kernel for tensors of another alignment."""
     group = world_group()
     metadata = prepare_context_parallel_metadata(FEW, group.size)
     rows, total = metadata.per_rank_actual_token[group.rank], metadata.total_tokens

@@ -1,4 +1,4 @@
-"""The life of symmetric memory on CUDA: what is held, what goes back, what a graph keeps."""
+"""The lifetime of symmetric memory on CUDA: what is kept, what is freed, what a graph keeps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metad
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import SymmetricPool, symmetric_pool, use_symmetric_memory
 from cpkit.sync.exchange import SymmetricMemoryError
-from tests.ranks.cuda import MIB, Rounds, captured, gather_works, wrong_words
+from tests.ranks.cuda import MIB, Rounds, captured, gather_works, rounds_of, wrong_words
 from tests.ranks.device import OWN_GPU, world_group
-from tests.ranks.errors import error_of
+from tests.ranks.errors import error_of, raised
 
 
 def free_bytes(group: CPGroup) -> int:
-    """Of the GPU, once every rank is done with what it dropped."""
+    """Return the free bytes of the GPU once all ranks have freed their memory."""
     gc.collect()
     torch.cuda.synchronize()
     group.barrier()
@@ -47,7 +47,7 @@ def check_a_held_result_outlives_its_pool() -> None:
     provenance.check(held, metadata, round=1)
 
 
-def check_dropped_memory_goes_back_to_the_gpu() -> None:
+def check_dropped_memory_is_freed() -> None:
     group = world_group()
     large = 256 * MIB
     symmetric_pool(group, "cuda").configure(4 * MIB)
@@ -56,16 +56,16 @@ def check_dropped_memory_goes_back_to_the_gpu() -> None:
     taken = before - free_bytes(group)
     symmetric_pool(group, "cuda").configure(4 * MIB)
     left = before - free_bytes(group)
-    if OWN_GPU:  # NCCL holds on to what it registered (cuda_backend._never_free)
+    if OWN_GPU:  # NCCL keeps the memory that it registered (cuda_backend._never_free)
         assert taken > 0.9 * large, taken
-        assert left > 0.9 * large, "NCCL gives memory back now: say so in cuda_backend"
+        assert left > 0.9 * large, "NCCL frees memory now: update cuda_backend"
         return
     assert taken > 0.9 * large * group.size, taken
     assert left < 0.1 * large, left
 
 
-def check_equal_segments_are_paired_alike_after_configure() -> None:
-    """The ranks drop two spills of one size in another order, and make two again."""
+def check_equal_segments_are_paired_in_the_same_order_after_configure() -> None:
+    """The ranks drop two spills of one size in different orders and allocate two more."""
     group = world_group()
     pool = symmetric_pool(group, "cuda").configure(4 * MIB)
     for round in range(4):
@@ -84,7 +84,7 @@ def check_equal_segments_are_paired_alike_after_configure() -> None:
     gather_works(group)
 
 
-def check_a_place_beyond_2_gib_needs_no_other_kernel() -> None:
+def check_an_offset_beyond_2_gib_needs_no_other_kernel() -> None:
     group = world_group()
     pool = symmetric_pool(group, "cuda").configure((2 << 30) + 64 * MIB)
     got, metadata = gather_stamped(group, 1)
@@ -93,7 +93,6 @@ def check_a_place_beyond_2_gib_needs_no_other_kernel() -> None:
     below = pool.empty([(2 << 30) + MIB], torch.uint8)
     got, metadata = gather_stamped(group, 2)
     place = pool.locate(got)
-    assert place is not None
     assert place[1] > 2 << 30, place
     provenance.check(got, metadata, round=2)
     assert sum(len(kernels[0]) for kernels in gather_kernel.device_caches.values()) == variants
@@ -102,10 +101,8 @@ def check_a_place_beyond_2_gib_needs_no_other_kernel() -> None:
 
 
 def check_a_plan_captured_by_its_caller() -> None:
-    """Its replays and its eager calls, in any order; rank 0 is late now and then."""
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    """Replays and eager calls alternate, and rank 0 is sometimes late."""
+    group, metadata, rounds = rounds_of(97, 64)
     plan = plan_gather_kv([rounds.mine], metadata, group)
     graph, result = captured(plan)
     for call in range(60):
@@ -120,8 +117,8 @@ def check_a_plan_captured_by_its_caller() -> None:
     assert wrong_words(rounds, group) == 0
 
 
-def check_a_plan_keeps_what_its_graphs_read() -> None:
-    """The tiles that it reads have been forgotten, made again and captured again meanwhile."""
+def check_a_plan_keeps_the_tiles_that_its_graphs_read() -> None:
+    """In the meantime, its tiles are evicted, created again and captured again."""
     group = world_group()
     lengths = ([97, 64], [201], [97, 64])
     layouts = [prepare_context_parallel_metadata(each, group.size) for each in lengths]
@@ -143,9 +140,7 @@ def check_a_plan_keeps_what_its_graphs_read() -> None:
 
 
 def check_a_plan_is_not_made_during_a_capture() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         said = error_of(plan_gather_kv, [rounds.mine], metadata, group)
@@ -154,9 +149,7 @@ def check_a_plan_is_not_made_during_a_capture() -> None:
 
 
 def check_only_direct_is_captured_into_caches() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
+    group, metadata, rounds = rounds_of(97, 64)
     slots = torch.arange(161, device="cuda")
     with use_symmetric_memory(group):
         cache = torch.empty(161, 4, 16, device="cuda")
@@ -176,24 +169,6 @@ def check_only_direct_is_captured_into_caches() -> None:
     assert "run it once" in unknown
 
 
-def check_slots_that_are_wrong_on_one_rank_are_everybodys_error() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([97, 64], group.size)
-    rounds = Rounds(group, metadata)
-    with use_symmetric_memory(group):
-        cache = torch.empty(200, 4, 16, device="cuda")
-    fine = torch.arange(161, device="cuda")
-    for slots, words in (
-        (fine + 100 if group.rank == 1 else fine, "caches have rows 0 to 199"),
-        (fine % 160 if group.rank == 1 else fine, "name a row twice"),
-        (fine + group.rank, "slots differ between the ranks"),
-        (fine.cpu() if group.rank == 1 else fine, "the row of each token"),
-    ):
-        said = error_of(all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=slots)
-        assert words in said, said
-    gather_works(group)
-
-
 def check_a_pool_that_must_grow_during_capture_is_an_error_on_every_rank() -> None:
     group = world_group()
     pool = symmetric_pool(group, "cuda").configure(4 * MIB)
@@ -208,15 +183,13 @@ def check_a_pool_that_must_grow_during_capture_is_an_error_on_every_rank() -> No
     assert pool.stats().spills == 0
 
 
-def check_memory_that_one_rank_does_not_get_is_everybodys_error() -> None:
+def check_memory_that_one_rank_cannot_allocate_is_an_error_on_all_ranks() -> None:
     group = world_group()
     symmetric_pool(group, "cuda").configure(4 * MIB)
     if group.rank == 1:
         torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
-        symmetric_pool(group, "cuda").configure(512 * MIB)
-    except SymmetricMemoryError as error:
-        said = str(error)
+        said = raised(SymmetricMemoryError, symmetric_pool(group, "cuda").configure, 512 * MIB)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert said.startswith("cannot preallocate the symmetric pool. rank 1:"), said
@@ -228,10 +201,7 @@ def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
     group = world_group()
     symmetric_pool(group, "cuda")
     too_much = 1 << 42
-    try:
-        SymmetricPool(group, too_much, "cuda")
-    except SymmetricMemoryError as error:
-        said = str(error)
+    said = raised(SymmetricMemoryError, SymmetricPool, group, too_much, "cuda")
     assert f"{too_much} were requested" in said
     assert "bytes free" in said
     gather_works(group)

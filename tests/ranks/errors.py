@@ -1,12 +1,22 @@
-"""The words of an error that must come."""
+"""The message of an expected error."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
 
-def error_of(call: object, *args: object, **kwargs: object) -> str:
-    """The ValueError that a call raises; that it raises is part of the check."""
+
+def error_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """Return the message of the ValueError that a call must raise."""
+    return raised(ValueError, call, *args, **kwargs)
+
+
+def raised(
+    kind: type[BaseException], call: Callable[..., object], *args: Any, **kwargs: Any
+) -> str:
+    """Return the message of the exception of this type that a call must raise."""
     try:
-        call(*args, **kwargs)  # type: ignore[operator]
-    except ValueError as error:
+        call(*args, **kwargs)
+    except kind as error:
         return str(error)
     raise AssertionError(f"{call} accepted {args} {kwargs}")

@@ -1,4 +1,4 @@
-"""Gathers, bit for bit: level 4 of the ladder (provenance, poison, rounds, random batches)."""
+"""Gathers of random batches are bit-exact: stamped rows, poisoned memory, many rounds."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from cpkit.reference import all_gather_kv_reference, push_reference
 from cpkit.symm import batch_symmetry, explain_path
 from tests.ranks.device import (
     DEVICE,
+    batch_of,
     finish,
     path_by_table,
     pool_of,
@@ -50,7 +51,7 @@ TRAILING = ((8, 16), (1, 5), (3,), (), (24,))
 
 def cp_sizes() -> list[int]:
     world = dist.get_world_size()
-    if DEVICE == "cuda":  # every size is compiled for; 2, 4 and 8 come from three launches
+    if DEVICE == "cuda":  # the kernel is compiled per size; each launch tests one size
         return [world]
     return [n for n in range(1, world + 1) if world % n == 0]
 
@@ -58,7 +59,7 @@ def cp_sizes() -> list[int]:
 def batches(
     seed: str, count: int
 ) -> Iterator[tuple[CPGroup, ContextParallelMetadata, random.Random]]:
-    """Random ragged batches of every cp_size and strategy, the same on all ranks."""
+    """Yield random ragged batches of every cp_size and strategy, the same on all ranks."""
     for cp_size in cp_sizes():
         group = init_context_parallel(cp_size)
         for strategy in STRATEGIES:
@@ -71,14 +72,14 @@ def batches(
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values, every second element of a wider tensor."""
+    """Return the same values as every second element of a wider tensor."""
     wide = x.new_empty(*x.shape, 2)
     wide[..., 0] = x
     return wide[..., 0]
 
 
 def poison(group: CPGroup) -> None:
-    """All memory that a result could land in: the pool, and torch's own uninitialised memory."""
+    """Poison all free memory of the pool, in which a result could land."""
     pool_of(group).poison_free()
     finish()
     group.barrier()
@@ -103,7 +104,7 @@ def check_every_algorithm_is_bit_exact() -> None:
 
 
 def check_many_rounds_back_to_back() -> None:
-    """Without a pause between rounds: a missing barrier shows as a stale or torn row."""
+    """No rank pauses between rounds, so a missing barrier causes a stale or torn row."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([97, 64], group.size)
     for round in range(1, 201):
@@ -113,8 +114,8 @@ def check_many_rounds_back_to_back() -> None:
         provenance.check(got, metadata, round=round)
 
 
-def check_results_that_are_kept_stay_valid() -> None:
-    """Ranks keep different results for different times: offsets must not drift apart."""
+def check_kept_results_stay_valid() -> None:
+    """Ranks keep different results for different times. Their offsets must stay equal."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([50], group.size)
     kept: dict[int, torch.Tensor] = {}
@@ -141,10 +142,8 @@ def check_the_seeds_functions() -> None:
         provenance.check(got, metadata, round=round)
 
 
-def check_one_sequence_takes_the_seeds_own_total_len() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([101], group.size)
-    rows = shard_rows(metadata, group.rank, (4,), torch.float32, round=1)
+def check_one_sequence_accepts_the_seeds_own_total_len() -> None:
+    group, metadata, rows = batch_of(101, trailing=(4,))
     batch = SimpleNamespace(attn_cp_metadata=metadata)
     got = cp_all_gather_rerange_kv_cache(rows, 101, group.size, batch)
     provenance.check(got, metadata, round=1)
@@ -170,28 +169,21 @@ def check_the_reference_agrees() -> None:
             provenance.check(got, metadata, round=round)
 
 
-def check_an_asymmetric_batch_falls_back_and_says_so() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+def check_an_asymmetric_batch_falls_back_with_the_reason() -> None:
+    group, metadata, rows = batch_of(64)
     for algorithm in ALGORITHMS:
         with batch_symmetry(False):
             (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
         provenance.check(got, metadata, round=1)
         report = last_path(group)
-        assert report is not None
         assert report.path == "fallback"
         assert "is_allocation_symmetric() is false" in report.reason
         all_gather_kv([rows], metadata, group, algorithm=algorithm)
-        report = last_path(group)
-        assert report is not None
-        assert report.path == path_by_table(algorithm), report
+        assert last_path(group).path == path_by_table(algorithm), algorithm
 
 
 def check_stages_are_recorded() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([67, 50], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=4)
+    group, metadata, rows = batch_of(67, 50, round=4)
     with stages.record(keep_arrays=True) as recorder:
         all_gather_kv([rows], metadata, group, algorithm="padded_symm")
     assert list(recorder.total_us()) == ["agree", "pad", "wire", "exit", "strip", "reorder"]
@@ -214,8 +206,8 @@ def check_stages_are_ranges_in_a_profile() -> None:
     assert named >= {f"cpkit.{name}" for name in expected}, named
 
 
-def check_one_strided_row_a_rank() -> None:
-    """One row counts as contiguous to torch, whatever its strides are."""
+def check_one_strided_row_per_rank() -> None:
+    """torch reports a single row as contiguous whatever its strides are."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([group.size], group.size, "interleave")
     for dtype in (torch.float32, torch.complex128, torch.uint8):
@@ -228,7 +220,7 @@ def check_one_strided_row_a_rank() -> None:
 
 
 def check_rows_that_require_grad_are_refused_on_every_rank() -> None:
-    """A gather has no backward: training would go on with a gradient that is silently wrong."""
+    """A gather has no backward, so training would continue with a wrong gradient."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([8 * group.size], group.size)
     rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
@@ -265,24 +257,19 @@ def check_rows_that_require_grad_are_refused_on_every_rank() -> None:
     provenance.check(got, metadata, round=2)
 
 
-def check_a_result_knows_its_path() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
-    direct, padded = (
-        all_gather_kv([rows], metadata, group, algorithm=algorithm)[0]
+def check_a_result_has_its_path() -> None:
+    group, metadata, rows = batch_of(64)
+    results = {
+        algorithm: all_gather_kv([rows], metadata, group, algorithm=algorithm)[0]
         for algorithm in ("direct", "padded")
-    )
-    told = path_of_result(direct), path_of_result(padded)
-    assert told[0] is not None
-    assert told[0].path == path_by_table("direct")
-    assert told[1] is not None
-    assert told[1].path == path_by_table("padded")
+    }
+    for algorithm, result in results.items():
+        assert path_of_result(result).path == path_by_table(algorithm)
     assert path_of_result(rows) is None
 
 
 def check_the_reference_push_agrees() -> None:
-    """`push_reference` and the fast path of the device, into poisoned outputs."""
+    """`push_reference` and the fast path of the device store the same rows."""
     for round, (group, metadata, rng) in enumerate(batches("push", 1)):
         pool = pool_of(group)
         kinds = [(rng.choice(DTYPES), rng.choice(TRAILING)) for _ in range(2)]
@@ -304,10 +291,8 @@ def check_the_reference_push_agrees() -> None:
             pool.free_dropped("next")
 
 
-def check_a_wrong_type_on_one_rank_is_everybodys_error() -> None:
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+def check_a_wrong_type_on_one_rank_is_an_error_on_all_ranks() -> None:
+    group, metadata, rows = batch_of(64)
     first, pool = group.rank == 0, pool_of(group)
     batch = SimpleNamespace(attn_cp_metadata=metadata)
     seed = cp_all_gather_reorganized_into_tensor_kv_cache

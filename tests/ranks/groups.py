@@ -1,4 +1,4 @@
-"""Groups: every divisor, no restart, and one answer on all ranks."""
+"""Groups: every divisor of the world size, without a restart, and equal errors on all ranks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from cpkit.layout import prepare_context_parallel_metadata, shard
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
 from cpkit.sync.barrier import BarrierTimeout
 from cpkit.sync.exchange import ExchangeTimeout
-from tests.ranks.device import world_group
-from tests.ranks.errors import error_of
+from tests.ranks.device import batch_of
+from tests.ranks.errors import error_of, raised
 from tests.ranks.gathers import cp_sizes
 
 
 def gather_works() -> None:
-    """The ranks are still in step: a gather goes through, bit-exact."""
-    group = world_group()
-    metadata = prepare_context_parallel_metadata([40], group.size)
-    rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=9)
+    """Check that the ranks still agree: a gather is bit-exact."""
+    group, metadata, rows = batch_of(40, round=9)
     provenance.check(all_gather_kv([rows], metadata, group)[0], metadata, round=9)
 
 
@@ -64,7 +62,7 @@ def check_different_cp_sizes_are_named_by_rank() -> None:
     gather_works()
 
 
-def check_one_ranks_bad_argument_is_everybodys_error() -> None:
+def check_a_bad_argument_of_one_rank_is_an_error_on_all_ranks() -> None:
     group = init_context_parallel(4)
     metadata = prepare_context_parallel_metadata([40], 4)
     rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
@@ -91,7 +89,7 @@ def check_one_ranks_bad_argument_is_everybodys_error() -> None:
     gather_works()
 
 
-def check_a_nested_tensor_is_everybodys_error() -> None:
+def check_a_nested_tensor_is_an_error_on_all_ranks() -> None:
     group = init_context_parallel(4)
     metadata = prepare_context_parallel_metadata([64], 4)
     rows = shard(torch.randn(64, 2), metadata, group.rank)
@@ -100,7 +98,7 @@ def check_a_nested_tensor_is_everybodys_error() -> None:
     gather_works()
 
 
-def check_metadata_for_another_cp_size() -> None:
+def check_metadata_for_another_cp_size_is_refused() -> None:
     group = init_context_parallel(2)
     metadata = prepare_context_parallel_metadata([40], 4)
     said = error_of(all_gather_kv, [torch.zeros(10, 2)], metadata, group)
@@ -108,7 +106,7 @@ def check_metadata_for_another_cp_size() -> None:
     assert "init_context_parallel(4)" in said
 
 
-def check_the_seed_says_when_it_would_cut_rows_off() -> None:
+def check_the_seed_refuses_a_total_len_that_would_cut_rows_off() -> None:
     group = init_context_parallel(4)
     metadata = prepare_context_parallel_metadata([4097] * 16, 4)
     rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 2)
@@ -137,25 +135,17 @@ def check_the_plain_collective_checks_its_buffers() -> None:
     assert "rank(s) 0" in error_of(group.cp_all_gather_into_tensor_async, output, one)
 
 
-def check_a_rank_that_never_comes_is_named() -> None:
-    """The last rank stays away: the others wait for the deadline only, and say for whom."""
+def check_a_missing_rank_is_named() -> None:
+    """The last rank does not enter the barrier. The others time out and name it."""
     init_context_parallel(4).exchange(b"")
     os.environ["CPKIT_DEADLINE_S"] = "0.5"
     try:
         group = init_context_parallel(4)
         if group.rank != 3:
-            try:
-                group.barrier()
-            except BarrierTimeout as error:
-                assert "waited 0.5 s for rank(s) 3" in str(error)  # noqa: PT017
-            else:
-                raise AssertionError("the barrier did not wait for rank 3")
-            try:
-                group.store_exchange.exchange(b"", "grow the symmetric pool")
-            except ExchangeTimeout as error:
-                assert "rank(s) 3 to grow the symmetric pool" in str(error)  # noqa: PT017
-            else:
-                raise AssertionError("the rendezvous did not wait for rank 3")
+            assert "waited 0.5 s for rank(s) 3" in raised(BarrierTimeout, group.barrier)
+            exchange = group.store_exchange.exchange
+            message = raised(ExchangeTimeout, exchange, b"", "grow the symmetric pool")
+            assert "rank(s) 3 to grow the symmetric pool" in message
     finally:
         del os.environ["CPKIT_DEADLINE_S"]
     dist.barrier()
@@ -163,8 +153,8 @@ def check_a_rank_that_never_comes_is_named() -> None:
     gather_works()
 
 
-def check_groups_that_span_machines_fall_back_and_say_so() -> None:
-    """Two ranks each play another machine: cp 2 shares memory, cp 4 can't."""
+def check_groups_that_span_machines_fall_back_and_report_it() -> None:
+    """Each pair of ranks simulates one machine: a group of 2 shares memory, a group of 4 cannot."""
     os.environ["CPKIT_HOST_ID"] = f"machine {dist.get_rank() // 2}"
     host_id.cache_clear()
     forget_groups()
@@ -177,9 +167,7 @@ def check_groups_that_span_machines_fall_back_and_say_so() -> None:
             for algorithm in ("direct", "padded_symm"):
                 (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
                 provenance.check(got, metadata, round=3)
-                report = last_path(group)
-                assert report is not None
-                assert report.path == path
+                assert last_path(group).path == path
             with use_symmetric_memory(group):
                 x = torch.empty(5)
             assert (explain_path(x, x, group).path == "symmetric") is (cp_size == 2)

@@ -1,6 +1,6 @@
-"""Gathers with one planted bug each. The provenance check must see every one of them.
+"""Gathers with one planted bug each. The provenance check must detect all of them.
 
-Every function `check_*` plants a bug on some rank and passes when some rank found a wrong row.
+Each `check_*` plants a bug and passes if at least one rank detects a wrong row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.ranks.device import world_group
 
 @contextmanager
 def planted(owner: object, name: str, bug: Any) -> Iterator[Any]:
-    """Replace a function by a broken one, which gets the original as its first argument."""
+    """Replace a function by a broken one, which receives the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: bug(original, *args, **kwargs))
     try:
@@ -34,7 +34,7 @@ def planted(owner: object, name: str, bug: Any) -> Iterator[Any]:
 
 
 def complaints(algorithm: str) -> list[str]:
-    """What each rank's check says of two gathers by this algorithm, the first one unharmed."""
+    """Return the mismatch, or "", that each rank finds in two gathers by this algorithm."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([40, 33], group.size)
     said = ""
@@ -50,15 +50,15 @@ def complaints(algorithm: str) -> list[str]:
 
 def expect(algorithm: str, words: str) -> None:
     said = complaints(algorithm)
-    assert any(words in each for each in said), f"nobody said {words!r}: {said}"
+    assert any(words in each for each in said), f"no rank reported {words!r}: {said}"
 
 
-def check_control_without_a_bug_nobody_complains() -> None:
+def check_control_without_a_bug_no_rank_reports_one() -> None:
     for algorithm in ("direct", "padded", "padded_symm", "padded_symm_recv"):
         assert not any(complaints(algorithm))
 
 
-def check_a_peer_that_is_left_out() -> None:
+def check_a_peer_that_is_skipped() -> None:
     def last_is_me(real: Any, pool: Any, tensor: torch.Tensor) -> list[int]:
         addresses: list[int] = real(pool, tensor)
         return [*addresses[:-1], addresses[pool.group.rank]]
@@ -68,7 +68,7 @@ def check_a_peer_that_is_left_out() -> None:
         expect("direct", "poison (never written)")
 
 
-def check_rows_at_the_neighbours_place() -> None:
+def check_rows_stored_one_place_off() -> None:
     def shifted(real: Any, backend: Any, peers: Any, rows: list[torch.Tensor], *args: Any) -> Any:
         return real(backend, peers, [x.roll(1, 0) for x in rows], *args)
 
@@ -77,7 +77,7 @@ def check_rows_at_the_neighbours_place() -> None:
 
 
 def check_no_barrier_after_the_wire() -> None:
-    """Rank 0 stores late; whoever does not wait for it reads what was there before."""
+    """Rank 0 stores late, so a rank that does not wait reads the old content."""
 
     def late(real: Any, *args: Any) -> Any:
         if dist.get_rank() == 0:
@@ -114,8 +114,8 @@ def check_the_wrong_end_stripped() -> None:
         expect("padded", "token 1, lane 0, tensor 0; wanted round 1, rank 0, sequence 0, token 0")
 
 
-def check_a_round_that_was_not_sent() -> None:
-    """The second round hands out the first one's result."""
+def check_a_result_of_the_previous_round() -> None:
+    """The second round returns the result of the first one."""
     kept: list[list[torch.Tensor]] = []
 
     def first_again(real: Any, outputs: list[torch.Tensor], *args: Any) -> list[torch.Tensor]:
@@ -126,8 +126,8 @@ def check_a_round_that_was_not_sent() -> None:
         expect("padded_symm", "holds round 1")
 
 
-def check_a_barrier_that_lets_everybody_through() -> None:
-    """ShmBarrier.barrier itself is broken: notes are read before they are pinned."""
+def check_a_barrier_that_does_not_wait() -> None:
+    """ShmBarrier.barrier is broken, so ranks read the records of an exchange before they exist."""
 
     def through(real: Any, barrier: ShmBarrier, call: int) -> None:
         barrier._round += 1

@@ -1,9 +1,9 @@
-"""What torchrun starts for a multi-process test: every `check_*` of some modules, on every rank.
+"""Run every `check_*` of some modules on every rank; torchrun starts this for a test.
 
     torchrun … -m tests.ranks.runner MODULE[,MODULE…] RESULTS_DIR
 
-Each rank writes one JSON file: check → "" when it passed, else the traceback. A check that fails on
-one rank must not disturb the next, so groups are forgotten in between, by all ranks.
+Each rank writes one JSON file that maps a check to "" if it passed, otherwise to its traceback. All
+ranks forget their groups after each check, so that one that fails does not affect the next.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows handed from rank to rank by signals alone, on the CPU or on CUDA."""
+"""Rows passed from rank to rank with signals only, on the CPU or on CUDA."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cpkit.memory import posix as shm_backend
 from cpkit.symm import put_signal, use_symmetric_memory, wait_signal
 from cpkit.sync.barrier import BarrierTimeout
 from tests.ranks.device import DEVICE, finish, pool_of, shard_rows, world_group
-from tests.ranks.errors import error_of
+from tests.ranks.errors import error_of, raised
 
 ROUNDS = min(300, int(os.environ.get("CPKIT_TEST_ROUNDS", "300")))
 
 
 def pass_around(group: CPGroup, rounds: int, *, wait: bool = True) -> list[str]:
-    """Each rank stores its stamped row at its right neighbour's and reads what the left one sent.
+    """Store rows in the right neighbour's memory, read those of the left one; return what is wrong.
 
-    Returns what was wrong. A full buffer is told by one word, an empty one by its answer.
+    One signal says that the buffer is full, a second one in the other direction that it is empty.
     """
     right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     metadata = prepare_context_parallel_metadata([group.size * 4], group.size, "contiguous")
@@ -60,14 +60,14 @@ def check_rows_passed_around_are_never_stale() -> None:
 
 
 def check_a_row_read_before_its_signal_is_stale() -> None:
-    """Negative control: the same words, but the row is read before the wait."""
+    """Negative control: the row is read before the wait."""
     group = world_group()
     wrong = pass_around(group, ROUNDS, wait=False)
     assert any(int(note) for note in group.exchange(str(len(wrong)).encode()))
 
 
-def check_a_word_is_not_set_again_before_it_is_taken() -> None:
-    """On the CPU, where the host waits: the second signal comes back once the first is taken."""
+def check_a_signal_blocks_until_the_previous_one_is_consumed() -> None:
+    """Timed only on the CPU, where the host waits."""
     group = world_group()
     pool_of(group)
     group.barrier()
@@ -85,7 +85,7 @@ def check_a_word_is_not_set_again_before_it_is_taken() -> None:
     group.barrier()
 
 
-def check_the_device_may_be_left_out_when_there_is_one() -> None:
+def check_the_device_may_be_omitted_if_there_is_only_one() -> None:
     group = world_group()
     pool_of(group)
     right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
@@ -95,7 +95,7 @@ def check_the_device_may_be_left_out_when_there_is_one() -> None:
     assert f"symmetric memory on ['{DEVICE}']" in error_of(put_signal, group, right, other)
 
 
-def check_a_peer_that_is_not_there_is_an_error() -> None:
+def check_a_peer_that_does_not_exist_is_an_error() -> None:
     group = world_group()
     for peer in (-1, group.size, "0", True):
         said = error_of(put_signal, group, peer, DEVICE)
@@ -103,17 +103,14 @@ def check_a_peer_that_is_not_there_is_an_error() -> None:
         assert f"{peer!r}" in error_of(wait_signal, group, peer, DEVICE)
 
 
-def check_z_a_signal_that_never_comes_is_named_after_the_deadline() -> None:
-    """On the CPU; torch's kernel would trap, and take the process' CUDA context with it."""
+def check_z_a_missing_signal_is_named_after_the_deadline() -> None:
+    """Only on the CPU, because torch's kernel would trap and destroy the CUDA context."""
     group = world_group()
     backend = pool_of(group).backend
     if group.rank == 0 and isinstance(backend, shm_backend.PosixBackend):
         os.environ["CPKIT_DEADLINE_S"] = "0.5"
-        try:
-            wait_signal(group, 1, DEVICE)
-        except BarrierTimeout as error:
-            said = str(error)
-        finally:
-            del os.environ["CPKIT_DEADLINE_S"]
-        assert "for rank 1 to send a signal" in said
+        assert "for rank 1 to send a signal" in raised(
+            BarrierTimeout, wait_signal, group, 1, DEVICE
+        )
+        del os.environ["CPKIT_DEADLINE_S"]
     group.barrier()

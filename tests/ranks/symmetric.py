@@ -1,4 +1,4 @@
-"""Symmetric memory: the same offset means the same block on every rank, or it is an error."""
+"""Symmetric memory: one offset is the same block on every rank; a difference is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -28,8 +27,8 @@ from cpkit.symm import (
 )
 from cpkit.sync.agreement import Signature
 from cpkit.sync.shm import free_bytes, reap_dead_files
-from tests.ranks.device import world_group
-from tests.ranks.errors import error_of
+from tests.ranks.device import batch_of, world_group
+from tests.ranks.errors import error_of, raised
 from tests.ranks.gathers import cp_sizes
 from tests.ranks.groups import gather_works
 
@@ -59,7 +58,6 @@ def check_offsets_agree_and_memory_is_reused() -> None:
         with use_symmetric_memory(group):
             x = torch.empty(size, dtype=torch.uint8)
         place = pool.locate(x)
-        assert place is not None
         assert len(set(group.exchange(repr(place).encode()))) == 1
         seen.add(place)
         del x
@@ -69,7 +67,7 @@ def check_offsets_agree_and_memory_is_reused() -> None:
 
 
 def check_a_block_that_one_rank_still_holds_is_not_reused() -> None:
-    """The release masks of all ranks are combined: rank 0's copy of the block is alive."""
+    """A block is free only if all ranks have released it; rank 0 still holds it."""
     group = world_group()
     pool = symmetric_pool(group)
 
@@ -116,8 +114,7 @@ def check_a_block_that_is_placed_during_an_agreement_is_freed_once() -> None:
 def check_a_failed_warm_up_keeps_the_arena() -> None:
     group = init_context_parallel(dist.get_world_size(), "failed warm-up")
     pool = SymmetricPool(group, 1 << 20)
-    with pytest.raises(SymmetricMemoryError, match="warm the symmetric pool up"):
-        pool.warm_up(1 << 35)
+    assert "warm the symmetric pool up" in raised(SymmetricMemoryError, pool.warm_up, 1 << 35)
     assert pool.stats().arena_bytes == 1 << 20
     with use_symmetric_memory(group):
         blocks = [torch.empty(1000) for _ in range(20)]
@@ -125,7 +122,7 @@ def check_a_failed_warm_up_keeps_the_arena() -> None:
     assert pool.stats().spills == 0
 
 
-def check_nothing_has_a_name_once_it_is_mapped() -> None:
+def check_files_are_unlinked_once_they_are_mapped() -> None:
     group = world_group()
     symmetric_pool(group)
     group.barrier()
@@ -165,15 +162,12 @@ def check_spills_are_counted_and_warm_up_prevents_them() -> None:
     assert pool.stats().spills == 0
 
 
-def check_allocations_that_differ_are_an_error_not_corruption() -> None:
+def check_different_allocations_are_an_error() -> None:
     group = world_group()
     size = 4096 if group.rank == 0 else 8192
     with use_symmetric_memory(group):
         torch.empty(size, dtype=torch.uint8)
-    try:
-        group.pools["cpu"].free_dropped("anything")
-    except SymmetricMemoryError as error:
-        said = str(error)
+    said = raised(SymmetricMemoryError, group.pools["cpu"].free_dropped, "anything")
     assert "rank 0: [4096]" in said
     assert "rank 1: [8192]" in said
     assert "max_rank_len" in said
@@ -182,20 +176,15 @@ def check_allocations_that_differ_are_an_error_not_corruption() -> None:
 def check_spills_that_differ_in_size_are_refused_with_the_sizes() -> None:
     group = world_group()
     symmetric_pool(group).configure(MIB)
-    try:
-        with use_symmetric_memory(group):
-            torch.empty((4 + 2 * group.rank) * MIB, dtype=torch.uint8)
-    except ValueError as error:
-        said = str(error)
+    with use_symmetric_memory(group):
+        said = error_of(torch.empty, (4 + 2 * group.rank) * MIB, dtype=torch.uint8)
     assert f"allocate {4 * MIB} symmetric bytes" in said
     assert f"allocate {6 * MIB} symmetric bytes" in said
 
 
-def check_an_allocation_against_a_gather_is_an_error_on_both_sides() -> None:
-    group = world_group()
+def check_an_allocation_during_a_peers_gather_is_an_error_on_both_ranks() -> None:
+    group, metadata, rows = batch_of(64)
     symmetric_pool(group).configure(MIB)
-    metadata = prepare_context_parallel_metadata([64], group.size)
-    rows = torch.zeros(metadata.per_rank_actual_token[group.rank], 8)
     if group.rank == 0:
         said = error_of(symmetric_pool(group).empty, [5 * MIB], torch.uint8)
     else:
@@ -206,26 +195,19 @@ def check_an_allocation_against_a_gather_is_an_error_on_both_sides() -> None:
 
 
 def check_full_shared_memory_is_a_clear_error_on_every_rank() -> None:
-    """Once by asking for more than there is, once when just one rank has no room."""
+    """First all ranks request more than is available; then only one rank cannot create a file."""
     group = world_group()
     symmetric_pool(group)
     too_much = free_bytes() * 2
-    try:
-        symmetric_pool(group).configure(too_much)
-    except SymmetricMemoryError as error:
-        said = str(error)
+    said = raised(SymmetricMemoryError, symmetric_pool(group).configure, too_much)
     assert "is full" in said
     assert str(too_much) in said
     assert "--shm-size" in said
     group.barrier()
     if group.rank == 1:
-        os.environ["CPKIT_SHM_DIR"] = "/proc"  # nobody can create files there
-    try:
-        symmetric_pool(group).configure(MIB)
-    except SymmetricMemoryError as error:
-        said = str(error)
-    finally:
-        os.environ.pop("CPKIT_SHM_DIR", None)
+        os.environ["CPKIT_SHM_DIR"] = "/proc"  # no process can create files there
+    said = raised(SymmetricMemoryError, symmetric_pool(group).configure, MIB)
+    os.environ.pop("CPKIT_SHM_DIR", None)
     assert said.startswith("cannot preallocate the symmetric pool. rank 1: cannot create")
     assert "rank 0" not in said
     assert own_files() == []
@@ -249,7 +231,7 @@ def check_files_of_killed_processes_are_reaped() -> None:
         del os.environ["CPKIT_SHM_DIR"]
 
 
-def check_paths_are_what_really_happens() -> None:
+def check_the_predicted_path_is_the_reported_one() -> None:
     group = world_group()
     with use_symmetric_memory(group):
         symm_send = torch.full((4, 4), float(group.rank))
@@ -270,7 +252,7 @@ def check_paths_are_what_really_happens() -> None:
         assert last_path(group) == report
 
 
-def check_a_buffer_of_another_group_is_told_apart() -> None:
+def check_a_buffer_of_another_group_is_named() -> None:
     wide, narrow = world_group(), init_context_parallel(cp_sizes()[0])
     with use_symmetric_memory(narrow):
         send = torch.zeros(4, 4)
@@ -292,16 +274,14 @@ def check_bad_pools_are_refused() -> None:
 
 
 def check_a_file_that_cannot_be_reserved_is_a_clear_error() -> None:
-    """The room was there when we looked, and the system says no all the same."""
+    """The check of the free space passes, but the reservation fails."""
     group = world_group()
     symmetric_pool(group)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if group.rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB // 2, limits[1]))
     try:
-        symmetric_pool(group).configure(MIB)
-    except SymmetricMemoryError as error:
-        said = str(error)
+        said = raised(SymmetricMemoryError, symmetric_pool(group).configure, MIB)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "rank 0: " in said
@@ -310,8 +290,8 @@ def check_a_file_that_cannot_be_reserved_is_a_clear_error() -> None:
     gather_works()
 
 
-def check_the_last_block_of_the_books_is_given_out_once() -> None:
-    """1024 blocks are alive; one is dropped, and the next one takes its place."""
+def check_the_last_block_of_the_pool_is_allocated_once() -> None:
+    """1024 blocks are alive; after one is dropped, one more can be allocated."""
     group = world_group()
     pool = symmetric_pool(group)
     held = [pool.empty([1], torch.uint8) for _ in range(MAX_BLOCKS)]
@@ -325,7 +305,7 @@ def check_the_last_block_of_the_books_is_given_out_once() -> None:
 
 
 def check_sizes_beyond_all_memory_are_refused_on_every_rank() -> None:
-    """By their own words, and the pool is as it was."""
+    """The error has a message, and the pool is unchanged."""
     group = world_group()
     first = group.rank == 0
     assert "prealloc is" in error_of(SymmetricPool, group, 1 << 70 if first else 1 << 20)
@@ -333,7 +313,6 @@ def check_sizes_beyond_all_memory_are_refused_on_every_rank() -> None:
     before = pool.stats()
     assert "too many" in error_of(pool.warm_up, 10**30 if first else 10)
     assert pool.stats() == before
-    with pytest.raises(SymmetricMemoryError, match="full"):
-        pool.warm_up(10**10)
+    assert "full" in raised(SymmetricMemoryError, pool.warm_up, 10**10)
     assert pool.stats().spill_bytes == 0
     gather_works()

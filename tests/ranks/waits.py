@@ -1,4 +1,4 @@
-"""The barrier's ways to wait: right with a core per rank and with several, and idle when long."""
+"""The wait strategies of the barrier, with and without a core per rank; a long wait uses no CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def group_and_barrier() -> tuple[CPGroup, ShmBarrier]:
     return group, group.shm_barrier
 
 
-def check_every_way_to_wait_is_a_barrier() -> None:
+def check_the_barrier_is_right_with_every_wait_strategy() -> None:
     group, barrier = group_and_barrier()
     for polls, yields, crowded in WAYS:
         barrier._polls, barrier._yields, barrier._crowded = polls, yields, crowded
@@ -29,8 +29,8 @@ def check_every_way_to_wait_is_a_barrier() -> None:
             assert notes == [b"%d of %d" % (round, rank) for rank in range(group.size)]
 
 
-def check_a_long_wait_leaves_the_core_alone() -> None:
-    """All others wait for the last rank, whichever way they begin to."""
+def check_a_long_wait_uses_little_cpu_time() -> None:
+    """All other ranks wait for the last one."""
     group, barrier = group_and_barrier()
     for polls, yields, crowded in WAYS[:2]:
         barrier._polls, barrier._yields, barrier._crowded = polls, yields, crowded
@@ -43,7 +43,7 @@ def check_a_long_wait_leaves_the_core_alone() -> None:
         assert used_s < LATE_S / 4, f"waiting {LATE_S} s took {used_s:.2f} s of CPU time"
 
 
-def check_the_way_follows_from_ranks_and_cores() -> None:
+def check_the_strategy_follows_from_ranks_and_cores() -> None:
     from cpkit.sync.barrier import cores
 
     group, barrier = group_and_barrier()
@@ -51,8 +51,8 @@ def check_the_way_follows_from_ranks_and_cores() -> None:
     assert (barrier._polls == 0) == barrier._crowded
 
 
-def check_patience_is_learned() -> None:
-    """Where ranks share a core: a wait that slept shortens it, one that did not lengthens it."""
+def check_the_number_of_yields_adapts() -> None:
+    """If ranks share a core, a wait that slept lowers the number; one that did not raises it."""
     group, barrier = group_and_barrier()
     late = group.rank == group.size - 1
     barrier._polls, barrier._yields, barrier._crowded = 0, 64, True

@@ -1,7 +1,7 @@
-"""NCCL with a GPU per rank: buffers anywhere in symmetric memory, and right rows all the same.
+"""NCCL with a GPU per rank: rows are right for buffers anywhere in symmetric memory.
 
-NCCL selects its kernel from the windows that a rank's buffers lie in. Shards of 64 KiB go through
-its LL kernel, which stages; those of 2 and 32 MiB through its ST kernel, which stores into every
+NCCL selects its kernel from the windows that contain a rank's buffers. Shards of 64 KiB go through
+its LL kernel, which stages; those of 2 and 32 MiB use its ST kernel, which stores into every
 peer's window at this rank's own receive offset.
 """
 
@@ -21,6 +21,7 @@ from cpkit.memory import path as path_module
 from cpkit.memory.nccl_log import count_file
 from cpkit.symm import explain_path, symmetric_pool, use_symmetric_memory
 from tests.ranks.device import path_by_table, world_group
+from tests.ranks.errors import raised
 from tests.ranks.mutants import planted
 
 SHAPE, DTYPE = (8, 128), torch.bfloat16
@@ -30,7 +31,7 @@ SHARD_ROWS = tuple(nbytes // ROW_BYTES for nbytes in (64 << 10, 2 << 20, 32 << 2
 
 
 def layout(group: CPGroup, rows: int) -> ContextParallelMetadata:
-    """Rank order is token order: what a bare collective of equal shards gives."""
+    """Return a layout whose rank order is token order, as in a plain collective of equal shards."""
     return prepare_context_parallel_metadata([rows * group.size], group.size, "contiguous")
 
 
@@ -45,15 +46,15 @@ def ordinary(rows: int) -> torch.Tensor:
 
 
 def in_pool(group: CPGroup, rows: int, *, shifted: bool = False) -> torch.Tensor:
-    """Rows in the group's pool; `shifted`, they begin at another offset on each rank."""
+    """Return rows in the group's pool; if `shifted`, at a different offset on each rank."""
     first = SHIFT_ROWS * group.rank if shifted else 0
     with use_symmetric_memory(group):
         return ordinary(rows + SHIFT_ROWS * group.size)[first : first + rows]
 
 
 def gather(group: CPGroup, send: torch.Tensor, recv: torch.Tensor, round: int) -> None:
-    """Into poisoned memory, compared bit by bit."""
-    mine = send.clone()  # of a shard that is sent in place, the poison would be sent
+    """Gather into poisoned memory, and compare every bit."""
+    mine = send.clone()  # a shard that is sent in place lies in recv
     provenance.poison_(recv)
     send.copy_(mine)
     torch.cuda.synchronize()
@@ -64,7 +65,7 @@ def gather(group: CPGroup, send: torch.Tensor, recv: torch.Tensor, round: int) -
 
 
 def placements(group: CPGroup, rows: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, str]]:
-    """(name, send, recv, path) of every kind of placement."""
+    """Yield (name, send, recv, path) of every kind of placement."""
     size, first = group.size, group.rank == 0
     both, recv_only = path_by_table("padded_symm"), path_by_table("padded_symm_recv")
     symm_send, symm_recv = in_pool(group, rows), in_pool(group, rows * size)
@@ -123,7 +124,7 @@ def check_captured_gathers_are_right_wherever_the_buffers_are() -> None:
 
 
 def check_memory_of_another_pool_is_copied() -> None:
-    """Of a pool that was configured away, which NCCL still knows, and of another group's pool."""
+    """The memory belongs to a replaced pool that NCCL still knows, or to another group."""
     group = world_group()
     rows = SHARD_ROWS[1]
     symmetric_pool(group, "cuda").configure(64 << 20)
@@ -132,7 +133,6 @@ def check_memory_of_another_pool_is_copied() -> None:
     stamp(send, group, 1)
     gather(group, send, recv, 1)
     report = last_path(group)
-    assert report is not None
     assert report.path == "fallback"
     assert "SGLang #19329" in report.reason, report
     for cp_size in (n for n in range(1, group.size) if group.size % n == 0):
@@ -144,7 +144,7 @@ def check_memory_of_another_pool_is_copied() -> None:
 
 
 def check_a_shard_without_padding_may_lie_in_the_pool_of_one_rank() -> None:
-    """`padded` and `padded_symm_recv` hand such a shard on as it is."""
+    """`padded` and `padded_symm_recv` pass such a shard on unchanged."""
     group = world_group()
     for rows in SHARD_ROWS[:2]:
         metadata = layout(group, rows)
@@ -156,13 +156,11 @@ def check_a_shard_without_padding_may_lie_in_the_pool_of_one_rank() -> None:
                 stamp(shard, group, round)
                 (got,) = all_gather_kv([shard], metadata, group, algorithm=algorithm)
                 provenance.check(got, metadata, round=round)
-                report = last_path(group)
-                assert report is not None
-                assert report.path == path_by_table(algorithm), (algorithm, report)
+                assert last_path(group).path == path_by_table(algorithm), algorithm
 
 
 def check_nccls_log_agrees_with_the_path() -> None:
-    """What NCCL says it selected, against what we said it would."""
+    """Compare the path that NCCL logged with the predicted one."""
     group = world_group()
     log = Path(os.environ["NCCL_DEBUG_FILE"].removesuffix(".%p"))
     for rows in SHARD_ROWS[:2]:
@@ -178,18 +176,13 @@ def check_nccls_log_agrees_with_the_path() -> None:
 
 
 def check_without_the_copy_the_rows_are_wrong() -> None:
-    """Negative control: NCCL is given a receive buffer that is at another offset on each rank."""
+    """Negative control: NCCL receives into a buffer at a different offset on each rank."""
     group = world_group()
     rows = SHARD_ROWS[1]
     send = stamp(in_pool(group, rows), group, 1)
     recv = in_pool(group, rows * group.size, shifted=True)
     path_module.decide_from.cache_clear()
     with planted(path_module, "unsafe_for_nccl", lambda _original, _places: (False, False)):
-        try:
-            gather(group, send, recv, 1)
-        except provenance.ProvenanceError:
-            wrong = True
-        else:
-            wrong = False
+        # If this raises nothing, NCCL has become safe: see cpkit.memory.path.unsafe_for_nccl.
+        raised(provenance.ProvenanceError, gather, group, send, recv, 1)
     path_module.decide_from.cache_clear()
-    assert wrong, "NCCL has become safe: see cpkit.memory.path.unsafe_for_nccl"

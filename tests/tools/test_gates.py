@@ -1,12 +1,11 @@
-"""Every gate of CI on the notebooks, shown to fail: each meets a fault that was planted for it.
+"""Every check of a notebook finds the fault that was planted for it.
 
-    a starter that solves its exercise, or is not polite; a solution that does not;   rehearse
-    a mutant that lives; an answer key that is wrong; a cell that takes too long
-    starter and solution that differ outside of the region                        region_faults
-    a figure without picture, title, units or text alternative                    figure_faults
-    another form, another source, too large                              build.problems
-    a cell over its budget when the notebook is built                                     build
-    another result, a run that hangs, something left behind                         rerun_faults
+    starter, solution, mutant or answer key that is wrong; a slow cell               rehearse
+    starter and solution that differ outside the region                         region_faults
+    a figure without picture, title, units or text alternative                  figure_faults
+    another form, another source, too large                                  build.problems
+    a cell over its budget when the notebook is built                                   build
+    another result, a run that hangs, something left behind                      rerun_faults
 
 tests/tools/test_source.py has the faults of a source, test_figures.py those of a figure's code.
 """
@@ -105,9 +104,9 @@ def test_the_rehearsal_finds_each_kind_of_fault(
     right = "lambda got: got == 1"
     path.write_text(
         PLANTED
-        + exercise("e1", "0", "1", "2", right)  # all as it should be
-        + exercise("e2", "1", "1", "2", right)  # the starter solves it
-        + exercise("e3", "0", "3", "2", right)  # the solution does not
+        + exercise("e1", "0", "1", "2", right)  # no fault
+        + exercise("e2", "1", "1", "2", right)  # the starter is a solution
+        + exercise("e3", "0", "3", "2", right)  # the solution is wrong
         + exercise("e4", "0", "1", "2", "lambda got: got > 0")  # the check is too weak
         + exercise("e5", "0", "1", "2", "lambda got: gott == 1")  # the check itself is broken
     )
@@ -128,7 +127,7 @@ def test_the_rehearsal_finds_each_kind_of_fault(
         assert fault.startswith(begin)
     assert len(late) == 1
     assert late[0].startswith("cell late took ")
-    assert main(["no such notebook"]) == 0, "nothing to rehearse is no fault"
+    assert main(["no such notebook"]) == 0, "no notebook, no fault"
     assert capsys.readouterr().out == ""
 
 
@@ -141,7 +140,7 @@ def test_the_rehearsal_finds_each_kind_of_fault(
         ("e1", "attempt()", "attempt(x=0)", "starter and solution differ outside of the region"),
         ("e1", "# <<<", "# <<<\n    # more", "starter and solution differ outside of the region"),
         ("e1", "return 0", "return 1", "the starter is the solution"),
-        ("e1-check", "attempt", "print", "is another one where the exercises are solved"),
+        ("e1-check", "attempt", "print", "differs in the solved notebook"),
     ],
 )
 def test_a_difference_outside_of_the_region_is_named(
@@ -191,7 +190,7 @@ def test_another_form_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "copy.ipynb is not in canonical form" in capsys.readouterr().err
 
 
-def test_another_source_is_noticed(tmp_path: Path) -> None:
+def test_another_source_is_named(tmp_path: Path) -> None:
     notebook = nbformat.read(COMMITTED, as_version=4)
     notebook.cells[1].source += " "
     notebook.cells[2].source += "!"
@@ -204,7 +203,7 @@ def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Pat
     notebook = nbformat.read(COMMITTED, as_version=4)
     room = MAX_BYTES - len(canonical(notebook).encode())
     notebook.cells[0].source += "x" * room
-    assert len(canonical(notebook).encode()) == MAX_BYTES, "so much is allowed"
+    assert len(canonical(notebook).encode()) == MAX_BYTES, "this size is allowed"
     notebook.cells[0].source += "x"
     with pytest.raises(ValueError, match=f"has {MAX_BYTES + 1} bytes; {MAX_BYTES} are allowed"):
         canonical(notebook)
@@ -214,7 +213,7 @@ def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Pat
     assert problem.startswith(f"{copy.name}: the notebook has {MAX_BYTES + 1} bytes")
 
 
-# ------------------------------------------------------------------------------------ run anew
+# ----------------------------------------------------------------------------------- run again
 
 
 @pytest.mark.notebook
@@ -228,7 +227,7 @@ def test_a_cell_over_its_budget_is_not_built(tmp_path: Path) -> None:
 
 
 def committed(path: Path, code: str, printed: str) -> Path:
-    """A notebook of one cell that is said to have printed something."""
+    """Write a notebook with one cell and the output that it should have printed."""
     cell = nbformat.v4.new_code_cell(code, id="planted", execution_count=1)
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed)]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

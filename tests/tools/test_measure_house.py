@@ -1,4 +1,4 @@
-"""The sizes that `tools.measure_house` prints are counted, not remembered."""
+"""`tools.measure_house` counts the sizes that it prints."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pytest
 from tools import measure_house
 
 
-def test_lines_of_a_folder_are_those_of_its_modules() -> None:
+def test_the_size_of_several_paths_is_the_sum() -> None:
     modules, lines = measure_house.size_of(["cpkit/sync", "cpkit/layout.py"])
     parts = [measure_house.size_of([path]) for path in ("cpkit/sync", "cpkit/layout.py")]
     assert (modules, lines) == tuple(map(sum, zip(*parts, strict=True)))
     assert parts[1][0] == 1
 
 
-def test_ranks_that_fail_are_an_error_in_words(
+def test_ranks_that_fail_are_an_error_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Every exercise in a real kernel: the starter fails politely, mutants die, the solution passes.
+"""Every exercise in a real kernel: starter and mutants fail their check, the solution passes.
 
 Slow: in `make test`, tests/lessons/test_notebooks.py runs the starters, test_lessons.py has the
 checks, and test_gates.py shows that the rehearsal finds each kind of fault.
@@ -31,14 +31,14 @@ def rehearsed(path: Path) -> tuple[list[CellResult], list[str]]:
 
 
 @each_source
-def test_starters_fail_mutants_die_and_solutions_pass(path: Path) -> None:
+def test_starters_and_mutants_fail_and_solutions_pass(path: Path) -> None:
     outcomes, late = rehearsed(path)
     assert [outcome.fault for outcome in outcomes if outcome.fault] == []
-    assert late == [], "every cell keeps to its budget"
+    assert late == [], "every cell stays within its budget"
 
 
 @each_source
-def test_every_exercise_was_tried_in_all_its_variants(path: Path) -> None:
+def test_every_exercise_ran_in_all_its_variants(path: Path) -> None:
     outcomes, _ = rehearsed(path)
     tried = {(o.cell, o.variant) for o in outcomes if o.variant}
     for name, exercise in read(path).exercises.items():

@@ -1,4 +1,4 @@
-"""The one source of a notebook: starter, solution and mutants in it, and what it may not do."""
+"""The source of a notebook: its starters, solutions and mutants, and what it must not contain."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ def _texts(made: source.Source, solved: bool):
 
 
 @pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.stem[:2])
-def test_a_reveal_that_is_run_again_later_sees_its_own_data(path: Path) -> None:
-    """A learner goes back, guesses, runs the reveal alone: no later cell may reuse its names."""
+def test_no_cell_reassigns_the_names_of_an_earlier_reveal(path: Path) -> None:
+    """A learner may run a reveal again, alone and after later cells."""
     cells = [cell for cell in source.read(path).rendered() if cell.kind == "code"]
     for place, cell in enumerate(cells):
         read = names_of(cell.text, ast.Load) if cell.id.endswith("-reveal") else set()
         for later in cells[place + 1 :]:
             reused = read & names_of(later.text, ast.Store)
-            assert not reused, f"{cell.id} reads {reused}, and {later.id} assigns it anew"
+            assert not reused, f"{cell.id} reads {reused}, and {later.id} assigns it again"
 
 
 def names_of(code: str, context: type[ast.expr_context]) -> set[str]:
-    """Names that top-level code of a cell reads or assigns."""
+    """Return the names that the top-level code of a cell reads or assigns."""
     parts = [part for part in ast.parse(code).body if not isinstance(part, ast.FunctionDef)]
     nodes = [node for part in parts for node in ast.walk(part)]
     targets = [node.target for node in nodes if isinstance(node, ast.comprehension)]

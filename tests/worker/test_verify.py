@@ -1,4 +1,4 @@
-"""A request's own check of its gather: one wrong bit anywhere is found, and explained."""
+"""A request checks its own gather: one wrong bit anywhere is detected and explained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gathered(dtype: str, round_number: int = 3) -> FixedRun:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_right_gather_passes_and_one_wrong_bit_does_not(dtype: str) -> None:
+def test_a_right_gather_passes_and_one_wrong_bit_fails(dtype: str) -> None:
     run = gathered(dtype)
     assert run.verified_gather() is run.tensors
     for tensor in run.tensors:
@@ -41,12 +41,12 @@ def test_a_right_gather_passes_and_one_wrong_bit_does_not(dtype: str) -> None:
     assert run.verified_gather()
 
 
-def test_rows_of_an_earlier_round_are_found() -> None:
+def test_rows_of_an_earlier_round_are_detected() -> None:
     with pytest.raises(provenance.ProvenanceError, match=r"holds round 2.*wanted round 3"):
         gathered("bfloat16", round_number=2).verified_gather()
 
 
-def test_swapped_tensors_are_found() -> None:
+def test_swapped_tensors_are_detected() -> None:
     run = gathered("float32")
     run.tensors.reverse()
     with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
