@@ -203,8 +203,8 @@ class RuntimeDir:
     def startup_phases(self) -> dict[str, str]:
         """Return the startup phase of each process."""
         phases = {}
-        for path in sorted(self.startup_dir.glob("*")):
-            with contextlib.suppress(OSError):  # a new set of workers has just removed it
+        with contextlib.suppress(OSError):  # a new set of workers has just removed the directory
+            for path in sorted(self.startup_dir.iterdir()):
                 phases[path.name] = path.read_text()
         return phases
 

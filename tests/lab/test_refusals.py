@@ -26,7 +26,7 @@ BAD = [
     (lambda lab: lab.gather([64, -1]), "at least one token"),
     (lambda lab: lab.gather(["64"]), "lengths is"),
     (lambda lab: lab.gather([6.5]), "lengths is"),
-    (lambda lab: lab.gather([7], 4), "8 blocks.*falls back to no split"),
+    (lambda lab: lab.gather([7], 4), "8 blocks.*Use cp_size=1"),
     (lambda lab: lab.gather([64], algorithm="magic"), "magic"),
     (lambda lab: lab.gather([64], strategy="spiral"), "spiral"),
     (lambda lab: lab.gather([64], dtype="float31"), "float31"),
