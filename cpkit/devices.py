@@ -88,7 +88,9 @@ def check_no_grad(name: str, x: torch.Tensor) -> None:
 
 def is_capturing(device: str) -> bool:
     """Return True while a CUDA graph is captured on the current stream."""
-    return device == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device != "cuda" or not torch.cuda.is_initialized():  # without CUDA, torch raises below
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 _replayed: list[object] = []

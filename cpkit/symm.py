@@ -100,8 +100,7 @@ def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
 
 def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     check_group(group)
-    if type(peer) is not int or not 0 <= peer < group.size:
-        raise ValueError(f"peer is {peer!r}; the group has ranks 0 to {group.size - 1}")
+    group.check_rank("peer", peer)
     known = sorted(group.pools)
     pool = group.pools.get(device or (known[0] if len(known) == 1 else ""))
     if not isinstance(pool, SymmetricPool):

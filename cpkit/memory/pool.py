@@ -21,7 +21,13 @@ from functools import partial
 import msgspec
 import torch
 
-from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_stream
+from cpkit.devices import (
+    check_can_grow,
+    check_stream,
+    is_plain_view,
+    keep_for_replays,
+    on_stream,
+)
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
@@ -123,9 +129,16 @@ class SymmetricPool:
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """Return the same tensor in a peer's memory.
 
-        Raises ValueError for a tensor that is not from this pool.
+        Raises ValueError for a tensor that is not from this pool, or is a conjugated or negated
+        view, and for a rank that the group does not have.
         """
+        self.group.check_rank("rank", rank)
         segment, offset = self.offset_of(tensor)
+        if not is_plain_view(tensor):
+            raise ValueError(
+                f"{describe(tensor)} is a conjugated or negated view, and its memory holds other "
+                f"values; pass the tensor that it is a view of"
+            )
         memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
 
