@@ -141,7 +141,7 @@ class CPGroup:
         if not agreed:
             with self.agreement() as call:
                 check_stream(stream)
-                check_gather(output, input, self.size)
+                check_gather(output, input, self.rank, self.size)
                 call.must_match(Signature(f"gather {describe(output, input)}"))
         with on_stream(stream, output, input):
             ordinary_all_gather(output, input, self)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-from cpkit.devices import device_type
+from cpkit.devices import check_tensor, device_type
 from cpkit.group import CPGroup, batch_symmetry, is_allocation_symmetric
 from cpkit.memory import factory
 from cpkit.memory.backend import Backend
@@ -124,7 +124,7 @@ def explain_path(
         >>> explain_path(send, recv, group, transport="nccl 2.28.9").path   # doctest: +SKIP
         'fallback'
 
-    Raises ValueError on every rank for an unknown transport.
+    Raises ValueError on every rank for an unknown transport, or a tensor without memory.
     """
     check_group(group)
     if group.spans_hosts and transport is None:
@@ -132,6 +132,8 @@ def explain_path(
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
     with group.agreement([recv]) as call:
         nccl_version(transport or "posix")
+        check_tensor("send", send)
+        check_tensor("recv", recv)
         call.must_match(Signature(f"explain_path(transport={transport})"))
         call.state += msgspec.msgpack.encode(locate_pair(send, recv, group))
     pool = group.pools.get(device_type(recv))

@@ -313,7 +313,7 @@ class SymmetricPool:
                 return memory.all_gather([input], [output])
         with stage("agree"), self.agreement() as call:
             check_stream(stream)
-            check_gather(output, input, self.group.size)
+            check_gather(output, input, self.group.rank, self.group.size)
             call.must_match(Signature(f"gather {describe(output, input)}"))
             call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
         path, unsafe_send, unsafe_recv = self.decide(call)
