@@ -373,7 +373,10 @@ def last_path(group: CPGroup) -> PathReport | None:
 
 
 def path_of_result(result: torch.Tensor) -> PathReport | None:
-    """Return the path of the gather that returned this tensor object; None for any other tensor."""
+    """Return the path of the gather that returned this tensor object; None for any other tensor.
+
+    The results of a plan are not recorded, to keep its calls short: see `last_path`.
+    """
     report: PathReport | None = _reports.get(result)
     return report
 

@@ -20,17 +20,23 @@ different order from its peers, this is not detected, and the rows are wrong.
 A result is valid until this rank calls the plan again. With one output, rank 0's second call would
 store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` uses three
 outputs, and a result stays valid for one more call.
+
+The prepared copies use addresses, so a call first checks that no memory has moved on this rank. If
+it has, the rank arrives at the exit barrier as `MOVED`, and all its peers raise as well. On CUDA,
+the peers' kernels time out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from cpkit.devices import is_capturing
-from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of, remember_path
+from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of
 from cpkit.group import CPGroup, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import Prepared
@@ -38,7 +44,22 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
 from cpkit.sync.agreement import Signature
+from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
 from cpkit.validate import check_call, check_group
+
+
+class _Place(NamedTuple):
+    """The memory of a plan's tensor when the plan was made; `alias` keeps the storage alive."""
+
+    name: str
+    tensor: torch.Tensor
+    alias: torch.Tensor
+    address: int
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> _Place:
+        """Return the place of a tensor as it is now."""
+        return cls(name, tensor, tensor.detach(), tensor.data_ptr())
 
 
 class GatherPlan:
@@ -59,9 +80,14 @@ class GatherPlan:
         pool: SymmetricPool | None = None,
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
-        self._tensors = list(tensors)  # the pushes read their memory
+        self._tensors = list(tensors)
         self._pool = pool  # the pushes write through its maps, even after it is replaced
-        self._pushes = cycle(pushes) if pushes else None
+        inputs = [_Place.of(f"tensors[{i}]", x) for i, x in enumerate(tensors)]
+        calls = [
+            (push, [*inputs, *(_Place.of(f"a result of tensors[{i}]", x) for i, x in enumerate(y))])
+            for push, y in pushes
+        ]
+        self._pushes = cycle(calls) if calls else None
         self._path = path
 
     def __call__(self) -> list[torch.Tensor]:
@@ -69,13 +95,31 @@ class GatherPlan:
 
         Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
         a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
+        Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
+        peers raise CallsDiffer (on CUDA TimeoutError).
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
-        push, results = next(self._pushes)
+        push, places = next(self._pushes)
+        for name, tensor, alias, address in places:
+            if alias.data_ptr() != address or not tensor.is_set_to(alias):
+                self._refuse(name)
         push()
         self.group.last_path = self._path
-        return list(results)
+        # New views each time: what a caller does to their shape does not reach later calls.
+        return [place.alias.detach() for place in places[len(self._tensors) :]]
+
+    def _refuse(self, name: str) -> NoReturn:
+        """Raise ValueError here and CallsDiffer on the peers, which wait at the barrier."""
+        barrier = self.group.shm_barrier
+        if barrier and self._tensors[0].device.type == "cpu":
+            with suppress(BarrierTimeout, CallsDiffer):
+                barrier.barrier(MOVED)
+        raise ValueError(
+            f"the memory of {name} has moved or its shape has changed since the plan was made (for "
+            f"example by share_memory_(), by a multiprocessing queue, or by setting .data), and a "
+            f"plan uses its tensors in place; make a new plan, and put a clone() into queues"
+        )
 
 
 def plan_gather_kv(
@@ -115,8 +159,6 @@ def plan_gather_kv(
         [from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
         for outputs in output_sets
     ]
-    for results in result_sets:
-        remember_path(group, path, results)
     pairs = list(zip(pushes, result_sets, strict=True))
     return GatherPlan(tensors, metadata, group, algorithm, pairs, path, memory)
 

@@ -14,6 +14,7 @@ from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_pa
 from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import GatherPlan, plan_gather_kv
 from tests.ranks.device import DEVICE, pool_of, shard_rows, world_group
+from tests.ranks.errors import error_of
 from tests.ranks.mutants import planted
 
 
@@ -149,6 +150,27 @@ def check_outputs_return_to_the_pool_with_the_plan() -> None:
         plan_gather_kv([rows], metadata, group)()
         pool.free_dropped("settle")
     assert pool.stats().used_bytes == 0
+
+
+def check_memory_that_has_moved_is_refused() -> None:
+    """The prepared copies use addresses; tests.ranks.crossed moves the memory of one rank."""
+    group, metadata, rows = everybody_and_rows()
+    gather = plan_gather_kv([rows], metadata, group)
+    gather()
+    rows.data = rows.clone()
+    said = error_of(gather)
+    assert "the memory of tensors[0] has moved" in said, said
+    assert "make a new plan" in said, said
+
+
+def check_views_in_place_of_a_result_end_with_it() -> None:
+    group, metadata, rows = everybody_and_rows()
+    gather = plan_gather_kv([rows], metadata, group)
+    for _ in range(4):
+        (whole,) = gather()
+        provenance.check(whole, metadata, round=0)
+        whole.t_()
+        whole.unsqueeze_(0)
 
 
 def check_a_plan_outlives_the_pool_that_it_was_made_in() -> None:
