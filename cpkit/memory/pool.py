@@ -21,13 +21,7 @@ from functools import partial
 import msgspec
 import torch
 
-from cpkit.devices import (
-    check_can_grow,
-    check_stream,
-    is_plain_view,
-    keep_for_replays,
-    on_stream,
-)
+from cpkit.devices import check_can_grow, check_stream, is_plain_view, keep_for_replays, on_stream
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
@@ -136,8 +130,7 @@ class SymmetricPool:
         segment, offset = self.offset_of(tensor)
         if not is_plain_view(tensor):
             raise ValueError(
-                f"{describe(tensor)} is a conjugated or negated view, and its memory holds other "
-                f"values; pass the tensor that it is a view of"
+                f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
             )
         memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
