@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 
 def device_type(x: object) -> str:
@@ -60,8 +61,40 @@ def is_plain_view(x: torch.Tensor) -> bool:
     return not (x.is_conj() or x.is_neg())
 
 
-def check_device(name: str, x: torch.Tensor) -> None:
-    """Check that a gather accepts a tensor on this device. Raises ValueError."""
+def has_memory(x: torch.Tensor) -> bool:
+    """Return True when the tensor is empty or has an address.
+
+    False for tensors that wrap others (DTensor), for zero tensors of autograd, inside
+    torch.func transforms, and once the storage was freed (FSDP).
+    """
+    try:
+        return bool(x.data_ptr()) or not x.numel()
+    except RuntimeError:  # inside torch.func transforms
+        return False
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Check that a gather can read and write this tensor at its address. Raises ValueError."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is {x!r:.80}; it must be a tensor")
+    _check_device(name, x)
+    if x.is_nested:
+        problem = "is nested"
+    elif x.layout is not torch.strided:
+        problem = f"has layout {x.layout}"
+    elif x.is_quantized:
+        problem = "is quantized"
+    elif not has_memory(x):
+        problem = f"is a {type(x).__name__} without memory of its own"
+    else:
+        return
+    raise ValueError(
+        f"{name} {problem}; it must be an ordinary strided tensor. Pass x.to_local() of a DTensor, "
+        f"x.dequantize() of a quantized tensor, x.to_dense() of a sparse one, or x.clone()"
+    )
+
+
+def _check_device(name: str, x: torch.Tensor) -> None:
     if x.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} is on {x.device}; move it to the CPU or to this rank's GPU")
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
@@ -84,11 +117,18 @@ def check_no_grad(name: str, x: torch.Tensor) -> None:
             f"For inference pass {name}.detach(), or call inside torch.no_grad(). To train, give "
             f"the gather a backward as docs/training.md does"
         )
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(
+            f"{name} has a forward-mode tangent, which a gather would drop. Pass "
+            f"torch.autograd.forward_ad.unpack_dual({name}).primal, and gather the tangent too"
+        )
 
 
 def is_capturing(device: str) -> bool:
     """Return True while a CUDA graph is captured on the current stream."""
-    return device == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device != "cuda" or not torch.cuda.is_initialized():  # without CUDA, torch raises below
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 _replayed: list[object] = []

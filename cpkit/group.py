@@ -95,6 +95,11 @@ class CPGroup:
         for pool in self.pools.values():
             pool.check()
 
+    def check_rank(self, name: str, rank: int) -> None:
+        """Check that an argument is a rank of the group. Raises ValueError. Local."""
+        if type(rank) is not int or not 0 <= rank < self.size:
+            raise ValueError(f"{name} is {rank!r}; the group has ranks 0 to {self.size - 1}")
+
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
         if self.shm_barrier:
@@ -136,7 +141,7 @@ class CPGroup:
         if not agreed:
             with self.agreement() as call:
                 check_stream(stream)
-                check_gather(output, input, self.size)
+                check_gather(output, input, self.rank, self.size)
                 call.must_match(Signature(f"gather {describe(output, input)}"))
         with on_stream(stream, output, input):
             ordinary_all_gather(output, input, self)

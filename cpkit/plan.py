@@ -20,12 +20,18 @@ different order from its peers, this is not detected, and the rows are wrong.
 A result is valid until this rank calls the plan again. With one output, rank 0's second call would
 store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` uses three
 outputs, and a result stays valid for one more call.
+
+The prepared copies use addresses, so a call first checks that no memory has moved on this rank. If
+it has, the rank arrives at the exit barrier as `MOVED`, and all its peers raise as well. On CUDA,
+the peers' kernels time out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
+from typing import NoReturn
 
 import torch
 
@@ -38,7 +44,17 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
 from cpkit.sync.agreement import Signature
+from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
 from cpkit.validate import check_call, check_group
+
+
+class _Memory:
+    """A tensor of a plan, and where its memory was when the plan was made."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name, self.tensor = name, tensor
+        self.alias = tensor.detach()  # keeps the storage alive, and has the shape that was planned
+        self.address = tensor.data_ptr()
 
 
 class GatherPlan:
@@ -59,9 +75,14 @@ class GatherPlan:
         pool: SymmetricPool | None = None,
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
-        self._tensors = list(tensors)  # the pushes read their memory
+        self._tensors = list(tensors)
+        self._inputs = [_Memory(f"tensors[{i}]", x) for i, x in enumerate(tensors)]
         self._pool = pool  # the pushes write through its maps, even after it is replaced
-        self._pushes = cycle(pushes) if pushes else None
+        calls = [
+            (push, [_Memory(f"the result of tensors[{i}]", x) for i, x in enumerate(results)])
+            for push, results in pushes
+        ]
+        self._pushes = cycle(calls) if calls else None
         self._path = path
 
     def __call__(self) -> list[torch.Tensor]:
@@ -69,13 +90,35 @@ class GatherPlan:
 
         Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
         a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
+        Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
+        peers raise CallsDiffer (on CUDA TimeoutError).
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
         push, results = next(self._pushes)
+        for x in self._inputs:
+            if x.alias.data_ptr() != x.address or not x.tensor.is_set_to(x.alias):
+                self._refuse(x.name)
+        for x in results:
+            if x.alias.data_ptr() != x.address:
+                self._refuse(x.name)
+            if not x.tensor.is_set_to(x.alias):  # its caller changed its shape in place
+                x.tensor = x.alias.detach()
         push()
         self.group.last_path = self._path
-        return list(results)
+        return [x.tensor for x in results]
+
+    def _refuse(self, name: str) -> NoReturn:
+        """Raise ValueError here and CallsDiffer on the peers, which wait at the barrier."""
+        barrier = self.group.shm_barrier
+        if barrier and self._tensors[0].device.type == "cpu":
+            with suppress(BarrierTimeout, CallsDiffer):
+                barrier.barrier(MOVED)
+        raise ValueError(
+            f"the memory of {name} has moved or its shape has changed since the plan was made (for "
+            f"example by share_memory_(), by a multiprocessing queue, or by setting .data), and a "
+            f"plan uses its tensors in place; make a new plan, and put a clone() into queues"
+        )
 
 
 def plan_gather_kv(

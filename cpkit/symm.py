@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-from cpkit.devices import device_type
+from cpkit.devices import check_tensor, device_type
 from cpkit.group import CPGroup, batch_symmetry, is_allocation_symmetric
 from cpkit.memory import factory
 from cpkit.memory.backend import Backend
@@ -100,8 +100,7 @@ def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
 
 def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     check_group(group)
-    if type(peer) is not int or not 0 <= peer < group.size:
-        raise ValueError(f"peer is {peer!r}; the group has ranks 0 to {group.size - 1}")
+    group.check_rank("peer", peer)
     known = sorted(group.pools)
     pool = group.pools.get(device or (known[0] if len(known) == 1 else ""))
     if not isinstance(pool, SymmetricPool):
@@ -125,7 +124,7 @@ def explain_path(
         >>> explain_path(send, recv, group, transport="nccl 2.28.9").path   # doctest: +SKIP
         'fallback'
 
-    Raises ValueError on every rank for an unknown transport.
+    Raises ValueError on every rank for an unknown transport, or a tensor without memory.
     """
     check_group(group)
     if group.spans_hosts and transport is None:
@@ -133,6 +132,8 @@ def explain_path(
         return PathReport("fallback", reason, "ordinary memory", "ordinary memory")
     with group.agreement([recv]) as call:
         nccl_version(transport or "posix")
+        check_tensor("send", send)
+        check_tensor("recv", recv)
         call.must_match(Signature(f"explain_path(transport={transport})"))
         call.state += msgspec.msgpack.encode(locate_pair(send, recv, group))
     pool = group.pools.get(device_type(recv))

@@ -14,15 +14,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from cpkit.algorithms import ALGORITHMS
-from cpkit.devices import check_device, check_no_grad, is_capturing, is_plain_view
+from cpkit.devices import check_no_grad, check_tensor, is_capturing, is_plain_view
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.locate import locate_buffer
 from cpkit.memory.pool import SymmetricPool
 from cpkit.sync.agreement import Signature
-from cpkit.sync.collective import describe
+from cpkit.sync.collective import describe, extent
 
 _MAX_CHECKED_CALLS = 256
 
@@ -66,13 +67,21 @@ def _key(
     """Return all that the checks and the signature depend on; None if the call is not cached."""
     if type(tensors) not in (list, tuple) or type(metadata) is not ContextParallelMetadata:
         return None
-    if type(algorithm) is not str:
+    if type(algorithm) is not str or forward_ad._current_level >= 0:
         return None
     key: list[object] = [metadata, algorithm, symmetric]
     for x in tensors:
-        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
-            return None
-        if x.requires_grad and torch.is_grad_enabled():
+        try:
+            is_ordinary = (
+                type(x) is torch.Tensor
+                and x.layout is torch.strided
+                and not x.is_nested
+                and (x.data_ptr() or not x.numel())
+                and not (x.requires_grad and torch.is_grad_enabled())
+            )
+        except RuntimeError:  # inside torch.func transforms, tensors have no address
+            is_ordinary = False
+        if not is_ordinary:
             return None
         key += (x.shape, x.dtype, x.device)
         if x.is_cuda:
@@ -120,12 +129,7 @@ def _check_rows(
     x: torch.Tensor, metadata: ContextParallelMetadata, group: CPGroup, name: str
 ) -> None:
     rows = metadata.per_rank_actual_token[group.rank]
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} is {x!r}; it must be a tensor of this rank's rows")
-    if x.layout is not torch.strided or x.is_nested:
-        kind = "is nested" if x.is_nested else f"has layout {x.layout}"
-        raise ValueError(f"{name} {kind}; it must be an ordinary strided tensor")
-    check_device(name, x)
+    check_tensor(name, x)
     check_no_grad(name, x)
     if x.ndim < 1 or x.shape[0] != rows:
         raise ValueError(
@@ -240,7 +244,8 @@ def _cache_locations(into: Sequence[torch.Tensor], group: CPGroup) -> Signature:
 
 
 def _check_cache(cache: torch.Tensor, x: torch.Tensor, name: str) -> None:
-    if not isinstance(cache, torch.Tensor) or cache.layout is not torch.strided or cache.ndim < 1:
+    check_tensor(name, cache)
+    if cache.ndim < 1:
         raise ValueError(f"{name} is {cache!r:.80}; it must be a cache tensor of rows, [slots, …]")
     if cache.shape[1:] != x.shape[1:] or cache.dtype != x.dtype or cache.device != x.device:
         raise ValueError(
@@ -264,6 +269,7 @@ def _check_slots(
         raise ValueError(
             f"slots is {got}; it must be int64 [{total}] on {device}, the row of each token"
         )
+    check_tensor("slots", slots)
     if not slots.is_contiguous():
         raise ValueError("slots must be contiguous")
 
@@ -284,8 +290,8 @@ def _check_slot_values(values: torch.Tensor, rows: int) -> None:
 
 def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
     """Check that no cache shares memory with another tensor: its rows would be overwritten."""
-    named = [(*_extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
-    named += [(*_extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
+    named = [(*extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
+    named += [(*extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
     furthest = furthest_cache = (0, "")  # the highest end so far, and whose it is
     for start, stop, name, is_cache in sorted(named):
         end, other = furthest if is_cache else furthest_cache  # rows can share memory with rows
@@ -294,14 +300,6 @@ def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
         furthest = max(furthest, (stop, name))
         if is_cache:
             furthest_cache = max(furthest_cache, (stop, name))
-
-
-def _extent(x: torch.Tensor) -> tuple[int, int]:
-    """Return the address of a tensor's first byte and the one after its last; 0, 0 if empty."""
-    if not x.numel():
-        return 0, 0
-    items = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + items * x.element_size()
 
 
 # -------------------------------------------------------------------------- CUDA graphs

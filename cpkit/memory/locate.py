@@ -11,14 +11,11 @@ from cpkit.sync.collective import owner_of
 
 def locate_pair(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> BufferPair:
     """Return the locations of this rank's buffers of a gather."""
-    shard_bytes = send.numel() * send.element_size() if isinstance(send, torch.Tensor) else 0
-    return BufferPair(locate_buffer(send, group), locate_buffer(recv, group), shard_bytes)
+    return BufferPair(locate_buffer(send, group), locate_buffer(recv, group), send.nbytes)
 
 
 def locate_buffer(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
     """Return where a buffer is: in the group's pool, in another pool, or in ordinary memory."""
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-        return BufferLocation(other="not a strided tensor", fault="unregistered")
     pool = group.pools.get(tensor.device.type)
     found = pool.locate(tensor) if pool else None
     if found and not tensor.is_contiguous():

@@ -21,7 +21,7 @@ from functools import partial
 import msgspec
 import torch
 
-from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_stream
+from cpkit.devices import check_can_grow, check_stream, is_plain_view, keep_for_replays, on_stream
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
@@ -124,9 +124,15 @@ class SymmetricPool:
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """Return the same tensor in a peer's memory.
 
-        Raises ValueError for a tensor that is not from this pool.
+        Raises ValueError for a tensor that is not from this pool, or is a conjugated or negated
+        view, and for a rank that the group does not have.
         """
+        self.group.check_rank("rank", rank)
         segment, offset = self.offset_of(tensor)
+        if not is_plain_view(tensor):
+            raise ValueError(
+                f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
+            )
         memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
 
@@ -300,7 +306,7 @@ class SymmetricPool:
                 return memory.all_gather([input], [output])
         with stage("agree"), self.agreement() as call:
             check_stream(stream)
-            check_gather(output, input, self.group.size)
+            check_gather(output, input, self.group.rank, self.group.size)
             call.must_match(Signature(f"gather {describe(output, input)}"))
             call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
         path, unsafe_send, unsafe_recv = self.decide(call)

@@ -41,7 +41,7 @@ PAGE_BYTES = 16384
 MAX_MESSAGE_BYTES = 7168
 _MESSAGES = (1024, 1024 + 7680)
 _CALLS = (1, 2)  # words after the counter
-PLAIN, EXCHANGE = 0, 1  # calls without a plan; `ShmBarrier.new_call` numbers those with one
+PLAIN, EXCHANGE, MOVED = 0, 1, 2  # `ShmBarrier.new_call` numbers the calls of plans
 _SHORT_WAIT_S = 0.02
 _SHORT_SLEEP_S = 1e-6  # the shortest possible; takes about 55 µs on Linux
 _YIELDS = (4, 64)  # minimum and maximum before a sleep, where ranks share a core
@@ -194,4 +194,8 @@ class ShmBarrier:
 def _describe(call: int) -> str:
     if call >> 16:
         return f"the end of a plan's call (plan {call >> 16}, output {call & 0xFFFF})"
-    return "the agreement before a collective" if call == EXCHANGE else "the end of a gather"
+    return (
+        "the end of a gather",
+        "the agreement before a collective",
+        "a plan's call whose memory has moved",
+    )[call]

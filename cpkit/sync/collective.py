@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cpkit.devices import check_device, check_no_grad, is_plain_view
+from cpkit.devices import check_no_grad, check_tensor, is_plain_view
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 
@@ -25,12 +25,13 @@ class Members(Protocol):
     has_nccl: bool
 
 
-def check_gather(output: torch.Tensor, input: torch.Tensor, size: int) -> None:
-    """Check that `output` has room for `size` shards like `input`. Raises ValueError."""
+def check_gather(output: torch.Tensor, input: torch.Tensor, rank: int, size: int) -> None:
+    """Check that `output` has room for `size` shards like `input`. Raises ValueError.
+
+    The gather can be in place: `input` is then the part of `output` that belongs to this rank.
+    """
     for name, x in (("output", output), ("input", input)):
-        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
-            raise ValueError(f"{name} is {type(x).__name__}; it must be an ordinary strided tensor")
-        check_device(name, x)
+        check_tensor(name, x)
         check_no_grad(name, x)
     if output.device != input.device:
         raise ValueError(
@@ -46,6 +47,22 @@ def check_gather(output: torch.Tensor, input: torch.Tensor, size: int) -> None:
         raise ValueError(
             f"output {describe(output)} must be contiguous, and not a conjugated or negated view"
         )
+    (start, stop), (first, last) = extent(input), extent(output)
+    is_own_part = input.is_contiguous() and start == first + rank * input.nbytes
+    if start < last and first < stop and not is_own_part:
+        raise ValueError(
+            f"input shares memory with output, and peers write there while it is read; pass "
+            f"another tensor, or this rank's part of output, "
+            f"output[{rank * len(input)}:{(rank + 1) * len(input)}]"
+        )
+
+
+def extent(x: torch.Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's first byte and the one after its last; 0, 0 if empty."""
+    if not x.numel():
+        return 0, 0
+    items = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + items * x.element_size()
 
 
 def describe(*tensors: torch.Tensor) -> str:

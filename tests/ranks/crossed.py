@@ -10,10 +10,10 @@ from cpkit import provenance
 from cpkit.gather import all_gather_kv
 from cpkit.layout import prepare_context_parallel_metadata, shard
 from cpkit.memory.pool import SymmetricPool
-from cpkit.plan import plan_gather_kv
+from cpkit.plan import GatherPlan, plan_gather_kv
 from cpkit.sync.barrier import CallsDiffer
 from tests.ranks.device import batch_of, world_group
-from tests.ranks.errors import raised
+from tests.ranks.errors import error_of, raised
 from tests.ranks.mutants import planted
 
 
@@ -77,6 +77,38 @@ def check_after_an_interrupted_call_of_a_plan_all_ranks_raise() -> None:
         assert plan._pushes
         next(plan._pushes)
     expect(plan, "output 1), rank 1 at", "output 0)")
+
+
+def check_memory_that_moved_on_one_rank_is_everybodys_error() -> None:
+    """Of a tensor, or of a result: then the other output still works."""
+
+    def renew(x: torch.Tensor) -> None:
+        x.data = x.clone()
+
+    def grow(x: torch.Tensor) -> None:
+        x.resize_(2 * len(x), *x.shape[1:])
+
+    def expect_refusal(gather: GatherPlan, name: str) -> None:
+        if group.rank == 0:
+            assert f"the memory of {name} has moved" in error_of(gather)
+        else:
+            expect(gather, "rank 0 at a plan's call whose memory has moved")
+
+    for move in (renew, grow, torch.Tensor.share_memory_, torch.Tensor.t_):
+        group, metadata, rows = batch_of(97, 64)
+        gather = plan_gather_kv([rows], metadata, group)
+        gather()
+        if group.rank == 0:
+            move(rows)
+        expect_refusal(gather, "tensors[0]")
+    group, metadata, rows = batch_of(97, 64)
+    gather = plan_gather_kv([rows], metadata, group)
+    (whole,) = gather()
+    if group.rank == 0:
+        whole.share_memory_()  # as a multiprocessing queue does
+    provenance.check(gather()[0], metadata, round=1)
+    expect_refusal(gather, "the result of tensors[0]")
+    provenance.check(gather()[0], metadata, round=1)
 
 
 def check_a_plan_made_in_inference_mode_works_outside_it() -> None:

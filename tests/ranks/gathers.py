@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cpkit import provenance, stages
 from cpkit.gather import (
@@ -219,36 +221,81 @@ def check_one_strided_row_per_rank() -> None:
             provenance.check(got, metadata, round=1)
 
 
-def check_rows_that_require_grad_are_refused_on_every_rank() -> None:
-    """A gather has no backward, so training would continue with a wrong gradient."""
+def eight_rows() -> tuple[CPGroup, ContextParallelMetadata, torch.Tensor]:
+    """Eight rows per rank, of round 2."""
     group = world_group()
     metadata = prepare_context_parallel_metadata([8 * group.size], group.size)
-    rows = shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
-    trained = rows.clone().requires_grad_(group.rank == 0)
+    return group, metadata, shard_rows(metadata, group.rank, (8,), torch.float32, round=2)
+
+
+def refusals(spoil: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield what each function says where rank 0 passes one spoiled tensor: (its name, error)."""
+    group, metadata, rows = eight_rows()
+    bad = spoil(rows.clone()) if group.rank == 0 else rows
     batch = SimpleNamespace(attn_cp_metadata=metadata)
     recv = torch.empty(8 * group.size, 8, device=DEVICE)
-    cache, slots = torch.empty_like(recv), torch.arange(8 * group.size, device=DEVICE)
-    learning_cache = cache.clone().requires_grad_(group.rank == 0)
-    into = {"algorithm": "padded", "slots": slots}
-    for name, call, arguments, options in (
-        *(
-            ("tensors[0]", all_gather_kv, ([trained], metadata, group), {"algorithm": algorithm})
-            for algorithm in ALGORITHMS
-        ),
-        ("into[0]", all_gather_kv, ([rows], metadata, group), {**into, "into": [learning_cache]}),
-        ("tensors[0]", plan_gather_kv, ([trained], metadata, group), {}),
-        (
-            "input_tensor",
-            cp_all_gather_reorganized_into_tensor_kv_cache,
-            (trained, metadata.total_tokens, group.size, batch),
-            {},
-        ),
-        ("input", group.cp_all_gather_into_tensor_async, (recv, trained), {}),
+    bad_recv = spoil(recv.clone()) if group.rank == 0 else recv
+    slots = torch.arange(8 * group.size, device=DEVICE)
+    into = {"algorithm": "padded", "slots": slots, "into": [bad_recv]}
+    kv = (metadata, group)
+    for algorithm in ALGORITHMS:
+        yield "tensors[0]", error_of(all_gather_kv, [bad], *kv, algorithm=algorithm)
+    yield "into[0]", error_of(all_gather_kv, [rows], *kv, **into)
+    yield "tensors[0]", error_of(plan_gather_kv, [bad], *kv)
+    seed = cp_all_gather_reorganized_into_tensor_kv_cache
+    yield "input_tensor", error_of(seed, bad, metadata.total_tokens, group.size, batch)
+    yield "input", error_of(group.cp_all_gather_into_tensor_async, recv, bad)
+    yield "output", error_of(group.cp_all_gather_into_tensor_async, bad_recv, rows)
+
+
+def check_tensors_without_memory_of_their_own_are_refused_on_every_rank() -> None:
+    """Their addresses are null, or hold something else than the values."""
+    group, metadata, rows = eight_rows()
+    first = group.rank == 0
+    all_gather_kv([rows], metadata, group)  # what is remembered of this call must not help
+
+    def zero(x: torch.Tensor) -> torch.Tensor:
+        return torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device)
+
+    def freed(x: torch.Tensor) -> torch.Tensor:
+        x.untyped_storage().resize_(0)
+        return x
+
+    def quantized(x: torch.Tensor) -> torch.Tensor:
+        return torch.quantize_per_tensor(x.nan_to_num(), 1.0, 0, torch.qint8)
+
+    for spoil, words in (
+        (lambda x: TwoTensor(x, x), "is a TwoTensor without"),
+        (zero, "is a Tensor without"),
+        (freed, "is a Tensor without"),
+        (quantized, "is quantized"),
     ):
-        said = error_of(call, *arguments, **options)
+        for name, said in refusals(spoil):
+            assert f"rank(s) 0: {name} {words}" in said, said
+            assert "to_local()" in said, said
+    slots = torch.arange(8 * group.size, device=DEVICE)
+    options = {
+        "slots": zero(slots) if first else slots,
+        "into": [torch.empty(8 * group.size, 8, device=DEVICE)],
+    }
+    said = error_of(all_gather_kv, [rows], metadata, group, algorithm="padded", **options)
+    assert "rank(s) 0: slots is a Tensor without" in said, said
+    said = error_of(explain_path, zero(rows) if first else rows, rows, group)
+    assert "rank(s) 0: send is a Tensor without" in said, said
+
+
+def check_rows_that_require_grad_are_refused_on_every_rank() -> None:
+    """A gather has no backward: training would go on with a gradient that is silently wrong."""
+    group, metadata, rows = eight_rows()
+    for name, said in refusals(torch.Tensor.requires_grad_):
         assert f"{name} requires grad" in said, said
         assert f"{name}.detach()" in said
         assert "torch.no_grad()" in said
+    with forward_ad.dual_level():
+        for name, said in refusals(lambda x: forward_ad.make_dual(x, torch.ones_like(x))):
+            assert f"{name} has a forward-mode tangent" in said, said
+            assert f"unpack_dual({name}).primal" in said
+    trained = rows.clone().requires_grad_(group.rank == 0)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             (got,) = all_gather_kv([trained], metadata, group)

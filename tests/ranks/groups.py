@@ -131,6 +131,11 @@ def check_the_plain_collective_checks_its_buffers() -> None:
     view = torch.zeros(12, 2, dtype=torch.complex64).conj()
     said = error_of(group.cp_all_gather_into_tensor_async, view, view[:3].clone())
     assert "not a conjugated or negated view" in said
+    group.cp_all_gather_into_tensor_async(output, output[3 * group.rank :][:3])
+    assert output[:, 0].tolist() == [float(rank) for rank in range(4) for _ in range(3)]
+    elsewhere = output[1:4] if group.rank == 0 else shard
+    said = error_of(group.cp_all_gather_into_tensor_async, output, elsewhere)
+    assert "rank(s) 0: input shares memory with output" in said, said
     one = shard.double() if group.rank == 0 else shard
     assert "rank(s) 0" in error_of(group.cp_all_gather_into_tensor_async, output, one)
 

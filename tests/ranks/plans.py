@@ -135,6 +135,27 @@ def check_outputs_return_to_the_pool_with_the_plan() -> None:
     assert pool.stats().used_bytes == 0
 
 
+def check_memory_that_has_moved_is_refused() -> None:
+    """The prepared copies use addresses; tests.ranks.crossed moves the memory of one rank."""
+    group, metadata, rows = batch_of(97, 64)
+    gather = plan_gather_kv([rows], metadata, group)
+    gather()
+    rows.data = rows.clone()
+    said = error_of(gather)
+    assert "the memory of tensors[0] has moved" in said, said
+    assert "make a new plan" in said, said
+
+
+def check_views_in_place_of_a_result_end_with_it() -> None:
+    group, metadata, rows = batch_of(97, 64)
+    gather = plan_gather_kv([rows], metadata, group)
+    for _ in range(4):
+        (whole,) = gather()
+        provenance.check(whole, metadata, round=1)
+        whole.t_()
+        whole.unsqueeze_(0)
+
+
 def check_a_plan_outlives_the_pool_that_it_was_made_in() -> None:
     """Its copies write through the mappings of that pool."""
     group, metadata, rows = batch_of(97, 64)

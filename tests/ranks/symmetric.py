@@ -270,6 +270,13 @@ def check_bad_pools_are_refused() -> None:
     assert "max_tokens is 0" in error_of(pool.warm_up, 0 if group.rank == 0 else 10)
     assert "rank(s) 0: warm_up(10" in error_of(pool.warm_up, 10 if group.rank == 0 else 1000)
     assert "use_symmetric_memory" in error_of(pool.peer_view, torch.zeros(3), 0)
+    mine = pool.empty([3], torch.float32)
+    for rank in (-1, True, "a", group.size):
+        said = error_of(pool.peer_view, mine, rank)
+        assert f"rank is {rank!r}; the group has ranks 0 to {group.size - 1}" in said, said
+    assert "negated view" in error_of(pool.peer_view, torch._neg_view(mine), 0)
+    if not torch.cuda.is_available():
+        assert "where torch sees a GPU" in error_of(symmetric_pool, group, "cuda")
     gather_works()
 
 
