@@ -253,6 +253,8 @@ def _result(reply: ReplyBody) -> ReplyBody:
         raise Cancelled(reply.message)
     if reply.kind == "busy":
         raise WorkersBusy(f"the workers are busy: {reply.message}", ahead=1)
+    if reply.kind == "hung":
+        raise NoAnswer(reply.message)
     prefix = "" if reply.rank is None else f"rank {reply.rank}: "
     raise RequestFailed(prefix + reply.message)
 
@@ -265,7 +267,7 @@ def _deadline_error(deadline_s: float, ahead: int, connection: Connection) -> Co
             ahead=ahead,
         )
     return NoAnswer(
-        f"no answer within {deadline_s:g} s from the workers {connection.name!r} at "
-        f"{connection.endpoint}, although their processes are alive; see the logs in "
-        f"{connection.log_dir}"
+        f"no answer within {deadline_s:g} s from rank 0 of the workers {connection.name!r} at "
+        f"{connection.endpoint}, although no process has ended. Call lab.stop(), which ends all "
+        f"ranks, then cpkit.connect(). The logs are in {connection.log_dir}"
     )

@@ -56,7 +56,7 @@ class WorkersBusy(ControlError):
 
 
 class NoAnswer(ControlError):
-    """No reply before the deadline, a rejected key, an invalid reply, or a closed client."""
+    """A rank hangs, a deadline passed, a key or a reply is invalid, or the client is closed."""
 
 
 class Cancelled(ControlError):

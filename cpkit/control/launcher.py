@@ -175,16 +175,21 @@ def _end(agent: ProcessId) -> None:
 
 
 def shut_down(client: Client) -> None:
-    """Send the workers a shutdown request, and wait until they have ended."""
+    """Send the workers a shutdown request, and wait until they have ended.
+
+    If no answer arrives or a rank hangs, end their agent at once.
+    """
     runtime_dir = RuntimeDir(client.connection.name)
+    patience_s = _STOP_TIMEOUT_S
     try:
         client.call(Shutdown(), Done)
-    except ControlError:
+    except ControlError as error:
+        patience_s = 0.0 if isinstance(error, NoAnswer) else patience_s
         _log.warning(
             "the workers did not accept the shutdown request; stopping their agent instead"
         )
     if client.connection.host == socket.gethostname():
-        wait_for(lambda: not runtime_dir.is_locked(), _STOP_TIMEOUT_S)
+        wait_for(lambda: not runtime_dir.is_locked(), patience_s)
         if runtime_dir.agent() and runtime_dir.is_locked():
             stop(client.connection.name)
 

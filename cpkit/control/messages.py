@@ -32,7 +32,7 @@ from cpkit.control.results import (
 )
 
 MAX_MESSAGE_BYTES = 16 << 20
-FailureKind = Literal["bad_request", "version", "cancelled", "busy", "internal"]
+FailureKind = Literal["bad_request", "version", "cancelled", "busy", "hung", "internal"]
 T = TypeVar("T")
 
 

@@ -52,7 +52,8 @@ class Server:
     """Binds the control socket and serves it in a thread from `start` to `close`.
 
     An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the bound address.
-    `status` returns the reply to a Status request, given the number of jobs.
+    `status` returns the reply to a Status request, given the number of jobs. While `refusal` is
+    set, because a rank hangs, it is the reply to all other requests.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Server:
         status: Callable[[int], StatusResult],
     ) -> None:
         self.jobs = JobQueue()
+        self.refusal: Failed | None = None
         self._status = status
         self._client_key = client_public_key
         self._job_numbers = count(1)
@@ -145,6 +147,9 @@ class Server:
 
     def _update_clients(self) -> None:
         """Send queue positions and keep-alives, and end jobs that waited past their deadline."""
+        if self.refusal:
+            self._refuse(self.refusal)
+            return
         for job in self.jobs.remove_overdue():
             waited = f"waited {job.request.deadline_s:g} s with {job.ahead} request(s) ahead"
             self.reply(job, Failed("busy", waited))
@@ -158,6 +163,14 @@ class Server:
                 job.ahead = ahead
                 if ahead:
                     self.reply(job, Queued(ahead))
+
+    def _refuse(self, refusal: Failed) -> None:
+        """Fail all jobs. The scheduler ends those that have started, if the ranks answer again."""
+        current = self.jobs.current()
+        for job in [*([current] if current else []), *(job for job, _ in self.jobs.waiting())]:
+            if not job.cancelled:
+                self.reply(job, refusal)
+        self.jobs.cancel_all()
 
     def _handle(self, client: bytes, frames: list[bytes]) -> Reply | None:
         data = frames[0] if len(frames) == 1 else b""

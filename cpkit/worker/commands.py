@@ -1,24 +1,26 @@
-"""Commands from rank 0 to all ranks, and the results of each step: two small collectives.
+"""Commands from rank 0 to all ranks, and their answers, through the job's key-value store.
 
-    rank 0   send(command) ─ broadcast ─▶ every rank executes ─ all_gather ─▶ [StepResult per rank]
+    rank 0   send(command) ─▶ store ─▶ every rank executes it ─ answer ─▶ store ─▶ rank 0
 
-They use their own process group, so that commands are never mixed with measured traffic. A frame
-has a fixed size; only a message that does not fit costs a second collective.
+Unlike a collective, the store can tell which ranks have not answered. Commands are also never mixed
+with measured traffic. A message has at most 8 MiB, torch's limit of a value; the limits of requests
+keep commands and results below it.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import msgspec
-import torch
 import torch.distributed as dist
 
 from cpkit.control.messages import Body, Message
+from cpkit.settings import deadline_s
 
-_FRAME_BYTES = 2048
-_HEADER_BYTES = 8
 _TIMEOUT = timedelta(minutes=10)  # between two commands
+_LONGEST_PAUSE_S = 0.05
 KEEP_ALIVE_S = 60.0  # interval of KeepAlive on an idle rank 0; far shorter than the timeout
 
 
@@ -64,60 +66,55 @@ class StepResult(Message, frozen=True):
 
 
 class CommandChannel:
-    """One rank's end of the channel. The constructor is collective over the world."""
+    """One rank's end of the channel."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store = dist.PrefixStore("cpkit/commands", store)
+        self.rank, self.size = rank, size
+        self._number = 0  # of the last command
+        self._sent_s = time.monotonic()
 
     def send(self, command: Command) -> None:
-        """On rank 0, send a command to all other ranks."""
-        self._broadcast(msgspec.msgpack.encode(command))
+        """On rank 0, send a command to all ranks."""
+        self._number += 1
+        self._sent_s = time.monotonic()
+        self._set(f"{self._number}", command)
 
     def receive(self) -> Command:
         """On the other ranks, wait for the next command and return it."""
-        return msgspec.msgpack.decode(self._broadcast(b""), type=Command)  # type: ignore[no-any-return]
+        self._number += 1
+        key = f"{self._number}"
+        self._store.wait([key], _TIMEOUT)
+        return msgspec.msgpack.decode(self._store.get(key), type=Command)  # type: ignore[no-any-return]
 
-    def all_gather(self, result: StepResult) -> list[StepResult]:
-        """Return the result of every rank, by rank. Collective."""
-        packed = self.all_gather_bytes(msgspec.msgpack.encode(result))
-        return [msgspec.msgpack.decode(data, type=StepResult) for data in packed]
+    def answer(self, result: StepResult) -> None:
+        """Answer the last command. Every rank answers every command."""
+        self._set(self._key(self.rank), result)
 
-    def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """Return the bytes of every rank, by rank; the lengths may differ. Collective."""
-        frames = self._gather_frames(_frame(data, _FRAME_BYTES))
-        longest = max(map(_length, frames))
-        if longest > _FRAME_BYTES - _HEADER_BYTES:
-            frames = self._gather_frames(_frame(data, longest + _HEADER_BYTES))
-        return [_content(frame) for frame in frames]
+    def answers(self, report_late: Callable[[list[int], float], None]) -> list[StepResult]:
+        """On rank 0, wait for the answers of all ranks to the last command; return them by rank.
 
-    def _gather_frames(self, frame: torch.Tensor) -> list[torch.Tensor]:
-        frames = [torch.empty_like(frame) for _ in range(self.size)]
-        dist.all_gather(frames, frame, group=self._group)
-        return frames
+        When no answer has arrived for `deadline_s()`, call `report_late` repeatedly with the
+        late ranks and the seconds since the command was sent. Late answers are returned too.
+        """
+        late = list(range(self.size))
+        progress_s = time.monotonic()
+        while still_late := [rank for rank in late if not self._store.check([self._key(rank)])]:
+            now_s = time.monotonic()
+            if len(still_late) < len(late):
+                late, progress_s = still_late, now_s
+            elif now_s - progress_s >= deadline_s():
+                report_late(late, now_s - self._sent_s)
+            # Poll, because a wait that times out writes two lines to the log.
+            time.sleep(min((now_s - progress_s) / 10, _LONGEST_PAUSE_S))
+        keys = [self._key(rank) for rank in range(self.size)]
+        packed = self._store.multi_get(keys)
+        for key in (f"{self._number}", *keys):  # every rank has read the command
+            self._store.delete_key(key)
+        return [msgspec.msgpack.decode(answer, type=StepResult) for answer in packed]
 
-    def _broadcast(self, data: bytes) -> bytes:
-        frame = _frame(data, _FRAME_BYTES)
-        dist.broadcast(frame, 0, group=self._group)
-        length = _length(frame)
-        if length > _FRAME_BYTES - _HEADER_BYTES:
-            frame = _frame(data, length + _HEADER_BYTES)
-            dist.broadcast(frame, 0, group=self._group)
-        return _content(frame)
+    def _key(self, rank: int) -> str:
+        return f"{self._number}/{rank}"
 
-
-def _frame(data: bytes, nbytes: int) -> torch.Tensor:
-    """Return a frame of `nbytes`: length and content. Content that does not fit is cut off."""
-    frame = torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
-    message = len(data).to_bytes(_HEADER_BYTES, "little") + data
-    fitting = bytearray(message[:nbytes])
-    frame[: len(fitting)] = torch.frombuffer(fitting, dtype=torch.uint8)
-    return frame
-
-
-def _length(frame: torch.Tensor) -> int:
-    return int.from_bytes(frame[:_HEADER_BYTES].numpy().tobytes(), "little")
-
-
-def _content(frame: torch.Tensor) -> bytes:
-    return bytes(frame[_HEADER_BYTES : _HEADER_BYTES + _length(frame)].numpy().tobytes())
+    def _set(self, key: str, message: Message) -> None:
+        self._store.set(key, msgspec.msgpack.encode(message))  # type: ignore[arg-type] # bytes are fine

@@ -27,7 +27,7 @@ from cpkit.control.watchdog import remove_connection
 from cpkit.devices import use_local_gpu
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
-from cpkit.worker.commands import CommandChannel
+from cpkit.worker.commands import CommandChannel, StepResult
 from cpkit.worker.limits import memory_limit_bytes
 from cpkit.worker.scheduler import Executor, Scheduler
 
@@ -44,7 +44,8 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     memory_limit_bytes()  # cached before requests use memory
     runtime_dir.set_startup_phase(name, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
-    channel = CommandChannel()
+    store = dist.distributed_c10d._get_default_store()
+    channel = CommandChannel(store, dist.get_rank(), dist.get_world_size())
     workers = _gather_workers(channel, runtime_dir)
     runtime_dir.set_startup_phase(name, READY)
     try:
@@ -52,7 +53,7 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
             _serve(launch, runtime_dir, agent, workers, channel)
         else:
             Executor(channel).run()
-    except RuntimeError as error:  # how gloo reports a closed connection
+    except RuntimeError as error:  # how the store reports a closed connection
         _wait_for_agent(error)
     dist.destroy_process_group()
 
@@ -146,10 +147,13 @@ def _endpoint(launch: Launch, agent: Agent) -> str:
 
 
 def _gather_workers(channel: CommandChannel, runtime_dir: RuntimeDir) -> tuple[Worker, ...]:
-    """Return the process of each rank, for the connection file. Collective."""
+    """On rank 0, return the process of each rank, for the connection file; otherwise ()."""
     mine = Worker(channel.rank, socket.gethostname(), process_id(), _log_file(runtime_dir))
-    packed = channel.all_gather_bytes(msgspec.msgpack.encode(mine))
-    return tuple(msgspec.msgpack.decode(data, type=Worker) for data in packed)
+    channel.answer(StepResult(msgspec.msgpack.encode(mine)))
+    if channel.rank > 0:
+        return ()
+    answers = channel.answers(lambda ranks, _: _log.warning("waiting for rank(s) %s", ranks))
+    return tuple(msgspec.msgpack.decode(answer.report, type=Worker) for answer in answers)
 
 
 def _log_file(runtime_dir: RuntimeDir) -> str:

@@ -53,22 +53,24 @@ class Executor:
 
     def run(self) -> None:
         """On every rank but 0, execute commands until Exit."""
-        while not isinstance(command := self._channel.receive(), Exit):
-            self.execute(command)
+        command: Command = KeepAlive()
+        while not isinstance(command, Exit):
+            command = self._channel.receive()
+            self._channel.answer(self.execute(command))
 
-    def execute(self, command: Command) -> list[StepResult]:
-        """Execute a command. Return one result per rank of a step, otherwise []. Collective."""
+    def execute(self, command: Command) -> StepResult:
+        """Execute a command, and return this rank's result; an empty one if it is not a step."""
         if isinstance(command, Begin):
             self._state.round = command.job % 1000 + 1
             self._open[command.job] = self._steps(command.body)
         if isinstance(command, Begin | Step):
-            return self._channel.all_gather(_run_step(self._open[command.job]))
+            return _run_step(self._open[command.job])
         if isinstance(command, End):
             for job in command.jobs:
                 self._open.pop(job).close()
             if command.reset:
                 self._state.reset()
-        return []
+        return StepResult()
 
     def _steps(self, body: Body) -> Generator[Any, None, Any]:
         """Yield the reports of this rank; on ranks outside the first group, None."""
@@ -82,7 +84,7 @@ class Executor:
 
 
 def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
-    """Run one step. An exception becomes a result, so that all ranks still exchange results."""
+    """Run one step. An exception becomes a result, so that every rank still answers."""
     try:
         report, last = next(steps), False
     except StopIteration as end:
@@ -200,6 +202,19 @@ class Scheduler:
         self._execute(End(tuple(jobs), reset))
 
     def _execute(self, command: Command) -> list[StepResult]:
-        """Send a command to the other ranks, and execute it on rank 0."""
+        """Send a command to all ranks, execute it on rank 0 too, and return one result per rank."""
         self._channel.send(command)
-        return self._executor.execute(command)
+        self._channel.answer(self._executor.execute(command))
+        results = self._channel.answers(self._report_hung)
+        self._server.refusal = None
+        return results
+
+    def _report_hung(self, ranks: list[int], waited_s: float) -> None:
+        message = (
+            f"rank(s) {', '.join(map(str, ranks))} did not answer for {waited_s:.0f} s, although "
+            f"no process has ended. Call lab.stop(), which ends all ranks, then cpkit.connect(). "
+            f"CPKIT_DEADLINE_S sets the wait."
+        )
+        if not self._server.refusal:
+            _log.warning("%s", message)
+        self._server.refusal = Failed("hung", message)

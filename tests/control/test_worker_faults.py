@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,23 @@ def test_a_killed_worker_is_named_and_connect_works_again(runtime_dir: Path) -> 
                 assert words in str(caught.value)
             with pytest.raises(cpkit.WorkersDied):
                 lab.status()
+
+
+def test_a_rank_that_hangs_is_named_and_the_workers_can_be_stopped(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped process is alive, so only a deadline detects it."""
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "5")
+    with cpkit.connect("hung", nproc=4) as lab:
+        assert lab.gather([64], 4).verified
+        os.kill(pids(lab)[2], signal.SIGSTOP)
+        with pytest.raises(cpkit.NoAnswer, match=r"rank\(s\) 2 did not answer for \d+ s.*lab.stop"):
+            lab.gather([64], 2)  # on the ranks 0 and 1
+        start_s = time.monotonic()
+        with pytest.raises(cpkit.NoAnswer, match=r"rank\(s\) 2 did not answer"):
+            lab.gather([64], 4)
+        assert time.monotonic() - start_s < 5
+        lab.stop()
 
 
 def test_the_workers_of_a_killed_agent_end(runtime_dir: Path) -> None:

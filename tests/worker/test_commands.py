@@ -1,0 +1,52 @@
+"""The channel between rank 0 and the other ranks, with all its ends in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from cpkit.worker.commands import CommandChannel, End, KeepAlive, StepResult
+
+
+def channels(size: int) -> list[CommandChannel]:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    return [CommandChannel(store, rank, size) for rank in range(size)]
+
+
+def never(ranks: list[int], waited_s: float) -> None:
+    pytest.fail(f"rank(s) {ranks} are late after {waited_s} s")
+
+
+def test_every_rank_receives_every_command_and_rank_0_every_answer() -> None:
+    first, *others = channels(3)
+    for command in (End((1, 2)), KeepAlive(), End(tuple(range(100_000)))):
+        first.send(command)
+        assert [other.receive() for other in others] == [command, command]
+        for channel in (*others, first):
+            channel.answer(StepResult(b"x" * (channel.rank << 20)))
+        answers = first.answers(never)
+        assert [len(answer.report) for answer in answers] == [0, 1 << 20, 2 << 20]
+
+
+def test_late_ranks_are_reported_after_the_deadline_and_their_answers_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each answer renews the deadline, and the next command works."""
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "0.5")
+    first, second, third = channels(3)
+    first.send(KeepAlive())
+    first.answer(StepResult(error="first"))
+    reported = []
+
+    def report_late(ranks: list[int], waited_s: float) -> None:
+        reported.append(ranks)
+        assert waited_s >= 0.5 * len(reported)
+        late = {1: second, 2: third}[ranks[0]]
+        assert late.receive() == KeepAlive()
+        late.answer(StepResult(error=f"late {ranks[0]}"))
+
+    answers = first.answers(report_late)
+    assert reported == [[1, 2], [2]]
+    assert [answer.error for answer in answers] == ["first", "late 1", "late 2"]
+    first.send(End((7,)))
+    assert (second.receive(), third.receive()) == (End((7,)), End((7,)))
