@@ -51,5 +51,9 @@ if [[ -z "$python" ]]; then
   [[ -x "$python" ]] || python=python3
 fi
 
+if ! "$python" -c 'import msgspec, psutil, zmq' 2>/dev/null; then
+  printf 'cpkit is not installed for %s: run "make lab" once, or set PYTHON to an interpreter that has it\n' "$python" >&2
+  exit 1
+fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m cpkit "$command" "$@"

@@ -116,10 +116,10 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
         tied(command, signal.SIGTERM),  # JupyterLab stops its kernels on SIGTERM
         env=_lab_environment(options.name),
     )
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # JupyterLab receives it too, and asks for confirmation
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
+    # In a terminal JupyterLab receives Ctrl-C too, and asks for confirmation.
+    in_terminal = sys.stdin is not None and sys.stdin.isatty()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if in_terminal else lambda *_: jupyter.terminate())
     code = jupyter.wait()
     connection = launcher.running(options.name)
     if connection and connection.owner == process_id():
