@@ -120,9 +120,11 @@ class RuntimeDir:
     """The directory of one name. Raises ValueError for a name that is unsafe in a path."""
 
     def __init__(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            hint = f". For {name} ranks, use nproc={name}" if isinstance(name, int) else ""
             raise ValueError(
-                f"name is {name!r}; use up to 64 letters, digits, dots, dashes and underscores"
+                f"name is {name!r:.80}; it must be text of up to 64 letters, digits, dots, dashes "
+                f"and underscores{hint}"
             )
         self.name = name
         self.directory = Path(jupyter_runtime_dir()) / "cpkit" / name
