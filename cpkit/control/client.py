@@ -26,6 +26,7 @@ from cpkit.control.errors import (
     RequestFailed,
     WorkersBusy,
     WorkersDied,
+    checked,
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
@@ -108,7 +109,7 @@ class Client:
         Closing the generator early cancels the request. Every reply renews the deadline. Raises
         BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
         """
-        request = Request(uuid.uuid4().hex, deadline_s, body)
+        request = Request(uuid.uuid4().hex, deadline_s, checked(body))
         try:
             data = encode(request)
         except (OverflowError, TypeError, ValueError) as error:

@@ -55,7 +55,8 @@ def test_a_dtype_is_torchs_or_its_name(lab: cpkit.Lab, dtype: str | torch.dtype)
 
 
 def test_integers_of_numpy_are_accepted(lab: cpkit.Lab) -> None:
-    assert lab.gather(np.int64(64), np.int64(2), heads=np.int64(2)).verified
+    assert lab.gather(np.int64(64), np.int64(2), heads=np.int64(2), round=np.int64(3)).verified
+    assert len(list(lab.measure(64, samples=np.int64(2), interval_s=np.float32(0.02)))) == 2
     table = lab.sweep(
         sizes_bytes=np.array([1 << 14, 1 << 15]), cp_sizes=np.array([2]), iterations=2
     )
