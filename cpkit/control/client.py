@@ -46,6 +46,7 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.control.runtime_dir import Connection, RuntimeDir
+from cpkit.processes import command
 
 if TYPE_CHECKING:
     from typing import Self
@@ -70,7 +71,7 @@ class Client:
             raise ControlError(
                 f"the workers {connection.name!r} run cpkit {connection.version} with protocol "
                 f"{connection.protocol}; this cpkit uses protocol {PROTOCOL_VERSION}: stop them "
-                f"with `python -m cpkit stop --name {connection.name}` and start them again"
+                f"with `{command('stop', connection.name)}` and start them again"
             )
         self.connection = connection
         self.on_wait: Callable[[int], None] | None = None

@@ -4,6 +4,8 @@
 
 import contextlib
 import logging
+import sys
+import time
 from collections.abc import Generator, Iterable, Sequence
 from itertools import product
 from operator import index
@@ -83,8 +85,18 @@ def connect(
 
 def _launch(settings: Launch) -> None:
     """Start workers and wait for them, or return when another process is starting them."""
+    began = time.monotonic()
     with contextlib.suppress(AlreadyRunning):
-        launcher.wait_until_ready(launcher.start(settings), settings)
+        agent = launcher.start(settings)
+        _show_progress(f"starting {settings.nproc} workers {settings.name!r} …")
+        launcher.wait_until_ready(agent, settings)
+        _show_progress(f"ready after {time.monotonic() - began:.1f} s")
+
+
+def _show_progress(text: str) -> None:
+    """Print to stderr, except in a notebook, whose stored outputs must not change."""
+    if "ipykernel" not in sys.modules:
+        print(text, file=sys.stderr)
 
 
 class Lab:

@@ -84,7 +84,7 @@ def assert_names_the_lab(said: str, pid: int) -> None:
     """The message says what runs, who started it, and both ways out."""
     assert "1 rank since 20" in said
     assert f"`make lab` (process {pid}); they end with it" in said
-    assert "python -m cpkit stop --name met" in said
+    assert f"{sys.executable} -m cpkit stop --name met" in said
     assert "choose another name" in said
 
 
