@@ -96,7 +96,7 @@ def _launch(settings: Launch) -> None:
 def _show_progress(text: str) -> None:
     """Print to stderr, except in a notebook, whose stored outputs must not change."""
     if "ipykernel" not in sys.modules:
-        print(text, file=sys.stderr)
+        sys.stderr.write(f"{text}\n")
 
 
 class Lab:

@@ -101,9 +101,9 @@ def test_connect_takes_what_runs_unless_it_is_asked_for_something_else(
         assert "nproc=8 and device='cuda'" in str(caught.value)
         assert "already run on cpu: 1 rank" in str(caught.value)
         assert "cpkit.connect('met').stop()" in str(caught.value)
-    for options in ({"nproc": 0}, {"device": "gpu"}):
+    for options in ({"nproc": 0}, {"device": "gpu"}, {"name": 4}):
         with pytest.raises(ValueError, match="must be"):
-            cpkit.connect("met", **options)
+            cpkit.connect(**{"name": "met", **options})
 
 
 @pytest.mark.parametrize("module", ["ipykernel_launcher", "http.server"])
