@@ -98,6 +98,8 @@ $(PY):
 $(VENV)/.has-%: pyproject.toml requirements.lock | $(PY)
 	@echo 'Installing cpkit[$*] into $(VENV) (the first time, this downloads torch and takes minutes) ...'
 	@[ -e /dev/nvidiactl ] || [ "$$(uname -s)" != Linux ] || $(PY) -c 'import torch' 2>/dev/null || \
-	  echo 'No NVIDIA GPU was found. For a much smaller download see docs/troubleshooting.md, "Installing without a GPU".'
-	@$(PY) -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[$*]'
+	  echo 'No NVIDIA GPU was found. For a much smaller download press Ctrl-C, and run:' \
+	  'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(or $(MAKECMDGOALS),test)'
+	@echo 'Ctrl-C is safe: the next make continues.'
+	@$(PY) -m pip install --disable-pip-version-check -c requirements.lock -e '.[$*]'
 	@touch $@

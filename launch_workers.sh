@@ -9,15 +9,15 @@ launch_workers.sh status  [--name N]   show their state, and where their logs ar
 launch_workers.sh logs    [--name N]   show the end of their logs; --follow shows new lines too
 launch_workers.sh stop    [--name N]   stop them
 
-Options of start, with their defaults:
-  --nproc 4               ranks on this machine
-  --device auto           auto, cpu or cuda (auto: cuda where torch sees a GPU)
+Options of start:
+  --nproc N               ranks on this machine (default: 4)
+  --device DEVICE         auto, cpu or cuda (default: auto, which is cuda where torch sees a GPU)
   --share-gpu             run all ranks on the first GPU (default: use all GPUs, and share them if needed)
-  --name default          name of this set of workers; several sets can run side by side
-  --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:PORT
-                          run one job on several machines: start it on each machine
-  --interface eth0        serve notebooks over TCP on this interface (default: a private ipc socket)
-  --max-restarts 0        restart the ranks after a failure, at most N times
+  --name NAME             name of this set of workers; several sets can run side by side (default: default)
+  --nnodes N --node-rank I --rdzv-endpoint HOST:PORT
+                          run one job on N machines: start it on each machine (default: 1 machine)
+  --interface INTERFACE   serve notebooks over TCP on this interface (default: a private ipc socket)
+  --max-restarts N        restart the ranks after a failure, at most N times (default: 0)
   --owner PID             stop when this process ends (default: run until stopped)
   --foreground            stay in this terminal, for srun or a container
 
@@ -51,5 +51,9 @@ if [[ -z "$python" ]]; then
   [[ -x "$python" ]] || python=python3
 fi
 
+if ! "$python" -c 'import msgspec, psutil, zmq' 2>/dev/null; then
+  printf 'cpkit is not installed for %s: run "make lab" once, or set PYTHON to an interpreter that has it\n' "$python" >&2
+  exit 1
+fi
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m cpkit "$command" "$@"

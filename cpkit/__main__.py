@@ -87,7 +87,7 @@ def logs(options: argparse.Namespace, _: list[str]) -> int:
     for file in files:
         print(f"==> {file} <==")
         with file.open(errors="replace") as lines:
-            print("".join(deque(lines, maxlen=options.lines)))
+            print("".join(deque(lines, maxlen=options.lines)) or "(empty)\n")
     return 0
 
 
@@ -116,10 +116,10 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
         tied(command, signal.SIGTERM),  # JupyterLab stops its kernels on SIGTERM
         env=_lab_environment(options.name),
     )
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # JupyterLab receives it too, and asks for confirmation
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
+    # In a terminal JupyterLab receives Ctrl-C too, and asks for confirmation.
+    in_terminal = sys.stdin is not None and sys.stdin.isatty()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if in_terminal else lambda *_: jupyter.terminate())
     code = jupyter.wait()
     connection = launcher.running(options.name)
     if connection and connection.owner == process_id():
@@ -242,7 +242,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: 4)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the ranks (default: auto, which is cuda where torch sees a GPU)",
+    )
     parser.add_argument(
         "--share-gpu",
         action="store_true",

@@ -76,7 +76,7 @@ def has_memory(x: torch.Tensor) -> bool:
 def check_tensor(name: str, x: object) -> None:
     """Check that a gather can read and write this tensor at its address. Raises ValueError."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} is {x!r:.80}; it must be a tensor")
+        raise ValueError(f"{name} is {type(x).__name__}; it must be a tensor")
     _check_device(name, x)
     if x.is_nested:
         problem = "is nested"

@@ -29,6 +29,7 @@ from cpkit.sync.barrier import ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, ordinary_all_gather
 from cpkit.sync.exchange import StoreExchange
 
+_LONGEST_NAME = 64
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
 )
@@ -290,15 +291,18 @@ def gpu_id() -> str:
 
 
 def _check_size(world: _World, cp_size: int, name: str) -> None:
-    is_whole = isinstance(cp_size, int) and not isinstance(cp_size, bool) and cp_size > 0
-    if not is_whole or world.size % cp_size:
-        divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
+    divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
+    if type(cp_size) is not int or cp_size not in divisors:
+        problem = "must divide" if type(cp_size) is int else "must be a whole number that divides"
         raise ValueError(
-            f"cp_size is {cp_size!r}, and it must divide the {world.size} ranks of this job: "
+            f"cp_size is {cp_size!r:.80}, and it {problem} the {world.size} ranks of this job: "
             f"use one of {', '.join(map(str, divisors))}, or start another number of ranks"
         )
-    if not isinstance(name, str):
-        raise ValueError(f"name is {name!r}; it must be text, for example 'default'")
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"name is {name!r:.80}; it must be text of up to {_LONGEST_NAME} characters, for "
+            f"example 'default'"
+        )
 
 
 def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:

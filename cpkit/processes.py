@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -11,6 +12,11 @@ from typing import NamedTuple, NoReturn
 import psutil
 
 _HAS_PROC = Path("/proc/self/stat").exists()
+
+
+def command(action: str, name: str) -> str:
+    """Return the shell command for an action on the workers of this name, for a message."""
+    return f"{shlex.quote(sys.executable)} -m cpkit {action} --name {name}"
 
 
 class ProcessId(NamedTuple):

@@ -76,6 +76,14 @@ def problem_of(setting: Setting) -> str:
     return ""
 
 
+def check_all() -> None:
+    """Check all variables. Raises ValueError for the first one whose value is invalid."""
+    for setting in SETTINGS:
+        problem = problem_of(setting)
+        if problem:
+            raise ValueError(problem)
+
+
 def chosen(setting: Setting) -> str | None:
     """Return the current value of a variable; None when it is not set."""
     return os.environ.get(setting.name)
@@ -130,10 +138,13 @@ def shm_dir() -> Path:
 
 def check_shm_dir() -> None:
     """Check that segments can be made in `shm_dir()`. Raises ValueError."""
-    if not shm_dir().is_dir():
+    try:
+        tempfile.TemporaryFile(dir=shm_dir()).close()
+    except OSError as error:
         raise ValueError(
-            f"CPKIT_SHM_DIR is {str(shm_dir())!r}; it must be a directory, preferably a tmpfs"
-        )
+            f"CPKIT_SHM_DIR is {str(shm_dir())!r}, where no file can be created "
+            f"({error.strerror}); it must be a writable directory, preferably a tmpfs"
+        ) from None
 
 
 def memory_limit_bytes() -> int | None:

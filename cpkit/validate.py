@@ -101,12 +101,13 @@ def _check_call(
     if metadata.cp_size != group.size:
         raise ValueError(
             f"the metadata is for cp_size {metadata.cp_size} and the group has {group.size} ranks; "
-            f"use init_context_parallel({metadata.cp_size})"
+            f"use init_context_parallel({metadata.cp_size}) if the job has as many ranks, or "
+            f"prepare_context_parallel_metadata(lengths, {group.size})"
         )
     if not isinstance(tensors, list | tuple) or not tensors:
+        got = "an empty list" if isinstance(tensors, list | tuple) else type(tensors).__name__
         raise ValueError(
-            f"tensors is {type(tensors).__name__}; it must be a list of at least one tensor, "
-            f"for example [k, v]"
+            f"tensors is {got}; it must be a list of at least one tensor, for example [k, v]"
         )
     devices = {str(x.device) for x in tensors if isinstance(x, torch.Tensor)}
     if len(devices) > 1:

@@ -26,6 +26,7 @@ from cpkit.control.errors import (
     RequestFailed,
     WorkersBusy,
     WorkersDied,
+    checked,
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
@@ -45,6 +46,7 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.control.runtime_dir import Connection, RuntimeDir
+from cpkit.processes import command
 
 if TYPE_CHECKING:
     from typing import Self
@@ -69,7 +71,7 @@ class Client:
             raise ControlError(
                 f"the workers {connection.name!r} run cpkit {connection.version} with protocol "
                 f"{connection.protocol}; this cpkit uses protocol {PROTOCOL_VERSION}: stop them "
-                f"with `python -m cpkit stop --name {connection.name}` and start them again"
+                f"with `{command('stop', connection.name)}` and start them again"
             )
         self.connection = connection
         self.on_wait: Callable[[int], None] | None = None
@@ -108,7 +110,7 @@ class Client:
         Closing the generator early cancels the request. Every reply renews the deadline. Raises
         BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
         """
-        request = Request(uuid.uuid4().hex, deadline_s, body)
+        request = Request(uuid.uuid4().hex, deadline_s, checked(body))
         try:
             data = encode(request)
         except (OverflowError, TypeError, ValueError) as error:

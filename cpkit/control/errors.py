@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from cpkit.algorithms import ALGORITHM_CHOICES
-from cpkit.control.requests import Pool, Strategy, Workload
+from cpkit.control.requests import ClockCall, Message, Pool, Strategy, Workload
+
+M = TypeVar("M", bound=Message)
 
 
 class ControlError(RuntimeError):
@@ -75,25 +77,67 @@ _ALLOWED = {
     "algorithm": ALGORITHM_CHOICES,
     "strategy": get_args(Strategy),
     "action": get_args(get_type_hints(Pool)["action"]),
+    "calls": get_args(ClockCall),
 }
-_VALUE = re.compile(r"Invalid enum value (?P<value>.*) - at `\$.*?(?P<field>\w+)`$")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "True or False",
+    "array": "a list",
+}
+_PLACE = r" - at `\$(?P<path>.*?\.(?P<field>\w+)(?P<item>\[.*\])?)`$"
+_VALUE = re.compile(r"Invalid enum value (?P<value>.*)" + _PLACE)
+_TYPE = re.compile(r"Expected `(?P<type>\w+)[^`]*`, got `(?P<value>.*)`" + _PLACE)
 _FIELD = re.compile(r"unknown field `(?P<field>\w+)`(?: - at `(?P<path>[^`]*)`)?$")
 
 
-def explain_decode_error(error: msgspec.DecodeError) -> str:
-    """Return msgspec's message with the allowed values.
+def checked(message: M) -> M:
+    """Return a message with plain numbers. Raises BadRequest for a value of the wrong type."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(message, enc_hook=_plain), type(message))
+    except msgspec.ValidationError as error:
+        raise BadRequest(explain_decode_error(error, message)) from None
+
+
+def explain_decode_error(error: msgspec.DecodeError, message: object = None) -> str:
+    """Return msgspec's message with the value, if `message` has it, and the allowed values.
 
     "Invalid enum value 'fast' - at `$.algorithm`" becomes "algorithm is 'fast'; it must be one of
     padded, padded_symm_recv, padded_symm, direct".
     """
     text = str(error)
-    value, field = _VALUE.search(text), _FIELD.search(text)
-    if value and value["field"] in _ALLOWED:
-        allowed = ", ".join(_ALLOWED[value["field"]])
-        return f"{value['field']} is {value['value']}; it must be one of {allowed}"
+    wrong, field = _VALUE.search(text) or _TYPE.search(text), _FIELD.search(text)
+    allowed = _allowed(wrong) if wrong else ""
+    if wrong and allowed:
+        value = wrong["value"] if message is None else repr(_value_at(message, wrong["path"]))
+        return f"{wrong['field']} {'has' if wrong['item'] else 'is'} {value:.80}; {allowed}"
     if field and re.search(r"workloads?(\[.*\])?$", field["path"] or ""):
         names = ", ".join(Workload.__struct_fields__)
         return f"there is no {field['field']!r}; a workload has {names}"
     if field:
         return f"{text}: this version of the protocol has no such field"
     return text
+
+
+def _allowed(wrong: re.Match[str]) -> str:
+    """Return which values the field of a decode error accepts; empty if that is not known."""
+    if wrong["field"] in _ALLOWED:
+        return f"it must be one of {', '.join(_ALLOWED[wrong['field']])}"
+    word = _WORDS.get(wrong.groupdict().get("type", ""))
+    return f"it must be {word}" if word else ""
+
+
+def _value_at(message: Any, path: str) -> object:
+    """Return the value at a path such as `.workload.lengths[0]`."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        message = getattr(message, name) if name else message[int(index)]
+    return message
+
+
+def _plain(value: Any) -> object:
+    """Convert a number of numpy or torch. Anything else becomes text, which is then refused."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return repr(value)

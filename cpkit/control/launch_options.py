@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from typing import Literal
@@ -12,6 +13,8 @@ import psutil
 from cpkit.control.requests import Message
 from cpkit.processes import ProcessId
 from cpkit.settings import LAUNCH, pass_on, passed_on
+
+_MOST_RANKS = 256  # on one machine
 
 
 class Launch(Message, frozen=True):
@@ -35,10 +38,13 @@ class Launch(Message, frozen=True):
 
     def check(self) -> None:
         """Raise ValueError for an invalid option, with what is allowed."""
-        if self.nproc < 1:
-            raise ValueError(f"--nproc is {self.nproc}; it must be 1 or more ranks on this machine")
+        if type(self.nproc) is not int or not 1 <= self.nproc <= _MOST_RANKS:
+            raise ValueError(
+                f"nproc is {self.nproc!r}; it must be a whole number, 1 to {_MOST_RANKS} ranks on "
+                f"this machine"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device is {self.device!r}; it must be auto, cpu or cuda")
+            raise ValueError(f"device is {self.device!r}; it must be auto, cpu or cuda")
         if self.nnodes < 1 or not 0 <= self.node_rank < self.nnodes:
             raise ValueError(
                 f"--nnodes is {self.nnodes} and --node-rank is {self.node_rank}; "
@@ -53,7 +59,7 @@ class Launch(Message, frozen=True):
             )
         if self.share_gpu and self.device == "cpu":
             raise ValueError("--share-gpu and --device cpu contradict each other; leave one out")
-        if self.interface:
+        if self.interface and not (self.node_rank > 0 and self.interface[0].isdigit()):
             address_of(self.interface)
 
     def to_json(self) -> str:
@@ -77,18 +83,22 @@ def from_environment() -> Launch | None:
 
 
 def address_of(interface: str) -> str:
-    """Return the IPv4 address of a network interface, or the address given. Raises ValueError."""
-    try:
-        return str(ipaddress.ip_address(interface))
-    except ValueError:
-        pass
+    """Return the IPv4 address of a network interface, or the address given.
+
+    Raises ValueError unless it belongs to this machine.
+    """
+    with contextlib.suppress(ValueError, OSError):  # another machine's address cannot be bound
+        host = ipaddress.ip_address(interface)
+        family = socket.AF_INET if host.version == 4 else socket.AF_INET6
+        socket.create_server((str(host), 0), family=family).close()
+        return str(host)
     interfaces = psutil.net_if_addrs()
     for address in interfaces.get(interface, []):
         if address.family == socket.AF_INET:
             return str(address.address)
     raise ValueError(
         f"--interface is {interface!r}; this machine has {', '.join(sorted(interfaces))}. "
-        f"Name one that has an IPv4 address, or give the address itself."
+        f"Name one that has an IPv4 address, or give an address of this machine."
     )
 
 

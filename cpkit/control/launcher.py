@@ -22,7 +22,8 @@ from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
 from cpkit.control.origin import describe, describe_holder
 from cpkit.control.runtime_dir import ALREADY_RUNNING_CODE, AlreadyRunning, Connection, RuntimeDir
-from cpkit.processes import ProcessId, process_id
+from cpkit.processes import ProcessId, command, process_id
+from cpkit.settings import check_all
 
 READY_S = 90.0  # longest time between two startup phases
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks
@@ -90,9 +91,10 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
     """Start an agent in its own session, and return immediately.
 
     Its own session shields the workers from an interrupt of the notebook. Raises ValueError for bad
-    options, and AlreadyRunning when workers of this name are running.
+    options or settings, and AlreadyRunning when workers of this name are running.
     """
     launch.check()
+    check_all()
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
     runtime_dir.create()
     if runtime_dir.is_locked():
@@ -224,7 +226,7 @@ def require(name: str, nproc: int | None = None, device: str = "auto") -> Client
     if client is None:
         raise NoWorkers(
             f"no workers named {name!r} are running on this machine: start them with "
-            f"`./launch_workers.sh --name {name}`, or let cpkit.connect(launch=True) do it"
+            f"`{command('start', name)}`, or let cpkit.connect(launch=True) do it"
         )
     return client
 
@@ -245,7 +247,7 @@ def _check_settings(
     raise OtherWorkers(
         f"asked for {wanted}, but workers {name!r} already run on {running.device}: "
         f"{describe(connection)}. To use them, leave out {' and '.join(different)}. To start "
-        f"others, choose another name. To stop these: `python -m cpkit stop --name {name}`, or "
+        f"others, choose another name. To stop these: `{command('stop', name)}`, or "
         f"in a notebook cpkit.connect({name!r}).stop()."
     )
 

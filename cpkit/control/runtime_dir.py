@@ -26,7 +26,7 @@ from jupyter_core.paths import jupyter_runtime_dir
 from cpkit.control.errors import ControlError, Unreadable
 from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
-from cpkit.processes import ProcessId
+from cpkit.processes import ProcessId, command
 from cpkit.settings import AGENT, pass_on, passed_on
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -42,9 +42,9 @@ class AlreadyRunning(ControlError):
     def __init__(self, name: str, description: str = "") -> None:
         details = f" ({description})" if description else ""
         super().__init__(
-            f"workers named {name!r} are already running{details}: show them with `python -m cpkit "
-            f"status --name {name}`, stop them with `python -m cpkit stop --name {name}`, or "
-            f"choose another name"
+            f"workers named {name!r} are already running{details}: show them with "
+            f"`{command('status', name)}`, stop them with `{command('stop', name)}`, or choose "
+            f"another name"
         )
 
 
@@ -120,9 +120,11 @@ class RuntimeDir:
     """The directory of one name. Raises ValueError for a name that is unsafe in a path."""
 
     def __init__(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            hint = f". For {name} ranks, use nproc={name}" if isinstance(name, int) else ""
             raise ValueError(
-                f"name is {name!r}; use up to 64 letters, digits, dots, dashes and underscores"
+                f"name is {name!r:.80}; it must be text of up to 64 letters, digits, dots, dashes "
+                f"and underscores{hint}"
             )
         self.name = name
         self.directory = Path(jupyter_runtime_dir()) / "cpkit" / name

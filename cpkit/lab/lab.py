@@ -4,17 +4,17 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+import sys
+import time
+from collections.abc import Generator, Iterable, Sequence
 from itertools import product
 from operator import index
-from typing import TYPE_CHECKING, Literal, get_args
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Literal
 
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
-from cpkit.control.errors import BadRequest, explain_decode_error
+from cpkit.control.errors import BadRequest, checked
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
@@ -85,8 +85,18 @@ def connect(
 
 def _launch(settings: Launch) -> None:
     """Start workers and wait for them, or return when another process is starting them."""
+    began = time.monotonic()
     with contextlib.suppress(AlreadyRunning):
-        launcher.wait_until_ready(launcher.start(settings), settings)
+        agent = launcher.start(settings)
+        _show_progress(f"starting {settings.nproc} workers {settings.name!r} …")
+        launcher.wait_until_ready(agent, settings)
+        _show_progress(f"ready after {time.monotonic() - began:.1f} s")
+
+
+def _show_progress(text: str) -> None:
+    """Print to stderr, except in a notebook, whose stored outputs must not change."""
+    if "ipykernel" not in sys.modules:
+        sys.stderr.write(f"{text}\n")
 
 
 class Lab:
@@ -184,9 +194,11 @@ class Lab:
         workload = self.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )
-        body = Measure(workload, samples, interval_s)
+        return self._samples(checked(Measure(workload, samples, interval_s)))
+
+    def _samples(self, body: Measure) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.
-        deadline_s = DEADLINE_S + (interval_s if 0 < interval_s <= 60 else 0)
+        deadline_s = DEADLINE_S + (body.interval_s if 0 < body.interval_s <= 60 else 0)
         with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, Sample):
@@ -222,15 +234,17 @@ class Lab:
             )
 
         sizes = _whole((self.world_size,) if cp_sizes is None else cp_sizes, "cp_sizes")
-        batches = list(() if lengths is None else lengths)
-        for total_bytes in _whole(() if sizes_bytes is None else sizes_bytes, "sizes_bytes"):
+        batches = list(_several(() if lengths is None else lengths, "lengths"))
+        for total_bytes in () if sizes_bytes is None else _whole(sizes_bytes, "sizes_bytes"):
             if total_bytes < 1:
                 raise BadRequest(f"sizes_bytes has {total_bytes}; each size must be 1 or more")
             token_bytes = workload(1, 1, "direct").total_bytes
             batches.append(max(2 * max(sizes), -(-total_bytes // token_bytes)))
         workloads = tuple(
             workload(cp_size, batch, algorithm)
-            for batch, cp_size, algorithm in product(batches, sizes, algorithms or ALGORITHMS)
+            for batch, cp_size, algorithm in product(
+                batches, sizes, _several(algorithms or ALGORITHMS, "algorithms")
+            )
         )
         return self._client.call(Sweep(workloads, iterations), SweepResult).table
 
@@ -261,12 +275,7 @@ class Lab:
         workload = self.workload(
             lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
         )
-        unknown = [call for call in calls if call not in get_args(ClockCall)]
-        if unknown:
-            raise BadRequest(
-                f"calls has {unknown}; each must be one of {', '.join(get_args(ClockCall))}"
-            )
-        body = Clock(workload, tuple(calls), iterations, warmup, barrier, float(late_us))
+        body = Clock(workload, _several(calls, "calls"), iterations, warmup, barrier, late_us)
         return self._client.call(body, ClockResult)
 
     def trace(
@@ -327,21 +336,19 @@ class Lab:
         tensors: int = 2,
     ) -> Workload:
         """Return the workload that the other methods build from these arguments."""
-        fields = {
-            "cp_size": self.world_size if cp_size is None else cp_size,
-            "strategy": strategy,
-            "algorithm": algorithm,
-            "symmetric": symmetric,
-            "heads": heads,
-            "head_dim": head_dim,
-            "dtype": dtype_name(dtype),
-            "tensors": tensors,
-        }
-        plain = {name: _plain(value) for name, value in fields.items()}
-        try:
-            return msgspec.convert({**plain, "lengths": _whole(lengths)}, Workload, strict=True)
-        except msgspec.ValidationError as error:
-            raise BadRequest(explain_decode_error(error)) from None
+        return checked(
+            Workload(
+                self.world_size if cp_size is None else cp_size,
+                _whole(lengths),
+                strategy,
+                algorithm,
+                symmetric,
+                heads,
+                head_dim,
+                dtype_name(dtype),
+                tensors,
+            )
+        )
 
     def explore(
         self,
@@ -391,24 +398,25 @@ class Lab:
         self.close()
 
 
-def _plain(value: object) -> object:
-    """Convert an integer of another library to int; return anything else unchanged."""
-    return index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+def _several(values: Any, name: str) -> tuple[Any, ...]:
+    """Return one name or several values as a tuple. Raises BadRequest for anything else."""
+    if not isinstance(values, Iterable):
+        raise BadRequest(f"{name} is {values!r}; it must be a list")
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 def _whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
     """Return one integer or several as a tuple. Raises BadRequest for anything else."""
-    try:
+    with contextlib.suppress(TypeError):
         return (index(numbers),)  # type: ignore[arg-type]  # a sequence has no index
-    except TypeError:
-        pass
-    try:
-        return tuple(map(index, numbers))  # type: ignore[arg-type]
-    except TypeError:
-        raise BadRequest(
-            f"{name} is {numbers!r}; it must be a whole number, or a list of them: for lengths the "
-            f"tokens of each sequence, for example [4097, 812]"
-        ) from None
+    with contextlib.suppress(TypeError):
+        whole = tuple(map(index, numbers))  # type: ignore[arg-type]
+        if whole:
+            return whole
+    raise BadRequest(
+        f"{name} is {numbers!r}; it must be a whole number, or a list of at least one: for lengths "
+        f"the tokens of each sequence, for example [4097, 812]"
+    )
 
 
 def _log_wait(ahead: int) -> None:

@@ -13,12 +13,14 @@ import html
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
 import msgspec
 
 from cpkit.algorithms import AlgorithmChoice
+from cpkit.control.errors import BadRequest
 from cpkit.control.messages import Sample, Strategy, Workload
 from cpkit.lab import Lab
 from cpkit.layout import ContextParallelMetadata
@@ -68,6 +70,9 @@ class Explorer(LivePanel[Measurement]):
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> None:
+        for name, value in (("interval_s", interval_s), ("pause_after_s", pause_after_s)):
+            if not (isinstance(value, Real) and value >= 0):
+                raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
         first = lab.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )

@@ -169,7 +169,7 @@ def workload(**fields: Any) -> dict[str, Any]:
         ({"op": "sweep", "workloads": [workload(speed=9)]}, "there is no 'speed'; a workload has"),
         ({"op": "pool", "cp_size": 2, "action": "burn"}, "action is 'burn'; it must be one of st"),
         ({"op": "status", "verbose": True}, "unknown field `verbose`"),
-        ({"op": "gather", "workload": workload(heads="8")}, "Expected `int`, got `str`"),
+        ({"op": "gather", "workload": workload(heads="8")}, "heads is str; it must be a whole n"),
     ],
 )
 def test_decode_errors_say_what_is_allowed(body: dict[str, Any], words: str) -> None:

@@ -104,13 +104,17 @@ def test_only_socket_directories_of_cpkit_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (Launch(nproc=0), "--nproc is 0"),
+        (Launch(nproc=0), "nproc is 0"),
+        (Launch(nproc="4"), "nproc is '4'; it must be a whole number"),
+        (Launch(nproc=10**30), "1 to 256 ranks"),
+        (Launch(device="gpu"), "^device is 'gpu'"),
         (Launch(nnodes=2, node_rank=2, rdzv_endpoint="a:1"), "node ranks are 0 to"),
         (Launch(nnodes=2), "host:port"),
         (Launch(nnodes=2, rdzv_endpoint="a:http"), "host:port"),
         (Launch(max_restarts=-1), "--max-restarts"),
         (Launch(share_gpu=True, device="cpu"), "contradict each other"),
         (Launch(interface="no-such0"), "this machine has .*"),
+        (Launch(interface="192.0.2.7"), "192.0.2.7.*address of this machine"),
     ],
 )
 def test_impossible_settings_are_rejected(settings: Launch, words: str) -> None:
@@ -131,7 +135,7 @@ def test_nodes_that_share_a_home_have_separate_directories() -> None:
 
 def test_an_interface_has_an_address() -> None:
     assert address_of(loopback()) == "127.0.0.1"
-    assert address_of("10.1.2.3") == "10.1.2.3"
+    assert address_of("127.0.0.2") == "127.0.0.2"
 
 
 def test_each_startup_phase_renews_the_deadline(

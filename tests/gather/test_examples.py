@@ -44,6 +44,7 @@ def test_the_script_on_a_page_runs(page: str, nproc: int, tmp_path: Path) -> Non
     script.write_text(source)
     done = torchrun(str(script), nproc=nproc)
     assert done.returncode == 0, done.stdout
+    assert "FutureWarning" not in done.stdout
 
 
 OTHER_SIZES = pytest.mark.slow("the example with 1 and 4 ranks; test_gather.py has the gathers")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from cpkit import settings
+from cpkit.control.launch_options import Launch
+from cpkit.control.launcher import start
 from cpkit.doctor import report
 from tests.helpers import ROOT
 from tests.helpers.modules import MODULES
@@ -93,6 +95,7 @@ def test_every_variable_that_is_named_anywhere_is_declared() -> None:
         ("CPKIT_SYMM_PREALLOC_GB", "-1", settings.symm_prealloc_bytes, "be a number of GiB"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "1 GiB", settings.memory_limit_bytes, "whole number of bytes"),
         ("CPKIT_MEMORY_LIMIT_BYTES", "0", settings.memory_limit_bytes, "1 or more"),
+        ("CPKIT_SHM_DIR", "/proc", settings.check_shm_dir, "must be a writable directory"),
         ("CPKIT_NCCL", "yes", settings.nccl_is_forced, "it must be 1"),
         ("CPKIT_STATIC", "true", settings.figures_are_static, "it must be 1"),
     ],
@@ -108,6 +111,8 @@ def test_a_value_that_cannot_be_used_is_refused(
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}")) as raised:
         read()
     assert words in str(raised.value)
+    with pytest.raises(ValueError, match=name):
+        start(Launch(name="refused"))
 
 
 @pytest.mark.parametrize(("value", "wait_s"), [("", 30), ("0.5", 0.5), ("86400", 86400)])

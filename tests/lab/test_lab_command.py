@@ -86,7 +86,7 @@ def assert_names_the_lab(said: str, pid: int) -> None:
     """Check that the message names the workers, their owner, and both remedies."""
     assert "1 rank since 20" in said
     assert f"`make lab` (process {pid}); they end with it" in said
-    assert "python -m cpkit stop --name met" in said
+    assert f"{sys.executable} -m cpkit stop --name met" in said
     assert "choose another name" in said
 
 
@@ -103,9 +103,9 @@ def test_connect_attaches_unless_it_requests_other_workers(
         assert "nproc=8 and device='cuda'" in str(caught.value)
         assert "already run on cpu: 1 rank" in str(caught.value)
         assert "cpkit.connect('met').stop()" in str(caught.value)
-    for options in ({"nproc": 0}, {"device": "gpu"}):
+    for options in ({"nproc": 0}, {"device": "gpu"}, {"name": 4}):
         with pytest.raises(ValueError, match="must be"):
-            cpkit.connect("met", **options)
+            cpkit.connect(**{"name": "met", **options})
 
 
 @pytest.mark.parametrize("module", ["ipykernel_launcher", "http.server"])

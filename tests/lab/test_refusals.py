@@ -21,7 +21,14 @@ BAD = [
     (lambda lab: lab.gather([64], 8), "cp_size is 8"),
     (lambda lab: lab.put(3), "cp_size is 3"),
     (lambda lab: lab.pool.stats(3), "cp_size is 3"),
-    (lambda lab: lab.gather([]), "number of sequences is 0"),
+    (lambda lab: lab.gather([]), r"lengths is \[\]; .* at least one"),
+    (lambda lab: lab.measure([]), r"lengths is \[\]"),
+    (lambda lab: lab.measure([64], interval_s="0.1"), "interval_s is '0.1'; it must be a number"),
+    (lambda lab: lab.measure([64], samples=2.5), "samples is 2.5; it must be a whole number"),
+    (lambda lab: lab.explore([64], interval_s="x"), "interval_s is 'x'; it must be seconds"),
+    (lambda lab: lab.explore([64], pause_after_s=float("nan")), "pause_after_s is nan"),
+    (lambda lab: lab.gather([64], "4"), "cp_size is '4'; it must be a whole number"),
+    (lambda lab: lab.gather([64], symmetric="no"), "symmetric is 'no'; it must be True or False"),
     (lambda lab: lab.gather([0]), "at least one token"),
     (lambda lab: lab.gather([64, -1]), "at least one token"),
     (lambda lab: lab.gather(["64"]), "lengths is"),
@@ -51,14 +58,21 @@ BAD = [
     (lambda lab: lab.sweep(sizes_bytes=[64], cp_sizes=["a"]), "cp_sizes"),
     (lambda lab: lab.sweep(), "either sizes_bytes or lengths"),
     (lambda lab: lab.sweep(lengths=[]), "number of workloads is 0"),
+    (lambda lab: lab.sweep(lengths=5), "lengths is 5; it must be a list"),
+    (lambda lab: lab.sweep(sizes_bytes=[1000], cp_sizes=[]), r"cp_sizes is \[\]; .* at least one"),
+    (lambda lab: lab.sweep(lengths=[64], algorithms=5), "algorithms is 5; it must be a list"),
     (lambda lab: lab.sweep(lengths=[64], iterations=0), "iterations is 0"),
     (lambda lab: lab.pool.allocate(0), "nbytes is 0"),
+    (lambda lab: lab.pool.allocate("64"), "nbytes is '64'; it must be a whole number"),
     (lambda lab: lab.pool.allocate(1 << 50), "nbytes is"),
     (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
     (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
     (lambda lab: lab.put(rounds=0), "rounds is 0"),
     (lambda lab: lab.clock([], [64]), "number of calls is 0"),
-    (lambda lab: lab.clock(["sleep"], [64]), r"calls has \['sleep'\]; each must be one of padded"),
+    (lambda lab: lab.clock(None, [64]), "calls is None; it must be a list"),
+    (lambda lab: lab.clock(["sleep"], [64]), "calls has 'sleep'; it must be one of padded"),
+    (lambda lab: lab.clock("sleep", [64]), "calls has 'sleep'; it must be one of padded"),
+    (lambda lab: lab.clock(["direct"], [64], late_us="x"), "late_us is 'x'; it must be a number"),
     (lambda lab: lab.clock(["direct"], [64], iterations=1 << 40), "iterations is"),
     (lambda lab: lab.clock(["direct"], [64], warmup=-1), "warmup is -1"),
     (lambda lab: lab.clock(["direct"], [64], late_us=1e9), "late_us is"),
@@ -88,7 +102,8 @@ def test_a_dtype_is_torchs_or_its_name(lab: Lab, dtype: str | torch.dtype) -> No
 
 
 def test_integers_of_numpy_are_accepted(lab: Lab) -> None:
-    assert lab.gather(np.int64(64), np.int64(2), heads=np.int64(2)).verified
+    assert lab.gather(np.int64(64), np.int64(2), heads=np.int64(2), round=np.int64(3)).verified
+    assert len(list(lab.measure(64, samples=np.int64(2), interval_s=np.float32(0.02)))) == 2
     table = lab.sweep(
         sizes_bytes=np.array([1 << 14, 1 << 15]), cp_sizes=np.array([2]), iterations=2
     )

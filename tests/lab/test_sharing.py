@@ -53,7 +53,7 @@ def test_connect_attaches_to_running_workers(lab: Lab) -> None:
     with cpkit.connect(lab.name) as other:
         assert other.world_size == 4
         assert list(other.status().workers) == list(lab.status().workers)
-    with pytest.raises(cpkit.NoWorkers, match=r"launch_workers\.sh --name nobody"):
+    with pytest.raises(cpkit.NoWorkers, match="cpkit start --name nobody"):
         cpkit.connect("nobody", launch=False)
 
 

@@ -210,6 +210,7 @@ def check_an_arena_larger_than_the_gpu_is_a_clear_error() -> None:
 def check_spills_are_timed_and_warm_up_keeps_one_arena() -> None:
     group = world_group()
     pool = symmetric_pool(group, "cuda").configure(4 * MIB)
+    group.samples_pools = True
     with use_symmetric_memory(group):
         large = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
     stats = pool.stats()

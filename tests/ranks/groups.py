@@ -52,6 +52,8 @@ def check_a_bad_cp_size_is_refused_on_every_rank() -> None:
         said = error_of(init_context_parallel, bad)
         assert f"cp_size is {bad!r}" in said
         assert "1, 2, 4" in said
+        assert ("whole number" in said) == (type(bad) is not int)
+    assert "up to 64 characters" in error_of(init_context_parallel, 2, "x" * 20_000)
     gather_works()
 
 
@@ -72,11 +74,11 @@ def check_a_bad_argument_of_one_rank_is_an_error_on_all_ranks() -> None:
         (([rows.double() if one else rows], metadata, group), {}, "torch.float64"),
         (([rows[:, :4] if one else rows], metadata, group), {}, "rows of [4]"),
         (([rows, rows] if one else [rows], metadata, group), {}, "different collectives"),
-        (([], metadata, group), {}, "at least one tensor"),
+        (([], metadata, group), {}, "tensors is an empty list; it must be a list of at least one"),
         (([rows], metadata, group), {"algorithm": "fast"}, "padded, padded_symm_recv"),
         (([rows], metadata, group), {"algorithm": "padded" if one else "direct"}, "rank(s) 2"),
         (([rows], None, group), {}, "prepare_context_parallel_metadata"),
-        ((["rows"], metadata, group), {}, "tensors[0] is 'rows'"),
+        ((["rows"], metadata, group), {}, "tensors[0] is str; it must be a tensor"),
         ((rows if one else [rows], metadata, group), {}, "rank(s) 2: tensors is Tensor"),
         ((5 if one else [rows], metadata, group), {}, "rank(s) 2: tensors is int"),
         (([rows] * 200, metadata, group), {"algorithm": "padded" if one else "direct"}, "rank(s)"),
@@ -104,6 +106,7 @@ def check_metadata_for_another_cp_size_is_refused() -> None:
     said = error_of(all_gather_kv, [torch.zeros(10, 2)], metadata, group)
     assert "metadata is for cp_size 4" in said
     assert "init_context_parallel(4)" in said
+    assert "prepare_context_parallel_metadata(lengths, 2)" in said
 
 
 def check_the_seed_refuses_a_total_len_that_would_cut_rows_off() -> None:
