@@ -43,12 +43,7 @@ from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.collective import (
-    check_gather,
-    describe,
-    ordinary_all_gather,
-    register_segment,
-)
+from cpkit.sync.collective import check_gather, describe, ordinary_all_gather, register_segment
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
