@@ -35,7 +35,7 @@ from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
 from cpkit.symm import symmetric_pool
-from cpkit.sync.collective import ordinary_all_gather
+from cpkit.sync.collective import torch_all_gather
 
 Calls = dict[str, Callable[[], object]]
 
@@ -111,7 +111,7 @@ def opponents(config: Config, metadata: ContextParallelMetadata, group: CPGroup)
     padded = shard.new_zeros(len(shard) * group.size, row_bytes)
     whole, copy = (np.ones(config.total_bytes, dtype=np.uint8) for _ in range(2))
     return {
-        "gloo alone": lambda: ordinary_all_gather(padded, shard, group),
+        "gloo alone": lambda: torch_all_gather(padded, shard, group),
         "memcpy": lambda: np.copyto(copy, whole),
     }
 

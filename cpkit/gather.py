@@ -1,10 +1,11 @@
 """The padded context-parallel KV-cache all-gather, and better ones: four algorithms, one result.
 
-    W = cp_size, T = tokens of the batch, P = padded rows per rank, n_r = rows that rank r holds
+    W = cp_size                  T   = total_tokens, of the batch
+    P = max_rank_len[0]          n_r = per_rank_actual_token[r], the rows that rank r holds
 
-    padded            pad to P → collective into ordinary memory → strip → reorder
-    padded_symm_recv  pad to P → peers store into a symmetric [W·P] buffer → strip → reorder
-    padded_symm       copy into a symmetric shard → store as above → strip → reorder
+    padded            pad to [P] → all-gather into ordinary memory [W·P] → strip → reorder
+    padded_symm_recv  pad to [P] → all-gather into symmetric memory [W·P] → strip → reorder
+    padded_symm       pad into a symmetric shard [P], then as padded_symm_recv
     direct            each rank stores its n_r rows at their final place in every peer's [T]
 
 Every call begins with one agreement, in which the ranks check that all of them make the same call.
@@ -289,10 +290,10 @@ def cp_all_gather_rerange_kv_cache(
 # Rows are moved as `[rows, lanes]`, where a lane is the widest integer whose size divides the row.
 # So fp8 and bool are copied bit-exact, like any other dtype.
 #
-#     pad      [rows, lanes]       → [max_len, lanes]
-#     wire     [max_len, lanes]    → [cp_size · max_len, lanes]       rank order, with padding
-#     strip    [cp_size · max_len] → [total, lanes]                   rank order
-#     reorder  [total, lanes]      → [total, lanes]                   token order
+#     pad      [n_r, lanes]  → [P, lanes]
+#     wire     [P, lanes]    → [W·P, lanes]    rank order, with padding
+#     strip    [W·P, lanes]  → [T, lanes]      rank order
+#     reorder  [T, lanes]    → [T, lanes]      token order
 
 _LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 

@@ -26,7 +26,7 @@ from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.memory.path import PathReport
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import ShmBarrier
-from cpkit.sync.collective import check_gather, describe, exchange_over, ordinary_all_gather
+from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
 from cpkit.sync.exchange import StoreExchange
 
 _LONGEST_NAME = 64
@@ -145,7 +145,7 @@ class CPGroup:
                 check_gather(output, input, self.rank, self.size)
                 call.must_match(Signature(f"gather {describe(output, input)}"))
         with on_stream(stream, output, input):
-            ordinary_all_gather(output, input, self)
+            torch_all_gather(output, input, self)
         self.last_path = NO_POOL
 
 

@@ -46,7 +46,7 @@ def check_call(
     A model makes the same call in every layer, so a call with the same metadata, shapes, dtypes and
     devices as an earlier one is not checked again. Only calls with ordinary tensors are cached.
     """
-    key = _key(tensors, metadata, algorithm, symmetric)
+    key = _cache_key(tensors, metadata, algorithm, symmetric)
     known = group.checked_calls.get(key) if key else None
     if known:
         return known
@@ -61,7 +61,7 @@ def check_call(
     return signature
 
 
-def _key(
+def _cache_key(
     tensors: Any, metadata: object, algorithm: object, symmetric: bool
 ) -> tuple[object, ...] | None:
     """Return all that the checks and the signature depend on; None if the call is not cached."""

@@ -57,7 +57,7 @@ class FreeList:
 class Block(NamedTuple):
     """An allocation: its bit in the release masks, its segment's number, its offset in bytes."""
 
-    slot: int
+    bit: int
     segment: int
     offset: int
     nbytes: int
@@ -69,9 +69,9 @@ class BlockAllocator:
     def __init__(self) -> None:
         self.free_lists: list[FreeList] = []
         self.blocks: dict[int, Block] = {}
-        self._free_slots = list(range(MAX_BLOCKS))  # a heap
-        self._released = 0  # one bit per slot that this rank has dropped and that is not free yet
-        # Slots that this rank has dropped since. Finalizers append to it, in any thread.
+        self._free_bits = list(range(MAX_BLOCKS))  # a heap
+        self._released = 0  # a bit per block that this rank has dropped, until it is free
+        # The bits of blocks dropped since. Finalizers append to it at any moment, in any thread.
         self.dropped: deque[int] = deque()
         self.total_bytes, self.used_bytes = 0, 0  # of all segments; in blocks that are not free
         self.peak_bytes = 0
@@ -86,14 +86,14 @@ class BlockAllocator:
 
     def place(self, nbytes: int) -> Block | None:
         """Place a block; return None when no segment has room or MAX_BLOCKS are placed."""
-        if not self._free_slots:
+        if not self._free_bits:
             return None
         size = rounded(nbytes)
         for segment, free_list in enumerate(self.free_lists):
             offset = free_list.allocate(size)
             if offset is not None:
-                block = Block(heapq.heappop(self._free_slots), segment, offset, size)
-                self.blocks[block.slot] = block
+                block = Block(heapq.heappop(self._free_bits), segment, offset, size)
+                self.blocks[block.bit] = block
                 self.used_bytes += size
                 self.peak_bytes = max(self.peak_bytes, self.used_bytes)
                 self.recent.append(size)
@@ -112,13 +112,13 @@ class BlockAllocator:
 
     def free(self, released_everywhere: int) -> None:
         """Free the blocks that all ranks have dropped (the AND of all ranks' bits)."""
-        for slot in sorted(self.blocks):
-            if released_everywhere >> slot & 1:
-                block = self.blocks.pop(slot)
+        for bit in sorted(self.blocks):
+            if released_everywhere >> bit & 1:
+                block = self.blocks.pop(bit)
                 self.free_lists[block.segment].free(block.offset, block.nbytes)
-                heapq.heappush(self._free_slots, slot)
+                heapq.heappush(self._free_bits, bit)
                 self.used_bytes -= block.nbytes
-                self.digest = zlib.crc32(b"free %d" % slot, self.digest)
+                self.digest = zlib.crc32(b"free %d" % bit, self.digest)
         self._released &= ~released_everywhere
 
     def largest_free(self) -> int:
@@ -128,7 +128,7 @@ class BlockAllocator:
 
     def is_full(self) -> bool:
         """Return True when MAX_BLOCKS blocks are placed."""
-        return not self._free_slots
+        return not self._free_bits
 
 
 def rounded(nbytes: int) -> int:

@@ -70,7 +70,7 @@ class Segment(Protocol):
         """Return own bytes; `release` is called when the last tensor over them is dropped."""
 
 
-class Peers(Protocol):
+class Pool(Protocol):
     """The part of a pool that its backend uses."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Backend(Protocol):
 
     def all_gather(
         self,
-        peers: Peers,
+        pool: Pool,
         shards: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         *,
@@ -119,7 +119,7 @@ class Backend(Protocol):
 
     def push(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
@@ -134,7 +134,7 @@ class Backend(Protocol):
 
     def prepare(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         output_sets: Sequence[Sequence[torch.Tensor]],
         metadata: ContextParallelMetadata,

@@ -27,7 +27,7 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import (
     SHARDS_MOVED,
     STORED_IN_PLACE,
-    Peers,
+    Pool,
     Prepared,
 )
 from cpkit.memory.path import PathReport
@@ -125,7 +125,7 @@ class CudaBackend:
 
     def all_gather(
         self,
-        peers: Peers,
+        pool: Pool,
         shards: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         *,
@@ -138,8 +138,8 @@ class CudaBackend:
         `enter` waits until the stream of every rank is done with its buffers.
         """
         if not (symmetric_send or symmetric_recv):
-            return self._gather_staged(peers, shards, outputs)
-        move = peers.push_shard if symmetric_recv else peers.pull_shards
+            return self._gather_staged(pool, shards, outputs)
+        move = pool.push_shard if symmetric_recv else pool.pull_shards
         with stage("wire"):
             self.enter()
             for output, shard in zip(outputs, shards, strict=True):
@@ -149,7 +149,7 @@ class CudaBackend:
         return SHARDS_MOVED[symmetric_send, symmetric_recv]
 
     def _gather_staged(
-        self, peers: Peers, shards: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+        self, pool: Pool, shards: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
     ) -> PathReport:
         """Gather into ordinary memory where ranks share a GPU: pull from the peers' stages.
 
@@ -159,19 +159,19 @@ class CudaBackend:
         Only this rank writes to its stage, so the copy into it needs no barrier.
         """
         with stage("wire"):
-            stages = [peers.empty(shard.shape, shard.dtype) for shard in shards]
+            stages = [pool.empty(shard.shape, shard.dtype) for shard in shards]
             for staged, shard in zip(stages, shards, strict=True):
                 staged.copy_(shard)
             self.leave()
             for output, staged in zip(outputs, stages, strict=True):
-                peers.pull_shards(output, staged)
+                pool.pull_shards(output, staged)
         with stage("exit"):
             self.leave()
         return _STAGED
 
     def push(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
@@ -182,12 +182,12 @@ class CudaBackend:
         Source of the idea: vLLM #49517 (each rank stores final rows into every peer's cache).
         """
         with stage("wire"):
-            self._launch_push(peers, rows, outputs, metadata, slots)
+            self._launch_push(pool, rows, outputs, metadata, slots)
         return STORED_IN_PLACE
 
     def _launch_push(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
@@ -210,7 +210,7 @@ class CudaBackend:
             self.tables.get(metadata, cut, mapped=slots is not None),
             [x.data_ptr() for x, _ in present],
             [y.data_ptr() for _, y in present],
-            [_segment_table(peers, y) for _, y in present],
+            [_segment_table(pool, y) for _, y in present],
             slots,
             cut.narrow,
             shape=cut.shape,
@@ -219,7 +219,7 @@ class CudaBackend:
 
     def prepare(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         output_sets: Sequence[Sequence[torch.Tensor]],
         metadata: ContextParallelMetadata,
@@ -228,7 +228,7 @@ class CudaBackend:
         capture = _Capture()
         pushes: list[Prepared] = []
         for outputs in output_sets:
-            run = partial(self._launch_push, peers, rows, outputs, metadata)
+            run = partial(self._launch_push, pool, rows, outputs, metadata)
             pushes.append(_PreparedPush(self, run, capture))
         return pushes, STORED_IN_PLACE
 
@@ -414,8 +414,8 @@ class _PreparedPush:
             pass  # inside the kernel
 
 
-def _segment_table(peers: Peers, output: torch.Tensor) -> int:
+def _segment_table(pool: Pool, output: torch.Tensor) -> int:
     """Return the address of the table of the ranks' segments that this output is in."""
-    segment = peers.segment_of(output)
+    segment = pool.segment_of(output)
     assert isinstance(segment, CudaSegment)
     return segment.peers.data_ptr()

@@ -14,11 +14,11 @@ import torch
 
 from cpkit.devices import loaded_nccl_version
 from cpkit.group import CPGroup
-from cpkit.memory.backend import ORDINARY_COLLECTIVE, Peers
+from cpkit.memory.backend import ORDINARY_COLLECTIVE, Pool
 from cpkit.memory.cuda import CudaBackend, CudaSegment
 from cpkit.memory.path import BufferLocation, BufferPair, PathReport, decide, without_windows
 from cpkit.stages import stage
-from cpkit.sync.collective import ordinary_all_gather
+from cpkit.sync.collective import torch_all_gather
 
 _IN_POOL = BufferLocation(segment=0, offset=0)
 _ORDINARY = BufferLocation(other="ordinary memory", fault="unregistered")
@@ -35,14 +35,17 @@ class NcclBackend(CudaBackend):
 
     def all_gather(
         self,
-        peers: Peers,
+        pool: Pool,
         shards: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         *,
         symmetric_send: bool,
         symmetric_recv: bool,
     ) -> PathReport:
-        """Gather with NCCL, whose kernel synchronizes the ranks: no exit barrier follows.
+        """Gather with NCCL, whose kernels synchronize the ranks: no barrier stands around them.
+
+        A symmetric kernel begins with a barrier, in stream order: a peer's stores cannot overtake
+        this rank's earlier reads of the receive buffer. Source: NCCL's symmetric/all_gather.cuh.
 
         A shard that needed no padding is the caller's own tensor, which may be in symmetric memory
         on some ranks only: without `symmetric_send` NCCL receives an ordinary copy of it.
@@ -50,7 +53,7 @@ class NcclBackend(CudaBackend):
         windows = not self._window_problem
         with stage("wire"):
             for output, shard in zip(outputs, shards, strict=True):
-                ordinary_all_gather(
+                torch_all_gather(
                     output,
                     shard,
                     self.group,
@@ -90,7 +93,7 @@ class NcclBackend(CudaBackend):
             return "ranks share a GPU, and NCCL has no symmetric windows there"
         word = torch.zeros(1, dtype=torch.uint8, device=self.device)
         words = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
-        ordinary_all_gather(words, word, self.group)
+        torch_all_gather(words, word, self.group)
         torch.cuda.synchronize()
         return ""
 

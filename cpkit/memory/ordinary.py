@@ -9,7 +9,7 @@ import torch
 from cpkit.group import CPGroup
 from cpkit.memory.path import PathReport
 from cpkit.stages import stage
-from cpkit.sync.collective import ordinary_all_gather
+from cpkit.sync.collective import torch_all_gather
 
 ASYMMETRIC_BATCH = (
     "is_allocation_symmetric() is false: symmetric memory was switched off for this batch"
@@ -40,7 +40,7 @@ class OrdinaryMemory:
         """Gather equal shards with the collective of torch.distributed. Collective."""
         with stage("wire"):
             for output, shard in zip(outputs, shards, strict=True):
-                ordinary_all_gather(output, shard, self.group)
+                torch_all_gather(output, shard, self.group)
         return self._report
 
 

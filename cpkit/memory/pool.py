@@ -43,7 +43,7 @@ from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.collective import check_gather, describe, ordinary_all_gather, register_segment
+from cpkit.sync.collective import check_gather, describe, register_segment, torch_all_gather
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
@@ -110,7 +110,7 @@ class SymmetricPool:
         block = self._allocator.place(nbytes) or self._place_after_freeing(nbytes)
         if self.group.samples_pools:
             self._sample()
-        release = partial(self._allocator.dropped.append, block.slot)
+        release = partial(self._allocator.dropped.append, block.bit)
         memory = self._segments[block.segment].block(block.offset, nbytes, release)
         if self.device.type == "cuda":
             keep_for_replays("cuda", memory)
@@ -304,14 +304,14 @@ class SymmetricPool:
             check_gather(output, input, self.group.rank, self.group.size)
             call.must_match(Signature(f"gather {describe(output, input)}"))
             call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
-        path, unsafe_send, unsafe_recv = self.decide(call)
+        report, unsafe_send, unsafe_recv = self.decide(call)
         recv, send = output.detach(), input.detach().resolve_conj().resolve_neg()
         with on_stream(stream, output, input):
-            if path.path == "fallback":
+            if report.path == "fallback":
                 # A rank that could not register the pool has no windows; others may have them.
                 windows = not self.backend.window_problem()
                 with stage("wire"):
-                    ordinary_all_gather(
+                    torch_all_gather(
                         recv,
                         send,
                         self.group,
@@ -319,14 +319,14 @@ class SymmetricPool:
                         symmetric_recv=windows and not unsafe_recv,
                     )
             else:
-                pushes = path.path == "symmetric"
+                pushes = report.path == "symmetric"
                 self.all_gather(
                     [send],
                     [recv],
                     symmetric_send=not (pushes and unsafe_send),
                     symmetric_recv=pushes,
                 )
-        return path
+        return report
 
     def decide(self, call: Agreement, transport: str = "") -> Decision:
         """Decide from the buffer locations that all ranks added to an agreement's state.

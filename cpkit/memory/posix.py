@@ -27,14 +27,14 @@ from cpkit.memory.backend import (
     ORDINARY_COLLECTIVE,
     SHARDS_MOVED,
     STORED_IN_PLACE,
-    Peers,
+    Pool,
     Prepared,
     same_lanes,
 )
 from cpkit.memory.path import PathReport
 from cpkit.stages import stage
 from cpkit.sync.barrier import ShmBarrier
-from cpkit.sync.collective import ordinary_all_gather
+from cpkit.sync.collective import torch_all_gather
 from cpkit.sync.shm import Segment, free_bytes, make_segment
 from cpkit.sync.signals import ShmSignals
 
@@ -57,7 +57,7 @@ class PosixBackend:
 
     def all_gather(
         self,
-        peers: Peers,
+        pool: Pool,
         shards: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         *,
@@ -72,9 +72,9 @@ class PosixBackend:
         if not (symmetric_send or symmetric_recv):
             with stage("wire"):
                 for output, shard in zip(outputs, shards, strict=True):
-                    ordinary_all_gather(output, shard, self.group)
+                    torch_all_gather(output, shard, self.group)
             return ORDINARY_COLLECTIVE
-        move = peers.push_shard if symmetric_recv else peers.pull_shards
+        move = pool.push_shard if symmetric_recv else pool.pull_shards
         with stage("wire"):
             for output, shard in zip(outputs, shards, strict=True):
                 move(output, shard)
@@ -84,7 +84,7 @@ class PosixBackend:
 
     def push(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
@@ -96,17 +96,17 @@ class PosixBackend:
                 if not output.numel():
                     continue
                 if slots is None:
-                    for copy in self._copies(peers, x, output, metadata):
+                    for copy in self._copies(pool, x, output, metadata):
                         copy()
                 else:
-                    self._push_into_slots(peers, x, output, metadata, slots)
+                    self._push_into_slots(pool, x, output, metadata, slots)
         with stage("exit"):
             self._barrier.barrier()
         return STORED_IN_PLACE
 
     def prepare(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: Sequence[torch.Tensor],
         output_sets: Sequence[Sequence[torch.Tensor]],
         metadata: ContextParallelMetadata,
@@ -120,7 +120,7 @@ class PosixBackend:
                         copy
                         for x, output in zip(rows, outputs, strict=True)
                         if output.numel()
-                        for copy in self._copies(peers, x, output, metadata)
+                        for copy in self._copies(pool, x, output, metadata)
                     ],
                     self._barrier,
                     self._barrier.new_call(number),
@@ -176,7 +176,7 @@ class PosixBackend:
 
     def _copies(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: torch.Tensor,
         output: torch.Tensor,
         metadata: ContextParallelMetadata,
@@ -188,15 +188,15 @@ class PosixBackend:
         row_bytes = rows.shape[1] * rows.element_size()
         pieces = tiles(metadata, self.group.rank, row_bytes)
         if (pieces.step == 1).all():
-            addresses = peers.peer_addresses(output)
+            addresses = pool.peer_addresses(output)
             return _dense_copies(
-                rows.data_ptr(), [addresses[p] for p in peers.peer_order], row_bytes, pieces
+                rows.data_ptr(), [addresses[p] for p in pool.peer_order], row_bytes, pieces
             )
-        return _strided_copies(rows, [peers.peer_view(output, p) for p in peers.peer_order], pieces)
+        return _strided_copies(rows, [pool.peer_view(output, p) for p in pool.peer_order], pieces)
 
     def _push_into_slots(
         self,
-        peers: Peers,
+        pool: Pool,
         rows: torch.Tensor,
         cache: torch.Tensor,
         metadata: ContextParallelMetadata,
@@ -209,8 +209,8 @@ class PosixBackend:
         mine = slots[metadata.rank_rows(self.group.rank)]
         stored = (mine >= 0).nonzero().flatten()
         targets, chosen = mine[stored], rows if len(stored) == len(rows) else rows[stored]
-        for peer in peers.peer_order:
-            target, source = same_lanes(peers.peer_view(cache, peer), chosen)
+        for peer in pool.peer_order:
+            target, source = same_lanes(pool.peer_view(cache, peer), chosen)
             target.index_copy_(0, targets, source)
 
 

@@ -97,7 +97,7 @@ class Agreement:
         head = _FAILED + bytes(_DIGEST_BYTES) if error else _PASSED + self._fingerprint
         answers = self._exchange(head + self._record() + self.state)
         if error is not None or any(answer[:_HEAD_BYTES] != head for answer in answers):
-            self._explain(error)
+            self._raise_explained(error)
             if self._failure:
                 raise self._failure
             return
@@ -105,7 +105,7 @@ class Agreement:
         if self._on_agreed:
             self._on_agreed(self.states)
 
-    def _explain(self, error: Exception | None) -> None:
+    def _raise_explained(self, error: Exception | None) -> None:
         """Exchange the texts; raise ValueError unless this rank's own exception propagates."""
         mine = _Explanation()
         if error is not None:

@@ -1,6 +1,6 @@
 """The collectives of torch.distributed: an all-gather, and an exchange of small messages.
 
-Every gather that NCCL performs for cpkit goes through `ordinary_all_gather`. NCCL selects its
+Every gather that NCCL performs for cpkit goes through `torch_all_gather`. NCCL selects its
 kernel by the address of a buffer alone. So the default is safe: a buffer in symmetric memory is
 replaced by an ordinary copy unless the caller states that the ranks agreed.
 """
@@ -113,7 +113,7 @@ def ordinary_copy(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if owner_of(x) else x
 
 
-def ordinary_all_gather(
+def torch_all_gather(
     output: torch.Tensor,
     input: torch.Tensor,
     group: Members,
@@ -124,8 +124,9 @@ def ordinary_all_gather(
     """Gather equal shards of any dtype with the collective of torch.distributed, as bytes.
 
     CUDA tensors go through NCCL where each rank has its own GPU, otherwise through the host and
-    gloo. A buffer in symmetric memory is passed to NCCL without a copy only if `symmetric_send` or
-    `symmetric_recv` states that all ranks agreed to it (`path.unsafe_for_nccl`).
+    gloo. NCCL then selects its symmetric kernel or an ordinary one. A buffer in symmetric memory is
+    passed to NCCL without a copy only if `symmetric_send` or `symmetric_recv` states that all ranks
+    agreed to it (`path.unsafe_for_nccl`).
     """
     if output.numel() == 0:
         return

@@ -28,7 +28,7 @@ from cpkit.bench import Call, longest_s
 from cpkit.control.messages import Array, Clock, ClockResult, Progress
 from cpkit.devices import finish
 from cpkit.group import CPGroup
-from cpkit.sync.collective import ordinary_all_gather
+from cpkit.sync.collective import torch_all_gather
 from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
 
@@ -102,7 +102,7 @@ class _Bench:
         calls: dict[str, Call] = {
             "copy": lambda: target.copy_(source),
             "copy_fresh": lambda: _fresh_memory(source).copy_(source),
-            "collective": lambda: ordinary_all_gather(whole, shard, self.group),
+            "collective": lambda: torch_all_gather(whole, shard, self.group),
         }
         return _finished(calls[name]) if name in calls else self._launch(whole, shard)
 

@@ -57,14 +57,14 @@ def test_ranks_that_release_at_different_times_keep_equal_blocks(
             blocks = [allocator.place(number) for allocator in ranks]
             assert blocks[0] == blocks[1]
             if blocks[0]:
-                live.append(blocks[0].slot)
+                live.append(blocks[0].bit)
         elif live:
-            slot = live.pop(number % len(live))
-            ranks[0].dropped.append(slot)
-            late.append((moment + delays[moment % 60], slot))
-        for due, slot in [entry for entry in late if entry[0] <= moment]:
-            ranks[1].dropped.append(slot)
-            late.remove((due, slot))
+            bit = live.pop(number % len(live))
+            ranks[0].dropped.append(bit)
+            late.append((moment + delays[moment % 60], bit))
+        for due, bit in [entry for entry in late if entry[0] <= moment]:
+            ranks[1].dropped.append(bit)
+            late.remove((due, bit))
         both = dropped(ranks[0]) & dropped(ranks[1])
         for allocator in ranks:
             allocator.free(both)
@@ -84,7 +84,7 @@ def test_a_block_is_free_only_after_all_ranks_released_it() -> None:
     allocator = BlockAllocator()
     allocator.add_segment(256)
     block = allocator.place(100)
-    allocator.dropped.append(block.slot)
+    allocator.dropped.append(block.bit)
     allocator.free(0)  # a peer still holds it
     assert allocator.place(100) is None
     allocator.free(dropped(allocator))
