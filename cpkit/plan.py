@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -48,13 +48,17 @@ from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
 from cpkit.validate import check_call, check_group
 
 
-class _Memory:
+class _Memory(NamedTuple):
     """A tensor of a plan, and where its memory was when the plan was made."""
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self.name, self.tensor = name, tensor
-        self.alias = tensor.detach()  # keeps the storage alive, and has the shape that was planned
-        self.address = tensor.data_ptr()
+    name: str
+    tensor: torch.Tensor
+    alias: torch.Tensor  # keeps the storage alive, and has the shape that was planned
+    address: int
+
+
+def _memory(name: str, tensor: torch.Tensor) -> _Memory:
+    return _Memory(name, tensor, tensor.detach(), tensor.data_ptr())
 
 
 class GatherPlan:
@@ -76,10 +80,10 @@ class GatherPlan:
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
         self._tensors = list(tensors)
-        self._inputs = [_Memory(f"tensors[{i}]", x) for i, x in enumerate(tensors)]
+        self._inputs = [_memory(f"tensors[{i}]", x) for i, x in enumerate(tensors)]
         self._pool = pool  # the pushes write through its maps, even after it is replaced
         calls = [
-            (push, [_Memory(f"the result of tensors[{i}]", x) for i, x in enumerate(results)])
+            (push, [_memory(f"the result of tensors[{i}]", x) for i, x in enumerate(results)])
             for push, results in pushes
         ]
         self._pushes = cycle(calls) if calls else None
@@ -96,17 +100,17 @@ class GatherPlan:
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
         push, results = next(self._pushes)
-        for x in self._inputs:
-            if x.alias.data_ptr() != x.address or not x.tensor.is_set_to(x.alias):
-                self._refuse(x.name)
-        for x in results:
-            if x.alias.data_ptr() != x.address:
-                self._refuse(x.name)
-            if not x.tensor.is_set_to(x.alias):  # its caller changed its shape in place
-                x.tensor = x.alias.detach()
+        for name, tensor, alias, address in self._inputs:
+            if alias.data_ptr() != address or not tensor.is_set_to(alias):
+                self._refuse(name)
+        for i, (name, tensor, alias, address) in enumerate(results):
+            if alias.data_ptr() != address:
+                self._refuse(name)
+            if not tensor.is_set_to(alias):  # its caller changed its shape in place
+                results[i] = results[i]._replace(tensor=alias.detach())
         push()
         self.group.last_path = self._path
-        return [x.tensor for x in results]
+        return [tensor for _, tensor, _, _ in results]
 
     def _refuse(self, name: str) -> NoReturn:
         """Raise ValueError here and CallsDiffer on the peers, which wait at the barrier."""

@@ -72,8 +72,9 @@ def cores() -> int:
 
 def fence() -> None:
     """Order all memory accesses before it before all accesses after it."""
-    _own.lock.release()
-    _own.lock.acquire()
+    lock = _own.lock
+    lock.release()
+    lock.acquire()
 
 
 class CallsDiffer(RuntimeError):
@@ -88,6 +89,7 @@ class ShmBarrier:
         segment = make_segment(exchange, PAGE_BYTES, purpose)
         self._pages = [memoryview(page) for page in segment.maps]
         self._words = [page.cast("Q") for page in self._pages]  # word 0 is the counter
+        self._own = self._words[self.rank]
         self._round = 0
         self._broken = ""
         self._crowded = self.size > cores()
@@ -108,12 +110,12 @@ class ShmBarrier:
         """
         if self._broken:
             raise BarrierTimeout(f"{self._broken} The group has been out of step since then.")
-        self._round += 1
-        round = self._round
+        self._round = round = self._round + 1
         slot = _CALLS[round % 2]
-        self._words[self.rank][slot] = call
+        own = self._own
+        own[slot] = call
         fence()
-        self._words[self.rank][0] = round
+        own[0] = round
         for counter in self._words:
             if counter[0] < round:
                 self._wait(counter, round)
@@ -127,7 +129,7 @@ class ShmBarrier:
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} fit")
         slot = _MESSAGES[(self._round + 1) % 2]
-        self._words[self.rank][slot // 8] = len(message)
+        self._own[slot // 8] = len(message)
         self._pages[self.rank][slot + 8 : slot + 8 + len(message)] = message
         self.barrier(EXCHANGE)
         lengths = [words[slot // 8] for words in self._words]
