@@ -36,6 +36,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from cpkit.devices import is_capturing
+from cpkit.eager import eager_only
 from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of, remember_path
 from cpkit.group import CPGroup, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
@@ -89,6 +90,7 @@ class GatherPlan:
         self._pushes = cycle(calls) if calls else None
         self._path = path
 
+    @eager_only
     def __call__(self) -> list[torch.Tensor]:
         """Gather the current contents of the plan's tensors. Collective.
 
@@ -99,6 +101,7 @@ class GatherPlan:
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
+        self.group.owner.check()
         push, results = next(self._pushes)
         for name, tensor, alias, address in self._inputs:
             if alias.data_ptr() != address or not tensor.is_set_to(alias):
@@ -125,6 +128,7 @@ class GatherPlan:
         )
 
 
+@eager_only
 def plan_gather_kv(
     tensors: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,
