@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.algorithms import ALGORITHMS
 from cpkit.devices import check_stream, keep_for_replays, on_stream
+from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import same_lanes
@@ -51,6 +52,7 @@ Gathered = tuple[list[torch.Tensor], PathReport]
 Gather = Callable[[list[torch.Tensor], ContextParallelMetadata, Memory], Gathered]
 
 
+@eager_only
 def all_gather_kv(
     tensors: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,
@@ -225,6 +227,7 @@ def _gather_into(
 # -------------------------------------------------------------------- SGLang's functions
 
 
+@eager_only
 def cp_all_gather_reorganized_into_tensor_kv_cache(
     input_tensor: torch.Tensor,
     total_len: int,
@@ -263,6 +266,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
 
 
+@eager_only
 def cp_all_gather_rerange_kv_cache(
     input_tensor: torch.Tensor,
     total_len: int,
@@ -368,11 +372,13 @@ def scatter_into(
 _reports = WeakTensorKeyDictionary()
 
 
+@eager_only
 def last_path(group: CPGroup) -> PathReport | None:
     """Return the path of the group's latest gather on this rank; None before the first."""
     return group.last_path
 
 
+@eager_only
 def path_of_result(result: torch.Tensor) -> PathReport | None:
     """Return the path of the gather that returned this tensor object; None for any other tensor."""
     report: PathReport | None = _reports.get(result)

@@ -3,11 +3,20 @@
 Groups are made once per cp_size and kept, so a later change of cp_size is a dictionary lookup. The
 ranks of one machine get a barrier in shared memory (cpkit.sync.barrier) and can use symmetric
 memory. A group that spans machines uses torch.distributed for everything.
+
+Only one thread of a rank uses a group (see cpkit.threads). Two micro-batches that overlap need a
+group each, over the same ranks:
+
+    first, second = (init_context_parallel(cp_size, name) for name in ("first", "second"))
+
+    thread 1   with use_group(first):    gather, gather, …
+    thread 2   with use_group(second):   gather, gather, …
 """
 
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,11 +32,13 @@ import torch.distributed as dist
 
 from cpkit import settings
 from cpkit.devices import check_stream, device_type, on_stream
+from cpkit.eager import eager_only
 from cpkit.memory.path import PathReport
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
 from cpkit.sync.exchange import StoreExchange
+from cpkit.threads import OwnerThread
 
 _LONGEST_NAME = 64
 NO_POOL = PathReport(
@@ -76,6 +87,7 @@ class CPGroup:
     process_group: dist.ProcessGroup
     store_exchange: StoreExchange
     shm_barrier: ShmBarrier | None
+    owner: OwnerThread
     ranks_on_gpu: int = 0
     shares_gpu: bool = False
     has_nccl: bool = False
@@ -84,13 +96,16 @@ class CPGroup:
     last_path: PathReport | None = field(default=None, repr=False)
     checked_calls: dict[object, Signature] = field(default_factory=dict, repr=False)
 
+    @eager_only
     def barrier(self) -> None:
         """Wait for all ranks of the group. Raises TimeoutError naming the ranks that are late."""
+        self.owner.check()
         if self.shm_barrier:
             self.shm_barrier.barrier()
         else:
             self.exchange(b"")
 
+    @eager_only
     def check(self) -> None:
         """Raise TimeoutError when a kernel of this rank timed out waiting for a peer. Local."""
         for pool in self.pools.values():
@@ -103,6 +118,7 @@ class CPGroup:
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
+        self.owner.check()
         if self.shm_barrier:
             return self.shm_barrier.exchange(message)
         return exchange_over(self.process_group, message, self.size)
@@ -113,11 +129,13 @@ class CPGroup:
         At its end all ranks continue, or all raise ValueError (see cpkit.sync.agreement), and
         blocks of the pool that all ranks have dropped become free.
         """
+        self.owner.check()
         first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
         is_cuda = isinstance(first, torch.Tensor) and first.is_cuda
         pool = self.pools.get("cuda" if is_cuda else "cpu")
         return pool.agreement() if pool else Agreement(self.exchange)
 
+    @eager_only
     def cp_all_gather_into_tensor_async(
         self,
         output: torch.Tensor,
@@ -135,6 +153,7 @@ class CPGroup:
         `agreed=True` skips that: the caller's ranks have already agreed on this call, and allocated
         `output` after that agreement. Source: SGLang's GroupCoordinator, same name.
         """
+        self.owner.check()
         pool = self.pools.get(device_type(input))
         if pool:
             self.last_path = pool.all_gather_into_tensor(output, input, stream, agreed=agreed)
@@ -149,34 +168,60 @@ class CPGroup:
         self.last_path = NO_POOL
 
 
+@eager_only
 def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     """Return this rank's context-parallel group of `cp_size` ranks. Collective over the world.
 
     Global ranks 0 … cp_size-1 are the first group, the next cp_size the second. Groups are kept by
     size and name, so a second call is cheap; another name makes other groups, with their own pools.
     Raises ValueError on every rank when cp_size does not divide the world or an argument differs
-    between ranks, and RuntimeError when called before `dist.init_process_group`.
+    between ranks, and RuntimeError when called before `dist.init_process_group`, or in another
+    thread than before.
     """
     world = _world()
+    world.owner.check()
     with Agreement(world.exchange) as call:
         _check_size(world, cp_size, name)
         call.must_match(Signature(f"init_context_parallel({cp_size!r}, {name!r})"))
     group = world.groups.get((cp_size, name))
     if group is None:
         group = world.groups[cp_size, name] = _make_group(world, cp_size, name)
-    world.current = group
+    _current.group, _current.generation = group, _generation
     return group
 
 
+@eager_only
 def get_attention_cp_group() -> CPGroup:
-    """Return the group that `init_context_parallel` returned last; RuntimeError without one."""
-    if _state and _state.current:
-        return _state.current
+    """Return this thread's current group: that of `use_group`, or the last that it initialized.
+
+    Raises RuntimeError without one.
+    """
+    if _current.group and _current.generation == _generation:
+        return _current.group
     raise RuntimeError(
-        "there is no context-parallel group yet: call init_context_parallel(cp_size)"
+        "this thread has no context-parallel group yet: call init_context_parallel(cp_size), or "
+        "enter `with use_group(group)` with a group that was made in another thread"
     )
 
 
+@contextmanager
+def use_group(group: CPGroup) -> Iterator[None]:
+    """Use a group in this thread alone, as its current group, until the block ends. Local.
+
+    Other threads get a RuntimeError from their calls with the group until then. Enter the block
+    while none of them is inside such a call. Raises RuntimeError while another thread is inside
+    `use_group` with this group.
+    """
+    with group.owner.own():
+        previous = _current.group, _current.generation
+        _current.group, _current.generation = group, _generation
+        try:
+            yield
+        finally:
+            _current.group, _current.generation = previous
+
+
+@eager_only
 def forget_groups() -> None:
     """Drop all groups and their symmetric memory, so that new ones can be made.
 
@@ -227,8 +272,8 @@ class _World:
     store: dist.Store
     store_exchange: StoreExchange
     shm_barrier: ShmBarrier | None
+    owner: OwnerThread
     groups: dict[tuple[int, str], CPGroup] = field(default_factory=dict)
-    current: CPGroup | None = None
 
     def exchange(self, message: bytes) -> list[bytes]:
         if self.shm_barrier:
@@ -236,8 +281,16 @@ class _World:
         return self.store_exchange.exchange(message, "agree on cp_size")
 
 
+class _Current(threading.local):
+    """The current group of a thread, as long as `_generation` is this one."""
+
+    group: CPGroup | None = None
+    generation = 0
+
+
 _state: _World | None = None
 _generation = 0
+_current = _Current()
 
 
 def _world() -> _World:
@@ -255,7 +308,8 @@ def _world() -> _World:
         shm_barrier = None
         if len(set(hosts)) == 1:
             shm_barrier = ShmBarrier(exchange, "make the barrier of the world")
-        _state = _World(rank, size, hosts, gpus, store, exchange, shm_barrier)
+        owner = OwnerThread("init_context_parallel")
+        _state = _World(rank, size, hosts, gpus, store, exchange, shm_barrier, owner)
     return _state
 
 
@@ -337,6 +391,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         made[index],
         exchange,
         shm_barrier,
+        OwnerThread(f"group {exchange.name}"),
         ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
         shares_gpu=len(set(gpus)) < len(gpus),
         has_nccl=has_nccl,

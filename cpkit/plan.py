@@ -21,9 +21,9 @@ A result is valid until this rank calls the plan again. With one output, rank 0'
 store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` uses three
 outputs, and a result stays valid for one more call.
 
-The prepared copies use addresses, so a call first checks that no memory has moved on this rank. If
-it has, the rank arrives at the exit barrier as `MOVED`, and all its peers raise as well. On CUDA,
-the peers' kernels time out.
+The prepared copies use addresses, like the kernels of a CUDA graph, so a call first checks that no
+memory has moved on this rank. If it has, the rank arrives at the exit barrier as `MOVED`, and all
+its peers raise as well. On CUDA, the peers' kernels time out.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import cycle
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
 from cpkit.devices import is_capturing
+from cpkit.eager import eager_only
 from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of, remember_path
 from cpkit.group import CPGroup, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
@@ -47,18 +48,7 @@ from cpkit.sync.agreement import Signature
 from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
 from cpkit.validate import check_call, check_group
 
-
-class _Memory(NamedTuple):
-    """A tensor of a plan, and where its memory was when the plan was made."""
-
-    name: str
-    tensor: torch.Tensor
-    alias: torch.Tensor  # keeps the storage alive, and has the shape that was planned
-    address: int
-
-
-def _memory(name: str, tensor: torch.Tensor) -> _Memory:
-    return _Memory(name, tensor, tensor.detach(), tensor.data_ptr())
+_is_set_to = torch.Tensor.is_set_to
 
 
 class GatherPlan:
@@ -80,15 +70,16 @@ class GatherPlan:
     ) -> None:
         self.metadata, self.group, self.algorithm = metadata, group, algorithm
         self._tensors = list(tensors)
-        self._inputs = [_memory(f"tensors[{i}]", x) for i, x in enumerate(tensors)]
         self._pool = pool  # the pushes write through its maps, even after it is replaced
-        calls = [
-            (push, [_memory(f"the result of tensors[{i}]", x) for i, x in enumerate(results)])
-            for push, results in pushes
-        ]
+        calls = []
+        for push, results in pushes:
+            planned = [x.detach() for x in results]  # these also keep the memory
+            used = (*tensors, *planned)
+            calls.append((push, results, planned, used, [x.data_ptr() for x in used]))
         self._pushes = cycle(calls) if calls else None
         self._path = path
 
+    @eager_only
     def __call__(self) -> list[torch.Tensor]:
         """Gather the current contents of the plan's tensors. Collective.
 
@@ -99,32 +90,37 @@ class GatherPlan:
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
-        push, results = next(self._pushes)
-        for name, tensor, alias, address in self._inputs:
-            if alias.data_ptr() != address or not tensor.is_set_to(alias):
-                self._refuse(name)
-        for i, (name, tensor, alias, address) in enumerate(results):
-            if alias.data_ptr() != address:
-                self._refuse(name)
-            if not tensor.is_set_to(alias):  # its caller changed its shape in place
-                results[i] = results[i]._replace(tensor=alias.detach())
+        self.group.owner.check()
+        push, results, planned, used, addresses = next(self._pushes)
+        if [x.data_ptr() for x in used] != addresses:
+            self._refuse(used, addresses)
+        if not all(map(_is_set_to, results, planned)):  # a caller changed a shape in place
+            results[:] = [x.detach() for x in planned]
         push()
         self.group.last_path = self._path
-        return [tensor for _, tensor, _, _ in results]
+        return list(results)
 
-    def _refuse(self, name: str) -> NoReturn:
+    def _refuse(self, used: Sequence[torch.Tensor], addresses: list[int]) -> NoReturn:
         """Raise ValueError here and CallsDiffer on the peers, which wait at the barrier."""
+        names = [f"tensors[{i}]" for i in range(len(self._tensors))]
+        names += [f"the result of {name}" for name in names]
+        moved = [
+            name
+            for name, x, address in zip(names, used, addresses, strict=True)
+            if x.data_ptr() != address
+        ]
         barrier = self.group.shm_barrier
         if barrier and self._tensors[0].device.type == "cpu":
             with suppress(BarrierTimeout, CallsDiffer):
                 barrier.barrier(MOVED)
         raise ValueError(
-            f"the memory of {name} has moved or its shape has changed since the plan was made (for "
-            f"example by share_memory_(), by a multiprocessing queue, or by setting .data), and a "
-            f"plan uses its tensors in place; make a new plan, and put a clone() into queues"
+            f"the memory of {', '.join(moved)} has moved since the plan was made (for example by "
+            f"share_memory_(), by a multiprocessing queue, or by setting .data), and a plan uses "
+            f"its tensors in place; make a new plan, and put a clone() into queues"
         )
 
 
+@eager_only
 def plan_gather_kv(
     tensors: Sequence[torch.Tensor],
     metadata: ContextParallelMetadata,

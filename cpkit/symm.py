@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from cpkit.devices import check_tensor, device_type
+from cpkit.eager import eager_only
 from cpkit.group import CPGroup, batch_symmetry, is_allocation_symmetric
 from cpkit.memory import factory
 from cpkit.memory.backend import Backend
@@ -65,6 +66,7 @@ def use_symmetric_memory(group: CPGroup, disabled: bool = False) -> Iterator[Non
         yield
 
 
+@eager_only
 def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
     """Return the group's pool on "cpu" or "cuda" (default: torch's default device).
 
@@ -75,6 +77,7 @@ def symmetric_pool(group: CPGroup, device: str | None = None) -> SymmetricPool:
     return pool if isinstance(pool, SymmetricPool) else SymmetricPool(group, device=device)
 
 
+@eager_only
 def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
     """Signal one peer that this rank's stores into its memory have arrived. No barrier.
 
@@ -93,6 +96,7 @@ def put_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
     _backend_with(group, peer, device).put_signal(peer)
 
 
+@eager_only
 def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
     """Wait for a peer's `put_signal`, and consume the signal. Raises the same errors."""
     _backend_with(group, peer, device).wait_signal(peer)
@@ -111,6 +115,7 @@ def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     return pool.backend
 
 
+@eager_only
 def explain_path(
     send: torch.Tensor, recv: torch.Tensor, group: CPGroup, transport: str | None = None
 ) -> PathReport:

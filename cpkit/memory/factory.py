@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cpkit.eager import eager_only
+
 Allocate = Callable[[Sequence[int], torch.dtype, str], torch.Tensor]
 
 _UNFILLED = {
@@ -37,6 +39,7 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
         super().__init__()
         self._allocate = allocate
 
+    @eager_only
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from cpkit.devices import check_can_grow, check_stream, is_plain_view, keep_for_replays, on_stream
+from cpkit.eager import eager_only
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
@@ -97,12 +98,14 @@ class SymmetricPool:
 
     # -------------------------------------------------------------------- allocation
 
+    @eager_only
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Allocate an uninitialised contiguous tensor, at the same offset on every rank.
 
         Every rank makes the same calls. The bytes return to the pool at the first agreement after
         all ranks have dropped the tensor. Collective only when the pool has no room.
         """
+        self.group.owner.check()
         count = math.prod(shape)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
@@ -116,11 +119,11 @@ class SymmetricPool:
             keep_for_replays("cuda", memory)
         return memory.view(dtype).view(tuple(shape))
 
+    @eager_only
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
         """Return the same tensor in a peer's memory.
 
-        Raises ValueError for a tensor that is not from this pool, or is a conjugated or negated
-        view, and for a rank that the group does not have.
+        Raises ValueError for other memory, a conjugated or negated view, or a bad rank.
         """
         self.group.check_rank("rank", rank)
         segment, offset = self.offset_of(tensor)
@@ -220,6 +223,7 @@ class SymmetricPool:
         At its end every rank also raises SymmetricMemoryError when the ranks' allocations differ,
         and this rank raises BarrierTimeout when a kernel of it timed out earlier.
         """
+        self.group.owner.check()
         late = self.backend.late_message
         failure = BarrierTimeout(late) if late else None
         return Agreement(self._exchange, self._allocator.record, self._free_agreed, failure)

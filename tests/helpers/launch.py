@@ -21,7 +21,7 @@ LIMIT_S = 300.0  # only a launch that hangs takes this long
 # The rank programs by number of ranks. One launch runs all of them, because starting torch takes
 # longer than most checks. Those of 4 ranks include gathers in groups of 2.
 MODULES = {
-    2: ("caches", "symmetric", "signals", "plans", "crossed", "waits", "benchmark"),
+    2: ("caches", "symmetric", "signals", "plans", "crossed", "waits", "benchmark", "threads"),
     3: ("gathers", "caches", "signals", "mutants", "plans", "crossed"),
     4: ("gathers", "groups", "symmetric", "waits"),
 }

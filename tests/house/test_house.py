@@ -17,6 +17,8 @@ LAYERS = (
         "cpkit.settings",
         "cpkit.algorithms",
         "cpkit.processes",
+        "cpkit.threads",
+        "cpkit.eager",
         "cpkit.devices",
         "cpkit.timing",
         "cpkit.stages",

@@ -94,7 +94,7 @@ def check_memory_that_moved_on_one_rank_is_everybodys_error() -> None:
         else:
             expect(gather, "rank 0 at a plan's call whose memory has moved")
 
-    for move in (renew, grow, torch.Tensor.share_memory_, torch.Tensor.t_):
+    for move in (renew, grow, torch.Tensor.share_memory_):
         group, metadata, rows = batch_of(97, 64)
         gather = plan_gather_kv([rows], metadata, group)
         gather()

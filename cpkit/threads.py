@@ -1,0 +1,85 @@
+"""The owner of an object that only one thread of a rank may use at a time.
+
+Two threads of a rank that make collective calls at once receive each other's rows, when their calls
+alternate differently on two ranks:
+
+    rank 0   thread 1: gather ┐               thread 2: gather ┐
+    rank 1   thread 2: gather ┘ a wrong pair  thread 1: gather ┘ another
+
+So the owner is fixed in advance, by `own()`. A lock held during each call would not help: here no
+two calls of one rank overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import NoReturn
+from weakref import WeakSet
+
+_FORKED = 0  # no thread has this identity
+
+
+class OwnerThread:
+    """The thread that uses an object called `name`: at first the one that made it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._thread, self._lock = name, get_ident(), threading.RLock()
+        _owners.add(self)
+
+    def check(self) -> None:
+        """Check that this thread is the owner. Raises RuntimeError naming the owner. Local.
+
+        The rank must raise before it sends anything, because its peers cannot distinguish threads.
+        """
+        if self._thread != get_ident():
+            self._refuse()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Make this thread the owner until the block ends.
+
+        Raises RuntimeError while another thread is inside such a block.
+        """
+        if not self._lock.acquire(blocking=False):
+            self._refuse()
+        previous, self._thread = self._thread, get_ident()
+        try:
+            yield
+        finally:
+            self._thread = previous
+            self._lock.release()
+
+    def leave_to_parent(self) -> None:
+        """Let no thread of a forked child use the object: it belongs to the rank."""
+        self._thread = _FORKED
+
+    def _refuse(self) -> NoReturn:
+        if self._thread == _FORKED:
+            raise RuntimeError(
+                f"{self._name} belongs to the rank from which this process was forked, and the "
+                f"peers would take its calls for those of the rank. Gather in the rank itself, and "
+                f'start other processes with multiprocessing.get_context("spawn")'
+            )
+        names = [each.name for each in threading.enumerate() if each.ident == self._thread]
+        owner = f"thread {names[0]!r}" if names else "a thread that has ended"
+        raise RuntimeError(
+            f"{self._name} belongs to {owner}, and was used in thread "
+            f"{threading.current_thread().name!r}: one thread at a time. Make all groups in one "
+            f'thread, one for each thread that gathers (init_context_parallel(cp_size, name="…")), '
+            f"and gather inside `with use_group(group)`"
+        )
+
+
+_owners: WeakSet[OwnerThread] = WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for owner in _owners:
+        owner.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
