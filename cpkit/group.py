@@ -74,7 +74,8 @@ class CPGroup:
     """One context-parallel group, seen from one of its ranks.
 
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
-    `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU.
+    `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU, and
+    `overlaps` when another group of the same ranks may gather at the same time.
     `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
     use over time (`SymmetricPool.samples`).
     """
@@ -90,6 +91,7 @@ class CPGroup:
     owner: OwnerThread
     ranks_on_gpu: int = 0
     shares_gpu: bool = False
+    overlaps: bool = False
     has_nccl: bool = False
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
@@ -173,7 +175,9 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     """Return this rank's context-parallel group of `cp_size` ranks. Collective over the world.
 
     Global ranks 0 … cp_size-1 are the first group, the next cp_size the second. Groups are kept by
-    size and name, so a second call is cheap; another name makes other groups, with their own pools.
+    size and name, so a second call is cheap. Another name makes other groups, with their own pools,
+    for a second thread or stream; these do without NCCL, whose communicators deadlock unless all
+    ranks launch in the same order.
     Raises ValueError on every rank when cp_size does not divide the world or an argument differs
     between ranks, and RuntimeError when called before `dist.init_process_group`, or in another
     thread than before.
@@ -363,7 +367,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     all_ranks = [tuple(range(first, first + cp_size)) for first in range(0, world.size, cp_size)]
     # Making a group is collective over the world, so all groups have the same backend.
     share_gpu = any(len({world.gpus[r] for r in ranks}) < cp_size for ranks in all_ranks)
-    has_nccl = _nccl_is_possible(world, share_gpu)
+    has_nccl = name == "default" and _nccl_is_possible(world, share_gpu)
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     made = [
         dist.new_group(
@@ -394,6 +398,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         OwnerThread(f"group {exchange.name}"),
         ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
         shares_gpu=len(set(gpus)) < len(gpus),
+        overlaps=name != "default",
         has_nccl=has_nccl,
     )
 

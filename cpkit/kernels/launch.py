@@ -1,11 +1,11 @@
 """Launch the gather kernel: number of blocks, size and table of tiles, signal words.
 
-Where ranks share a GPU, blocks that wait for a peer can occupy the multiprocessors that the peer's
-own blocks need. So one block waits there, in a launch of its own, and the blocks that copy start
-when the outputs are free:
+Where ranks share a GPU, or two groups gather at once, blocks that wait for a peer can occupy the
+multiprocessors that the peer's blocks need, or those of the other group. So one block waits there,
+in a launch of its own, and the blocks that copy start when the outputs are free:
 
-    own GPUs      rank 0   │ every block waits ─ copies ─ the last one waits │
-    shared GPU    rank 0   │ one block waits │ every block copies ─ the last one waits │
+    GPU for one group   rank 0   │ every block waits ─ copies ─ the last one waits │
+    shared GPU          rank 0   │ one block waits │ every block copies ─ the last one waits │
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def launch_gather(
     entry: bool = True,
 ) -> None:
     """Launch `gather_kernel` on the current stream; see its docstring for the arguments."""
-    if entry and SYNC and signals.group.shares_gpu:
+    if entry and SYNC and (signals.group.shares_gpu or signals.group.overlaps):
         signals.enter()
         entry = False
     addresses = tuple(sources), tuple(targets), tuple(bases)
