@@ -171,7 +171,11 @@ def check_bad_caches_and_slots_are_an_error_on_all_ranks() -> None:
         ([cache], slots.clamp(max=9), "use -1 for tokens that are not to be stored"),
         ([cache], slots.flip(0) if first else slots, "slots differ between the ranks"),
         ([cache], slots[:5] if first else slots, "rank(s) 0: slots is [5] int64"),
-        ([cache], slots.to("meta") if first else slots, f"int64 meta; it must be int64 or int32 [64] on {DEVICE}"),
+        (
+            [cache],
+            slots.to("meta") if first else slots,
+            f"int64 meta; it must be int64 or int32 [64] on {DEVICE}",
+        ),
     ]
     into_some = {"into": [cache], "slots": slots} if first else {}
     assert "different collectives" in error_of(all_gather_kv, [rows], metadata, group, **into_some)
