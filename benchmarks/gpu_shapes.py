@@ -100,7 +100,7 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
     """Return a launch that copies the source to all outputs."""
     rows = source.numel() * 8 // ROW_BYTES
     runs = prepare_context_parallel_metadata([rows], 1, "contiguous").runs(0)
-    tiles = tile_table(runs, [ROW_BYTES], [True], 1, shape.tile, mapped=False).cuda()
+    tiles = tile_table(runs, [ROW_BYTES], [True], 1, shape.tile).cuda()
     bases = torch.tensor([output.data_ptr() for output in outputs], device="cuda")
     page = torch.zeros(PAGE_WORDS, dtype=torch.int64, device="cuda")
     pages = torch.full((len(outputs),), page.data_ptr(), dtype=torch.int64, device="cuda")

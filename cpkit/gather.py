@@ -30,7 +30,7 @@ from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import same_lanes
+from cpkit.memory.backend import row_stride, same_lanes
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
@@ -78,7 +78,8 @@ def all_gather_kv(
     raises TimeoutError.
 
     With `into` and `slots`, rows are stored in paged KV caches. `into` holds one cache `[slots, …]`
-    per tensor; `slots`, int64 `[total_tokens]`, is the cache row of each token, or -1 to skip it.
+    per tensor. Its rows must be dense but may lie apart, as in a column slice of a wider cache.
+    `slots`, int64 or int32 `[total_tokens]`, is the cache row of each token, or -1 to skip it.
     `direct` stores straight into every rank's cache, which must be in the pool; the others gather,
     then scatter. Returns `into`. Slots are checked on the host, so on CUDA the call waits for its
     stream; during capture they are not checked. Source: SGLang's `cp_allgather_and_save_kv_cache`.
@@ -213,7 +214,8 @@ def _gather_into(
     slots: torch.Tensor,
 ) -> PathReport:
     """Store each token at its slot of every cache; all but `direct` need a last pass for that."""
-    caches = [as_rows(cache) for cache in into]
+    caches = [cache_as_rows(cache) for cache in into]
+    slots = slots.long().contiguous()
     if gather is direct and isinstance(memory, SymmetricPool):
         path = memory.push(rows, caches, metadata, slots)
         keep("wire", caches[0])
@@ -299,7 +301,12 @@ def cp_all_gather_rerange_kv_cache(
 #     strip    [W·P, lanes]  → [T, lanes]      rank order
 #     reorder  [T, lanes]    → [T, lanes]      token order
 
-_LANES = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+# Indexed by the bitwise or of all sizes and offsets in bytes, modulo 8: an or is a multiple of 2, 4
+# or 8 only when all its terms are.
+_LANES = (
+    torch.int64, torch.uint8, torch.int16, torch.uint8,
+    torch.int32, torch.uint8, torch.int16, torch.uint8,
+)  # fmt: skip
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -311,11 +318,18 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     dense = x.detach().resolve_conj().resolve_neg().contiguous()
     # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
-    offset_bytes = flat.storage_offset() * x.element_size()
-    for width, lane in _LANES:
-        if row_bytes % width == 0 and offset_bytes % width == 0:
-            return flat.view(lane)
-    raise AssertionError("every row is a whole number of bytes")
+    offset_bytes = int(flat.storage_offset()) * x.element_size()
+    return flat.view(_LANES[(row_bytes | offset_bytes) % 8])
+
+
+def cache_as_rows(cache: torch.Tensor) -> torch.Tensor:
+    """View a cache `[slots, …]` as `[slots, lanes]` without a copy; its rows may lie apart."""
+    row_items, size = math.prod(cache.shape[1:]), cache.element_size()
+    if row_items == 0:
+        return as_rows(cache)
+    pitch, offset = row_stride(cache), int(cache.storage_offset())
+    flat = cache.detach().as_strided((cache.shape[0], row_items), (pitch, 1))
+    return flat.view(_LANES[(row_items | pitch | offset) * size % 8])
 
 
 def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,7 +20,8 @@ from cpkit.algorithms import ALGORITHMS
 from cpkit.devices import check_no_grad, check_tensor, is_capturing, is_plain_view
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.locate import locate_buffer
+from cpkit.memory.backend import row_stride
+from cpkit.memory.locate import locate_start
 from cpkit.memory.pool import SymmetricPool
 from cpkit.sync.agreement import Signature
 from cpkit.sync.collective import describe, extent
@@ -218,7 +219,7 @@ def check_caches(
     if algorithm == "direct" and symmetric:
         yield _cache_locations(into, group)
     if not is_capturing(slots.device.type):
-        values = slots.cpu()
+        values = slots.cpu().long()
         _check_slot_values(values, min(len(cache) for cache in into))
         digest = blake2b(values.numpy().tobytes(), digest_size=16).hexdigest()
         yield Signature(
@@ -227,20 +228,22 @@ def check_caches(
 
 
 def _cache_locations(into: Sequence[torch.Tensor], group: CPGroup) -> Signature:
-    locations = [locate_buffer(cache, group) for cache in into]
-    for number, location in enumerate(locations):
-        if location.other:
+    locations = [locate_start(cache, group) for cache in into]
+    for number, (cache, location) in enumerate(zip(into, locations, strict=True)):
+        if location.other and cache.numel():
             raise ValueError(
                 f"into[{number}] is {location}. 'direct' stores straight into every rank's cache, "
                 f"so the caches must be in the group's pool: allocate them once inside "
                 f"`with use_symmetric_memory(group)`, or use another algorithm, which gathers "
                 f"first and then scatters"
             )
-    digest = blake2b(msgspec.msgpack.encode(locations), digest_size=16).hexdigest()
+    strides = [row_stride(cache) for cache in into]
+    digest = blake2b(msgspec.msgpack.encode((locations, strides)), digest_size=16).hexdigest()
     return Signature(
         f"caches {digest}",
-        "the caches are at different offsets on the ranks: allocate them in the same order, "
-        "with the same sizes, on all ranks (pytorch#178138)",
+        "the caches are at different offsets on the ranks, or their rows lie apart by different "
+        "strides: allocate them in the same order, with the same sizes, on all ranks "
+        "(pytorch#178138), and pass the same slices of them",
     )
 
 
@@ -251,28 +254,65 @@ def _check_cache(cache: torch.Tensor, x: torch.Tensor, name: str) -> None:
     if cache.shape[1:] != x.shape[1:] or cache.dtype != x.dtype or cache.device != x.device:
         raise ValueError(
             f"{name} is {describe(cache)} and its rows come from {describe(x)}: dtype, device and "
-            f"the shape after the first dimension must be equal"
+            f"the shape after the first dimension must be equal. {_how_to_fit(cache, x)}"
         )
-    if not (cache.is_contiguous() and is_plain_view(cache)):
+    if not is_plain_view(cache):
         raise ValueError(
-            f"{name} {describe(cache)} must be contiguous, and not a conjugated or negated view"
+            f"{name} {describe(cache)} is a conjugated or negated view; pass the plain tensor"
+        )
+    if not (cache.is_contiguous() or _has_dense_rows(cache)):
+        raise ValueError(
+            f"{name} {describe(cache)} has strides {list(cache.stride())}; each of its rows must "
+            f"be dense and must not overlap the next one: pass a contiguous cache, a column slice "
+            f"of one (cache[..., :512]), or one layer of one (cache[:, layer])"
         )
     check_no_grad(name, cache)
+
+
+def _how_to_fit(cache: torch.Tensor, x: torch.Tensor) -> str:
+    """Return what to do about rows that do not fit a cache: the first difference decides."""
+    if cache.device != x.device:
+        return f"Move the rows before the gather: rows.to({str(cache.device)!r})"
+    if cache.dtype != x.dtype:
+        advice = f"A gather copies bits. Convert the rows before it: rows.to({cache.dtype})"
+        if cache.element_size() < x.element_size():
+            advice += (
+                f" sends {cache.element_size()} instead of {x.element_size()} bytes per element; "
+                f"if the cache is quantized, divide them by its scale first"
+            )
+        elif cache.element_size() == x.element_size():
+            advice += f", or rows.view({cache.dtype}) if the cache holds the bits of {x.dtype}"
+        return advice
+    if cache.ndim > 1 and cache.shape[2:] == x.shape[1:]:
+        return f"For a cache of pages pass its rows: cache.view({_sizes(x)})"
+    if cache.shape[1:].numel() == x.shape[1:].numel():
+        return f"Reshape the rows before the gather: rows.reshape({_sizes(cache)})"
+    return "To fill a part of every cache row, pass a column slice of the cache: cache[..., :512]"
+
+
+def _sizes(like: torch.Tensor) -> str:
+    """Return the arguments that reshape rows to those of another tensor, for example -1, 8, 128."""
+    return ", ".join(str(size) for size in (-1, *like.shape[1:]))
+
+
+def _has_dense_rows(cache: torch.Tensor) -> bool:
+    """Return True when rows are dense and do not overlap; they may lie apart."""
+    return cache[:1].is_contiguous() and row_stride(cache) >= cache.shape[1:].numel()
 
 
 def _check_slots(
     slots: torch.Tensor, metadata: ContextParallelMetadata, device: torch.device
 ) -> None:
     total = metadata.total_tokens
-    is_fine = isinstance(slots, torch.Tensor) and slots.dtype == torch.int64
+    is_fine = isinstance(slots, torch.Tensor) and slots.dtype in (torch.int64, torch.int32)
     if not is_fine or list(slots.shape) != [total] or slots.device != device:
         got = describe(slots) if isinstance(slots, torch.Tensor) else repr(slots)
         raise ValueError(
-            f"slots is {got}; it must be int64 [{total}] on {device}, the row of each token"
+            f"slots is {got}; it must be int64 or int32 [{total}] on {device}, the row of each "
+            f"token: use slots.to({str(device)!r}, torch.int64), and -1 for tokens that are not to "
+            f"be stored"
         )
     check_tensor("slots", slots)
-    if not slots.is_contiguous():
-        raise ValueError("slots must be contiguous")
 
 
 def _check_slot_values(values: torch.Tensor, rows: int) -> None:
@@ -286,21 +326,78 @@ def _check_slot_values(values: torch.Tensor, rows: int) -> None:
     named = np.zeros(rows, dtype=np.bool_)  # sorting the slots would take ten times as long
     named[stored.numpy()] = True
     if int(named.sum()) < len(stored):
-        raise ValueError("slots name a row twice; every stored token needs a row of its own")
+        row = int(stored.bincount().argmax())
+        raise ValueError(
+            f"slots name a row twice: row {row} is the slot of {int((stored == row).sum())} "
+            f"tokens. Every stored token needs a row of its own; use -1 for tokens that are not to "
+            f"be stored, such as padding"
+        )
 
 
 def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Check that no cache shares memory with another tensor: its rows would be overwritten."""
-    named = [(*extent(x), f"into[{i}]", True) for i, x in enumerate(into)]
-    named += [(*extent(x), f"tensors[{i}]", False) for i, x in enumerate(tensors)]
-    furthest = furthest_cache = (0, "")  # the highest end so far, and whose it is
-    for start, stop, name, is_cache in sorted(named):
-        end, other = furthest if is_cache else furthest_cache  # rows can share memory with rows
-        if start < end:
-            raise ValueError(f"{name} and {other} share memory; every tensor needs its own cache")
-        furthest = max(furthest, (stop, name))
+    """Check that no cache shares memory with another tensor: its rows would be overwritten.
+
+    Slices of one cache can interleave: then each pair of tensors is compared exactly.
+    """
+    extents = [(*extent(x), True) for x in into] + [(*extent(x), False) for x in tensors]
+    furthest = furthest_cache = 0  # the highest end so far
+    for start, stop, is_cache in sorted(extents):
+        if start < (furthest if is_cache else furthest_cache):  # rows can share memory with rows
+            _check_pairs(into, tensors)
+            return
+        furthest = max(furthest, stop)
         if is_cache:
-            furthest_cache = max(furthest_cache, (stop, name))
+            furthest_cache = max(furthest_cache, stop)
+
+
+class _Span(NamedTuple):
+    """The memory of a tensor: `rows` of `width` bytes, `pitch` bytes apart, from `start` on."""
+
+    start: int
+    stop: int
+    rows: int
+    width: int
+    pitch: int
+    name: str
+    is_cache: bool
+
+
+def _span(name: str, x: torch.Tensor, *, is_cache: bool) -> _Span:
+    """Describe the memory of a tensor. If its rows are not dense, all of it is one wide row."""
+    start, stop = extent(x)
+    if _has_dense_rows(x):
+        width, pitch = x.shape[1:].numel() * x.element_size(), row_stride(x) * x.element_size()
+        return _Span(start, stop, len(x), width, pitch, name, is_cache)
+    return _Span(start, stop, 1, stop - start, stop - start, name, is_cache)
+
+
+def _check_pairs(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    spans = [_span(f"into[{i}]", x, is_cache=True) for i, x in enumerate(into)]
+    spans += [_span(f"tensors[{i}]", x, is_cache=False) for i, x in enumerate(tensors)]
+    spans.sort()
+    for number, first in enumerate(spans):
+        for second in spans[number + 1 :]:
+            if second.start >= first.stop:
+                break
+            if (first.is_cache or second.is_cache) and _share_bytes(first, second):
+                raise ValueError(
+                    f"{second.name} and {first.name} share memory; every tensor needs its own "
+                    f"cache, or its own columns of one"
+                )
+
+
+def _share_bytes(first: _Span, second: _Span) -> bool:
+    """Return whether two tensors whose extents overlap share a byte; `second` starts later.
+
+    first    aaa···aaa···aaa···     rows of 3 bytes, pitch 6
+    second        bb····bb····      begins at row 0, column 5: row 0 of it ends in row 1 of first
+    """
+    if first.pitch != second.pitch:
+        return True
+    row, column = divmod(second.start - first.start, first.pitch)
+    begins_inside = column < first.width and row < first.rows
+    reaches_next = column + second.width > first.pitch and row + 1 < first.rows
+    return begins_inside or reaches_next
 
 
 # -------------------------------------------------------------------------- CUDA graphs

@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cpkit.kernels.tiles import COLUMNS
+
 ENTRY, EXIT, EPOCH, ARRIVED, TICKET, BROKEN = 0, 128, 256, 257, 258, 259
 PAGE_WORDS = 512
 MAX_RANKS = 128
@@ -29,6 +31,7 @@ MAX_RANKS = 128
 _ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
 _EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
 _TICKET, _BROKEN = tl.constexpr(TICKET), tl.constexpr(BROKEN)
+_COLUMNS = tl.constexpr(len(COLUMNS))
 
 _SIGNAL = """
 {
@@ -147,10 +150,12 @@ def _copy_tile(
         row = position // row_units.to(tl.int32)
         column = position - row * row_units.to(tl.int32)
         target_row = token + row.to(tl.int64) * step
+        pitch = row_units
         if SLOTS:
+            pitch = tl.load(tile + 8)
             target_row = tl.load(slots + target_row, mask=inside, other=-1)
             inside = inside & (target_row >= 0)
-        target = target_row * row_units + column
+        target = target_row * pitch + column
         target = tl.max_contiguous(tl.multiple_of(target, VECTOR), VECTOR)
         inside = tl.max_constancy(inside, VECTOR)
         for k in tl.static_range(CP):
@@ -193,7 +198,7 @@ def _copy_tiles(
     """
     number = tl.program_id(0)
     while number < n_tiles:
-        tile = tiles + number * 8
+        tile = tiles + number * _COLUMNS
         kind, tensor = tl.load(tile), tl.load(tile + 1)
         source = _select(sources, tensor, TENSORS)
         table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
@@ -272,7 +277,7 @@ def gather_kernel(
     targets   addresses of this rank's outputs, at the same offset in their segments on all ranks
     bases     addresses of tables `[CP]` of the ranks' segments that these outputs are in
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
-    tiles     int64 `[n_tiles, 8]`, see cpkit.kernels.tiles
+    tiles     int64 `[n_tiles, len(COLUMNS)]`, see cpkit.kernels.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
     late      one word of host memory: the rank that a wait timed out for, plus 1
     ENTRY     signal and wait at the entry; off when all outputs are known to be free

@@ -156,20 +156,31 @@ class Cut(NamedTuple):
     """
 
     row_bytes: tuple[int, ...]
+    pitch_bytes: tuple[int, ...]  # of the caches that rows are stored in by slots; otherwise empty
     wide: tuple[bool, ...]
     aligned: tuple[tuple[bool, bool], ...]  # to 16 bytes: each tensor, and its output
     narrow: int
     shape: Shape
 
     @classmethod
-    def of(cls, max_rows: int, row_bytes: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Cut:
+    def of(
+        cls,
+        max_rows: int,
+        row_bytes: Sequence[int],
+        pairs: Sequence[tuple[int, int]],
+        pitch_bytes: Sequence[int] = (),
+    ) -> Cut:
         """Cut up to `max_rows` rows per rank; a pair is the addresses of a tensor and its output.
 
         All ranks cut equally, because blocks of different sizes might not fit on a shared GPU.
         """
-        units = [unit_bytes(n, x | y) for n, (x, y) in zip(row_bytes, pairs, strict=True)]
+        positions = [x | y for x, y in pairs]
+        if pitch_bytes:
+            positions = [a | pitch for a, pitch in zip(positions, pitch_bytes, strict=True)]
+        units = [unit_bytes(n, a) for n, a in zip(row_bytes, positions, strict=True)]
         return cls(
             tuple(row_bytes),
+            tuple(pitch_bytes),
             tuple(unit == WIDE_BYTES for unit in units),
             tuple((x % 16 == 0, y % 16 == 0) for x, y in pairs),
             min((unit for unit in units if unit < WIDE_BYTES), default=0),
@@ -177,7 +188,7 @@ class Cut(NamedTuple):
         )
 
 
-_Key = tuple[ContextParallelMetadata, Cut, bool]
+_Key = tuple[ContextParallelMetadata, Cut]
 
 
 class TileTables:
@@ -194,18 +205,20 @@ class TileTables:
         self._readers: dict[_Key, set[int]] = {}  # the streams that may still read a table
         self._captured: dict[_Key, torch.Tensor] = {}
 
-    def has(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> bool:
+    def has(self, metadata: ContextParallelMetadata, cut: Cut) -> bool:
         """Return True when the table of this gather is already on the GPU."""
-        key = metadata, cut, mapped
+        key = metadata, cut
         return key in self._tables or key in self._captured
 
-    def get(self, metadata: ContextParallelMetadata, cut: Cut, *, mapped: bool) -> torch.Tensor:
-        """Return the table, made at the first call; `mapped`: rows are stored by a slot mapping."""
-        key = metadata, cut, mapped
+    def get(self, metadata: ContextParallelMetadata, cut: Cut) -> torch.Tensor:
+        """Return the table, made at the first call."""
+        key = metadata, cut
         table = self._tables.pop(key, self._captured.get(key))
         if table is None:
             runs, narrow = metadata.runs(self._rank), cut.narrow or 1
-            made = tile_table(runs, cut.row_bytes, cut.wide, narrow, cut.shape.tile, mapped=mapped)
+            made = tile_table(
+                runs, cut.row_bytes, cut.wide, narrow, cut.shape.tile, cut.pitch_bytes
+            )
             table = made.to(self._device)
         self._tables[key] = table
         while len(self._tables) > self.MAX_TABLES:

@@ -8,8 +8,11 @@ of one run, counted in *units*: the widest integers whose size divides every row
     tiles    └──── 0 ────┘ └─── 1 ────┘ └ 2 ┘         5 units per tile
 
 Where tokens are adjacent and row t goes to position t, a tile is one dense copy (*flat*). Otherwise
-its units go to `position(token) · row_units + column` (*mapped*): this is so for tokens of the
-interleave strategy, and for rows that a slot mapping stores in a paged cache.
+its units go to `position(token) · pitch + column` (*mapped*): this is so for tokens of the
+interleave strategy, and for rows that a slot mapping stores in a paged cache. The *pitch* is the
+distance between two rows of the target. It exceeds the row where the target is a column slice:
+
+    cache    a a a a b b │ a a a a b b │ …      columns a of a cache: row of 4 units, pitch of 6
 """
 
 from __future__ import annotations
@@ -22,18 +25,22 @@ import torch
 from cpkit.layout import Integers, Runs
 
 WIDE_BYTES = 16
-COLUMNS = ("kind", "tensor", "source", "first", "count", "token", "step", "row_units")
+COLUMNS = ("kind", "tensor", "source", "first", "count", "token", "step", "row_units", "pitch")
 FLAT, MAPPED, FLAT_NARROW, MAPPED_NARROW = range(4)
 MAX_RUN_UNITS = 1 << 31
+_NO_TILES = np.empty((0, len(COLUMNS)), dtype=np.int64)
 
 
-def unit_bytes(row_bytes: int, address: int) -> int:
-    """Return the unit for rows of this size at this address: 16 bytes (two words), 4 or 1.
+def unit_bytes(row_bytes: int, positions: int) -> int:
+    """Return the unit for rows of this size: 16 bytes (two words), 4 or 1.
+
+    `positions` is the bitwise or of all that must be a multiple of the unit too: the addresses of
+    source and target, and the pitch of the target.
 
     >>> unit_bytes(2048, 0), unit_bytes(132, 0), unit_bytes(2048, 4)
     (16, 4, 4)
     """
-    return next(n for n in (WIDE_BYTES, 4, 1) if row_bytes % n == 0 and address % n == 0)
+    return next(n for n in (WIDE_BYTES, 4, 1) if row_bytes % n == 0 and positions % n == 0)
 
 
 def tile_table(
@@ -42,29 +49,43 @@ def tile_table(
     wide: Sequence[bool],
     narrow_bytes: int,
     tile_units: int,
-    *,
-    mapped: bool,
+    pitch_bytes: Sequence[int] = (),
 ) -> torch.Tensor:
     """Return all tiles of a rank for several tensors: int64 `[tiles, len(COLUMNS)]`.
 
     A `wide` tensor is counted in words of 8 bytes, an even number per tile; the others in units of
-    `narrow_bytes`. With `mapped`, rows are stored by a slot mapping, so no tile is flat. Runs of
-    2³¹ units or more are cut into shorter ones, because the kernel counts the units of a run in 32
-    bits. Raises ValueError for a row of that many units.
+    `narrow_bytes`. With `pitch_bytes`, rows are stored by a slot mapping into caches of these
+    pitches, so no tile is flat. Runs of 2³¹ units or more are cut into shorter ones, because the
+    kernel counts the units of a run in 32 bits. Raises ValueError for a row of that many units.
     """
-    parts = [
-        _tiles_of(
-            runs, number, row // (8 if is_wide else narrow_bytes), is_wide, tile_units, mapped
-        )
-        for number, (row, is_wide) in enumerate(zip(row_bytes, wide, strict=True))
-        if row
-    ]
-    table = np.concatenate(parts) if parts else np.empty((0, len(COLUMNS)), dtype=np.int64)
-    return torch.from_numpy(table)
+    sizes = zip(row_bytes, pitch_bytes or row_bytes, wide, strict=True)
+    parts = [_NO_TILES]
+    for number, (row, pitch, is_wide) in enumerate(sizes):
+        unit = 8 if is_wide else narrow_bytes
+        if row:
+            parts.append(
+                _tiles_of(
+                    runs,
+                    number,
+                    row // unit,
+                    pitch // unit,
+                    tile_units,
+                    wide=is_wide,
+                    mapped=bool(pitch_bytes),
+                )
+            )
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _tiles_of(
-    runs: Runs, tensor: int, row_units: int, wide: bool, tile_units: int, mapped: bool
+    runs: Runs,
+    tensor: int,
+    row_units: int,
+    pitch: int,
+    tile_units: int,
+    *,
+    wide: bool,
+    mapped: bool,
 ) -> Integers:
     if row_units >= MAX_RUN_UNITS:
         raise ValueError(f"a row has {row_units} units; the kernel counts up to {MAX_RUN_UNITS}")
@@ -83,5 +104,6 @@ def _tiles_of(
         "token": runs.token[run],
         "step": runs.step[run],
         "row_units": np.full_like(run, row_units),
+        "pitch": np.full_like(run, pitch),
     }
     return np.stack([columns[name] for name in COLUMNS], axis=1)

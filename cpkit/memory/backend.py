@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -128,8 +129,9 @@ class Backend(Protocol):
         """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs.
 
         Outputs, `[total_tokens, lanes]` each, are in the pool at one offset on all ranks. With
-        `slots` (int64 `[total_tokens]`) token t goes to row `slots[t]`, and is dropped where that
-        is -1. Complete on return; on CUDA in stream order. Collective.
+        `slots` (int64 `[total_tokens]`) outputs are caches, `[slots, lanes]`, whose rows may lie
+        apart: token t goes to row `slots[t]`, and is dropped where that is -1. Complete on return;
+        on CUDA in stream order. Collective.
         """
 
     def prepare(
@@ -189,6 +191,14 @@ class Backend(Protocol):
 
     def window_problem(self) -> str:
         """Return why NCCL has no window on this memory; empty if it has one or is not used."""
+
+
+def row_stride(cache: torch.Tensor) -> int:
+    """Return the elements from one row of a cache, `[slots, …]`, to the next.
+
+    A single row has any stride; this returns its length.
+    """
+    return cache.stride(0) if len(cache) > 1 else math.prod(cache.shape[1:])
 
 
 def same_lanes(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ from cpkit.memory.backend import (
     STORED_IN_PLACE,
     Pool,
     Prepared,
+    row_stride,
 )
 from cpkit.memory.path import PathReport
 from cpkit.settings import deadline_s
@@ -204,10 +205,11 @@ class CudaBackend:
             metadata.max_rank_len[0],
             [x.shape[1] * x.element_size() for x, _ in present],
             [(x.data_ptr(), y.data_ptr()) for x, y in present],
+            () if slots is None else [y.stride(0) * y.element_size() for _, y in present],
         )
         launch_gather(
             self,
-            self.tables.get(metadata, cut, mapped=slots is not None),
+            self.tables.get(metadata, cut),
             [x.data_ptr() for x, _ in present],
             [y.data_ptr() for _, y in present],
             [_segment_table(pool, y) for _, y in present],
@@ -242,12 +244,18 @@ class CudaBackend:
         sizes = [math.prod(x.shape[1:]) * x.element_size() for x in tensors]
         # Buffers allocated here, outputs and dense copies of strided rows, are 16-byte aligned.
         sources = [x.data_ptr() if x.is_contiguous() else 0 for x in tensors]
-        targets = [0] * len(tensors) if into is None else [cache.data_ptr() for cache in into]
-        pairs = list(zip(sources, targets, strict=True))
-        present = [(n, pair) for n, pair in zip(sizes, pairs, strict=True) if n]
-        longest = metadata.max_rank_len[0]
-        cut = Cut.of(longest, [n for n, _ in present], [pair for _, pair in present])
-        return not present or self.tables.has(metadata, cut, mapped=into is not None)
+        targets, pitches, present = [0] * len(sizes), [], [i for i, n in enumerate(sizes) if n]
+        if into is not None:
+            present = [i for i in present if into[i].numel()]
+            targets = [cache.data_ptr() for cache in into]
+            pitches = [row_stride(into[i]) * into[i].element_size() for i in present]
+        cut = Cut.of(
+            metadata.max_rank_len[0],
+            [sizes[i] for i in present],
+            [(sources[i], targets[i]) for i in present],
+            pitches,
+        )
+        return not present or self.tables.has(metadata, cut)
 
     # ------------------------------------------------------------------------- memory
 

@@ -16,10 +16,16 @@ def locate_pair(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> Buffe
 
 def locate_buffer(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
     """Return where a buffer is: in the group's pool, in another pool, or in ordinary memory."""
+    location = locate_start(tensor, group)
+    if not (location.other or tensor.is_contiguous()):
+        return BufferLocation(other="in the pool but not contiguous", fault="unregistered")
+    return location
+
+
+def locate_start(tensor: torch.Tensor, group: CPGroup) -> BufferLocation:
+    """Return where a tensor begins; it may be strided."""
     pool = group.pools.get(tensor.device.type)
     found = pool.locate(tensor) if pool else None
-    if found and not tensor.is_contiguous():
-        return BufferLocation(other="in the pool but not contiguous", fault="unregistered")
     if found:
         return BufferLocation(*found)
     owner = owner_of(tensor)

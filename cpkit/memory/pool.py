@@ -44,7 +44,7 @@ from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.collective import check_gather, describe, register_segment, torch_all_gather
+from cpkit.sync.collective import check_gather, describe, extent, register_segment, torch_all_gather
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
@@ -121,7 +121,7 @@ class SymmetricPool:
 
     @eager_only
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-        """Return the same tensor in a peer's memory.
+        """Return the same tensor in a peer's memory, with the same strides.
 
         Raises ValueError for other memory, a conjugated or negated view, or a bad rank.
         """
@@ -131,8 +131,12 @@ class SymmetricPool:
             raise ValueError(
                 f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
             )
-        memory = self._segments[segment].view(rank, offset, tensor.nbytes)
-        return memory.view(tensor.dtype).view(tensor.shape)
+        if tensor.is_contiguous():
+            memory = self._segments[segment].view(rank, offset, tensor.nbytes)
+            return memory.view(tensor.dtype).view(tensor.shape)
+        start, stop = extent(tensor)
+        memory = self._segments[segment].view(rank, offset, stop - start)
+        return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
     def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
         """Return the address in this process of each rank's tensor at the same offset, by rank.
@@ -152,17 +156,17 @@ class SymmetricPool:
         return None
 
     def offset_of(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Return `locate` of a contiguous tensor of this pool. Raises ValueError for others."""
+        """Return `locate` of a tensor of this pool. Raises ValueError for others."""
         found = self.locate(tensor)
-        if found is None or not tensor.is_contiguous():
+        if found is None:
             raise ValueError(
-                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
-                f"inside `with use_symmetric_memory(group)`"
+                f"{describe(tensor)} is not a tensor of this group's pool; make it inside "
+                f"`with use_symmetric_memory(group)`"
             )
         return found
 
     def segment_of(self, tensor: torch.Tensor) -> Segment:
-        """Return the segment of a contiguous tensor of this pool. Raises ValueError for others."""
+        """Return the segment of a tensor of this pool. Raises ValueError for others."""
         return self._segments[self.offset_of(tensor)[0]]
 
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:

@@ -213,7 +213,7 @@ def test_the_default_device_of_torch_changes_no_layout(strategy: str) -> None:
             metadata.owners(),
             metadata.token_order,
             provenance.shard_rows(metadata, 0, (3,), torch.float32, round=1),
-            tile_table(metadata.runs(0), [12], [False], 4, 5, mapped=False),
+            tile_table(metadata.runs(0), [12], [False], 4, 5),
         )
         decoded = provenance.decode_rows(made[3])
     assert {x.device.type for x in (*made, decoded)} == {"cpu"}
@@ -271,7 +271,7 @@ def test_a_layout_needs_no_python_work_per_sequence(strategy: str) -> None:
             assert metadata.max_rank_len
             metadata.rank_rows(1)
             tiles(metadata, 1, 1152)
-            tile_table(metadata.runs(1), [1152], [True], 4, 4096, mapped=False)
+            tile_table(metadata.runs(1), [1152], [True], 4, 4096)
             if strategy == "zigzag":
                 assert metadata.cp_reverse_index
                 assert metadata.reverse_split_len

@@ -35,17 +35,26 @@ def gathered_by_kernel(
     shards: list[list[torch.Tensor]],
     heights: int,
     slots: torch.Tensor | None = None,
+    margin: int = 0,
 ) -> list[list[torch.Tensor]]:
-    """Return the outputs of every rank, `[heights, lanes]` each, from the shards of every rank."""
+    """Return the outputs of every rank, `[heights, lanes]` each, from the shards of every rank.
+
+    With slots, outputs have `margin` more lanes on each side, which the kernel must not touch.
+    """
     cp_size = metadata.cp_size
     rows = [[as_rows(x) for x in mine] for mine in shards]
     outputs = [
-        [provenance.poison_(torch.empty(heights, x.shape[1], dtype=x.dtype)) for x in mine]
+        [provenance.poison_(x.new_empty(heights, x.shape[1] + 2 * margin)) for x in mine]
         for mine in rows
     ]
+    columns = [[y[:, margin : y.shape[1] - margin] for y in mine] for mine in outputs]
     for rank, mine in enumerate(rows):
         row_bytes = [x.shape[1] * x.element_size() for x in mine]
-        units = [unit_bytes(n, x.data_ptr()) for n, x in zip(row_bytes, mine, strict=True)]
+        pitch_bytes = [y.stride(0) * y.element_size() for y in columns[rank]]
+        units = [
+            unit_bytes(n, x.data_ptr() | y.data_ptr() | pitch)
+            for n, x, y, pitch in zip(row_bytes, mine, columns[rank], pitch_bytes, strict=True)
+        ]
         narrow = min((u for u in units if u < WIDE_BYTES), default=0)
         tiles = tile_table(
             metadata.runs(rank),
@@ -53,13 +62,13 @@ def gathered_by_kernel(
             [u == WIDE_BYTES for u in units],
             narrow or 1,
             BLOCK,
-            mapped=slots is not None,
+            () if slots is None else pitch_bytes,
         )
         tables = [
-            torch.tensor([outputs[peer][i].data_ptr() for peer in range(cp_size)])
+            torch.tensor([columns[peer][i].data_ptr() for peer in range(cp_size)])
             for i in range(len(mine))
         ]
-        launch(rank, cp_size, mine, outputs[rank], tables, tiles, slots, narrow)
+        launch(rank, cp_size, mine, columns[rank], tables, tiles, slots, narrow)
     return outputs
 
 
@@ -133,22 +142,21 @@ def test_every_rank_receives_every_row(strategy: str, cp_size: int) -> None:
 
 @interpreted
 @pytest.mark.timeout(300)
-def test_slots_select_cache_rows_and_minus_one_skips_a_token() -> None:
+@pytest.mark.parametrize("margin", [0, 1, 2], ids=["dense", "narrow units", "wide units"])
+def test_slots_select_cache_rows_and_minus_one_skips_a_token(margin: int) -> None:
     metadata = prepare_context_parallel_metadata([9, 8], 2)
     slots = torch.randperm(30, generator=torch.Generator().manual_seed(3))[:17]
     slots[[2, 11]] = -1
     kinds = [(torch.bfloat16, (8,)), (torch.uint8, (5,))]
-    outputs = gathered_by_kernel(metadata, shards_of(metadata, kinds, 2), 30, slots)
+    outputs = gathered_by_kernel(metadata, shards_of(metadata, kinds, 2), 30, slots, margin)
+    stored = slots >= 0
     for mine in outputs:
         for i, (dtype, shape) in enumerate(kinds):
-            cache = mine[i].view(torch.uint8).view(30, -1)
+            cache = mine[i].view(torch.uint8)
             want = provenance.expected_rows(metadata, shape, dtype, round=2, tensor=i)
-            want_bytes = want.view(torch.uint8).view(17, -1)
-            stored = slots >= 0
-            assert torch.equal(cache[slots[stored]], want_bytes[stored])
-            untouched = torch.ones(30, dtype=torch.bool)
-            untouched[slots[stored]] = False
-            assert (cache[untouched] == provenance.POISON_BYTE).all()
+            whole, side = torch.full_like(cache, provenance.POISON_BYTE), margin * mine[i].itemsize
+            whole[slots[stored], side : whole.shape[1] - side] = want.view(torch.uint8)[stored]
+            assert torch.equal(cache, whole)
 
 
 @interpreted
@@ -171,7 +179,7 @@ def test_a_wrong_tile_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_unit_is_the_widest_that_row_and_address_allow() -> None:
     assert [unit_bytes(2048, 0), unit_bytes(132, 0), unit_bytes(6, 0)] == [16, 4, 1]
-    assert [unit_bytes(2048, 8), unit_bytes(2048, 1)] == [4, 1]
+    assert [unit_bytes(2048, 8), unit_bytes(2048, 1), unit_bytes(1024, 0 | 1152)] == [4, 1, 16]
 
 
 @settings(deadline=None, max_examples=60)
@@ -193,7 +201,7 @@ def test_a_run_too_long_for_32_bits_is_cut(strategy: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(tiles_module, "MAX_RUN_UNITS", 20)
     metadata = prepare_context_parallel_metadata([61, 60], 4, strategy)
     assert_every_unit_is_covered_once(metadata, row_units=3, tile_units=8)
-    tiles = tile_table(metadata.runs(0), [3], [False], 1, 8, mapped=False)
+    tiles = tile_table(metadata.runs(0), [3], [False], 1, 8)
     assert (tiles[:, COLUMNS.index("first")] + tiles[:, COLUMNS.index("count")]).max() < 20
 
 
@@ -202,10 +210,10 @@ def assert_every_unit_is_covered_once(
 ) -> None:
     for rank in range(metadata.cp_size):
         rows = metadata.per_rank_actual_token[rank]
-        tiles = tile_table(metadata.runs(rank), [row_units], [False], 1, tile_units, mapped=False)
+        tiles = tile_table(metadata.runs(rank), [row_units], [False], 1, tile_units)
         seen = torch.zeros(rows * row_units, dtype=torch.int64)
         tokens = torch.full((rows * row_units,), -1)
-        for _, _, source, first, count, token, step, units in tiles.tolist():
+        for _, _, source, first, count, token, step, units, _ in tiles.tolist():
             assert 0 < count <= tile_units
             place = torch.arange(first, first + count)
             seen[source + place] += 1

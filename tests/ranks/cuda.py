@@ -101,14 +101,20 @@ def check_captured_gathers_of_every_strategy_into_a_cache() -> None:
         group, metadata, rounds = rounds_of(97, 64, strategy=strategy)
         slots = torch.randperm(161, generator=torch.Generator().manual_seed(1)).cuda()
         with use_symmetric_memory(group):
-            cache = torch.empty(161, 4, 16, device="cuda")
-        gather = partial(all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=slots)
-        graph, result = captured(gather)
-        for _ in range(50):
-            rounds.tick()
-            graph.replay()
-            rounds.judge(result[slots])
-        assert wrong_words(rounds, group) == 0, strategy
+            dense = torch.empty(161, 4, 16, device="cuda")
+            whole = provenance.poison_(torch.empty(161, 6, 16, device="cuda"))
+        for cache, where in ((dense, slots), (whole[:, 1:5], slots.int())):
+            gather = partial(
+                all_gather_kv, [rounds.mine], metadata, group, into=[cache], slots=where
+            )
+            graph, result = captured(gather)
+            for _ in range(50):
+                rounds.tick()
+                graph.replay()
+                rounds.judge(result[slots].contiguous())
+            assert wrong_words(rounds, group) == 0, strategy
+        untouched = whole[:, [0, 5]].contiguous().view(torch.uint8)
+        assert (untouched == provenance.POISON_BYTE).all()
 
 
 def check_plans_back_to_back() -> None:
