@@ -18,7 +18,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -75,7 +75,8 @@ class CPGroup:
 
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
     `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU, and
-    `overlaps` when another group of the same ranks may gather at the same time.
+    `overlaps` when another group of the same ranks may gather at the same time. `gpu` is the number
+    of this rank's GPU.
     `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
     use over time (`SymmetricPool.samples`).
     """
@@ -92,6 +93,7 @@ class CPGroup:
     ranks_on_gpu: int = 0
     shares_gpu: bool = False
     overlaps: bool = False
+    gpu: int | None = None
     has_nccl: bool = False
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
@@ -212,11 +214,13 @@ def get_attention_cp_group() -> CPGroup:
 def use_group(group: CPGroup) -> Iterator[None]:
     """Use a group in this thread alone, as its current group, until the block ends. Local.
 
+    The rank's GPU is the thread's current device inside; new threads start with GPU 0.
     Other threads get a RuntimeError from their calls with the group until then. Enter the block
     while none of them is inside such a call. Raises RuntimeError while another thread is inside
     `use_group` with this group.
     """
-    with group.owner.own():
+    on_gpu = nullcontext() if group.gpu is None else torch.cuda.device(group.gpu)
+    with group.owner.own(), on_gpu:
         previous = _current.group, _current.generation
         _current.group, _current.generation = group, _generation
         try:
@@ -399,6 +403,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
         shares_gpu=len(set(gpus)) < len(gpus),
         overlaps=name != "default",
+        gpu=torch.cuda.current_device() if gpu else None,
         has_nccl=has_nccl,
     )
 

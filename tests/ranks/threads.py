@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from threading import Barrier
 
 import torch
@@ -39,6 +39,10 @@ def refused(call: Callable[[], object]) -> str:
     return raised(RuntimeError, call)
 
 
+def own_stream() -> AbstractContextManager[object]:
+    return torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext()
+
+
 def check_threads_with_a_group_each_gather_at_once() -> None:
     """Both micro-batches are alike, and their calls alternate differently on every rank."""
     _, metadata, _ = batch_of(4097, 333)
@@ -52,9 +56,7 @@ def check_threads_with_a_group_each_gather_at_once() -> None:
         provenance.check(whole, metadata, round=round)
 
     def gather_often(group: CPGroup, batch: int) -> None:
-        on_cuda = DEVICE == "cuda"
-        stream = torch.cuda.stream(torch.cuda.Stream()) if on_cuda else nullcontext()
-        with use_group(group), stream:
+        with use_group(group), own_stream():
             both.wait(60)
             for number in range(ROUNDS):
                 gather(group, number, 2 * number + batch)
