@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 
+# ZeroMQ ends the process when it finds no descriptor for a thread or for a client that connects.
+SPARE_DESCRIPTORS = 16
 _TOO_MANY_FILES = os.strerror(errno.EMFILE)
 
 
@@ -18,10 +21,24 @@ def lacks_descriptors(error: BaseException) -> bool:
     return number in (errno.EMFILE, errno.ENFILE) or _TOO_MANY_FILES in str(error)
 
 
+def require_descriptors(count: int) -> None:
+    """Raise OSError unless this many file descriptors are free."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(count):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files as far as a user may, for this process and its children."""
+    _, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit than it reports
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
+
+
 def describe(error: BaseException) -> str:
     """Return the text of an error. For a lack of descriptors, name the limit and the remedy."""
     if not lacks_descriptors(error):
-        return getattr(error, "strerror", None) or str(error)
+        return str(error)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     whole_machine = os.strerror(errno.ENFILE)
     if getattr(error, "errno", None) == errno.ENFILE or whole_machine in str(error):

@@ -37,6 +37,7 @@ from cpkit.control.runtime_dir import (
     remove_socket_dir,
     write_private,
 )
+from cpkit.os_errors import raise_descriptor_limit
 from cpkit.processes import ProcessId, leave, process_id
 from cpkit.settings import DEVICE, GPU_NOTE, pass_on
 
@@ -51,6 +52,7 @@ _log = logging.getLogger("cpkit.agent")
 def main(arguments: list[str]) -> int:
     """Run one set of workers until it ends, and return the exit code."""
     launch = from_json(arguments[0])
+    raise_descriptor_limit()
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
     try:
         lock = runtime_dir.acquire_lock()

@@ -27,6 +27,7 @@ from cpkit.control.errors import (
     WorkersBusy,
     WorkersDied,
     checked,
+    name_the_limit,
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
@@ -46,6 +47,7 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.control.runtime_dir import Connection, RuntimeDir
+from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 from cpkit.processes import command
 
 if TYPE_CHECKING:
@@ -178,7 +180,9 @@ class Client:
         try:
             return self._idle.pop()
         except IndexError:
-            return _Socket(self.connection)
+            with name_the_limit():
+                require_descriptors(SPARE_DESCRIPTORS)
+                return _Socket(self.connection)
 
     def _keep_socket(self, socket: _Socket) -> None:
         self._idle.append(socket)

@@ -40,6 +40,7 @@ from cpkit.control.messages import (
 )
 from cpkit.control.queue import Job, JobQueue
 from cpkit.control.waker import Waker
+from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 _MAX_WAITING = 64
@@ -69,6 +70,7 @@ class Server:
         self._client_key = client_public_key
         self._job_numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
+        require_descriptors(2 * SPARE_DESCRIPTORS)
         self._waker = Waker()
         self._closing = False
         self._context = zmq.Context()

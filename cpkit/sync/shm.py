@@ -32,7 +32,12 @@ from pathlib import Path
 
 import torch
 
-from cpkit.os_errors import describe, lacks_descriptors
+from cpkit.os_errors import (
+    SPARE_DESCRIPTORS,
+    describe,
+    lacks_descriptors,
+    require_descriptors,
+)
 from cpkit.settings import shm_dir
 from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
 
@@ -117,6 +122,7 @@ def _create(nbytes: int, ranks: int) -> tuple[Path | None, mmap.mmap | None, str
     The map has a duplicate of the descriptor, so the file stays locked as long as the map exists.
     """
     try:
+        require_descriptors(ranks + SPARE_DESCRIPTORS)
         reap_dead_files()
         path, descriptor = _create_locked()
         try:
@@ -233,8 +239,7 @@ def _map_peers(
             finally:
                 os.close(descriptor)
     except (OSError, ValueError) as error:
-        why = describe(error) if lacks_descriptors(error) else error
-        return maps, f"cannot map rank {len(maps)}'s segment: {why}"
+        return maps, f"cannot map rank {len(maps)}'s segment: {describe(error)}"
     return maps, ""
 
 
@@ -246,5 +251,6 @@ def _explain(error: OSError, nbytes: int, ranks: int) -> str:
             f"or set CPKIT_SHM_DIR to a larger tmpfs"
         )
     if lacks_descriptors(error):
-        return f"{describe(error)}. Each segment takes {ranks}"
+        spare = SPARE_DESCRIPTORS
+        return f"{describe(error)}. Each segment takes {ranks} and leaves {spare} for other uses"
     return f"cannot create a segment in {shm_dir()}: {error}"

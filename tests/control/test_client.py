@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
 from cpkit.control.errors import (
     BadRequest,
     Cancelled,
+    ControlError,
     NoAnswer,
     RequestFailed,
     WorkersBusy,
@@ -39,6 +42,21 @@ def test_no_server_listens(tmp_path: Path, control_server: ControlServer) -> Non
     client = control_server.client(endpoint=f"ipc://{tmp_path}/unbound")
     with pytest.raises(NoAnswer, match=r"no answer within 0\.3 s.*the logs"):
         client.call(Status(), StatusResult, 0.3)
+
+
+def test_a_client_without_descriptors_names_the_limit_and_recovers(
+    control_server: ControlServer,
+) -> None:
+    client = control_server.client()
+    used, limits = psutil.Process().num_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(ControlError, match=r"limit of this process is 0.*ulimit -n"):
+            client.call(Status(), StatusResult)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert psutil.Process().num_fds() == used
+    assert client.call(Status(), StatusResult).name == "test"
 
 
 def test_a_queued_request_reports_its_position_and_then_raises_busy(
