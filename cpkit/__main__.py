@@ -17,6 +17,7 @@ from cpkit.control.messages import Status, StatusResult
 from cpkit.control.origin import describe
 from cpkit.control.tied import tied
 from cpkit.notebook import workspace
+from cpkit.os_errors import describe as describe_error
 from cpkit.processes import ProcessId, process_id
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _COMMANDS[options.command](options, rest)
-    except (ControlError, ValueError) as error:
-        print(f"cpkit: {error}", file=sys.stderr)
+    except (ControlError, ValueError, OSError) as error:
+        print(f"cpkit: {describe_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
