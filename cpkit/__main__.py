@@ -10,6 +10,8 @@ import sys
 import time
 from collections import deque
 
+from jupyter_core.paths import jupyter_config_dir
+
 from cpkit.control import launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch
@@ -109,6 +111,7 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
     """Start workers if none are running, and open JupyterLab; workers started here stop with it."""
+    _check_home()
     for message in workspace.refresh():
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
@@ -126,6 +129,16 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     if connection and connection.owner == process_id():
         launcher.stop(options.name)
     return code
+
+
+def _check_home() -> None:
+    """Raise ControlError where JupyterLab would fail because the user has no home directory."""
+    try:
+        jupyter_config_dir()
+    except RuntimeError as error:
+        raise ControlError(
+            f"JupyterLab cannot start ({error}): set HOME to a directory that you can write to"
+        ) from error
 
 
 def _workers_for_lab(options: argparse.Namespace) -> str:

@@ -19,9 +19,8 @@ import zmq
 from cpkit import settings
 from cpkit.algorithms import TABLE
 from cpkit.control import mps
-from cpkit.control.errors import ControlError
 from cpkit.control.launcher import names
-from cpkit.control.runtime_dir import in_words, runtime_root
+from cpkit.control.runtime_dir import SET_RUNTIME_DIR, runtime_root
 from cpkit.devices import loaded_nccl_version
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
 from cpkit.os_errors import describe
@@ -139,10 +138,10 @@ def _runtime_directory() -> Iterator[Check]:
     existing = next(path for path in (root, *root.parents) if os.access(path, os.F_OK))
     advice = ""
     try:
-        with in_words(), tempfile.TemporaryFile(dir=existing) as probe:
+        with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"is the file system full?")
-    except ControlError as error:
-        advice = f"no workers can be started here: {error}"
+    except OSError as error:
+        advice = f"no file can be written in {existing} ({error.strerror}): {SET_RUNTIME_DIR}"
     yield Check("runtime directory", str(root), advice)
     yield Check("workers running", ", ".join(names()) or "none")
 

@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from cpkit.control import mps
-from cpkit.control.errors import ControlError
+from cpkit.control.errors import ControlError, name_the_limit
 from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.launch_options import Launch, from_json, loopback
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     report = PostMortem((), "the agent ended before it started the workers")
     try:
         _write_agent(lock, socket_dir)
-        with _device(launch, Path(socket_dir)):
+        with name_the_limit(), _device(launch, Path(socket_dir)):
             report = _run(launch, runtime_dir)
     except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))

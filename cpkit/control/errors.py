@@ -26,7 +26,7 @@ def name_the_limit() -> Iterator[None]:
     """Raise ControlError that names the limit of open files when no descriptor is free."""
     try:
         yield
-    except (OSError, zmq.ZMQError) as error:
+    except (OSError, RuntimeError, zmq.ZMQError) as error:
         if not lacks_descriptors(error):
             raise
         raise ControlError(describe(error)) from error

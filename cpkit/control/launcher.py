@@ -150,8 +150,12 @@ def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
             time.sleep(_PERIOD_S)
         raise NoAnswer(f"the workers did not start and were stopped: {deadline.describe()}")
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):  # the agent has already ended
+        try:
             _end(process_id(agent.pid))
+        except ProcessLookupError:  # the agent has already ended
+            pass
+        except OSError:  # no descriptor is free to look at the ranks, which the agent ends too
+            agent.terminate()
         agent.wait(_STOP_TIMEOUT_S)
         raise
 

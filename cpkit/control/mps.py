@@ -91,7 +91,7 @@ def _control(options: list[str], environment: dict[str, str], commands: str = ""
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{_CONTROL} failed: {error}"
+        return f"{_CONTROL} failed: {describe(error)}"
     return (
         "" if done.returncode == 0 else f"{_CONTROL} failed: {done.stdout or done.stderr}".strip()
     )

@@ -37,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
 READY = "ready"  # the last startup phase of a rank
 ALREADY_RUNNING_CODE = 3  # exit code of an agent whose name is locked
-_SET_RUNTIME_DIR = "set JUPYTER_RUNTIME_DIR to a directory that you can write to"
+SET_RUNTIME_DIR = "set JUPYTER_RUNTIME_DIR to a directory that you can write to"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -131,7 +131,7 @@ def runtime_root() -> Path:
         return Path(jupyter_runtime_dir()) / "cpkit"
     except RuntimeError as error:
         raise ControlError(
-            f"this user has no runtime directory ({error}): {_SET_RUNTIME_DIR}"
+            f"this user has no runtime directory ({error}): {SET_RUNTIME_DIR}"
         ) from error
 
 
@@ -143,7 +143,7 @@ def in_words() -> Iterator[None]:
             yield
     except OSError as error:
         raise ControlError(
-            f"cannot use the runtime directory: {error}. To use another, {_SET_RUNTIME_DIR}"
+            f"cannot use the runtime directory: {error}. To use another, {SET_RUNTIME_DIR}"
         ) from error
 
 
