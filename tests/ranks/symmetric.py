@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from unittest import mock
 
 import psutil
@@ -238,23 +238,23 @@ def check_a_file_that_is_reaped_before_it_is_locked_is_made_again() -> None:
 
     Afterwards the lock alone decides, whatever process id is in the name.
     """
-    for owner_gets_lock in (False, True):
-        files: list[list[Path]] = []
+    with TemporaryDirectory() as apart, mock.patch.dict(os.environ, CPKIT_SHM_DIR=apart):
+        for owner_gets_lock in (False, True):
+            files: list[list[Path]] = []
 
-        def lock(_: int, gets: bool = owner_gets_lock, files: list[list[Path]] = files) -> bool:
-            files.append(own_files())
-            return len(files) > 1 or (gets and files[0][0].unlink() is None)
+            def lock(_: int, gets: bool = owner_gets_lock, files: list[list[Path]] = files) -> bool:
+                files.append(own_files())
+                return len(files) > 1 or (gets and files[0][0].unlink() is None)
 
-        with mock.patch("cpkit.sync.shm._lock", lock):
-            path, _, problem = _create(4096, 1)
-        assert not problem
-        assert own_files() == [path] == files[1] != files[0]
-        path.unlink()
-    path, own, _ = _create(4096, 1)
-    assert own
-    assert path not in reap_dead_files()
-    own.close()
-    assert path in reap_dead_files()
+            with mock.patch("cpkit.sync.shm._lock", lock):
+                path, _, problem = _create(4096, 1)
+            assert not problem
+            assert own_files() == [path] == files[1] != files[0]
+            path.unlink()
+        path, own, _ = _create(4096, 1)
+        assert reap_dead_files() == []
+        own.close()
+        assert reap_dead_files() == [path]
 
 
 def check_a_rank_without_descriptors_is_named_and_recovers() -> None:
