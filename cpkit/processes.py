@@ -34,8 +34,11 @@ class ProcessId(NamedTuple):
     namespace: str = ""
 
     def is_here(self) -> bool:
-        """Return True when the pid means this process here, not in another container or machine."""
-        return self.namespace == _namespace()
+        """Return True when the pid means this process here, not in another container or machine.
+
+        An identity that was recorded without a namespace counts as here.
+        """
+        return self.namespace in ("", _namespace())
 
     def is_alive(self) -> bool:
         """Return False after this process has ended, also for a zombie and a reused pid.
