@@ -10,6 +10,8 @@ import sys
 import time
 from collections import deque
 
+from jupyter_core.paths import jupyter_config_dir
+
 from cpkit.control import launcher
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch
@@ -17,6 +19,7 @@ from cpkit.control.messages import Status, StatusResult
 from cpkit.control.origin import describe
 from cpkit.control.tied import tied
 from cpkit.notebook import workspace
+from cpkit.os_errors import describe as describe_error
 from cpkit.processes import ProcessId, process_id
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
@@ -30,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _COMMANDS[options.command](options, rest)
-    except (ControlError, ValueError) as error:
-        print(f"cpkit: {error}", file=sys.stderr)
+    except (ControlError, ValueError, OSError) as error:
+        print(f"cpkit: {describe_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -108,6 +111,7 @@ def doctor(_: argparse.Namespace, __: list[str]) -> int:
 
 def lab(options: argparse.Namespace, rest: list[str]) -> int:
     """Start workers if none are running, and open JupyterLab; workers started here stop with it."""
+    _check_home()
     for message in workspace.refresh():
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
@@ -125,6 +129,16 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     if connection and connection.owner == process_id():
         launcher.stop(options.name)
     return code
+
+
+def _check_home() -> None:
+    """Raise ControlError where JupyterLab would fail because the user has no home directory."""
+    try:
+        jupyter_config_dir()
+    except RuntimeError as error:
+        raise ControlError(
+            f"JupyterLab cannot start ({error}): set HOME to a directory that you can write to"
+        ) from error
 
 
 def _workers_for_lab(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -20,9 +20,10 @@ from cpkit import settings
 from cpkit.algorithms import TABLE
 from cpkit.control import mps
 from cpkit.control.launcher import names
-from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.control.runtime_dir import SET_RUNTIME_DIR, runtime_root
 from cpkit.devices import loaded_nccl_version
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
+from cpkit.os_errors import describe
 from cpkit.settings import shm_dir
 from cpkit.sync.shm import free_bytes
 
@@ -49,26 +50,13 @@ class Check(NamedTuple):
 
 
 def examine() -> Iterator[Check]:
-    """Yield all checks, the cheapest first."""
+    """Yield all checks, the cheapest first. A check that fails is a finding too."""
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
-    yield from _packages()
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    advice = "four ranks share them, so timings include waiting for a core" if cores < 4 else ""
-    yield Check("cores", f"{cores} usable", advice)
-    memory = psutil.virtual_memory()
-    yield Check(
-        "memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
-    )
-    yield _limits()
-    yield _shared_memory()
-    yield from _torch()
-    yield from _gpus()
-    yield _sockets()
-    yield Check("runtime directory", str(RuntimeDir("default").directory.parent))
-    yield Check("workers running", ", ".join(names()) or "none")
-    yield from _settings()
+    for subject, checks in _CHECKS.items():
+        try:
+            yield from checks()
+        except Exception as error:  # noqa: BLE001 - what fails here is a finding
+            yield Check(subject, "cannot be examined", describe(error))
 
 
 def report() -> str:
@@ -98,18 +86,33 @@ def _settings() -> Iterator[Check]:
         yield Check(setting.name, f"{found} ({meaning})", settings.problem_of(setting))
 
 
-def _limits() -> Check:
+def _cores() -> Iterator[Check]:
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    advice = "four ranks share them, so timings include waiting for a core" if cores < 4 else ""
+    yield Check("cores", f"{cores} usable", advice)
+
+
+def _memory() -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    yield Check(
+        "memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
+    )
+
+
+def _limits() -> Iterator[Check]:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = "each rank opens about 100: raise the limit with ulimit -n" if files < 1024 else ""
-    return Check("limits", f"{files} open files", advice)
+    yield Check("limits", f"{files} open files", advice)
 
 
-def _shared_memory() -> Check:
+def _shared_memory() -> Iterator[Check]:
     free = free_bytes()
     advice = ""
     if free < _ENOUGH_SHM_BYTES:
         advice = "too little for large gathers: start a container with --shm-size=2g"
-    return Check("shared memory", f"{free / _GIB:.1f} GiB free in {shm_dir()}", advice)
+    yield Check("shared memory", f"{free / _GIB:.1f} GiB free in {shm_dir()}", advice)
 
 
 def _torch() -> Iterator[Check]:
@@ -122,11 +125,25 @@ def _torch() -> Iterator[Check]:
     yield Check("collectives", ", ".join(backends) or "none", advice)
 
 
-def _sockets() -> Check:
+def _sockets() -> Iterator[Check]:
     room = zmq.IPC_PATH_MAX_LEN - len(f"{tempfile.gettempdir()}/cpkit-12345678/control")
     advice = "TMPDIR is too long for a socket; /tmp is used instead" if room <= 0 else ""
     curve = "with" if zmq.has("curve") else "WITHOUT"
-    return Check("control socket", f"ipc below {tempfile.gettempdir()}, {curve} CURVE keys", advice)
+    yield Check("control socket", f"ipc below {tempfile.gettempdir()}, {curve} CURVE keys", advice)
+
+
+def _runtime_directory() -> Iterator[Check]:
+    """Check that workers can be started: the directory, or its nearest parent, is writable."""
+    root = runtime_root()
+    existing = next(path for path in (root, *root.parents) if os.access(path, os.F_OK))
+    advice = ""
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"is the file system full?")
+    except OSError as error:
+        advice = f"no file can be written in {existing} ({error.strerror}): {SET_RUNTIME_DIR}"
+    yield Check("runtime directory", str(root), advice)
+    yield Check("workers running", ", ".join(names()) or "none")
 
 
 # ------------------------------------------------------------------------------ GPUs
@@ -262,3 +279,17 @@ def _paths(transport: str, words: str) -> Iterator[Check]:
         else:
             advice = report.reason if path == "fallback" else ""
         yield Check(f"  {name}", path, advice)
+
+
+_CHECKS: dict[str, Callable[[], Iterator[Check]]] = {  # the cheapest first
+    "packages": _packages,
+    "cores": _cores,
+    "memory": _memory,
+    "limits": _limits,
+    "shared memory": _shared_memory,
+    "collectives": _torch,
+    "GPUs": _gpus,
+    "control socket": _sockets,
+    "runtime directory": _runtime_directory,
+    "settings": _settings,
+}

@@ -34,6 +34,7 @@ from cpkit import settings
 from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.eager import eager_only
 from cpkit.memory.path import PathReport
+from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
@@ -41,6 +42,7 @@ from cpkit.sync.exchange import StoreExchange
 from cpkit.threads import OwnerThread
 
 _LONGEST_NAME = 64
+_DESCRIPTORS_PER_RANK = 3  # gloo's sockets and the barrier's maps; a few more per group
 NO_POOL = PathReport(
     "fallback", "the group has no symmetric pool", "ordinary memory", "ordinary memory"
 )
@@ -188,6 +190,8 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     world.owner.check()
     with Agreement(world.exchange) as call:
         _check_size(world, cp_size, name)
+        if (cp_size, name) not in world.groups:
+            require_descriptors(_DESCRIPTORS_PER_RANK * cp_size + SPARE_DESCRIPTORS)
         call.must_match(Signature(f"init_context_parallel({cp_size!r}, {name!r})"))
     group = world.groups.get((cp_size, name))
     if group is None:

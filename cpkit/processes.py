@@ -1,4 +1,7 @@
-"""Identify a process by its pid and its start time, because a pid alone is reused."""
+"""Identify a process by its pid, its start time and the PID namespace in which it has this pid.
+
+A pid alone is reused, and each container has a PID namespace, where it means another process.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -27,10 +31,25 @@ class ProcessId(NamedTuple):
 
     pid: int
     start_ticks: int
+    namespace: str = ""
+
+    def is_here(self) -> bool:
+        """Return True when the pid means this process here, not in another container or machine.
+
+        An identity that was recorded without a namespace counts as here.
+        """
+        return self.namespace in ("", _namespace())
 
     def is_alive(self) -> bool:
-        """Return True while this process runs; False for a zombie and when the pid was reused."""
-        return _start_ticks(self.pid) == self.start_ticks
+        """Return False after this process has ended, also for a zombie and a reused pid.
+
+        A process counts as alive while it cannot be seen: when it is not here, or no file
+        descriptor is free.
+        """
+        try:
+            return not self.is_here() or _start_ticks(self.pid) == self.start_ticks
+        except OSError:
+            return True
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -50,11 +69,28 @@ def process_id(pid: int | None = None) -> ProcessId:
     ticks = _start_ticks(pid)
     if ticks is None:
         raise ProcessLookupError(f"there is no running process {pid}")
-    return ProcessId(pid, ticks)
+    return ProcessId(pid, ticks, _namespace())
+
+
+def _namespace() -> str:
+    """Return the identity of this process's PID namespace; empty where there are none."""
+    try:
+        inode = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return ""
+    return f"{inode}@{_boot_id()}"  # the first namespace has the same inode on every machine
+
+
+@cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return the start time of a process; None when it is not running."""
+    """Return the start time of a process; None when it is not running. Raises OSError."""
     try:
         if _HAS_PROC:
             # "pid (name) state …": the name may contain spaces and parentheses, so split after it.
@@ -63,5 +99,5 @@ def _start_ticks(pid: int) -> int | None:
         process = psutil.Process(pid)
         alive = process.status() != psutil.STATUS_ZOMBIE
         return round(process.create_time() * 100) if alive else None
-    except (OSError, psutil.Error):
+    except (FileNotFoundError, ProcessLookupError, psutil.Error):
         return None

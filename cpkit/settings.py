@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpkit.os_errors import describe, lacks_descriptors
+
 _LONGEST_DEADLINE_S = 86400
 _LARGEST_BYTES = 1 << 60
 
@@ -141,8 +143,11 @@ def check_shm_dir() -> None:
     try:
         tempfile.TemporaryFile(dir=shm_dir()).close()
     except OSError as error:
+        if lacks_descriptors(error):
+            raise ValueError(describe(error)) from None
+        chosen = os.environ.get("CPKIT_SHM_DIR") or "/dev/shm"
         raise ValueError(
-            f"CPKIT_SHM_DIR is {str(shm_dir())!r}, where no file can be created "
+            f"CPKIT_SHM_DIR is {chosen!r}, where no file can be created "
             f"({error.strerror}); it must be a writable directory, preferably a tmpfs"
         ) from None
 

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from cpkit.control import mps
+from cpkit.control.errors import ControlError, name_the_limit
 from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.launch_options import Launch, from_json, loopback
@@ -34,9 +35,11 @@ from cpkit.control.runtime_dir import (
     Death,
     PostMortem,
     RuntimeDir,
+    in_words,
     remove_socket_dir,
     write_private,
 )
+from cpkit.os_errors import describe, raise_descriptor_limit
 from cpkit.processes import ProcessId, leave, process_id
 from cpkit.settings import DEVICE, GPU_NOTE, pass_on
 
@@ -51,23 +54,25 @@ _log = logging.getLogger("cpkit.agent")
 def main(arguments: list[str]) -> int:
     """Run one set of workers until it ends, and return the exit code."""
     launch = from_json(arguments[0])
+    raise_descriptor_limit()
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
     try:
         lock = runtime_dir.acquire_lock()
-    except AlreadyRunning as error:
+        with in_words():
+            _remove_old_files(runtime_dir)
+        socket_dir = _make_socket_dir()
+    except ControlError as error:
         _log.error("%s", error)
-        return ALREADY_RUNNING_CODE
+        return ALREADY_RUNNING_CODE if isinstance(error, AlreadyRunning) else BAD_SETTINGS_CODE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun installs its handlers
-    _remove_old_files(runtime_dir)
     if launch.owner:
         threading.Thread(target=_watch_owner, args=(launch.owner,), daemon=True).start()
     report = PostMortem((), "the agent ended before it started the workers")
-    socket_dir = _make_socket_dir()
     try:
         _write_agent(lock, socket_dir)
-        with _device(launch, Path(socket_dir)):
+        with name_the_limit(), _device(launch, Path(socket_dir)):
             report = _run(launch, runtime_dir)
-    except ValueError as error:
+    except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
         return BAD_SETTINGS_CODE
@@ -191,19 +196,28 @@ def _reap_segments() -> None:
 
 
 def _make_socket_dir() -> str:
-    """Create a private directory whose path is short enough for a socket."""
-    for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
-        room = zmq.IPC_PATH_MAX_LEN - len(parent) - len(f"/{SOCKET_DIR_PREFIX}12345678/control")
-        if room > 0:
-            return tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent)
-    raise OSError(f"no temporary directory has a path short enough for a socket: {parent}")
+    """Create a private directory whose path is short enough for a socket. Raises ControlError."""
+    try:
+        for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
+            end = f"/{SOCKET_DIR_PREFIX}12345678/control"
+            if len(parent) + len(end) < zmq.IPC_PATH_MAX_LEN:
+                return tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent)
+    except OSError as error:
+        raise ControlError(
+            f"cannot make a directory for the control socket: {describe(error)}. Set TMPDIR to a "
+            f"directory that you can write to, with a short path"
+        ) from error
+    raise ControlError(
+        f"the path of {parent} is too long for a socket: set TMPDIR to a shorter one"
+    )
 
 
 def _write_agent(lock: int, socket_dir: str) -> None:
     agent = Agent(process_id(), socket_dir)
     agent.export()
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, msgspec.json.encode(agent), 0)
+    with in_words():
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, msgspec.json.encode(agent), 0)
 
 
 def _post_mortem(failed: ChildFailedError, runtime_dir: RuntimeDir) -> PostMortem:

@@ -27,11 +27,13 @@ from cpkit.control.errors import (
     WorkersBusy,
     WorkersDied,
     checked,
+    name_the_limit,
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
+    TOO_MANY_FILES_CODE,
     Body,
     Cancel,
     Failed,
@@ -46,6 +48,7 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.control.runtime_dir import Connection, RuntimeDir
+from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 from cpkit.processes import command
 
 if TYPE_CHECKING:
@@ -178,7 +181,9 @@ class Client:
         try:
             return self._idle.pop()
         except IndexError:
-            return _Socket(self.connection)
+            with name_the_limit():
+                require_descriptors(SPARE_DESCRIPTORS)
+                return _Socket(self.connection)
 
     def _keep_socket(self, socket: _Socket) -> None:
         self._idle.append(socket)
@@ -218,12 +223,19 @@ class _Socket:
             self._dealer.send(data, zmq.NOBLOCK)
 
     def receive(self, timeout_ms: int) -> bytes | None:
-        """Return the next message, or None after `timeout_ms`. Raises NoAnswer for wrong keys."""
+        """Return the next message, or None after `timeout_ms`. Raises NoAnswer when rejected."""
         ready = dict(self._poller.poll(timeout_ms))
         if self._dealer in ready:
             return self._dealer.recv()
         if self._monitor in ready:
-            rejected = recv_monitor_message(self._monitor)["event"] == _KEY_REJECTED
+            event = recv_monitor_message(self._monitor)
+            rejected = event["event"] == _KEY_REJECTED
+            if rejected and event["value"] == TOO_MANY_FILES_CODE:
+                raise NoAnswer(
+                    f"the server at {self._endpoint} accepts no more connections, because rank 0 "
+                    f"has too many open files: close other clients, or start the workers with a "
+                    f"higher limit, for example after `ulimit -n 4096`"
+                )
             problem = "rejected the client key" if rejected else "does not have the server key"
             raise NoAnswer(
                 f"the server at {self._endpoint} {problem} of the connection file: the file "

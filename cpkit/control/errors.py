@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
+import zmq
 
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.requests import ClockCall, Message, Pool, Strategy, Workload
+from cpkit.os_errors import describe, lacks_descriptors
 
 M = TypeVar("M", bound=Message)
 
 
 class ControlError(RuntimeError):
     """Base of all errors of the control socket except `BadRequest`."""
+
+
+@contextlib.contextmanager
+def name_the_limit() -> Iterator[None]:
+    """Raise ControlError that names the limit of open files when no descriptor is free."""
+    try:
+        yield
+    except (OSError, RuntimeError, zmq.ZMQError) as error:
+        if not lacks_descriptors(error):
+            raise
+        raise ControlError(describe(error)) from error
 
 
 class Unreadable(ControlError):

@@ -18,10 +18,13 @@ _LAST_BYTES = 16 << 10
 def exit_report(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied | None:
     """Return an error when the agent or a rank has ended, otherwise None.
 
-    Processes on other hosts cannot be checked and count as alive.
+    Processes on other hosts cannot be checked and count as alive. In another container of this
+    host, the agent's lock shows that it is alive.
     """
     if connection.host != socket.gethostname():
         return None
+    if not connection.is_here():
+        return None if runtime_dir.is_locked() else _from_processes(connection, [])
     dead = dead_workers(connection)
     if not dead and connection.agent.is_alive():
         return None

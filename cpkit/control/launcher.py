@@ -20,8 +20,15 @@ from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers
 from cpkit.control.exit_report import dead_workers, last_lines
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
-from cpkit.control.origin import describe, describe_holder
-from cpkit.control.runtime_dir import ALREADY_RUNNING_CODE, AlreadyRunning, Connection, RuntimeDir
+from cpkit.control.origin import ELSEWHERE, describe, describe_holder
+from cpkit.control.runtime_dir import (
+    ALREADY_RUNNING_CODE,
+    AlreadyRunning,
+    Connection,
+    RuntimeDir,
+    in_words,
+    runtime_root,
+)
 from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import check_all
 
@@ -51,23 +58,35 @@ def running(name: str) -> Connection | None:
             _log.warning("removed a file of dead workers: %s", error)
             runtime_dir.clean()
             return None
-        if connection and connection.host != socket.gethostname():
-            if not connection.endpoint.startswith("ipc:"):
-                return connection
-            if is_held:
-                raise ControlError(
-                    f"the workers {name!r} run on {connection.host} and accept no connections "
-                    f"from here: start them with --interface, or choose another name"
-                )
-            # No agent holds the name, so the file is from before this host was renamed.
+        if connection and connection.host != socket.gethostname() and not _is_ipc(connection):
+            return connection
         if not is_held:
+            # The file may be from before this host was renamed, or from a container that ended.
             if connection:
                 _remove_stale_files(runtime_dir, connection)
             return None
+        if connection and not connection.is_here():
+            _check_reachable(connection)
+            return connection
         if connection and not _is_ending(connection):
             return connection
         time.sleep(_PERIOD_S)
     raise NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
+
+
+def _is_ipc(connection: Connection) -> bool:
+    return connection.endpoint.startswith("ipc://")
+
+
+def _check_reachable(connection: Connection) -> None:
+    """Raise ControlError when workers that run elsewhere have a socket file not found here."""
+    if _is_ipc(connection) and not Path(connection.endpoint.removeprefix("ipc://")).exists():
+        is_this_host = connection.host == socket.gethostname()
+        raise ControlError(
+            f"the workers {connection.name!r} run "
+            f"{ELSEWHERE if is_this_host else f'on {connection.host}'} and accept no connections "
+            f"from here: start them with --interface, or choose another name"
+        )
 
 
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
@@ -99,7 +118,7 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
     runtime_dir.create()
     if runtime_dir.is_locked():
         raise AlreadyRunning(launch.name, describe_holder(runtime_dir))
-    with runtime_dir.agent_log.open("ab") as log:
+    with in_words(), runtime_dir.agent_log.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "cpkit.control.agent", launch.to_json()],
             stdin=subprocess.DEVNULL,
@@ -125,13 +144,18 @@ def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
                 raise _start_error(code, runtime_dir)
             holder = runtime_dir.agent() if runtime_dir.is_locked() else None
             is_ready = launch.node_rank > 0 or runtime_dir.connection() is not None
-            if holder and holder.process.pid == agent.pid and is_ready:
+            is_holder = holder and holder.process.is_here() and holder.process.pid == agent.pid
+            if is_holder and is_ready:
                 return
             time.sleep(_PERIOD_S)
         raise NoAnswer(f"the workers did not start and were stopped: {deadline.describe()}")
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):  # the agent has already ended
+        try:
             _end(process_id(agent.pid))
+        except ProcessLookupError:  # the agent has already ended
+            pass
+        except OSError:  # no descriptor is free to look at the ranks, which the agent ends too
+            agent.terminate()
         agent.wait(_STOP_TIMEOUT_S)
         raise
 
@@ -140,6 +164,7 @@ def stop(name: str) -> bool:
     """Stop the workers of this name and wait until they have ended. Return False without workers.
 
     Sends SIGTERM to the agent, identified by pid and start time, and SIGKILL after a timeout.
+    Raises ControlError, and sends nothing, when the agent's pid means another process here.
     """
     runtime_dir = RuntimeDir(name)
     if not runtime_dir.is_locked():
@@ -148,6 +173,11 @@ def stop(name: str) -> bool:
             _remove_stale_files(runtime_dir, connection)
         return False
     agent = runtime_dir.agent()
+    if agent and not agent.process.is_here():
+        raise ControlError(
+            f"the workers {name!r} run in another container (PID namespace) or on another machine, "
+            f"where their process ids are valid: stop them there with `{command('stop', name)}`"
+        )
     if agent:
         _end(agent.process)
     # The threads of a zombie process may hold the lock a little longer.
@@ -198,7 +228,7 @@ def shut_down(client: Client) -> None:
 
 def names() -> list[str]:
     """Return the names of all sets of workers that run on this machine."""
-    root = RuntimeDir("default").directory.parent
+    root = runtime_root()
     found = sorted(path.parent.name for path in root.glob("*/lock")) if root.exists() else []
     return [name for name in found if RuntimeDir(name).is_locked()]
 
@@ -286,7 +316,8 @@ def _remove_stale_files(runtime_dir: RuntimeDir, connection: Connection) -> None
     file, agent = runtime_dir.connection_file, connection.agent.pid
     _log.warning("removed %s: its workers (agent %d) are dead", file, agent)
     local = [w for w in connection.workers if w.host == socket.gethostname()]
-    wait_for(lambda: len(dead_workers(connection)) == len(local), 2.0)
+    if connection.is_here():
+        wait_for(lambda: len(dead_workers(connection)) == len(local), 2.0)
     runtime_dir.clean()
 
 

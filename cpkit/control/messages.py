@@ -32,6 +32,7 @@ from cpkit.control.results import (
 )
 
 MAX_MESSAGE_BYTES = 16 << 20
+TOO_MANY_FILES_CODE = 500  # status of a connection that is rejected, as in ZeroMQ's RFC 27
 FailureKind = Literal["bad_request", "version", "cancelled", "busy", "hung", "internal"]
 T = TypeVar("T")
 

@@ -11,8 +11,10 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from cpkit.os_errors import describe
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
@@ -42,11 +44,9 @@ def serve(directory: Path) -> Iterator[str]:
         yield f"MPS: {_CONTROL} is not installed; {_COST}"
         return
     variables = {_PIPES: str(directory / "mps"), _LOGS: str(directory / "mps-log")}
-    for path in variables.values():
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
     environment = {**os.environ, **variables}
     try:
-        failed = _control(["-d"], environment)
+        failed = _make_directories(variables.values()) or _control(["-d"], environment)
         if failed:
             yield f"MPS: {failed}; {_COST}"
             return
@@ -68,6 +68,16 @@ def quit_daemon(directory: Path) -> None:
 _COST = "ranks that share a GPU are time-sliced, so a barrier between them takes milliseconds"
 
 
+def _make_directories(paths: Iterable[str]) -> str:
+    """Make the daemon's directories; return "" on success, otherwise the error."""
+    try:
+        for path in paths:
+            Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return describe(error)
+    return ""
+
+
 def _control(options: list[str], environment: dict[str, str], commands: str = "") -> str:
     """Run the control program; return "" on success, otherwise the error."""
     try:
@@ -81,7 +91,7 @@ def _control(options: list[str], environment: dict[str, str], commands: str = ""
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{_CONTROL} failed: {error}"
+        return f"{_CONTROL} failed: {describe(error)}"
     return (
         "" if done.returncode == 0 else f"{_CONTROL} failed: {done.stdout or done.stderr}".strip()
     )

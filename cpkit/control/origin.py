@@ -13,6 +13,7 @@ from cpkit.control.errors import ControlError
 from cpkit.control.runtime_dir import Connection, RuntimeDir
 from cpkit.processes import ProcessId, process_id
 
+ELSEWHERE = "in another container (PID namespace) of this host"
 _MAX_COMMAND_CHARS = 80
 
 
@@ -21,6 +22,8 @@ def describe(connection: Connection) -> str:
     ranks = f"{connection.world_size} rank{'s' if connection.world_size > 1 else ''}"
     if connection.host != socket.gethostname():
         return f"{ranks}, started on {connection.host}"
+    if not connection.is_here():
+        return f"{ranks}, started {ELSEWHERE}"
     ranks += _since(connection.agent)
     if connection.owner is None:
         return f"{ranks}, started by launch_workers.sh; they run until they are stopped"

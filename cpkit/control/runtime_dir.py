@@ -15,17 +15,21 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 from jupyter_core.paths import jupyter_runtime_dir
 
-from cpkit.control.errors import ControlError, Unreadable
+from cpkit.control.errors import ControlError, Unreadable, name_the_limit
 from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
+from cpkit.os_errors import describe, lacks_descriptors
 from cpkit.processes import ProcessId, command
 from cpkit.settings import AGENT, pass_on, passed_on
 
@@ -33,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
 READY = "ready"  # the last startup phase of a rank
 ALREADY_RUNNING_CODE = 3  # exit code of an agent whose name is locked
+SET_RUNTIME_DIR = "set JUPYTER_RUNTIME_DIR to a directory that you can write to"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -98,6 +103,10 @@ class Connection(Message, frozen=True):
         """Number of ranks."""
         return len(self.workers)
 
+    def is_here(self) -> bool:
+        """Return True when the process ids are of this machine and PID namespace."""
+        return self.host == socket.gethostname() and self.agent.is_here()
+
 
 class Death(Message, frozen=True):
     """One rank that died, with the last lines of its log."""
@@ -116,8 +125,34 @@ class PostMortem(Message, frozen=True):
     text: str
 
 
+def runtime_root() -> Path:
+    """Return the directory of all names. Raises ControlError for a user without a home."""
+    try:
+        return Path(jupyter_runtime_dir()) / "cpkit"
+    except RuntimeError as error:
+        raise ControlError(
+            f"this user has no runtime directory ({error}): {SET_RUNTIME_DIR}"
+        ) from error
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Raise ControlError, with a remedy, for an OSError of a file in the runtime directory."""
+    try:
+        with name_the_limit():
+            yield
+    except OSError as error:
+        raise ControlError(
+            f"cannot use the runtime directory: {error}. To use another, {SET_RUNTIME_DIR}"
+        ) from error
+
+
 class RuntimeDir:
-    """The directory of one name. Raises ValueError for a name that is unsafe in a path."""
+    """The directory of one name. Its methods raise ControlError when its files cannot be used.
+
+    The constructor raises ValueError for a name that is unsafe in a path, and ControlError for a
+    user without a home.
+    """
 
     def __init__(self, name: str) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -127,7 +162,7 @@ class RuntimeDir:
                 f"and underscores{hint}"
             )
         self.name = name
-        self.directory = Path(jupyter_runtime_dir()) / "cpkit" / name
+        self.directory = runtime_root() / name
         self.connection_file = self.directory / "connection.json"
         self.lock_file = self.directory / "lock"
         self.post_mortem_file = self.directory / "post_mortem.json"
@@ -137,40 +172,45 @@ class RuntimeDir:
 
     def create(self) -> None:
         """Create the directory for this user. Raises ControlError when other users can write."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = self.directory.lstat()
+        with in_words():
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.directory.lstat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
             raise ControlError(
                 f"{self.directory} belongs to uid {found.st_uid} with mode "
                 f"{stat.S_IMODE(found.st_mode):04o}; it must belong to uid "
                 f"{os.geteuid()} and be writable only by it: remove it, or run chmod 700 on it"
             )
+        with in_words(), tempfile.TemporaryFile(dir=self.directory) as probe:
+            probe.write(b"is the file system full?")
 
     def acquire_lock(self) -> int:
         """Lock the name until this process ends; return the descriptor. Raises AlreadyRunning."""
         self.create()
-        lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for _ in range(25):  # `is_locked` in another process locks the file for a moment
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError:
-                time.sleep(0.01)
+        with in_words():
+            lock = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            for _ in range(25):  # `is_locked` in another process locks the file for a moment
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return lock
+                except BlockingIOError:
+                    time.sleep(0.01)
         os.close(lock)
         raise AlreadyRunning(self.name)
 
     def is_locked(self) -> bool:
-        """Return True while an agent of this name is running."""
-        try:
-            lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
+        """Return True while an agent of this name is running, also in another container."""
+        with in_words():
+            try:
+                lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(lock)
         return False
 
     def agent(self) -> Agent | None:
@@ -184,7 +224,8 @@ class RuntimeDir:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ControlError(f"{self.connection_file}: {error.strerror}; remove it") from error
+            remedy = "" if lacks_descriptors(error) else "; remove it"
+            raise ControlError(f"{describe(error)}{remedy}") from error
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(handle)
             _check_private(self.connection_file, found)
@@ -213,7 +254,8 @@ class RuntimeDir:
     def clean(self) -> None:
         """Remove the connection file and the socket directory, which only running workers need."""
         agent = self.agent()
-        self.connection_file.unlink(missing_ok=True)
+        with in_words():
+            self.connection_file.unlink(missing_ok=True)
         if agent:
             remove_socket_dir(agent.socket_dir)
 
@@ -221,11 +263,12 @@ class RuntimeDir:
 def write_private(path: Path, message: msgspec.Struct) -> None:
     """Write a struct as JSON, atomically; the file has mode 0600 from its creation."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(message), indent=1))
-    temporary.replace(path)
+    with in_words():
+        temporary.unlink(missing_ok=True)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(message), indent=1))
+        temporary.replace(path)
 
 
 def remove_socket_dir(directory: str) -> None:
@@ -249,10 +292,9 @@ def _check_private(path: Path, found: os.stat_result) -> None:
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
-    try:
+    with in_words(), contextlib.suppress(FileNotFoundError, Unreadable):
         return _parse(path, path.read_bytes(), kind)
-    except (FileNotFoundError, ControlError):
-        return None
+    return None
 
 
 def _parse(path: Path, data: bytes, kind: type[T]) -> T:

@@ -23,6 +23,7 @@ from cpkit.control.errors import explain_decode_error
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
+    TOO_MANY_FILES_CODE,
     Cancel,
     Done,
     Envelope,
@@ -40,6 +41,7 @@ from cpkit.control.messages import (
 )
 from cpkit.control.queue import Job, JobQueue
 from cpkit.control.waker import Waker
+from cpkit.os_errors import SPARE_DESCRIPTORS, describe, require_descriptors
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 _MAX_WAITING = 64
@@ -69,6 +71,7 @@ class Server:
         self._client_key = client_public_key
         self._job_numbers = count(1)
         self._outbox: deque[tuple[bytes, bytes]] = deque()
+        require_descriptors(2 * SPARE_DESCRIPTORS)
         self._waker = Waker()
         self._closing = False
         self._context = zmq.Context()
@@ -116,14 +119,22 @@ class Server:
         self._waker.close()
 
     def _authenticate(self) -> None:
-        """Accept or reject a client's key for ZeroMQ (RFC 27). Only one key is accepted."""
+        """Accept or reject a client's key for ZeroMQ (RFC 27). Only one key is accepted.
+
+        While few descriptors are free, all clients are rejected, which closes their connections:
+        ZeroMQ would end this process if a client connected and no descriptor were free.
+        """
         version, request, _, _, _, mechanism, *credentials = self._zap.recv_multipart()
         key = z85.encode(credentials[0]) if mechanism == b"CURVE" and credentials else b""
-        accepted = hmac.compare_digest(key, self._client_key)
-        code, text = (b"200", b"OK") if accepted else (b"400", b"unknown key")
-        self._zap.send_multipart([version, request, code, text, b"cpkit", b""])
-        if not accepted:
-            _log.warning("rejected a client with an unknown key")
+        code, text = 200, "OK"
+        if not hmac.compare_digest(key, self._client_key):
+            code, text = 400, "unknown key"
+        elif problem := _descriptor_problem():
+            code, text = TOO_MANY_FILES_CODE, problem
+        answer = (str(code).encode(), text.encode())
+        self._zap.send_multipart([version, request, *answer, b"cpkit", b""])
+        if code != 200:
+            _log.warning("rejected a client: %s", text)
 
     def _receive(self) -> None:
         for _ in range(100):  # a flood of requests must not delay replies and deadlines
@@ -227,6 +238,15 @@ class Server:
         if not job.started:
             self.reply(job, Failed("cancelled", "cancelled before it started"))
         return Done("cancelled")
+
+
+def _descriptor_problem() -> str:
+    """Return what to do when few descriptors are free; empty when there are enough."""
+    try:
+        require_descriptors(SPARE_DESCRIPTORS)
+    except OSError as error:
+        return describe(error)
+    return ""
 
 
 def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.Socket[bytes]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import DEADLINE_S, Client
-from cpkit.control.errors import BadRequest, checked
+from cpkit.control.errors import BadRequest, checked, name_the_limit
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
@@ -56,6 +56,7 @@ _ATTEMPTS = 3  # another process may be starting these workers, and fail
 _log = logging.getLogger("cpkit")
 
 
+@name_the_limit()
 def connect(
     name: str = "default",
     *,
@@ -392,6 +393,7 @@ class Lab:
         """Disconnect. The workers keep running; those of this process end with it."""
         self._client.close()
 
+    @name_the_limit()
     def stop(self) -> None:
         """Stop the workers, and return when they have ended."""
         launcher.shut_down(self._client)

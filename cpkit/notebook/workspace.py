@@ -11,6 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
+from cpkit.os_errors import describe
+
 ROOT = Path(__file__).parents[2]
 WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links find the same files
 # For JUPYTER_CONFIG_PATH: labconfig/ has defaults for JupyterLab, which a user may override.
@@ -21,15 +23,26 @@ _RECORD = ".originals.json"  # name of each copy -> SHA-256 of its original
 def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -> list[str]:
     """Update the copies. Return one message per copy that was updated or kept.
 
-    Raises ValueError if there are no originals: an installed cpkit does not contain them.
+    Raises ValueError if there are no originals, as in an installed cpkit, and if a copy cannot be
+    written.
     """
     found = sorted(originals.glob("*.ipynb"))
     if not found:
         raise ValueError(f"there are no notebooks in {originals}; run this in a clone of cpkit")
+    try:
+        return _update(found, workspace)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write your copies of the notebooks to {workspace}: {describe(error)}; make "
+            f"this directory writable, or clone cpkit to a directory that you can write to"
+        ) from error
+
+
+def _update(originals: list[Path], workspace: Path) -> list[str]:
     workspace.mkdir(exist_ok=True)
     record = _read_record(workspace / _RECORD)
-    messages = [_refresh_one(path, workspace, record.get(path.name)) for path in found]
-    made_from = {path.name: _digest(path) for path in found}
+    messages = [_refresh_one(path, workspace, record.get(path.name)) for path in originals]
+    made_from = {path.name: _digest(path) for path in originals}
     (workspace / _RECORD).write_text(json.dumps(made_from, indent=1) + "\n")
     return list(filter(None, messages))
 

@@ -22,6 +22,7 @@ from typing import Self
 
 import msgspec
 
+from cpkit.os_errors import describe, lacks_descriptors
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 _PASSED, _FAILED = b"\x00", b"\x01"
@@ -51,8 +52,8 @@ class Agreement:
     """The checks before one collective call; see the module's docstring.
 
     At the end of the block every rank raises ValueError when any rank raised in it or signatures
-    differ; a rank whose own exception is not a ValueError raises that one. `failure` is an
-    exception that occurred before the block.
+    differ; a rank whose own exception is not a ValueError raises that one, unless the limit of open
+    files caused it. `failure` is an exception that occurred before the block.
 
     The result of `record` and then `state` are sent too; `record` is called at the end, because an
     allocation in the block may change what it returns. Once all ranks have agreed, `states` holds
@@ -114,7 +115,7 @@ class Agreement:
             mine.signatures = [(_cut(each.text), each.advice) for each in self._signatures]
         answers = self._exchange(msgspec.msgpack.encode(mine))
         explanations = [msgspec.msgpack.decode(answer, type=_Explanation) for answer in answers]
-        if error is None or isinstance(error, ValueError):
+        if error is None or isinstance(error, ValueError) or lacks_descriptors(error):
             raise ValueError(_explain(explanations)) from error
 
 
@@ -140,10 +141,9 @@ def _explain(explanations: Sequence[_Explanation]) -> str:
 
 
 def _describe(error: Exception) -> str:
-    text = str(error)
-    return (
-        text if isinstance(error, ValueError | TimeoutError) else f"{type(error).__name__}: {text}"
-    )
+    text = describe(error)
+    speaks_for_itself = isinstance(error, ValueError | TimeoutError) or lacks_descriptors(error)
+    return text if speaks_for_itself else f"{type(error).__name__}: {text}"
 
 
 def _by_rank(texts: list[str]) -> str:

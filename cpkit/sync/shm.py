@@ -11,14 +11,16 @@ Large segments get huge pages where Linux (6.1 or newer) has free ones, because 
 pages of every peer miss the TLB constantly. In runs that alternated between both page sizes, plans
 of 2 ranks took 0.88 of the time at 4 MB and 0.70 to 0.77 at 8 to 134 MB.
 
-A process that is killed before it can unlink leaves a file whose name identifies that process; the
-next process that makes a segment removes it.
+A process that is killed before it can unlink leaves its file. The owner of a file holds a lock on
+it (flock), which ends with the owner, so the next process that makes a segment removes the files
+that it can lock. A process id would not do: the ranks may be in containers, each with its own ids.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -30,7 +32,12 @@ from pathlib import Path
 
 import torch
 
-from cpkit.processes import ProcessId, process_id
+from cpkit.os_errors import (
+    SPARE_DESCRIPTORS,
+    describe,
+    lacks_descriptors,
+    require_descriptors,
+)
 from cpkit.settings import shm_dir
 from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
 
@@ -72,47 +79,94 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
     ExchangeTimeout when a rank does not arrive.
     """
     path, own, problem = _create(nbytes, exchange.size)
+    name, opened = path.name if path else "", [own] if own else []
     try:
-        offers = agree_on_segment(exchange, SegmentOffer(path.name, nbytes, problem), purpose)
+        offers = agree_on_segment(exchange, SegmentOffer(name, nbytes, problem), purpose)
         maps, problem = _map_peers(offers, exchange.rank, own, nbytes)
-        agree_on_segment(exchange, SegmentOffer(path.name, nbytes, problem), purpose)
+        opened += maps
+        agree_on_segment(exchange, SegmentOffer(name, nbytes, problem), purpose)
+    except BaseException:
+        for memory in opened:
+            memory.close()  # now, because a traceback may keep them and their descriptors
+        raise
     finally:
-        path.unlink(missing_ok=True)
+        if path:
+            path.unlink(missing_ok=True)
     return Segment(maps, nbytes, exchange.rank)
 
 
 def reap_dead_files() -> list[Path]:
-    """Remove this user's segment files whose process is dead; return their paths."""
-    removed = []
-    ours = re.compile(rf"{_PREFIX}-{os.getuid()}-(\d+)-(\d+)-[0-9a-f]{{16}}")
-    for path in shm_dir().iterdir():
-        made = ours.fullmatch(path.name)
-        if made and not ProcessId(int(made[1]), int(made[2])).is_alive():
-            with contextlib.suppress(OSError):  # of another user, or removed meanwhile
-                if path.lstat().st_uid == os.getuid():
-                    path.unlink()
-                    removed.append(path)
-    return removed
+    """Remove this user's segment files whose owner has ended; return their paths."""
+    ours = re.compile(rf"{_PREFIX}-{os.getuid()}-\d+-[0-9a-f]{{16}}")
+    found = [path for path in shm_dir().iterdir() if ours.fullmatch(path.name)]
+    return [path for path in found if _remove_unlocked(path)]
 
 
-def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
-    """Create, reserve and map this rank's file; return its path, its map, and why that failed."""
-    me = process_id()
-    name = f"{_PREFIX}-{os.getuid()}-{me.pid}-{me.start_ticks}-{secrets.token_hex(8)}"
-    path = shm_dir() / name
+def _remove_unlocked(path: Path) -> bool:
+    """Remove a file of this user whose owner does not hold its lock; return whether it did."""
+    with contextlib.suppress(OSError):  # locked, of another user, or removed meanwhile
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_uid == os.getuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _create(nbytes: int, ranks: int) -> tuple[Path | None, mmap.mmap | None, str]:
+    """Create, reserve and map this rank's file; return its path, its map, and why that failed.
+
+    The map has a duplicate of the descriptor, so the file stays locked as long as the map exists.
+    """
     try:
+        require_descriptors(ranks + SPARE_DESCRIPTORS)
         reap_dead_files()
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o600)
+        path, descriptor = _create_locked()
         try:
             _reserve(descriptor, _stored_bytes(nbytes))
             own = _map(descriptor, _stored_bytes(nbytes))
             _collapse(own)
             return path, own, ""
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(descriptor)
     except OSError as error:
-        return path, None, _explain(error, nbytes, ranks)
+        return None, None, _explain(error, nbytes, ranks)
+
+
+def _create_locked() -> tuple[Path, int]:
+    """Create a file and lock it; return its path and its descriptor.
+
+    A peer that removes dead files may lock the file before its owner does. Then there is another:
+
+        owner   create A ─────────────────── cannot lock A, or it has no name ─── create B, lock B
+        peer              lock A, unlink A
+    """
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        # The process id in the name only informs people.
+        path = shm_dir() / f"{_PREFIX}-{os.getuid()}-{os.getpid()}-{secrets.token_hex(8)}"
+        descriptor = os.open(path, flags, 0o600)
+        if _lock(descriptor) and os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file without waiting; return False when another process holds the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # this file system has no locks, so no peer can lock the file and remove it
+    return True
 
 
 def _stored_bytes(nbytes: int) -> int:
@@ -185,7 +239,7 @@ def _map_peers(
             finally:
                 os.close(descriptor)
     except (OSError, ValueError) as error:
-        return maps, f"cannot map rank {len(maps)}'s segment: {error}"
+        return maps, f"cannot map rank {len(maps)}'s segment: {describe(error)}"
     return maps, ""
 
 
@@ -196,6 +250,7 @@ def _explain(error: OSError, nbytes: int, ranks: int) -> str:
             f"{nbytes} bytes each. Make it larger (docker run --shm-size=2g), gather less, "
             f"or set CPKIT_SHM_DIR to a larger tmpfs"
         )
-    if error.errno == errno.EMFILE:
-        return f"too many open files: each segment takes {ranks}; raise the limit (ulimit -n)"
+    if lacks_descriptors(error):
+        spare = SPARE_DESCRIPTORS
+        return f"{describe(error)}. Each segment takes {ranks} and leaves {spare} for other uses"
     return f"cannot create a segment in {shm_dir()}: {error}"

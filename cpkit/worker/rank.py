@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 
+from cpkit.control.errors import name_the_limit
 from cpkit.control.launch_options import Launch, from_environment
 from cpkit.control.runtime_dir import Agent, RuntimeDir, agent_from_environment
 from cpkit.control.watchdog import start_watchdog
@@ -25,9 +26,10 @@ def main() -> None:
     launch, runtime_dir, agent = _read_environment()
     start_watchdog(runtime_dir, agent, launch.owner)
     runtime_dir.set_startup_phase(f"rank {os.environ['RANK']}", "importing torch")
-    from cpkit.worker import main as worker
+    with name_the_limit():
+        from cpkit.worker import main as worker
 
-    worker.main(launch, runtime_dir, agent)
+        worker.main(launch, runtime_dir, agent)
     leave(0)
 
 

@@ -25,6 +25,7 @@ from cpkit.control.messages import (
 from cpkit.control.queue import Job
 from cpkit.control.server import Server
 from cpkit.group import init_context_parallel
+from cpkit.os_errors import describe
 from cpkit.sync.exchange import SymmetricMemoryError
 from cpkit.worker.commands import (
     KEEP_ALIVE_S,
@@ -94,7 +95,7 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
         return StepResult(error=str(error), agreed=True, bad_request=isinstance(error, ValueError))
     except Exception as error:  # noqa: BLE001 - every failure is reported to the client
         _log.exception("a step failed")
-        return StepResult(error=f"{type(error).__name__}: {error}")
+        return StepResult(error=f"{type(error).__name__}: {describe(error)}")
     return StepResult(msgspec.msgpack.encode(report), last) if report is not None else StepResult()
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import time
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import pytest
 import zmq
 
 from cpkit.control.errors import (
     BadRequest,
     Cancelled,
+    ControlError,
     NoAnswer,
     RequestFailed,
     WorkersBusy,
@@ -39,6 +45,37 @@ def test_no_server_listens(tmp_path: Path, control_server: ControlServer) -> Non
     client = control_server.client(endpoint=f"ipc://{tmp_path}/unbound")
     with pytest.raises(NoAnswer, match=r"no answer within 0\.3 s.*the logs"):
         client.call(Status(), StatusResult, 0.3)
+
+
+def test_a_client_without_descriptors_names_the_limit_and_recovers(
+    control_server: ControlServer,
+) -> None:
+    client = control_server.client()
+    used, limits = psutil.Process().num_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(ControlError, match=r"limit of this process is 0.*ulimit -n"):
+            client.call(Status(), StatusResult)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert psutil.Process().num_fds() == used
+    assert client.call(Status(), StatusResult).name == "test"
+
+
+def test_a_server_with_few_descriptors_rejects_new_clients_and_recovers(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_free(count: int) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    old, new = control_server.client(), control_server.client()
+    assert old.call(Status(), StatusResult).name == "test"
+    with monkeypatch.context() as full:
+        full.setattr("cpkit.control.server.require_descriptors", none_free)
+        with pytest.raises(NoAnswer, match=r"rank 0 has too many open files.*ulimit -n"):
+            new.call(Status(), StatusResult)
+        assert old.call(Status(), StatusResult).name == "test"
+    assert new.call(Status(), StatusResult).name == "test"
 
 
 def test_a_queued_request_reports_its_position_and_then_raises_busy(

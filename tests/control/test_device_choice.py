@@ -60,5 +60,12 @@ def test_the_daemon_is_started_in_a_private_directory_and_stopped(
         assert said in words
         assert mps.is_configured() == (code == 0)
     assert not mps.is_configured()
+    with mps.serve(program) as words:  # its directories cannot be made below a file
+        assert "Not a directory" in words
+        assert "milliseconds" in words
     pipes = f"{tmp_path}/mps"
-    assert calls.read_text().splitlines() == [f"{pipes} -d ", f"{pipes}  quit"]
+    assert calls.read_text().splitlines() == [
+        f"{pipes} -d ",
+        f"{pipes}  quit",
+        f"{program}/mps  quit",
+    ]

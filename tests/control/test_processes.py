@@ -1,15 +1,41 @@
-"""A process is distinguished from a later one with the same pid, and from its own zombie."""
+"""A process is distinguished from a later one with its pid, its zombie, and others' namespaces."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from cpkit.processes import ProcessId, process_id
+from cpkit.control import launcher
+from cpkit.control.errors import ControlError
+from cpkit.control.exit_report import exit_report
+from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.processes import process_id
+from cpkit.sync.shm import _create, reap_dead_files
+from tests.helpers.processes import new_pid_namespace, until
+
+# What an agent and rank 0 leave in the runtime directory, without torchrun.
+AGENT = """
+import socket, sys, time
+import cpkit.processes
+from cpkit.control import agent
+from cpkit.control.runtime_dir import RuntimeDir, write_private
+from tests.helpers.control_server import connection
+import msgspec
+if sys.argv[1:] == ["pretend"]:
+    cpkit.processes._namespace = lambda: "elsewhere"
+here = RuntimeDir("here")
+agent._write_agent(here.acquire_lock(), "")
+mine = msgspec.structs.replace(connection(), host=socket.gethostname())
+write_private(here.connection_file, mine)
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def test_this_process_is_alive() -> None:
@@ -21,7 +47,7 @@ def test_this_process_is_alive() -> None:
 
 def test_another_process_with_the_same_pid_does_not_count() -> None:
     me = process_id()
-    assert not ProcessId(me.pid, me.start_ticks - 1).is_alive()
+    assert not me._replace(start_ticks=me.start_ticks - 1).is_alive()
 
 
 def test_a_zombie_and_a_reaped_process_are_dead() -> None:
@@ -34,3 +60,56 @@ def test_a_zombie_and_a_reaped_process_are_dead() -> None:
     assert not identity.is_alive()
     with pytest.raises(ProcessLookupError):
         process_id(child.pid)
+
+
+def test_a_process_counts_as_alive_while_no_descriptor_is_free() -> None:
+    """Otherwise a rank at its limit would take its owner for dead, and exit."""
+    me = process_id()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert me.is_alive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("container", ["pretend", "real"])
+def test_workers_in_another_container_are_neither_dead_nor_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    real = container == "real"
+    command = [*(new_pid_namespace() if real else []), sys.executable, "-c", AGENT]
+    here = RuntimeDir("here")
+    with subprocess.Popen(
+        [*command, *([] if real else ["pretend"])], stdout=subprocess.PIPE
+    ) as agent:
+        assert agent.stdout
+        agent.stdout.readline()
+        connection = here.connection()
+        assert connection
+        assert exit_report(here, connection) is None
+        with pytest.raises(ControlError, match=r"in another container.*--interface"):
+            launcher.running("here")
+        with pytest.raises(ControlError, match=r"in another container.*stop them there"):
+            launcher.stop("here")
+        assert here.is_locked()
+        agent.kill()
+    until(lambda: exit_report(here, connection), why="the agent's lock to be free")
+    assert launcher.running("here") is None
+    assert not here.connection_file.exists()
+
+
+def test_segments_of_another_container_are_not_reaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPKIT_SHM_DIR", str(tmp_path))
+    reap = "from cpkit.sync.shm import reap_dead_files as reap; print(len(reap()))"
+    command = [*new_pid_namespace(), sys.executable, "-c", reap]
+    path, own, _ = _create(4096, 1)
+    assert path
+    assert own
+    assert subprocess.check_output(command, text=True) == "0\n"
+    assert path.exists()
+    own.close()
+    assert reap_dead_files() == [path]

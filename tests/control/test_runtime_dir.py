@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import resource
 import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+import cpkit
+from cpkit import doctor
+from cpkit.__main__ import main
 from cpkit.control import launcher
+from cpkit.control.agent import _make_socket_dir
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of, from_json, loopback
 from cpkit.control.runtime_dir import AlreadyRunning, RuntimeDir, remove_socket_dir, write_private
@@ -66,6 +72,61 @@ def test_a_file_that_is_not_a_connection_file_is_rejected(here: RuntimeDir, cont
     here.connection_file.write_bytes(content)
     with pytest.raises(ControlError, match=r"not written by this version.*stop the workers"):
         here.connection()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line_that_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "file"))
+    with pytest.raises(ControlError, match=r"Not a directory.*set JUPYTER_RUNTIME_DIR"):
+        cpkit.connect("x")
+    for command in ("start", "status", "stop"):
+        assert main([command]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "set JUPYTER_RUNTIME_DIR" in said
+    advice = {check.subject: check.advice for check in doctor.examine()}
+    assert "set JUPYTER_RUNTIME_DIR" in advice["runtime directory"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Containers run as any uid, without a home and without an entry in the list of users."""
+
+    def no_entry(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    for variable in ("HOME", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.raises(ControlError, match="set JUPYTER_RUNTIME_DIR"):
+        cpkit.connect("x")
+    assert main(["status"]) == main(["lab"]) == 1
+    assert "set HOME" in capsys.readouterr().err
+    monkeypatch.setenv("CPKIT_SHM_DIR", "/nowhere")
+    checks = {check.subject: check for check in doctor.examine()}
+    assert "set JUPYTER_RUNTIME_DIR" in checks["runtime directory"].advice
+    assert "/nowhere" in checks["shared memory"].advice
+
+
+def test_a_full_file_system_is_found_before_the_start(here: RuntimeDir) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(ControlError, match=r"too large.*set JUPYTER_RUNTIME_DIR"):
+            here.create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_without_a_temporary_directory_the_agent_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    with pytest.raises(ControlError, match="Set TMPDIR"):
+        _make_socket_dir()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "-rf", "x" * 65, "a b", "é"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -45,3 +47,19 @@ def processes_with(variable: str, value: object) -> dict[psutil.Process, str]:
         except psutil.Error:  # it has ended, or belongs to another user
             continue
     return found
+
+
+def new_pid_namespace() -> list[str]:
+    """Return the command prefix that runs a program as in a container; skip where that is refused.
+
+    The program has pid 1, and other pids mean other processes than here.
+    """
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    prefix = ["unshare", *user, "--pid", "--fork", "--mount-proc", "--kill-child"]
+    try:
+        done = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if done.returncode:
+        pytest.skip(f"this machine refuses PID namespaces: {done.stderr.strip()}")
+    return prefix

@@ -16,6 +16,7 @@ LAYERS = (
     (
         "cpkit.settings",
         "cpkit.algorithms",
+        "cpkit.os_errors",
         "cpkit.processes",
         "cpkit.threads",
         "cpkit.eager",

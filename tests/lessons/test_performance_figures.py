@@ -183,6 +183,12 @@ def test_a_report_without_a_browser_names_what_to_install(
     assert unescape(page.read_text()).count(style.text_alternative(roofs[0])) == 2
 
 
+def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="pass a folder that you can write to"):
+        report.write(tmp_path / "file", STATUS, sweep(), repeat="", results={})
+
+
 def test_a_report_without_spread_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks \['p95_us'\]"):
         report.write(tmp_path, STATUS, sweep().drop(columns="p95_us"), repeat="", results={})

@@ -129,3 +129,8 @@ def test_jupyterlab_uses_the_defaults_that_disable_its_news_popup(
     assert default() == "none", "JupyterLab asks by default"
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(workspace.JUPYTER_DEFAULTS))
     assert default() == "false"
+
+
+def test_a_workspace_that_cannot_be_written_is_an_error_with_the_remedy(originals: Path) -> None:
+    with pytest.raises(ValueError, match=r"Not a directory.*clone cpkit to a directory"):
+        workspace.refresh(originals, originals / NAME / "workspace")

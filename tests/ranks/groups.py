@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from types import SimpleNamespace
 
 import torch
@@ -54,6 +55,19 @@ def check_a_bad_cp_size_is_refused_on_every_rank() -> None:
         assert "1, 2, 4" in said
         assert ("whole number" in said) == (type(bad) is not int)
     assert "up to 64 characters" in error_of(init_context_parallel, 2, "x" * 20_000)
+    gather_works()
+
+
+def check_a_rank_without_descriptors_is_named_before_a_group_is_made() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        said = error_of(init_context_parallel, 2, "none free")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert said.startswith("rank(s) 1: too many open files: the limit of this process is 3"), said
+    assert init_context_parallel(2, "none free").size == 2
     gather_works()
 
 

@@ -7,8 +7,10 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
+from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -26,7 +28,7 @@ from cpkit.symm import (
     use_symmetric_memory,
 )
 from cpkit.sync.agreement import Signature
-from cpkit.sync.shm import free_bytes, reap_dead_files
+from cpkit.sync.shm import _create, free_bytes, reap_dead_files
 from tests.ranks.device import batch_of, world_group
 from tests.ranks.errors import error_of, raised
 from tests.ranks.gathers import cp_sizes
@@ -229,6 +231,51 @@ def check_files_of_killed_processes_are_reaped() -> None:
         stranger.unlink()
         Path(directory).rmdir()
         del os.environ["CPKIT_SHM_DIR"]
+
+
+def check_a_file_that_is_reaped_before_it_is_locked_is_made_again() -> None:
+    """A peer locks the first file before its owner, or has already removed it by then.
+
+    Afterwards the lock alone decides, whatever process id is in the name.
+    """
+    with TemporaryDirectory() as apart, mock.patch.dict(os.environ, CPKIT_SHM_DIR=apart):
+        for owner_gets_lock in (False, True):
+            files: list[list[Path]] = []
+
+            def lock(_: int, gets: bool = owner_gets_lock, files: list[list[Path]] = files) -> bool:
+                files.append(own_files())
+                return len(files) > 1 or (gets and files[0][0].unlink() is None)
+
+            with mock.patch("cpkit.sync.shm._lock", lock):
+                path, _, problem = _create(4096, 1)
+            assert not problem
+            assert own_files() == [path] == files[1] != files[0]
+            path.unlink()
+        path, own, _ = _create(4096, 1)
+        assert reap_dead_files() == []
+        own.close()
+        assert reap_dead_files() == [path]
+
+
+def check_a_rank_without_descriptors_is_named_and_recovers() -> None:
+    """Rank 1 has 0, 1 and then 2 free descriptors: it fails at each step of making a segment."""
+    group = world_group()
+    symmetric_pool(group).configure(MIB)
+    used, limits = psutil.Process().num_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest_free := os.dup(0))
+    for free in range(3):
+        if group.rank == 1:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + free, limits[1]))
+        try:
+            said = raised(SymmetricMemoryError, symmetric_pool(group).configure, 2 * MIB)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert "rank 1: " in said, said
+        assert "too many open files: the limit of this process is " in said, said
+        assert "`ulimit -n " in said, said
+        assert psutil.Process().num_fds() == used
+    assert own_files() == []
+    gather_works()
 
 
 def check_the_predicted_path_is_the_reported_one() -> None:

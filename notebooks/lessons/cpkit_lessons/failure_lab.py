@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 import cpkit
+from cpkit.control.errors import name_the_limit
 from cpkit.control.messages import Message
 from cpkit.control.tied import tied
 from cpkit_lessons.feedback import html_table
@@ -113,6 +114,7 @@ class PostMortem:
         return "\n".join([self.title, *lines])
 
 
+@name_the_limit()
 def inject_fault(
     case: str, *, size: int = 2, victim: int = 1, deadline_s: float = DEADLINE_S
 ) -> PostMortem:

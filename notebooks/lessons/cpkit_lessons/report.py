@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 from cpkit.control.results import StatusResult
 from cpkit.notebook.show import NoPicture, png
 from cpkit.notebook.style import text_alternative
+from cpkit.os_errors import describe
 from cpkit_lessons import machine
 
 METHOD = (
@@ -67,7 +68,8 @@ def write(
     """Write `report.html` and `report.json`; return both paths.
 
     `table`: the result of `lab.sweep`; `repeat`: the code that measures it again; `results`: the
-    conclusions (name with its unit, value). Raises ValueError if the table lacks a column.
+    conclusions (name with its unit, value). Raises ValueError if the table lacks a column or
+    the folder cannot be written.
     """
     missing = {"size_bytes", "cp_size", "algorithm", "time_us", "p95_us", "iterations"} - {*table}
     if missing:
@@ -79,11 +81,17 @@ def write(
         "results": dict(results),
         "sweep": json.loads(table.to_json(orient="records", double_precision=15)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "report.json"
-    data.write_text(json.dumps(content, indent=1) + "\n")
-    pictures = _pictures(figures)
-    page.write_text(_page(content, table, pictures))
+    text = _page(content, table, _pictures(figures))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(content, indent=1) + "\n")
+        page.write_text(text)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the report to {folder}: {describe(error)}; pass a folder that you can "
+            f"write to"
+        ) from error
     return page, data
 
 
