@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.devices import loaded_nccl_version
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
 from cpkit.settings import shm_dir
+from cpkit.sync.free_memory import memory_limits
 from cpkit.sync.shm import free_bytes
 
 _PACKAGES = (
@@ -37,7 +39,7 @@ _PACKAGES = (
     "anywidget",
 )
 _GIB = 1 << 30
-_ENOUGH_SHM_BYTES = 1 << 30
+_ENOUGH_BYTES = 1 << 30
 
 
 class Check(NamedTuple):
@@ -61,6 +63,7 @@ def examine() -> Iterator[Check]:
     yield Check(
         "memory", f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
     )
+    yield from _free_memory()
     yield _limits()
     yield _shared_memory()
     yield from _torch()
@@ -104,12 +107,26 @@ def _limits() -> Check:
     return Check("limits", f"{files} open files", advice)
 
 
+def _free_memory() -> Iterator[Check]:
+    """Check every limit of the memory; ranks on the CPU can use what the tightest one leaves."""
+    limits = memory_limits()
+    least = min(limits, key=lambda limit: limit.free_bytes)
+    for limit in limits:
+        advice = limit.advice if limit.free_bytes < _ENOUGH_BYTES else ""
+        subject = "memory limit" + (", the tightest" if limit is least else "")
+        yield Check(subject, limit.words, advice)
+
+
 def _shared_memory() -> Check:
-    free = free_bytes()
+    free = shutil.disk_usage(shm_dir()).free
     advice = ""
-    if free < _ENOUGH_SHM_BYTES:
+    if free < _ENOUGH_BYTES:
         advice = "too little for large gathers: start a container with --shm-size=2g"
-    return Check("shared memory", f"{free / _GIB:.1f} GiB free in {shm_dir()}", advice)
+    usable = free_bytes()
+    found = f"{free / _GIB:.1f} GiB free in {shm_dir()}"
+    if usable < free:
+        found += f", and the memory limits leave {usable / _GIB:.1f} GiB of it"
+    return Check("shared memory", found, advice)
 
 
 def _torch() -> Iterator[Check]:

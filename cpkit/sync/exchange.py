@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import timedelta
+from functools import cached_property
 
 import msgspec
 import torch.distributed as dist
 
 from cpkit.settings import deadline_s
+from cpkit.sync.free_memory import memory_limits, segment_limits
 
 _made: Counter[str] = Counter()
 
@@ -54,6 +56,19 @@ class StoreExchange:
         # All ranks have arrived at this round, so no rank reads that earlier one any more.
         self._store.delete_key(f"{self._round - 2}/{self.rank}")
         return answers
+
+    def ranks_of(self, limit: str) -> int:
+        """Return how many of the ranks share this limit of memory; all, if it is a new one."""
+        return self.ranks_by_limit.get(limit, self.size)
+
+    @cached_property
+    def ranks_by_limit(self) -> Counter[str]:
+        """How many of the ranks share each limit of memory, by its key. Collective, once."""
+        mine = sorted({limit.key for limit in (*segment_limits(), *memory_limits())})
+        answers = self.exchange(msgspec.msgpack.encode(mine), "report its limits of memory")
+        return Counter(
+            key for answer in answers for key in msgspec.msgpack.decode(answer, type=list[str])
+        )
 
 
 # ------------------------------------------------------------- allocating on all ranks

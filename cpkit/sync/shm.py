@@ -33,6 +33,7 @@ import torch
 from cpkit.processes import ProcessId, process_id
 from cpkit.settings import shm_dir
 from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
+from cpkit.sync.free_memory import explain_refusal, segment_limits, shortage, size
 
 _PREFIX = "cpkit"
 _HUGE_PAGE_BYTES = 2 << 20
@@ -41,9 +42,8 @@ _MADV_COLLAPSE = 25  # Python's mmap has no name for it
 
 
 def free_bytes() -> int:
-    """Return the bytes that can still be reserved in `shm_dir()`."""
-    stat = os.statvfs(shm_dir())
-    return stat.f_bavail * stat.f_frsize
+    """Return the memory that segments can still use, all ranks together."""
+    return min((limit.free_bytes for limit in segment_limits()), default=0)
 
 
 class Segment:
@@ -69,8 +69,11 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
     """Make a segment on every rank; collective over the ranks of the exchange.
 
     Raises SymmetricMemoryError on every rank when one of them has no room or sizes differ, and
-    ExchangeTimeout when a rank does not arrive.
+    ExchangeTimeout when a rank does not arrive. All ranks check their room before any of them
+    reserves memory, because a process that exceeds the limit of its container is killed.
     """
+    problem = shortage(exchange.ranks_of, nbytes, _page_table_bytes(nbytes, exchange.size))
+    agree_on_segment(exchange, SegmentOffer("", nbytes, problem), purpose)
     path, own, problem = _create(nbytes, exchange.size)
     try:
         offers = agree_on_segment(exchange, SegmentOffer(path.name, nbytes, problem), purpose)
@@ -113,6 +116,9 @@ def _create(nbytes: int, ranks: int) -> tuple[Path, mmap.mmap | None, str]:
             os.close(descriptor)
     except OSError as error:
         return path, None, _explain(error, nbytes, ranks)
+    except Exception as error:  # noqa: BLE001 - the peers wait to learn what it is
+        reason = explain_refusal(error) or f"{type(error).__name__}: {error}"
+        return path, None, f"cannot create a segment in {shm_dir()}: {reason}"
 
 
 def _stored_bytes(nbytes: int) -> int:
@@ -122,10 +128,13 @@ def _stored_bytes(nbytes: int) -> int:
     return -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
 
 
+def _page_table_bytes(nbytes: int, ranks: int) -> int:
+    """Return the memory that maps of all ranks' segments take: 8 bytes per page of 4 KiB."""
+    return nbytes * ranks // 512
+
+
 def _reserve(descriptor: int, nbytes: int) -> None:
     """Reserve the pages now, so that a full file system is an error here, not a bus error later."""
-    if nbytes > free_bytes():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, nbytes)
     else:
@@ -184,18 +193,21 @@ def _map_peers(
                 maps.append(_map(descriptor, _stored_bytes(nbytes)))
             finally:
                 os.close(descriptor)
-    except (OSError, ValueError) as error:
-        return maps, f"cannot map rank {len(maps)}'s segment: {error}"
+    except Exception as error:  # noqa: BLE001 - the peers wait to learn what it is
+        reason = explain_refusal(error) or f"{type(error).__name__}: {error}"
+        return maps, f"cannot map rank {len(maps)}'s segment: {reason}"
     return maps, ""
 
 
 def _explain(error: OSError, nbytes: int, ranks: int) -> str:
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+    if error.errno == errno.ENOSPC:
         return (
-            f"{shm_dir()} is full: it has {free_bytes()} bytes free, and {ranks} rank(s) need "
-            f"{nbytes} bytes each. Make it larger (docker run --shm-size=2g), gather less, "
-            f"or set CPKIT_SHM_DIR to a larger tmpfs"
+            f"{shm_dir()} is full: {ranks} rank(s) need {size(nbytes)} each. Make it larger "
+            f"(docker run --shm-size=2g), gather less, or set CPKIT_SHM_DIR to a larger tmpfs"
         )
+    refusal = explain_refusal(error)
+    if refusal:
+        return f"cannot create a segment of {size(nbytes)}: {refusal}"
     if error.errno == errno.EMFILE:
         return f"too many open files: each segment takes {ranks}; raise the limit (ulimit -n)"
     return f"cannot create a segment in {shm_dir()}: {error}"
