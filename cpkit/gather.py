@@ -35,7 +35,14 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
-from cpkit.validate import check_caches, check_call, check_capture, check_group, check_sglang_call
+from cpkit.validate import (
+    check_caches,
+    check_call,
+    check_capture,
+    check_group,
+    check_memory,
+    check_sglang_call,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -46,6 +53,7 @@ __all__ = [
     "path_of_result",
 ]
 
+LARGE_BYTES = 64 << 20  # a gather that needs more, all ranks together, checks its room first
 Memory = SymmetricPool | OrdinaryMemory
 Gathered = tuple[list[torch.Tensor], PathReport]
 Gather = Callable[[list[torch.Tensor], ContextParallelMetadata, Memory], Gathered]
@@ -89,7 +97,11 @@ def all_gather_kv(
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     with stage("agree"), group.agreement(tensors) as call:
-        call.must_match(check_call(tensors, metadata, group, algorithm, symmetric))
+        signature = check_call(tensors, metadata, group, algorithm, symmetric)
+        call.must_match(signature)
+        is_large = signature.nbytes > LARGE_BYTES
+        if is_large:
+            check_memory(tensors, metadata, group, algorithm, symmetric, into)
         if stream is not None:
             check_stream(stream)
         if into is not None or slots is not None:
@@ -100,16 +112,23 @@ def all_gather_kv(
         if tensors[0].is_cuda:
             check_capture(tensors, metadata, group, algorithm, symmetric, into)
 
+    gather = _GATHERS[algorithm] if symmetric else padded
+    if is_large and gather is padded:
+        gather = padded_large
     inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
-    with nullcontext() if stream is None else on_stream(stream, *inputs):
-        memory = memory_of(group, tensors[0].device, symmetric)
-        rows = [as_rows(x) for x in tensors]
-        keep("shard", rows[0])
-        gather = _GATHERS[algorithm] if memory.is_symmetric else padded
-        if into is not None and slots is not None:
-            path = _gather_into(gather, rows, metadata, memory, into, slots)
-            return remember_path(group, path, list(into))
-        gathered, path = gather(rows, metadata, memory)
+    try:
+        with nullcontext() if stream is None else on_stream(stream, *inputs):
+            memory = memory_of(group, tensors[0].device, symmetric)
+            rows = [as_rows(x) for x in tensors]
+            keep("shard", rows[0])
+            if into is not None and slots is not None:
+                path = _gather_into(gather, rows, metadata, memory, into, slots)
+                return remember_path(group, path, list(into))
+            gathered, path = gather(rows, metadata, memory)
+    except Exception as error:
+        if gather is not padded and not tensors[0].is_cuda:
+            group.recover(error)
+        raise
     results = [from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
     return remember_path(group, path, results)
 
@@ -131,10 +150,20 @@ def memory_of(group: CPGroup, device: torch.device, symmetric: bool) -> Memory:
 
 def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Pad, gather with the ordinary collective, strip, reorder. Source: SGLang before #24040."""
-    with stage("pad"):
-        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
-    keep("pad", shards[0])
-    outputs = [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
+    shards, outputs = _pad_and_allocate(rows, metadata)
+    path = memory.all_gather(shards, outputs)
+    return _strip_and_reorder(outputs, metadata), path
+
+
+def padded_large(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
+) -> Gathered:
+    """Gather as `padded` does, after all ranks have agreed that they have their buffers.
+
+    The peers of a rank without memory would wait in the collective until it times out.
+    """
+    with memory.group.agreement(rows):
+        shards, outputs = _pad_and_allocate(rows, metadata)
     path = memory.all_gather(shards, outputs)
     return _strip_and_reorder(outputs, metadata), path
 
@@ -186,6 +215,16 @@ _GATHERS: dict[str, Gather] = {
     "padded_symm": padded_symm,
     "direct": direct,
 }
+
+
+def _pad_and_allocate(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the padded shards `[P, lanes]` and receive buffers `[W·P, lanes]`, both ordinary."""
+    with stage("pad"):
+        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
+    keep("pad", shards[0])
+    return shards, [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
 
 
 def _strip_and_reorder(

@@ -8,8 +8,8 @@ memory. A group that spans machines uses torch.distributed for everything.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from cpkit import settings
 from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.memory.path import PathReport
-from cpkit.sync.agreement import Agreement, Signature
-from cpkit.sync.barrier import ShmBarrier
+from cpkit.sync.agreement import Agreement, Signature, describe_error
+from cpkit.sync.barrier import CallsDiffer, RankFailed, ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
 from cpkit.sync.exchange import StoreExchange
 
@@ -57,6 +57,9 @@ class Pool(Protocol):
     def check(self) -> None:
         """Raise TimeoutError when a wait on the device has timed out."""
 
+    def catch_up(self) -> None:
+        """Make the allocations that only other ranks made before a gather failed. Collective."""
+
 
 @dataclass(eq=False)
 class CPGroup:
@@ -64,6 +67,7 @@ class CPGroup:
 
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
     `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU.
+    `ranks_by_limit` is how many of its ranks share each limit of memory (cpkit.sync.free_memory).
     `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
     use over time (`SymmetricPool.samples`).
     """
@@ -79,6 +83,7 @@ class CPGroup:
     ranks_on_gpu: int = 0
     shares_gpu: bool = False
     has_nccl: bool = False
+    ranks_by_limit: Mapping[str, int] = field(default_factory=dict, repr=False)
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
@@ -95,6 +100,25 @@ class CPGroup:
         """Raise TimeoutError when a kernel of this rank timed out waiting for a peer. Local."""
         for pool in self.pools.values():
             pool.check()
+
+    def recover(self, error: Exception) -> None:
+        """Bring the ranks in step again after an exception in a gather on the CPU.
+
+        The peers of a rank that failed on its own wait for it at a barrier: it arrives there with
+        its error, and they raise RankFailed with these words. Then all ranks complete the
+        allocations of the gather. Call it on every rank that raises, and only if the gather ends
+        with a barrier in shared memory.
+        """
+        if self.shm_barrier is None or isinstance(error, TimeoutError | CallsDiffer):
+            return
+        if not isinstance(error, RankFailed):
+            if not self.shm_barrier.is_between:
+                return  # after the last barrier no peer waits
+            self.shm_barrier.fail(describe_error(error))
+        pool = self.pools.get("cpu")
+        if pool:
+            with suppress(TimeoutError, CallsDiffer):  # they are out of step for another reason
+                pool.catch_up()
 
     def check_rank(self, name: str, rank: int) -> None:
         """Check that an argument is a rank of the group. Raises ValueError. Local."""
@@ -340,6 +364,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         ranks_on_gpu=world.gpus.count(gpu) if gpu else 0,
         shares_gpu=len(set(gpus)) < len(gpus),
         has_nccl=has_nccl,
+        ranks_by_limit=exchange.ranks_by_limit,
     )
 
 

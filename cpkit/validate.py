@@ -6,6 +6,7 @@ agreement (cpkit.sync.agreement), which turns one rank's error into an error on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -22,8 +23,10 @@ from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.locate import locate_buffer
 from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.sizing import gather_demand
 from cpkit.sync.agreement import Signature
 from cpkit.sync.collective import describe, extent
+from cpkit.sync.free_memory import shortage
 
 _MAX_CHECKED_CALLS = 256
 
@@ -53,12 +56,58 @@ def check_call(
     _check_call(tensors, metadata, group, algorithm)
     rows = ", ".join(f"{list(x.shape[1:])} {x.dtype} {x.device.type}" for x in tensors)
     layout = _describe_layout(metadata)
-    signature = Signature(f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {rows})")
+    signature = Signature(
+        f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {rows})",
+        nbytes=needed_bytes(tensors, metadata, algorithm, symmetric),
+    )
     if key:
         if len(group.checked_calls) >= _MAX_CHECKED_CALLS:
             group.checked_calls.clear()
         group.checked_calls[key] = signature
     return signature
+
+
+def needed_bytes(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    algorithm: str,
+    symmetric: bool,
+) -> int:
+    """Return what a gather on the CPU needs at most, on all ranks together; 0 on CUDA."""
+    if tensors[0].is_cuda:
+        return 0
+    demand = gather_demand(metadata, row_bytes(tensors), algorithm, symmetric)
+    copies = metadata.max_rank_len[0] * row_bytes(tensors)
+    return metadata.cp_size * (demand.shared + demand.ordinary + copies)
+
+
+def row_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of a token in all tensors."""
+    return sum(math.prod(x.shape[1:]) * x.element_size() for x in tensors)
+
+
+def check_memory(
+    tensors: Sequence[torch.Tensor],
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    symmetric: bool,
+    into: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Check that a large gather on the CPU fits into memory, together with those of its peers."""
+    demand = gather_demand(metadata, row_bytes(tensors), algorithm, symmetric)
+    pool = group.pools.get("cpu")
+    in_pool = 0
+    if isinstance(pool, SymmetricPool):
+        stats = pool.stats()
+        in_pool = stats.arena_bytes + stats.spill_bytes
+    if algorithm == "direct" and into is not None:  # the caches are there
+        in_pool = demand.shared
+    growth = max(0, demand.shared - in_pool)
+    copies = sum(x.nbytes for x in tensors if not x.is_contiguous())
+    problem = shortage(group.ranks_by_limit, growth, demand.ordinary + copies)
+    if problem:
+        raise ValueError(f"this gather does not fit into memory: {problem}")
 
 
 def _cache_key(

@@ -16,11 +16,15 @@ import heapq
 import zlib
 from bisect import bisect
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
+
+import msgspec
 
 ALIGNMENT_BYTES = 256
 MAX_BLOCKS = 1024
 MASK_BYTES = MAX_BLOCKS // 8
+_MOST_MISSING = 512  # more than a gather allocates; their sizes fit into one message
 MAX_BYTES = 1 << 60  # per segment; a larger size is a mistake, and would not fit into a message
 
 
@@ -120,6 +124,21 @@ class BlockAllocator:
                 self.used_bytes -= block.nbytes
                 self.digest = zlib.crc32(b"free %d" % bit, self.digest)
         self._released &= ~released_everywhere
+
+    def catch_up(self, exchange: Callable[[bytes], list[bytes]]) -> None:
+        """Place the blocks that only other ranks placed since the last agreement. Collective.
+
+        No tensor of this rank uses these blocks, so they count as dropped here.
+        """
+        sizes = [block.nbytes for block in self.blocks.values()]
+        answers = exchange(msgspec.msgpack.encode((len(sizes), sizes[-_MOST_MISSING:])))
+        decoded = [msgspec.msgpack.decode(each, type=tuple[int, list[int]]) for each in answers]
+        most, latest = max(decoded)
+        missing = most - len(sizes)
+        for nbytes in latest[-missing:] if missing else []:
+            block = self.place(nbytes)
+            assert block, "it has room on the ranks that placed it"
+            self.dropped.append(block.bit)
 
     def largest_free(self) -> int:
         """Return the bytes of the largest block that fits into any segment."""

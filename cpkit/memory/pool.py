@@ -247,6 +247,10 @@ class SymmetricPool:
         recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in answers]
         raise SymmetricMemoryError(explain_divergence(recent))
 
+    def catch_up(self) -> None:
+        """Make the allocations that only other ranks made before a gather failed. Collective."""
+        self._allocator.catch_up(self._exchange)
+
     # ----------------------------------------------------------------- moving rows
 
     def all_gather(

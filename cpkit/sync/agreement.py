@@ -23,6 +23,7 @@ from typing import Self
 import msgspec
 
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
+from cpkit.sync.free_memory import explain_refusal
 
 _PASSED, _FAILED = b"\x00", b"\x01"
 _DIGEST_BYTES = 16
@@ -35,11 +36,12 @@ class Signature:
     """One property of a call that must be equal on all ranks, as text.
 
     `advice` replaces the general explanation when this property differs. A signature can be reused:
-    its digest is computed once.
+    its digest is computed once. `nbytes` is the memory that the call needs at most, all ranks
+    together; it is not compared.
     """
 
-    def __init__(self, text: str, advice: str = "") -> None:
-        self.text, self.advice = text, advice
+    def __init__(self, text: str, advice: str = "", nbytes: int = 0) -> None:
+        self.text, self.advice, self.nbytes = text, advice, nbytes
 
     @cached_property
     def digest(self) -> bytes:
@@ -109,7 +111,7 @@ class Agreement:
         """Exchange the texts; raise ValueError unless this rank's own exception propagates."""
         mine = _Explanation()
         if error is not None:
-            mine.problem = _cut(_describe(error))
+            mine.problem = _cut(describe_error(error))
         else:
             mine.signatures = [(_cut(each.text), each.advice) for each in self._signatures]
         answers = self._exchange(msgspec.msgpack.encode(mine))
@@ -139,11 +141,13 @@ def _explain(explanations: Sequence[_Explanation]) -> str:
     return f"the ranks call different collectives. {listed}. All ranks must pass equal arguments."
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return an error for the message of another rank; for one without memory, what limits it."""
     text = str(error)
-    return (
-        text if isinstance(error, ValueError | TimeoutError) else f"{type(error).__name__}: {text}"
-    )
+    if isinstance(error, ValueError | TimeoutError):
+        return text
+    refusal = explain_refusal(error)
+    return f"{type(error).__name__}: {text}" + (f" ({refusal})" if refusal else "")
 
 
 def _by_rank(texts: list[str]) -> str:

@@ -57,10 +57,6 @@ class StoreExchange:
         self._store.delete_key(f"{self._round - 2}/{self.rank}")
         return answers
 
-    def ranks_of(self, limit: str) -> int:
-        """Return how many of the ranks share this limit of memory; all, if it is a new one."""
-        return self.ranks_by_limit.get(limit, self.size)
-
     @cached_property
     def ranks_by_limit(self) -> Counter[str]:
         """How many of the ranks share each limit of memory, by its key. Collective, once."""

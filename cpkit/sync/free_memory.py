@@ -16,7 +16,7 @@ import errno
 import os
 import platform
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -55,21 +55,22 @@ def tightest() -> Limit:
     return min(memory_limits(), key=lambda limit: limit.free_bytes)
 
 
-def shortage(ranks_of: Callable[[str], int], shared: int, ordinary: int) -> str:
+def shortage(ranks_by_limit: Mapping[str, int], shared: int, ordinary: int) -> str:
     """Return why memory does not fit, in words; empty if it does.
 
-    Each rank needs `shared` bytes in segments and `ordinary` bytes of its own. `ranks_of` returns
-    how many ranks share the limit with a key.
+    Each rank needs `shared` bytes in segments and `ordinary` bytes of its own. `ranks_by_limit` is
+    how many ranks share each limit, by its key; a limit that is new since then applies to all ranks
+    of this machine.
     """
     file_system = _file_system_limit() if shared else None
-    if file_system and (problem := _exceeded(file_system, ranks_of, shared)):
+    if file_system and (problem := _exceeded(file_system, ranks_by_limit, shared)):
         return problem
     needed = ordinary + (shared if shared and _is_in_memory() else 0)
     limits = memory_limits() if needed else []
-    return next(filter(None, (_exceeded(limit, ranks_of, needed) for limit in limits)), "")
+    return next(filter(None, (_exceeded(limit, ranks_by_limit, needed) for limit in limits)), "")
 
 
-def explain_refusal(error: OSError | MemoryError | RuntimeError) -> str:
+def explain_refusal(error: Exception) -> str:
     """Return why the system refused memory, and what to do; empty if that is not the error."""
     number = getattr(error, "errno", None)
     if number == errno.EFBIG:
@@ -97,8 +98,8 @@ def size(nbytes: int) -> str:
     return f"{short} ({nbytes} bytes)"
 
 
-def _exceeded(limit: Limit, ranks_of: Callable[[str], int], nbytes: int) -> str:
-    ranks = ranks_of(limit.key)
+def _exceeded(limit: Limit, ranks_by_limit: Mapping[str, int], nbytes: int) -> str:
+    ranks = ranks_by_limit.get(limit.key) or ranks_by_limit[_machine_key()]
     if nbytes * ranks <= limit.free_bytes:
         return ""
     return f"{limit.words}, and {ranks} rank(s) need {size(nbytes)} each. {limit.advice}"
@@ -141,11 +142,15 @@ def _is_in_memory() -> bool:
 def _machine_limit() -> Limit:
     available = int(psutil.virtual_memory().available)
     return Limit(
-        f"{_machine()}/memory",
+        _machine_key(),
         available,
         f"this machine has {size(available)} of memory available",
         "Gather less, or end other programs",
     )
+
+
+def _machine_key() -> str:
+    return f"{_machine()}/memory"
 
 
 @cache

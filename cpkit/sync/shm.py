@@ -72,7 +72,8 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
     ExchangeTimeout when a rank does not arrive. All ranks check their room before any of them
     reserves memory, because a process that exceeds the limit of its container is killed.
     """
-    problem = shortage(exchange.ranks_of, nbytes, _page_table_bytes(nbytes, exchange.size))
+    page_tables = nbytes * exchange.size // 512  # 8 bytes per 4 KiB of every rank's segment
+    problem = shortage(exchange.ranks_by_limit, nbytes, page_tables)
     agree_on_segment(exchange, SegmentOffer("", nbytes, problem), purpose)
     path, own, problem = _create(nbytes, exchange.size)
     try:
@@ -126,11 +127,6 @@ def _stored_bytes(nbytes: int) -> int:
     if nbytes < _COLLAPSE_FROM_BYTES:
         return nbytes
     return -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-
-
-def _page_table_bytes(nbytes: int, ranks: int) -> int:
-    """Return the memory that maps of all ranks' segments take: 8 bytes per page of 4 KiB."""
-    return nbytes * ranks // 512
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
