@@ -36,6 +36,7 @@ from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
 from cpkit.validate import (
+    LARGE_BYTES,
     check_caches,
     check_call,
     check_capture,
@@ -53,7 +54,6 @@ __all__ = [
     "path_of_result",
 ]
 
-LARGE_BYTES = 64 << 20  # a gather that needs more, all ranks together, checks its room first
 Memory = SymmetricPool | OrdinaryMemory
 Gathered = tuple[list[torch.Tensor], PathReport]
 Gather = Callable[[list[torch.Tensor], ContextParallelMetadata, Memory], Gathered]
@@ -101,14 +101,12 @@ def all_gather_kv(
         call.must_match(signature)
         is_large = signature.nbytes > LARGE_BYTES
         if is_large:
-            check_memory(tensors, metadata, group, algorithm, symmetric, into)
+            check_memory(signature.demand, tensors, group, into)
         if stream is not None:
             check_stream(stream)
         if into is not None or slots is not None:
-            for signature in check_caches(
-                tensors, metadata, group, algorithm, symmetric, into, slots
-            ):
-                call.must_match(signature)
+            for each in check_caches(tensors, metadata, group, algorithm, symmetric, into, slots):
+                call.must_match(each)
         if tensors[0].is_cuda:
             check_capture(tensors, metadata, group, algorithm, symmetric, into)
 
@@ -164,6 +162,7 @@ def padded_large(
     """
     with memory.group.agreement(rows):
         shards, outputs = _pad_and_allocate(rows, metadata)
+    memory.group.barrier()  # from here on, no peer waits in shared memory (CPGroup.recover)
     path = memory.all_gather(shards, outputs)
     return _strip_and_reorder(outputs, metadata), path
 
@@ -280,11 +279,32 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
+    symmetric = is_allocation_symmetric() and not group.spans_hosts
     with stage("agree"), group.agreement([input_tensor]) as call:
-        call.must_match(check_sglang_call(input_tensor, total_len, cp_size, metadata, group))
+        call.must_match(
+            check_sglang_call(input_tensor, total_len, cp_size, metadata, group, symmetric)
+        )
         check_stream(stream)
 
-    max_len = -(-total_len // cp_size)
+    try:
+        rank_order = _gather_in_rank_order(input_tensor, total_len, metadata, group, stream)
+    except Exception as error:
+        if symmetric and not input_tensor.is_cuda:
+            group.recover(error)
+        raise
+    assert group.last_path is not None
+    return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
+
+
+def _gather_in_rank_order(
+    input_tensor: torch.Tensor,
+    total_len: int,
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    stream: torch.cuda.Stream | None,
+) -> torch.Tensor:
+    """Pad, gather and strip, as SGLang does; return `[T, lanes]` in rank order."""
+    max_len = -(-total_len // group.size)
     with on_stream(stream, input_tensor):
         rows = as_rows(input_tensor)
         keep("shard", rows)
@@ -292,14 +312,13 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
             shard = pad_rows(rows, max_len)
         keep("pad", shard)
         with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
-            gathered = shard.new_empty(max_len * cp_size, shard.shape[1])
+            gathered = shard.new_empty(max_len * group.size, shard.shape[1])
         group.cp_all_gather_into_tensor_async(gathered, shard, agreed=True)
         keep("wire", gathered)
         with stage("strip"):
             rank_order = strip_padding(gathered, metadata.per_rank_actual_token)
         keep("strip", rank_order)
-    assert group.last_path is not None
-    return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
+    return rank_order
 
 
 def cp_all_gather_rerange_kv_cache(

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from cpkit import settings
 from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.memory.path import PathReport
-from cpkit.sync.agreement import Agreement, Signature, describe_error
-from cpkit.sync.barrier import CallsDiffer, RankFailed, ShmBarrier
+from cpkit.sync.agreement import Agreement, Exchange, Signature, describe_error
+from cpkit.sync.barrier import EXCHANGE, RECOVERY, CallsDiffer, RankFailed, ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
 from cpkit.sync.exchange import StoreExchange
 
@@ -57,7 +57,7 @@ class Pool(Protocol):
     def check(self) -> None:
         """Raise TimeoutError when a wait on the device has timed out."""
 
-    def catch_up(self) -> None:
+    def catch_up(self, exchange: Exchange) -> None:
         """Make the allocations that only other ranks made before a gather failed. Collective."""
 
 
@@ -87,7 +87,7 @@ class CPGroup:
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
-    checked_calls: dict[object, Signature] = field(default_factory=dict, repr=False)
+    checked_calls: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def barrier(self) -> None:
         """Wait for all ranks of the group. Raises TimeoutError naming the ranks that are late."""
@@ -104,21 +104,22 @@ class CPGroup:
     def recover(self, error: Exception) -> None:
         """Bring the ranks in step again after an exception in a gather on the CPU.
 
-        The peers of a rank that failed on its own wait for it at a barrier: it arrives there with
-        its error, and they raise RankFailed with these words. Then all ranks complete the
-        allocations of the gather. Call it on every rank that raises, and only if the gather ends
-        with a barrier in shared memory.
+        Call it on every rank that raises. The peers of a rank that failed on its own wait for it at
+        a barrier in shared memory. It arrives there with its error, and they raise RankFailed with
+        its words. Then all ranks make the allocations of the gather that they have not made.
         """
-        if self.shm_barrier is None or isinstance(error, TimeoutError | CallsDiffer):
+        barrier = self.shm_barrier
+        if barrier is None or isinstance(error, TimeoutError | CallsDiffer):
             return
-        if not isinstance(error, RankFailed):
-            if not self.shm_barrier.is_between:
-                return  # after the last barrier no peer waits
-            self.shm_barrier.fail(describe_error(error))
+        is_own = not isinstance(error, RankFailed)
+        if barrier.last_call == RECOVERY or (is_own and barrier.last_call != EXCHANGE):
+            return  # done already, or no peer waits: this rank has passed the last barrier
+        if is_own:
+            barrier.fail(describe_error(error))
         pool = self.pools.get("cpu")
         if pool:
-            with suppress(TimeoutError, CallsDiffer):  # they are out of step for another reason
-                pool.catch_up()
+            with suppress(TimeoutError, CallsDiffer):  # out of step for another reason
+                pool.catch_up(partial(barrier.exchange, call=RECOVERY))
 
     def check_rank(self, name: str, rank: int) -> None:
         """Check that an argument is a rank of the group. Raises ValueError. Local."""

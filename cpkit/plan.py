@@ -43,8 +43,8 @@ from cpkit.memory.backend import Prepared
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
-from cpkit.sync.agreement import Signature
-from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
+from cpkit.sync.agreement import Signature, describe_error
+from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer, RankFailed
 from cpkit.validate import check_call, check_group
 
 
@@ -108,7 +108,14 @@ class GatherPlan:
                 self._refuse(name)
             if not tensor.is_set_to(alias):  # its caller changed its shape in place
                 results[i] = results[i]._replace(tensor=alias.detach())
-        push()
+        try:
+            push()
+        except (BarrierTimeout, CallsDiffer, RankFailed):
+            raise
+        except Exception as error:
+            if self._tensors[0].device.type == "cpu" and self.group.shm_barrier:
+                self.group.shm_barrier.fail(describe_error(error))
+            raise
         self.group.last_path = self._path
         return [tensor for _, tensor, _, _ in results]
 
@@ -153,11 +160,18 @@ def plan_gather_kv(
     if algorithm != "direct" or not isinstance(memory, SymmetricPool):
         return GatherPlan(tensors, metadata, group, algorithm)
     rows = [as_rows(x) for x in tensors]
-    output_sets = [
-        [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-        for _ in range(keep + 1)
-    ]
-    pushes, path = memory.prepare(rows, output_sets, metadata)
+    try:
+        output_sets = [
+            [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+            for _ in range(keep + 1)
+        ]
+        pushes, path = memory.prepare(rows, output_sets, metadata)
+        if memory.device.type == "cpu":
+            group.barrier()  # a rank that failed arrives here with its error
+    except Exception as error:
+        if memory.device.type == "cpu":
+            group.recover(error)
+        raise
     result_sets = [
         [from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
         for outputs in output_sets

@@ -41,7 +41,7 @@ from cpkit.memory.sizing import agree_on_prealloc, check_warm_up, warm_up_bytes
 from cpkit.memory.statistics import PoolSample, PoolStatistics
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
-from cpkit.sync.agreement import Agreement, Signature
+from cpkit.sync.agreement import Agreement, Exchange, Signature
 from cpkit.sync.barrier import BarrierTimeout
 from cpkit.sync.collective import check_gather, describe, register_segment, torch_all_gather
 from cpkit.sync.exchange import SymmetricMemoryError
@@ -247,9 +247,9 @@ class SymmetricPool:
         recent = [msgspec.msgpack.decode(answer, type=list[int]) for answer in answers]
         raise SymmetricMemoryError(explain_divergence(recent))
 
-    def catch_up(self) -> None:
+    def catch_up(self, exchange: Exchange) -> None:
         """Make the allocations that only other ranks made before a gather failed. Collective."""
-        self._allocator.catch_up(self._exchange)
+        self._allocator.catch_up(exchange)
 
     # ----------------------------------------------------------------- moving rows
 

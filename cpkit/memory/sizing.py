@@ -36,18 +36,17 @@ class Demand(NamedTuple):
 
 
 def gather_demand(
-    metadata: ContextParallelMetadata, row_bytes: int, algorithm: str, symmetric: bool
+    metadata: ContextParallelMetadata, max_len: int, row_bytes: int, algorithm: str
 ) -> Demand:
-    """Return the memory of a gather on the CPU, for rows of `row_bytes`, all tensors together.
+    """Return the memory of a gather on the CPU: shards of `max_len` rows of `row_bytes` bytes.
 
-    `strip` holds the receive buffer and its result, `reorder` also its own; the shard is still
-    there. Without symmetric memory every algorithm runs as `padded`.
+    `row_bytes` is that of all tensors together. During the last pass, reorder, all of it is in use.
     """
-    table = TABLE[algorithm if symmetric else "padded"]
+    table = TABLE[algorithm]
     result = metadata.total_tokens * row_bytes
     if table.passes == ("wire",):
         return Demand(result, 0)
-    shard = metadata.max_rank_len[0] * row_bytes
+    shard = max_len * row_bytes
     recv = shard * metadata.cp_size
     shared = table.symmetric_send * shard + table.symmetric_recv * recv
     return Demand(shared, shard + recv - shared + 2 * result)

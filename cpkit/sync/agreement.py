@@ -36,12 +36,11 @@ class Signature:
     """One property of a call that must be equal on all ranks, as text.
 
     `advice` replaces the general explanation when this property differs. A signature can be reused:
-    its digest is computed once. `nbytes` is the memory that the call needs at most, all ranks
-    together; it is not compared.
+    its digest is computed once.
     """
 
-    def __init__(self, text: str, advice: str = "", nbytes: int = 0) -> None:
-        self.text, self.advice, self.nbytes = text, advice, nbytes
+    def __init__(self, text: str, advice: str = "") -> None:
+        self.text, self.advice = text, advice
 
     @cached_property
     def digest(self) -> bytes:

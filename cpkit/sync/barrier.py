@@ -48,7 +48,9 @@ PAGE_BYTES = 16384
 MAX_MESSAGE_BYTES = 7168
 _MESSAGES = (1024, 1024 + 7680)
 _CALLS = (1, 2)  # words after the counter
-PLAIN, EXCHANGE, MOVED, FAILED = 0, 1, 2, 3  # `ShmBarrier.new_call` numbers the calls of plans
+PLAIN, EXCHANGE, MOVED, FAILED, RECOVERY = range(
+    5
+)  # `ShmBarrier.new_call` numbers the calls of plans
 _SHORT_WAIT_S = 0.02
 _SHORT_SLEEP_S = 1e-6  # the shortest possible; takes about 55 µs on Linux
 _YIELDS = (4, 64)  # minimum and maximum before a sleep, where ranks share a core
@@ -135,12 +137,12 @@ class ShmBarrier:
             if words[slot] != call:
                 raise self._difference([words[slot] for words in self._words])
 
-    def exchange(self, message: bytes) -> list[bytes]:
+    def exchange(self, message: bytes, call: int = EXCHANGE) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} fit")
         self._write(message)
-        self.barrier(EXCHANGE)
+        self.barrier(call)
         return self._messages()
 
     def fail(self, why: str) -> None:
@@ -150,9 +152,9 @@ class ShmBarrier:
             self.barrier(FAILED)
 
     @property
-    def is_between(self) -> bool:
-        """True after an exchange, until the next barrier: peers may wait for this rank there."""
-        return self._own[_CALLS[self._round % 2]] == EXCHANGE
+    def last_call(self) -> int:
+        """The call of this rank's latest barrier: after EXCHANGE, peers wait at another one."""
+        return self._own[_CALLS[self._round % 2]]
 
     def _write(self, message: bytes) -> None:
         """Write a message into this rank's slot of the next round."""
@@ -223,7 +225,7 @@ class ShmBarrier:
         ]
         return RankFailed(
             f"{self._name}: a rank failed in this call, so no rank has its result. "
-            f"{'; '.join(failed)}. The ranks are still in step and can make the next call"
+            f"{'; '.join(failed)}. The ranks are in step, and can make another call"
         )
 
     def _calls_differ(self, calls: list[int]) -> CallsDiffer:
@@ -245,4 +247,5 @@ def _describe(call: int) -> str:
         "the agreement before a collective",
         "a plan's call whose memory has moved",
         "a call that failed",
+        "the recovery after a call that failed",
     )[call]

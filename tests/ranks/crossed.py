@@ -1,17 +1,26 @@
-"""Ranks that make different calls, or were interrupted in one: all ranks raise with a message."""
+"""Ranks that make different calls, or fail or are interrupted in one: all ranks raise in words."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
-from cpkit import provenance
-from cpkit.gather import all_gather_kv
+from cpkit import gather, provenance
+from cpkit.algorithms import ALGORITHMS
+from cpkit.gather import all_gather_kv, cp_all_gather_rerange_kv_cache
 from cpkit.layout import prepare_context_parallel_metadata, shard
+from cpkit.memory import posix
 from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.posix import PosixBackend
 from cpkit.plan import GatherPlan, plan_gather_kv
-from cpkit.sync.barrier import CallsDiffer
+from cpkit.settings import deadline_s
+from cpkit.symm import use_symmetric_memory
+from cpkit.sync.barrier import CallsDiffer, RankFailed
 from tests.ranks.device import batch_of, world_group
 from tests.ranks.errors import error_of, raised
 from tests.ranks.mutants import planted
@@ -120,3 +129,69 @@ def check_a_plan_made_in_inference_mode_works_outside_it() -> None:
             plan = plan_gather_kv([shard(whole, metadata, group.rank)], metadata, group)
         for _ in range(3):
             assert torch.equal(plan()[0], whole)
+
+
+# ----------------------------------------------------------- a rank that fails in a gather
+
+WORDS = "can't allocate memory (planted)"
+
+
+def fails(kind: type[Exception], owner: object, name: str, call: Callable[[], object]) -> None:
+    """Check that the last rank's failure in a function reaches every rank, as `kind` on its peers.
+
+    The next gather of every algorithm is right, so the ranks are in step and their pools are equal.
+    """
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError(WORDS)
+
+    group, metadata, rows = batch_of(97)
+    is_victim = group.rank == group.size - 1
+    began = time.monotonic()
+    with planted(owner, name, refuse) if is_victim else nullcontext():
+        said = raised(MemoryError if is_victim else kind, call)
+    assert WORDS in said, said
+    assert is_victim or f"rank {group.size - 1}" in said or f"rank(s) {group.size - 1}" in said
+    assert time.monotonic() - began < deadline_s() / 2
+    for algorithm in ALGORITHMS:
+        (got,) = all_gather_kv([rows], metadata, group, algorithm=algorithm)
+        provenance.check(got, metadata, round=1)
+
+
+def check_a_failure_before_the_exit_barrier_reaches_every_rank() -> None:
+    group, metadata, rows = batch_of(97)
+    for algorithm, owner, name in (
+        ("direct", gather, "as_rows"),
+        ("direct", SymmetricPool, "empty"),
+        ("direct", PosixBackend, "_copies"),
+        ("padded_symm_recv", gather, "pad_rows"),
+        ("padded_symm_recv", SymmetricPool, "empty"),
+        ("padded_symm", SymmetricPool, "push_shard"),
+    ):
+        call = partial(all_gather_kv, [rows], metadata, group, algorithm=algorithm)
+        fails(RankFailed, owner, name, call)
+
+
+def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> None:
+    group, metadata, rows = batch_of(97)
+    batch = SimpleNamespace(attn_cp_metadata=metadata)
+    total_len = metadata.max_rank_len[0] * group.size
+    call: Callable[[], object]
+    call = partial(cp_all_gather_rerange_kv_cache, rows, total_len, group.size, batch)
+    fails(RankFailed, gather, "pad_rows", call)
+    send = torch.ones(2)
+    with use_symmetric_memory(group):
+        recv = torch.empty(2 * group.size)
+    call = partial(group.cp_all_gather_into_tensor_async, recv, send)
+    fails(RankFailed, SymmetricPool, "push_shard", call)
+    fails(RankFailed, PosixBackend, "prepare", partial(plan_gather_kv, [rows], metadata, group))
+    plan = plan_gather_kv([rows], metadata, group)
+    fails(RankFailed, posix, "stage", plan)
+    provenance.check(plan()[0], metadata, round=1)
+
+
+def check_a_failure_before_the_collective_of_a_large_batch_reaches_every_rank() -> None:
+    group, metadata, rows = batch_of(1024, trailing=(4096,))
+    call = partial(all_gather_kv, [rows], metadata, group, algorithm="padded")
+    fails(ValueError, gather, "pad_rows", call)
+    fails(RankFailed, gather, "as_rows", call)
