@@ -26,7 +26,7 @@ from cpkit.memory.pool import SymmetricPool
 from cpkit.memory.sizing import Demand, gather_demand
 from cpkit.sync.agreement import Signature
 from cpkit.sync.collective import describe, extent
-from cpkit.sync.free_memory import shortage
+from cpkit.sync.free_memory import explain_refusal_of, shortage
 
 LARGE_BYTES = 64 << 20  # a gather on the CPU that needs more, all ranks together, checks its room
 _MAX_CHECKED_CALLS = 256
@@ -102,9 +102,9 @@ def check_memory(
         stats = pool.stats()
         in_pool = stats.arena_bytes + stats.spill_bytes
     copies = sum(x.nbytes for x in tensors if not x.is_contiguous())
-    problem = shortage(
-        group.ranks_by_limit, max(0, demand.shared - in_pool), demand.ordinary + copies
-    )
+    ordinary = demand.ordinary + copies
+    problem = shortage(group.ranks_by_limit, max(0, demand.shared - in_pool), ordinary)
+    problem = problem or explain_refusal_of(ordinary)
     if problem:
         raise ValueError(f"this gather does not fit into memory: {problem}")
 

@@ -40,7 +40,8 @@ def gather_demand(
 ) -> Demand:
     """Return the memory of a gather on the CPU: shards of `max_len` rows of `row_bytes` bytes.
 
-    `row_bytes` is that of all tensors together. During the last pass, reorder, all of it is in use.
+    `row_bytes` is that of all tensors together. The most is in use during the last pass, reorder,
+    or in the ordinary collective, where gloo has another receive buffer.
     """
     table = TABLE[algorithm]
     result = metadata.total_tokens * row_bytes
@@ -49,7 +50,8 @@ def gather_demand(
     shard = max_len * row_bytes
     recv = shard * metadata.cp_size
     shared = table.symmetric_send * shard + table.symmetric_recv * recv
-    return Demand(shared, shard + recv - shared + 2 * result)
+    gloo = 0 if table.symmetric_recv else recv
+    return Demand(shared, shard + recv - shared + max(gloo, 2 * result))
 
 
 def agree_on_prealloc(backend: Backend, group: CPGroup, prealloc: int | None) -> int:

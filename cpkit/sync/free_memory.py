@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 from cpkit.settings import shm_dir
@@ -90,6 +91,16 @@ def explain_refusal(error: Exception) -> str:
         f"the system refused the memory: {limit.words}. {limit.advice}; if that is enough, the "
         f"kernel's vm.overcommit_memory or vm.max_map_count is the limit"
     )
+
+
+def explain_refusal_of(nbytes: int) -> str:
+    """Return why this process cannot allocate so many bytes, in words; empty if it can."""
+    try:
+        # numpy allocates, because inside `use_symmetric_memory` torch.empty allocates in a pool.
+        np.empty(nbytes, dtype=np.uint8)
+    except MemoryError as error:
+        return f"{size(nbytes)} cannot be allocated: {explain_refusal(error)}"
+    return ""
 
 
 def size(nbytes: int) -> str:
