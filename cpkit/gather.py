@@ -90,7 +90,9 @@ def all_gather_kv(
     stream; during capture they are not checked. Source: SGLang's `cp_allgather_and_save_kv_cache`.
 
     Raises ValueError on every rank, before any data moves, when any rank passes an unknown
-    algorithm or wrong rows or caches, or when shapes, dtypes, lengths or slots differ among ranks.
+    algorithm or wrong rows or caches, when shapes, dtypes, lengths or slots differ among ranks, or
+    when a gather on the CPU that needs more than 64 MiB does not fit into memory. If a rank fails
+    later on the CPU while its peers wait at a barrier, they raise RankFailed with its error.
 
         rank 0 of 2, lengths [8], zigzag:  k[0 1 6 7]  →  k[0 1 2 3 4 5 6 7]
     """

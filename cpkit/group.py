@@ -205,8 +205,8 @@ def get_attention_cp_group() -> CPGroup:
 def forget_groups() -> None:
     """Drop all groups and their symmetric memory, so that new ones can be made.
 
-    Call it on every rank to recover from an exception inside a collective, which leaves the ranks
-    of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
+    Call it on every rank after an interrupt or a timeout inside a collective, which leaves the
+    ranks of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
     """
     global _state, _generation
     _generation += 1

@@ -95,7 +95,8 @@ class GatherPlan:
         Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
         a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
         Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
-        peers raise CallsDiffer (on CUDA TimeoutError).
+        peers raise CallsDiffer (on CUDA TimeoutError). If a rank fails in the call, its peers raise
+        RankFailed (on CUDA TimeoutError).
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)

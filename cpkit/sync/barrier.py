@@ -234,7 +234,7 @@ class ShmBarrier:
             f"{self._name}: the ranks arrived at barrier {self._round} from different calls: "
             f"{listed}. "
             f"The result of this call is incomplete. Every rank has to make the same calls in the "
-            f"same order; after an exception inside one, start again with "
+            f"same order; after an interrupt inside one, start again with "
             f"cpkit.group.forget_groups() on every rank"
         )
 
