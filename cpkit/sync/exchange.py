@@ -75,7 +75,7 @@ class SymmetricMemoryError(RuntimeError):
 
 
 class SegmentOffer(msgspec.Struct):
-    """What one rank allocated for a segment: its name and size, or why the allocation failed."""
+    """A rank's part of a segment: its name (empty before it is made) and size, or why not."""
 
     name: str
     nbytes: int

@@ -1,6 +1,7 @@
 """Memory that every rank of a machine can address: one file per rank, mapped by all its peers.
 
     rank 0                      rank 1
+    ─────── exchange whether all segments fit ────────
     create A, reserve, map      create B, reserve, map
     ──────────── exchange names and sizes ────────────
     map B                       map A
