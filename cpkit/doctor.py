@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from cpkit.devices import loaded_nccl_version
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
 from cpkit.os_errors import describe
 from cpkit.settings import shm_dir
+from cpkit.sync.free_memory import memory_limits
 from cpkit.sync.shm import free_bytes
 
 _PACKAGES = (
@@ -38,7 +40,7 @@ _PACKAGES = (
     "anywidget",
 )
 _GIB = 1 << 30
-_ENOUGH_SHM_BYTES = 1 << 30
+_ENOUGH_BYTES = 1 << 30
 
 
 class Check(NamedTuple):
@@ -107,12 +109,26 @@ def _limits() -> Iterator[Check]:
     yield Check("limits", f"{files} open files", advice)
 
 
+def _free_memory() -> Iterator[Check]:
+    """Check every limit of the memory; ranks on the CPU can use what the tightest one leaves."""
+    limits = memory_limits()
+    least = min(limits, key=lambda limit: limit.free_bytes)
+    for limit in limits:
+        advice = limit.advice if limit.free_bytes < _ENOUGH_BYTES else ""
+        subject = "memory limit" + (", the tightest" if limit is least else "")
+        yield Check(subject, limit.words, advice)
+
+
 def _shared_memory() -> Iterator[Check]:
-    free = free_bytes()
+    free = shutil.disk_usage(shm_dir()).free
     advice = ""
-    if free < _ENOUGH_SHM_BYTES:
+    if free < _ENOUGH_BYTES:
         advice = "too little for large gathers: start a container with --shm-size=2g"
-    yield Check("shared memory", f"{free / _GIB:.1f} GiB free in {shm_dir()}", advice)
+    usable = free_bytes()
+    found = f"{free / _GIB:.1f} GiB free in {shm_dir()}"
+    if usable < free:
+        found += f", and the memory limits leave {usable / _GIB:.1f} GiB of it"
+    yield Check("shared memory", found, advice)
 
 
 def _torch() -> Iterator[Check]:
@@ -285,6 +301,7 @@ _CHECKS: dict[str, Callable[[], Iterator[Check]]] = {  # the cheapest first
     "packages": _packages,
     "cores": _cores,
     "memory": _memory,
+    "memory limits": _free_memory,
     "limits": _limits,
     "shared memory": _shared_memory,
     "collectives": _torch,

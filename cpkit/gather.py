@@ -36,7 +36,15 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
-from cpkit.validate import check_caches, check_call, check_capture, check_group, check_sglang_call
+from cpkit.validate import (
+    LARGE_BYTES,
+    check_caches,
+    check_call,
+    check_capture,
+    check_group,
+    check_memory,
+    check_sglang_call,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -85,34 +93,45 @@ def all_gather_kv(
     stream; during capture they are not checked. Source: SGLang's `cp_allgather_and_save_kv_cache`.
 
     Raises ValueError on every rank, before any data moves, when any rank passes an unknown
-    algorithm or wrong rows or caches, or when shapes, dtypes, lengths or slots differ among ranks.
+    algorithm or wrong rows or caches, when shapes, dtypes, lengths or slots differ among ranks, or
+    when a gather on the CPU that needs more than 64 MiB does not fit into memory. If a rank fails
+    later on the CPU while its peers wait at a barrier, they raise RankFailed with its error.
 
         rank 0 of 2, lengths [8], zigzag:  k[0 1 6 7]  →  k[0 1 2 3 4 5 6 7]
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     with stage("agree"), group.agreement(tensors) as call:
-        call.must_match(check_call(tensors, metadata, group, algorithm, symmetric))
+        signature = check_call(tensors, metadata, group, algorithm, symmetric)
+        call.must_match(signature)
+        is_large = signature.nbytes > LARGE_BYTES
+        if is_large:
+            check_memory(signature.demand, tensors, group, into)
         if stream is not None:
             check_stream(stream)
         if into is not None or slots is not None:
-            for signature in check_caches(
-                tensors, metadata, group, algorithm, symmetric, into, slots
-            ):
-                call.must_match(signature)
+            for each in check_caches(tensors, metadata, group, algorithm, symmetric, into, slots):
+                call.must_match(each)
         if tensors[0].is_cuda:
             check_capture(tensors, metadata, group, algorithm, symmetric, into)
 
+    gather = _GATHERS[algorithm] if symmetric else padded
+    if is_large and gather is padded:
+        gather = padded_large
     inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
-    with nullcontext() if stream is None else on_stream(stream, *inputs):
-        memory = memory_of(group, tensors[0].device, symmetric)
-        rows = [as_rows(x) for x in tensors]
-        keep("shard", rows[0])
-        gather = _GATHERS[algorithm] if memory.is_symmetric else padded
-        if into is not None and slots is not None:
-            path = _gather_into(gather, rows, metadata, memory, into, slots)
-            return remember_path(group, path, list(into))
-        gathered, path = gather(rows, metadata, memory)
+    try:
+        with nullcontext() if stream is None else on_stream(stream, *inputs):
+            memory = memory_of(group, tensors[0].device, symmetric)
+            rows = [as_rows(x) for x in tensors]
+            keep("shard", rows[0])
+            if into is not None and slots is not None:
+                path = _gather_into(gather, rows, metadata, memory, into, slots)
+                return remember_path(group, path, list(into))
+            gathered, path = gather(rows, metadata, memory)
+    except Exception as error:
+        if gather is not padded and not tensors[0].is_cuda:
+            group.report_failure(error)
+        raise
     results = [from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
     return remember_path(group, path, results)
 
@@ -134,10 +153,21 @@ def memory_of(group: CPGroup, device: torch.device, symmetric: bool) -> Memory:
 
 def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Pad, gather with the ordinary collective, strip, reorder. Source: SGLang before #24040."""
-    with stage("pad"):
-        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
-    keep("pad", shards[0])
-    outputs = [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
+    shards, outputs = _pad_and_allocate(rows, metadata)
+    path = memory.all_gather(shards, outputs)
+    return _strip_and_reorder(outputs, metadata), path
+
+
+def padded_large(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
+) -> Gathered:
+    """Gather as `padded` does, after all ranks have agreed that they have their buffers.
+
+    The peers of a rank without memory would wait in the collective until it times out.
+    """
+    with memory.group.agreement(rows):
+        shards, outputs = _pad_and_allocate(rows, metadata)
+    memory.group.barrier()  # from here on, no peer waits in shared memory (report_failure)
     path = memory.all_gather(shards, outputs)
     return _strip_and_reorder(outputs, metadata), path
 
@@ -189,6 +219,16 @@ _GATHERS: dict[str, Gather] = {
     "padded_symm": padded_symm,
     "direct": direct,
 }
+
+
+def _pad_and_allocate(
+    rows: list[torch.Tensor], metadata: ContextParallelMetadata
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the padded shards `[P, lanes]` and receive buffers `[W·P, lanes]`, both ordinary."""
+    with stage("pad"):
+        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
+    keep("pad", shards[0])
+    return shards, [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
 
 
 def _strip_and_reorder(
@@ -246,24 +286,32 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)
+    symmetric = is_allocation_symmetric() and not group.spans_hosts
     with stage("agree"), group.agreement([input_tensor]) as call:
-        call.must_match(check_sglang_call(input_tensor, total_len, cp_size, metadata, group))
+        call.must_match(
+            check_sglang_call(input_tensor, total_len, cp_size, metadata, group, symmetric)
+        )
         check_stream(stream)
 
     max_len = -(-total_len // cp_size)
-    with on_stream(stream, input_tensor):
-        rows = as_rows(input_tensor)
-        keep("shard", rows)
-        with stage("pad"):
-            shard = pad_rows(rows, max_len)
-        keep("pad", shard)
-        with use_symmetric_memory(group, disabled=not is_allocation_symmetric()):
-            gathered = shard.new_empty(max_len * cp_size, shard.shape[1])
-        group.cp_all_gather_into_tensor_async(gathered, shard, agreed=True)
-        keep("wire", gathered)
-        with stage("strip"):
-            rank_order = strip_padding(gathered, metadata.per_rank_actual_token)
-        keep("strip", rank_order)
+    try:
+        with on_stream(stream, input_tensor):
+            rows = as_rows(input_tensor)
+            keep("shard", rows)
+            with stage("pad"):
+                shard = pad_rows(rows, max_len)
+            keep("pad", shard)
+            with use_symmetric_memory(group, disabled=not symmetric):
+                gathered = shard.new_empty(max_len * cp_size, shard.shape[1])
+            group.cp_all_gather_into_tensor_async(gathered, shard, agreed=True)
+            keep("wire", gathered)
+            with stage("strip"):
+                rank_order = strip_padding(gathered, metadata.per_rank_actual_token)
+            keep("strip", rank_order)
+    except Exception as error:
+        if symmetric and not input_tensor.is_cuda:
+            group.report_failure(error)
+        raise
     assert group.last_path is not None
     return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
 

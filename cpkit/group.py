@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -35,8 +35,8 @@ from cpkit.devices import check_stream, device_type, on_stream
 from cpkit.eager import eager_only
 from cpkit.memory.path import PathReport
 from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
-from cpkit.sync.agreement import Agreement, Signature
-from cpkit.sync.barrier import ShmBarrier
+from cpkit.sync.agreement import Agreement, Signature, describe_error
+from cpkit.sync.barrier import EXCHANGE, CallsDiffer, RankFailed, ShmBarrier
 from cpkit.sync.collective import check_gather, describe, exchange_over, torch_all_gather
 from cpkit.sync.exchange import StoreExchange
 from cpkit.threads import OwnerThread
@@ -78,7 +78,8 @@ class CPGroup:
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
     `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU, and
     `overlaps` when another group of the same ranks may gather at the same time. `gpu` is the number
-    of this rank's GPU.
+    of this rank's GPU. `ranks_by_limit` is how many of its ranks share each limit of memory
+    (cpkit.sync.free_memory).
     `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
     use over time (`SymmetricPool.samples`).
     """
@@ -97,10 +98,11 @@ class CPGroup:
     overlaps: bool = False
     gpu: int | None = None
     has_nccl: bool = False
+    ranks_by_limit: Mapping[str, int] = field(default_factory=dict, repr=False)
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
     last_path: PathReport | None = field(default=None, repr=False)
-    checked_calls: dict[object, Signature] = field(default_factory=dict, repr=False)
+    checked_calls: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @eager_only
     def barrier(self) -> None:
@@ -116,6 +118,16 @@ class CPGroup:
         """Raise TimeoutError when a kernel of this rank timed out waiting for a peer. Local."""
         for pool in self.pools.values():
             pool.check()
+
+    def report_failure(self, error: Exception) -> None:
+        """Tell the peers why this rank raises in a gather on the CPU. Local.
+
+        They wait for it at the next barrier in shared memory, and raise RankFailed there. After its
+        last barrier no peer waits, and after another rank's error they have raised already.
+        """
+        barrier, others = self.shm_barrier, (TimeoutError, CallsDiffer, RankFailed)
+        if barrier and barrier.last_call == EXCHANGE and not isinstance(error, others):
+            barrier.fail(describe_error(error))
 
     def check_rank(self, name: str, rank: int) -> None:
         """Check that an argument is a rank of the group. Raises ValueError. Local."""
@@ -237,8 +249,8 @@ def use_group(group: CPGroup) -> Iterator[None]:
 def forget_groups() -> None:
     """Drop all groups and their symmetric memory, so that new ones can be made.
 
-    Call it on every rank to recover from an exception inside a collective, which leaves the ranks
-    of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
+    Call it on every rank after an interrupt or a timeout inside a collective, which leaves the
+    ranks of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
     """
     global _state, _generation
     _generation += 1
@@ -409,6 +421,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         overlaps=name != "default",
         gpu=torch.cuda.current_device() if gpu else None,
         has_nccl=has_nccl,
+        ranks_by_limit=exchange.ranks_by_limit,
     )
 
 

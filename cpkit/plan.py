@@ -44,8 +44,8 @@ from cpkit.memory.backend import Prepared
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
-from cpkit.sync.agreement import Signature
-from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer
+from cpkit.sync.agreement import Signature, describe_error
+from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer, RankFailed
 from cpkit.validate import check_call, check_group
 
 _is_set_to = torch.Tensor.is_set_to
@@ -86,7 +86,8 @@ class GatherPlan:
         Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
         a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
         Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
-        peers raise CallsDiffer (on CUDA TimeoutError).
+        peers raise CallsDiffer (on CUDA TimeoutError). If a rank fails in the call, its peers raise
+        RankFailed (on CUDA TimeoutError).
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
@@ -96,7 +97,14 @@ class GatherPlan:
             self._refuse(used, addresses)
         if not all(map(_is_set_to, results, planned)):  # a caller changed a shape in place
             results[:] = [x.detach() for x in planned]
-        push()
+        try:
+            push()
+        except (BarrierTimeout, CallsDiffer, RankFailed):
+            raise
+        except Exception as error:
+            if self._tensors[0].device.type == "cpu" and self.group.shm_barrier:
+                self.group.shm_barrier.fail(describe_error(error))
+            raise
         self.group.last_path = self._path
         return list(results)
 
@@ -149,11 +157,18 @@ def plan_gather_kv(
     if algorithm != "direct" or not isinstance(memory, SymmetricPool):
         return GatherPlan(tensors, metadata, group, algorithm)
     rows = [as_rows(x) for x in tensors]
-    output_sets = [
-        [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-        for _ in range(keep + 1)
-    ]
-    pushes, path = memory.prepare(rows, output_sets, metadata)
+    try:
+        output_sets = [
+            [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+            for _ in range(keep + 1)
+        ]
+        pushes, path = memory.prepare(rows, output_sets, metadata)
+        if memory.device.type == "cpu":
+            group.barrier()  # a rank that failed arrives here with its error
+    except Exception as error:
+        if memory.device.type == "cpu":
+            group.report_failure(error)
+        raise
     result_sets = [
         [from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
         for outputs in output_sets

@@ -6,6 +6,7 @@ agreement (cpkit.sync.agreement), which turns one rank's error into an error on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -23,10 +24,25 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import row_stride
 from cpkit.memory.locate import locate_start
 from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.sizing import Demand, gather_demand
 from cpkit.sync.agreement import Signature
 from cpkit.sync.collective import describe, extent
+from cpkit.sync.free_memory import explain_refusal_of, shortage
 
+LARGE_BYTES = 64 << 20  # a gather on the CPU that needs more, all ranks together, checks its room
 _MAX_CHECKED_CALLS = 256
+
+
+class GatherSignature(Signature):
+    """What must be equal in an all_gather_kv, and the memory that it needs.
+
+    `demand` is that of one rank. `nbytes` includes copies of strided tensors, all ranks together;
+    it is 0 on CUDA.
+    """
+
+    def __init__(self, text: str, demand: Demand, nbytes: int) -> None:
+        super().__init__(text)
+        self.demand, self.nbytes = demand, nbytes
 
 
 def check_group(group: CPGroup) -> None:
@@ -41,7 +57,7 @@ def check_call(
     group: CPGroup,
     algorithm: str,
     symmetric: bool,
-) -> Signature:
+) -> GatherSignature:
     """Check the arguments of all_gather_kv; return what must be equal on all ranks.
 
     A model makes the same call in every layer, so a call with the same metadata, shapes, dtypes and
@@ -50,16 +66,48 @@ def check_call(
     key = _cache_key(tensors, metadata, algorithm, symmetric)
     known = group.checked_calls.get(key) if key else None
     if known:
-        return known
+        return known  # type: ignore[no-any-return]
     _check_call(tensors, metadata, group, algorithm)
     rows = ", ".join(f"{list(x.shape[1:])} {x.dtype} {x.device.type}" for x in tensors)
     layout = _describe_layout(metadata)
-    signature = Signature(f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {rows})")
+    row_bytes = sum(math.prod(x.shape[1:]) * x.element_size() for x in tensors)
+    max_len = metadata.max_rank_len[0]
+    demand = gather_demand(metadata, max_len, row_bytes, algorithm if symmetric else "padded")
+    signature = GatherSignature(
+        f"all_gather_kv({layout}, {algorithm=!s}, {symmetric=}, rows of {rows})",
+        demand,
+        0 if tensors[0].is_cuda else group.size * (sum(demand) + max_len * row_bytes),
+    )
     if key:
         if len(group.checked_calls) >= _MAX_CHECKED_CALLS:
             group.checked_calls.clear()
         group.checked_calls[key] = signature
     return signature
+
+
+def check_memory(
+    demand: Demand,
+    tensors: Sequence[torch.Tensor],
+    group: CPGroup,
+    into: Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Check that a large gather on the CPU fits into memory, with those of its peers. Local.
+
+    Strided tensors are copied first. Memory that the pool already has is not counted.
+    """
+    if into is not None and not demand.ordinary:
+        demand = Demand(0, 0)  # `direct` stores into the caches
+    pool = group.pools.get("cpu")
+    in_pool = 0
+    if isinstance(pool, SymmetricPool):
+        stats = pool.stats()
+        in_pool = stats.arena_bytes + stats.spill_bytes
+    copies = sum(x.nbytes for x in tensors if not x.is_contiguous())
+    ordinary = demand.ordinary + copies
+    problem = shortage(group.ranks_by_limit, max(0, demand.shared - in_pool), ordinary)
+    problem = problem or explain_refusal_of(ordinary)
+    if problem:
+        raise ValueError(f"this gather does not fit into memory: {problem}")
 
 
 def _cache_key(
@@ -158,6 +206,7 @@ def check_sglang_call(
     cp_size: int,
     metadata: ContextParallelMetadata,
     group: CPGroup,
+    symmetric: bool,
 ) -> Signature:
     """Check the arguments of SGLang's functions; return what must be equal on all ranks."""
     _check_metadata(metadata)
@@ -179,8 +228,13 @@ def check_sglang_call(
             f"total_len={needed * cp_size} (max_rank_len · cp_size), or call all_gather_kv"
         )
     _check_rows(x, metadata, group, "input_tensor")
+    row = x.shape[1:]
+    row_bytes = math.prod(row) * x.element_size()
+    if 4 * cp_size * max_len * cp_size * row_bytes > LARGE_BYTES and not x.is_cuda:
+        algorithm = "padded_symm_recv" if symmetric else "padded"
+        check_memory(gather_demand(metadata, max_len, row_bytes, algorithm), [x], group)
     return Signature(
-        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(x.shape[1:])} {x.dtype} "
+        f"cp_all_gather_reorganized_into_tensor_kv_cache(rows of {list(row)} {x.dtype} "
         f"{x.device.type}; {total_len=}, {_describe_layout(metadata)})"
     )
 

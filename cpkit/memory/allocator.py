@@ -143,6 +143,6 @@ def explain_divergence(recent: list[list[int]]) -> str:
         f"the ranks have not made the same symmetric allocations, so an offset would not "
         f"mean the same block on each of them. Bytes of the latest blocks, {lists}. Every "
         f"rank has to allocate the same sizes in the same order; derive them from "
-        f"max_rank_len, never from this rank's own rows. After an exception inside a "
+        f"max_rank_len, never from this rank's own rows. After an interrupt inside a "
         f"gather, start again with cpkit.group.forget_groups() on every rank."
     )

@@ -75,11 +75,15 @@ class PosixBackend:
                     torch_all_gather(output, shard, self.group)
             return ORDINARY_COLLECTIVE
         move = pool.push_shard if symmetric_recv else pool.pull_shards
-        with stage("wire"):
-            for output, shard in zip(outputs, shards, strict=True):
-                move(output, shard)
-        with stage("exit"):
-            self._barrier.barrier()
+        try:
+            with stage("wire"):
+                for output, shard in zip(outputs, shards, strict=True):
+                    move(output, shard)
+            with stage("exit"):
+                self._barrier.barrier()
+        except Exception as error:
+            self.group.report_failure(error)
+            raise
         return SHARDS_MOVED[symmetric_send, symmetric_recv]
 
     def push(

@@ -1,12 +1,15 @@
-"""The size of a pool: its arena, and the room that the largest batch needs."""
+"""Sizes: a pool's arena, the room that the largest batch needs in it, the memory of one gather."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
+from cpkit.algorithms import TABLE
 from cpkit.group import CPGroup
+from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import MAX_BYTES, rounded
 from cpkit.memory.backend import Backend
 from cpkit.settings import symm_prealloc_bytes
@@ -23,6 +26,32 @@ def warm_up_bytes(max_tokens: int, row_bytes: int, cp_size: int, sequences: int)
     padded_rows = -(-max_tokens // cp_size) + 2 * sequences
     recv_bytes = rounded(padded_rows * cp_size * row_bytes)
     return 2 * (recv_bytes + rounded(padded_rows * row_bytes))
+
+
+class Demand(NamedTuple):
+    """The bytes that a gather needs on each rank: in the pool, and in ordinary memory."""
+
+    shared: int
+    ordinary: int
+
+
+def gather_demand(
+    metadata: ContextParallelMetadata, max_len: int, row_bytes: int, algorithm: str
+) -> Demand:
+    """Return the memory of a gather on the CPU: shards of `max_len` rows of `row_bytes` bytes.
+
+    `row_bytes` is that of all tensors together. The most is in use during the last pass, reorder,
+    or in the ordinary collective, where gloo has another receive buffer.
+    """
+    table = TABLE[algorithm]
+    result = metadata.total_tokens * row_bytes
+    if table.passes == ("wire",):
+        return Demand(result, 0)
+    shard = max_len * row_bytes
+    recv = shard * metadata.cp_size
+    shared = table.symmetric_send * shard + table.symmetric_recv * recv
+    gloo = 0 if table.symmetric_recv else recv
+    return Demand(shared, shard + recv - shared + max(gloo, 2 * result))
 
 
 def agree_on_prealloc(backend: Backend, group: CPGroup, prealloc: int | None) -> int:

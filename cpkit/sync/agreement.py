@@ -24,6 +24,7 @@ import msgspec
 
 from cpkit.os_errors import describe, lacks_descriptors
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
+from cpkit.sync.free_memory import explain_refusal
 
 _PASSED, _FAILED = b"\x00", b"\x01"
 _DIGEST_BYTES = 16
@@ -110,7 +111,7 @@ class Agreement:
         """Exchange the texts; raise ValueError unless this rank's own exception propagates."""
         mine = _Explanation()
         if error is not None:
-            mine.problem = _cut(_describe(error))
+            mine.problem = _cut(describe_error(error))
         else:
             mine.signatures = [(_cut(each.text), each.advice) for each in self._signatures]
         answers = self._exchange(msgspec.msgpack.encode(mine))
@@ -140,10 +141,13 @@ def _explain(explanations: Sequence[_Explanation]) -> str:
     return f"the ranks call different collectives. {listed}. All ranks must pass equal arguments."
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return an error for the message of another rank, with the limit that it met, if any."""
     text = describe(error)
-    speaks_for_itself = isinstance(error, ValueError | TimeoutError) or lacks_descriptors(error)
-    return text if speaks_for_itself else f"{type(error).__name__}: {text}"
+    if isinstance(error, ValueError | TimeoutError) or lacks_descriptors(error):
+        return text
+    refusal = explain_refusal(error)
+    return f"{type(error).__name__}: {text}" + (f" ({refusal})" if refusal else "")
 
 
 def _by_rank(texts: list[str]) -> str:

@@ -10,8 +10,14 @@ Two slots are enough. Rank 0 overwrites its message n in round n+2, which it rea
 ranks have arrived at round n+1, that is after they have read the messages of round n.
 
 When ranks arrive at one barrier from different calls, all of them raise. Otherwise a rank that left
-a gather half-way, by an exception, would complete its peers' gather with its next call, and its
+a gather half-way, by an interrupt, would complete its peers' gather with its next call, and its
 rows would be missing.
+
+A rank that fails in a gather arrives at its peers' barrier as `FAILED`, with a message that says
+why. The peers raise RankFailed with that message.
+
+    rank 0   agreement │ store rows          │ barrier: RankFailed, "rank 1: out of memory"
+    rank 1   agreement │ out of memory ─ fail│ raise its own error
 
 Memory ordering: what a rank wrote before its counter must be visible to every rank that reads the
 counter. x86 guarantees that order; arm64 does not, and plain Python stores have no release
@@ -32,6 +38,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from cpkit.settings import deadline_s
 from cpkit.sync.exchange import StoreExchange
@@ -41,7 +48,7 @@ PAGE_BYTES = 16384
 MAX_MESSAGE_BYTES = 7168
 _MESSAGES = (1024, 1024 + 7680)
 _CALLS = (1, 2)  # words after the counter
-PLAIN, EXCHANGE, MOVED = 0, 1, 2  # `ShmBarrier.new_call` numbers the calls of plans
+PLAIN, EXCHANGE, MOVED, FAILED = range(4)  # `ShmBarrier.new_call` numbers the calls of plans
 _SHORT_WAIT_S = 0.02
 _SHORT_SLEEP_S = 1e-6  # the shortest possible; takes about 55 µs on Linux
 _YIELDS = (4, 64)  # minimum and maximum before a sleep, where ranks share a core
@@ -81,6 +88,10 @@ class CallsDiffer(RuntimeError):
     """The ranks arrived at one barrier from different calls. Raised on every rank."""
 
 
+class RankFailed(RuntimeError):
+    """A rank failed in the call for which this one waited at a barrier. Raised on all its peers."""
+
+
 class ShmBarrier:
     """Barriers and messages between the ranks of one machine; all make the same calls in order."""
 
@@ -105,8 +116,8 @@ class ShmBarrier:
     def barrier(self, call: int = PLAIN) -> None:
         """Wait for all ranks.
 
-        Raises BarrierTimeout naming the late ranks, and CallsDiffer on every rank when the ranks
-        arrived from different calls.
+        Raises BarrierTimeout naming the late ranks, CallsDiffer on every rank when the ranks
+        arrived from different calls, and RankFailed when a peer failed in its call.
         """
         if self._broken:
             raise BarrierTimeout(f"{self._broken} The group has been out of step since then.")
@@ -122,16 +133,36 @@ class ShmBarrier:
         fence()
         for words in self._words:
             if words[slot] != call:
-                raise self._calls_differ([words[slot] for words in self._words])
+                raise self._difference([words[slot] for words in self._words])
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} fit")
+        self._write(message)
+        self.barrier(EXCHANGE)
+        return self._messages()
+
+    def fail(self, why: str) -> None:
+        """Arrive at the barrier where the peers wait for this rank; they raise RankFailed."""
+        self._write(why.encode()[:MAX_MESSAGE_BYTES])
+        with suppress(BarrierTimeout, CallsDiffer, RankFailed):
+            self.barrier(FAILED)
+
+    @property
+    def last_call(self) -> int:
+        """The call of this rank's latest barrier: after EXCHANGE, peers wait at another one."""
+        return self._own[_CALLS[self._round % 2]]
+
+    def _write(self, message: bytes) -> None:
+        """Write a message into this rank's slot of the next round."""
         slot = _MESSAGES[(self._round + 1) % 2]
         self._own[slot // 8] = len(message)
         self._pages[self.rank][slot + 8 : slot + 8 + len(message)] = message
-        self.barrier(EXCHANGE)
+
+    def _messages(self) -> list[bytes]:
+        """Return the messages of all ranks in this round."""
+        slot = _MESSAGES[self._round % 2]
         lengths = [words[slot // 8] for words in self._words]
         pairs = zip(self._pages, lengths, strict=True)
         return [bytes(page[slot + 8 : slot + 8 + length]) for page, length in pairs]
@@ -182,13 +213,26 @@ class ShmBarrier:
             f"{self._broken} They died, hang, or took another path through the program."
         )
 
+    def _difference(self, calls: list[int]) -> CallsDiffer | RankFailed:
+        if FAILED not in calls:
+            return self._calls_differ(calls)
+        failed = [
+            f"rank {rank}: {message.decode(errors='ignore')}"
+            for rank, (call, message) in enumerate(zip(calls, self._messages(), strict=True))
+            if call == FAILED
+        ]
+        return RankFailed(
+            f"{self._name}: a rank failed in this call, so no rank has its result. "
+            f"{'; '.join(failed)}. Start again with cpkit.group.forget_groups() on every rank"
+        )
+
     def _calls_differ(self, calls: list[int]) -> CallsDiffer:
         listed = ", ".join(f"rank {rank} at {_describe(call)}" for rank, call in enumerate(calls))
         return CallsDiffer(
             f"{self._name}: the ranks arrived at barrier {self._round} from different calls: "
             f"{listed}. "
             f"The result of this call is incomplete. Every rank has to make the same calls in the "
-            f"same order; after an exception inside one, start again with "
+            f"same order; after an interrupt inside one, start again with "
             f"cpkit.group.forget_groups() on every rank"
         )
 
@@ -200,4 +244,5 @@ def _describe(call: int) -> str:
         "the end of a gather",
         "the agreement before a collective",
         "a plan's call whose memory has moved",
+        "a call that failed",
     )[call]

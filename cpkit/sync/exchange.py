@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from datetime import timedelta
+from functools import cached_property
 
 import msgspec
 import torch.distributed as dist
 
 from cpkit.settings import deadline_s
+from cpkit.sync.free_memory import memory_limits, segment_limits
 
 _made: Counter[str] = Counter()
 
@@ -55,6 +57,15 @@ class StoreExchange:
         self._store.delete_key(f"{self._round - 2}/{self.rank}")
         return answers
 
+    @cached_property
+    def ranks_by_limit(self) -> Counter[str]:
+        """How many of the ranks share each limit of memory, by its key. Collective, once."""
+        mine = sorted({limit.key for limit in (*segment_limits(), *memory_limits())})
+        answers = self.exchange(msgspec.msgpack.encode(mine), "report its limits of memory")
+        return Counter(
+            key for answer in answers for key in msgspec.msgpack.decode(answer, type=list[str])
+        )
+
 
 # ------------------------------------------------------------- allocating on all ranks
 
@@ -64,7 +75,7 @@ class SymmetricMemoryError(RuntimeError):
 
 
 class SegmentOffer(msgspec.Struct):
-    """What one rank allocated for a segment: its name and size, or why the allocation failed."""
+    """A rank's part of a segment: its name (empty before it is made) and size, or why not."""
 
     name: str
     nbytes: int

@@ -1,6 +1,7 @@
 """Memory that every rank of a machine can address: one file per rank, mapped by all its peers.
 
     rank 0                      rank 1
+    ─────── exchange whether all segments fit ────────
     create A, reserve, map      create B, reserve, map
     ──────────── exchange names and sizes ────────────
     map B                       map A
@@ -40,6 +41,7 @@ from cpkit.os_errors import (
 )
 from cpkit.settings import shm_dir
 from cpkit.sync.exchange import SegmentOffer, StoreExchange, agree_on_segment
+from cpkit.sync.free_memory import explain_refusal, segment_limits, shortage, size
 
 _PREFIX = "cpkit"
 _HUGE_PAGE_BYTES = 2 << 20
@@ -48,9 +50,8 @@ _MADV_COLLAPSE = 25  # Python's mmap has no name for it
 
 
 def free_bytes() -> int:
-    """Return the bytes that can still be reserved in `shm_dir()`."""
-    stat = os.statvfs(shm_dir())
-    return stat.f_bavail * stat.f_frsize
+    """Return the memory that segments can still use, all ranks together."""
+    return min((limit.free_bytes for limit in segment_limits()), default=0)
 
 
 class Segment:
@@ -76,8 +77,10 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
     """Make a segment on every rank; collective over the ranks of the exchange.
 
     Raises SymmetricMemoryError on every rank when one of them has no room or sizes differ, and
-    ExchangeTimeout when a rank does not arrive.
+    ExchangeTimeout when a rank does not arrive. All ranks check their room before any of them
+    reserves memory, because a process that exceeds the limit of its container is killed.
     """
+    agree_on_segment(exchange, SegmentOffer("", nbytes, _shortage(exchange, nbytes)), purpose)
     path, own, problem = _create(nbytes, exchange.size)
     name, opened = path.name if path else "", [own] if own else []
     try:
@@ -93,6 +96,14 @@ def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:
         if path:
             path.unlink(missing_ok=True)
     return Segment(maps, nbytes, exchange.rank)
+
+
+def _shortage(exchange: StoreExchange, nbytes: int) -> str:
+    page_tables = nbytes * exchange.size // 512  # 8 bytes per 4 KiB of every rank's segment
+    try:
+        return shortage(exchange.ranks_by_limit, nbytes, page_tables)
+    except OSError as error:  # no descriptor is free to read the limits
+        return describe(error)
 
 
 def reap_dead_files() -> list[Path]:
@@ -137,6 +148,12 @@ def _create(nbytes: int, ranks: int) -> tuple[Path | None, mmap.mmap | None, str
             os.close(descriptor)
     except OSError as error:
         return None, None, _explain(error, nbytes, ranks)
+    except Exception as error:  # noqa: BLE001 - the peers wait to learn what it is
+        return None, None, f"cannot create a segment in {shm_dir()}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    return explain_refusal(error) or describe(error)
 
 
 def _create_locked() -> tuple[Path, int]:
@@ -178,8 +195,6 @@ def _stored_bytes(nbytes: int) -> int:
 
 def _reserve(descriptor: int, nbytes: int) -> None:
     """Reserve the pages now, so that a full file system is an error here, not a bus error later."""
-    if nbytes > free_bytes():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, nbytes)
     else:
@@ -238,19 +253,21 @@ def _map_peers(
                 maps.append(_map(descriptor, _stored_bytes(nbytes)))
             finally:
                 os.close(descriptor)
-    except (OSError, ValueError) as error:
-        return maps, f"cannot map rank {len(maps)}'s segment: {describe(error)}"
+    except Exception as error:  # noqa: BLE001 - the peers wait to learn what it is
+        return maps, f"cannot map rank {len(maps)}'s segment: {_reason(error)}"
     return maps, ""
 
 
 def _explain(error: OSError, nbytes: int, ranks: int) -> str:
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+    if error.errno == errno.ENOSPC:
         return (
-            f"{shm_dir()} is full: it has {free_bytes()} bytes free, and {ranks} rank(s) need "
-            f"{nbytes} bytes each. Make it larger (docker run --shm-size=2g), gather less, "
-            f"or set CPKIT_SHM_DIR to a larger tmpfs"
+            f"{shm_dir()} is full: {ranks} rank(s) need {size(nbytes)} each. Make it larger "
+            f"(docker run --shm-size=2g), gather less, or set CPKIT_SHM_DIR to a larger tmpfs"
         )
     if lacks_descriptors(error):
         spare = SPARE_DESCRIPTORS
         return f"{describe(error)}. Each segment takes {ranks} and leaves {spare} for other uses"
+    refusal = explain_refusal(error)
+    if refusal:
+        return f"cannot create a segment of {size(nbytes)}: {refusal}"
     return f"cannot create a segment in {shm_dir()}: {error}"

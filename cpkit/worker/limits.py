@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import psutil
 import torch
 
 from cpkit import settings
@@ -25,6 +24,7 @@ from cpkit.control.messages import (
 )
 from cpkit.control.requests import DTYPE_BYTES
 from cpkit.settings import worker_device
+from cpkit.sync.free_memory import tightest
 
 _MAX_WORKLOADS = 1024
 # The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
@@ -47,14 +47,14 @@ def memory_limit_bytes() -> int:
     """Return how many bytes one request may use on all ranks together.
 
     This is `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory (on the GPU if the ranks run there)
-    that is available when the workers start.
+    that is free when the workers start, within the limits of their container.
     """
     chosen = settings.memory_limit_bytes()
     if chosen:
         return chosen
     if worker_device() == "cuda":
         return int(torch.cuda.mem_get_info()[0]) // 2
-    return int(psutil.virtual_memory().available) // 2
+    return tightest().free_bytes // 2
 
 
 def check(body: Body, world_size: int) -> None:

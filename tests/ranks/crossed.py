@@ -1,18 +1,27 @@
-"""Ranks that make different calls, or were interrupted in one: all ranks raise with a message."""
+"""Ranks that make different calls, or fail or are interrupted in one: all ranks raise in words."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from cpkit import provenance
-from cpkit.gather import all_gather_kv
-from cpkit.layout import prepare_context_parallel_metadata, shard
+from cpkit import gather, provenance
+from cpkit.gather import all_gather_kv, cp_all_gather_rerange_kv_cache
+from cpkit.group import CPGroup, forget_groups
+from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata, shard
+from cpkit.memory import posix
 from cpkit.memory.pool import SymmetricPool
+from cpkit.memory.posix import PosixBackend
 from cpkit.plan import GatherPlan, plan_gather_kv
-from cpkit.sync.barrier import CallsDiffer
-from tests.ranks.device import batch_of, world_group
+from cpkit.settings import deadline_s
+from cpkit.symm import use_symmetric_memory
+from cpkit.sync.barrier import CallsDiffer, RankFailed
+from tests.ranks.device import batch_of, pool_of, world_group
 from tests.ranks.errors import error_of, raised
 from tests.ranks.mutants import planted
 
@@ -120,3 +129,82 @@ def check_a_plan_made_in_inference_mode_works_outside_it() -> None:
             plan = plan_gather_kv([shard(whole, metadata, group.rank)], metadata, group)
         for _ in range(3):
             assert torch.equal(plan()[0], whole)
+
+
+# ----------------------------------------------------------- a rank that fails in a gather
+
+WORDS = "can't allocate memory (planted)"
+
+
+Call = Callable[[CPGroup, ContextParallelMetadata, torch.Tensor], object]
+
+
+def fails(
+    kind: type[Exception], owner: object, name: str, call: Call, tokens: int = 97, **shape: Any
+) -> None:
+    """Check that the last rank's failure in a function reaches every rank, as `kind` on its peers.
+
+    The ranks are in step afterwards: they make new groups, whose gathers are right.
+    """
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError(WORDS)
+
+    group, metadata, rows = batch_of(tokens, **shape)
+    pool_of(group)
+    is_victim = group.rank == group.size - 1
+    began = time.monotonic()
+    with planted(owner, name, refuse) if is_victim else nullcontext():
+        said = raised(MemoryError if is_victim else kind, lambda: call(group, metadata, rows))
+    assert WORDS in said, said
+    assert is_victim or f"rank {group.size - 1}" in said or f"rank(s) {group.size - 1}" in said
+    assert time.monotonic() - began < deadline_s() / 2
+    forget_groups()
+    group, metadata, rows = batch_of(97)
+    (got,) = all_gather_kv([rows], metadata, group)
+    provenance.check(got, metadata, round=1)
+
+
+def gather_by(algorithm: str) -> Call:
+    return lambda group, metadata, rows: all_gather_kv([rows], metadata, group, algorithm=algorithm)
+
+
+def check_a_failure_before_the_exit_barrier_reaches_every_rank() -> None:
+    for algorithm, owner, name in (
+        ("direct", gather, "as_rows"),
+        ("direct", SymmetricPool, "empty"),
+        ("direct", PosixBackend, "_copies"),
+        ("padded_symm_recv", gather, "pad_rows"),
+        ("padded_symm_recv", SymmetricPool, "empty"),
+        ("padded_symm", SymmetricPool, "push_shard"),
+    ):
+        fails(RankFailed, owner, name, gather_by(algorithm))
+
+
+def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> None:
+    def like_sglang(
+        group: CPGroup, metadata: ContextParallelMetadata, rows: torch.Tensor
+    ) -> torch.Tensor:
+        batch = SimpleNamespace(attn_cp_metadata=metadata)
+        total_len = metadata.max_rank_len[0] * group.size
+        return cp_all_gather_rerange_kv_cache(rows, total_len, group.size, batch)
+
+    def into_tensor(group: CPGroup, *_: object) -> None:
+        with use_symmetric_memory(group):
+            recv = torch.empty(2 * group.size)
+        group.cp_all_gather_into_tensor_async(recv, torch.ones(2))
+
+    def make_plan(
+        group: CPGroup, metadata: ContextParallelMetadata, rows: torch.Tensor
+    ) -> GatherPlan:
+        return plan_gather_kv([rows], metadata, group)
+
+    fails(RankFailed, gather, "pad_rows", like_sglang)
+    fails(RankFailed, SymmetricPool, "push_shard", into_tensor)
+    fails(RankFailed, PosixBackend, "prepare", make_plan)
+    fails(RankFailed, posix, "stage", lambda *batch: make_plan(*batch)())
+
+
+def check_a_failure_before_the_collective_of_a_large_batch_reaches_every_rank() -> None:
+    for kind, name in ((ValueError, "pad_rows"), (RankFailed, "as_rows")):
+        fails(kind, gather, name, gather_by("padded"), tokens=1024, trailing=(4096,))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from unittest import mock
@@ -27,12 +29,15 @@ from cpkit.symm import (
     symmetric_pool,
     use_symmetric_memory,
 )
+from cpkit.sync import free_memory, shm
 from cpkit.sync.agreement import Signature
+from cpkit.sync.free_memory import Limit
 from cpkit.sync.shm import _create, free_bytes, reap_dead_files
 from tests.ranks.device import batch_of, world_group
 from tests.ranks.errors import error_of, raised
 from tests.ranks.gathers import cp_sizes
 from tests.ranks.groups import gather_works
+from tests.ranks.mutants import planted
 
 MIB = 1 << 20
 
@@ -216,6 +221,39 @@ def check_full_shared_memory_is_a_clear_error_on_every_rank() -> None:
     gather_works()
 
 
+def check_memory_that_the_system_refuses_has_its_own_words() -> None:
+    """One rank has no memory left while the segment is made; the file system has room."""
+    group = world_group()
+    pool = symmetric_pool(group)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "planted") if group.size == 2 else MemoryError("planted")
+
+    with planted(shm, "_reserve", refuse) if group.rank == 1 else nullcontext():
+        said = raised(SymmetricMemoryError, pool.configure, MIB)
+    assert "rank 1: cannot create a segment" in said
+    assert "the system refused the memory" in said
+    assert "is full" not in said
+    gather_works()
+
+
+def check_what_exceeds_the_limit_of_the_container_is_refused_before_it_allocates() -> None:
+    """The container has room for one rank's gather, and not for those of all ranks."""
+    group, metadata, rows = batch_of(1024, trailing=(8192,))
+    result = metadata.total_tokens * rows[0].nbytes
+    pool = symmetric_pool(group).configure(MIB)
+    limits: list[Limit] = []
+    with planted(free_memory, "_cgroup_limits", lambda *_: limits):
+        for algorithm, per_rank in (("direct", result), ("padded", 3.25 * result)):
+            limits[:] = [Limit("test", int(1.5 * per_rank), "the limit is low", "Raise it")]
+            said = error_of(all_gather_kv, [rows], metadata, group, algorithm=algorithm)
+            assert f"the limit is low, and {group.size} rank(s) need" in said
+        said = raised(SymmetricMemoryError, pool.empty, [5 * result], torch.uint8)
+        assert f"the limit is low, and {group.size} rank(s) need" in said
+    assert pool.stats().segments == 1
+    gather_works()
+
+
 def check_files_of_killed_processes_are_reaped() -> None:
     if dist.get_rank() == 0:
         directory = mkdtemp()
@@ -338,8 +376,8 @@ def check_a_file_that_cannot_be_reserved_is_a_clear_error() -> None:
         said = raised(SymmetricMemoryError, symmetric_pool(group).configure, MIB)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "rank 0: " in said
-    assert f"{MIB} bytes each" in said
+    assert f"rank 0: cannot create a segment of 1.0 MiB ({MIB} bytes)" in said
+    assert "ulimit -f" in said
     assert own_files() == []
     gather_works()
 

@@ -10,6 +10,7 @@ rank does so after `_LIFE_S`.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,8 +25,9 @@ from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.memory.allocator import FreeList
 from cpkit.provenance import explain_mismatch, poison_, shard_rows
+from cpkit.settings import shm_dir
 from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetric_memory
-from cpkit.sync.shm import free_bytes, make_segment
+from cpkit.sync.shm import make_segment
 from cpkit_lessons.failure_lab import RankReport
 
 ROWS, SHAPE, DTYPE = 4, (8, 16), torch.bfloat16  # rows per rank, of 256 bytes each
@@ -99,7 +101,7 @@ def divergent_free_lists(group: CPGroup, victim: int) -> RankReport:
 def shared_memory_is_full(group: CPGroup, _: int) -> RankReport:
     """Create an arena that is larger than the free shared memory."""
     group.barrier()
-    SymmetricPool(group, prealloc=2 * free_bytes() + (1 << 30))
+    SymmetricPool(group, prealloc=2 * shutil.disk_usage(shm_dir()).free + (1 << 30))
     return RankReport(group.rank)
 
 
