@@ -228,8 +228,8 @@ def check_caches(
 
 def _cache_locations(into: Sequence[torch.Tensor], group: CPGroup) -> Signature:
     locations = [locate_buffer(cache, group) for cache in into]
-    for number, location in enumerate(locations):
-        if location.other:
+    for number, (cache, location) in enumerate(zip(into, locations, strict=True)):
+        if location.other and cache.numel():  # without elements it has no place in a pool
             raise ValueError(
                 f"into[{number}] is {location}. 'direct' stores straight into every rank's cache, "
                 f"so the caches must be in the group's pool: allocate them once inside "

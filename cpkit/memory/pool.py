@@ -43,7 +43,13 @@ from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.collective import check_gather, describe, register_segment, torch_all_gather
+from cpkit.sync.collective import (
+    check_gather,
+    copyable,
+    describe,
+    register_segment,
+    torch_all_gather,
+)
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
@@ -305,15 +311,14 @@ class SymmetricPool:
             call.must_match(Signature(f"gather {describe(output, input)}"))
             call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
         report, unsafe_send, unsafe_recv = self.decide(call)
-        recv, send = output.detach(), input.detach().resolve_conj().resolve_neg()
         with on_stream(stream, output, input):
             if report.path == "fallback":
                 # A rank that could not register the pool has no windows; others may have them.
                 windows = not self.backend.window_problem()
                 with stage("wire"):
                     torch_all_gather(
-                        recv,
-                        send,
+                        output,
+                        input,
                         self.group,
                         symmetric_send=windows and not unsafe_send,
                         symmetric_recv=windows and not unsafe_recv,
@@ -321,8 +326,8 @@ class SymmetricPool:
             else:
                 pushes = report.path == "symmetric"
                 self.all_gather(
-                    [send],
-                    [recv],
+                    [copyable(input)],
+                    [copyable(output)],
                     symmetric_send=not (pushes and unsafe_send),
                     symmetric_recv=pushes,
                 )
@@ -393,11 +398,10 @@ class SymmetricPool:
 
     def stats(self) -> PoolStatistics:
         """Return sizes, counts and times of the pool up to now. Local."""
-        nbytes = sum(each.nbytes for each in self._segments)
         return PoolStatistics(
             segments=len(self._segments),
             arena_bytes=self._arena_bytes,
-            spill_bytes=nbytes - self._arena_bytes,
+            spill_bytes=sum(each.nbytes for each in self._segments) - self._arena_bytes,
             used_bytes=self._allocator.used_bytes,
             peak_bytes=self._allocator.peak_bytes,
             largest_free_bytes=self._allocator.largest_free(),
