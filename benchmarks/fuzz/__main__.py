@@ -96,7 +96,7 @@ def main() -> int:
         code = 130
     took_s = time.monotonic() - start
     print(f"{total.line()}, {took_s:.0f} s")
-    if options.record:
+    if options.record and not code:
         record(total, where, took_s)
     if total.failures:
         return 1

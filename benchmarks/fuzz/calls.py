@@ -43,9 +43,13 @@ class RankCase:
         self.rng = random.Random(f"rank {case.seed} {self.group.index} {self.group.rank}")
         self.metadata = prepare_context_parallel_metadata(case.lengths, case.cp_size, case.strategy)
         self.views: list[str] = []
+        self.problem = ""
 
     def run(self) -> None:
-        """Make the call and check its results. Raises Wrong."""
+        """Make the calls and check their results. Raises Wrong.
+
+        A wrong result is raised at the end, because the peers wait in the calls that are left.
+        """
         case = self.case
         with batch_symmetry(case.symmetric), filled_memory(case.poisons_ordinary):
             self._check_layout()
@@ -55,6 +59,8 @@ class RankCase:
                 self._check_plan()
             else:
                 self._check_calls()
+        if self.problem:
+            raise Wrong(self.problem)
 
     # ------------------------------------------------------------------ the calls
 
@@ -170,14 +176,15 @@ class RankCase:
 
     def _check(self, gather: int, results: list[torch.Tensor]) -> None:
         for number, (x, kind) in enumerate(zip(results, self.case.kinds, strict=True)):
-            about = f"gather {gather}, tensor {number} ({kind.dtype} {list(kind.trailing)})"
             into = self.case.call == "into"
             want = (self.oracle.cache if into else self.oracle.result)(gather, number)
             if x.dtype != kind.dtype or tuple(x.shape) != (len(want), *kind.trailing):
-                raise Wrong(f"{about} is {list(x.shape)} {x.dtype}; wanted {len(want)} rows")
-            problem = self.oracle.difference(bytes_of(x), want, number)
-            if problem:
-                raise Wrong(f"{about}: {problem}")
+                problem = f"{list(x.shape)} {x.dtype}; wanted {len(want)} rows"
+            else:
+                problem = self.oracle.difference(bytes_of(x), want, number)
+            if problem and not self.problem:
+                about = f"{kind.dtype} {list(kind.trailing)}"
+                self.problem = f"gather {gather}, tensor {number} ({about}): {problem}"
 
     def _check_layout(self) -> None:
         if self.case.call == "shards":
