@@ -29,6 +29,7 @@ from benchmarks.fuzz.case import WORLD_BY_DIGIT, WORLDS, draw, world_of
 from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
 from cpkit.control.tied import tied
+from cpkit.processes import run_command
 
 _COMMAND = "python -m benchmarks.fuzz"
 _GATHERS_PER_ROUND = 50000
@@ -226,4 +227,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,7 +25,10 @@ def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -
     """
     found = sorted(originals.glob("*.ipynb"))
     if not found:
-        raise ValueError(f"there are no notebooks in {originals}; run this in a clone of cpkit")
+        raise ValueError(
+            f"the notebooks are in cpkit's repository and not in this installed package (there are "
+            f"none in {originals}): clone the repository, and run `make lab` there"
+        )
     workspace.mkdir(exist_ok=True)
     record = _read_record(workspace / _RECORD)
     messages = [_refresh_one(path, workspace, record.get(path.name)) for path in found]

@@ -1,4 +1,4 @@
-"""A process is distinguished from a later one with the same pid, and from its own zombie."""
+"""The identity of a process, and a command whose output is a closed pipe or an old terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from cpkit.processes import ProcessId, process_id
+from tests.helpers import ROOT
 
 
 def test_this_process_is_alive() -> None:
@@ -34,3 +36,40 @@ def test_a_zombie_and_a_reaped_process_are_dead() -> None:
     assert not identity.is_alive()
     with pytest.raises(ProcessLookupError):
         process_id(child.pid)
+
+
+def run_without(tmp_path: Path, stdout: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without programs in PATH, and with ASCII as its only encoding."""
+    return subprocess.run(
+        [sys.executable, "-m", "cpkit", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={
+            "PATH": "/nonexistent",
+            "LC_ALL": "C",
+            "PYTHONUTF8": "0",
+            "PYTHONIOENCODING": "ascii",
+            "JUPYTER_RUNTIME_DIR": str(tmp_path),
+        },
+    )
+
+
+def test_a_terminal_without_unicode_shows_question_marks(tmp_path: Path) -> None:
+    done = run_without(tmp_path, subprocess.PIPE, "doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  ? by design: it uses the ordinary collective" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("status", 3), ("stop", 0), ("lab --help", 0), ("logs", 1)]
+)
+def test_a_reader_that_has_ended_is_no_error(tmp_path: Path, command: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_without(tmp_path, writer, *command.split())
+    os.close(writer)
+    assert done.returncode == code
+    assert "Error" not in done.stderr

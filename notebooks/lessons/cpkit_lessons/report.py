@@ -83,7 +83,7 @@ def write(
     page, data = folder / "report.html", folder / "report.json"
     data.write_text(json.dumps(content, indent=1) + "\n")
     pictures = _pictures(figures)
-    page.write_text(_page(content, table, pictures))
+    page.write_text(_page(content, table, pictures), encoding="utf-8")
     return page, data
 
 
