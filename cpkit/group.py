@@ -114,8 +114,7 @@ class CPGroup:
         blocks of the pool that all ranks have dropped become free.
         """
         first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
-        is_cuda = isinstance(first, torch.Tensor) and first.is_cuda
-        pool = self.pools.get("cuda" if is_cuda else "cpu")
+        pool = self.pools.get(device_type(first))
         return pool.agreement() if pool else Agreement(self.exchange)
 
     def cp_all_gather_into_tensor_async(

@@ -21,7 +21,7 @@ from functools import partial
 import msgspec
 import torch
 
-from cpkit.devices import check_can_grow, check_stream, is_plain_view, keep_for_replays, on_stream
+from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_stream
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.allocator import (
@@ -33,7 +33,7 @@ from cpkit.memory.allocator import (
     rounded,
 )
 from cpkit.memory.backend import Backend, Prepared, Segment
-from cpkit.memory.locate import locate_pair
+from cpkit.memory.locate import check_plain_view, locate_pair, not_in_pool
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory
 from cpkit.memory.path import Decision, PathReport, decide_from
 from cpkit.memory.posix import PosixBackend
@@ -130,10 +130,7 @@ class SymmetricPool:
         """
         self.group.check_rank("rank", rank)
         segment, offset = self.offset_of(tensor)
-        if not is_plain_view(tensor):
-            raise ValueError(
-                f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
-            )
+        check_plain_view(tensor)
         memory = self._segments[segment].view(rank, offset, tensor.nbytes)
         return memory.view(tensor.dtype).view(tensor.shape)
 
@@ -156,12 +153,12 @@ class SymmetricPool:
 
     def offset_of(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Return `locate` of a contiguous tensor of this pool. Raises ValueError for others."""
-        found = self.locate(tensor)
+        try:
+            found = self.locate(tensor)
+        except (RuntimeError, AttributeError) as error:  # it has no address
+            raise not_in_pool(tensor) from error
         if found is None or not tensor.is_contiguous():
-            raise ValueError(
-                f"{describe(tensor)} is not a contiguous tensor of this group's pool; make it "
-                f"inside `with use_symmetric_memory(group)`"
-            )
+            raise not_in_pool(tensor)
         return found
 
     def segment_of(self, tensor: torch.Tensor) -> Segment:

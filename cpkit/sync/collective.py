@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cpkit.devices import check_no_grad, check_tensor, is_plain_view
+from cpkit.devices import check_no_grad, check_tensor, is_plain_view, plain_class
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 
@@ -175,8 +175,10 @@ _CARRIERS = {
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """View a tensor as integers if torch cannot copy its dtype (int4).
 
-    A lazily conjugated or negated view is copied.
+    A lazily conjugated or negated view is copied. The result is of no subclass.
     """
+    if type(x) is not torch.Tensor:
+        x = plain_class(x)
     values = x.detach().resolve_conj().resolve_neg()
     carrier = _CARRIERS.get(values.dtype)
     return values.view(carrier) if carrier else values

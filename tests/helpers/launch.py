@@ -23,7 +23,7 @@ LIMIT_S = 300.0  # only a launch that hangs takes this long
 MODULES = {
     2: ("caches", "symmetric", "signals", "plans", "crossed", "waits", "benchmark", "fuzz"),
     3: ("gathers", "caches", "signals", "mutants", "plans", "crossed", "fuzz", "fuzz_mutants"),
-    4: ("gathers", "groups", "symmetric", "waits", "fuzz"),
+    4: ("gathers", "groups", "symmetric", "waits", "fuzz", "odd_tensors"),
 }
 
 
