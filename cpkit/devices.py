@@ -106,10 +106,10 @@ def check_readable(name: str, x: object) -> None:
     try:
         _ = x.shape, x.dtype, x.device, x.layout, x.is_nested, x.requires_grad
     except Exception as error:
-        kind = "nested tensor" if type(x) is torch.Tensor else type(x).__name__
+        kind = f"a {type(x).__name__} that cannot be read ({error})"
         raise ValueError(
-            f"{name} is a {kind} that cannot be read ({error}); it must be an ordinary strided "
-            f"tensor. Pass x.as_subclass(torch.Tensor), or initialize its module first"
+            f"{name} is {'nested' if type(x) is torch.Tensor else kind}; it must be an ordinary "
+            f"strided tensor. Pass x.as_subclass(torch.Tensor), or initialize its module first"
         ) from error
 
 
