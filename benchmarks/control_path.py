@@ -27,7 +27,7 @@ import cpkit
 from benchmarks.goals import entry
 from cpkit.control import launcher
 from cpkit.control.launch_options import Launch
-from cpkit.processes import process_id
+from cpkit.processes import process_id, run_command
 from cpkit.timing import percentile
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def row(name: str, samples: list[float]) -> dict[str, object]:
     }
 
 
-def main() -> None:
+def main() -> int:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="repetitions of each figure (10)")
@@ -174,7 +174,8 @@ def main() -> None:
             "rows": rows,
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -232,7 +232,8 @@ def write_pages(root: Path, markers: tuple[str, str], bodies: dict[str, str]) ->
     """Write the text between the markers of each page."""
     for page, body in bodies.items():
         path = root / page
-        path.write_text(put_between(path.read_text(), *markers, body))
+        text = put_between(path.read_text(encoding="utf-8"), *markers, body)
+        path.write_text(text, encoding="utf-8")
 
 
 def put_between(text: str, begin: str, end: str, body: str) -> str:

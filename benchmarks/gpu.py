@@ -11,14 +11,15 @@ all ranks, at the rate of the device's own copy in the same run.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks import gpu_figures
 from benchmarks.gpu_goals import goals_of
@@ -26,6 +27,8 @@ from benchmarks.launch import ROOT, keep, on_ranks, say
 from benchmarks.machine import environment
 from benchmarks.rows import row
 from cpkit.control import mps
+from cpkit.devices import loaded_nccl_version
+from cpkit.processes import run_command
 
 TOKENS = (512, 2048, 9216, 36864, 65536, 131072)  # 1, 4, 19, 75, 134, 268 MB
 QUICK_TOKENS = (512, 36864)
@@ -87,19 +90,27 @@ def measure(record: dict[str, Any], cp_size: int, tokens: tuple[int, ...], round
 def gpu_environment() -> dict[str, Any]:
     """Return the machine, the versions and the GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **environment("make bench-gpu", ", ".join(gpus)),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "nccl": ".".join(map(str, loaded_nccl_version())) if dist.is_nccl_available() else "",
+    }
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver; empty without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return {
-        **environment("make bench-gpu", ", ".join(gpus)),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "driver": driver.stdout.split("\n")[0].strip(),
-    }
+    return driver.stdout.split("\n")[0].strip()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -56,10 +56,11 @@ def as_text(record: dict[str, Any]) -> str:
 def conditions(record: dict[str, Any]) -> str:
     """Describe where, when and how the figures were measured."""
     where = record["environment"]
+    nccl = f"NCCL {where['nccl']}, " if where.get("nccl") else ""
     return (
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
-        f"torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times between "
-        f"CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
+        f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times "
+        f"between CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
         f"rounds. `plan` is the prepared call of `direct`, `graph` that call in a caller's CUDA "
         f"graph. `seed` is the seed's pipeline on symmetric buffers, `low-contention` torch's "
         f"_low_contention_all_gather with strip and reorder after it; each is shown as it is "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from cpkit.kernels.gather_kernel import PAGE_WORDS
 from cpkit.kernels.launch import Shape
 from cpkit.kernels.tiles import tile_table
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.processes import run_command
 
 ROW_BYTES = 2048
 SAMPLES, CALLS = 7, 4
@@ -120,4 +120,4 @@ def time_us(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ import cpkit
 from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
 from cpkit.notebook.show import find_browser
+from cpkit.processes import run_command
 from tests.helpers.lab_server import JupyterLab
 from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
 from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage
@@ -141,4 +141,4 @@ def summary(displays: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

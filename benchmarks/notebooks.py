@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from benchmarks.gpu import gpu_environment
 from benchmarks.launch import RESULTS, ROOT, say
 from benchmarks.machine import environment
+from cpkit.processes import run_command
 from tools import run
 
 COMMAND = "python -m benchmarks.notebooks"
@@ -84,4 +84,4 @@ def error_of(cell: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

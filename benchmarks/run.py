@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from benchmarks.goals import goals_of
 from benchmarks.launch import ROOT, keep, on_ranks, run_here, say
 from benchmarks.machine import environment
 from benchmarks.rows import rows_of
+from cpkit.processes import run_command
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ def control_figures(rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from cpkit.control.origin import describe
 from cpkit.control.tied import tied
 from cpkit.notebook import workspace
 from cpkit.os_errors import describe as describe_error
-from cpkit.processes import ProcessId, process_id
+from cpkit.processes import ProcessId, process_id, run_command
 
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as in init scripts
@@ -84,12 +85,16 @@ def logs(options: argparse.Namespace, _: list[str]) -> int:
         print(f"there are no logs of workers named {options.name!r}", file=sys.stderr)
         return 1
     if options.follow:
+        tail = shutil.which("tail")
+        if tail is None:
+            listed = " ".join(map(str, files))
+            raise ValueError(f"--follow needs the program tail, which is not in PATH: {listed}")
         sys.stdout.flush()
         command = ["tail", f"-n{options.lines}", "-F", *map(str, files)]
-        os.execvp("tail", command)  # noqa: S606 - no shell is what we want
+        os.execv(tail, command)  # noqa: S606 - no shell is what we want
     for file in files:
         print(f"==> {file} <==")
-        with file.open(errors="replace") as lines:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             print("".join(deque(lines, maxlen=options.lines)) or "(empty)\n")
     return 0
 
@@ -306,4 +311,4 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -14,7 +14,10 @@ from torch.autograd import forward_ad
 
 def device_type(x: object) -> str:
     """Return "cuda" for a CUDA tensor, "cpu" for everything else; never raises."""
-    return "cuda" if isinstance(x, torch.Tensor) and x.device.type == "cuda" else "cpu"
+    try:
+        return "cuda" if isinstance(x, torch.Tensor) and x.is_cuda else "cpu"
+    except Exception:  # noqa: BLE001 - a subclass can raise anything; check_tensor reports it
+        return "cpu"
 
 
 def use_local_gpu(*, shared: bool = False) -> None:
@@ -44,7 +47,7 @@ def loaded_nccl_version() -> tuple[int, ...]:
     except (OSError, AttributeError):
         status = -1
     if status != 0:
-        version: tuple[int, ...] = torch.cuda.nccl.version()
+        version: tuple[int, ...] = torch.cuda.nccl.version()  # noqa: TID251 - there is no other
         return version
     major, rest = divmod(number.value, 10000)
     return major, rest // 100, rest % 100
@@ -77,6 +80,8 @@ def check_tensor(name: str, x: object) -> None:
     """Check that a gather can read and write this tensor at its address. Raises ValueError."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} is {type(x).__name__}; it must be a tensor")
+    if type(x) is not torch.Tensor:
+        check_readable(name, x)
     _check_device(name, x)
     if x.is_nested:
         problem = "is nested"
@@ -92,6 +97,26 @@ def check_tensor(name: str, x: object) -> None:
         f"{name} {problem}; it must be an ordinary strided tensor. Pass x.to_local() of a DTensor, "
         f"x.dequantize() of a quantized tensor, x.to_dense() of a sparse one, or x.clone()"
     )
+
+
+def check_readable(name: str, x: object) -> None:
+    """Check that a tensor has a shape, a dtype and so on. Raises ValueError."""
+    if not isinstance(x, torch.Tensor) or (type(x) is torch.Tensor and not x.is_nested):
+        return
+    try:
+        _ = x.shape, x.dtype, x.device, x.layout, x.is_nested, x.requires_grad
+    except Exception as error:
+        kind = f"a {type(x).__name__} that cannot be read ({error})"
+        raise ValueError(
+            f"{name} is {'nested' if type(x) is torch.Tensor else kind}; it must be an ordinary "
+            f"strided tensor. Pass x.as_subclass(torch.Tensor), or initialize its module first"
+        ) from error
+
+
+def plain_class(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a subclass as a torch.Tensor, without a call of the subclass."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(torch.Tensor)
 
 
 def _check_device(name: str, x: torch.Tensor) -> None:

@@ -36,6 +36,7 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
+from cpkit.sync.collective import copyable
 from cpkit.validate import (
     LARGE_BYTES,
     check_caches,
@@ -363,7 +364,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     row_bytes = row_items * x.element_size()
     if row_bytes == 0:
         return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
-    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    dense = copyable(x).contiguous()
     # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = int(flat.storage_offset()) * x.element_size()
@@ -383,7 +384,7 @@ def cache_as_rows(cache: torch.Tensor) -> torch.Tensor:
 def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """View `[rows, lanes]` with the dtype and the trailing shape of `like`."""
     if rows.shape[1] == 0:
-        return like.new_empty(rows.shape[0], *like.shape[1:])
+        return rows.flatten().view(like.dtype).view(rows.shape[0], *like.shape[1:])
     return rows.view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 

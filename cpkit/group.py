@@ -149,8 +149,7 @@ class CPGroup:
         """
         self.owner.check()
         first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
-        is_cuda = isinstance(first, torch.Tensor) and first.is_cuda
-        pool = self.pools.get("cuda" if is_cuda else "cpu")
+        pool = self.pools.get(device_type(first))
         return pool.agreement() if pool else Agreement(self.exchange)
 
     @eager_only

@@ -5,13 +5,15 @@ A pid alone is reused, and each container has a PID namespace, where it means an
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import psutil
 
@@ -21,6 +23,36 @@ _HAS_PROC = Path("/proc/self/stat").exists()
 def command(action: str, name: str) -> str:
     """Return the shell command for an action on the workers of this name, for a message."""
     return f"{shlex.quote(sys.executable)} -m cpkit {action} --name {name}"
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a command's main function, and exit with its code, whatever its output goes to.
+
+    A pipe whose reader has ended (`… | head -1`) drops the rest of the output. A terminal that
+    cannot encode a character shows a question mark.
+    """
+    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
+    sys.exit(main())
+
+
+def _tolerant(stream: TextIO | None) -> TextIO:
+    """Return a stream that writes to the same file; None is an output that was closed (`>&-`)."""
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    raw = _ClosablePipe(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=True
+    )
+
+
+class _ClosablePipe(io.FileIO):
+    """An output that drops what is written after its reader has ended."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
 
 
 class ProcessId(NamedTuple):

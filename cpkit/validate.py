@@ -18,7 +18,13 @@ import torch
 from torch.autograd import forward_ad
 
 from cpkit.algorithms import ALGORITHMS
-from cpkit.devices import check_no_grad, check_tensor, is_capturing, is_plain_view
+from cpkit.devices import (
+    check_no_grad,
+    check_readable,
+    check_tensor,
+    is_capturing,
+    is_plain_view,
+)
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import row_stride
@@ -158,6 +164,8 @@ def _check_call(
         raise ValueError(
             f"tensors is {got}; it must be a list of at least one tensor, for example [k, v]"
         )
+    for number, x in enumerate(tensors):
+        check_readable(f"tensors[{number}]", x)
     devices = {str(x.device) for x in tensors if isinstance(x, torch.Tensor)}
     if len(devices) > 1:
         raise ValueError(
@@ -357,6 +365,7 @@ def _has_dense_rows(cache: torch.Tensor) -> bool:
 def _check_slots(
     slots: torch.Tensor, metadata: ContextParallelMetadata, device: torch.device
 ) -> None:
+    check_readable("slots", slots)
     total = metadata.total_tokens
     is_fine = isinstance(slots, torch.Tensor) and slots.dtype in (torch.int64, torch.int32)
     if not is_fine or list(slots.shape) != [total] or slots.device != device:

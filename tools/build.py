@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 
 from cpkit.notebook.show import NO_BROWSER, find_browser
+from cpkit.processes import run_command
 from tools import run, source
 
 MAX_BYTES = 1_000_000  # per committed notebook, including its pictures
@@ -90,7 +91,7 @@ def _canonical_output(output: Any) -> dict[str, Any]:
 
 def problems(path: Path) -> list[str]:
     """Return what is wrong with a committed notebook: its form, or a difference from its source."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
     try:
         form = canonical(notebook)
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_s = time.monotonic()
         notebook = build(path)
         text = canonical(notebook)
-        (NOTEBOOKS / f"{path.stem}.ipynb").write_text(text)
+        (NOTEBOOKS / f"{path.stem}.ipynb").write_text(text, encoding="utf-8")
         slowest = sorted(notebook.cells, key=run.seconds, reverse=True)[:3]
         words = ", ".join(f"{cell.id} {run.seconds(cell):.1f} s" for cell in slowest)
         took_s = time.monotonic() - start_s
@@ -145,4 +146,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from cpkit import settings
+from cpkit.processes import run_command
 
 ROOT = Path(__file__).parents[1]
 GATHER = ("layout", "provenance", "group", "validate", "gather", "plan", "symm", "reference")
@@ -72,7 +73,7 @@ def size_of(paths: list[str]) -> tuple[int, int]:
         for path in map(ROOT.joinpath, paths)
         for file in (path.rglob("*.py") if path.is_dir() else [path])
     ]
-    return len(files), sum(len(file.read_text().splitlines()) for file in files)
+    return len(files), sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def variables() -> tuple[int, int]:
@@ -156,4 +157,4 @@ def _entered(call: Callable[[], None]) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

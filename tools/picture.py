@@ -14,6 +14,7 @@ from cpkit.control.results import GatherResult
 from cpkit.lab import connect
 from cpkit.notebook.grids import Line, draw_lines, in_words
 from cpkit.notebook.show import NoPicture, png
+from cpkit.processes import run_command
 
 LENGTHS = [13, 9]
 CP_SIZE = 4
@@ -51,4 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

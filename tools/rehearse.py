@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpkit.processes import run_command
 from cpkit_lessons.lesson import KEY_VARIABLE
 from tools import run
 from tools.build import NOTEBOOKS, named
@@ -104,4 +105,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -68,7 +68,8 @@ class redirect(TorchFunctionMode):  # noqa: N801 - used like a function, in a wi
         result = self._allocate([extent], geometry.dtype, device).as_strided(shape, stride)
         if fill is not None:
             result.fill_(fill)
-        return result.requires_grad_(geometry.requires_grad)
+        # Inside torch.func transforms requires_grad_ is an error, also with False.
+        return result.requires_grad_() if geometry.requires_grad else result
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from cpkit.devices import check_tensor, is_plain_view
 from cpkit.group import CPGroup
 from cpkit.memory.path import BufferLocation, BufferPair
-from cpkit.sync.collective import owner_of
+from cpkit.sync.collective import describe, owner_of
+
+
+def check_plain_view(tensor: torch.Tensor) -> None:
+    """Check that a tensor's memory holds its values. Raises ValueError."""
+    if not is_plain_view(tensor):
+        raise ValueError(
+            f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
+        )
+
+
+def not_in_pool(tensor: torch.Tensor) -> ValueError:
+    """Return the error for anything but a tensor of a pool."""
+    check_tensor("the tensor", tensor)  # raises a better one
+    return ValueError(
+        f"{describe(tensor)} is not a tensor of this group's pool; make it inside "
+        f"`with use_symmetric_memory(group)`"
+    )
 
 
 def locate_pair(send: torch.Tensor, recv: torch.Tensor, group: CPGroup) -> BufferPair:

@@ -21,7 +21,7 @@ from functools import partial
 import msgspec
 import torch
 
-from cpkit.devices import check_can_grow, check_stream, is_plain_view, keep_for_replays, on_stream
+from cpkit.devices import check_can_grow, check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -34,7 +34,7 @@ from cpkit.memory.allocator import (
     rounded,
 )
 from cpkit.memory.backend import Backend, Prepared, Segment
-from cpkit.memory.locate import locate_pair
+from cpkit.memory.locate import check_plain_view, locate_pair, not_in_pool
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory
 from cpkit.memory.path import Decision, PathReport, decide_from
 from cpkit.memory.posix import PosixBackend
@@ -44,7 +44,14 @@ from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
 from cpkit.sync.barrier import BarrierTimeout
-from cpkit.sync.collective import check_gather, describe, extent, register_segment, torch_all_gather
+from cpkit.sync.collective import (
+    check_gather,
+    copyable,
+    describe,
+    extent,
+    register_segment,
+    torch_all_gather,
+)
 from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
@@ -127,13 +134,7 @@ class SymmetricPool:
         """
         self.group.check_rank("rank", rank)
         segment, offset = self.offset_of(tensor)
-        if not is_plain_view(tensor):
-            raise ValueError(
-                f"{describe(tensor)} is a conjugated or negated view; pass the plain tensor"
-            )
-        if tensor.is_contiguous():
-            memory = self._segments[segment].view(rank, offset, tensor.nbytes)
-            return memory.view(tensor.dtype).view(tensor.shape)
+        check_plain_view(tensor)
         start, stop = extent(tensor)
         memory = self._segments[segment].view(rank, offset, stop - start)
         return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
@@ -157,12 +158,12 @@ class SymmetricPool:
 
     def offset_of(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Return `locate` of a tensor of this pool. Raises ValueError for others."""
-        found = self.locate(tensor)
+        try:
+            found = self.locate(tensor)
+        except (RuntimeError, AttributeError) as error:  # it has no address
+            raise not_in_pool(tensor) from error
         if found is None:
-            raise ValueError(
-                f"{describe(tensor)} is not a tensor of this group's pool; make it inside "
-                f"`with use_symmetric_memory(group)`"
-            )
+            raise not_in_pool(tensor)
         return found
 
     def segment_of(self, tensor: torch.Tensor) -> Segment:
@@ -313,15 +314,14 @@ class SymmetricPool:
             call.must_match(Signature(f"gather {describe(output, input)}"))
             call.state += msgspec.msgpack.encode(locate_pair(input, output, self.group))
         report, unsafe_send, unsafe_recv = self.decide(call)
-        recv, send = output.detach(), input.detach().resolve_conj().resolve_neg()
         with on_stream(stream, output, input):
             if report.path == "fallback":
                 # A rank that could not register the pool has no windows; others may have them.
                 windows = not self.backend.window_problem()
                 with stage("wire"):
                     torch_all_gather(
-                        recv,
-                        send,
+                        output,
+                        input,
                         self.group,
                         symmetric_send=windows and not unsafe_send,
                         symmetric_recv=windows and not unsafe_recv,
@@ -329,8 +329,8 @@ class SymmetricPool:
             else:
                 pushes = report.path == "symmetric"
                 self.all_gather(
-                    [send],
-                    [recv],
+                    [copyable(input)],
+                    [copyable(output)],
                     symmetric_send=not (pushes and unsafe_send),
                     symmetric_recv=pushes,
                 )
@@ -401,11 +401,10 @@ class SymmetricPool:
 
     def stats(self) -> PoolStatistics:
         """Return sizes, counts and times of the pool up to now. Local."""
-        nbytes = sum(each.nbytes for each in self._segments)
         return PoolStatistics(
             segments=len(self._segments),
             arena_bytes=self._arena_bytes,
-            spill_bytes=nbytes - self._arena_bytes,
+            spill_bytes=sum(each.nbytes for each in self._segments) - self._arena_bytes,
             used_bytes=self._allocator.used_bytes,
             peak_bytes=self._allocator.peak_bytes,
             largest_free_bytes=self._allocator.largest_free(),

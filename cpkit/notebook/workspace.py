@@ -28,7 +28,10 @@ def refresh(originals: Path = ROOT / "notebooks", workspace: Path = WORKSPACE) -
     """
     found = sorted(originals.glob("*.ipynb"))
     if not found:
-        raise ValueError(f"there are no notebooks in {originals}; run this in a clone of cpkit")
+        raise ValueError(
+            f"the notebooks are in cpkit's repository and not in this installed package (there are "
+            f"none in {originals}): clone the repository, and run `make lab` there"
+        )
     try:
         return _update(found, workspace)
     except OSError as error:

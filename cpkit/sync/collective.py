@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cpkit.devices import check_no_grad, check_tensor, is_plain_view
+from cpkit.devices import check_no_grad, check_tensor, is_plain_view, plain_class
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 
 
@@ -160,9 +160,33 @@ def exchange_over(process_group: dist.ProcessGroup, message: bytes, size: int) -
     return [page[8 : 8 + int.from_bytes(page[:8], "little")] for page in pages]
 
 
+# torch stores and views these dtypes, but has no kernels that copy them or fill their memory.
+_BYTE_DTYPES = (
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
+    *("float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"),
+)
+_CARRIERS = {
+    getattr(torch, name): carrier
+    for name, carrier in (*((name, torch.uint8) for name in _BYTE_DTYPES), ("bits16", torch.int16))
+    if hasattr(torch, name)
+}
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """View a tensor as integers if torch cannot copy its dtype (int4).
+
+    A lazily conjugated or negated view is copied. The result is of no subclass.
+    """
+    if type(x) is not torch.Tensor:
+        x = plain_class(x)
+    values = x.detach().resolve_conj().resolve_neg()
+    carrier = _CARRIERS.get(values.dtype)
+    return values.view(carrier) if carrier else values
+
+
 def _flat_bytes(x: torch.Tensor) -> torch.Tensor:
     """Return all bytes of a tensor in one dimension: a view of it if it is contiguous."""
-    dense = x.detach().resolve_conj().resolve_neg().contiguous()
+    dense = copyable(x).contiguous()
     # A single element counts as contiguous with any stride, but the view below needs stride 1.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 

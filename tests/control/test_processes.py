@@ -1,4 +1,4 @@
-"""A process is distinguished from a later one with its pid, its zombie, and others' namespaces."""
+"""The identity of a process, also in containers; commands with a closed pipe or old terminal."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cpkit.control.exit_report import exit_report
 from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.processes import process_id
 from cpkit.sync.shm import _create, reap_dead_files
+from tests.helpers import ROOT
 from tests.helpers.processes import new_pid_namespace, until
 
 # What an agent and rank 0 leave in the runtime directory, without torchrun.
@@ -113,3 +114,40 @@ def test_segments_of_another_container_are_not_reaped(
     assert path.exists()
     own.close()
     assert reap_dead_files() == [path]
+
+
+def run_without(tmp_path: Path, stdout: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without programs in PATH, and with ASCII as its only encoding."""
+    return subprocess.run(
+        [sys.executable, "-m", "cpkit", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={
+            "PATH": "/nonexistent",
+            "LC_ALL": "C",
+            "PYTHONUTF8": "0",
+            "PYTHONIOENCODING": "ascii",
+            "JUPYTER_RUNTIME_DIR": str(tmp_path),
+        },
+    )
+
+
+def test_a_terminal_without_unicode_shows_question_marks(tmp_path: Path) -> None:
+    done = run_without(tmp_path, subprocess.PIPE, "doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  ? by design: it uses the ordinary collective" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("status", 3), ("stop", 0), ("lab --help", 0), ("logs", 1)]
+)
+def test_a_reader_that_has_ended_is_no_error(tmp_path: Path, command: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_without(tmp_path, writer, *command.split())
+    os.close(writer)
+    assert done.returncode == code
+    assert "Error" not in done.stderr

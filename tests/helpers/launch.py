@@ -21,9 +21,19 @@ LIMIT_S = 300.0  # only a launch that hangs takes this long
 # The rank programs by number of ranks. One launch runs all of them, because starting torch takes
 # longer than most checks. Those of 4 ranks include gathers in groups of 2.
 MODULES = {
-    2: ("caches", "symmetric", "signals", "plans", "crossed", "waits", "benchmark", "threads"),
-    3: ("gathers", "caches", "signals", "mutants", "plans", "crossed"),
-    4: ("gathers", "groups", "symmetric", "waits"),
+    2: (
+        "caches",
+        "symmetric",
+        "signals",
+        "plans",
+        "crossed",
+        "waits",
+        "benchmark",
+        "threads",
+        "fuzz",
+    ),
+    3: ("gathers", "caches", "signals", "mutants", "plans", "crossed", "fuzz", "fuzz_mutants"),
+    4: ("gathers", "groups", "symmetric", "waits", "fuzz", "odd_tensors"),
 }
 
 

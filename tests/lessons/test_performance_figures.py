@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
+import subprocess
 import threading
 from html import unescape
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from cpkit.control.messages import Array, ClockResult, Workload
 from cpkit.notebook import style
-from cpkit_lessons import figures, performance, published, recordings, report
+from cpkit_lessons import figures, machine, performance, published, recordings, report
 from cpkit_lessons.mistakes import Mistake, noisy_neighbour
 
 SIZES = (1 << 16, 1 << 20, 1 << 24)
@@ -213,3 +216,21 @@ def test_clocked_times_are_of_the_slowest_rank() -> None:
 def test_the_modelled_time_counts_the_bytes_written() -> None:
     rows = {"pad": 3, "wire": 12, "strip": 10}
     assert performance.price(rows, 10, 5.0, 20.0, 1.0) == 2 + 1.5 + 24 + 5
+
+
+def test_the_recorded_commit_is_that_of_cpkits_own_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed cpkit can be inside another project's checkout, which has its own commits."""
+    installed = tmp_path / "project" / "cpkit_lessons" / "machine.py"
+    installed.parent.mkdir(parents=True)
+    shutil.copyfile(machine.__file__, installed)
+    other = ["git", "-C", str(installed.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "machine.py"], ["commit", "-qm", "other"]):
+        subprocess.run([*other, *command], check=True)
+    assert runpy.run_path(str(installed))["commit"]() == ""
+    own = machine.commit()
+    monkeypatch.setenv("GIT_DIR", str(installed.parent / ".git"))  # as in a hook of that project
+    assert machine.commit() == own
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert machine.commit() == ""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+
+from cpkit import devices
 from cpkit.memory.path import BufferLocation, BufferPair, decide, unsafe_for_nccl, without_windows
 
 A, B = BufferLocation(0, 256), BufferLocation(0, 512)
@@ -117,3 +122,21 @@ def test_unregistered_memory_has_no_symmetric_path() -> None:
     assert (report.path, report.reason) == ("fallback", "NCCL did not register the pool")
     fallback = decide([BufferPair(A, ORDINARY)], 0, "nccl 2.30.7")
     assert without_windows(fallback, "NCCL did not register the pool") == fallback
+
+
+@pytest.mark.parametrize(("status", "version"), [(0, (2, 30, 7)), (1, (2, 28, 9))])
+def test_the_version_of_nccl_is_that_of_the_loaded_library(
+    status: int, version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version than torch was compiled with; that one counts if no library answers."""
+
+    def answer(number: Any) -> int:
+        number._obj.value = 23007
+        return status
+
+    library = SimpleNamespace(ncclGetVersion=answer)
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name, mode: library)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    devices.loaded_nccl_version.cache_clear()
+    assert devices.loaded_nccl_version() == version
+    devices.loaded_nccl_version.cache_clear()

@@ -96,7 +96,7 @@ def test_a_deleted_copy_or_one_replaced_by_the_new_version_follows_again(
 
 
 def test_missing_originals_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="in a clone of cpkit"):
+    with pytest.raises(ValueError, match="clone the repository, and run `make lab`"):
         workspace.refresh(tmp_path, tmp_path / "workspace")
     assert list(tmp_path.iterdir()) == []
 

@@ -86,7 +86,7 @@ def write(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(content, indent=1) + "\n")
-        page.write_text(text)
+        page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"cannot write the report to {folder}: {describe(error)}; pass a folder that you can "

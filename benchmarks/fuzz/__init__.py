@@ -1,0 +1,1 @@
+"""Random gathers in real processes, compared with a definition of their own."""
