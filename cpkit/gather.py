@@ -26,11 +26,12 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.algorithms import ALGORITHMS
+from cpkit.caches import cache_as_rows, check_caches, scatter_into
 from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import row_stride, same_lanes
+from cpkit.memory.backend import LANES
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
@@ -39,7 +40,6 @@ from cpkit.symm import use_symmetric_memory
 from cpkit.sync.collective import copyable
 from cpkit.validate import (
     LARGE_BYTES,
-    check_caches,
     check_call,
     check_capture,
     check_group,
@@ -350,14 +350,9 @@ def cp_all_gather_rerange_kv_cache(
 #     strip    [W·P, lanes]  → [T, lanes]      rank order
 #     reorder  [T, lanes]    → [T, lanes]      token order
 
+
 # Indexed by the bitwise or of all sizes and offsets in bytes, modulo 8: an or is a multiple of 2, 4
 # or 8 only when all its terms are.
-_LANES = (
-    torch.int64, torch.uint8, torch.int16, torch.uint8,
-    torch.int32, torch.uint8, torch.int16, torch.uint8,
-)  # fmt: skip
-
-
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View a tensor `[rows, …]` as `[rows, lanes]`; copy it first if it is not contiguous."""
     row_items = math.prod(x.shape[1:])
@@ -368,17 +363,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = int(flat.storage_offset()) * x.element_size()
-    return flat.view(_LANES[(row_bytes | offset_bytes) % 8])
-
-
-def cache_as_rows(cache: torch.Tensor) -> torch.Tensor:
-    """View a cache `[slots, …]` as `[slots, lanes]` without a copy; its rows may lie apart."""
-    row_items, size = math.prod(cache.shape[1:]), cache.element_size()
-    if row_items == 0:
-        return as_rows(cache)
-    pitch, offset = row_stride(cache), int(cache.storage_offset())
-    flat = cache.detach().as_strided((cache.shape[0], row_items), (pitch, 1))
-    return flat.view(_LANES[(row_items | pitch | offset) * size % 8])
+    return flat.view(LANES[(row_bytes | offset_bytes) % 8])
 
 
 def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -418,16 +403,6 @@ def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> 
     """
     with torch.inference_mode(False):
         return metadata.token_order.to(device)
-
-
-def scatter_into(
-    caches: Sequence[torch.Tensor], gathered: Sequence[torch.Tensor], slots: torch.Tensor
-) -> None:
-    """Store token t at row `slots[t]` of each cache, `[slots, lanes]`; skip it where that is -1."""
-    stored = (slots >= 0).nonzero().flatten()
-    for cache, rows in zip(caches, gathered, strict=True):
-        target, source = same_lanes(cache, rows)
-        target.index_copy_(0, slots[stored], source[stored])
 
 
 # -------------------------------------------------------------------- what a gather did

@@ -193,6 +193,12 @@ class Backend(Protocol):
         """Return why NCCL has no window on this memory; empty if it has one or is not used."""
 
 
+LANES = (
+    torch.int64, torch.uint8, torch.int16, torch.uint8,
+    torch.int32, torch.uint8, torch.int16, torch.uint8,
+)  # fmt: skip
+
+
 def row_stride(cache: torch.Tensor) -> int:
     """Return the elements from one row of a cache, `[slots, …]`, to the next.
 

@@ -318,22 +318,16 @@ class SymmetricPool:
             if report.path == "fallback":
                 # A rank that could not register the pool has no windows; others may have them.
                 windows = not self.backend.window_problem()
+                send, recv = windows and not unsafe_send, windows and not unsafe_recv
                 with stage("wire"):
                     torch_all_gather(
-                        output,
-                        input,
-                        self.group,
-                        symmetric_send=windows and not unsafe_send,
-                        symmetric_recv=windows and not unsafe_recv,
+                        output, input, self.group, symmetric_send=send, symmetric_recv=recv
                     )
             else:
                 pushes = report.path == "symmetric"
-                self.all_gather(
-                    [copyable(input)],
-                    [copyable(output)],
-                    symmetric_send=not (pushes and unsafe_send),
-                    symmetric_recv=pushes,
-                )
+                send = not (pushes and unsafe_send)
+                shards, outputs = [copyable(input)], [copyable(output)]
+                self.all_gather(shards, outputs, symmetric_send=send, symmetric_recv=pushes)
         return report
 
     def decide(self, call: Agreement, transport: str = "") -> Decision:
@@ -342,10 +336,10 @@ class SymmetricPool:
         `transport` defaults to that of this pool.
         """
         locations = tuple([state[_STATE_BYTES:] for state in call.states])
-        if transport:
-            return decide_from(locations, self.group.rank, transport, "")
-        problem = self.backend.window_problem()
-        return decide_from(locations, self.group.rank, self.backend.transport(), problem)
+        problem = "" if transport else self.backend.window_problem()
+        return decide_from(
+            locations, self.group.rank, transport or self.backend.transport(), problem
+        )
 
     # ------------------------------------------------------------------------- life
 

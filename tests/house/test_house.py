@@ -29,7 +29,7 @@ LAYERS = (
     ("cpkit.memory.path", "cpkit.memory.nccl_log"),
     ("cpkit.group",),
     ("cpkit.kernels", "cpkit.memory"),
-    ("cpkit.validate",),
+    ("cpkit.caches", "cpkit.validate"),
     ("cpkit.symm",),
     ("cpkit.gather",),
     ("cpkit.plan", "cpkit.bench", "cpkit.reference"),
