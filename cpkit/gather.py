@@ -359,7 +359,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     row_bytes = row_items * x.element_size()
     if row_bytes == 0:
         return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
-    dense = copyable(x).contiguous()
+    is_dense = x.is_contiguous() and not (x.is_conj() or x.is_neg())
+    dense = x.detach() if is_dense and type(x) is torch.Tensor else copyable(x).contiguous()
     # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = int(flat.storage_offset()) * x.element_size()

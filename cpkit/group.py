@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Protocol
 
 import msgspec
@@ -107,7 +108,7 @@ class CPGroup:
     @eager_only
     def barrier(self) -> None:
         """Wait for all ranks of the group. Raises TimeoutError naming the ranks that are late."""
-        self.owner.check()
+        self.check_thread()
         if self.shm_barrier:
             self.shm_barrier.barrier()
         else:
@@ -129,6 +130,11 @@ class CPGroup:
         if barrier and barrier.last_call == EXCHANGE and not isinstance(error, others):
             barrier.fail(describe_error(error))
 
+    def check_thread(self) -> None:
+        """Check that this thread uses the group. Raises RuntimeError naming the other one. Local."""
+        if self.owner.thread != get_ident():
+            self.owner.refuse()
+
     def check_rank(self, name: str, rank: int) -> None:
         """Check that an argument is a rank of the group. Raises ValueError. Local."""
         if type(rank) is not int or not 0 <= rank < self.size:
@@ -136,7 +142,7 @@ class CPGroup:
 
     def exchange(self, message: bytes) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
-        self.owner.check()
+        self.check_thread()
         if self.shm_barrier:
             return self.shm_barrier.exchange(message)
         return exchange_over(self.process_group, message, self.size)
@@ -147,9 +153,10 @@ class CPGroup:
         At its end all ranks continue, or all raise ValueError (see cpkit.sync.agreement), and
         blocks of the pool that all ranks have dropped become free.
         """
-        self.owner.check()
         first = tensors[0] if isinstance(tensors, list | tuple) and tensors else None
-        pool = self.pools.get(device_type(first))
+        pool = self.pools.get(
+            first.device.type if type(first) is torch.Tensor else device_type(first)
+        )
         return pool.agreement() if pool else Agreement(self.exchange)
 
     @eager_only
@@ -170,7 +177,7 @@ class CPGroup:
         `agreed=True` skips that: the caller's ranks have already agreed on this call, and allocated
         `output` after that agreement. Source: SGLang's GroupCoordinator, same name.
         """
-        self.owner.check()
+        self.check_thread()
         pool = self.pools.get(device_type(input))
         if pool:
             self.last_path = pool.all_gather_into_tensor(output, input, stream, agreed=agreed)
@@ -198,7 +205,8 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     thread than before.
     """
     world = _world()
-    world.owner.check()
+    if world.owner.thread != get_ident():
+        world.owner.refuse()
     with Agreement(world.exchange) as call:
         _check_size(world, cp_size, name)
         if (cp_size, name) not in world.groups:
@@ -399,9 +407,9 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     gpu, gpus = world.gpus[world.rank], [each for each in world.gpus if each]
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
     suffix = "" if name == "default" else f".{name}"
-    exchange = StoreExchange(
-        world.store, f"cp{cp_size}.{index}.{_generation}{suffix}", rank, cp_size
-    )
+    # A thread that waits in a store's client keeps others out of it, and the peers may need those.
+    store = world.store.clone() if suffix else world.store  # type: ignore[attr-defined]
+    exchange = StoreExchange(store, f"cp{cp_size}.{index}.{_generation}{suffix}", rank, cp_size)
     shm_barrier = None
     if not spans_hosts:
         shm_barrier = ShmBarrier(exchange, f"make the barrier of cp_size {cp_size}")

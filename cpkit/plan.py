@@ -91,7 +91,7 @@ class GatherPlan:
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
-        self.group.owner.check()
+        self.group.check_thread()
         push, results, planned, used, addresses = next(self._pushes)
         if [x.data_ptr() for x in used] != addresses:
             self._refuse(used, addresses)

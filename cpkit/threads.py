@@ -24,19 +24,14 @@ _FORKED = 0  # no thread has this identity
 
 
 class OwnerThread:
-    """The thread that uses an object called `name`: at first the one that made it."""
+    """The thread that uses an object called `name`: at first the one that made it.
+
+    Users compare `thread` with `threading.get_ident()`, and call `refuse` if they differ.
+    """
 
     def __init__(self, name: str) -> None:
-        self._name, self._thread, self._lock = name, get_ident(), threading.RLock()
+        self._name, self.thread, self._lock = name, get_ident(), threading.RLock()
         _owners.add(self)
-
-    def check(self) -> None:
-        """Check that this thread is the owner. Raises RuntimeError naming the owner. Local.
-
-        The rank must raise before it sends anything, because its peers cannot distinguish threads.
-        """
-        if self._thread != get_ident():
-            self._refuse()
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -45,26 +40,30 @@ class OwnerThread:
         Raises RuntimeError while another thread is inside such a block.
         """
         if not self._lock.acquire(blocking=False):
-            self._refuse()
-        previous, self._thread = self._thread, get_ident()
+            self.refuse()
+        previous, self.thread = self.thread, get_ident()
         try:
             yield
         finally:
-            self._thread = previous
+            self.thread = previous
             self._lock.release()
 
     def leave_to_parent(self) -> None:
         """Let no thread of a forked child use the object: it belongs to the rank."""
-        self._thread = _FORKED
+        self.thread = _FORKED
 
-    def _refuse(self) -> NoReturn:
-        if self._thread == _FORKED:
+    def refuse(self) -> NoReturn:
+        """Raise RuntimeError naming the owner, in a thread that is not it. Local.
+
+        Call this before anything is sent, because the peers cannot distinguish threads.
+        """
+        if self.thread == _FORKED:
             raise RuntimeError(
                 f"{self._name} belongs to the rank from which this process was forked, and the "
                 f"peers would take its calls for those of the rank. Gather in the rank itself, and "
                 f'start other processes with multiprocessing.get_context("spawn")'
             )
-        names = [each.name for each in threading.enumerate() if each.ident == self._thread]
+        names = [each.name for each in threading.enumerate() if each.ident == self.thread]
         owner = f"thread {names[0]!r}" if names else "a thread that has ended"
         raise RuntimeError(
             f"{self._name} belongs to {owner}, and was used in thread "

@@ -112,7 +112,7 @@ class SymmetricPool:
         Every rank makes the same calls. The bytes return to the pool at the first agreement after
         all ranks have dropped the tensor. Collective only when the pool has no room.
         """
-        self.group.owner.check()
+        self.group.check_thread()
         count = math.prod(shape)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
@@ -228,7 +228,7 @@ class SymmetricPool:
         At its end every rank also raises SymmetricMemoryError when the ranks' allocations differ,
         and this rank raises BarrierTimeout when a kernel of it timed out earlier.
         """
-        self.group.owner.check()
+        self.group.check_thread()
         late = self.backend.late_message
         failure = BarrierTimeout(late) if late else None
         return Agreement(self._exchange, self._allocator.record, self._free_agreed, failure)

@@ -135,37 +135,26 @@ class ShmBarrier:
             if words[slot] != call:
                 raise self._difference([words[slot] for words in self._words])
 
-    def exchange(self, message: bytes) -> list[bytes]:
+    def exchange(self, message: bytes, call: int = EXCHANGE) -> list[bytes]:
         """Return the messages of all ranks, up to MAX_MESSAGE_BYTES each, by rank; a barrier."""
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message has {len(message)} bytes; at most {MAX_MESSAGE_BYTES} fit")
-        self._write(message)
-        self.barrier(EXCHANGE)
-        return self._messages()
+        slot = _MESSAGES[(self._round + 1) % 2]
+        self._own[slot // 8] = len(message)
+        self._pages[self.rank][slot + 8 : slot + 8 + len(message)] = message
+        self.barrier(call)
+        pairs = zip(self._pages, self._words, strict=True)
+        return [bytes(page[slot + 8 : slot + 8 + words[slot // 8]]) for page, words in pairs]
 
     def fail(self, why: str) -> None:
         """Arrive at the barrier where the peers wait for this rank; they raise RankFailed."""
-        self._write(why.encode()[:MAX_MESSAGE_BYTES])
         with suppress(BarrierTimeout, CallsDiffer, RankFailed):
-            self.barrier(FAILED)
+            self.exchange(why.encode()[:MAX_MESSAGE_BYTES], FAILED)
 
     @property
     def last_call(self) -> int:
         """The call of this rank's latest barrier: after EXCHANGE, peers wait at another one."""
         return self._own[_CALLS[self._round % 2]]
-
-    def _write(self, message: bytes) -> None:
-        """Write a message into this rank's slot of the next round."""
-        slot = _MESSAGES[(self._round + 1) % 2]
-        self._own[slot // 8] = len(message)
-        self._pages[self.rank][slot + 8 : slot + 8 + len(message)] = message
-
-    def _messages(self) -> list[bytes]:
-        """Return the messages of all ranks in this round."""
-        slot = _MESSAGES[self._round % 2]
-        lengths = [words[slot // 8] for words in self._words]
-        pairs = zip(self._pages, lengths, strict=True)
-        return [bytes(page[slot + 8 : slot + 8 + length]) for page, length in pairs]
 
     def _wait(self, counter: memoryview, round: int) -> None:
         """Poll, then yield, then sleep; for how long depends on the load of this core.
@@ -216,11 +205,11 @@ class ShmBarrier:
     def _difference(self, calls: list[int]) -> CallsDiffer | RankFailed:
         if FAILED not in calls:
             return self._calls_differ(calls)
-        failed = [
-            f"rank {rank}: {message.decode(errors='ignore')}"
-            for rank, (call, message) in enumerate(zip(calls, self._messages(), strict=True))
-            if call == FAILED
-        ]
+        slot, failed = _MESSAGES[self._round % 2], []
+        for rank, (page, words) in enumerate(zip(self._pages, self._words, strict=True)):
+            if calls[rank] == FAILED:
+                message = bytes(page[slot + 8 : slot + 8 + words[slot // 8]])
+                failed.append(f"rank {rank}: {message.decode(errors='ignore')}")
         return RankFailed(
             f"{self._name}: a rank failed in this call, so no rank has its result. "
             f"{'; '.join(failed)}. Start again with cpkit.group.forget_groups() on every rank"

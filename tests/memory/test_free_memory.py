@@ -100,7 +100,7 @@ def test_all_who_ask_for_free_memory_see_the_limit(container: int) -> None:
     assert limits.memory_limit_bytes.__wrapped__() == container // 2
     (box, _) = doctor._free_memory()
     assert box == ("memory limit, the tightest", "the box has 90 MiB", "Get a larger box")
-    assert "the memory limits leave 0.1 GiB" in doctor._shared_memory().found
+    assert "the memory limits leave 0.1 GiB" in next(doctor._shared_memory()).found
 
 
 def test_memory_that_the_system_refuses_is_explained_by_its_limit(container: int) -> None:
