@@ -131,7 +131,7 @@ class CPGroup:
             barrier.fail(describe_error(error))
 
     def check_thread(self) -> None:
-        """Check that this thread uses the group. Raises RuntimeError naming the other one. Local."""
+        """Check that this thread uses the group. Raises RuntimeError naming the owner. Local."""
         if self.owner.thread != get_ident():
             self.owner.refuse()
 
