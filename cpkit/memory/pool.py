@@ -173,8 +173,9 @@ class SymmetricPool:
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
         """Store this rank's shard into every peer's symmetric output. Not synchronized."""
         if shard.numel():
-            segment, start = self.offset_of(output)
-            offset = start + self.group.rank * shard.nbytes
+            found = self.locate(output)
+            assert found, "symmetric outputs are in the pool"
+            segment, offset = found[0], found[1] + self.group.rank * shard.nbytes
             for peer in self.peer_order:
                 place = self._segments[segment].view(peer, offset, shard.nbytes)
                 place.view(shard.dtype).view(shard.shape).copy_(shard)
