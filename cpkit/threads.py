@@ -37,9 +37,9 @@ class OwnerThread:
     def own(self) -> Iterator[None]:
         """Make this thread the owner until the block ends.
 
-        Raises RuntimeError while another thread is inside such a block.
+        Raises RuntimeError while another thread is inside such a block, and in a forked child.
         """
-        if not self._lock.acquire(blocking=False):
+        if self.thread == _FORKED or not self._lock.acquire(blocking=False):
             self.refuse()
         previous, self.thread = self.thread, get_ident()
         try:

@@ -125,7 +125,12 @@ def check_a_forked_child_is_refused_and_its_parent_gathers() -> None:
     """The peers would take the child's rows for those of its parent."""
     group, metadata, rows = batch_of(40)
     plan = plan_gather_kv([rows], metadata, group)
-    calls = (lambda: all_gather_kv([rows], metadata, group), plan, group.barrier, world_group)
+
+    def use() -> None:
+        with use_group(group):
+            pass
+
+    calls = (lambda: all_gather_kv([rows], metadata, group), plan, group.barrier, world_group, use)
     child = os.fork()
     if child == 0:
         wrong = 1
