@@ -74,8 +74,8 @@ def check_caches(
         )
     for number, (cache, x) in enumerate(zip(into, tensors, strict=True)):
         _check_cache(cache, x, f"into[{number}]")
-    _check_overlap(into, tensors)
     _check_slots(slots, metadata, tensors[0].device)
+    _check_overlap(into, tensors, slots)
     yield Signature("into caches")
     if algorithm == "direct" and symmetric:
         yield _cache_locations(into, group)
@@ -196,16 +196,19 @@ def _check_slot_values(values: torch.Tensor, rows: int) -> None:
         )
 
 
-def _check_overlap(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Check that no cache shares memory with another tensor: its rows would be overwritten.
+def _check_overlap(
+    into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], slots: torch.Tensor
+) -> None:
+    """Check that no cache shares memory with another tensor: its values would be overwritten.
 
     Slices of one cache can interleave: then each pair of tensors is compared exactly.
     """
-    extents = [(*extent(x), True) for x in into] + [(*extent(x), False) for x in tensors]
+    read = (*tensors, slots)
+    extents = [(*extent(x), True) for x in into] + [(*extent(x), False) for x in read]
     furthest = furthest_cache = 0  # the highest end so far
     for start, stop, is_cache in sorted(extents):
-        if start < (furthest if is_cache else furthest_cache):  # rows can share memory with rows
-            _check_pairs(into, tensors)
+        if start < (furthest if is_cache else furthest_cache):  # those that are read may overlap
+            _check_pairs(into, tensors, slots)
             return
         furthest = max(furthest, stop)
         if is_cache:
@@ -233,9 +236,12 @@ def _span(name: str, x: torch.Tensor, *, is_cache: bool) -> _Span:
     return _Span(start, stop, 1, stop - start, stop - start, name, is_cache)
 
 
-def _check_pairs(into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+def _check_pairs(
+    into: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], slots: torch.Tensor
+) -> None:
     spans = [_span(f"into[{i}]", x, is_cache=True) for i, x in enumerate(into)]
     spans += [_span(f"tensors[{i}]", x, is_cache=False) for i, x in enumerate(tensors)]
+    spans.append(_span("slots", slots, is_cache=False))
     spans.sort()
     for number, first in enumerate(spans):
         for second in spans[number + 1 :]:

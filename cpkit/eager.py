@@ -17,9 +17,9 @@ def eager_only(function: F) -> F:
     otherwise trace into the function, whose pointers and peers' memory it cannot represent.
 
     torch.compiler.disable does the same with a wrapper around every call, and imports the compiler:
-    seconds and more than 100 MB on every rank. Here the compiler finds two marks. The attribute
-    stops it where it inlines a call. The strategy stops it where Python calls the function and all
-    that the function calls.
+    seconds and more than 100 MB on every rank. Two marks replace it. The attribute applies when the
+    compiler inlines a call to the function. The strategy applies when Python calls the function,
+    and to everything that it calls.
     """
     marked: Any = function
     marked._torchdynamo_disable = True

@@ -168,7 +168,7 @@ def padded_large(
     """
     with memory.group.agreement(rows):
         shards, outputs = _pad_and_allocate(rows, metadata)
-    memory.group.barrier()  # from here on, no peer waits in shared memory (report_failure)
+    memory.group.barrier()  # later failures are not reported: the peers wait in the collective
     path = memory.all_gather(shards, outputs)
     return _strip_and_reorder(outputs, metadata), path
 
@@ -342,8 +342,8 @@ def cp_all_gather_rerange_kv_cache(
 
 # ----------------------------------------------------------------------- the passes
 #
-# Rows are moved as `[rows, lanes]`, where a lane is the widest integer whose size divides the row.
-# So fp8 and bool are copied bit-exact, like any other dtype.
+# Rows are moved as `[rows, lanes]`, where a lane is the widest integer whose size divides the row
+# and its offset in memory. So fp8 and bool are copied bit-exact, like any other dtype.
 #
 #     pad      [n_r, lanes]  → [P, lanes]
 #     wire     [P, lanes]    → [W·P, lanes]    rank order, with padding
@@ -351,8 +351,6 @@ def cp_all_gather_rerange_kv_cache(
 #     reorder  [T, lanes]    → [T, lanes]      token order
 
 
-# Indexed by the bitwise or of all sizes and offsets in bytes, modulo 8: an or is a multiple of 2, 4
-# or 8 only when all its terms are.
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View a tensor `[rows, …]` as `[rows, lanes]`; copy it first if it is not contiguous."""
     row_items = math.prod(x.shape[1:])
@@ -364,6 +362,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     # A single row counts as contiguous with any strides, but the view below needs the usual ones.
     flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
     offset_bytes = int(flat.storage_offset()) * x.element_size()
+    # An or is a multiple of 2, 4 or 8 only when all its terms are.
     return flat.view(LANES[(row_bytes | offset_bytes) % 8])
 
 

@@ -16,7 +16,6 @@ group each, over the same ranks:
 from __future__ import annotations
 
 import platform
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -215,7 +214,7 @@ def init_context_parallel(cp_size: int, name: str = "default") -> CPGroup:
     group = world.groups.get((cp_size, name))
     if group is None:
         group = world.groups[cp_size, name] = _make_group(world, cp_size, name)
-    _current.group, _current.generation = group, _generation
+    _current.set((_generation, group))
     return group
 
 
@@ -225,8 +224,9 @@ def get_attention_cp_group() -> CPGroup:
 
     Raises RuntimeError without one.
     """
-    if _current.group and _current.generation == _generation:
-        return _current.group
+    generation, group = _current.get()
+    if group and generation == _generation:
+        return group
     raise RuntimeError(
         "this thread has no context-parallel group yet: call init_context_parallel(cp_size), or "
         "enter `with use_group(group)` with a group that was made in another thread"
@@ -244,12 +244,11 @@ def use_group(group: CPGroup) -> Iterator[None]:
     """
     on_gpu = nullcontext() if group.gpu is None else torch.cuda.device(group.gpu)
     with group.owner.own(), on_gpu:
-        previous = _current.group, _current.generation
-        _current.group, _current.generation = group, _generation
+        token = _current.set((_generation, group))
         try:
             yield
         finally:
-            _current.group, _current.generation = previous
+            _current.reset(token)
 
 
 @eager_only
@@ -258,8 +257,11 @@ def forget_groups() -> None:
 
     Call it on every rank after an interrupt or a timeout inside a collective, which leaves the
     ranks of its group out of step. Tensors in symmetric memory stay valid as long as they are held.
+    Raises RuntimeError in another thread than that of `init_context_parallel`.
     """
     global _state, _generation
+    if _state and _state.owner.thread != get_ident():
+        _state.owner.refuse()
     _generation += 1
     if _state:
         for group in _state.groups.values():
@@ -312,16 +314,10 @@ class _World:
         return self.store_exchange.exchange(message, "agree on cp_size")
 
 
-class _Current(threading.local):
-    """The current group of a thread, as long as `_generation` is this one."""
-
-    group: CPGroup | None = None
-    generation = 0
-
-
 _state: _World | None = None
 _generation = 0
-_current = _Current()
+# Of each thread, and of each asyncio task, with the generation in which it was made.
+_current: ContextVar[tuple[int, CPGroup | None]] = ContextVar("current_group", default=(0, None))
 
 
 def _world() -> _World:
@@ -408,7 +404,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
     suffix = "" if name == "default" else f".{name}"
     # A thread that waits in a store's client keeps others out of it, and the peers may need those.
-    store = world.store.clone() if suffix else world.store  # type: ignore[attr-defined]
+    store = world.store.clone()  # type: ignore[attr-defined]
     exchange = StoreExchange(store, f"cp{cp_size}.{index}.{_generation}{suffix}", rank, cp_size)
     shm_barrier = None
     if not spans_hosts:

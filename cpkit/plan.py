@@ -139,10 +139,10 @@ def plan_gather_kv(
 ) -> GatherPlan:
     """Prepare `all_gather_kv(tensors, metadata, group)` for many calls with the same memory.
 
-    Collective, as are the calls. The plan reads `tensors` in place: write new rows into them before
-    each call. A result is valid until this rank calls the plan again; `keep=n` makes it valid until
-    the n-th later call, and costs n + 1 outputs in the pool. Only `direct` in symmetric memory gets
-    faster; other algorithms do what `all_gather_kv` does.
+    Collective, as are the calls. The plan reads `tensors` in place, in the layout that they have
+    now: write new rows into them before each call. A result is valid until this rank calls the plan
+    again; `keep=n` makes it valid until the n-th later call, and costs n + 1 outputs in the pool.
+    Only `direct` in symmetric memory gets faster; other algorithms do what `all_gather_kv` does.
 
     Raises ValueError on every rank for arguments that `all_gather_kv` rejects, tensors that are not
     contiguous, and a `keep` below 1. Source of the idea: MPI-4's MPI_Allgatherv_init.

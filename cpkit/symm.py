@@ -104,6 +104,7 @@ def wait_signal(group: CPGroup, peer: int, device: str | None = None) -> None:
 
 def _backend_with(group: CPGroup, peer: int, device: str | None) -> Backend:
     check_group(group)
+    group.check_thread()
     group.check_rank("peer", peer)
     known = sorted(group.pools)
     pool = group.pools.get(device or (known[0] if len(known) == 1 else ""))

@@ -1,10 +1,10 @@
 """The owner of an object that only one thread of a rank may use at a time.
 
-Two threads of a rank that make collective calls at once receive each other's rows, when their calls
-alternate differently on two ranks:
+Two threads of a rank that make collective calls at once receive each other's rows when the ranks
+interleave the calls differently:
 
     rank 0   thread 1: gather ┐               thread 2: gather ┐
-    rank 1   thread 2: gather ┘ a wrong pair  thread 1: gather ┘ another
+    rank 1   thread 2: gather ┘ a wrong pair  thread 1: gather ┘ a second wrong pair
 
 So the owner is fixed in advance, by `own()`. A lock held during each call would not help: here no
 two calls of one rank overlap.
@@ -53,9 +53,9 @@ class OwnerThread:
         self.thread = _FORKED
 
     def refuse(self) -> NoReturn:
-        """Raise RuntimeError naming the owner, in a thread that is not it. Local.
+        """Raise RuntimeError that names the owner; call this in any other thread. Local.
 
-        Call this before anything is sent, because the peers cannot distinguish threads.
+        It comes before anything is sent, because the peers cannot distinguish threads.
         """
         if self.thread == _FORKED:
             raise RuntimeError(
@@ -68,8 +68,8 @@ class OwnerThread:
         raise RuntimeError(
             f"{self._name} belongs to {owner}, and was used in thread "
             f"{threading.current_thread().name!r}: one thread at a time. Make all groups in one "
-            f'thread, one for each thread that gathers (init_context_parallel(cp_size, name="…")), '
-            f"and gather inside `with use_group(group)`"
+            f"thread, one for each thread that gathers, each with another name "
+            f'(init_context_parallel(cp_size, name="…")), and gather inside `with use_group(group)`'
         )
 
 

@@ -216,14 +216,27 @@ def record(total: Total, where: dict[str, Any], took_s: float) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=_COMMAND, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--gathers", type=int, default=10000, help="how many (default: 10000)")
+    parser.add_argument(
+        "--gathers",
+        type=int,
+        default=10000,
+        help="at least how many (default: 10000)",
+    )
     parser.add_argument(
         "--deadline-s", type=float, default=3600, help="stop after this time (default: 3600)"
     )
     parser.add_argument("--first", type=int, help="the first seed (default: random, and printed)")
     parser.add_argument("--seed", type=int, help="run only the case with this seed")
-    parser.add_argument("--no-record", dest="record", action="store_false", help="write no file")
-    return parser.parse_args()
+    parser.add_argument(
+        "--no-record",
+        dest="record",
+        action="store_false",
+        help="keep the record of this day",
+    )
+    options = parser.parse_args()
+    if options.gathers < 1:
+        parser.error(f"--gathers is {options.gathers}; it must be a whole number, 1 or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -102,8 +102,10 @@ def register_segment(segment: Segment, rank: int, ranks: tuple[int, ...]) -> Non
 def owner_of(x: torch.Tensor) -> Owner | None:
     """Return the owner of the symmetric memory in which a tensor begins; None for other memory."""
     address = x.data_ptr()
-    for segment, owner in list(_segments.items()):
-        if 0 <= address - segment.addresses[owner.rank] < segment.nbytes:
+    for reference in _segments.keyrefs():  # a copy: another thread may add segments
+        segment = reference()
+        owner = _segments.get(segment) if segment else None
+        if segment and owner and 0 <= address - segment.addresses[owner.rank] < segment.nbytes:
             return owner
     return None
 

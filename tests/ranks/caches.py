@@ -217,6 +217,11 @@ def check_overlapping_caches_are_an_error_on_all_ranks() -> None:
     ):
         said = error_of(all_gather_kv, tensors, metadata, group, into=into, slots=slots)
         assert "share memory" in said
+    with use_symmetric_memory(group):
+        numbers = torch.empty(len(slots), dtype=slots.dtype, device=DEVICE).copy_(slots)
+    ids = numbers[: len(rows)].clone()
+    said = error_of(all_gather_kv, [ids], metadata, group, into=[numbers], slots=numbers)
+    assert "slots" in said, said
     apart = [large[:64], large[64:128]]
     for cache in apart:
         provenance.poison_(cache)

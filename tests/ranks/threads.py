@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,14 @@ from cpkit.gather import ALGORITHMS, all_gather_kv, cp_all_gather_rerange_kv_cac
 from cpkit.group import (
     CPGroup,
     batch_symmetry,
+    forget_groups,
     get_attention_cp_group,
     init_context_parallel,
     is_allocation_symmetric,
     use_group,
 )
 from cpkit.plan import plan_gather_kv
-from cpkit.symm import symmetric_pool, use_symmetric_memory
+from cpkit.symm import put_signal, symmetric_pool, use_symmetric_memory
 from tests.ranks.device import DEVICE, batch_of, finish, pool_of, shard_rows, world_group
 from tests.ranks.errors import raised
 
@@ -87,6 +89,8 @@ def check_a_second_thread_is_refused_at_once() -> None:
         group.barrier,
         lambda: group.exchange(b""),
         lambda: init_context_parallel(group.size),
+        lambda: put_signal(group, group.rank),
+        forget_groups,
     ]
     for call in calls:
         said = str(in_thread(lambda call=call: refused(call)))
@@ -121,6 +125,20 @@ def check_current_group_and_symmetry_belong_to_a_thread() -> None:
         assert in_thread(is_allocation_symmetric) is True
 
 
+def check_tasks_of_one_thread_have_their_own_current_groups() -> None:
+    groups = [init_context_parallel(dist.get_world_size(), name) for name in ("first", "second")]
+
+    async def current(group: CPGroup) -> CPGroup:
+        with use_group(group):
+            await asyncio.sleep(0)  # the other task enters its block
+            return get_attention_cp_group()
+
+    async def both() -> list[CPGroup]:
+        return await asyncio.gather(*map(current, groups))
+
+    assert asyncio.run(both()) == groups
+
+
 def check_a_forked_child_is_refused_and_its_parent_gathers() -> None:
     """The peers would take the child's rows for those of its parent."""
     group, metadata, rows = batch_of(40)
@@ -130,7 +148,8 @@ def check_a_forked_child_is_refused_and_its_parent_gathers() -> None:
         with use_group(group):
             pass
 
-    calls = (lambda: all_gather_kv([rows], metadata, group), plan, group.barrier, world_group, use)
+    gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
+    calls = (gather, plan, group.barrier, world_group, use, forget_groups)
     child = os.fork()
     if child == 0:
         wrong = 1
