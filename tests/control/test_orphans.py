@@ -100,6 +100,7 @@ def test_a_killed_agent_leaves_no_rank_and_the_next_agent_is_unharmed(
         lab.stop()
 
 
+@pytest.mark.slow("waits for a start that hangs")
 def test_a_start_that_hangs_is_stopped_and_reports_its_phase(
     runtime_dir: object, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

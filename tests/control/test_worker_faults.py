@@ -237,6 +237,7 @@ def test_the_script_starts_shows_and_stops_workers(runtime_dir: Path) -> None:
     assert "were not running" in script("stop", "--name", "shell").stdout
 
 
+@pytest.mark.slow("one more start of workers; test_a_killed_worker_is_named has the death")
 def test_max_restarts_restarts_the_ranks_after_a_death(runtime_dir: Path) -> None:
     started = script("--name", "restarted", "--nproc", "2", "--max-restarts", "1")
     assert started.returncode == 0, started.stderr
@@ -285,6 +286,7 @@ def test_doctor_lists_what_this_machine_can_do() -> None:
         assert subject in done.stdout
 
 
+@pytest.mark.slow("two more starts of workers; test_socket.py has TCP")
 def test_two_sets_of_workers_run_side_by_side_one_over_tcp(runtime_dir: Path) -> None:
     started = script("--name", "network", "--nproc", "1", "--interface", "127.0.0.1")
     assert started.returncode == 0, started.stderr
