@@ -1,4 +1,4 @@
-"""Describe errors of the operating system in words, with the limit that was reached."""
+"""Describe errors of the operating system, with the limit that was reached."""
 
 from __future__ import annotations
 

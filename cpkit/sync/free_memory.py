@@ -57,7 +57,7 @@ def tightest() -> Limit:
 
 
 def shortage(ranks_by_limit: Mapping[str, int], shared: int, ordinary: int) -> str:
-    """Return why memory does not fit, in words; empty if it does.
+    """Return why memory does not fit; empty if it does.
 
     Each rank needs `shared` bytes in segments and `ordinary` bytes of its own. `ranks_by_limit` is
     how many ranks share each limit, by its key; a limit that is new since then applies to all ranks
@@ -94,7 +94,7 @@ def explain_refusal(error: Exception) -> str:
 
 
 def explain_refusal_of(nbytes: int) -> str:
-    """Return why this process cannot allocate so many bytes, in words; empty if it can."""
+    """Return why this process cannot allocate so many bytes; empty if it can."""
     try:
         # numpy allocates, because inside `use_symmetric_memory` torch.empty allocates in a pool.
         np.empty(nbytes, dtype=np.uint8)

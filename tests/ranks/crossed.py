@@ -1,4 +1,4 @@
-"""Ranks that make different calls, or fail or are interrupted in one: all ranks raise in words."""
+"""Ranks that make different calls, or fail or are interrupted in one: all ranks raise."""
 
 from __future__ import annotations
 
