@@ -130,7 +130,8 @@ def explain_path(
         >>> explain_path(send, recv, group, transport="nccl 2.28.9").path   # doctest: +SKIP
         'fallback'
 
-    Raises ValueError on every rank for an unknown transport, or a tensor without memory.
+    Raises ValueError on every rank for an unknown transport, a tensor without memory, or two
+    devices.
     """
     check_group(group)
     if group.spans_hosts and transport is None:
@@ -140,7 +141,9 @@ def explain_path(
         nccl_version(transport or "posix")
         check_tensor("send", send)
         check_tensor("recv", recv)
-        call.must_match(Signature(f"explain_path(transport={transport})"))
+        if send.device != recv.device:
+            raise ValueError(f"send is on {send.device} and recv on {recv.device}; use one device")
+        call.must_match(Signature(f"explain_path(transport={transport}) on {recv.device.type}"))
         call.state += msgspec.msgpack.encode(locate_pair(send, recv, group))
     pool = group.pools.get(device_type(recv))
     if isinstance(pool, SymmetricPool):

@@ -35,7 +35,10 @@ ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 # One launch runs all of them in this order; after the last check of `cuda` its ranks disagree.
-MODULES = ("gathers", "caches", "plans", "signals", "threads", "cuda_pool", "cuda_order", "cuda")
+MODULES = (
+    *("gathers", "caches", "plans", "signals", "threads", "odd_tensors"),
+    *("cuda_pool", "cuda_order", "cuda"),
+)
 
 
 def checks(*modules: str) -> list[str]:

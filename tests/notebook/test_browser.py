@@ -164,6 +164,7 @@ def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage)
     live.page.evaluate("AbortSignal.timeout = AbortSignal.limit")
 
 
+@pytest.mark.slow("twelve displays beside busy loops; test_each_live_widget has one of each")
 def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
     """Two fresh pages, and in each all cells run twice."""
     live.run("scratch", "pause_s = 1")  # the panels shown so far should not compete for the cores
