@@ -94,7 +94,7 @@ def test_a_rank_that_hangs_is_named_and_the_workers_can_be_stopped(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stopped process is alive, so only a deadline detects it."""
-    monkeypatch.setenv("CPKIT_DEADLINE_S", "5")
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "3")
     with cpkit.connect("hung", nproc=4) as lab:
         assert lab.gather([64], 4).verified
         os.kill(pids(lab)[2], signal.SIGSTOP)

@@ -90,6 +90,7 @@ def test_a_rank_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -
     assert "did not end in time" in card.ranks[0].message
 
 
+@pytest.mark.slow("a second death; test_a_case_has_its_symptom has that of rank 1")
 def test_rank_0_can_be_the_victim() -> None:
     card = inject_fault("a_rank_dies", victim=0)
     assert [rank.exit_code for rank in card.ranks] == [-signal.SIGKILL, 1]

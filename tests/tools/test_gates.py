@@ -26,6 +26,7 @@ from tools.rehearse import main, rehearse
 
 COMMITTED = min(NOTEBOOKS.glob("*.ipynb"))
 MEND = "run `make notebooks`"
+SLOW = pytest.mark.slow("runs a notebook that was planted; test_notebooks.py runs the real ones")
 
 # ----------------------------------------------------------- starter, mutants, solution, answer key
 
@@ -216,6 +217,7 @@ def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Pat
 # ----------------------------------------------------------------------------------- run again
 
 
+@SLOW
 @pytest.mark.notebook
 def test_a_cell_over_its_budget_is_not_built(tmp_path: Path) -> None:
     path = tmp_path / "09_planted.py"
@@ -235,6 +237,7 @@ def committed(path: Path, code: str, printed: str) -> Path:
     return path
 
 
+@SLOW
 @pytest.mark.notebook
 def test_another_result_and_what_is_left_behind_are_named(tmp_path: Path) -> None:
     leave = "from subprocess import Popen\nPopen(['sleep', '60'], start_new_session=True)"
@@ -246,6 +249,7 @@ def test_another_result_and_what_is_left_behind_are_named(tmp_path: Path) -> Non
     assert left.endswith(": sleep 60")
 
 
+@SLOW
 @pytest.mark.notebook
 def test_a_run_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
     slow = committed(tmp_path / "planted.ipynb", "import time\ntime.sleep(60)", "")
