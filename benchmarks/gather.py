@@ -121,12 +121,12 @@ def time_block(
 ) -> dict[str, Any]:
     """Return the samples of one variant by rank: as many as fit into `block_s`, at least 3."""
     trial = bench.time_calls({"": call}, group, iterations=1, warmup=1)[""]  # the warm-up
-    trial_us = max(max(each.times_us) for each in bench.all_ranks(trial, group))
+    trial_us = max(max(each.call_us) for each in bench.all_ranks(trial, group))
     iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
     timing = bench.time_calls({"": call}, group, iterations, warmup=0)[""]
     timings = bench.all_ranks(timing, group)
     stages = max(timings, key=lambda each: each.median_us).stage_medians_us()
-    return {"samples_us": [each.times_us for each in timings], "stage_us": stages}
+    return {"samples_us": [each.call_us for each in timings], "stage_us": stages}
 
 
 def barrier_samples_us(group: CPGroup, block_s: float, at_most: int) -> list[list[float]]:
@@ -144,10 +144,10 @@ def barrier_samples_us(group: CPGroup, block_s: float, at_most: int) -> list[lis
 
     once()
     trial = bench.Timing([once()])
-    trial_us = max(max(each.times_us) for each in bench.all_ranks(trial, group))
+    trial_us = max(max(each.call_us) for each in bench.all_ranks(trial, group))
     iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
     timing = bench.Timing([once() for _ in range(iterations)])
-    return [list(each.times_us) for each in bench.all_ranks(timing, group)]
+    return [each.call_us for each in bench.all_ranks(timing, group)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,7 +53,8 @@ class Words:
     group: OneProcess
     device: torch.device
     pages: torch.Tensor
-    late: torch.Tensor
+    report: torch.Tensor
+    kernels: dict[object, Any] = field(default_factory=dict)
 
     def enter(self) -> None:
         """Return at once: there is no peer."""

@@ -1,23 +1,41 @@
-"""Time calls inside the ranks.
+"""Time calls inside the ranks, by two clocks.
 
-A sample is the time of one call on one rank. It begins after a barrier, so that the ranks start
-together. The time of a collective is that of its slowest rank. Compared calls are interleaved, so
-that other load on the machine affects all of them equally.
+*Call time* is what a caller waits: from a barrier, so that the ranks start together, until the call
+has returned and the GPU has finished. *Device time* is the work on the GPU alone. It is measured
+between events around calls that the host queues ahead, while a pause keeps the GPU busy:
+
+    host     pause ─ align ─ event ─ A ─ event ─ B ─ event   still pausing? then the host was ahead
+    stream   ═══════ pause ═══════════════════════│ align │ A │ B │
+
+Called eagerly, a small gather takes as long as Python takes to launch it, so call time says little
+about an algorithm there. A serving engine captures its calls in CUDA graphs and pays device time.
+Without a GPU, call time is the only clock.
+
+The time of a collective is that of its slowest rank. Compared calls are interleaved, so that other
+load on the machine affects all of them equally. A call repeats on the same rows, so what fits into
+the caches is read from there.
 """
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
 
 from cpkit import stages
 from cpkit.devices import finish
 from cpkit.group import CPGroup
+from cpkit.settings import worker_device
 from cpkit.timing import Timing
 
 Call = Callable[[], object]
 _VALUES_PER_EXCHANGE = 512
+_BLOCK_S = 0.02  # of call time that is queued behind one pause
+_LONGEST_PAUSE_S = 1.0
+_CYCLES_PER_S = 2e9  # at least the clock rate of any GPU, so a pause is never too short
 
 
 def time_calls(
@@ -29,14 +47,20 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    Appends the samples to `timings` if it is passed.
+    Workers on a GPU also measure as many samples of device time. Appends the samples to `timings`
+    if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
+    on_gpu = worker_device() == "cuda"
+    once = _time_on_gpu if on_gpu else _time_with_stages
     for iteration in range(warmup + iterations):
         for name, call in calls.items():
-            time_us, stages_us = _time_once(call, group)
+            time_us, stages_us = once(call, group)
             if iteration >= warmup:
-                timings[name].add(time_us, stages_us)
+                timings[name].call_us.append(time_us)
+                timings[name].add_stages(stages_us)
+    if on_gpu and iterations:
+        add_device_times(calls, group, iterations, timings)
     return timings
 
 
@@ -73,8 +97,8 @@ def all_ranks(timing: Timing, group: CPGroup) -> list[Timing]:
 
     All ranks must have the same number of samples, of the same stages.
     """
-    count = len(timing.times_us)
-    flat = [*timing.times_us, *(us for samples in timing.stages_us.values() for us in samples)]
+    lists = [timing.call_us, timing.device_us, *timing.stages_us.values()]
+    flat = [us for samples in lists for us in samples]
     per_rank: list[list[float]] = [[] for _ in range(group.size)]
     for start in range(0, len(flat), _VALUES_PER_EXCHANGE):
         values = flat[start : start + _VALUES_PER_EXCHANGE]
@@ -82,17 +106,97 @@ def all_ranks(timing: Timing, group: CPGroup) -> list[Timing]:
             per_rank[rank].extend(struct.unpack(f"{len(values)}d", answer))
     timings = []
     for values in per_rank:
-        times_us, *stages_us = (values[i : i + count] for i in range(0, len(values), count))
-        timings.append(Timing(times_us, dict(zip(timing.stages_us, stages_us, strict=True))))
+        rest = iter(values)
+        call_us, device_us, *stages_us = ([next(rest) for _ in samples] for samples in lists)
+        by_name = dict(zip(timing.stages_us, stages_us, strict=True))
+        timings.append(Timing(call_us, device_us, by_name))
     return timings
 
 
-def _time_once(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
+# ----------------------------------------------------------------------------- call time
+
+
+def _time_with_stages(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
     with stages.record() as recorder:
-        group.barrier()
-        start_ns = time.perf_counter_ns()
-        result = call()
-        finish()
-        stop_ns = time.perf_counter_ns()
+        time_us = _call_us(call, group)
+    return time_us, recorder.total_us()
+
+
+def _time_on_gpu(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
+    """Time a call without its stages: their events would take the host longer than the call."""
+    return _call_us(call, group), {}
+
+
+def _call_us(call: Call, group: CPGroup) -> float:
+    finish()
+    group.barrier()
+    start_ns = time.perf_counter_ns()
+    result = call()
+    finish()
+    stop_ns = time.perf_counter_ns()
     del result  # only now, because freeing memory is not part of the gather
-    return (stop_ns - start_ns) / 1e3, recorder.total_us()
+    return (stop_ns - start_ns) / 1e3
+
+
+# --------------------------------------------------------------------------- device time
+
+
+def add_device_times(
+    calls: Mapping[str, Call], group: CPGroup, iterations: int, timings: Mapping[str, Timing]
+) -> None:
+    """Append `iterations` samples of device time to each timing, which has samples of call time.
+
+    Collective. The stages, whose events would lengthen the calls, are measured apart: one sample is
+    the mean over the calls behind one pause. Raises RuntimeError when the host cannot queue the
+    calls within a second.
+    """
+    round_s = longest_s(sum(timings[name].median_call_us for name in calls) / 1e6, group)
+    at_once, done = max(1, int(_BLOCK_S / round_s)), 0
+    while done < iterations:
+        rounds = min(at_once, iterations - done)
+        queue = [call for _ in range(rounds) for call in calls.values()]
+        samples = _queue(queue, group, rounds * round_s)
+        for name, device_us in zip([*calls] * rounds, samples, strict=True):
+            timings[name].device_us.append(device_us)
+        done += rounds
+    for name, call in calls.items():
+        call_s = timings[name].median_call_us / 1e6
+        rounds = max(1, min(iterations, int(_BLOCK_S / longest_s(call_s, group))))
+        with stages.record() as recorder:
+            _queue([call] * rounds, group, rounds * call_s)
+        aligned = rounds + 1  # the first call is not timed, but its stages are recorded
+        timings[name].add_stages({stage: us / aligned for stage, us in recorder.total_us().items()})
+
+
+def _queue(queue: Sequence[Call], group: CPGroup, expected_s: float) -> list[float]:
+    """Return the µs on the GPU of each call, in order. Collective.
+
+    The first call runs once more before them, so that all streams begin together. The pause grows
+    until the host of every rank has queued all calls before it ended.
+    """
+    pause_s = 2 * expected_s + 1e-3
+    while pause_s <= _LONGEST_PAUSE_S:
+        finish()
+        group.barrier()
+        torch.cuda._sleep(int(pause_s * _CYCLES_PER_S))
+        paused = _event()
+        queue[0]()
+        events = [_event()]
+        for call in queue:
+            call()
+            events.append(_event())
+        was_behind = paused.query()
+        finish()
+        if not longest_s(float(was_behind), group):
+            return [float(start.elapsed_time(stop)) * 1e3 for start, stop in pairwise(events)]
+        pause_s *= 2
+    raise RuntimeError(
+        f"the host did not queue {len(queue)} calls within {_LONGEST_PAUSE_S:g} s, so their time "
+        f"on the GPU cannot be measured. Use fewer ranks per core, or end other load"
+    )
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -115,7 +115,11 @@ class CPGroup:
 
     @eager_only
     def check(self) -> None:
-        """Raise TimeoutError when a kernel of this rank timed out waiting for a peer. Local."""
+        """Raise what a kernel of this rank has reported. Local.
+
+        That is a TimeoutError naming a peer that was late, or CallsDiffer naming one that was in
+        another call.
+        """
         for pool in self.pools.values():
             pool.check()
 

@@ -83,8 +83,8 @@ class GatherPlan:
     def __call__(self) -> list[torch.Tensor]:
         """Gather the current contents of the plan's tensors. Collective.
 
-        Raises TimeoutError naming late ranks (on CUDA the next call does, or `group.check()` after
-        a synchronization), and CallsDiffer on every rank when the ranks are in different calls.
+        Raises TimeoutError naming late ranks, and CallsDiffer on every rank when the ranks are in
+        different calls; on CUDA the next call does, or `group.check()` after a synchronization.
         Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
         peers raise CallsDiffer (on CUDA TimeoutError). If a rank fails in the call, its peers raise
         RankFailed (on CUDA TimeoutError).

@@ -8,8 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import msgspec
+
+ClockName = Literal["device time", "call time"]
+DEVICE_TIME: Final = "device time"
+CALL_TIME: Final = "call time"
 
 
 class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,19 +32,38 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass
 class Timing:
-    """Samples of one call on this rank: `[iterations]` µs, of the whole call and of each stage."""
+    """Samples of one call on this rank, in µs: by both clocks, and of each stage.
 
-    times_us: list[float] = field(default_factory=list)
+    `call_us` is what a caller waits; `device_us` is the work on the GPU alone, and empty on the CPU
+    (see cpkit.bench).
+    """
+
+    call_us: list[float] = field(default_factory=list)
+    device_us: list[float] = field(default_factory=list)
     stages_us: dict[str, list[float]] = field(default_factory=dict)
 
     @property
+    def clock(self) -> ClockName:
+        """The clock of `times_us`."""
+        return DEVICE_TIME if self.device_us else CALL_TIME
+
+    @property
+    def times_us(self) -> list[float]:
+        """The samples that are compared: device time where there is a GPU, otherwise call time."""
+        return self.device_us or self.call_us
+
+    @property
     def median_us(self) -> float:
-        """The median of the call's time on this rank."""
+        """The median of `times_us`."""
         return statistics.median(self.times_us)
 
-    def add(self, time_us: float, stages_us: Mapping[str, float]) -> None:
-        """Append one sample."""
-        self.times_us.append(time_us)
+    @property
+    def median_call_us(self) -> float:
+        """The median of the call time."""
+        return statistics.median(self.call_us)
+
+    def add_stages(self, stages_us: Mapping[str, float]) -> None:
+        """Append one sample of each stage."""
         for name, stage_us in stages_us.items():
             self.stages_us.setdefault(name, []).append(stage_us)
 

@@ -9,7 +9,7 @@ import msgspec
 from cpkit.control.requests import ClockCall
 from cpkit.control.results import Array, ShownResult, WorkloadResult, rank_table
 from cpkit.memory.path import PathName
-from cpkit.timing import algbw_gbps, busbw_gbps, percentile
+from cpkit.timing import CALL_TIME, DEVICE_TIME, ClockName, algbw_gbps, busbw_gbps, percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 
 class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
-    """One measurement: statistics per rank over `iterations` gathers, in microseconds."""
+    """One measurement: statistics per rank over `iterations` gathers, in microseconds.
+
+    `clock` says what the times are: device time on a GPU, otherwise call time. The call time is
+    there in both cases (see cpkit.bench).
+    """
 
     sequence: int
     iterations: int
+    clock: ClockName
     per_rank_us: tuple[float, ...]  # medians
     per_rank_min_us: tuple[float, ...]
     per_rank_p95_us: tuple[float, ...]
+    per_rank_call_us: tuple[float, ...]  # medians
     stage_us: dict[str, tuple[float, ...]]  # medians per rank
     path: PathName
     path_reason: str
 
-    joined = ("per_rank_us", "per_rank_min_us", "per_rank_p95_us")
+    joined = ("per_rank_us", "per_rank_min_us", "per_rank_p95_us", "per_rank_call_us")
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
@@ -58,6 +64,16 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
         return max(self.per_rank_p95_us)
 
     @property
+    def call_us(self) -> float:
+        """Median time that a caller waits for the gather, on the slowest rank."""
+        return max(self.per_rank_call_us)
+
+    @property
+    def host_bound(self) -> bool:
+        """True if a caller waits for the host more than for the GPU: then capture the call."""
+        return self.clock == DEVICE_TIME and self.call_us > 2 * self.time_us
+
+    @property
     def algbw_gbps(self) -> float:
         """Gathered bytes per second, in 1e9 bytes/s (nccl-tests' algbw)."""
         return algbw_gbps(self.total_bytes, self.time_us)
@@ -79,9 +95,12 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
             "strategy": work.strategy,
             "symmetric": work.symmetric,
             "lengths": list(work.lengths),
+            "clock": self.clock,
             "time_us": self.time_us,
             "min_us": self.min_us,
             "p95_us": self.p95_us,
+            "call_us": self.call_us,
+            "host_bound": self.host_bound,
             "algbw_gbps": self.algbw_gbps,
             "busbw_gbps": self.busbw_gbps,
             "path": self.path,
@@ -91,20 +110,25 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per rank: rank, time_us, min_us, p95_us."""
+        """One row per rank: rank, time_us, min_us, p95_us (by `clock`), call_us."""
         return rank_table(
             self.cp_size,
             time_us=self.per_rank_us,
             min_us=self.per_rank_min_us,
             p95_us=self.per_rank_p95_us,
+            call_us=self.per_rank_call_us,
         ).round(1)
 
     def summary(self) -> str:
-        """Return time, p95, bandwidths and path in one line."""
+        """Return the times with their clocks, bandwidths and path in one line."""
+        call = ""
+        if self.clock == DEVICE_TIME:
+            bound = ", most of it on the host" if self.host_bound else ""
+            call = f", {CALL_TIME} {self.call_us:.0f} µs{bound}"
         return (
-            f"{self.algorithm}, cp_size {self.cp_size}, {self.total_bytes} bytes: "
+            f"{self.algorithm}, cp_size {self.cp_size}, {self.total_bytes} bytes: {self.clock} "
             f"{self.time_us:.0f} µs, p95 {self.p95_us:.0f} µs, algbw {self.algbw_gbps:.2f} GB/s, "
-            f"busbw {self.busbw_gbps:.2f} GB/s, path {self.path}"
+            f"busbw {self.busbw_gbps:.2f} GB/s, path {self.path}{call}"
         )
 
     def __repr__(self) -> str:
@@ -124,7 +148,11 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
 
     @property
     def table(self) -> pd.DataFrame:
-        """nccl-tests' columns, one row per workload. Times are those of the slowest rank."""
+        """nccl-tests' columns, one row per workload. Times are those of the slowest rank.
+
+        `time_us` is by `clock`: device time on a GPU. `call_us` is what an eager caller waits;
+        where `host_bound` is true, most of that is the host's work.
+        """
         import pandas as pd
 
         return pd.DataFrame([sample.row() for sample in self.rows])
@@ -133,11 +161,13 @@ class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
 class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is"):
     """Start and end of every call on every rank. A repeated call gets a number, as in `direct#2`.
 
-    Times are in microseconds on one clock. The time of a gather is that of its slowest rank.
+    Times are call times in microseconds, on one clock. The time of a gather is that of its slowest
+    rank. Workers on a GPU add the device time of every call but `barrier`.
     """
 
     calls: tuple[str, ...]
     samples_us: Array  # float64 [calls, iterations, ranks, 2]: start and end
+    device_samples_us: Array  # float64 [calls, iterations, ranks]; on the CPU no iterations
 
     @staticmethod
     def numbered(calls: Iterable[ClockCall]) -> tuple[str, ...]:
@@ -154,7 +184,12 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
         import numpy as np
 
         samples = np.concatenate([part.samples_us.numpy() for part in parts], axis=2)
-        return msgspec.structs.replace(parts[0], samples_us=Array.of(samples - samples.min()))
+        device = np.concatenate([part.device_samples_us.numpy() for part in parts], axis=2)
+        return msgspec.structs.replace(
+            parts[0],
+            samples_us=Array.of(samples - samples.min()),
+            device_samples_us=Array.of(device),
+        )
 
     def begin_us(self, call: str) -> np.ndarray:
         """Return when each rank started, as `times_us` does."""
@@ -180,9 +215,22 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
         return float(np.median(self.slowest_us(call)))
 
+    def device_us(self, call: str) -> np.ndarray:
+        """Return the device time of each rank: float64 `[iterations, ranks]`.
+
+        On the CPU there are no iterations; the barrier, which runs on the host, has no numbers.
+        """
+        self._samples(call)
+        times: np.ndarray = self.device_samples_us.numpy()[self.calls.index(call)]
+        return times
+
     @property
     def table(self) -> pd.DataFrame:
-        """One row per call, of the slowest rank: call, time_us, min_us, p95_us, iterations."""
+        """One row per call, of the slowest rank: call, time_us, min_us, p95_us, iterations.
+
+        These are call times. Workers on a GPU add `device_us`, the median device time.
+        """
+        import numpy as np
         import pandas as pd
 
         rows = [
@@ -195,7 +243,11 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
             }
             for call in self.calls
         ]
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        if self.device_samples_us.numpy().size:
+            medians = [np.median(self.device_us(call).max(axis=1)) for call in self.calls]
+            table.insert(2, "device_us", medians)
+        return table
 
     def summary(self) -> str:
         """Return what was gathered in one line."""

@@ -16,7 +16,7 @@ import msgspec
 from cpkit.control.requests import Message, Workload
 from cpkit.memory.path import PathName, PathReport
 from cpkit.memory.statistics import PoolSample, PoolStatistics
-from cpkit.timing import Span
+from cpkit.timing import ClockName, Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,6 +174,7 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
     checked_rows: int
     path: PathName
     path_reason: str
+    clock: ClockName
     per_rank_us: tuple[float, ...]
     arrays: tuple[StageArray, ...]
 
@@ -212,7 +213,7 @@ class GatherResult(WorkloadResult, frozen=True, tag="gather_result", tag_field="
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per rank: rank, actual_token, padded_token, time_us."""
+        """One row per rank: rank, actual_token, padded_token, time_us (by `clock`)."""
         return rank_table(
             self.cp_size,
             actual_token=self.per_rank_actual_token,

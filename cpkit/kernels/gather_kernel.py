@@ -8,10 +8,15 @@ A rank loads each tile once, and stores it at its final place in every peer's ou
 
 Launched without tiles, it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
-Each rank has a page of words in symmetric memory: an entry and an exit word per peer, its last
+Each rank has a page of words in symmetric memory: two entry and two exit words per peer, its last
 epoch, its blocks that have arrived, its next tile, and whether it has stopped. The entry and exit
 words count gathers (*epochs*) and only grow, so that peers never wait for a reset. A captured graph
 can be replayed, because the kernel reads the last epoch itself and increments it.
+
+A signal is the epoch and the *tag* of the call, which is equal on all ranks in one call. A rank
+that receives another tag is in another call than its peer, so that rows are missing: it reports
+that, and its later launches store nothing. Even and odd epochs use different words, or a peer that
+has left already could overwrite its signal by that of its next call before this rank reads it.
 
 Memory ordering follows PTX: a block's stores precede its barrier, then the release of its arrival,
 then the release (system scope) of the exit signal, which a peer acquires.
@@ -24,13 +29,18 @@ import triton.language as tl
 
 from cpkit.kernels.tiles import COLUMNS
 
-ENTRY, EXIT, EPOCH, ARRIVED, TICKET, BROKEN = 0, 128, 256, 257, 258, 259
-PAGE_WORDS = 512
 MAX_RANKS = 128
+ENTRY, EXIT = 0, 2 * MAX_RANKS  # each for even epochs, then for odd ones
+EPOCH, ARRIVED, TICKET, BROKEN = range(4 * MAX_RANKS, 4 * MAX_RANKS + 4)
+PAGE_WORDS = 1024
+TAG_BITS = 24
+DIFFERS = 256  # a reported rank plus 1 plus this is in another call; without this, it is late
 
 _ENTRY, _EXIT = tl.constexpr(ENTRY), tl.constexpr(EXIT)
 _EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
 _TICKET, _BROKEN = tl.constexpr(TICKET), tl.constexpr(BROKEN)
+_RANKS, _DIFFERS = tl.constexpr(MAX_RANKS), tl.constexpr(DIFFERS)
+_TAG_BITS = tl.constexpr(TAG_BITS)
 _COLUMNS = tl.constexpr(len(COLUMNS))
 
 _SIGNAL = """
@@ -41,33 +51,39 @@ _SIGNAL = """
   mov.u32 $0, 0;
 }
 """
-# Spins until the word at $1 has reached $2; $0 is 1 when that took longer than $3 nanoseconds.
-_WAIT = """
-{
+# Spins until the word at $1 has reached the epoch of $2. $0 is 1 when that took longer than $3
+# nanoseconds, and 2 when the word has another tag.
+_WAIT = f"""
+{{
   .reg .pred %p<2>;
-  .reg .b64 %v, %start, %now;
+  .reg .b64 %v, %epoch, %start, %now;
   mov.u32 $0, 0;
   setp.eq.s32 %p0, $4, 0;
   @%p0 bra done;
+  and.b64 %epoch, $2, {-1 << TAG_BITS};
   mov.u64 %start, %globaltimer;
 poll:
   ld.acquire.sys.global.b64 %v, [$1];
-  setp.ge.s64 %p0, %v, $2;
-  @%p0 bra done;
+  setp.ge.s64 %p0, %v, %epoch;
+  @%p0 bra compare;
   mov.u64 %now, %globaltimer;
   sub.s64 %now, %now, %start;
   setp.lt.s64 %p1, %now, $3;
   @%p1 bra poll;
   mov.u32 $0, 1;
+  bra done;
+compare:
+  setp.ne.s64 %p1, %v, $2;
+  @%p1 mov.u32 $0, 2;
 done:
-}
+}}
 """
 _SIGNAL_ASM, _WAIT_ASM = tl.constexpr(_SIGNAL), tl.constexpr(_WAIT)
 
 
 @triton.jit
-def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Store `epoch` into word `word` of every rank's page, after all earlier work of this block."""
+def _signal_peers(pages, word, signal, CP: tl.constexpr, THREADS: tl.constexpr):
+    """Store `signal` in word `word` of every rank's page, after all earlier work of this block."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
     page = tl.load(pages + lanes, mask=active, other=0)
@@ -75,7 +91,7 @@ def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
     tl.inline_asm_elementwise(
         _SIGNAL_ASM,
         "=r,l,l,r",
-        [page + word * 8, tl.full([THREADS], 0, tl.int64) + epoch, active.to(tl.int32)],
+        [page + word * 8, tl.full([THREADS], 0, tl.int64) + signal, active.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -83,16 +99,16 @@ def _signal_peers(pages, word, epoch, CP: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Wait until every peer has stored `epoch`; return the last late rank plus 1, or 0."""
+def _wait_for_peers(words, word, signal, timeout_ns, CP: tl.constexpr, THREADS: tl.constexpr):
+    """Wait until every peer has stored `signal`; return what `_report` expects."""
     lanes = tl.arange(0, THREADS)
     active = lanes < CP
-    late = tl.inline_asm_elementwise(
+    problem = tl.inline_asm_elementwise(
         _WAIT_ASM,
         "=r,l,l,l,r",
         [
             words.to(tl.int64) + (word + lanes) * 8,
-            tl.full([THREADS], 0, tl.int64) + epoch,
+            tl.full([THREADS], 0, tl.int64) + signal,
             tl.full([THREADS], 0, tl.int64) + timeout_ns,
             active.to(tl.int32),
         ],
@@ -100,7 +116,7 @@ def _wait_for_peers(words, word, epoch, timeout_ns, CP: tl.constexpr, THREADS: t
         is_pure=False,
         pack=1,
     )
-    worst = tl.max(late * (lanes + 1), axis=0)
+    worst = tl.max(tl.where(problem > 0, lanes + 1 + (problem - 1) * _DIFFERS, 0), axis=0)
     tl.debug_barrier()
     return worst
 
@@ -218,19 +234,20 @@ def _copy_tiles(
 
 
 @triton.jit
-def _record_late(words, late, late_rank):
-    """Record a late rank (its number plus 1, 0 for none), and stop this rank's later launches.
+def _report(words, report, problem):
+    """Report a rank's number plus 1 (plus DIFFERS if it is in another call; 0 for no problem).
 
-    A later launch would store and signal in an epoch that its peers are not in.
+    This rank's later launches then do nothing: they would store and signal in an epoch or a call
+    that its peers are not in.
     """
-    if late_rank > 0:
-        tl.store(late, late_rank)
+    if problem > 0:
+        tl.store(report, problem)
         tl.store(words + _BROKEN, 1)
 
 
 @triton.jit
 def _leave(
-    pages, words, epoch, rank, late, timeout_ns,
+    pages, words, epoch, tag, rank, report, timeout_ns,
     CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """In the last block that arrives, signal that this rank's rows have arrived, and wait for all.
@@ -244,9 +261,11 @@ def _leave(
         tl.store(words + _TICKET, 0)
         if EXIT:
             if tl.load(words + _BROKEN, volatile=True) == 0:
-                _signal_peers(pages, _EXIT + rank, epoch, CP, THREADS)
-                late_rank = _wait_for_peers(words, _EXIT, epoch, timeout_ns, CP, THREADS)
-                _record_late(words, late, late_rank)
+                word = _EXIT + epoch % 2 * _RANKS
+                signal = (epoch << _TAG_BITS) + tag
+                _signal_peers(pages, word + rank, signal, CP, THREADS)
+                problem = _wait_for_peers(words, word, signal, timeout_ns, CP, THREADS)
+                _report(words, report, problem)
                 tl.store(words + _EPOCH, epoch)
 
 
@@ -254,7 +273,7 @@ def _leave(
 # that, or a capture would fail. So buffers are passed as addresses, which always need 64 bits (only
 # 0, for no rows, is a separate variant), and not as offsets in a segment.
 @triton.jit(
-    do_not_specialize=["n_tiles", "rank", "timeout_ns"],
+    do_not_specialize=["n_tiles", "rank", "timeout_ns", "tag"],
     do_not_specialize_on_alignment=["slots"],
 )
 def gather_kernel(
@@ -265,9 +284,10 @@ def gather_kernel(
     tiles,
     n_tiles,
     pages,
-    late,
+    report,
     timeout_ns: tl.int64,
     rank,
+    tag,
     TENSORS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
     SLOTS: tl.constexpr, ENTRY: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
@@ -279,7 +299,8 @@ def gather_kernel(
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
     tiles     int64 `[n_tiles, len(COLUMNS)]`, see cpkit.kernels.tiles
     pages     addresses `[CP]` of the ranks' pages of signal words
-    late      one word of host memory: the rank that a wait timed out for, plus 1
+    report    one word of host memory, for `_report`
+    tag       number of the call, equal on all ranks in one call; below 2**TAG_BITS
     ENTRY     signal and wait at the entry; off when all outputs are known to be free
     EXIT      signal and wait at the exit (the interpreter can do neither)
     """
@@ -289,16 +310,18 @@ def gather_kernel(
         # Atomic, because another block may write it now, and all threads need the same value.
         stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
         if stop == 0:
+            word = _ENTRY + epoch % 2 * _RANKS
+            signal = (epoch << _TAG_BITS) + tag
             if tl.program_id(0) == 0:
-                _signal_peers(pages, _ENTRY + rank, epoch, CP, THREADS)
-            stop = _wait_for_peers(words, _ENTRY, epoch, timeout_ns, CP, THREADS)
-            _record_late(words, late, stop)
+                _signal_peers(pages, word + rank, signal, CP, THREADS)
+            stop = _wait_for_peers(words, word, signal, timeout_ns, CP, THREADS)
+            _report(words, report, stop)
     else:
         stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
-    if stop > 0:  # a late rank plus 1, or 1 where this rank has stopped
+    if stop > 0:  # what was reported, or 1 where this rank has stopped
         n_tiles = 0
     _copy_tiles(
         sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
         TENSORS, CP, BLOCK, NARROW, SLOTS,
     )  # fmt: skip
-    _leave(pages, words, epoch, rank, late, timeout_ns, CP, EXIT, THREADS)
+    _leave(pages, words, epoch, tag, rank, report, timeout_ns, CP, EXIT, THREADS)

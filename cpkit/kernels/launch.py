@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -54,7 +54,8 @@ class Signals(Protocol):
     group: CPGroup
     device: torch.device
     pages: torch.Tensor
-    late: torch.Tensor
+    report: torch.Tensor
+    kernels: dict[object, Any]  # the compiled variants, by what Triton specializes on
 
     def enter(self) -> None:
         """Run `launch_entry` on the stream."""
@@ -72,6 +73,7 @@ def launch_gather(
     slots: torch.Tensor | None = None,
     narrow_bytes: int = 0,
     *,
+    tag: int = 0,
     shape: Shape = _SMALL,
     entry: bool = True,
 ) -> None:
@@ -80,7 +82,7 @@ def launch_gather(
         signals.enter()
         entry = False
     addresses = tuple(sources), tuple(targets), tuple(bases)
-    _launch(signals, tiles, addresses, slots, narrow_bytes, shape, entry=entry)
+    _launch(signals, tiles, addresses, slots, narrow_bytes, shape, tag=tag, entry=entry)
 
 
 def launch_entry(signals: Signals) -> None:
@@ -101,33 +103,43 @@ def _launch(
     narrow_bytes: int = 0,
     shape: Shape = _SMALL,
     *,
+    tag: int = 0,
     entry: bool = True,
     leave: bool = True,
 ) -> None:
+    signals.in_order()
+    group, blocks = signals.group, _blocks(signals, len(tiles), shape)
+    flags = slots is not None, SYNC and entry, SYNC and leave
+    arguments = (
+        *addresses,
+        *(signals.pages if slots is None else slots, tiles, len(tiles)),
+        *(signals.pages, signals.report, int(deadline_s() * 1e9), group.rank, tag),
+        *(len(addresses[0]), group.size, shape.tile, _narrow(narrow_bytes)),
+        *(*flags, shape.warps * 32),
+    )
+    # Triton's launch determines anew at each call which variant of the kernel its arguments need,
+    # which takes three times as long as the launch. What it looks at is the key here.
+    aligned = tuple([a & 15 if a else None for each in addresses for a in each])
+    key = aligned, narrow_bytes, flags, shape
+    kernel = signals.kernels.get(key)
+    if kernel is None:
+        signals.kernels[key] = gather_kernel[(blocks,)](
+            *arguments,
+            num_warps=shape.warps,
+            maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
+        )
+        return
+    no_hooks = None, None, None
+    function, options = kernel.function, kernel.packed_metadata
+    kernel.run(blocks, 1, 1, raw_stream(), function, options, *no_hooks, *arguments)
+
+
+@cache
+def _narrow(nbytes: int) -> Any:
+    """Return Triton's dtype for units of this many bytes; None for 0."""
     import triton.language as tl
 
-    group = signals.group
-    signals.in_order()
-    gather_kernel[(_blocks(signals, len(tiles), shape),)](
-        *addresses,
-        signals.pages if slots is None else slots,
-        tiles,
-        len(tiles),
-        signals.pages,
-        signals.late,
-        int(deadline_s() * 1e9),
-        group.rank,
-        TENSORS=len(addresses[0]),
-        CP=group.size,
-        BLOCK=shape.tile,
-        NARROW=getattr(tl, NARROW[narrow_bytes]) if narrow_bytes else None,
-        SLOTS=slots is not None,
-        ENTRY=SYNC and entry,
-        EXIT=SYNC and leave,
-        THREADS=shape.warps * 32,
-        num_warps=shape.warps,
-        maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
-    )
+    return getattr(tl, NARROW[nbytes]) if nbytes else None
 
 
 def shape_for(own_bytes: int) -> Shape:

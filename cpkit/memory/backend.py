@@ -180,11 +180,11 @@ class Backend(Protocol):
         """Wait for a peer's signal, and consume it."""
 
     @property
-    def late_message(self) -> str:
-        """Return the text of a timeout on the device; empty when there was none."""
+    def failure(self) -> Exception | None:
+        """What a kernel of this rank has reported: BarrierTimeout or CallsDiffer; usually None."""
 
     def check(self) -> None:
-        """Raise BarrierTimeout when a wait on the device timed out. Local."""
+        """Raise `failure`, if there is one. Local."""
 
     def transport(self) -> str:
         """Return the transport of an equal-sized gather: see cpkit.memory.path."""

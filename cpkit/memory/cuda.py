@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from cpkit.devices import is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import launch
-from cpkit.kernels.gather_kernel import MAX_RANKS, PAGE_WORDS
+from cpkit.kernels.gather_kernel import DIFFERS, MAX_RANKS, PAGE_WORDS, TAG_BITS
 from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit, launch_gather
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import (
@@ -34,7 +35,7 @@ from cpkit.memory.backend import (
 from cpkit.memory.path import PathReport
 from cpkit.settings import deadline_s
 from cpkit.stages import stage
-from cpkit.sync.barrier import BarrierTimeout
+from cpkit.sync.barrier import BarrierTimeout, CallsDiffer
 from cpkit.sync.exchange import SegmentOffer, agree_on_segment
 
 _Launch = Callable[[launch.Signals], None]
@@ -96,8 +97,8 @@ class CudaBackend:
     """Memory that peers' kernels store into. Making one is collective over the group.
 
     `pages` holds the address of each rank's page of signal words (see
-    cpkit.kernels.gather_kernel). `late` is a word of host memory in which a kernel stores the rank
-    that did not arrive in time.
+    cpkit.kernels.gather_kernel). `report` is a word of host memory in which a kernel names the rank
+    that did not arrive in time, or that is in another call.
     """
 
     name = "torch.distributed._symmetric_memory"
@@ -109,14 +110,17 @@ class CudaBackend:
         self.device = torch.device("cuda", torch.cuda.current_device())
         if group.shares_gpu:
             os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
-        self.late = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
-        self._late = self.late.numpy()  # read at every call: a tensor's item takes microseconds
+        self.report = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
+        self._report = self.report.numpy()  # read at every call: a tensor's item takes microseconds
+        # All ranks push in the same order, so equal numbers mean the same call (0 is for barriers).
+        self._tags = cycle(range(1, 1 << TAG_BITS))
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
         group.exchange(b"")  # so that no rank signals into a page before it is zeroed
         self.pages = self._page.peers
         self.tables = TileTables(group.rank, self.device)
+        self.kernels: dict[object, Any] = {}
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
         self._graphs: dict[tuple[_Launch, float], torch.cuda.CUDAGraph] = {}
         launch_entry(self)  # compiles both now, not while a peer waits or a graph is captured
@@ -183,11 +187,12 @@ class CudaBackend:
         Source of the idea: vLLM #49517 (each rank stores final rows into every peer's cache).
         """
         with stage("wire"):
-            self._launch_push(pool, rows, outputs, metadata, slots)
+            self._launch_push(next(self._tags), pool, rows, outputs, metadata, slots)
         return STORED_IN_PLACE
 
     def _launch_push(
         self,
+        tag: int,
         pool: Pool,
         rows: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
@@ -215,6 +220,7 @@ class CudaBackend:
             [_segment_table(pool, y) for _, y in present],
             slots,
             cut.narrow,
+            tag=tag,
             shape=cut.shape,
             entry=entry,
         )
@@ -230,7 +236,7 @@ class CudaBackend:
         capture = _Capture()
         pushes: list[Prepared] = []
         for outputs in output_sets:
-            run = partial(self._launch_push, pool, rows, outputs, metadata)
+            run = partial(self._launch_push, next(self._tags), pool, rows, outputs, metadata)
             pushes.append(_PreparedPush(self, run, capture))
         return pushes, STORED_IN_PLACE
 
@@ -356,23 +362,31 @@ class CudaBackend:
         self._page.handle.wait_signal(peer, 0, int(deadline_s() * 1e3))
 
     @property
-    def late_message(self) -> str:
-        """Return a message that names the rank a kernel timed out waiting for; empty if none."""
-        late = int(self._late[0])
-        if not late:
-            return ""
-        return (
-            f"cp_size {self.group.size}: a kernel of rank {self.group.rank} waited "
-            f"{deadline_s():g} s for rank {late - 1}, which did not launch its gather, died in it, "
-            f"or replayed its graph a different number of times. The group has been out of step "
-            f"since then: restart the job."
+    def failure(self) -> BarrierTimeout | CallsDiffer | None:
+        """What a kernel reported: a rank that was late, or in another call; None if nothing."""
+        found = int(self._report[0])
+        if not found:
+            return None
+        cp_size, rank = self.group.size, self.group.rank
+        since = "The group has been out of step since then: restart the job."
+        if found > DIFFERS:
+            return CallsDiffer(
+                f"cp_size {cp_size}: rank {rank} and rank {found - 1 - DIFFERS} were in different "
+                f"gathers: they called different plans, or replayed different graphs. The results "
+                f"of this call and of later ones are incomplete. Every rank has to make the same "
+                f"calls in the same order. {since}"
+            )
+        return BarrierTimeout(
+            f"cp_size {cp_size}: a kernel of rank {rank} waited {deadline_s():g} s for rank "
+            f"{found - 1}, which did not launch its gather, died in it, or replayed its graph a "
+            f"different number of times. {since}"
         )
 
     def check(self) -> None:
-        """Raise BarrierTimeout when a kernel timed out, with the rank that it waited for."""
-        late = self.late_message
-        if late:
-            raise BarrierTimeout(late)
+        """Raise BarrierTimeout or CallsDiffer when a kernel reported a rank."""
+        failure = self.failure
+        if failure:
+            raise failure
 
     def transport(self) -> str:
         """Return "cuda": the ranks push over peer access, or inside one GPU."""
@@ -407,7 +421,7 @@ class _PreparedPush:
             run(entry=False)
 
     def __call__(self) -> None:
-        """Gather in stream order. Raises BarrierTimeout when an earlier call timed out."""
+        """Gather in stream order. Raises what an earlier call reported (`CudaBackend.check`)."""
         self._backend.check()
         with stage("wire"):
             if is_capturing("cuda"):

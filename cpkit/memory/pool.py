@@ -43,7 +43,6 @@ from cpkit.memory.statistics import PoolSample, PoolStatistics
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
-from cpkit.sync.barrier import BarrierTimeout
 from cpkit.sync.collective import (
     check_gather,
     copyable,
@@ -227,12 +226,12 @@ class SymmetricPool:
         """Return a `with` block for the checks before a collective (see CPGroup.agreement).
 
         At its end every rank also raises SymmetricMemoryError when the ranks' allocations differ,
-        and this rank raises BarrierTimeout when a kernel of it timed out earlier.
+        and this rank raises BarrierTimeout or CallsDiffer when a kernel of it has reported that.
         """
         self.group.check_thread()
-        late = self.backend.late_message
-        failure = BarrierTimeout(late) if late else None
-        return Agreement(self._exchange, self._allocator.record, self._free_agreed, failure)
+        return Agreement(
+            self._exchange, self._allocator.record, self._free_agreed, self.backend.failure
+        )
 
     def free_dropped(self, purpose: str) -> None:
         """Free the blocks that all ranks have dropped. Collective."""
@@ -391,7 +390,7 @@ class SymmetricPool:
         self._arena_bytes = larger
 
     def check(self) -> None:
-        """Raise BarrierTimeout when a wait on the device timed out. Local."""
+        """Raise BarrierTimeout or CallsDiffer when a kernel of this rank has reported it. Local."""
         self.backend.check()
 
     def stats(self) -> PoolStatistics:

@@ -48,7 +48,7 @@ class PosixBackend:
 
     name = "POSIX shared memory"
     device = torch.device("cpu")
-    late_message = ""  # a barrier that times out raises where it waits
+    failure: Exception | None = None  # a barrier that times out raises where it waits
 
     def __init__(self, group: CPGroup) -> None:
         assert group.shm_barrier, "the ranks of one machine have a barrier in shared memory"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -24,11 +23,13 @@ import torch
 import torch.distributed as dist
 
 from cpkit.algorithms import ALGORITHM_CHOICES
-from cpkit.bench import Call, longest_s
+from cpkit.bench import Call, add_device_times, longest_s
 from cpkit.control.messages import Array, Clock, ClockResult, Progress
 from cpkit.devices import finish
 from cpkit.group import CPGroup
+from cpkit.settings import worker_device
 from cpkit.sync.collective import torch_all_gather
+from cpkit.timing import Timing
 from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
 
@@ -46,8 +47,8 @@ class ClockOperation(Operation[Clock]):
         samples: list[list[tuple[float, float]]] = [[] for _ in calls]
         start_s = time.monotonic()
         for iteration in count(-body.warmup):
-            for call, recorded in zip(calls, samples, strict=True):
-                sample = _sample_us(call, group, body)
+            for name, call, recorded in zip(body.calls, calls, samples, strict=True):
+                sample = _sample_us(name, call, group, body)
                 if iteration >= 0:
                     recorded.append(sample)
             if iteration + 1 == body.iterations:
@@ -56,16 +57,24 @@ class ClockOperation(Operation[Clock]):
                 yield Progress(max(0, iteration + 1), body.iterations, "iterations")
                 start_s = time.monotonic()
                 if body.warmup:  # the first call after a pause is slow
-                    for call in calls:
-                        _sample_us(call, group, body)
+                    for name, call in zip(body.calls, calls, strict=True):
+                        _sample_us(name, call, group, body)
         if not body.warmup:
             bench.verify(body.calls)
         mine = np.array(samples, dtype=np.float64)[:, :, np.newaxis]
-        return ClockResult(body.workload, ClockResult.numbered(body.calls), Array.of(mine))
+        return ClockResult(
+            body.workload,
+            ClockResult.numbered(body.calls),
+            Array.of(mine),
+            Array.of(_device_us(calls, mine[:, :, 0], group, body)),
+        )
 
 
-def _sample_us(call: Call, group: CPGroup, body: Clock) -> tuple[float, float]:
-    """Return start and end of one call, in µs of this machine's monotonic clock."""
+def _sample_us(name: str, call: Call, group: CPGroup, body: Clock) -> tuple[float, float]:
+    """Return start and end of one call, in µs of this machine's monotonic clock.
+
+    The end is when the GPU has finished too, but not for `launch`, which shows that mistake.
+    """
     group.barrier()
     if body.late_us:
         time.sleep(group.rank * body.late_us / 1e6)
@@ -73,11 +82,30 @@ def _sample_us(call: Call, group: CPGroup, body: Clock) -> tuple[float, float]:
         group.barrier()
     start_ns = time.perf_counter_ns()
     result = call()
+    if name != "launch":
+        finish()
     end_ns = time.perf_counter_ns()
     if isinstance(result, dist.Work):
-        result.wait()  # after the clock was read, because `launch` shows this mistake
+        result.wait()
     finish()
     return start_ns / 1e3, end_ns / 1e3
+
+
+def _device_us(calls: list[Call], spans_us: np.ndarray, group: CPGroup, body: Clock) -> np.ndarray:
+    """Return the device time of each call, float64 `[calls, iterations, 1]`; nan for `barrier`.
+
+    `spans_us` are the starts and ends of the calls, `[calls, iterations, 2]`.
+    """
+    if worker_device() != "cuda":
+        return np.empty((len(calls), 0, 1))
+    device_us = np.full((len(calls), body.iterations, 1), np.nan)
+    on_gpu = [number for number, name in enumerate(body.calls) if name != "barrier"]
+    timings = {str(n): Timing((spans_us[n, :, 1] - spans_us[n, :, 0]).tolist()) for n in on_gpu}
+    if on_gpu:
+        add_device_times({str(n): calls[n] for n in on_gpu}, group, body.iterations, timings)
+    for n in on_gpu:
+        device_us[n, :, 0] = timings[str(n)].device_us
+    return device_us
 
 
 @dataclass
@@ -88,12 +116,12 @@ class _Bench:
     group: CPGroup
 
     def call(self, name: str) -> Call:
-        """Return a function that runs the call to completion; `launch` returns unfinished work."""
+        """Return a function that makes the call; on a GPU it does not wait for the work."""
         if name in ALGORITHM_CHOICES:
             run = self._variant(name)
             if name == "plan":
                 run.prepare_plan()
-            return _finished(run.gather)
+            return run.gather
         if name == "barrier":
             return self.group.barrier
         source, target = self._buffers
@@ -104,7 +132,7 @@ class _Bench:
             "copy_fresh": lambda: _fresh_memory(source).copy_(source),
             "collective": lambda: torch_all_gather(whole, shard, self.group),
         }
-        return _finished(calls[name]) if name in calls else self._launch(whole, shard)
+        return calls[name] if name in calls else self._launch(whole, shard)
 
     def _launch(self, whole: torch.Tensor, shard: torch.Tensor) -> Call:
         """Return a function that starts a gather: a kernel on the GPU, otherwise the collective."""
@@ -129,17 +157,6 @@ class _Bench:
         shape, device = (self.run.workload.total_bytes,), self.run.tensors[0].device
         source, target = (torch.full(shape, n, dtype=torch.uint8, device=device) for n in (1, 2))
         return source, target
-
-
-def _finished(call: Callable[[], object]) -> Call:
-    """Return a function that also waits for the GPU."""
-
-    def finished() -> object:
-        result = call()
-        finish()
-        return result
-
-    return finished
 
 
 def _fresh_memory(like: torch.Tensor) -> torch.Tensor:

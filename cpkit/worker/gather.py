@@ -51,6 +51,7 @@ class GatherOperation(Operation[Gather]):
             checked_rows=checked_rows,
             path=path.path,
             path_reason=path.reason,
+            clock=timing.clock,
             per_rank_us=(timing.median_us,),
             arrays=arrays,
         )

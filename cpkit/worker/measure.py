@@ -84,7 +84,7 @@ class SweepOperation(Operation[Sweep]):
             yield Progress(0, iterations)
         calls = {str(number): run.gather for number, run in enumerate(runs)}
         timings = time_calls(calls, group, 1)
-        while (done := len(timings["0"].times_us)) < iterations:
+        while (done := len(timings["0"].call_us)) < iterations:
             yield Progress(done, iterations)
             time_for(CHUNK_S, calls, group, iterations - done, timings)
         samples = zip(workloads, timings.values(), paths, strict=True)
@@ -112,9 +112,11 @@ def _sample(workload: Workload, sequence: int, timing: Timing, path: PathReport)
         workload=workload,
         sequence=sequence,
         iterations=len(timing.times_us),
+        clock=timing.clock,
         per_rank_us=(timing.median_us,),
         per_rank_min_us=(min(timing.times_us),),
         per_rank_p95_us=(percentile(timing.times_us, 95),),
+        per_rank_call_us=(timing.median_call_us,),
         stage_us={name: (us,) for name, us in timing.stage_medians_us().items()},
         path=path.path,
         path_reason=path.reason,

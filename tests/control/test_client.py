@@ -35,10 +35,11 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
+from cpkit.timing import CALL_TIME
 from tests.helpers.control_server import WORKLOAD, ControlServer, in_background
 from tests.helpers.processes import LIMIT_S, until
 
-SAMPLE = Sample(WORKLOAD, 0, 1, (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
+SAMPLE = Sample(WORKLOAD, 0, 1, CALL_TIME, (1.0,), (1.0,), (1.0,), (1.0,), {}, "symmetric", "")
 
 
 def test_no_server_listens(tmp_path: Path, control_server: ControlServer) -> None:

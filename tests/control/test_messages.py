@@ -27,6 +27,7 @@ from cpkit.control.messages import (
     encode,
 )
 from cpkit.layout import STRATEGIES
+from cpkit.timing import CALL_TIME
 
 WORKLOAD = Workload(cp_size=4, lengths=(4097, 812))
 BAD_WORKLOAD = {"cp_size": 2, "lengths": [8], "algorithm": "magic"}
@@ -120,9 +121,11 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
         workload=WORKLOAD,
         sequence=0,
         iterations=3,
+        clock=CALL_TIME,
         per_rank_us=(900.0, 1000.0, 950.0, 800.0),
         per_rank_min_us=(1.0,) * 4,
         per_rank_p95_us=(1.0,) * 4,
+        per_rank_call_us=(1000.0,) * 4,
         stage_us={},
         path="symmetric",
         path_reason="",
@@ -132,8 +135,8 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
     assert sample.algbw_gbps == pytest.approx(algbw_gbps)
     assert sample.busbw_gbps == pytest.approx(algbw_gbps * 3 / 4)
     assert repr(sample) == (
-        "direct, cp_size 4, 20107264 bytes: 1000 µs, p95 1 µs, algbw 20.11 GB/s, busbw 15.08 GB/s, "
-        "path symmetric"
+        "direct, cp_size 4, 20107264 bytes: call time 1000 µs, p95 1 µs, algbw 20.11 GB/s, "
+        "busbw 15.08 GB/s, path symmetric"
     )
     assert sample._repr_html_().count("<tr>") == 4, "one row per rank"
 

@@ -5,6 +5,7 @@ Also NCCL, and the workers.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -17,8 +18,10 @@ import torch
 import cpkit
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control import mps
+from cpkit.timing import DEVICE_TIME
 from tests.helpers import ROOT
 from tests.helpers.launch import assert_passed
+from tests.ranks.device_time import contradictions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,6 +80,17 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
     return chosen if sharing == "own" else (*chosen, ("CUDA_VISIBLE_DEVICES", ONE_GPU))
 
 
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file for the times of captured gathers. Skip with fewer than two GPUs."""
+    needs_gpus(2)
+    return tmp_path_factory.mktemp("captured") / "times.json"
+
+
+def device_time_variables(captured: Path) -> tuple[tuple[str, str], ...]:
+    return (*variables("own"), ("CPKIT_TEST_CAPTURED", str(captured)))
+
+
 def needs_gpus(count: int) -> None:
     if count > GPUS:
         pytest.skip(f"needs {count} GPUs, one per rank; torch sees {GPUS}")
@@ -124,6 +138,25 @@ def test_nccl_with_a_gpu_per_rank(
     log = tmp_path_factory.getbasetemp() / f"nccl-{nproc}.log"
     settings = (*variables("own"), *environment(log).items())
     assert_passed("tests.ranks.windows", nproc, check, settings, 300)
+
+
+@pytest.mark.parametrize("check", checks("device_time"))
+def test_device_time(check: str, captured: Path) -> None:
+    assert_passed("tests.ranks.device_time", 2, check, device_time_variables(captured), 300)
+
+
+def test_a_sweep_orders_the_algorithms_as_their_captures_do(
+    captured: Path, runtime_dir: Path
+) -> None:
+    check = "check_device_time_orders_gathers_as_their_captures_do"
+    assert_passed("tests.ranks.device_time", 2, check, device_time_variables(captured), 300)
+    with cpkit.connect("gpu-sweep", nproc=2, device="cuda") as lab:
+        for tokens, captured_us in json.loads(captured.read_text()).items():
+            table = lab.sweep(lengths=[int(tokens)], cp_sizes=[2], tensors=1)
+            assert table["clock"].unique().tolist() == [DEVICE_TIME]
+            swept_us = dict(zip(table["algorithm"], table["time_us"], strict=True))
+            assert not contradictions(swept_us, captured_us), (swept_us, captured_us)
+        lab.stop()
 
 
 def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:

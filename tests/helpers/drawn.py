@@ -6,6 +6,7 @@ import numpy as np
 
 from cpkit.control.messages import Sample, Workload
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.timing import CALL_TIME
 from cpkit_lessons import figures
 
 LAYOUT = prepare_context_parallel_metadata([13, 9], 4)
@@ -34,4 +35,6 @@ def sample(cp_size: int = 4, algorithm: str = "padded", first_us: float = 10.0) 
     times = tuple(first_us + rank for rank in range(cp_size))
     work = Workload(cp_size=cp_size, lengths=(13, 9), algorithm=algorithm)
     stages = {"pad": times, "wire": times}
-    return Sample(work, 0, 5, times, times, times, stages, "symmetric", "in the pool")
+    return Sample(
+        work, 0, 5, CALL_TIME, times, times, times, times, stages, "symmetric", "in the pool"
+    )

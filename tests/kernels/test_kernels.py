@@ -100,6 +100,7 @@ def launch(
         nothing,
         0,
         rank,
+        0,
         TENSORS=len(rows),
         CP=cp_size,
         BLOCK=BLOCK,

@@ -19,14 +19,17 @@ from cpkit.control.messages import (
     TraceResult,
     Workload,
 )
-from cpkit.timing import Span, Timing, percentile
+from cpkit.timing import CALL_TIME, DEVICE_TIME, Span, Timing, percentile
 
 WORKLOAD = Workload(2, (8,))
 
 
-def sample(time_us: float, **stage_us: float) -> Sample:
+def sample(time_us: float, clock: str = CALL_TIME, **stage_us: float) -> Sample:
     stages = {name: (us,) for name, us in stage_us.items()}
-    return Sample(WORKLOAD, 3, 7, (time_us,), (1.0,), (time_us + 1,), stages, "staged", "why")
+    return Sample(
+        *(WORKLOAD, 3, 7, clock, (time_us,), (1.0,), (time_us + 1,), (50.0,)),
+        *(stages, "staged", "why"),
+    )
 
 
 def test_a_sample_has_the_times_of_all_ranks() -> None:
@@ -43,7 +46,8 @@ def test_a_gather_has_the_rows_of_all_ranks() -> None:
     array = Array.of(np.zeros((2, 4), dtype=np.int64))
     parts = [
         GatherResult(
-            WORKLOAD, 1, (4, 4), 4, 16, "symmetric", "", (5.0,), (StageArray("wire", rank, array),)
+            *(WORKLOAD, 1, (4, 4), 4, 16, "symmetric", "", CALL_TIME, (5.0,)),
+            (StageArray("wire", rank, array),),
         )
         for rank in range(2)
     ]
@@ -64,14 +68,20 @@ def test_ranks_of_different_machines_start_at_zero(spans_hosts: bool, first_ns: 
     assert whole.table["duration_us"].tolist() == [0.05, 0.05]
 
 
-def test_a_clock_starts_with_the_first_rank() -> None:
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_clock_starts_with_the_first_rank(on_gpu: bool) -> None:
     parts = [
-        ClockResult(WORKLOAD, ("direct",), Array.of(np.array([[[[start_us, start_us + 5.0]]]])))
+        ClockResult(
+            *(WORKLOAD, ("direct",), Array.of(np.array([[[[start_us, start_us + 5.0]]]]))),
+            Array.of(np.full((1, int(on_gpu), 1), start_us / 1e3)),
+        )
         for start_us in (1_000.0, 1_002.0)
     ]
     whole = ClockResult.of_all_ranks(parts)
     assert whole.begin_us("direct").tolist() == [[0.0, 2.0]]
     assert whole.times_us("direct").tolist() == [[5.0, 5.0]]
+    assert whole.device_us("direct").tolist() == ([[1.0, 1.002]] if on_gpu else [])
+    assert whole.table.get("device_us", [None])[0] == (1.002 if on_gpu else None)
     names = ClockResult.numbered(["direct", "copy", "direct", "direct"])
     assert names == ("direct", "copy", "direct#2", "direct#3")
 
@@ -93,9 +103,26 @@ def test_statistics() -> None:
     assert percentile([3.0], 95) == 3.0
     timing = Timing()
     for time_us in (9.0, 1.0, 5.0):
-        timing.add(time_us, {"wire": time_us / 2})
-    assert timing.median_us == 5.0
+        timing.call_us.append(time_us)
+        timing.add_stages({"wire": time_us / 2})
+    assert (timing.clock, timing.median_us) == (CALL_TIME, 5.0)
     assert timing.stage_medians_us() == {"wire": 2.5}
+    timing.device_us.append(2.0)
+    assert (timing.clock, timing.median_us, timing.median_call_us) == (DEVICE_TIME, 2.0, 5.0)
+
+
+def test_a_sample_on_a_gpu_is_compared_by_device_time_and_says_who_is_slow() -> None:
+    eager, large = sample(10.0, DEVICE_TIME), sample(40.0, DEVICE_TIME)  # both calls take 50 us
+    assert (eager.host_bound, large.host_bound, sample(10.0).host_bound) == (True, False, False)
+    assert "device time 10 µs" in eager.summary()
+    assert "call time 50 µs, most of it on the host" in eager.summary()
+    assert large.summary().endswith("call time 50 µs")
+    table = SweepResult((eager, large)).table
+    assert table["clock"].unique().tolist() == [DEVICE_TIME]
+    assert table[["time_us", "call_us", "host_bound"]].values.tolist() == [
+        [10.0, 50.0, True],
+        [40.0, 50.0, False],
+    ]
 
 
 def test_the_saved_timeline_is_in_chromes_trace_format(tmp_path: Path) -> None:

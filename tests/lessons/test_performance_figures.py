@@ -205,7 +205,8 @@ def test_clocked_times_are_of_the_slowest_rank() -> None:
     spans = np.zeros((2, 3, 2, 2))  # calls, iterations, ranks, (begin, end)
     spans[0, :, :, 1] = [[1, 5], [7, 2], [3, 3]]
     spans[1, :, :, 0], spans[1, :, :, 1] = 10, 12
-    clocked = ClockResult(Workload(2, (8,)), ("direct", "direct#2"), Array.of(spans))
+    no_gpu = Array.of(np.empty((2, 0, 2)))
+    clocked = ClockResult(Workload(2, (8,)), ("direct", "direct#2"), Array.of(spans), no_gpu)
     assert clocked.calls == ("direct", "direct#2")
     assert clocked.slowest_us("direct").tolist() == [5, 7, 3]
     assert clocked.median_us("direct") == 5

@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import repeat
 
 import torch
 
 from cpkit import provenance
 from cpkit.gather import all_gather_kv
+from cpkit.group import CPGroup
 from cpkit.layout import prepare_context_parallel_metadata
-from cpkit.plan import plan_gather_kv
+from cpkit.plan import GatherPlan, plan_gather_kv
 from cpkit.symm import use_symmetric_memory
+from cpkit.sync.barrier import CallsDiffer
 from tests.ranks.cuda import captured, gather_works, rounds_of, wrong_words
-from tests.ranks.device import world_group
-from tests.ranks.errors import error_of
+from tests.ranks.device import pool_of, world_group
+from tests.ranks.errors import error_of, raised
 
 FEW, MANY = [97, 64], [160000]  # tokens: one or two blocks per rank, and blocks on the whole GPU
 
@@ -71,6 +76,54 @@ def check_blocks_that_wait_at_their_own_entry() -> None:
         few.judge(got)
         del got
     assert wrong_words(few, group) == 0
+
+
+def two_plans(group: CPGroup) -> list[GatherPlan]:
+    plans = []
+    for lengths in (FEW, FEW[::-1]):
+        metadata = prepare_context_parallel_metadata(lengths, group.size)
+        rows = provenance.shard_rows(metadata, group.rank, (8,), torch.float32, round=1)
+        plans.append(plan_gather_kv([rows.cuda()], metadata, group))
+    return plans
+
+
+def in_another_order(group: CPGroup, calls: Sequence[Callable[[], object]]) -> None:
+    """Make the calls, on rank 0 the last one first, and wait for the GPU."""
+    group.barrier()
+    with suppress(CallsDiffer):  # the second call may know already
+        for call in calls if group.rank else reversed(calls):
+            call()
+    torch.cuda.synchronize()
+    group.barrier()
+
+
+def check_plans_called_in_another_order_raise_on_every_rank() -> None:
+    group = world_group()
+    plans = two_plans(group)
+    in_another_order(group, plans)
+    assert "were in different gathers" in raised(CallsDiffer, group.check)
+    for plan in plans:
+        raised(CallsDiffer, plan)
+    _, metadata, few = rounds_of(*FEW)
+    raised(CallsDiffer, all_gather_kv, [few.mine], metadata, group)
+
+
+def check_without_tags_another_order_is_not_noticed() -> None:
+    group = world_group()
+    pool_of(group).backend._tags = repeat(0)
+    in_another_order(group, two_plans(group))
+    group.check()
+
+
+def check_graphs_replayed_in_another_order_store_nothing_more() -> None:
+    group, metadata, few = rounds_of(*FEW)
+    graphs = [captured(lambda: all_gather_kv([few.mine], metadata, group)) for _ in range(2)]
+    in_another_order(group, [graph.replay for graph, _ in graphs])
+    raised(CallsDiffer, group.check)
+    for _, result in graphs:
+        result.fill_(-1)
+    in_another_order(group, [graph.replay for graph, _ in graphs])
+    assert all((result == -1).all() for _, result in graphs)
 
 
 def check_the_outputs_of_a_captured_plan_are_never_reused() -> None:
