@@ -32,6 +32,28 @@ def use_local_gpu(*, shared: bool = False) -> None:
         torch.cuda.set_device(0 if shared else local_rank % torch.cuda.device_count())
 
 
+def advice_on_idle_gpus(rank: int, hosts: list[str], gpus: list[str], n_visible: int) -> str:
+    """Return advice when ranks share this rank's GPU although its machine has idle ones.
+
+    Only the first of these ranks gets it; otherwise it is empty. `hosts` and `gpus` are those of
+    all ranks, `n_visible` is how many GPUs this rank sees.
+
+    >>> advice_on_idle_gpus(0, ["a", "a"], ["gpu-1", "gpu-1"], 2).partition(":")[0]
+    'ranks 0, 1 use one GPU, and 1 of the 2 GPUs of this machine are idle'
+    >>> advice_on_idle_gpus(0, ["a", "a"], ["gpu-1", "gpu-1"], 1)
+    ''
+    """
+    used = {gpu for host, gpu in zip(hosts, gpus, strict=True) if host == hosts[rank]}
+    sharing = [r for r, gpu in enumerate(gpus) if gpu and gpu == gpus[rank]]
+    if len(sharing) < 2 or rank != sharing[0] or len(used) >= n_visible:
+        return ""
+    return (
+        f"ranks {', '.join(map(str, sharing))} use one GPU, and {n_visible - len(used)} of the "
+        f"{n_visible} GPUs of this machine are idle: call cpkit.devices.use_local_gpu() before "
+        f"init_context_parallel, or set CUDA_VISIBLE_DEVICES to share one on purpose"
+    )
+
+
 @cache
 def loaded_nccl_version() -> tuple[int, ...]:
     """Return the version of the NCCL library that this process uses, for example (2, 28, 9).

@@ -16,6 +16,7 @@ group each, over the same ranks:
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from cpkit import settings
-from cpkit.devices import check_stream, device_type, on_stream
+from cpkit.devices import advice_on_idle_gpus, check_stream, device_type, on_stream
 from cpkit.eager import eager_only
 from cpkit.memory.path import PathReport
 from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
@@ -341,6 +342,8 @@ def _world() -> _World:
             shm_barrier = ShmBarrier(exchange, "make the barrier of the world")
         owner = OwnerThread("init_context_parallel")
         _state = _World(rank, size, hosts, gpus, store, exchange, shm_barrier, owner)
+        if advice := advice_on_idle_gpus(rank, hosts, gpus, torch.cuda.device_count()):
+            warnings.warn(advice, stacklevel=3)  # at the call of init_context_parallel
     return _state
 
 

@@ -6,8 +6,10 @@ The pool's segments are registered with NCCL as symmetric windows where that is 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class NcclBackend(CudaBackend):
     def __init__(self, group: CPGroup) -> None:
         self.group = group
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self._windows: list[_Window] = []
         self._window_problem = self._prepare_windows()
         super().__init__(group)
 
@@ -68,10 +71,15 @@ class NcclBackend(CudaBackend):
         return _report(send, self.group.size, self.transport(), self._window_problem)
 
     def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
-        """Make a segment as CudaBackend does, and register it with NCCL. Collective."""
+        """Make a segment as CudaBackend does, and register it with NCCL. Collective.
+
+        First the windows of the segments that all ranks have dropped end, and their memory returns
+        to the GPU. It is freed here because only here do all ranks wait for each other.
+        """
+        self._end_dropped_windows()
         segment = super().make_segment(nbytes, purpose)
         if self.group.size > 1 and not self._window_problem:
-            self._window_problem = self._register_window(segment.pool)
+            self._window_problem = self._register_window(segment)
         return segment
 
     def transport(self) -> str:
@@ -97,17 +105,56 @@ class NcclBackend(CudaBackend):
         torch.cuda.synchronize()
         return ""
 
-    def _register_window(self, pool: torch.cuda.MemPool) -> str:
+    def _register_window(self, segment: CudaSegment) -> str:
         """Register a segment with NCCL; return why that failed on any rank. Collective."""
         problem = ""
         try:
             nccl: Any = self.group.process_group._get_backend(self.device)
-            nccl.register_mem_pool(pool, symm=True)
-            _never_free(pool)
+            nccl.register_mem_pool(segment.pool, symm=True)
+            self._windows.append(_Window(segment))
         except (RuntimeError, AttributeError, TypeError) as error:
             problem = f"NCCL did not register the pool: {str(error).splitlines()[0]}"[:200]
         answers = self.group.exchange(problem.encode())
         return next((answer.decode() for answer in answers if answer), "")
+
+    def _end_dropped_windows(self) -> None:
+        """Deregister the windows whose segments all ranks have dropped. Collective.
+
+        rank 0   which are dropped? │ finish the GPU's work │ barrier │ deregister
+        rank 1   which are dropped? │ finish the GPU's work │ barrier │ deregister
+                                                              ↑ no kernel uses a window
+        """
+        dropped = bytes(window.segment() is None for window in self._windows)
+        answers = self.group.exchange(dropped)
+        ended = [all(flags) for flags in zip(*answers, strict=False)]
+        if not any(ended):
+            return
+        torch.cuda.synchronize(self.device)
+        self.group.barrier()
+        nccl: Any = self.group.process_group._get_backend(self.device)
+        for window in compress(self._windows, ended):
+            window.end(nccl)
+        ended += [False]  # a window that another rank failed to register, the last one
+        self._windows = [w for w, over in zip(self._windows, ended, strict=False) if not over]
+
+
+class _Window:
+    """The registration of a segment's memory with NCCL.
+
+    Without `end`, the memory stays until the process exits: NCCL's hook on the pool outlives the
+    communicator, and freeing the pool after `destroy_process_group` ends the process in
+    std::terminate (~MemPool, torch 2.11).
+    """
+
+    def __init__(self, segment: CudaSegment) -> None:
+        self.segment = weakref.ref(segment)
+        self._pool = segment.pool
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))
+
+    def end(self, nccl: Any) -> None:
+        """Deregister the memory, and let it return to the GPU. Local."""
+        nccl.deregister_mem_pool(self._pool)
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._pool))
 
 
 @lru_cache(maxsize=16)
@@ -115,12 +162,3 @@ def _report(send: BufferLocation, size: int, transport: str, window_problem: str
     """Return the path of a gather whose receive buffer is in the pool; the same on every rank."""
     report = decide([BufferPair(send, _IN_POOL)] * size, 0, transport)
     return without_windows(report, window_problem)
-
-
-def _never_free(pool: torch.cuda.MemPool) -> None:
-    """Keep a registered pool and its GPU memory until the process exits.
-
-    NCCL's hook on the pool outlives the communicator: freeing the pool after
-    `destroy_process_group` ends the process in std::terminate (~MemPool, torch 2.11).
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from datetime import timedelta
 from typing import NoReturn
 
@@ -41,6 +42,8 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     runtime_dir.set_startup_phase(name, "preparing its device")
     if worker_device() == "cuda":
         use_local_gpu(shared=launch.share_gpu)
+        if launch.share_gpu:
+            warnings.filterwarnings("ignore", message="ranks .* use one GPU")
     memory_limit_bytes()  # cached before requests use memory
     runtime_dir.set_startup_phase(name, "joining the process group")
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
