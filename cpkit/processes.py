@@ -5,6 +5,7 @@ A pid alone is reused, and each container has a PID namespace, where it means an
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -46,13 +47,20 @@ def _tolerant(stream: TextIO | None) -> TextIO:
 
 
 class _ClosablePipe(io.FileIO):
-    """An output that drops what is written after its reader has ended."""
+    """An output that drops what is written after its reader has ended; without room it exits."""
+
+    is_full = False
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            return len(data) if self.is_full else super().write(data)
         except BrokenPipeError:
             return len(data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.is_full = True  # what is left is flushed once more at the exit
+            raise SystemExit(f"the output could not be written: {error.strerror}") from None
 
 
 class ProcessId(NamedTuple):

@@ -5,6 +5,7 @@ It shows two real gathers of the same batch, executed by its own workers.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def gather_picture(padded: GatherResult, direct: GatherResult) -> go.Figure:
 
 def main() -> int:
     """Run the two gathers and write the picture to the path named on the command line."""
+    parser = argparse.ArgumentParser(description="Draw two gathers as a picture.")
+    parser.add_argument(
+        "path", type=Path, help="the PNG file to write, for example docs/gather.png"
+    )
+    path = parser.parse_args().path
     with connect("picture") as lab:
         padded = lab.gather(LENGTHS, CP_SIZE, algorithm="padded")
         direct = lab.gather(LENGTHS, CP_SIZE, algorithm="direct")
@@ -47,7 +53,7 @@ def main() -> int:
     except NoPicture as problem:
         sys.stderr.write(f"No picture: {problem}.\n")
         return 1
-    Path(sys.argv[1]).write_bytes(picture)
+    path.write_bytes(picture)
     return 0
 
 

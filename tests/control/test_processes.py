@@ -151,3 +151,10 @@ def test_a_reader_that_has_ended_is_no_error(tmp_path: Path, command: str, code:
     os.close(writer)
     assert done.returncode == code
     assert "Error" not in done.stderr
+
+
+def test_an_output_without_room_is_one_line_and_an_error(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run_without(tmp_path, full.fileno(), "status")
+    assert done.returncode == 1
+    assert done.stderr == "the output could not be written: No space left on device\n"
