@@ -41,7 +41,7 @@ def main() -> int:
     """Run the two gathers and write the picture to the path named on the command line."""
     parser = argparse.ArgumentParser(description="Draw two gathers as a picture.")
     parser.add_argument(
-        "path", type=Path, help="the PNG file to write, for example docs/gather.png"
+        "path", type=Path, help="the PNG file to write"
     )
     path = parser.parse_args().path
     with connect("picture") as lab:
