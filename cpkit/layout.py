@@ -303,7 +303,7 @@ def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
         given = sizes = ()
     if not sizes or len(sizes) < len(given) or min(sizes) < 1 or sum(sizes) > _MAX_TOKENS:
         raise ValueError(
-            f"lengths is {lengths!r}; it must hold the number of tokens of each sequence, "
+            f"lengths is {lengths!r:.200}; it must hold the number of tokens of each sequence, "
             f"at least one sequence of at least one token, at most 2**48 tokens in all, for "
             f"example [4097, 812]"
         )
@@ -312,12 +312,14 @@ def _checked_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
 
 def _check_cp_size(cp_size: int) -> None:
     if not isinstance(cp_size, int) or isinstance(cp_size, bool) or cp_size < 1:
-        raise ValueError(f"cp_size is {cp_size!r}; it must be a whole number of ranks, 1 or more")
+        raise ValueError(
+            f"cp_size is {cp_size!r:.80}; it must be a whole number of ranks, 1 or more"
+        )
 
 
 def _check_strategy(strategy: str) -> None:
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
+        raise ValueError(f"strategy is {strategy!r:.80}; it must be one of {', '.join(STRATEGIES)}")
 
 
 def _check_rank(rank: int, cp_size: int) -> None:

@@ -40,9 +40,7 @@ def gather_picture(padded: GatherResult, direct: GatherResult) -> go.Figure:
 def main() -> int:
     """Run the two gathers and write the picture to the path named on the command line."""
     parser = argparse.ArgumentParser(description="Draw two gathers as a picture.")
-    parser.add_argument(
-        "path", type=Path, help="the PNG file to write"
-    )
+    parser.add_argument("path", type=Path, help="the PNG file to write")
     path = parser.parse_args().path
     with connect("picture") as lab:
         padded = lab.gather(LENGTHS, CP_SIZE, algorithm="padded")

@@ -101,10 +101,7 @@ _WORDS = {
     "bool": "True or False",
     "array": "a list",
 }
-_PLACE = r" - at `\$(?P<path>.*?\.(?P<field>\w+)(?P<item>\[.*\])?)`$"
-_VALUE = re.compile(r"Invalid enum value (?P<value>.*)" + _PLACE)
-_TYPE = re.compile(r"Expected `(?P<type>\w+)[^`]*`, got `(?P<value>.*)`" + _PLACE)
-_FIELD = re.compile(r"unknown field `(?P<field>\w+)`(?: - at `(?P<path>[^`]*)`)?$")
+_LONGEST_ECHO = 300  # characters of foreign text in one message
 
 
 def checked(message: M) -> M:
@@ -119,33 +116,42 @@ def explain_decode_error(error: msgspec.DecodeError, message: object = None) -> 
     """Return msgspec's message with the value, if `message` has it, and the allowed values.
 
     "Invalid enum value 'fast' - at `$.algorithm`" becomes "algorithm is 'fast'; it must be one of
-    padded, padded_symm_recv, padded_symm, direct".
+    padded, padded_symm_recv, padded_symm, direct". The value is foreign text of any length, so it
+    is split at msgspec's own marks, once each, and cut.
     """
-    text = str(error)
-    wrong, field = _VALUE.search(text) or _TYPE.search(text), _FIELD.search(text)
-    allowed = _allowed(wrong) if wrong else ""
-    if wrong and allowed:
-        value = wrong["value"] if message is None else repr(_value_at(message, wrong["path"]))
-        return f"{wrong['field']} {'has' if wrong['item'] else 'is'} {value:.80}; {allowed}"
-    if field and re.search(r"workloads?(\[.*\])?$", field["path"] or ""):
+    what, mark, path = str(error).rpartition(" - at `$")  # the last mark is msgspec's
+    if not mark:
+        what, path = path, ""
+    path = path.removesuffix("`")
+    field, item, _ = path.replace("[...]", "[]").rpartition(".")[2].partition("[")
+    value, allowed = _wrong_value(what, field)
+    if allowed:
+        got = value if message is None else repr(_value_at(message, path))
+        return f"{field} {'has' if item else 'is'} {got:.80}; {allowed}"
+    _, is_unknown, name = what.partition("unknown field `")
+    if is_unknown and field in ("workload", "workloads"):
         names = ", ".join(Workload.__struct_fields__)
-        return f"there is no {field['field']!r}; a workload has {names}"
-    if field:
-        return f"{text}: this version of the protocol has no such field"
-    return text
+        return f"there is no {name.removesuffix('`')[:80]!r}; a workload has {names}"
+    text = str(error) if len(str(error)) <= _LONGEST_ECHO else f"{error!s:.{_LONGEST_ECHO}} …"
+    return f"{text}: this version of the protocol has no such field" if is_unknown else text
 
 
-def _allowed(wrong: re.Match[str]) -> str:
-    """Return which values the field of a decode error accepts; empty if that is not known."""
-    if wrong["field"] in _ALLOWED:
-        return f"it must be one of {', '.join(_ALLOWED[wrong['field']])}"
-    word = _WORDS.get(wrong.groupdict().get("type", ""))
-    return f"it must be {word}" if word else ""
+def _wrong_value(what: str, field: str) -> tuple[str, str]:
+    """Return the value of a decode error, and which ones its field accepts; empty if not known."""
+    _, is_enum, value = what.partition("Invalid enum value ")
+    kind = ""
+    if not is_enum:
+        kind, _, value = what.removeprefix("Expected `").partition("`, got `")
+        value = value.removesuffix("`")
+    if field in _ALLOWED and value:
+        return value, f"it must be one of {', '.join(_ALLOWED[field])}"
+    word = _WORDS.get(kind.partition(" ")[0])
+    return value, f"it must be {word}" if word else ""
 
 
 def _value_at(message: Any, path: str) -> object:
     """Return the value at a path such as `.workload.lengths[0]`."""
-    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):  # a path of the caller's message
         message = getattr(message, name) if name else message[int(index)]
     return message
 

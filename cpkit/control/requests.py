@@ -59,7 +59,9 @@ class Workload(Message, frozen=True):
     def row_bytes(self) -> int:
         """Bytes of one token in one tensor. Raises ValueError for an unknown dtype."""
         if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+            raise ValueError(
+                f"dtype is {self.dtype!r:.80}; it must be one of {', '.join(DTYPE_BYTES)}"
+            )
         return self.heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property

@@ -208,7 +208,9 @@ class Server:
 
     def _check(self, request: Request) -> None:
         if self.jobs.has_id(request.id):
-            raise ValueError(f"id {request.id!r} is in use by another request; choose a new one")
+            raise ValueError(
+                f"id {request.id!r:.80} is in use by another request; choose a new one"
+            )
         if not (math.isfinite(request.deadline_s) and request.deadline_s > 0):
             raise ValueError(
                 f"deadline_s is {request.deadline_s}; it must be a positive, finite number"

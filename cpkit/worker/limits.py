@@ -155,7 +155,7 @@ def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:
     _in_range("head_dim", head_dim, 1, 65536)
     _in_range("tensors", tensors, 1, 16)
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+        raise ValueError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPE_BYTES)}")
 
 
 def _bytes(count: int) -> str:

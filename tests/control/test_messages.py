@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import msgspec
@@ -177,3 +178,28 @@ def workload(**fields: Any) -> dict[str, Any]:
 )
 def test_decode_errors_say_what_is_allowed(body: dict[str, Any], words: str) -> None:
     assert words in explanation(body)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(" - at `$" * 20_000 + "a" * 100_000, id="like the end of a message"),
+        pytest.param("Expected `int`, got `" * 20_000, id="like the start of a message"),
+        pytest.param(".calls[" * 50_000, id="like a path"),
+    ],
+)
+def test_foreign_text_is_cut_in_linear_time(text: str) -> None:
+    """The workers answer nobody while they explain an error."""
+    bodies = [
+        {"op": "clock", "workload": workload(), "calls": [text]},
+        {"op": "gather", "workload": workload(algorithm=text)},
+        {"op": "gather", "workload": workload(**{text: 1})},
+        {"op": "status", text: 1},
+        {"op": text},
+    ]
+    start_s = time.monotonic()
+    assert max(len(explanation(body)) for body in bodies) < 600
+    assert time.monotonic() - start_s < 2
+    with pytest.raises(ValueError, match="dtype is") as error:
+        _ = msgspec.structs.replace(WORKLOAD, dtype=text).row_bytes
+    assert len(str(error.value)) < 600
