@@ -11,6 +11,7 @@ import msgspec
 import psutil
 
 from cpkit.control.requests import Message
+from cpkit.packing import describe_types
 from cpkit.processes import ProcessId
 from cpkit.settings import LAUNCH, pass_on, passed_on
 
@@ -113,3 +114,6 @@ def loopback() -> str:
 def _is_host_and_port(endpoint: str) -> bool:
     host, _, port = endpoint.rpartition(":")
     return bool(host) and port.isdecimal() and 0 < int(port) < 65536
+
+
+describe_types(Launch)

@@ -30,6 +30,7 @@ from cpkit.control.results import (
     StatusResult,
     TraceResult,
 )
+from cpkit.packing import describe_types
 
 MAX_MESSAGE_BYTES = 16 << 20
 TOO_MANY_FILES_CODE = 500  # status of a connection that is rejected, as in ZeroMQ's RFC 27
@@ -117,3 +118,6 @@ def decode(data: bytes, kind: type[T]) -> T:
         return msgspec.msgpack.decode(data, type=kind)
     except (UnicodeDecodeError, RecursionError) as error:  # also raised for invalid data
         raise msgspec.DecodeError(str(error)) from error
+
+
+describe_types(Reply, Envelope)

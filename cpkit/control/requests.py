@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from cpkit.algorithms import AlgorithmChoice
+from cpkit.packing import describe_types
 
 if TYPE_CHECKING:
     from cpkit.layout import ContextParallelMetadata
@@ -175,3 +176,6 @@ class Request(Message, frozen=True):
     deadline_s: float
     body: Body
     version: int = PROTOCOL_VERSION
+
+
+describe_types(Request)

@@ -30,6 +30,7 @@ from cpkit.control.errors import ControlError, Unreadable, name_the_limit
 from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
 from cpkit.os_errors import describe, lacks_descriptors
+from cpkit.packing import describe_types
 from cpkit.processes import ProcessId, command
 from cpkit.settings import AGENT, pass_on, passed_on
 
@@ -305,3 +306,6 @@ def _parse(path: Path, data: bytes, kind: type[T]) -> T:
             f"{path} was not written by this version of cpkit ({error}): stop the workers with the "
             f"cpkit that started them, or remove the file"
         ) from error
+
+
+describe_types(Agent, Worker, Connection, PostMortem)

@@ -29,6 +29,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from cpkit.packing import describe_types
+
 PathName = Literal["symmetric", "staged", "fallback"]
 Version = tuple[int, ...]
 
@@ -239,3 +241,6 @@ def _registration_fault(name: str, locations: list[BufferLocation]) -> str:
 
 def _all_ordinary(locations: list[BufferLocation]) -> bool:
     return all(location.fault == "unregistered" for location in locations)
+
+
+describe_types(BufferPair, PathReport)

@@ -23,6 +23,7 @@ from typing import Self
 import msgspec
 
 from cpkit.os_errors import describe, lacks_descriptors
+from cpkit.packing import describe_types
 from cpkit.sync.barrier import MAX_MESSAGE_BYTES
 from cpkit.sync.free_memory import explain_refusal
 
@@ -168,3 +169,6 @@ def _cut(text: str) -> str:
         return text
     digest = blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
     return f"{data[: _TEXT_BYTES - 48].decode(errors='ignore')} … ({digest})"
+
+
+describe_types(_Explanation)

@@ -17,6 +17,7 @@ from functools import cached_property
 import msgspec
 import torch.distributed as dist
 
+from cpkit.packing import describe_types
 from cpkit.settings import deadline_s
 from cpkit.sync.free_memory import memory_limits, segment_limits
 
@@ -105,3 +106,6 @@ def agree_on_segment(
             f"memory must come from numbers that are equal on all ranks, such as max_rank_len."
         )
     return offers
+
+
+describe_types(SegmentOffer)

@@ -17,6 +17,7 @@ import msgspec
 import torch.distributed as dist
 
 from cpkit.control.messages import Body, Message
+from cpkit.packing import describe_types
 from cpkit.settings import deadline_s
 
 _TIMEOUT = timedelta(minutes=10)  # between two commands
@@ -118,3 +119,6 @@ class CommandChannel:
 
     def _set(self, key: str, message: Message) -> None:
         self._store.set(key, msgspec.msgpack.encode(message))  # type: ignore[arg-type] # bytes are fine
+
+
+describe_types(Command, StepResult)

@@ -17,6 +17,7 @@ LAYERS = (
         "cpkit.settings",
         "cpkit.algorithms",
         "cpkit.os_errors",
+        "cpkit.packing",
         "cpkit.processes",
         "cpkit.threads",
         "cpkit.eager",
