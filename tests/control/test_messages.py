@@ -112,38 +112,33 @@ def test_id_and_version_of_another_protocol_version_are_readable() -> None:
 
 
 FIRST_DECODE_IN_THREADS = """
-import importlib, pkgutil, sys, threading, msgspec, cpkit
-for module in pkgutil.walk_packages(cpkit.__path__, "cpkit."):
-    if ".kernels" not in module.name and module.name not in ("cpkit.__main__", "cpkit.memory.nccl"):
-        importlib.import_module(module.name)
-kinds = [msgspec.Struct]
-for kind in kinds:
-    kinds += kind.__subclasses__()
+import sys, threading
+import msgspec
+from cpkit.control import messages, runtime_dir
+
 sys.setswitchinterval(1e-6)
+for kind in (messages.Reply, messages.Request, runtime_dir.PostMortem):
+    together = threading.Barrier(8)
 
-def decode(kind, barrier):
-    barrier.wait()
-    try:
-        msgspec.msgpack.decode(b"\\x80", type=kind)
-    except msgspec.ValidationError:
-        pass
+    def decode():
+        together.wait()
+        try:
+            msgspec.msgpack.decode(b"\\x80", type=kind)
+        except msgspec.ValidationError:
+            pass
 
-for kind in kinds[1:]:
-    barrier = threading.Barrier(8)
-    threads = [threading.Thread(target=decode, args=(kind, barrier)) for _ in range(8)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-print(len(kinds))
+    threads = [threading.Thread(target=decode) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 """
 
 
 def test_threads_may_decode_the_first_message_of_a_type_together() -> None:
-    """msgspec 0.22 ends the process when it describes a type in two threads at once."""
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_DECODE_IN_THREADS], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
-    assert int(done.stdout) > 40
+    """msgspec 0.22 usually ends the process when it describes a type in several threads at once."""
+    command = [sys.executable, "-c", FIRST_DECODE_IN_THREADS]
+    assert [subprocess.run(command, check=False).returncode for _ in range(4)] == [0] * 4
 
 
 def test_messages_have_a_size_limit() -> None:
