@@ -179,11 +179,25 @@ def stop(name: str) -> bool:
             f"where their process ids are valid: stop them there with `{command('stop', name)}`"
         )
     if agent:
+        _check_is_agent(agent.process, runtime_dir)
         _end(agent.process)
     # The threads of a zombie process may hold the lock a little longer.
     if not wait_for(lambda: not runtime_dir.is_locked(), _EXIT_TIMEOUT_S):
         raise NoAnswer(f"the workers {name!r} did not end; see {runtime_dir.agent_log}")
     return True
+
+
+def _check_is_agent(process: ProcessId, runtime_dir: RuntimeDir) -> None:
+    """Check the command of a process that the lock file names, before it is sent a signal."""
+    words: list[str] = []
+    with contextlib.suppress(psutil.Error):
+        words = psutil.Process(process.pid).cmdline()
+    if words and process.is_alive() and "cpkit.control.agent" not in words:
+        raise ControlError(
+            f"{runtime_dir.lock_file} names process {process.pid} ({' '.join(words):.80}), which "
+            f"is no agent of cpkit, so nothing was stopped: find out who wrote that file, then "
+            f"remove it"
+        )
 
 
 def _end(agent: ProcessId) -> None:

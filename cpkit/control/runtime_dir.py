@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -171,17 +172,33 @@ class RuntimeDir:
         self.log_dir = self.directory / "logs"
         self.startup_dir = self.directory / "startup"
 
+    def check(self) -> bool:
+        """Return whether the directory exists.
+
+        Raises ControlError when another user can write to it, or may have put something into it
+        while that was possible: a lock file that names a foreign process to stop, or a link through
+        which a file elsewhere would be overwritten.
+        """
+        with in_words():
+            try:
+                found = self.directory.lstat()
+            except FileNotFoundError:
+                return False
+            _check_owner(self.directory, found, stat.S_ISDIR(found.st_mode), 0o022)
+            read = {self.lock_file, self.post_mortem_file}  # `connection` checks its own file
+            for path in self.directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    held = path.lstat()
+                    is_file = stat.S_ISREG(held.st_mode) and held.st_nlink < 2
+                    is_plain = is_file or stat.S_ISDIR(held.st_mode)
+                    _check_owner(path, held, is_plain, 0o022 if path in read else 0)
+        return True
+
     def create(self) -> None:
-        """Create the directory for this user. Raises ControlError when other users can write."""
+        """Create the directory for this user. Raises what `check` raises."""
         with in_words():
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.directory.lstat()
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise ControlError(
-                f"{self.directory} belongs to uid {found.st_uid} with mode "
-                f"{stat.S_IMODE(found.st_mode):04o}; it must belong to uid "
-                f"{os.geteuid()} and be writable only by it: remove it, or run chmod 700 on it"
-            )
+        self.check()
         with in_words(), tempfile.TemporaryFile(dir=self.directory) as probe:
             probe.write(b"is the file system full?")
 
@@ -201,6 +218,7 @@ class RuntimeDir:
 
     def is_locked(self) -> bool:
         """Return True while an agent of this name is running, also in another container."""
+        self.check()
         with in_words():
             try:
                 lock = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
@@ -216,10 +234,12 @@ class RuntimeDir:
 
     def agent(self) -> Agent | None:
         """Return the agent that holds the lock or was the last to hold it, or None."""
+        self.check()
         return _read(self.lock_file, Agent)
 
     def connection(self) -> Connection | None:
         """Read the connection file. Raises ControlError when other users can access it."""
+        self.check()
         try:
             handle = os.open(self.connection_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -236,6 +256,7 @@ class RuntimeDir:
 
     def post_mortem(self) -> PostMortem | None:
         """Return the agent's post-mortem of the workers, or None."""
+        self.check()
         return _read(self.post_mortem_file, PostMortem)
 
     def set_startup_phase(self, process: str, phase: str) -> None:
@@ -280,6 +301,21 @@ def remove_socket_dir(directory: str) -> None:
     if path.stat().st_uid == os.geteuid():
         quit_daemon(path)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_owner(path: Path, found: os.stat_result, is_plain: bool, forbidden: int) -> None:
+    """Check the owner of a file or directory, that it is no link, and its mode's forbidden bits."""
+    mode = stat.S_IMODE(found.st_mode)
+    if found.st_uid == os.geteuid() and is_plain and not mode & forbidden:
+        return
+    what = f"belongs to uid {found.st_uid} with mode {mode:04o}"
+    if not is_plain:
+        what = "is a link, or neither a file nor a directory"
+    raise ControlError(
+        f"{path} {what}; it must be an ordinary one of uid {os.geteuid()} that no other user can "
+        f"write to. Another user may have put something there: look at it first "
+        f"(ls -la {shlex.quote(str(path.parent))}), then remove it and start again"
+    )
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:

@@ -8,9 +8,11 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import pytest
 
 import cpkit
@@ -20,7 +22,13 @@ from cpkit.control import launcher
 from cpkit.control.agent import _make_socket_dir
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of, from_json, loopback
-from cpkit.control.runtime_dir import AlreadyRunning, RuntimeDir, remove_socket_dir, write_private
+from cpkit.control.runtime_dir import (
+    Agent,
+    AlreadyRunning,
+    RuntimeDir,
+    remove_socket_dir,
+    write_private,
+)
 from cpkit.processes import process_id
 from tests.helpers.control_server import connection
 from tests.helpers.processes import until
@@ -56,14 +64,60 @@ def test_a_file_that_other_users_can_access_is_rejected_with_the_remedy(
 def test_a_link_is_not_followed(here: RuntimeDir, tmp_path: Path) -> None:
     write_private(tmp_path / "elsewhere", connection())
     here.connection_file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ControlError, match=r"symbolic|Too many"):
+    with pytest.raises(ControlError, match="is a link"):
         here.connection()
+
+
+def test_only_an_agent_is_stopped(here: RuntimeDir, tmp_path: Path) -> None:
+    """The lock names a process of this user that is no agent."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        lock = here.acquire_lock()
+        os.pwrite(lock, msgspec.json.encode(Agent(process_id(process.pid), str(tmp_path))), 0)
+        with pytest.raises(ControlError, match=rf"process {process.pid} .*is no agent of cpkit"):
+            launcher.stop("here")
+        os.close(lock)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_a_directory_that_other_users_can_write_to_is_rejected(here: RuntimeDir) -> None:
     here.directory.chmod(0o777)
-    with pytest.raises(ControlError, match=r"0777.*chmod 700"):
-        here.create()
+    for use in (here.create, here.is_locked, here.agent, here.connection, here.post_mortem):
+        with pytest.raises(ControlError, match=r"mode 0777.*look at it first \(ls -la"):
+            use()
+
+
+PLANTS = {
+    "a lock file of another user": lambda at, path: (path.touch(), os.chown(path, 12345, -1)),
+    "a lock file that others can write to": lambda at, path: (path.touch(), path.chmod(0o666)),
+    "a link to a file": lambda at, path: path.symlink_to(at / "victim"),
+    "a link to a directory": lambda at, path: path.symlink_to(at),
+    "a second name of a file": lambda at, path: path.hardlink_to(at / "victim"),
+    "a pipe": lambda at, path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_what_another_user_planted_is_neither_read_nor_overwritten_nor_stopped(
+    here: RuntimeDir, tmp_path: Path, plant: str
+) -> None:
+    """The directory was writable for a while, and has the mode that it should have again."""
+    if plant == "a lock file of another user" and os.geteuid() != 0:
+        pytest.skip("only root can make a file of another user")
+    victim = tmp_path / "victim"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        agent = Agent(process_id(process.pid), str(tmp_path / "sockets"))
+        victim.write_bytes(msgspec.json.encode(agent))
+        for name in ("lock",) if "lock file" in plant else ("lock", "agent.log", "logs"):
+            planted = here.directory / name
+            PLANTS[plant](tmp_path, planted)
+            for use in (here.create, here.is_locked, here.agent, partial(launcher.stop, "here")):
+                with pytest.raises(ControlError, match="Another user may have put something"):
+                    use()
+            planted.unlink()
+        assert process.poll() is None
+        process.kill()
+    assert msgspec.json.decode(victim.read_bytes(), type=Agent) == agent
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"name": "here"}', b"\x80\x04]."])
