@@ -21,6 +21,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -155,21 +156,21 @@ def add_device_times(
     while done < iterations:
         rounds = min(at_once, iterations - done)
         queue = [call for _ in range(rounds) for call in calls.values()]
-        samples = _queue(queue, group, rounds * round_s)
+        samples, _ = _queue(queue, group, rounds * round_s)
         for name, device_us in zip([*calls] * rounds, samples, strict=True):
             timings[name].device_us.append(device_us)
         done += rounds
     for name, call in calls.items():
         call_s = timings[name].median_call_us / 1e6
         rounds = max(1, min(iterations, int(_BLOCK_S / longest_s(call_s, group))))
-        with stages.record() as recorder:
-            _queue([call] * rounds, group, rounds * call_s)
-        aligned = rounds + 1  # the first call is not timed, but its stages are recorded
-        timings[name].add_stages({stage: us / aligned for stage, us in recorder.total_us().items()})
+        _, stages_us = _queue([call] * rounds, group, rounds * call_s, with_stages=True)
+        timings[name].add_stages(stages_us)
 
 
-def _queue(queue: Sequence[Call], group: CPGroup, expected_s: float) -> list[float]:
-    """Return the µs on the GPU of each call, in order. Collective.
+def _queue(
+    queue: Sequence[Call], group: CPGroup, expected_s: float, *, with_stages: bool = False
+) -> tuple[list[float], dict[str, float]]:
+    """Return the µs on the GPU of each call, in order, and the mean of each stage. Collective.
 
     The first call runs once more before them, so that all streams begin together. The pause grows
     until the host of every rank has queued all calls before it ended.
@@ -178,17 +179,20 @@ def _queue(queue: Sequence[Call], group: CPGroup, expected_s: float) -> list[flo
     while pause_s <= _LONGEST_PAUSE_S:
         finish()
         group.barrier()
-        torch.cuda._sleep(int(pause_s * _CYCLES_PER_S))
-        paused = _event()
-        queue[0]()
-        events = [_event()]
-        for call in queue:
-            call()
-            events.append(_event())
-        was_behind = paused.query()
+        with stages.record() if with_stages else nullcontext() as recorder:
+            torch.cuda._sleep(int(pause_s * _CYCLES_PER_S))
+            paused = _event()
+            queue[0]()
+            events = [_event()]
+            for call in queue:
+                call()
+                events.append(_event())
+            was_behind = paused.query()
         finish()
         if not longest_s(float(was_behind), group):
-            return [float(start.elapsed_time(stop)) * 1e3 for start, stop in pairwise(events)]
+            samples = [float(start.elapsed_time(stop)) * 1e3 for start, stop in pairwise(events)]
+            totals_us = recorder.total_us() if recorder else {}
+            return samples, {stage: us / (len(queue) + 1) for stage, us in totals_us.items()}
         pause_s *= 2
     raise RuntimeError(
         f"the host did not queue {len(queue)} calls within {_LONGEST_PAUSE_S:g} s, so their time "
