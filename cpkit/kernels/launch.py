@@ -117,7 +117,7 @@ def _launch(
         *(len(addresses[0]), group.size, shape.tile, _narrow(narrow_bytes)),
         *(*flags, shape.warps * 32),
     )
-    # Triton's launch determines anew at each call which variant of the kernel its arguments need,
+    # Triton's launch finds out at each call which variant of the kernel its arguments need,
     # which takes three times as long as the launch. What it looks at is the key here.
     aligned = tuple([a & 15 if a else None for each in addresses for a in each])
     key = aligned, narrow_bytes, flags, shape
