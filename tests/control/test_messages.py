@@ -217,7 +217,7 @@ def test_decode_errors_say_what_is_allowed(body: dict[str, Any], words: str) -> 
     ],
 )
 def test_foreign_text_is_cut_in_linear_time(text: str) -> None:
-    """The workers answer nobody while they explain an error."""
+    """While the workers explain an error, all other requests wait."""
     bodies = [
         {"op": "clock", "workload": workload(), "calls": [text]},
         {"op": "gather", "workload": workload(algorithm=text)},
