@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     """One measurement: statistics per rank over `iterations` gathers, in microseconds.
 
-    `clock` says what the times are: device time on a GPU, otherwise call time. The call time is
-    there in both cases (see cpkit.bench).
+    `clock` says what the times are: device time on a GPU, unless rows go through the host, and
+    otherwise call time. The call time is there in both cases (see cpkit.bench).
     """
 
     sequence: int
@@ -167,7 +167,7 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
 
     calls: tuple[str, ...]
     samples_us: Array  # float64 [calls, iterations, ranks, 2]: start and end
-    device_samples_us: Array  # float64 [calls, iterations, ranks]; on the CPU no iterations
+    device_samples_us: Array  # float64 [calls, iterations, ranks]; no iterations without them
 
     @staticmethod
     def numbered(calls: Iterable[ClockCall]) -> tuple[str, ...]:
@@ -218,7 +218,8 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
     def device_us(self, call: str) -> np.ndarray:
         """Return the device time of each rank: float64 `[iterations, ranks]`.
 
-        On the CPU there are no iterations; the barrier, which runs on the host, has no numbers.
+        There are no iterations on the CPU, and when a call waits for the GPU (see cpkit.bench). The
+        barrier, which runs on the host, has no numbers.
         """
         self._samples(call)
         times: np.ndarray = self.device_samples_us.numpy()[self.calls.index(call)]

@@ -103,6 +103,8 @@ def _device_us(calls: list[Call], spans_us: np.ndarray, group: CPGroup, body: Cl
     timings = {str(n): Timing((spans_us[n, :, 1] - spans_us[n, :, 0]).tolist()) for n in on_gpu}
     if on_gpu:
         add_device_times({str(n): calls[n] for n in on_gpu}, group, body.iterations, timings)
+    if any(len(timing.device_us) < body.iterations for timing in timings.values()):
+        return np.empty((len(calls), 0, 1))
     for n in on_gpu:
         device_us[n, :, 0] = timings[str(n)].device_us
     return device_us

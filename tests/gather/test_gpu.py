@@ -165,6 +165,8 @@ def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) 
         for algorithm in ALGORITHM_CHOICES:
             shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
             assert shown is not None
+        through_the_host = next(iter(lab.measure([4097], cp_size=4, symmetric=False, samples=1)))
+        assert through_the_host.path == "fallback"
         samples = iter(lab.measure([65536], cp_size=4, samples=None))
         next(samples)
         victim = lab.status().workers[2].pid

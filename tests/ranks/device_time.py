@@ -19,7 +19,6 @@ from cpkit import bench, settings
 from cpkit.gather import ALGORITHMS, all_gather_kv
 from cpkit.group import CPGroup
 from tests.ranks.device import batch_of
-from tests.ranks.errors import raised
 
 SHAPE, DTYPE = (8, 128), torch.bfloat16
 TOKENS = (128, 1021, 2045, 32765)  # 0.26, 2.1, 4.2, 67 MB
@@ -94,8 +93,8 @@ def check_device_time_orders_gathers_as_their_captures_do() -> None:
             Path(path).write_text(json.dumps(found))
 
 
-def check_a_host_that_waits_inside_a_call_is_noticed() -> None:
-    """Such a call cannot be queued ahead, so there is no device time of it."""
+def check_a_call_that_waits_for_the_gpu_has_no_device_time() -> None:
+    """Such a call cannot be queued ahead."""
     group, metadata, rows = batch_of(1021, trailing=SHAPE, dtype=DTYPE)
 
     def waits() -> None:
@@ -103,5 +102,6 @@ def check_a_host_that_waits_inside_a_call_is_noticed() -> None:
         torch.cuda.synchronize()
 
     timing = bench.Timing(call_us=[100.0])
-    words = raised(RuntimeError, bench.add_device_times, {"": waits}, group, 3, {"": timing})
-    assert "did not queue" in words, words
+    bench.add_device_times({"": waits}, group, 3, {"": timing})
+    assert (timing.clock, timing.device_us) == ("call time", [])
+    assert timing.stages_us
