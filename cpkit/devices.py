@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch.autograd import forward_ad
 
+from cpkit import settings
+
 
 def device_type(x: object) -> str:
     """Return "cuda" for a CUDA tensor, "cpu" for everything else; never raises."""
@@ -30,6 +32,13 @@ def use_local_gpu(*, shared: bool = False) -> None:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(0 if shared else local_rank % torch.cuda.device_count())
+
+
+def gpu_id() -> str:
+    """Return the UUID of this process's GPU; empty without one."""
+    if settings.passed_on(settings.DEVICE) == "cpu" or not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def advice_on_idle_gpus(rank: int, hosts: list[str], gpus: list[str], n_visible: int) -> str:

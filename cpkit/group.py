@@ -32,8 +32,9 @@ import torch
 import torch.distributed as dist
 
 from cpkit import settings
-from cpkit.devices import advice_on_idle_gpus, check_stream, device_type, on_stream
+from cpkit.devices import advice_on_idle_gpus, check_stream, device_type, gpu_id, on_stream
 from cpkit.eager import eager_only
+from cpkit.memory.nccl_settings import NcclSettings, check_versions, settings_of_this_process
 from cpkit.memory.path import PathReport
 from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 from cpkit.sync.agreement import Agreement, Signature, describe_error
@@ -79,8 +80,8 @@ class CPGroup:
     `ranks_on_gpu` counts the ranks of the whole job on this rank's GPU (0 without a GPU);
     `shares_gpu` is true when several ranks of the job, of this group or another, share a GPU, and
     `overlaps` when another group of the same ranks may gather at the same time. `gpu` is the number
-    of this rank's GPU. `ranks_by_limit` is how many of its ranks share each limit of memory
-    (cpkit.sync.free_memory).
+    of this rank's GPU. `nccl` are the settings of NCCL, by rank of the group. `ranks_by_limit` is
+    how many of its ranks share each limit of memory (cpkit.sync.free_memory).
     `pools` are the group's symmetric pools, by device type. With `samples_pools` they record their
     use over time (`SymmetricPool.samples`).
     """
@@ -99,6 +100,7 @@ class CPGroup:
     overlaps: bool = False
     gpu: int | None = None
     has_nccl: bool = False
+    nccl: Mapping[int, NcclSettings] = field(default_factory=dict, repr=False)
     ranks_by_limit: Mapping[str, int] = field(default_factory=dict, repr=False)
     pools: dict[str, Pool] = field(default_factory=dict, repr=False)
     samples_pools: bool = field(default=False, repr=False)
@@ -307,6 +309,7 @@ class _World:
     size: int
     hosts: list[str]
     gpus: list[str]
+    nccl: list[NcclSettings]
     store: dist.Store
     store_exchange: StoreExchange
     shm_barrier: ShmBarrier | None
@@ -336,28 +339,33 @@ def _world() -> _World:
     if _state is None or _state.store is not store:
         rank, size = dist.get_rank(), dist.get_world_size()
         exchange = StoreExchange(store, f"world{_generation}", rank, size)
-        hosts, gpus = _hosts_and_gpus(exchange)
+        hosts, gpus, nccl = _meet(exchange)
         shm_barrier = None
         if len(set(hosts)) == 1:
             shm_barrier = ShmBarrier(exchange, "make the barrier of the world")
         owner = OwnerThread("init_context_parallel")
-        _state = _World(rank, size, hosts, gpus, store, exchange, shm_barrier, owner)
+        _state = _World(rank, size, hosts, gpus, nccl, store, exchange, shm_barrier, owner)
         if advice := advice_on_idle_gpus(rank, hosts, gpus, torch.cuda.device_count()):
             warnings.warn(advice, stacklevel=3)  # at the call of init_context_parallel
     return _state
 
 
-def _hosts_and_gpus(exchange: StoreExchange) -> tuple[list[str], list[str]]:
-    """Return each rank's machine and GPU. Raises ValueError on every rank for a bad setting."""
+def _meet(exchange: StoreExchange) -> tuple[list[str], list[str], list[NcclSettings]]:
+    """Return each rank's machine, GPU and NCCL. Raises ValueError on every rank for a bad setting.
+
+    The settings of NCCL are empty on a rank without a GPU.
+    """
     states: list[bytes] = []
     with Agreement(lambda m: exchange.exchange(m, "join the job"), on_agreed=states.extend) as call:
         settings.check_shm_dir()
         settings.deadline_s()
         settings.nccl_is_forced()
         call.must_match(Signature("find the ranks of this job"))
-        call.state = msgspec.msgpack.encode([host_id(), gpu_id()])
-    found = [msgspec.msgpack.decode(state, type=tuple[str, str]) for state in states]
-    return [host for host, _ in found], [gpu for _, gpu in found]
+        gpu = gpu_id()
+        nccl = settings_of_this_process() if gpu and dist.is_nccl_available() else NcclSettings()
+        call.state = msgspec.msgpack.encode((host_id(), gpu, nccl))
+    found = [msgspec.msgpack.decode(each, type=tuple[str, str, NcclSettings]) for each in states]
+    return [host for host, _, _ in found], [gpu for _, gpu, _ in found], [n for _, _, n in found]
 
 
 @cache
@@ -369,13 +377,6 @@ def host_id() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else platform.node()
     return settings.host_id() or f"{machine}/{settings.shm_dir().stat().st_dev}"
-
-
-def gpu_id() -> str:
-    """Return the UUID of this process's GPU; empty without one."""
-    if settings.passed_on(settings.DEVICE) == "cpu" or not torch.cuda.is_available():
-        return ""
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def _check_size(world: _World, cp_size: int, name: str) -> None:
@@ -398,6 +399,9 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     # Making a group is collective over the world, so all groups have the same backend.
     share_gpu = any(len({world.gpus[r] for r in ranks}) < cp_size for ranks in all_ranks)
     has_nccl = name == "default" and _nccl_is_possible(world, share_gpu)
+    if has_nccl:
+        for ranks in all_ranks:
+            check_versions({rank: world.nccl[rank] for rank in ranks})
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     made = [
         dist.new_group(
@@ -431,6 +435,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         overlaps=name != "default",
         gpu=torch.cuda.current_device() if gpu else None,
         has_nccl=has_nccl,
+        nccl={number: world.nccl[r] for number, r in enumerate(ranks)},
         ranks_by_limit=exchange.ranks_by_limit,
     )
 
@@ -440,6 +445,6 @@ def _nccl_is_possible(world: _World, share_gpu: bool) -> bool:
 
     `CPKIT_NCCL=1` uses it anyway; then every rank needs its own NCCL_HOSTID.
     """
-    if not all(world.gpus) or not dist.is_nccl_available():
+    if not all(each.version for each in world.nccl):
         return False
     return not share_gpu or settings.nccl_is_forced()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from cpkit.devices import loaded_nccl_version
 from cpkit.group import CPGroup
 from cpkit.memory.backend import ORDINARY_COLLECTIVE, Pool
 from cpkit.memory.cuda import CudaBackend, CudaSegment
+from cpkit.memory.nccl_settings import window_problem
 from cpkit.memory.path import BufferLocation, BufferPair, PathReport, decide, without_windows
 from cpkit.stages import stage
 from cpkit.sync.collective import torch_all_gather
@@ -83,8 +83,8 @@ class NcclBackend(CudaBackend):
         return segment
 
     def transport(self) -> str:
-        """Return "nccl" with the version of the library that this process uses."""
-        return "nccl " + ".".join(map(str, loaded_nccl_version()))
+        """Return "nccl" with the version of the loaded library, and its policy if that is ZERO."""
+        return self.group.nccl[self.group.rank].transport
 
     def window_problem(self) -> str:
         """Return why NCCL has no windows on the pool's memory; empty when it has them."""
@@ -99,6 +99,8 @@ class NcclBackend(CudaBackend):
             return ""
         if self.group.shares_gpu:
             return "ranks share a GPU, and NCCL has no symmetric windows there"
+        if problem := window_problem(self.group.nccl):
+            return problem
         word = torch.zeros(1, dtype=torch.uint8, device=self.device)
         words = torch.empty(self.group.size, dtype=torch.uint8, device=self.device)
         torch_all_gather(words, word, self.group)

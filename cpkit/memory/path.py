@@ -12,6 +12,8 @@ What a path requires depends on the *transport*, which moves the rows:
   the receive buffer in the group's pool, at one offset on all ranks; with a symmetric send buffer
   alone, peers pull.
 * `nccl 2.28.9`, or any other version: NCCL selects a kernel, by the rules in `NCCL_RULES`.
+* `nccl 2.30.7 NCCL_CTA_POLICY=2`: the same NCCL with the policy ZERO. The same buffers then go
+  through the copy engine, from the version in `NCCL_COPY_ENGINE` on.
 
 A buffer is symmetric when three things hold on all ranks: it is registered, with *this* group, at
 the same offset. The reason of a report says which of them fails. NCCL reads the send buffer through
@@ -41,9 +43,22 @@ NCCL_RULES: tuple[tuple[Version, Literal["none", "both", "recv"]], ...] = (
     ((2, 27), "both"),
     ((2, 29, 2), "recv"),
 )
+# First version that moves an all-gather of such buffers with the copy engine instead of a kernel,
+# under NCCL_CTA_POLICY=2 (ZERO), with a driver of CUDA 12.5 or newer. On Blackwell, 2.29 and newer
+# do so without that policy too, above NCCL_SYM_CE_THRESHOLD. Source: taskAppend in NCCL's
+# enqueue.cc, and ncclCeImplemented and ncclCeAvailable in ce_coll.cc, at 2.28.7, 2.29 and 2.30.7.
+NCCL_COPY_ENGINE = (2, 28)
+# First and last version whose copy engine fails on the default stream, where torch 2.11 runs its
+# collectives: cudaMemcpyBatchAsync refuses that stream, and the process ends (nccl#2003).
+NCCL_COPY_ENGINE_FAILS = ((2, 28, 0), (2, 29, 6))
 # First and last version whose symmetric kernels do not wait for the preceding kernel, which makes
 # results silently wrong (sglang#37768).
 NCCL_RACY = ((2, 28, 0), (2, 30, 4))
+ZERO_POLICY = " NCCL_CTA_POLICY=2"  # at the end of a transport
+COPY_ENGINE_FAILS = (
+    "NCCL_CTA_POLICY=2 selects the copy engine, which fails on the default stream up to 2.29.6 "
+    "(nccl#2003), so NCCL gets no windows: unset it, or use NCCL 2.29.7 or newer"
+)
 
 _REMEDY = {
     "unregistered": "make it inside `with use_symmetric_memory(group)` (SGLang #37337)",
@@ -97,7 +112,8 @@ def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> Path
         path, reason = _pushed(send_fault, recv_fault, pairs[rank].shard_bytes)
     else:
         registered = _registration_fault("send", [pair.send for pair in pairs])
-        path, reason = _by_nccl(version, registered, recv_fault)
+        policy_is_zero = transport.endswith(ZERO_POLICY)
+        path, reason = _by_nccl(version, policy_is_zero, registered, recv_fault)
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
             reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
@@ -158,16 +174,16 @@ def without_windows(report: PathReport, problem: str) -> PathReport:
 def nccl_version(transport: str) -> Version | None:
     """Return (2, 28, 9) for "nccl 2.28.9", None for cpkit's transports. Raises ValueError.
 
-    >>> nccl_version("nccl 2.28.9"), nccl_version("posix")
-    ((2, 28, 9), None)
+    >>> nccl_version("nccl 2.28.9"), nccl_version("nccl 2.30.7 NCCL_CTA_POLICY=2")
+    ((2, 28, 9), (2, 30, 7))
     """
     if transport in ("posix", "cuda"):
         return None
-    found = re.fullmatch(r"nccl (\d+(?:\.\d+)+)", str(transport))
+    found = re.fullmatch(rf"nccl (\d+(?:\.\d+)+)(?:{ZERO_POLICY})?", str(transport))
     if not found:
         raise ValueError(
             f"transport is {transport!r}; it must be 'posix', 'cuda', or NCCL with its version, "
-            f"for example 'nccl 2.28.9'"
+            f"for example 'nccl 2.28.9' or 'nccl 2.30.7{ZERO_POLICY}'"
         )
     return tuple(int(part) for part in found[1].split("."))
 
@@ -179,6 +195,11 @@ def nccl_rule(version: Version) -> Literal["none", "both", "recv"]:
     ('both', 'recv')
     """
     return next(needs for first, needs in reversed(NCCL_RULES) if version >= first)
+
+
+def copy_engine_fails(version: Version) -> bool:
+    """Return True when this NCCL's copy engine ends the process on the default stream."""
+    return NCCL_COPY_ENGINE_FAILS[0] <= version <= NCCL_COPY_ENGINE_FAILS[1]
 
 
 def nccl_is_racy(version: Version) -> bool:
@@ -197,7 +218,9 @@ def _pushed(send_fault: str, recv_fault: str, shard_bytes: int) -> tuple[PathNam
     return "fallback", f"{recv_fault}; {send_fault}"
 
 
-def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathName, str]:
+def _by_nccl(
+    version: Version, policy_is_zero: bool, send_fault: str, recv_fault: str
+) -> tuple[PathName, str]:
     needs = nccl_rule(version)
     if needs == "none":
         return "fallback", "symmetric kernels begin with 2.27; use a newer NCCL"
@@ -209,15 +232,17 @@ def _by_nccl(version: Version, send_fault: str, recv_fault: str) -> tuple[PathNa
             f"Or use NCCL 2.29.2 or newer, which needs recv only"
         )
     also = "" if send_fault else ", send is registered too"
-    racy = (
-        "; its kernels do not wait for the kernel before them (sglang#37768)"
-        if nccl_is_racy(version)
-        else ""
-    )
-    return "symmetric", (
+    enough = (
         f"recv is registered at one offset on all ranks{also}, which is enough where all GPUs of "
-        f"the group reach each other over NVLink; NCCL's log shows it (cpkit.memory.nccl_log){racy}"
+        f"the group reach each other over NVLink; NCCL's log shows it (cpkit.memory.nccl_log)"
     )
+    if policy_is_zero and version >= NCCL_COPY_ENGINE:
+        if copy_engine_fails(version):
+            return "fallback", COPY_ENGINE_FAILS
+        return "symmetric", f"the copy engine moves the rows, without a kernel: {enough}"
+    if nccl_is_racy(version):
+        enough += "; its kernels do not wait for the kernel before them (sglang#37768)"
+    return "symmetric", enough
 
 
 def _fault(name: str, locations: list[BufferLocation]) -> str:

@@ -27,7 +27,7 @@ LAYERS = (
     ),
     ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
     ("cpkit.sync",),
-    ("cpkit.memory.path", "cpkit.memory.nccl_log"),
+    ("cpkit.memory.path", "cpkit.memory.nccl_log", "cpkit.memory.nccl_settings"),
     ("cpkit.group",),
     ("cpkit.kernels", "cpkit.memory"),
     ("cpkit.caches", "cpkit.validate"),

@@ -110,9 +110,35 @@ def test_the_race_of_some_nccl_versions_is_named() -> None:
         assert ("sglang#37768" in reason) is racy
 
 
-def test_an_unknown_transport_is_refused() -> None:
+@pytest.mark.parametrize("transport", ["nccl", "nccl 2.30.7 NCCL_CTA_POLICY=1", "2.30.7"])
+def test_an_unknown_transport_is_refused(transport: str) -> None:
     with pytest.raises(ValueError, match="it must be 'posix', 'cuda', or NCCL"):
-        decide([BufferPair(A, B)], 0, "nccl")
+        decide([BufferPair(A, B)], 0, transport)
+
+
+@pytest.mark.parametrize(
+    ("version", "send", "path", "words"),
+    [
+        ("2.27.7", A, "symmetric", "recv is registered"),  # it has no copy engine
+        ("2.28.9", A, "fallback", "nccl#2003"),
+        ("2.28.9", ORDINARY, "fallback", "SGLang #37337"),
+        ("2.29.2", ORDINARY, "fallback", "nccl#2003"),
+        ("2.29.7", ORDINARY, "symmetric", "the copy engine moves the rows"),
+        ("2.30.7", A, "symmetric", "the copy engine moves the rows"),
+    ],
+)
+def test_under_the_zero_policy_the_copy_engine_moves_the_rows(
+    version: str, send: BufferLocation, path: str, words: str
+) -> None:
+    report = decide([BufferPair(send, B)] * 2, 0, f"nccl {version} NCCL_CTA_POLICY=2")
+    assert report.path == path
+    assert report.reason.startswith(f"NCCL {version} NCCL_CTA_POLICY=2: ")
+    assert words in report.reason
+    assert "sglang#37768" not in report.reason, "the race is that of the symmetric kernels"
+    without = decide([BufferPair(send, B)] * 2, 0, f"nccl {version}")
+    assert "copy engine" not in without.reason
+    fallback = decide([BufferPair(A, ORDINARY)] * 2, 0, f"nccl {version} NCCL_CTA_POLICY=2")
+    assert fallback.path == "fallback"
 
 
 def test_unregistered_memory_has_no_symmetric_path() -> None:

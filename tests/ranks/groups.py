@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from cpkit import group as group_module
 from cpkit import provenance
 from cpkit.gather import (
     all_gather_kv,
@@ -17,12 +18,14 @@ from cpkit.gather import (
 )
 from cpkit.group import forget_groups, get_attention_cp_group, host_id, init_context_parallel
 from cpkit.layout import prepare_context_parallel_metadata, shard
+from cpkit.memory.nccl_settings import NcclSettings
 from cpkit.symm import SymmetricPool, explain_path, use_symmetric_memory
 from cpkit.sync.barrier import BarrierTimeout
 from cpkit.sync.exchange import ExchangeTimeout
 from tests.ranks.device import batch_of
 from tests.ranks.errors import error_of, raised
 from tests.ranks.gathers import cp_sizes
+from tests.ranks.mutants import planted
 
 
 def gather_works() -> None:
@@ -201,6 +204,24 @@ def check_groups_that_span_machines_fall_back_and_report_it() -> None:
         del os.environ["CPKIT_HOST_ID"]
         host_id.cache_clear()
         forget_groups()
+    gather_works()
+
+
+def check_two_versions_of_nccl_are_an_error_on_every_rank() -> None:
+    """Each pair of ranks simulates a GPU per rank, and an installation of NCCL."""
+    rank = dist.get_rank()
+    nccl = NcclSettings((2, 28, 9) if rank < 2 else (2, 30, 7))
+    forget_groups()
+    try:
+        with (
+            planted(group_module, "gpu_id", lambda _: f"gpu {rank}"),
+            planted(dist, "is_nccl_available", lambda _: True),
+            planted(group_module, "settings_of_this_process", lambda _: nccl),
+        ):
+            said = error_of(init_context_parallel, 4)
+    finally:
+        forget_groups()
+    assert "rank(s) 0, 1: 2.28.9; rank(s) 2, 3: 2.30.7" in said, said
     gather_works()
 
 
