@@ -12,7 +12,7 @@ from cpkit.packing import describe_types
 if TYPE_CHECKING:
     from cpkit.layout import ContextParallelMetadata
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
 ClockCall = Literal[AlgorithmChoice, "barrier", "copy", "copy_fresh", "collective", "launch"]
@@ -125,9 +125,13 @@ class Pool(Message, frozen=True, tag="pool", tag_field="op"):
 
 
 class Explain(Message, frozen=True, tag="explain", tag_field="op"):
-    """Run one gather, and return the path that each rank took, with the reason."""
+    """Run one gather, and return the path that each rank took, with the reason.
+
+    With `observe`, run it once more, and return which kernels NCCL selected, according to its log.
+    """
 
     workload: Workload
+    observe: bool = False
 
 
 class Put(Message, frozen=True, tag="put", tag_field="op"):

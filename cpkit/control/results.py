@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 
 from cpkit.control.requests import Message, Workload
+from cpkit.memory.nccl_log import Selections
 from cpkit.memory.path import PathName, PathReport
 from cpkit.memory.statistics import PoolSample, PoolStatistics
 from cpkit.timing import ClockName, Span
@@ -334,16 +335,20 @@ class PoolResult(ShownResult, frozen=True, tag="pool_result", tag_field="is"):
 
 
 class ExplainResult(WorkloadResult, frozen=True, tag="explain_result", tag_field="is"):
-    """The path of the gather on each rank."""
+    """The path of the gather on each rank, and if requested what NCCL selected there."""
 
     ranks: tuple[PathReport, ...]
+    observed: tuple[Selections, ...] = ()
 
-    joined = ("ranks",)
+    joined = ("ranks", "observed")
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per rank: rank, path, reason, send, recv."""
-        return _table_of(self.ranks, with_rank=True)
+        """One row per rank: rank, path, reason, send, recv, and `observed` if requested."""
+        table = _table_of(self.ranks, with_rank=True)
+        if self.observed:
+            table["observed"] = [str(each) for each in self.observed]
+        return table
 
 
 class PutResult(ShownResult, frozen=True, tag="put_result", tag_field="is"):

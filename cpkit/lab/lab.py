@@ -310,12 +310,18 @@ class Lab:
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
+        observe: bool = False,
     ) -> "pd.DataFrame":
-        """Return the path of the gather, one row per rank: rank, path, reason, send, recv."""
+        """Return the path of the gather, one row per rank: rank, path, reason, send, recv.
+
+        With `observe`, a column `observed` has what NCCL selected, according to its log: symmetric
+        kernel, copy engine or fallback, with the name of the kernel; or why nothing was observed.
+        The log is switched on for this gather only. NCCL writes it on rank 0.
+        """
         workload = self.workload(
             lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
         )
-        return self._client.call(Explain(workload), ExplainResult).table
+        return self._client.call(Explain(workload, observe), ExplainResult).table
 
     def put(
         self, cp_size: int | None = None, *, rounds: int = 1000, barrier: bool = True

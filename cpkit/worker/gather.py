@@ -18,6 +18,8 @@ from cpkit.control.messages import (
 )
 from cpkit.devices import finish
 from cpkit.group import CPGroup
+from cpkit.memory import nccl_log
+from cpkit.memory.nccl_log import Selections
 from cpkit.settings import worker_device
 from cpkit.symm import symmetric_pool
 from cpkit.worker.operation import Operation, RankState
@@ -76,13 +78,37 @@ class TraceOperation(Operation[Trace]):
 
 
 class ExplainOperation(Operation[Explain]):
-    """Run the gather, and report its path."""
+    """Run the gather, and report its path, and what NCCL selected."""
 
     def only_step(self, group: CPGroup, state: RankState) -> ExplainResult:
         """Gather, and return the path on this rank."""
         run = prepare(self.body.workload, group, state.round)
         run.verified_gather()
-        return ExplainResult(self.body.workload, (run.path(),))
+        observed = (_observe(run),) if self.body.observe else ()
+        return ExplainResult(self.body.workload, (run.path(),), observed)
+
+
+def _observe(run: Run) -> Selections:
+    """Gather once more, and return what NCCL selected for it on this rank. Collective.
+
+    The first gather is not observed, because making a pool calls NCCL too.
+    """
+    if worker_device() == "cpu":
+        return Selections(reason="the ranks are on the CPU, without NCCL")
+    if not run.group.has_nccl:
+        why = "ranks share a GPU" if run.group.shares_gpu else "this torch has no NCCL"
+        return Selections(reason=f"NCCL is not used, because {why}")
+
+    def gather() -> None:
+        run.verified_gather()
+        finish()
+
+    seen = nccl_log.observe(gather)
+    if seen.calls or seen.reason:
+        return seen
+    if run.group.rank > 0:
+        return Selections(reason="NCCL logs its selections on rank 0")
+    return Selections(reason="NCCL was not called, because cpkit moved the rows")
 
 
 def _poison_pool(run: Run) -> None:

@@ -26,6 +26,7 @@ from cpkit.control.runtime_dir import READY, Agent, Connection, RuntimeDir, Work
 from cpkit.control.server import Server
 from cpkit.control.watchdog import remove_connection
 from cpkit.devices import use_local_gpu
+from cpkit.memory import nccl_log
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
 from cpkit.worker.commands import CommandChannel, StepResult
@@ -41,6 +42,7 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     name = f"rank {os.environ['RANK']}"
     runtime_dir.set_startup_phase(name, "preparing its device")
     if worker_device() == "cuda":
+        nccl_log.keep_silent()
         use_local_gpu(shared=launch.share_gpu)
         if launch.share_gpu:
             warnings.filterwarnings("ignore", message="ranks .* use one GPU")

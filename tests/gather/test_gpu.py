@@ -140,6 +140,37 @@ def test_nccl_with_a_gpu_per_rank(
     assert_passed("tests.ranks.windows", nproc, check, settings, 300)
 
 
+NCCL_SETTINGS = (
+    "",
+    *("NCCL_WIN_ENABLE=0", "NCCL_WIN_ENABLE=0@1", "NCCL_CUMEM_ENABLE=0"),
+    *("NCCL_CTA_POLICY=2", "NCCL_CTA_POLICY=2@1"),
+)
+
+
+@pytest.mark.parametrize("setting", NCCL_SETTINGS)
+@pytest.mark.parametrize("check", checks("nccl_settings"))
+def test_settings_of_nccl(check: str, setting: str) -> None:
+    needs_gpus(2)
+    settings = (*variables("own"), ("CPKIT_TEST_NCCL", setting))
+    assert_passed("tests.ranks.nccl_settings", 2, check, settings, 300)
+
+
+def test_explain_shows_what_nccl_selected_beside_the_predicted_path(runtime_dir: Path) -> None:
+    needs_gpus(2)
+    with cpkit.connect("gpu-explain", nproc=2, device="cuda") as lab:
+        for tokens in (64, 65536):
+            for algorithm in ("padded", "padded_symm_recv", "padded_symm"):
+                table = lab.explain(tokens, 2, algorithm=algorithm, tensors=1, observe=True)
+                assert table["observed"][0].startswith(f"{table['path'][0]}: "), table
+                kernel = "AllGather_" if table["path"][0] == "symmetric" else "RING "
+                assert kernel in table["observed"][0], table
+                assert "on rank 0" in table["observed"][1]
+            (first, _) = lab.explain(tokens, 2, algorithm="direct", observe=True)["observed"]
+            assert "NCCL was not called" in first
+        assert "observed" not in lab.explain(64, 2)
+        lab.stop()
+
+
 @pytest.mark.parametrize("check", checks("device_time"))
 def test_device_time(check: str, captured: Path) -> None:
     assert_passed("tests.ranks.device_time", 2, check, device_time_variables(captured), 300)
@@ -165,6 +196,9 @@ def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) 
         for algorithm in ALGORITHM_CHOICES:
             shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
             assert shown is not None
+        if GPUS < 4:
+            (first, *_) = lab.explain([4097], 4, algorithm="padded_symm", observe=True)["observed"]
+            assert "ranks share a GPU" in first
         through_the_host = next(iter(lab.measure([4097], cp_size=4, symmetric=False, samples=1)))
         assert through_the_host.path == "fallback"
         samples = iter(lab.measure([65536], cp_size=4, samples=None))

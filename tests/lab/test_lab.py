@@ -105,6 +105,13 @@ def test_without_symmetric_memory_the_path_has_the_reason(lab: Lab) -> None:
     assert set(table["path"]) == {"symmetric"}
 
 
+def test_on_the_cpu_there_is_nothing_to_observe_and_the_reason_is_given(lab: Lab) -> None:
+    table = lab.explain([40], 2, algorithm="padded_symm", observe=True)
+    assert list(table.columns) == ["rank", "path", "reason", "send", "recv", "observed"]
+    assert len(table) == 2
+    assert set(table["observed"]) == {"nothing observed: the ranks are on the CPU, without NCCL"}
+
+
 def test_measuring_streams_samples_at_its_interval(lab: Lab) -> None:
     started = time.monotonic()
     samples = list(lab.measure([512], 2, samples=4, interval_s=0.1))

@@ -8,6 +8,7 @@ peer's window at this rank's own receive offset.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def check_a_shard_without_padding_may_lie_in_the_pool_of_one_rank() -> None:
                 assert last_path(group).path == path_by_table(algorithm), algorithm
 
 
+def kernels(path: str, rows: int, group: CPGroup) -> tuple[str, ...]:
+    """Return the names that NCCL's kernel may have. Only more than two ranks use multicast."""
+    if path == "symmetric":
+        name = "AllGather_LL" if rows == SHARD_ROWS[0] else "AllGather_ST"
+        return (name,) if group.size == 2 else (name, f"{name}MC", "AllGather_ST", "AllGather_STMC")
+    algorithms = ("RING",) if group.size == 2 else ("RING", "NVLS", "PAT")
+    return tuple(
+        f"{name} {protocol}" for name in algorithms for protocol in ("LL", "LL128", "SIMPLE")
+    )
+
+
 def check_nccls_log_agrees_with_the_path() -> None:
     """Compare the path that NCCL logged with the predicted one."""
     group = world_group()
@@ -170,9 +182,12 @@ def check_nccls_log_agrees_with_the_path() -> None:
             gather(group, send, recv, 1)
             group.barrier()
             if group.rank == 0:  # the only rank whose NCCL writes these lines
-                after = count_file(log)
-                selected = after.symmetric - before.symmetric, after.fallback - before.fallback
-                assert selected == ((1, 0) if path == "symmetric" else (0, 1)), (name, selected)
+                new = Counter(count_file(log).calls) - Counter(before.calls)
+                (selected,) = new.elements()
+                assert selected.kind == path, (name, selected)
+                assert selected.nbytes == rows * ROW_BYTES, (name, selected)
+                assert selected.kernel in kernels(path, rows, group), (name, selected)
+                assert selected.channels > 0, (name, selected)
 
 
 def check_without_the_copy_the_rows_are_wrong() -> None:
