@@ -23,6 +23,7 @@ from cpkit.control import mps
 from cpkit.control.launcher import names
 from cpkit.control.runtime_dir import SET_RUNTIME_DIR, runtime_root
 from cpkit.devices import loaded_nccl_version
+from cpkit.memory.nccl_settings import settings_of_this_process, window_problem
 from cpkit.memory.path import NCCL_RACY, BufferLocation, BufferPair, decide, nccl_is_racy, nccl_rule
 from cpkit.os_errors import describe
 from cpkit.settings import shm_dir
@@ -183,7 +184,9 @@ def _gpus() -> Iterator[Check]:
     yield _triton()
     yield from _paths("cuda", "ranks that share a GPU push through torch's symmetric memory")
     if count > 1 and dist.is_nccl_available():
-        yield from _paths(f"nccl {_version()}", "ranks with one GPU each gather with NCCL")
+        yield from _paths(
+            settings_of_this_process().transport, "ranks with one GPU each gather with NCCL"
+        )
 
 
 def _devices(count: int) -> Iterator[Check]:
@@ -258,6 +261,8 @@ def _nccl() -> Iterator[Check]:
     }
     found, advice = rules[nccl_rule(version)]
     yield Check("NCCL", f"{_version()}: {found}", advice)
+    if problem := window_problem({0: settings_of_this_process()}):
+        yield Check("NCCL windows", "none", problem)
     if nccl_is_racy(version):
         first, last = (".".join(map(str, v)) for v in NCCL_RACY)
         yield Check(

@@ -123,7 +123,8 @@ def explain_path(
     """Explain which path a gather of these buffers takes, and what a better one requires.
 
     Collective over the group: a buffer is symmetric only if it is so on every rank. `transport`
-    selects a transport other than the group's own: "posix", "cuda", or NCCL with its version.
+    selects a transport other than the group's own: "posix", "cuda", or NCCL with its version, and
+    with " NCCL_CTA_POLICY=2" after it the policy ZERO.
 
         >>> explain_path(send, recv, group).path                            # doctest: +SKIP
         'symmetric'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cpkit import doctor
 from cpkit.memory import nccl_settings
 from cpkit.memory.nccl_settings import (
     NcclSettings,
@@ -104,3 +105,15 @@ def test_equal_settings_can_be_a_problem_too(all_ranks: NcclSettings, words: str
     problem = window_problem({0: all_ranks, 1: all_ranks})
     assert words in problem
     assert bool(words) is bool(problem)
+
+
+def test_doctor_reports_settings_that_rule_windows_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (nccl_settings, doctor):
+        monkeypatch.setattr(module, "loaded_nccl_version", lambda: NEW)
+    monkeypatch.setattr(doctor.dist, "is_nccl_available", lambda: True)
+    monkeypatch.delenv("NCCL_WIN_ENABLE", raising=False)
+    assert [check.subject for check in doctor._nccl()] == ["NCCL"]
+    monkeypatch.setenv("NCCL_WIN_ENABLE", "0")
+    (_, windows) = doctor._nccl()
+    assert (windows.subject, windows.found) == ("NCCL windows", "none")
+    assert "all ranks: NCCL_WIN_ENABLE=0" in windows.advice
