@@ -15,7 +15,6 @@ gathered in stream order, and the host does not wait.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -31,13 +30,12 @@ from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import LANES
+from cpkit.memory.backend import as_dense, as_rows, from_rows
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
-from cpkit.sync.collective import copyable
 from cpkit.validate import (
     LARGE_BYTES,
     check_call,
@@ -57,8 +55,9 @@ __all__ = [
 ]
 
 Memory = SymmetricPool | OrdinaryMemory
+Tensors = Sequence[torch.Tensor]
 Gathered = tuple[list[torch.Tensor], PathReport]
-Gather = Callable[[list[torch.Tensor], ContextParallelMetadata, Memory], Gathered]
+Gather = Callable[[Tensors, ContextParallelMetadata, Memory], Gathered]
 
 
 @eager_only
@@ -123,17 +122,14 @@ def all_gather_kv(
     try:
         with nullcontext() if stream is None else on_stream(stream, *inputs):
             memory = memory_of(group, tensors[0].device, symmetric)
-            rows = [as_rows(x) for x in tensors]
-            keep("shard", rows[0])
             if into is not None and slots is not None:
-                path = _gather_into(gather, rows, metadata, memory, into, slots)
+                path = _gather_into(gather, tensors, metadata, memory, into, slots)
                 return remember_path(group, path, list(into))
-            gathered, path = gather(rows, metadata, memory)
+            results, path = gather(tensors, metadata, memory)
     except Exception as error:
         if gather is not padded and not tensors[0].is_cuda:
             group.report_failure(error)
         raise
-    results = [from_rows(x, like) for x, like in zip(gathered, tensors, strict=True)]
     return remember_path(group, path, results)
 
 
@@ -152,43 +148,39 @@ def memory_of(group: CPGroup, device: torch.device, symmetric: bool) -> Memory:
 # --------------------------------------------------------------------- the algorithms
 
 
-def padded(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
+def padded(tensors: Tensors, metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Pad, gather with the ordinary collective, strip, reorder. Source: SGLang before #24040."""
-    shards, outputs = _pad_and_allocate(rows, metadata)
+    shards, outputs = _pad_and_allocate(tensors, metadata)
     path = memory.all_gather(shards, outputs)
-    return _strip_and_reorder(outputs, metadata), path
+    return _strip_and_reorder(outputs, metadata, tensors), path
 
 
-def padded_large(
-    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
-) -> Gathered:
+def padded_large(tensors: Tensors, metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Gather as `padded` does, after all ranks have agreed that they have their buffers.
 
     The peers of a rank without memory would wait in the collective until it times out.
     """
-    with memory.group.agreement(rows):
-        shards, outputs = _pad_and_allocate(rows, metadata)
+    with memory.group.agreement(tensors):
+        shards, outputs = _pad_and_allocate(tensors, metadata)
     memory.group.barrier()  # later failures are not reported: the peers wait in the collective
     path = memory.all_gather(shards, outputs)
-    return _strip_and_reorder(outputs, metadata), path
+    return _strip_and_reorder(outputs, metadata, tensors), path
 
 
 def padded_symm_recv(
-    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
+    tensors: Tensors, metadata: ContextParallelMetadata, memory: Memory
 ) -> Gathered:
     """Gather as `padded` does, into a symmetric receive buffer. Source: SGLang #24040."""
-    with stage("pad"):
-        shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
-    keep("pad", shards[0])
+    shards = _pad(tensors, metadata)
     outputs = [memory.empty((len(x) * metadata.cp_size, x.shape[1]), x.dtype) for x in shards]
     path = memory.all_gather(shards, outputs, symmetric_recv=True)
-    return _strip_and_reorder(outputs, metadata), path
+    return _strip_and_reorder(outputs, metadata, tensors), path
 
 
-def padded_symm(
-    rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory
-) -> Gathered:
+def padded_symm(tensors: Tensors, metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Gather as `padded_symm_recv` does, from a shard padded in the pool. Source: SGLang #37337."""
+    rows = [as_rows(x) for x in tensors]
+    keep("shard", rows[0])
     with stage("pad"):
         shards = [memory.empty((metadata.max_rank_len[0], x.shape[1]), x.dtype) for x in rows]
         for shard, x in zip(shards, rows, strict=True):
@@ -196,10 +188,10 @@ def padded_symm(
     keep("pad", shards[0])
     outputs = [memory.empty((len(x) * metadata.cp_size, x.shape[1]), x.dtype) for x in shards]
     path = memory.all_gather(shards, outputs, symmetric_send=True, symmetric_recv=True)
-    return _strip_and_reorder(outputs, metadata), path
+    return _strip_and_reorder(outputs, metadata, tensors), path
 
 
-def direct(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
+def direct(tensors: Tensors, metadata: ContextParallelMetadata, memory: Memory) -> Gathered:
     """Store each row at its final place in every peer's output: one pass, over the wire.
 
     rank 0   agreement │ store into 0, into 1 │ barrier │ read
@@ -207,8 +199,11 @@ def direct(rows: list[torch.Tensor], metadata: ContextParallelMetadata, memory: 
                        ↑ outputs are free       ↑ all rows have arrived
     """
     assert isinstance(memory, SymmetricPool)
+    rows = [as_dense(x) for x in tensors]
+    keep("shard", rows[0])
+    tokens = metadata.total_tokens
     with stage("allocate"):
-        outputs = [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+        outputs = [memory.empty((tokens, *x.shape[1:]), x.dtype) for x in tensors]
     path = memory.push(rows, outputs, metadata)
     keep("wire", outputs[0])
     return outputs, path
@@ -222,20 +217,28 @@ _GATHERS: dict[str, Gather] = {
 }
 
 
-def _pad_and_allocate(
-    rows: list[torch.Tensor], metadata: ContextParallelMetadata
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return the padded shards `[P, lanes]` and receive buffers `[W·P, lanes]`, both ordinary."""
+def _pad(tensors: Tensors, metadata: ContextParallelMetadata) -> list[torch.Tensor]:
+    """Return this rank's rows padded with zeros, `[P, lanes]` each."""
+    rows = [as_rows(x) for x in tensors]
+    keep("shard", rows[0])
     with stage("pad"):
         shards = [pad_rows(x, metadata.max_rank_len[0]) for x in rows]
     keep("pad", shards[0])
+    return shards
+
+
+def _pad_and_allocate(
+    tensors: Tensors, metadata: ContextParallelMetadata
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the padded shards `[P, lanes]` and receive buffers `[W·P, lanes]`, both ordinary."""
+    shards = _pad(tensors, metadata)
     return shards, [x.new_empty(len(x) * metadata.cp_size, x.shape[1]) for x in shards]
 
 
 def _strip_and_reorder(
-    outputs: list[torch.Tensor], metadata: ContextParallelMetadata
+    outputs: list[torch.Tensor], metadata: ContextParallelMetadata, tensors: Tensors
 ) -> list[torch.Tensor]:
-    """Convert `[W·P, lanes]` each, padded rank order, to `[T, lanes]` each, token order."""
+    """Convert `[W·P, lanes]` each, padded rank order, to results `[T, …]` each, token order."""
     keep("wire", outputs[0])
     with stage("strip"):
         rank_order = [strip_padding(x, metadata.per_rank_actual_token) for x in outputs]
@@ -243,12 +246,12 @@ def _strip_and_reorder(
     with stage("reorder"):
         token_order = [reorder_tokens(x, metadata) for x in rank_order]
     keep("reorder", token_order[0])
-    return token_order
+    return [from_rows(x, like) for x, like in zip(token_order, tensors, strict=True)]
 
 
 def _gather_into(
     gather: Gather,
-    rows: list[torch.Tensor],
+    tensors: Tensors,
     metadata: ContextParallelMetadata,
     memory: Memory,
     into: Sequence[torch.Tensor],
@@ -258,12 +261,14 @@ def _gather_into(
     caches = [cache_as_rows(cache) for cache in into]
     slots = slots.long().contiguous()
     if gather is direct and isinstance(memory, SymmetricPool):
+        rows = [as_dense(x) for x in tensors]
+        keep("shard", rows[0])
         path = memory.push(rows, caches, metadata, slots)
         keep("wire", caches[0])
         return path
-    gathered, path = gather(rows, metadata, memory)
+    gathered, path = gather(tensors, metadata, memory)
     with stage("scatter"):
-        scatter_into(caches, gathered, slots)
+        scatter_into(caches, [as_rows(x) for x in gathered], slots)
     return path
 
 
@@ -342,35 +347,12 @@ def cp_all_gather_rerange_kv_cache(
 
 # ----------------------------------------------------------------------- the passes
 #
-# Rows are moved as `[rows, lanes]`, where a lane is the widest integer whose size divides the row
-# and its offset in memory. So fp8 and bool are copied bit-exact, like any other dtype.
+# Rows are moved as `[rows, lanes]` (see cpkit.memory.backend).
 #
 #     pad      [n_r, lanes]  → [P, lanes]
 #     wire     [P, lanes]    → [W·P, lanes]    rank order, with padding
 #     strip    [W·P, lanes]  → [T, lanes]      rank order
 #     reorder  [T, lanes]    → [T, lanes]      token order
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View a tensor `[rows, …]` as `[rows, lanes]`; copy it first if it is not contiguous."""
-    row_items = math.prod(x.shape[1:])
-    row_bytes = row_items * x.element_size()
-    if row_bytes == 0:
-        return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
-    is_dense = x.is_contiguous() and not (x.is_conj() or x.is_neg())
-    dense = x.detach() if is_dense and type(x) is torch.Tensor else copyable(x).contiguous()
-    # A single row counts as contiguous with any strides, but the view below needs the usual ones.
-    flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
-    offset_bytes = int(flat.storage_offset()) * x.element_size()
-    # An or is a multiple of 2, 4 or 8 only when all its terms are.
-    return flat.view(LANES[(row_bytes | offset_bytes) % 8])
-
-
-def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """View `[rows, lanes]` with the dtype and the trailing shape of `like`."""
-    if rows.shape[1] == 0:
-        return rows.flatten().view(like.dtype).view(rows.shape[0], *like.shape[1:])
-    return rows.view(like.dtype).view(rows.shape[0], *like.shape[1:])
 
 
 def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:

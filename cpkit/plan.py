@@ -37,10 +37,10 @@ import torch
 
 from cpkit.devices import is_capturing
 from cpkit.eager import eager_only
-from cpkit.gather import all_gather_kv, as_rows, from_rows, memory_of, remember_path
+from cpkit.gather import all_gather_kv, memory_of, remember_path
 from cpkit.group import CPGroup, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import Prepared
+from cpkit.memory.backend import Prepared, as_rows, from_rows
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage

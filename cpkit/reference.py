@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import STORED_IN_PLACE, same_lanes
+from cpkit.memory.backend import STORED_IN_PLACE, as_rows, same_lanes
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 
@@ -57,7 +57,8 @@ def push_reference(
         targets = tokens if slots is None else slots[tokens]
         stored = targets >= 0
         for peer in range(pool.group.size):
-            target, source = same_lanes(pool.peer_view(output, peer), x)
+            view = pool.peer_view(output, peer)
+            target, source = same_lanes(as_rows(view) if slots is None else view, as_rows(x))
             target[targets[stored]] = source[stored]
     pool.backend.leave()
     return STORED_IN_PLACE

@@ -2,9 +2,12 @@
 
 A rank loads each tile once, and stores it at its final place in every peer's output:
 
-    rank 0   signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
-    rank 1      signal entry ─ wait for all ─ copy tiles ─┐ last block: signal exit ─ wait for all
-                               ↑ every peer's output is free                 all rows have arrived ↑
+    rank 0   signal entry ─ first tile ─ wait for all ─ copy tiles ─┐ last block: exit, as at entry
+    rank 1      signal entry ─ first tile ─ wait for all ─ copy tiles ─┐ last block: exit …
+                                            ↑ every peer's output is free      ↑ its rows are stored
+
+While the entry signals travel, each block loads its first tile and stores it into this rank's own
+output: that is free, because the stream has come to this kernel.
 
 Launched without tiles, it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
@@ -19,7 +22,8 @@ that, and its later launches store nothing. Even and odd epochs use different wo
 has left already could overwrite its signal by that of its next call before this rank reads it.
 
 Memory ordering follows PTX: a block's stores precede its barrier, then the release of its arrival,
-then the release (system scope) of the exit signal, which a peer acquires.
+then the release (system scope) of the exit signal, which a peer acquires. An entry signal releases
+nothing: it says that earlier kernels have ended, which is so when this one starts.
 """
 
 from __future__ import annotations
@@ -41,13 +45,14 @@ _EPOCH, _ARRIVED = tl.constexpr(EPOCH), tl.constexpr(ARRIVED)
 _TICKET, _BROKEN = tl.constexpr(TICKET), tl.constexpr(BROKEN)
 _RANKS, _DIFFERS = tl.constexpr(MAX_RANKS), tl.constexpr(DIFFERS)
 _TAG_BITS = tl.constexpr(TAG_BITS)
+_STOPPED = tl.constexpr(1 << 20)  # added to ARRIVED by a block that has stopped, above any count
 _COLUMNS = tl.constexpr(len(COLUMNS))
 
 _SIGNAL = """
 {
   .reg .pred %p<1>;
   setp.ne.s32 %p0, $3, 0;
-  @%p0 st.release.sys.global.b64 [$1], $2;
+  @%p0 st.ORDER.sys.global.b64 [$1], $2;
   mov.u32 $0, 0;
 }
 """
@@ -78,20 +83,25 @@ compare:
 done:
 }}
 """
-_SIGNAL_ASM, _WAIT_ASM = tl.constexpr(_SIGNAL), tl.constexpr(_WAIT)
+_RELEASE = tl.constexpr(_SIGNAL.replace("ORDER", "release"))
+_RELAXED = tl.constexpr(_SIGNAL.replace("ORDER", "relaxed"))
+_WAIT_ASM = tl.constexpr(_WAIT)
 
 
 @triton.jit
-def _signal_peers(pages, word, signal, CP: tl.constexpr, THREADS: tl.constexpr):
-    """Store `signal` in word `word` of every rank's page, after all earlier work of this block."""
-    lanes = tl.arange(0, THREADS)
-    active = lanes < CP
-    page = tl.load(pages + lanes, mask=active, other=0)
+def _signal_peers(
+    pages, word, signal, CP: tl.constexpr, THREADS: tl.constexpr, SIGNAL: tl.constexpr
+):
+    """Store `signal` in word `word` of every rank's page, at the addresses `pages`.
+
+    With _RELEASE, after all earlier stores of this block.
+    """
+    active = tl.arange(0, THREADS) < CP
     tl.debug_barrier()
     tl.inline_asm_elementwise(
-        _SIGNAL_ASM,
+        SIGNAL,
         "=r,l,l,r",
-        [page + word * 8, tl.full([THREADS], 0, tl.int64) + signal, active.to(tl.int32)],
+        [pages + word * 8, tl.full([THREADS], 0, tl.int64) + signal, active.to(tl.int32)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -122,6 +132,33 @@ def _wait_for_peers(words, word, signal, timeout_ns, CP: tl.constexpr, THREADS: 
 
 
 @triton.jit
+def _report(words, report, problem):
+    """Report a rank's number plus 1 (plus DIFFERS if it is in another call; 0 for no problem).
+
+    This rank's later launches then do nothing: they would store and signal in an epoch or a call
+    that its peers are not in.
+    """
+    if problem > 0:
+        tl.store(report, problem)
+        tl.store(words + _BROKEN, 1)
+
+
+@triton.jit
+def _enter(
+    words, epoch, tag, report, timeout_ns, waits,
+    CP: tl.constexpr, THREADS: tl.constexpr, ENTRY: tl.constexpr,
+):  # fmt: skip
+    """With `waits`, wait for the entry signals of all peers; report and return a problem, or 0."""
+    problem = 0
+    if ENTRY:
+        if waits:
+            word, signal = _ENTRY + epoch % 2 * _RANKS, (epoch << _TAG_BITS) + tag
+            problem = _wait_for_peers(words, word, signal, timeout_ns, CP, THREADS)
+            _report(words, report, problem)
+    return problem
+
+
+@triton.jit
 def _select(values, number, COUNT: tl.constexpr):
     """Return values[number] for a number that is not known at compile time."""
     chosen = values[0].to(tl.int64)
@@ -138,29 +175,23 @@ def _pointer(address, WORD: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def _copy_tile(
-    source,
-    bases,
-    offset,
-    slots,
-    tile,
-    rank,
-    is_mapped,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WORD: tl.constexpr,
-    BYTES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Copy one tile: BLOCK words into registers, then to every peer, the next rank first."""
+    source, target, table, slots, tile, is_mapped, rank,
+    words, epoch, tag, report, timeout_ns, waits,
+    CP: tl.constexpr, BLOCK: tl.constexpr, WORD: tl.constexpr, BYTES: tl.constexpr,
+    VECTOR: tl.constexpr, SLOTS: tl.constexpr, ENTRY: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Copy one tile: BLOCK words into registers, to this rank's output, then to every peer's.
+
+    The next rank is the first of the peers. With `waits`, the stores to peers wait at the entry;
+    returns what `_enter` does, and stores nothing to peers if that is a problem.
+    """
     run, first, count = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     token, step, row_units = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+    offset = target - tl.load(table + rank)
+    base = tl.load(table + (rank + 1) % CP)  # now, because the wait below takes longer
     i = tl.arange(0, BLOCK)
     inside = i < tl.multiple_of(count.to(tl.int32), VECTOR)
-    words = tl.load(
-        _pointer(source + (run + first) * BYTES, WORD, VECTOR * BYTES) + i,
-        mask=inside,
-    )
+    data = tl.load(_pointer(source + (run + first) * BYTES, WORD, VECTOR * BYTES) + i, mask=inside)
     if is_mapped:
         position = first.to(tl.int32) + i
         row = position // row_units.to(tl.int32)
@@ -171,99 +202,93 @@ def _copy_tile(
             pitch = tl.load(tile + 8)
             target_row = tl.load(slots + target_row, mask=inside, other=-1)
             inside = inside & (target_row >= 0)
-        target = target_row * pitch + column
-        target = tl.max_contiguous(tl.multiple_of(target, VECTOR), VECTOR)
+        place = target_row * pitch + column
+        place = tl.max_contiguous(tl.multiple_of(place, VECTOR), VECTOR)
         inside = tl.max_constancy(inside, VECTOR)
-        for k in tl.static_range(CP):
-            base = tl.load(bases + (rank + 1 + k) % CP) + offset
-            tl.store(
-                _pointer(base, WORD, VECTOR * BYTES) + target,
-                words,
-                mask=inside,
-                cache_modifier=".cs",
-            )
+        own = _pointer(target, WORD, VECTOR * BYTES) + place
+        tl.store(own, data, mask=inside, cache_modifier=".cs")
+        problem = _enter(words, epoch, tag, report, timeout_ns, waits, CP, THREADS, ENTRY)
+        if problem == 0:
+            for k in tl.static_range(CP - 1):
+                peer = _pointer(base + offset, WORD, VECTOR * BYTES) + place
+                tl.store(peer, data, mask=inside, cache_modifier=".cs")
+                base = tl.load(table + (rank + 2 + k) % CP)
     else:
-        shift = (token * row_units + first) * BYTES + offset
-        for k in tl.static_range(CP):
-            base = tl.load(bases + (rank + 1 + k) % CP) + shift
-            tl.store(
-                _pointer(base, WORD, VECTOR * BYTES) + i, words, mask=inside, cache_modifier=".cs"
-            )
+        start = (token * row_units + first) * BYTES
+        own = _pointer(target + start, WORD, VECTOR * BYTES) + i
+        tl.store(own, data, mask=inside, cache_modifier=".cs")
+        problem = _enter(words, epoch, tag, report, timeout_ns, waits, CP, THREADS, ENTRY)
+        if problem == 0:
+            for k in tl.static_range(CP - 1):
+                peer = _pointer(base + offset + start, WORD, VECTOR * BYTES) + i
+                tl.store(peer, data, mask=inside, cache_modifier=".cs")
+                base = tl.load(table + (rank + 2 + k) % CP)
+    return problem
 
 
 @triton.jit
 def _copy_tiles(
-    sources,
-    targets,
-    bases,
-    slots,
-    tiles,
-    n_tiles,
-    ticket,
-    rank,
-    TENSORS: tl.constexpr,
-    CP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NARROW: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Copy tiles; a block that has finished one takes the next.
+    sources, targets, bases, slots, tiles, n_tiles, rank,
+    words, epoch, tag, report, timeout_ns,
+    TENSORS: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
+    SLOTS: tl.constexpr, ENTRY: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Copy tiles; a block that has finished one takes the next. Returns a problem at the entry.
 
     This keeps the blocks of a rank close together in its memory. With a fixed stride of n tiles for
     each of n blocks, they drift apart, and the same copies take 8 % longer (H200).
     """
     number = tl.program_id(0)
+    waits = ENTRY
+    problem = 0
     while number < n_tiles:
         tile = tiles + number * _COLUMNS
         kind, tensor = tl.load(tile), tl.load(tile + 1)
         source = _select(sources, tensor, TENSORS)
+        target = _select(targets, tensor, TENSORS)
         table = _select(bases, tensor, TENSORS).to(tl.pointer_type(tl.int64))
-        offset = _select(targets, tensor, TENSORS) - tl.load(table + rank)
         if kind < 2:
-            _copy_tile(
-                source, table, offset, slots, tile, rank, kind == 1,
-                CP, BLOCK, tl.int64, 8, 2, SLOTS,
+            problem = _copy_tile(
+                source, target, table, slots, tile, kind == 1, rank,
+                words, epoch, tag, report, timeout_ns, waits,
+                CP, BLOCK, tl.int64, 8, 2, SLOTS, ENTRY, THREADS,
             )  # fmt: skip
         elif NARROW is not None:
-            _copy_tile(
-                source, table, offset, slots, tile, rank, kind == 3,
-                CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS,
+            problem = _copy_tile(
+                source, target, table, slots, tile, kind == 3, rank,
+                words, epoch, tag, report, timeout_ns, waits,
+                CP, BLOCK, NARROW, NARROW.primitive_bitwidth // 8, 1, SLOTS, ENTRY, THREADS,
             )  # fmt: skip
-        taken = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
+        waits = False
+        taken = tl.atomic_add(words + _TICKET, 1, sem="relaxed", scope="gpu")
         number = taken.to(tl.int32) + tl.num_programs(0)
-
-
-@triton.jit
-def _report(words, report, problem):
-    """Report a rank's number plus 1 (plus DIFFERS if it is in another call; 0 for no problem).
-
-    This rank's later launches then do nothing: they would store and signal in an epoch or a call
-    that its peers are not in.
-    """
-    if problem > 0:
-        tl.store(report, problem)
-        tl.store(words + _BROKEN, 1)
+        if problem > 0:
+            number = n_tiles
+    if n_tiles == 0:
+        problem = _enter(words, epoch, tag, report, timeout_ns, waits, CP, THREADS, ENTRY)
+    return problem
 
 
 @triton.jit
 def _leave(
-    pages, words, epoch, tag, rank, report, timeout_ns,
+    pages, words, epoch, tag, rank, report, timeout_ns, stop,
     CP: tl.constexpr, EXIT: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """In the last block that arrives, signal that this rank's rows have arrived, and wait for all.
 
-    When a block timed out at the entry, rows are missing: it signals no peer, and all time out.
+    When a block has stopped, rows are missing: it signals no peer, and all time out.
     """
     tl.debug_barrier()
-    arrived = tl.atomic_add(words + _ARRIVED, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
+    mine = tl.where(stop > 0, _STOPPED + 1, 1).to(tl.int64)
+    arrived = mine + tl.atomic_add(words + _ARRIVED, mine, sem="acq_rel", scope="gpu")
+    if arrived % _STOPPED == tl.num_programs(0):
         tl.store(words + _ARRIVED, 0)
         tl.store(words + _TICKET, 0)
         if EXIT:
-            if tl.load(words + _BROKEN, volatile=True) == 0:
+            if arrived < _STOPPED:
                 word = _EXIT + epoch % 2 * _RANKS
                 signal = (epoch << _TAG_BITS) + tag
-                _signal_peers(pages, word + rank, signal, CP, THREADS)
+                _signal_peers(pages, word + rank, signal, CP, THREADS, _RELEASE)
                 problem = _wait_for_peers(words, word, signal, timeout_ns, CP, THREADS)
                 _report(words, report, problem)
                 tl.store(words + _EPOCH, epoch)
@@ -283,6 +308,7 @@ def gather_kernel(
     slots,
     tiles,
     n_tiles,
+    page,
     pages,
     report,
     timeout_ns: tl.int64,
@@ -298,30 +324,27 @@ def gather_kernel(
     bases     addresses of tables `[CP]` of the ranks' segments that these outputs are in
     slots     int64 `[total_tokens]`, the row that each token goes to (with SLOTS)
     tiles     int64 `[n_tiles, len(COLUMNS)]`, see cpkit.kernels.tiles
-    pages     addresses `[CP]` of the ranks' pages of signal words
+    page      address of this rank's page of signal words
+    pages     addresses `[CP]` of the ranks' pages
     report    one word of host memory, for `_report`
     tag       number of the call, equal on all ranks in one call; below 2**TAG_BITS
-    ENTRY     signal and wait at the entry; off when all outputs are known to be free
+    ENTRY     signal and wait at the entry; off when the peers' outputs are known to be free
     EXIT      signal and wait at the exit (the interpreter can do neither)
     """
-    words = tl.load(pages + rank).to(tl.pointer_type(tl.int64))
+    words = page.to(tl.pointer_type(tl.int64))
+    lanes = tl.arange(0, THREADS)
+    peers = tl.load(pages + lanes, mask=lanes < CP, other=0)
     epoch = tl.load(words + _EPOCH, volatile=True) + 1
-    if ENTRY:
-        # Atomic, because another block may write it now, and all threads need the same value.
-        stop = tl.atomic_or(words + _BROKEN, 0, sem="relaxed", scope="gpu").to(tl.int32)
-        if stop == 0:
-            word = _ENTRY + epoch % 2 * _RANKS
-            signal = (epoch << _TAG_BITS) + tag
+    # All threads need one value, and another block may write the word now: hence the maximum.
+    stop = tl.max(tl.load(words + _BROKEN + 0 * lanes, volatile=True), axis=0).to(tl.int32)
+    if stop == 0:
+        if ENTRY:
             if tl.program_id(0) == 0:
-                _signal_peers(pages, word + rank, signal, CP, THREADS)
-            stop = _wait_for_peers(words, word, signal, timeout_ns, CP, THREADS)
-            _report(words, report, stop)
-    else:
-        stop = tl.load(words + _BROKEN, volatile=True).to(tl.int32)
-    if stop > 0:  # what was reported, or 1 where this rank has stopped
-        n_tiles = 0
-    _copy_tiles(
-        sources, targets, bases, slots, tiles, n_tiles, words + _TICKET, rank,
-        TENSORS, CP, BLOCK, NARROW, SLOTS,
-    )  # fmt: skip
-    _leave(pages, words, epoch, tag, rank, report, timeout_ns, CP, EXIT, THREADS)
+                word, signal = _ENTRY + epoch % 2 * _RANKS, (epoch << _TAG_BITS) + tag
+                _signal_peers(peers, word + rank, signal, CP, THREADS, _RELAXED)
+        stop = _copy_tiles(
+            sources, targets, bases, slots, tiles, n_tiles, rank,
+            words, epoch, tag, report, timeout_ns,
+            TENSORS, CP, BLOCK, NARROW, SLOTS, ENTRY, THREADS,
+        )  # fmt: skip
+    _leave(peers, words, epoch, tag, rank, report, timeout_ns, stop, CP, EXIT, THREADS)

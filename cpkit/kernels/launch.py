@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,8 +40,8 @@ class Shape(NamedTuple):
 
 
 # Large tiles are a few percent faster for long copies; small ones start sooner.
-_SMALL, _LARGE = Shape(2048, 8, 4), Shape(4096, 16, 2)
-_LARGE_FROM_BYTES = 4 << 20
+_SMALL, _LARGE = Shape(1024, 4, 4), Shape(4096, 16, 2)
+_LARGE_FROM_BYTES = 16 << 20
 _REGISTERS = 65536  # per multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
 _Addresses = tuple[int, ...]
@@ -53,6 +53,7 @@ class Signals(Protocol):
 
     group: CPGroup
     device: torch.device
+    page: int
     pages: torch.Tensor
     report: torch.Tensor
     kernels: dict[object, Any]  # the compiled variants, by what Triton specializes on
@@ -113,7 +114,7 @@ def _launch(
     arguments = (
         *addresses,
         *(signals.pages if slots is None else slots, tiles, len(tiles)),
-        *(signals.pages, signals.report, int(deadline_s() * 1e9), group.rank, tag),
+        *(signals.page, signals.pages, signals.report, int(deadline_s() * 1e9), group.rank, tag),
         *(len(addresses[0]), group.size, shape.tile, _narrow(narrow_bytes)),
         *(*flags, shape.warps * 32),
     )
@@ -186,18 +187,30 @@ class Cut(NamedTuple):
 
         All ranks cut equally, because blocks of different sizes might not fit on a shared GPU.
         """
-        positions = [x | y for x, y in pairs]
-        if pitch_bytes:
-            positions = [a | pitch for a, pitch in zip(positions, pitch_bytes, strict=True)]
-        units = [unit_bytes(n, a) for n, a in zip(row_bytes, positions, strict=True)]
-        return cls(
-            tuple(row_bytes),
-            tuple(pitch_bytes),
-            tuple(unit == WIDE_BYTES for unit in units),
-            tuple((x % 16 == 0, y % 16 == 0) for x, y in pairs),
-            min((unit for unit in units if unit < WIDE_BYTES), default=0),
-            shape_for(max_rows * sum(row_bytes)),
-        )
+        low_bits = tuple([(x % WIDE_BYTES, y % WIDE_BYTES) for x, y in pairs])
+        return _cut(max_rows, tuple(row_bytes), low_bits, tuple(pitch_bytes))
+
+
+@lru_cache(maxsize=1024)
+def _cut(
+    max_rows: int,
+    row_bytes: tuple[int, ...],
+    low_bits: tuple[tuple[int, int], ...],
+    pitch_bytes: tuple[int, ...],
+) -> Cut:
+    """Return `Cut.of`, from the addresses modulo WIDE_BYTES. It is needed in every gather."""
+    positions = [x | y for x, y in low_bits]
+    if pitch_bytes:
+        positions = [a | pitch for a, pitch in zip(positions, pitch_bytes, strict=True)]
+    units = [unit_bytes(n, a) for n, a in zip(row_bytes, positions, strict=True)]
+    return Cut(
+        row_bytes,
+        pitch_bytes,
+        tuple(unit == WIDE_BYTES for unit in units),
+        tuple((x == 0, y == 0) for x, y in low_bits),
+        min((unit for unit in units if unit < WIDE_BYTES), default=0),
+        shape_for(max_rows * sum(row_bytes)),
+    )
 
 
 _Key = tuple[ContextParallelMetadata, Cut]

@@ -18,6 +18,7 @@ import torch
 
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.path import PathReport
+from cpkit.sync.collective import copyable
 
 ORDINARY_COLLECTIVE = PathReport(
     "fallback",
@@ -67,8 +68,14 @@ class Segment(Protocol):
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes of a rank's memory: uint8 `[nbytes]`."""
 
-    def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Return own bytes; `release` is called when the last tensor over them is dropped."""
+    def block(
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        release: Callable[[], object],
+    ) -> torch.Tensor:
+        """Return own memory; `release` is called when the last tensor over it is dropped."""
 
 
 class Pool(Protocol):
@@ -126,12 +133,12 @@ class Backend(Protocol):
         metadata: ContextParallelMetadata,
         slots: torch.Tensor | None = None,
     ) -> PathReport:
-        """Store this rank's rows, `[rows, lanes]` each, into every peer's outputs.
+        """Store this rank's rows, contiguous `[rows, …]` each, into every peer's outputs.
 
-        Outputs, `[total_tokens, lanes]` each, are in the pool at one offset on all ranks. With
-        `slots` (int64 `[total_tokens]`) outputs are caches, `[slots, lanes]`, whose rows may lie
-        apart: token t goes to row `slots[t]`, and is dropped where that is -1. Complete on return;
-        on CUDA in stream order. Collective.
+        Outputs, `[total_tokens, …]` each, are in the pool at one offset on all ranks. With `slots`
+        (int64 `[total_tokens]`) outputs are caches, `[slots, lanes]`, whose rows may lie apart:
+        token t goes to row `slots[t]`, and is dropped where that is -1. Complete on return; on CUDA
+        in stream order. Collective.
         """
 
     def prepare(
@@ -193,10 +200,49 @@ class Backend(Protocol):
         """Return why NCCL has no window on this memory; empty if it has one or is not used."""
 
 
+# ------------------------------------------------------------------------ rows as integers
+#
+# A lane is the widest integer whose size divides a row and its offset in memory. Rows are copied as
+# `[rows, lanes]`, so that fp8 and bool are bit-exact like any other dtype.
+
 LANES = (
     torch.int64, torch.uint8, torch.int16, torch.uint8,
     torch.int32, torch.uint8, torch.int16, torch.uint8,
 )  # fmt: skip
+
+
+def as_dense(x: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor with the bytes of `x`: itself, or a copy."""
+    is_dense = x.is_contiguous() and not (x.is_conj() or x.is_neg())
+    return x if is_dense and type(x) is torch.Tensor else copyable(x).contiguous()
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View a tensor `[rows, …]` as `[rows, lanes]`; copy it first if it is not contiguous."""
+    row_items = math.prod(x.shape[1:])
+    row_bytes = row_items * x.element_size()
+    if row_bytes == 0:
+        return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
+    dense = as_dense(x)
+    if dense.requires_grad:
+        dense = dense.detach()
+    # A single row counts as contiguous with any strides, but the view below needs the usual ones.
+    flat = dense.as_strided((x.shape[0], row_items), (row_items, 1))
+    offset_bytes = int(flat.storage_offset()) * x.element_size()
+    # An or is a multiple of 2, 4 or 8 only when all its terms are.
+    return flat.view(LANES[(row_bytes | offset_bytes) % 8])
+
+
+def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """View `[rows, lanes]` with the dtype and the trailing shape of `like`."""
+    if rows.shape[1] == 0:
+        return rows.flatten().view(like.dtype).view(rows.shape[0], *like.shape[1:])
+    return rows.view(like.dtype).view(rows.shape[0], *like.shape[1:])
+
+
+def bytes_per_row(x: torch.Tensor) -> int:
+    """Return the bytes of one row of `[rows, …]`."""
+    return math.prod(x.shape[1:]) * x.element_size()
 
 
 def row_stride(cache: torch.Tensor) -> int:

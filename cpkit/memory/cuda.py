@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -30,6 +29,7 @@ from cpkit.memory.backend import (
     STORED_IN_PLACE,
     Pool,
     Prepared,
+    bytes_per_row,
     row_stride,
 )
 from cpkit.memory.path import PathReport
@@ -49,17 +49,23 @@ _STAGED = PathReport(
 )
 
 
-class _BlockMemory:
-    """Memory with the CUDA array interface; a tensor over it keeps this object alive."""
+_INTEGER_OF = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}  # by bytes
 
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
-        self.segment: CudaSegment | None = None
+
+class _BlockMemory:
+    """Memory with the CUDA array interface; a tensor over it keeps this object alive.
+
+    It keeps the segment, even after its pool is replaced, and calls `release` when it is dropped.
+    """
+
+    def __init__(
+        self, segment: CudaSegment, array: Mapping[str, object], release: Callable[[], object]
+    ) -> None:
+        self.__cuda_array_interface__ = {**array, "version": 3}
+        self._segment, self._release = segment, release
+
+    def __del__(self) -> None:
+        self._release()
 
 
 class CudaSegment:
@@ -74,7 +80,7 @@ class CudaSegment:
         self, buffer: torch.Tensor, pool: torch.cuda.MemPool, handle: Any, device: torch.device
     ) -> None:
         self._buffer, self.pool, self.handle, self._device = buffer, pool, handle, device
-        self.nbytes = buffer.numel()
+        self.nbytes, self._address = buffer.numel(), buffer.data_ptr()
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").to(device)
@@ -85,20 +91,26 @@ class CudaSegment:
         view: torch.Tensor = self.handle.get_buffer(rank, [nbytes], torch.uint8, start)
         return view
 
-    def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Return own bytes; `release` is called when the last tensor over them is dropped."""
-        memory = _BlockMemory(self._buffer.data_ptr() + offset, nbytes)
-        memory.segment = self  # keeps the memory of a held block, even after its pool is replaced
-        weakref.finalize(memory, release).atexit = False
-        return torch.as_tensor(memory, device=self._device)
+    def block(
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        release: Callable[[], object],
+    ) -> torch.Tensor:
+        """Return own memory; `release` is called when the last tensor over it is dropped."""
+        data = self._address + offset, False  # not read-only
+        array = {"shape": shape, "typestr": _INTEGER_OF[dtype.itemsize], "data": data}
+        memory = _BlockMemory(self, array, release)
+        return torch.as_tensor(memory, device=self._device).view(dtype)
 
 
 class CudaBackend:
     """Memory that peers' kernels store into. Making one is collective over the group.
 
-    `pages` holds the address of each rank's page of signal words (see
-    cpkit.kernels.gather_kernel). `report` is a word of host memory in which a kernel names the rank
-    that did not arrive in time, or that is in another call.
+    `page` is the address of this rank's page of signal words, and `pages` holds those of all ranks
+    (see cpkit.kernels.gather_kernel). `report` is a word of host memory in which a kernel names the
+    rank that did not arrive in time, or that is in another call.
     """
 
     name = "torch.distributed._symmetric_memory"
@@ -118,7 +130,7 @@ class CudaBackend:
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
         group.exchange(b"")  # so that no rank signals into a page before it is zeroed
-        self.pages = self._page.peers
+        self.page, self.pages = self._page.addresses[group.rank], self._page.peers
         self.tables = TileTables(group.rank, self.device)
         self.kernels: dict[object, Any] = {}
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
@@ -206,24 +218,17 @@ class CudaBackend:
         if not present:
             self.leave()
             return
-        cut = Cut.of(
-            metadata.max_rank_len[0],
-            [x.shape[1] * x.element_size() for x, _ in present],
-            [(x.data_ptr(), y.data_ptr()) for x, y in present],
-            () if slots is None else [y.stride(0) * y.element_size() for _, y in present],
-        )
+        sizes = [bytes_per_row(x) for x, _ in present]
+        pairs = [(x.data_ptr(), y.data_ptr()) for x, y in present]
+        pitches = () if slots is None else [y.stride(0) * y.element_size() for _, y in present]
+        cut = Cut.of(metadata.max_rank_len[0], sizes, pairs, pitches)
+        sources, targets = zip(*pairs, strict=True)
+        bases = [_segment_table(pool, y) for _, y in present]
+        tiles, shape = self.tables.get(metadata, cut), cut.shape
         launch_gather(
-            self,
-            self.tables.get(metadata, cut),
-            [x.data_ptr() for x, _ in present],
-            [y.data_ptr() for _, y in present],
-            [_segment_table(pool, y) for _, y in present],
-            slots,
-            cut.narrow,
-            tag=tag,
-            shape=cut.shape,
-            entry=entry,
-        )
+            self, tiles, sources, targets, bases, slots, cut.narrow,
+            tag=tag, shape=shape, entry=entry,
+        )  # fmt: skip
 
     def prepare(
         self,

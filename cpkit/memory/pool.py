@@ -112,18 +112,18 @@ class SymmetricPool:
         all ranks have dropped the tensor. Collective only when the pool has no room.
         """
         self.group.check_thread()
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        nbytes = count * dtype.itemsize
+        shape = tuple(shape)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype, device=self.device)
         block = self._allocator.place(nbytes) or self._place_after_freeing(nbytes)
         if self.group.samples_pools:
             self._sample()
         release = partial(self._allocator.dropped.append, block.bit)
-        memory = self._segments[block.segment].block(block.offset, nbytes, release)
+        memory = self._segments[block.segment].block(block.offset, shape, dtype, release)
         if self.device.type == "cuda":
             keep_for_replays("cuda", memory)
-        return memory.view(dtype).view(tuple(shape))
+        return memory
 
     @eager_only
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:

@@ -29,6 +29,8 @@ from cpkit.memory.backend import (
     STORED_IN_PLACE,
     Pool,
     Prepared,
+    as_rows,
+    bytes_per_row,
     same_lanes,
 )
 from cpkit.memory.path import PathReport
@@ -185,18 +187,22 @@ class PosixBackend:
         output: torch.Tensor,
         metadata: ContextParallelMetadata,
     ) -> list[Copy]:
-        """Return calls that copy this rank's rows, `[rows, lanes]`, into every peer's output.
+        """Return calls that copy this rank's rows, `[rows, …]`, into every peer's output.
 
         The caller keeps the memory of rows and outputs alive.
         """
-        row_bytes = rows.shape[1] * rows.element_size()
-        pieces = tiles(metadata, self.group.rank, row_bytes)
-        if (pieces.step == 1).all():
-            addresses = pool.peer_addresses(output)
-            return _dense_copies(
-                rows.data_ptr(), [addresses[p] for p in pool.peer_order], row_bytes, pieces
-            )
-        return _strided_copies(rows, [pool.peer_view(output, p) for p in pool.peer_order], pieces)
+        dense = dense_tiles(metadata, self.group.rank, bytes_per_row(rows))
+        if dense is not None:
+            addresses, source = pool.peer_addresses(output), rows.data_ptr()
+            targets = [addresses[peer] for peer in pool.peer_order]
+            return [
+                partial(ctypes.memmove, target + to, source + start, nbytes)
+                for to, start, nbytes in dense
+                for target in targets
+            ]
+        pieces = tiles(metadata, self.group.rank, bytes_per_row(rows))
+        rows, views = as_rows(rows), [pool.peer_view(output, peer) for peer in pool.peer_order]
+        return _strided_copies([same_lanes(as_rows(view), rows) for view in views], pieces)
 
     def _push_into_slots(
         self,
@@ -211,7 +217,7 @@ class PosixBackend:
         rank 1 holds tokens 2 3, slots [7, -1, 0, 5]: its rows go to rows 0 and 5 of every cache
         """
         mine = slots[metadata.rank_rows(self.group.rank)]
-        stored = (mine >= 0).nonzero().flatten()
+        stored, rows = (mine >= 0).nonzero().flatten(), as_rows(rows)
         targets, chosen = mine[stored], rows if len(stored) == len(rows) else rows[stored]
         for peer in pool.peer_order:
             target, source = same_lanes(pool.peer_view(cache, peer), chosen)
@@ -238,27 +244,28 @@ def tiles(
     return metadata.runs(rank).cut(max(1, tile_bytes // max(1, row_bytes)))
 
 
-def _dense_copies(source: int, targets: Sequence[int], row_bytes: int, pieces: Runs) -> list[Copy]:
-    """Return calls that copy rows of adjacent tokens from an address to every target address."""
-    in_target, in_source, nbytes = (
-        (field * row_bytes).tolist() for field in (pieces.token, pieces.row, pieces.length)
-    )
-    return [
-        partial(ctypes.memmove, target + to, source + start, count)
-        for to, start, count in zip(in_target, in_source, nbytes, strict=True)
-        for target in targets
-    ]
+@lru_cache(maxsize=256)
+def dense_tiles(
+    metadata: ContextParallelMetadata, rank: int, row_bytes: int
+) -> list[tuple[int, int, int]] | None:
+    """Return the `tiles` of a rank as (place in the output, place in its rows, length) in bytes.
+
+    None if the tokens of a tile are not adjacent (interleave).
+    """
+    pieces = tiles(metadata, rank, row_bytes)
+    if not (pieces.step == 1).all():
+        return None
+    fields = (pieces.token, pieces.row, pieces.length)
+    return list(zip(*((field * row_bytes).tolist() for field in fields), strict=True))
 
 
-def _strided_copies(
-    rows: torch.Tensor, targets: Sequence[torch.Tensor], pieces: Runs
-) -> list[Copy]:
-    """Return calls that copy `[rows, lanes]` into every `[tokens, lanes]`, at any token step."""
+def _strided_copies(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], pieces: Runs) -> list[Copy]:
+    """Return calls that copy into `[tokens, lanes]` from `[rows, lanes]`, at any token step."""
     return [
         partial(
             target[token : token + (length - 1) * step + 1 : step].copy_,
             rows[row : row + length],
         )
         for row, token, step, length in zip(*(field.tolist() for field in pieces), strict=True)
-        for target in targets
+        for target, rows in pairs
     ]

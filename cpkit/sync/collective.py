@@ -132,11 +132,14 @@ def torch_all_gather(
     """
     if output.numel() == 0:
         return
-    recv, send = (_flat_bytes(t) for t in (output, input))
+    recv, send = output, input
+    if not (_is_plain(output) and _is_plain(input)):
+        recv, send = _flat_bytes(output), _flat_bytes(input)
     if recv.device.type == "cpu":
         _all_gather_single(recv, send, group.process_group)
     elif not group.has_nccl:
-        host = torch.from_numpy(np.empty(len(recv), dtype=np.uint8))
+        host = torch.from_numpy(np.empty(recv.nbytes, dtype=np.uint8))
+        host = host.view(recv.dtype).view(recv.shape)
         _all_gather_single(host, send.cpu(), group.process_group)
         recv.copy_(host)
     else:
@@ -184,6 +187,14 @@ def copyable(x: torch.Tensor) -> torch.Tensor:
     values = x.detach().resolve_conj().resolve_neg()
     carrier = _CARRIERS.get(values.dtype)
     return values.view(carrier) if carrier else values
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.uint8)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Return True for contiguous integers, which every collective takes as they are."""
+    return type(x) is torch.Tensor and x.dtype in _INTEGERS and x.is_contiguous()
 
 
 def _flat_bytes(x: torch.Tensor) -> torch.Tensor:

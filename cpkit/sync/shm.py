@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import mmap
 import os
 import re
@@ -65,12 +66,19 @@ class Segment:
         """Return bytes of a rank's memory: uint8 `[nbytes]`."""
         return torch.frombuffer(self.maps[rank], dtype=torch.uint8, count=nbytes, offset=offset)
 
-    def block(self, offset: int, nbytes: int, release: Callable[[], object]) -> torch.Tensor:
-        """Return own bytes, uint8 `[nbytes]`; `release` runs once no tensor uses them any more."""
+    def block(
+        self,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        release: Callable[[], object],
+    ) -> torch.Tensor:
+        """Return own memory; `release` is called when the last tensor over it is dropped."""
         # The tensor's storage keeps this view alive until the last tensor over it is dropped.
-        memory = memoryview(self.maps[self._rank])[offset : offset + nbytes]
+        stop = offset + math.prod(shape) * dtype.itemsize
+        memory = memoryview(self.maps[self._rank])[offset:stop]
         weakref.finalize(memory, release).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:

@@ -9,9 +9,10 @@ import torch
 from cpkit import provenance
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
-from cpkit.gather import all_gather_kv, as_rows, last_path
+from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
+from cpkit.memory.backend import as_rows
 from cpkit.memory.path import PathReport
 from cpkit.plan import GatherPlan, plan_gather_kv
 from cpkit.settings import worker_device

@@ -96,6 +96,7 @@ def launch(
         nothing if slots is None else slots,
         tiles,
         len(tiles),
+        words.data_ptr(),
         pages,
         nothing,
         0,

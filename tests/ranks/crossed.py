@@ -171,7 +171,7 @@ def gather_by(algorithm: str) -> Call:
 
 def check_a_failure_before_the_exit_barrier_reaches_every_rank() -> None:
     for algorithm, owner, name in (
-        ("direct", gather, "as_rows"),
+        ("direct", gather, "as_dense"),
         ("direct", SymmetricPool, "empty"),
         ("direct", PosixBackend, "_copies"),
         ("padded_symm_recv", gather, "pad_rows"),
@@ -206,5 +206,5 @@ def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> No
 
 
 def check_a_failure_before_the_collective_of_a_large_batch_reaches_every_rank() -> None:
-    for kind, name in ((ValueError, "pad_rows"), (RankFailed, "as_rows")):
-        fails(kind, gather, name, gather_by("padded"), tokens=1024, trailing=(4096,))
+    for name in ("pad_rows", "as_rows"):
+        fails(ValueError, gather, name, gather_by("padded"), tokens=1024, trailing=(4096,))
