@@ -90,9 +90,9 @@ def _cost_goals(cost: Record | None) -> list[Record]:
     ]
 
 
-def times_us(rows: list[Record]) -> Times:
+def times_us(rows: list[Record], column: str = "time_us") -> Times:
     """Return the median time of each variant by (cp_size, size_bytes)."""
     found: Times = {}
     for row in rows:
-        found.setdefault((row["cp_size"], row["size_bytes"]), {})[row["variant"]] = row["time_us"]
+        found.setdefault((row["cp_size"], row["size_bytes"]), {})[row["variant"]] = row[column]
     return found

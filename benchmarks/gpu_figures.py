@@ -1,8 +1,12 @@
-"""A record of `make bench-gpu` as text, for the terminal and the pages. Pure."""
+"""A record of `make bench-gpu` as text, for the terminal and the pages. Pure.
+
+There are two kinds of record: a GPU per rank, and ranks that share one. Each has its own place.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,112 +14,147 @@ from benchmarks.figures import (
     GOAL_COLUMNS,
     SIZE_COLUMNS,
     TIME_COLUMNS,
-    ratio_table,
+    Ratios,
+    Times,
+    cell,
+    quotients,
     sourced,
+    table,
     table_of,
     time_table,
     write_pages,
 )
 from benchmarks.goals import times_us
-from benchmarks.gpu_goals import LOW_CONTENTION, SEED, opponent_us
+from benchmarks.gpu_goals import NCCL, best_us
 
-BEGIN, END = "<!-- gpu-figures:begin -->", "<!-- gpu-figures:end -->"
-VARIANTS = (
-    "direct",
-    "plan",
-    "graph",
-    "seed",
-    "seed graph",
-    "low-contention",
-    "low-contention graph",
+Record = dict[str, Any]
+MARKERS = "<!-- gpu-figures:begin -->", "<!-- gpu-figures:end -->"
+SHARED_MARKERS = "<!-- gpu-shared-figures:begin -->", "<!-- gpu-shared-figures:end -->"
+SEEDS = ("seed", "seed recv", "seed both")
+DEVICE_VARIANTS = (
+    *("plan", "direct", "padded", "padded_symm_recv", "padded_symm"),
+    *SEEDS,
+    *NCCL,
+    *("copy engine", "low-contention", "floor"),
 )
-RATIOS = (
-    ("plan / floor", "plan", "floor"),
+CALL_VARIANTS = ("plan", "direct", "padded", "padded_symm_recv", "padded_symm", *SEEDS)
+RATIOS: Ratios = (
     ("seed / plan", "seed", "plan"),
-    ("seed graph / plan", "seed graph", "plan"),
+    ("seed both / plan", "seed both", "plan"),
+    ("best NCCL alone / plan", "best NCCL", "plan"),
+    ("plan / floor", "plan", "floor"),
+)
+SHARED_RATIOS: Ratios = (
+    ("seed / plan", "seed", "plan"),
     ("low-contention / plan", "low-contention", "plan"),
-    ("low-contention graph / plan", "low-contention graph", "plan"),
+    ("plan / floor", "plan", "floor"),
 )
-COLUMNS = (
+COLUMNS = (*SIZE_COLUMNS, *TIME_COLUMNS, ("call_us", "call (us)"), ("host_us", "host (us)"))
+BESIDE_COLUMNS = (
     *SIZE_COLUMNS,
-    *TIME_COLUMNS,
-    ("seed_ratio", "seed / this"),
-    ("low_contention_ratio", "low-contention / this"),
-    ("floor_ratio", "this / floor"),
+    ("variant", "variant"),
+    ("time_us", "alone (us)"),
+    ("beside_us", "beside a product (us)"),
+    ("delay_us", "delays the product by (us)"),
 )
+NOT_BESIDE = ("copy", "peer copies")
 
 
-def as_text(record: dict[str, Any]) -> str:
-    """Return all figures as Markdown, with the goals last."""
-    missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items() if why]
-    rows = with_ratios(record["gather"])
-    goals = table_of(record["goals"], GOAL_COLUMNS)
-    return "\n\n".join([conditions(record), *missing, table_of(rows, COLUMNS), goals])
+def as_text(record: Record) -> str:
+    """Return all figures as Markdown, with the shortest and most important tables last."""
+    missing = [f"not measured, {at}: {why}" for at, why in record["missing"].items()]
+    return "\n\n".join([table_of(record["gather"], COLUMNS), *missing, as_details(record)])
 
 
-def conditions(record: dict[str, Any]) -> str:
+def conditions(record: Record) -> str:
     """Describe where, when and how the figures were measured."""
     where = record["environment"]
-    nccl = f"NCCL {where['nccl']}, " if where.get("nccl") else ""
+    nccl = "" if record["sharing"] else f"NCCL {where['nccl']} (multicast {where['multicast']}), "
+    floor = (
+        "(cp + 1) · size at the device's own copy rate in the same run"
+        if record["sharing"]
+        else "copies of each rank's shard to every peer, by the copy engine in the same run"
+    )
     return (
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
-        f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`. Times "
-        f"between CUDA events, the slowest rank's median, the median of {record['plan']['rounds']} "
-        f"rounds. `plan` is the prepared call of `direct`, `graph` that call in a caller's CUDA "
-        f"graph. `seed` is the seed's pipeline on symmetric buffers, `low-contention` torch's "
-        f"_low_contention_all_gather with strip and reorder after it; each is shown as it is "
-        f"called, and captured in a CUDA graph. The floor is (cp + 1) · size at the device's own "
-        f"copy rate in the same run; it is said where all ranks share one device."
+        f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`; clocks "
+        f"(now, highest) {where['clocks_before']} before and {where['clocks_after']} after. "
+        f"One zigzag sequence of bfloat16 rows [8, 128], each size 3 tokens short of a round "
+        f"number. Device time is that of a CUDA graph of several calls, divided by their number: "
+        f"the slowest rank's median, of {record['plan']['rounds']} rounds the median. Each call "
+        f"reads the same rows, so what fits into the L2 cache is read from there. `plan` is the "
+        f"prepared call of `direct`. `seed` is pad, collective, strip and reorder in plain torch, "
+        f"with no symmetric buffer, the receive buffer (`recv`) or `both`; `NCCL` is the "
+        f"collective alone. The floor is {floor}."
     )
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each row its ratios to the competitors of the same run."""
-    times = times_us(rows)
-
-    def quotient(each: dict[str, Any], opponent: str) -> float:
-        us = times[each["cp_size"], each["size_bytes"]]
-        return opponent_us(us, opponent) / float(each["time_us"])
-
-    return [
-        {
-            **each,
-            "seed_ratio": quotient(each, SEED),
-            "low_contention_ratio": quotient(each, LOW_CONTENTION),
-            "floor_ratio": each["time_us"] / each["floor_us"] if each["floor_us"] else None,
-        }
-        for each in rows
-    ]
-
-
-def as_summary(record: dict[str, Any]) -> str:
-    """Return the ratios at one cp_size, one line per size, for README.md."""
+def as_summary(record: Record) -> str:
+    """Return the ratios, one line per size, and the seed's own batch, for README.md."""
     where = record["environment"]
     words = (
-        f"{where['date']}, {where['device']}, torch {where['torch']}, commit {where['commit']}, "
-        f"`{where['command']}`."
+        f"{where['date']}, {where['device']}, NCCL {where['nccl']}, torch {where['torch']}, "
+        f"commit {where['commit']}, `{where['command']}`."
     )
-    return f"{words}\n\n{ratio_table(with_floors(record), RATIOS)}"
+    device, call = all_times(record), times_us(record["gather"], "call_us")
+    calls: Ratios = (("call time, direct / seed", "direct", "seed"),)
+    lines = [
+        [
+            *(str(cp_size), cell(nbytes / 1e6), cell(us["plan"]), *quotients(us, RATIOS)),
+            *quotients(call[cp_size, nbytes], calls),
+        ]
+        for (cp_size, nbytes), us in device.items()
+    ]
+    header = ["cp_size", "size (MB)", "plan (us)", *(name for name, *_ in RATIOS), calls[0][0]]
+    return f"{words}\n\n{table(header, lines)}"
 
 
-def as_details(record: dict[str, Any]) -> str:
-    """Return the times, one line per size, and the goals for docs/performance.md."""
-    times = time_table(with_floors(record), (*VARIANTS, "floor"), RATIOS)
-    return "\n\n".join([conditions(record), times, table_of(record["goals"], GOAL_COLUMNS)])
+def as_details(record: Record) -> str:
+    """Return all tables for docs/performance.md: device time, call time, overlap, goals."""
+    ratios = SHARED_RATIOS if record["sharing"] else RATIOS
+    device = measured(all_times(record), DEVICE_VARIANTS)
+    parts = [conditions(record), "Device time:", time_table(*device, ratios)]
+    if not record["sharing"]:
+        call = measured(times_us(record["gather"], "call_us"), CALL_VARIANTS)
+        host = measured(times_us(record["gather"], "host_us"), CALL_VARIANTS)
+        parts += ["Call time:", time_table(*call, (("direct / seed", "direct", "seed"),))]
+        parts += ["Host time, until the call returns:", time_table(*host, ())]
+        beside = [each for each in record["beside"] if each["variant"] not in NOT_BESIDE]
+        parts += ["Beside a matrix product on another stream:", table_of(beside, BESIDE_COLUMNS)]
+    headline = measured(all_times(record, "headline"), DEVICE_VARIANTS)
+    parts += ["The seed's batch, 16,384 index keys of 128 bytes:", time_table(*headline, ratios)]
+    return "\n\n".join([*parts, table_of(record["goals"], GOAL_COLUMNS)])
 
 
-def with_floors(record: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return the times of every size, including the floor."""
-    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record["gather"]}
-    return {k: {**us, "floor": floors[k]} for k, us in times_us(record["gather"]).items()}
+def all_times(record: Record, part: str = "gather") -> Times:
+    """Return the device times of every size, with the floor and the best of NCCL's."""
+    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in record[part]}
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for key, us in times_us(record[part]).items():
+        found[key] = us | {"floor": floors[key]}
+        if not record["sharing"]:
+            found[key]["best NCCL"] = best_us(us, NCCL)
+    return found
+
+
+def measured(times: Times, variants: Sequence[str]) -> tuple[Times, list[str]]:
+    """Return the times, and those of the variants that were measured at some size."""
+    return times, [name for name in variants if any(name in us for us in times.values())]
 
 
 def fill_pages(root: Path, record_path: Path) -> None:
     """Write the figures of a record between the markers of each page."""
     record = json.loads(record_path.read_text())
-    write_pages(root, (BEGIN, END), pages(record, record_path.name))
+    write_pages(root, markers(record), pages(record, record_path.name))
 
 
-def pages(record: dict[str, Any], name: str) -> dict[str, str]:
+def markers(record: Record) -> tuple[str, str]:
+    """Return the markers of this kind of record."""
+    return SHARED_MARKERS if record["sharing"] else MARKERS
+
+
+def pages(record: Record, name: str) -> dict[str, str]:
     """Return the text between the markers, by page."""
+    if record["sharing"]:
+        return {"docs/performance.md": sourced("", as_details(record), name)["docs/performance.md"]}
     return sourced(as_summary(record), as_details(record), name)

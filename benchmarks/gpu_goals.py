@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from benchmarks.goals import MB, Record, Times, entry, times_us
 
 SEED, LOW_CONTENTION = "seed", "low-contention"
+NCCL = ("NCCL", "NCCL recv", "NCCL both")
+PIPELINES = {"padded": "seed", "padded_symm_recv": "seed recv", "padded_symm": "seed both"}
+AT_MB = {"0.26": (0, 0.9), "1 to 4": (0.9, 10), "16": (10, 40), "67": (40, 100), "268": (100, 1e9)}
+Ratios = dict[tuple[int, int], float]
 
 
-def goals_of(rows: list[dict[str, Any]]) -> list[Record]:
+def goals_of(record: Record) -> list[Record]:
     """Return one entry per goal: the worst ratio over all its sizes, and the limit."""
-    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in rows if r["floor_us"]}
+    rows = record["gather"]
     times = times_us(rows)
-    found: list[Record] = []
-    for name in ("direct", "plan"):
-        to_floor = {key: us[name] / floors[key] for key, us in times.items() if key in floors}
-        large = {k: v for k, v in to_floor.items() if k[1] >= 256 * MB}
-        middle = {k: v for k, v in to_floor.items() if 64 * MB <= k[1] < 256 * MB}
-        found += entry(f"{name} / floor, 256 MB and more", large, 1.10, max)
-        found += entry(f"{name} / floor, 64 to 256 MB", middle, 1.25, max)
-        for form in ("", " graph"):
-            found += against_seed(times, name, f"{SEED}{form}")
-            torchs = ratios(times, f"{LOW_CONTENTION}{form}", name)
-            found += entry(f"{LOW_CONTENTION}{form} / {name}, every size", torchs, 4.5, min)
-    graphs = {k: us["graph"] for k, us in times.items() if k[0] == 2 and "graph" in us}
-    smallest = {k: v for k, v in graphs.items() if k[1] == min(size for _, size in graphs)}
-    return found + entry("graph at cp_size 2, smallest size (us)", smallest, 12, max)
+    floors = {(r["cp_size"], r["size_bytes"]): r["floor_us"] for r in rows}
+    to_floor = {key: us["plan"] / floors[key] for key, us in times.items()}
+    if record["sharing"]:
+        return _goals_on_a_shared_gpu(times, to_floor)
+    call, host = (times_us(rows, clock) for clock in ("call_us", "host_us"))
+    seed = ratios(times, SEED, "plan")
+    alone = {key: best_us(us, NCCL) / us["plan"] for key, us in times.items()}
+    calls = ratios(call, "direct", SEED)
+    first = min(times)
+    found = [
+        *_at("0.26", "seed / plan", seed, 1.6, min),
+        *_at("1 to 4", "seed / plan", seed, 2.2, min),
+        *_at("16", "seed / plan", seed, 2.8, min),
+        *_at("67", "seed / plan", seed, 2.8, min),
+        *_at("268", "seed / plan", seed, 2.8, min),
+        *_at("0.26", "best NCCL alone / plan", alone, 1.2, min),
+        *_at("1 to 4", "best NCCL alone / plan", alone, 1.2, min),
+        *_at("16", "best NCCL alone / plan", alone, 1.5, min),
+        *_at("67", "best NCCL alone / plan", alone, 1.5, min),
+        *_at("268", "best NCCL alone / plan", alone, 1.5, min),
+        *_at("67", "plan / floor", to_floor, 1.10, max),
+        *_at("268", "plan / floor", to_floor, 1.05, max),
+        *entry("plan, smallest size (us)", {first: times[first]["plan"]}, 7, max),
+    ]
+    for size, limit in (("0.26", 0.6), ("1 to 4", 0.6), ("16", 0.6), ("67", 0.6), ("268", 0.45)):
+        found += _at(size, "call time, direct / seed", calls, limit, max)
+    found += entry("host time of direct (us)", {first: host[first]["direct"]}, 60, max)
+    for ours, theirs in PIPELINES.items():
+        extra = {first: host[first][ours] - host[first][theirs]}
+        found += entry(f"host time of {ours} above {theirs} (us)", extra, 40, max)
+    return found
 
 
-def against_seed(times: Times, name: str, seed: str) -> list[Record]:
-    """Return two goals: one for eight ranks and one for fewer."""
-    large = {k: v for k, v in ratios(times, seed, name).items() if k[1] >= 16 * MB}
-    at_8 = {k: v for k, v in large.items() if k[0] == 8}
-    below_8 = {k: v for k, v in large.items() if k[0] < 8}
+def _goals_on_a_shared_gpu(times: Times, to_floor: Ratios) -> list[Record]:
+    large = {key: ratio for key, ratio in ratios(times, SEED, "plan").items() if key[1] >= 15 * MB}
+    torchs = ratios(times, LOW_CONTENTION, "plan")
     return [
-        *entry(f"{seed} / {name}, 16 MB and more, cp_size 8", at_8, 4.5, min),
-        *entry(f"{seed} / {name}, 16 MB and more, cp_size 2 and 4", below_8, 4, min),
+        *_at("268", "plan / floor", to_floor, 1.10, max),
+        *_at("67", "plan / floor", to_floor, 1.25, max),
+        *entry("seed / plan, 16 MB and more", large, 4, min),
+        *entry("low-contention / plan, every size", torchs, 4.5, min),
     ]
 
 
-def ratios(times: Times, opponent: str, name: str) -> dict[tuple[int, int], float]:
-    """Return the competitor's time as a multiple of ours, where both were measured."""
-    return {k: us[opponent] / us[name] for k, us in times.items() if opponent in us}
+def _at(
+    size: str, name: str, values: Ratios, limit: float, worst: Callable[..., float]
+) -> list[Record]:
+    low, high = AT_MB[size]
+    chosen = {key: value for key, value in values.items() if low * MB <= key[1] < high * MB}
+    return entry(f"{name}, {size} MB", chosen, limit, worst)
 
 
-def opponent_us(us: dict[str, float], name: str) -> float:
-    """Return the competitor's eager time, or its time in a graph if that is faster."""
-    return min(us[name], us.get(f"{name} graph", us[name]))
+def ratios(times: Times, above: str, below: str) -> Ratios:
+    """Return the quotient of two variants' times at each size, where both were measured."""
+    return {k: us[above] / us[below] for k, us in times.items() if {above, below} <= us.keys()}
+
+
+def best_us(us: dict[str, float], names: tuple[str, ...]) -> float:
+    """Return the shortest of these variants' times."""
+    return min(us[name] for name in names if name in us)

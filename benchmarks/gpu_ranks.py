@@ -1,16 +1,18 @@
-"""The rank side of `make bench-gpu`: `torchrun … -m benchmarks.gpu_ranks OUTPUT.json TOKENS…`.
+"""The rank side of `make bench-gpu`: `torchrun … -m benchmarks.gpu_ranks OUTPUT.json CASES`.
 
-First, every variant gathers stamped rows into poisoned memory, and every bit is checked. A sample
-is the time between two CUDA events around several calls, divided by their number, as in nccl-tests.
-It begins with a barrier of all ranks. The variants alternate sample by sample.
+Every variant first gathers stamped rows into poisoned memory, and every bit is checked. Then it is
+timed by two clocks. *Device time* is that of a CUDA graph of several calls, divided by their
+number, as in a serving engine. *Call time* is what a caller waits who calls it without a graph.
 
-    direct           one call of all_gather_kv
-    plan             the same gather as a prepared call (cpkit.plan), which replays its own graph
-    graph            the plan's call in a caller's CUDA graph; small sizes only
-    seed             the seed's pipeline on symmetric buffers: pad, wire, strip, reorder
-    low-contention   torch's _low_contention_all_gather from a symmetric shard, then strip, reorder
-    … graph          a competitor captured in a CUDA graph, as in a serving engine
-    copy             every rank copies the whole result once
+    graph      event ─ A A A A A ─ event        variants alternate sample by sample
+    eager      barrier ─ A ─ the GPU has finished
+
+    direct, padded, …   one call of all_gather_kv
+    plan                the gather of `direct` as a prepared call (cpkit.plan)
+    copy                every rank copies the whole result once: the floor of the memory
+    matmul              a matrix product, beside which the variants run again (`beside_us`)
+
+The opponents are in benchmarks.gpu_opponents.
 """
 
 from __future__ import annotations
@@ -18,34 +20,58 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
 
-from cpkit import bench, gather, provenance
+from benchmarks import gpu_opponents
+from benchmarks.gpu_opponents import Batch
+from cpkit import bench, provenance
 from cpkit.devices import use_local_gpu
-from cpkit.gather import all_gather_kv
+from cpkit.gather import ALGORITHMS, all_gather_kv
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.plan import plan_gather_kv
+from cpkit.symm import symmetric_pool
+from cpkit.timing import Timing
 
-Call = Callable[[], object]
-SHAPE = (8, 128)
-DTYPE = torch.bfloat16
-GRAPH_UP_TO_BYTES = 4 << 20
+Call = Callable[[], torch.Tensor]
+Replay = Callable[[], object]
+ByRank = dict[str, list[list[float]]]  # µs by variant: [rank][sample]
 CEILING_BYTES = 1 << 30
-SAMPLES = 20
+WARMUP, SAMPLES, BLOCK = 2, 20, 5
+SMALL_BYTES = 5_000_000
+MATRIX = 4096  # two products of this order take about as long as 67 MB on a link
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of one sequence: its tokens, and the shape and dtype of their rows."""
+
+    tokens: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    beside_matmul: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Parse "tokens:8x128:bfloat16", or the same with ":matmul"."""
+        tokens, shape, dtype, *rest = text.split(":")
+        dims = tuple(int(n) for n in shape.split("x"))
+        return cls(int(tokens), dims, getattr(torch, dtype), rest == ["matmul"])
 
 
 @dataclass(frozen=True)
 class Size:
-    """One size on this rank."""
+    """One case on this rank."""
 
+    case: Case
     metadata: ContextParallelMetadata
     group: CPGroup
     mine: torch.Tensor
@@ -54,44 +80,56 @@ class Size:
     @property
     def total_bytes(self) -> int:
         """Bytes of the gathered tensor."""
-        return self.metadata.total_tokens * SHAPE[0] * SHAPE[1] * DTYPE.itemsize
+        return self.want.nbytes
 
     @property
-    def calls_per_sample(self) -> int:
-        """Small gathers are too short for one pair of events."""
-        return 20 if self.total_bytes <= GRAPH_UP_TO_BYTES else 5
+    def padded_bytes(self) -> int:
+        """Bytes of all padded shards."""
+        padded_rows = self.metadata.max_rank_len[0] * self.group.size
+        return padded_rows * self.total_bytes // self.metadata.total_tokens
+
+    @property
+    def calls_per_graph(self) -> int:
+        """Calls in a graph, enough to hide its start."""
+        return 20 if self.total_bytes < SMALL_BYTES else 5
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The rows, and a pool with room for the opponents' buffers."""
+        pool = symmetric_pool(self.group, "cuda")
+        pool.warm_up(self.metadata.total_tokens, self.case.shape, self.case.dtype, tensors=8)
+        return Batch(self.mine, self.metadata, self.group, pool)
 
 
 def main() -> None:
-    """Benchmark all sizes on the group of all ranks."""
-    output, *tokens = sys.argv[1:]
+    """Benchmark all cases on the group of all ranks."""
+    output, *cases = sys.argv[1:]
     use_local_gpu()
     dist.init_process_group("gloo")
     group = init_context_parallel(dist.get_world_size())
-    ceiling_bytes_per_us = copy_ceiling(group)
-    sizes = [measure(prepare(int(count), group)) for count in tokens]
+    ceiling_gbps = copy_ceiling_gbps(group)
+    sizes = [measure(prepare(Case.parse(text), group)) for text in cases]
     if group.rank == 0:
-        report = {"ceiling_gbps": ceiling_bytes_per_us / 1e3, "sizes": sizes}
-        Path(output).write_text(json.dumps(report))
+        Path(output).write_text(json.dumps({"ceiling_gbps": ceiling_gbps, "sizes": sizes}))
     dist.destroy_process_group()
 
 
-def prepare(tokens: int, group: CPGroup) -> Size:
+def prepare(case: Case, group: CPGroup) -> Size:
     """Create stamped rows on this rank's device."""
-    metadata = prepare_context_parallel_metadata([tokens], group.size)
-    rows = provenance.shard_rows(metadata, group.rank, SHAPE, DTYPE, round=1)
-    want = provenance.expected_rows(metadata, SHAPE, DTYPE, round=1)
-    return Size(metadata, group, rows.cuda(), want.cuda())
+    metadata = prepare_context_parallel_metadata([case.tokens], group.size)
+    rows = provenance.shard_rows(metadata, group.rank, case.shape, case.dtype, round=1)
+    want = provenance.expected_rows(metadata, case.shape, case.dtype, round=1)
+    return Size(case, metadata, group, rows.cuda(), want.cuda())
 
 
-def copy_ceiling(group: CPGroup) -> float:
-    """Return the bytes read plus written per µs by one large copy while other ranks are idle."""
+def copy_ceiling_gbps(group: CPGroup) -> float:
+    """Return the bytes read plus written by one large copy while other ranks are idle."""
     rate = 0.0
     if group.rank == 0:
         source = torch.ones(CEILING_BYTES, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
-        times = [events_us(lambda: target.copy_(source), 1) for _ in range(SAMPLES)]
-        rate = 2 * CEILING_BYTES / statistics.median(times[2:])
+        times_us = [elapsed_us(partial(target.copy_, source)) for _ in range(SAMPLES)]
+        rate = 2 * CEILING_BYTES / statistics.median(times_us[2:]) / 1e3
     rates = torch.tensor([rate], dtype=torch.float64)
     dist.broadcast(rates, 0)
     torch.cuda.empty_cache()
@@ -99,134 +137,234 @@ def copy_ceiling(group: CPGroup) -> float:
 
 
 def measure(size: Size) -> dict[str, Any]:
-    """Return the samples of every variant in µs, by rank, or why it was not measured."""
-    calls, missing = checked_variants(size)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(SAMPLES + 2):
-        for name, call in calls.items():
-            size.group.barrier()
-            samples[name].append(events_us(call, size.calls_per_sample))
-    timings = {name: bench.Timing(us[2:]) for name, us in samples.items()}
-    timed = {
-        name: [each.times_us for each in bench.all_ranks(timing, size.group)]
-        for name, timing in timings.items()
-    }
-    return {
+    """Return each variant's samples in µs, by clock, rank and sample."""
+    checked, missing = checked_variants(size)
+    calls = checked | unchecked_variants(size)
+    host_us, call_us = eager_times(calls, size)
+    graphs = {name: capture(call, size) for name, call in calls.items()}
+    for name in checked:
+        check_replay(name, *graphs[name], size)
+    replays = {name: replay for name, (replay, _) in graphs.items()}
+    device_us = device_times(replays, size)
+    report: dict[str, Any] = {
         "tokens": size.metadata.total_tokens,
-        "padded_bytes": size.metadata.max_rank_len[0] * size.group.size * SHAPE[0] * SHAPE[1] * 2,
-        "variants": {name: {"samples_us": us} for name, us in timed.items()},
+        "row_bytes": size.total_bytes // size.metadata.total_tokens,
+        "padded_bytes": size.padded_bytes,
+        "variants": {
+            name: {
+                "samples_us": device_us[name],
+                "call_us": call_us[name],
+                "host_us": host_us[name],
+            }
+            for name in calls
+        },
         "missing": missing,
     }
+    if size.case.beside_matmul:
+        report["beside"] = beside_matmul(replays, device_us, size)
+    return report
 
 
 def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
     """Return the variants, and why others are missing. Wrong rows raise ProvenanceError."""
-    calls: dict[str, Call] = {}
+    arguments = [size.mine], size.metadata, size.group
+    calls: dict[str, Call] = {
+        name: partial(_only, partial(all_gather_kv, *arguments, algorithm=name))
+        for name in ALGORITHMS
+    }
+    calls["plan"] = partial(_only, plan_gather_kv(*arguments))
+    calls |= gpu_opponents.pipelines(size.batch)
     missing: dict[str, str] = {}
-    whole = torch.ones(size.total_bytes, dtype=torch.uint8, device="cuda")
-    copy = torch.empty_like(whole)
-    calls["direct"] = lambda: _gather(size, "direct")
-    calls["plan"] = plan_gather_kv([size.mine], size.metadata, size.group)
-    calls["seed"] = lambda: _gather(size, "padded_symm_recv")
-    calls["low-contention"] = low_contention(size)
-    for call in calls.values():
-        _check(call, size)
-    graphs: dict[str, Call] = {}
-    if (
-        size.total_bytes <= GRAPH_UP_TO_BYTES
-    ):  # a separate plan, because a captured one waits at entry
-        graphs["graph"] = plan_gather_kv([size.mine], size.metadata, size.group)
-    graphs |= {f"{name} graph": calls[name] for name in ("seed", "low-contention")}
-    for name, call in graphs.items():
+    for name in [*calls]:
         try:
-            calls[name] = captured(call, size)
-        except RuntimeError as error:
-            missing[name] = f"not captured: {error}"[:200]
-    calls["copy"] = lambda: copy.copy_(whole)
+            check(calls[name], size)
+        except RuntimeError as error:  # torch has it in some versions only
+            missing[name] = str(error)[:200]
+            del calls[name]
     return calls, missing
 
 
-def low_contention(size: Size) -> Call:
-    """Return torch's copy-engine all-gather with the two passes that restore token order."""
-    metadata, group = size.metadata, size.group
-    rows = gather.as_rows(size.mine)
-    shard = symm_mem.empty(metadata.max_rank_len[0], rows.shape[1], dtype=rows.dtype, device="cuda")
-    symm_mem.rendezvous(shard, group.process_group.group_name)
-    shard[: len(rows)].copy_(rows)
-    torch.cuda.synchronize()
-    group.barrier()
-
-    def call() -> list[torch.Tensor]:
-        gathered = torch.ops.symm_mem._low_contention_all_gather(
-            shard, group.process_group.group_name
-        )
-        gathered = torch.ops._c10d_functional.wait_tensor(gathered)
-        rank_order = gather.strip_padding(gathered, metadata.per_rank_actual_token)
-        return [gather.from_rows(gather.reorder_tokens(rank_order, metadata), size.mine)]
-
-    return call
+def unchecked_variants(size: Size) -> dict[str, Call]:
+    """Return the collectives alone, and the copies that are floors."""
+    whole = size.want.clone()
+    return {
+        **gpu_opponents.collectives(size.batch),
+        "peer copies": gpu_opponents.peer_copies(size.batch),
+        "copy": partial(whole.copy_, size.want),
+    }
 
 
-def captured(call: Callable[[], Any], size: Size) -> Call:
-    """Capture the call in a CUDA graph, and check a replay into poisoned memory."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    size.group.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    for result in results:
-        provenance.poison_(result)
-    torch.cuda.synchronize()
-    size.group.barrier()
-    graph.replay()
-    torch.cuda.synchronize()
-    _compare(results[0], size)
-    size.group.barrier()
-    return graph.replay
+def _only(call: Callable[[], list[torch.Tensor]]) -> torch.Tensor:
+    (result,) = call()
+    return result
 
 
-def _gather(size: Size, algorithm: str) -> list[torch.Tensor]:
-    return all_gather_kv([size.mine], size.metadata, size.group, algorithm=algorithm)
+# ------------------------------------------------------------------------------- checks
 
 
-def _check(call: Callable[[], Any], size: Size) -> None:
+def check(call: Call, size: Size) -> None:
     """Check two calls into poisoned memory, because a plan alternates between two outputs.
 
     Other variants allocate the memory that the poisoned results have just freed.
     """
-    for result in [result for _ in range(2) for result in call()]:
+    for result in [call(), call()]:
         provenance.poison_(result)
     del result
     for _ in range(2):
-        torch.cuda.synchronize()
-        size.group.barrier()
-        (got,) = call()
+        _together(size)
+        got = call()
         torch.cuda.synchronize()
         _compare(got, size)
 
 
+def check_replay(name: str, replay: Replay, result: torch.Tensor, size: Size) -> None:
+    """Check the last result of a graph, replayed into poisoned memory."""
+    provenance.poison_(result)
+    _together(size)
+    replay()
+    torch.cuda.synchronize()
+    try:
+        _compare(result, size)
+    except provenance.ProvenanceError as error:
+        error.add_note(f"in a CUDA graph of {name}, {size.total_bytes} bytes")
+        raise
+
+
 def _compare(got: torch.Tensor, size: Size) -> None:
     """Compare every bit on the GPU. Copy only a wrong result to the host, to explain it."""
-    if not torch.equal(got.view(torch.int16), size.want.view(torch.int16)):
+    if not torch.equal(got.view(torch.uint8), size.want.view(torch.uint8)):
         provenance.check(got, size.metadata, round=1)
 
 
-def events_us(call: Call, calls: int) -> float:
-    """Return the µs per call between two CUDA events around several calls."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _together(size: Size) -> None:
+    """Wait until all ranks and their GPUs have arrived."""
     torch.cuda.synchronize()
+    size.group.barrier()
+
+
+# ---------------------------------------------------------------------------- the clocks
+
+
+def eager_times(calls: Mapping[str, Call], size: Size) -> tuple[ByRank, ByRank]:
+    """Return (host, call) µs: until a call returns, and until the GPU has finished too.
+
+    Variants alternate in blocks of calls, because a model repeats the same gather in every layer.
+    """
+    host: dict[str, list[float]] = {name: [] for name in calls}
+    until_done: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(SAMPLES // BLOCK):
+        for name, call in calls.items():
+            for number in range(WARMUP + BLOCK):
+                _together(size)
+                start_ns = time.perf_counter_ns()
+                result = call()
+                returned_ns = time.perf_counter_ns()
+                torch.cuda.synchronize()
+                stop_ns = time.perf_counter_ns()
+                del result
+                if number >= WARMUP:
+                    host[name].append((returned_ns - start_ns) / 1e3)
+                    until_done[name].append((stop_ns - start_ns) / 1e3)
+    return _of_all_ranks(host, size.group), _of_all_ranks(until_done, size.group)
+
+
+def capture(call: Call, size: Size) -> tuple[Replay, torch.Tensor]:
+    """Capture several calls in one graph; return its replay and the last result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    _together(size)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(size.calls_per_graph):
+            result = call()
+    return graph.replay, result
+
+
+def device_times(replays: Mapping[str, Replay], size: Size) -> ByRank:
+    """Return the device µs per call."""
+    mine: dict[str, list[float]] = {name: [] for name in replays}
+    for number in range(WARMUP + SAMPLES):
+        for name, replay in replays.items():
+            _together(size)
+            us = elapsed_us(replay) / size.calls_per_graph
+            if number >= WARMUP:
+                mine[name].append(us)
+    return _of_all_ranks(mine, size.group)
+
+
+def elapsed_us(run: Replay) -> float:
+    """Return the µs between two events around a run."""
+    start, stop = _events(2)
     start.record()
-    for _ in range(calls):
-        call()
+    run()
     stop.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(stop)) * 1e3 / calls
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) * 1e3
+
+
+def beside_matmul(
+    replays: Mapping[str, Replay], alone_us: ByRank, size: Size
+) -> dict[str, dict[str, float]]:
+    """Return what gathers and matrix products cost each other when they run at the same time.
+
+    stream 1   event ─ gather ─ gather ─ … ─ event
+    stream 2   event ─ product ─ product ─ product ─ … ─ event     longer than the gathers
+
+    `beside_us` is the time of a gather; `delay_us` is by how much one gather delays the products.
+    """
+    a, b = (torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
+    product_us = statistics.median(_products_us(multiply, 16) for _ in range(SAMPLES)) / 16
+    gathers = size.calls_per_graph
+    beside: dict[str, list[float]] = {name: [] for name in replays}
+    delay: dict[str, list[float]] = {name: [] for name in replays}
+    side = torch.cuda.Stream()
+    for name, replay in replays.items():
+        longest_us = max(statistics.median(rank) for rank in alone_us[name]) * gathers
+        products = 4 + int(2 * longest_us / product_us)
+        for _ in range(SAMPLES):
+            _together(size)
+            with torch.cuda.stream(side):
+                start, stop = _events(2)
+                start.record()
+                for _ in range(products):
+                    multiply()
+                stop.record()
+            beside[name].append(elapsed_us(replay) / gathers)
+            stop.synchronize()
+            both_us = float(start.elapsed_time(stop)) * 1e3
+            delay[name].append((both_us - products * product_us) / gathers)
+    beside_us, delay_us = (_of_all_ranks(each, size.group) for each in (beside, delay))
+    return {
+        name: {
+            "beside_us": max(map(statistics.median, beside_us[name])),
+            "delay_us": max(map(statistics.median, delay_us[name])),
+        }
+        for name in replays
+    }
+
+
+def _products_us(multiply: Replay, count: int) -> float:
+    def run() -> None:
+        for _ in range(count):
+            multiply()
+
+    return elapsed_us(run)
+
+
+def _events(count: int) -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+
+
+def _of_all_ranks(mine: Mapping[str, list[float]], group: CPGroup) -> ByRank:
+    return {
+        name: [each.call_us for each in bench.all_ranks(Timing(samples), group)]
+        for name, samples in mine.items()
+    }
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_ranks import events_us
+from benchmarks.gpu_ranks import elapsed_us
 from cpkit.kernels import launch as cuda_launch
 from cpkit.kernels.gather_kernel import PAGE_WORDS
 from cpkit.kernels.launch import Shape
@@ -52,6 +52,7 @@ class Words:
 
     group: OneProcess
     device: torch.device
+    page: int
     pages: torch.Tensor
     report: torch.Tensor
     kernels: dict[object, Any] = field(default_factory=dict)
@@ -106,7 +107,7 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
     bases = torch.tensor([output.data_ptr() for output in outputs], device="cuda")
     page = torch.zeros(PAGE_WORDS, dtype=torch.int64, device="cuda")
     pages = torch.full((len(outputs),), page.data_ptr(), dtype=torch.int64, device="cuda")
-    words = Words(OneProcess(len(outputs)), source.device, pages, page)
+    words = Words(OneProcess(len(outputs)), source.device, page.data_ptr(), pages, page)
 
     def call() -> None:
         launch = ([source.data_ptr()], [outputs[0].data_ptr()], [bases.data_ptr()])
@@ -117,8 +118,14 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
 
 def time_us(call: Callable[[], object]) -> float:
     """Return the median µs per call, measured by CUDA events around several calls."""
-    call()
-    return statistics.median(events_us(call, CALLS) for _ in range(SAMPLES))
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            call()
+
+    calls()
+    torch.cuda.synchronize()
+    return statistics.median(elapsed_us(calls) for _ in range(SAMPLES)) / CALLS
 
 
 if __name__ == "__main__":

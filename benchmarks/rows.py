@@ -11,7 +11,12 @@ from cpkit.timing import algbw_gbps, busbw_gbps, percentile
 
 Samples = Sequence[Sequence[float]]  # µs, [rank][iteration]
 ROW_BYTES = 8 * 128 * 2
-PLANNED = {"plan": "direct", "graph": "direct", "seed": "padded_symm_recv"}
+PLANNED = {
+    "plan": "direct",
+    "seed": "padded",
+    "seed recv": "padded_symm_recv",
+    "seed both": "padded_symm",
+}
 
 
 def summarize(rounds: Sequence[Samples]) -> dict[str, Any]:
@@ -36,10 +41,15 @@ def summarize(rounds: Sequence[Samples]) -> dict[str, Any]:
 
 
 def row(
-    variant: str, cp_size: int, tokens: int, padded_bytes: int, rounds: Sequence[Samples]
+    variant: str,
+    cp_size: int,
+    tokens: int,
+    padded_bytes: int,
+    rounds: Sequence[Samples],
+    row_bytes: int = ROW_BYTES,
 ) -> dict[str, Any]:
     """Return one row of the table."""
-    total_bytes = tokens * ROW_BYTES
+    total_bytes = tokens * row_bytes
     figures = summarize(rounds)
     return {
         "variant": variant,

@@ -19,7 +19,6 @@ from benchmarks.rows import ROW_BYTES, row, rows_of, summarize
 from tests.helpers import ROOT
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-cpu.json"))
-GPU_RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*-gpu.json"))
 
 
 @pytest.fixture
@@ -101,56 +100,60 @@ def test_a_missing_competitor_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "not measured" in map(str.strip, times.splitlines()[-1].split("|"))
 
 
-def gpu_record(direct_us: float, cp_size: int = 8) -> dict[str, Any]:
+def gpu_record(plan_us: float, *, sharing: str = "") -> dict[str, Any]:
+    """Return a record of a large size, and of a small one that takes a twentieth of its times."""
     us = {
-        "direct": direct_us,
-        "plan": direct_us,
-        "seed": 3200.0,
-        "seed graph": 3100.0,
-        "low-contention": 3300.0,
+        **dict.fromkeys(("plan", "direct"), plan_us),
+        **dict.fromkeys(("padded", "padded_symm_recv", "padded_symm"), 450.0),
+        **dict.fromkeys(("seed", "seed recv", "seed both", "copy engine"), 400.0),
+        **dict.fromkeys(gpu_goals.NCCL, 200.0),
+        "NCCL recv": 160.0,
+        "low-contention": 500.0,
+        "peer copies": 98.0,
+        "copy": 50.0,
     }
-    tokens = 131072
     rows = [
-        {
-            **row(name, cp_size, tokens, tokens * ROW_BYTES, [[[time_us] * 3] * cp_size]),
-            "floor_us": 562.0,
-        }
+        row(name, 2, tokens, tokens * ROW_BYTES, [[[time_us * scale] * 3] * 2])
+        | {"floor_us": 98.0 * scale, "call_us": time_us * scale, "host_us": 40.0}
+        for tokens, scale in ((125, 0.05), (131072, 1.0))
         for name, time_us in us.items()
     ]
-    where = dict.fromkeys(("date", "device", "driver", "cuda", "torch", "commit", "command"), "x")
-    return {
-        "environment": where,
+    where = ("date", "device", "driver", "cuda", "torch", "commit", "command", "nccl", "multicast")
+    record = {
+        "environment": dict.fromkeys((*where, "clocks_before", "clocks_after"), "x"),
+        "sharing": sharing,
         "plan": {"rounds": 1},
         "gather": rows,
-        "missing": {"cp_size 8": {"graph": "too large"}},
-        "goals": gpu_goals.goals_of(rows),
+        "headline": rows,
+        "beside": [],
+        "missing": {"cp_size 2": {"low-contention": "not in this torch"}},
     }
+    return record | {"goals": gpu_goals.goals_of(record)}
 
 
-def test_gpu_goals_detect_a_slow_gather() -> None:
-    assert all(goal["met"] for goal in gpu_record(600.0)["goals"])
-    assert not any(goal["met"] for goal in gpu_record(1095.0)["goals"])
+@pytest.mark.parametrize("sharing", ["", "MPS"])
+def test_gpu_goals_detect_a_slow_gather(sharing: str) -> None:
+    fast, slow = (gpu_record(us, sharing=sharing)["goals"] for us in (100.0, 400.0))
+    assert all(goal["met"] for goal in fast)
+    assert not any(goal["met"] for goal in slow if "plan" in goal["goal"])
 
 
 def test_gpu_figures_have_their_ratios() -> None:
-    record = gpu_record(600.0)
-    ratios = [f"{600 / 562:.2f}", f"{3200 / 600:.2f}", f"{3100 / 600:.2f}", "5.50", "not measured"]
-    assert "|       8" not in gpu_figures.as_summary(record), "README shows one cp_size"
-    summary = gpu_figures.as_summary(gpu_record(600.0, cp_size=4))
-    (line,) = [x for x in summary.splitlines() if x.startswith("|       4")]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == ["4", "268", "600", *ratios]
-    (line,) = [x for x in gpu_figures.as_details(record).splitlines() if x.startswith("|       8")]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:9] == ["600", "600", "not measured", "3200", "3100", "3300", "not measured"]
-    assert cells[9:] == ["562", *ratios]
-    assert "not measured, cp_size 8: {'graph': 'too large'}" in gpu_figures.as_text(record)
+    record = gpu_record(100.0)
+    *_, line = [x for x in gpu_figures.as_summary(record).splitlines() if x.startswith("|       2")]
+    ratios = ["4.00", "4.00", "1.60", "1.02", "0.25"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["2", "268", "100", *ratios]
+    assert "not in this torch" in gpu_figures.as_text(record)
+    shared = gpu_figures.pages(gpu_record(100.0, sharing="MPS"), "record")
+    assert [*shared] == ["docs/performance.md"], "README shows a GPU per rank"
 
 
-def test_pages_show_the_latest_gpu_record() -> None:
-    if not GPU_RESULTS:
-        pytest.skip("no GPU record yet: run make bench-gpu on a machine with a GPU")
-    name, markers = GPU_RESULTS[-1].name, (gpu_figures.BEGIN, gpu_figures.END)
-    record = json.loads(GPU_RESULTS[-1].read_text())
-    assert is_shown(gpu_figures.pages(record, name), markers)
+@pytest.mark.parametrize("kind", ["gpu", "gpu-shared"])
+def test_pages_show_the_latest_gpu_record(kind: str) -> None:
+    found = sorted((ROOT / "benchmarks" / "results").glob(f"*-{kind}.json"))
+    record = json.loads(found[-1].read_text()) if found else {}
+    if "headline" not in record:
+        pytest.skip("no such record yet: run make bench-gpu on a machine with GPUs")
+    assert is_shown(gpu_figures.pages(record, found[-1].name), gpu_figures.markers(record))
     record["gather"][0]["time_us"] *= 2
-    assert not is_shown(gpu_figures.pages(record, name), markers)
+    assert not is_shown(gpu_figures.pages(record, found[-1].name), gpu_figures.markers(record))
