@@ -18,7 +18,14 @@ from cpkit.group import CPGroup
 from cpkit.memory.backend import ORDINARY_COLLECTIVE, Pool
 from cpkit.memory.cuda import CudaBackend, CudaSegment
 from cpkit.memory.nccl_settings import window_problem
-from cpkit.memory.path import BufferLocation, BufferPair, PathReport, decide, without_windows
+from cpkit.memory.path import (
+    ZERO_POLICY,
+    BufferLocation,
+    BufferPair,
+    PathReport,
+    decide,
+    without_windows,
+)
 from cpkit.stages import stage
 from cpkit.sync.collective import torch_all_gather
 
@@ -83,8 +90,12 @@ class NcclBackend(CudaBackend):
         return segment
 
     def transport(self) -> str:
-        """Return "nccl" with the version of the loaded library, and its policy if that is ZERO."""
-        return self.group.nccl[self.group.rank].transport
+        """Return "nccl" with the version of the loaded library, and its policy if that is ZERO.
+
+        Without windows the policy changes nothing.
+        """
+        transport = self.group.nccl[self.group.rank].transport
+        return transport.removesuffix(ZERO_POLICY) if self._window_problem else transport
 
     def window_problem(self) -> str:
         """Return why NCCL has no windows on the pool's memory; empty when it has them."""
