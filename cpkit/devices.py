@@ -184,7 +184,7 @@ def is_capturing(device: str) -> bool:
     """Return True while a CUDA graph is captured on the current stream."""
     if device != "cuda" or not torch.cuda.is_initialized():  # without CUDA, torch raises below
         return False
-    return torch.cuda.is_current_stream_capturing()
+    return bool(torch._C._cuda_isCurrentStreamCapturing())
 
 
 _replayed: list[object] = []
@@ -202,7 +202,7 @@ def keep_for_replays(device: str, *objects: object) -> None:
 
 def raw_stream() -> int:
     """Return the current stream's handle without a Stream object, which takes microseconds."""
-    handle: int = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    handle: int = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
     return handle
 
 

@@ -109,11 +109,12 @@ def _launch(
     leave: bool = True,
 ) -> None:
     signals.in_order()
-    group, blocks = signals.group, _blocks(signals, len(tiles), shape)
+    group, n_tiles = signals.group, tiles.shape[0]
+    blocks = _blocks(signals, n_tiles, shape)
     flags = slots is not None, SYNC and entry, SYNC and leave
     arguments = (
         *addresses,
-        *(signals.pages if slots is None else slots, tiles, len(tiles)),
+        *(signals.pages if slots is None else slots, tiles, n_tiles),
         *(signals.page, signals.pages, signals.report, int(deadline_s() * 1e9), group.rank, tag),
         *(len(addresses[0]), group.size, shape.tile, _narrow(narrow_bytes)),
         *(*flags, shape.warps * 32),
