@@ -90,8 +90,9 @@ class Size:
 
     @property
     def calls_per_graph(self) -> int:
-        """Calls in a graph, enough to hide its start."""
-        return 20 if self.total_bytes < SMALL_BYTES else 5
+        """Calls in a graph, enough to hide its start; few where many ranks share the memory."""
+        large = 5 if self.group.ranks_on_gpu < 4 else 2
+        return 20 if self.total_bytes < SMALL_BYTES else large
 
     @cached_property
     def batch(self) -> Batch:

@@ -15,14 +15,13 @@ gathered in stream order, and the host does not wait.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from cpkit.algorithms import ALGORITHMS
 from cpkit.caches import cache_as_rows, check_caches, scatter_into
@@ -120,7 +119,7 @@ def all_gather_kv(
         gather = padded_large
     inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
     try:
-        with nullcontext() if stream is None else on_stream(stream, *inputs):
+        with on_stream(stream, *inputs):
             memory = memory_of(group, tensors[0].device, symmetric)
             if into is not None and slots is not None:
                 path = _gather_into(gather, tensors, metadata, memory, into, slots)
@@ -389,7 +388,7 @@ def _token_order_on(metadata: ContextParallelMetadata, device: torch.device) -> 
 
 # -------------------------------------------------------------------- what a gather did
 
-_reports = WeakTensorKeyDictionary()
+_reports: dict[int, tuple[weakref.ref[torch.Tensor], PathReport]] = {}  # by id of the tensor
 
 
 @eager_only
@@ -401,8 +400,8 @@ def last_path(group: CPGroup) -> PathReport | None:
 @eager_only
 def path_of_result(result: torch.Tensor) -> PathReport | None:
     """Return the path of the gather that returned this tensor object; None for any other tensor."""
-    report: PathReport | None = _reports.get(result)
-    return report
+    found = _reports.get(id(result))
+    return found[1] if found and found[0]() is result else None
 
 
 def remember_path(
@@ -411,5 +410,12 @@ def remember_path(
     """Record the path of the group's latest gather and of its results; return the results."""
     group.last_path = path
     for result in results:
-        _reports[result] = path
+        _reports[id(result)] = weakref.ref(result, partial(_forget, id(result))), path
     return results
+
+
+def _forget(tensor: int, reference: weakref.ref[torch.Tensor]) -> None:
+    """Drop the report of a tensor that was dropped, unless another one has its id by now."""
+    found = _reports.get(tensor)
+    if found and found[0] is reference:
+        del _reports[tensor]

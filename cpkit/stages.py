@@ -33,17 +33,15 @@ class Recorder:
             finish()
             self._zero_ns, self._zero = time.perf_counter_ns(), _event()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> AbstractContextManager[None]:
         """Time what runs inside."""
-        if self._zero:
-            start = _event()
-            yield
-            self._events.append((name, start, _event()))
-            return
-        start_ns = time.perf_counter_ns()
+        return self._on_gpu(name) if self._zero else _HostStage(name, self._spans)
+
+    @contextmanager
+    def _on_gpu(self, name: str) -> Iterator[None]:
+        start = _event()
         yield
-        self._spans.append(Span(name, start_ns, time.perf_counter_ns()))
+        self._events.append((name, start, _event()))
 
     @property
     def spans(self) -> list[Span]:
@@ -63,6 +61,20 @@ class Recorder:
         for span in self.spans:
             totals[span.stage] = totals.get(span.stage, 0.0) + span.took_ns / 1e3
         return totals
+
+
+class _HostStage(AbstractContextManager[None]):
+    """Append a span when the block has ended. A generator would add microseconds to every stage."""
+
+    def __init__(self, name: str, spans: list[Span]) -> None:
+        self._name, self._spans = name, spans
+
+    def __enter__(self) -> None:
+        self._start_ns = time.perf_counter_ns()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._spans.append(Span(self._name, self._start_ns, time.perf_counter_ns()))
 
 
 def _event() -> torch.cuda.Event:

@@ -55,7 +55,6 @@ from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
 _STATE_BYTES = MASK_BYTES + 4
-_ALL_BLOCKS = (1 << MAX_BLOCKS) - 1
 _MAX_SAMPLES = 4096
 
 
@@ -240,11 +239,12 @@ class SymmetricPool:
 
     def _free_agreed(self, states: list[bytes]) -> None:
         """Free the blocks that all ranks have dropped: the AND of their masks."""
-        if len({state[MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
-            self._raise_divergence()
-        released_everywhere = _ALL_BLOCKS
-        for mask in {state[:MASK_BYTES] for state in states}:  # usually all are equal
-            released_everywhere &= int.from_bytes(mask, "little")
+        released_everywhere = int.from_bytes(states[0][:MASK_BYTES], "little")
+        if states.count(states[0]) < len(states):
+            if len({state[MASK_BYTES:_STATE_BYTES] for state in states}) > 1:
+                self._raise_divergence()
+            for state in states:
+                released_everywhere &= int.from_bytes(state[:MASK_BYTES], "little")
         if released_everywhere:
             self._allocator.free(released_everywhere)
             if self.group.samples_pools:
