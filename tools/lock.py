@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from tools.cpu_index import pinned_torch
 
@@ -31,24 +32,25 @@ _LEFT_OUT = re.compile(r"(cpkit|pip|setuptools)==")
 def main() -> int:
     """Write the files if every torch can be resolved; return the exit code."""
     files = sorted((ROOT / "constraints").glob("*.txt"))
-    new_lock = LOCK.with_suffix(".new")
     shared = [
         line
         for line in resolve(pinned_torch(ROOT / "constraints" / "cpu.txt"))
         if not _FOLLOWS_TORCH.match(line) and not _LEFT_OUT.match(line)
     ]
-    new_lock.write_text(HEADER + "".join(shared))
-    written = {file: with_versions(file, resolve(pinned_torch(file), new_lock)) for file in files}
-    for file, text in written.items():
+    with NamedTemporaryFile("w", suffix=".txt") as new:
+        new.writelines(shared)
+        new.flush()
+        texts = {file: with_versions(file, resolve(pinned_torch(file), new.name)) for file in files}
+    LOCK.write_text(HEADER + "".join(shared))
+    for file, text in texts.items():
         file.write_text(text)
-    new_lock.rename(LOCK)
     return 0
 
 
-def resolve(torch: str, constraints: Path | None = None) -> list[str]:
+def resolve(torch: str, constraints: str = "") -> list[str]:
     """Return the sorted lines NAME==VERSION that pip selects with the CUDA build of this torch."""
     command = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
-    command += ["--report=-", *(["-c", str(constraints)] if constraints else [])]
+    command += ["--report=-", *(["-c", constraints] if constraints else [])]
     command += [f"torch=={torch},!={torch}+cpu", f"{ROOT}[dev,bench]"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     packages = [item["metadata"] for item in json.loads(done.stdout)["install"]]
