@@ -8,6 +8,18 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+
+# TORCH names the file of constraints/ that selects torch. The default is the one that .venv has,
+# or else cuda where there is an NVIDIA GPU. CPU_BUILD is empty if torch must be a CUDA build.
+GPU := $(wildcard /dev/nvidiactl)
+IN_VENV := $(patsubst $(VENV)/.torch-%,%,$(wildcard $(VENV)/.torch-*))
+TORCH ?= $(or $(IN_VENV),$(if $(GPU),cuda,cpu))
+CPU_BUILD := $(filter cpu $(if $(GPU),,oldest),$(TORCH))
+CONSTRAINTS := constraints/$(TORCH).txt
+ifeq ($(wildcard $(CONSTRAINTS)),)
+  $(error TORCH is '$(TORCH)'; it must be one of: $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)))
+endif
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -16,7 +28,7 @@ SHELL := /bin/bash
 .PHONY: help lab test test-all test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
-	@echo 'make TARGET [NPROC=4] [NAME=default] [PYTHON=python3] [ARGS=...]'
+	@echo 'make TARGET [NPROC=4] [NAME=default] [TORCH=cpu|cuda|oldest] [PYTHON=python3] [ARGS=...]'
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
@@ -54,18 +66,12 @@ notebooks: $(VENV)/.has-test ## build and run the notebooks of notebooks/src (AR
 rehearse: $(VENV)/.has-test ## run the starter, mutants and solution of each exercise (ARGS=01 for one notebook)
 	$(PY) -m tools.rehearse $(ARGS)
 
-lock: ## resolve all dependencies in an empty environment and write requirements.lock
+lock: ## resolve all dependencies in an empty environment; write requirements.lock and constraints/
 	@$(check_python)
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	$(PYTHON) -m venv "$$scratch"; \
-	"$$scratch/bin/python" -m pip install -qq 'torch==$(TORCH)' -e '.[dev,bench]'; \
-	{ echo '# The exact versions that were tested together, as pip constraints: pip install -c requirements.lock'; \
-	  echo '# Written by `make lock`. The local part of the torch version (+cpu, +cu130) is removed, so any build fits.'; \
-	  "$$scratch/bin/python" -m pip freeze --exclude-editable --exclude pip --exclude setuptools \
-	    | sed -E 's/^(torch==[^+]+)\+.*/\1/' \
-	    | grep -vE '^(nvidia-|cuda-|triton==)'; \
-	} > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	"$$scratch/bin/python" -m pip install -qq --upgrade pip; \
+	"$$scratch/bin/python" -m tools.lock
 
 hooks: $(VENV)/.has-dev ## install the pre-commit hooks, which run before each commit
 	$(VENV)/bin/pre-commit install
@@ -80,9 +86,6 @@ distclean: clean ## make clean, and remove .venv
 
 # ----------------------------------------------------------- environment
 
-# `make lock` resolves all other dependencies for this version of torch.
-TORCH := 2.13.0
-
 define check_python
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
   echo "cpkit needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not installed)." >&2; \
@@ -94,12 +97,15 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo 'Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 
-# One stamp per extra of pyproject.toml. The lock file is passed to pip as constraints.
-$(VENV)/.has-%: pyproject.toml requirements.lock | $(PY)
-	@echo 'Installing cpkit[$*] into $(VENV) (the first time, this downloads torch and takes minutes) ...'
-	@[ -e /dev/nvidiactl ] || [ "$$(uname -s)" != Linux ] || $(PY) -c 'import torch' 2>/dev/null || \
-	  echo 'No NVIDIA GPU was found. For a much smaller download press Ctrl-C, and run:' \
-	  'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(or $(MAKECMDGOALS),test)'
+# Another TORCH makes another file, which is newer than all stamps: everything is installed again.
+$(VENV)/.torch-$(TORCH): | $(PY)
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+# One stamp per extra of pyproject.toml.
+$(VENV)/.has-%: pyproject.toml requirements.lock $(CONSTRAINTS) $(VENV)/.torch-$(TORCH)
+	@echo 'Installing cpkit[$*] into $(VENV), with $(CONSTRAINTS) (the first time, this takes minutes) ...'
 	@echo 'Ctrl-C is safe: the next make continues.'
-	@$(PY) -m pip install --disable-pip-version-check -c requirements.lock -e '.[$*]'
+	@index=$$($(if $(CPU_BUILD),$(PY) -m tools.cpu_index $(CONSTRAINTS))); \
+	$(PY) -m pip install --disable-pip-version-check $$index -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@

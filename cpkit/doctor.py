@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -173,8 +174,8 @@ def _gpus() -> Iterator[Check]:
     """Check the GPUs, the links between them, MPS, NCCL, and the paths that follow from them."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
-        yield Check("GPUs", f"none: {why}")
+        yield _no_gpu()
+        yield from _nccl_race()
         yield from _paths("posix", "ranks on the CPU push through POSIX shared memory")
         return
     yield from _devices(count)
@@ -187,6 +188,14 @@ def _gpus() -> Iterator[Check]:
         yield from _paths(
             settings_of_this_process().transport, "ranks with one GPU each gather with NCCL"
         )
+
+
+def _no_gpu() -> Check:
+    if torch.version.cuda is not None:
+        return Check("GPUs", "none: torch sees no GPU")
+    has_driver = Path("/dev/nvidiactl").exists()
+    advice = "this machine has an NVIDIA GPU: run make lab TORCH=cuda" if has_driver else ""
+    return Check("GPUs", "none: torch is a CPU build", advice)
 
 
 def _devices(count: int) -> Iterator[Check]:
@@ -263,13 +272,19 @@ def _nccl() -> Iterator[Check]:
     yield Check("NCCL", f"{_version()}: {found}", advice)
     if problem := window_problem({0: settings_of_this_process()}):
         yield Check("NCCL windows", "none", problem)
-    if nccl_is_racy(version):
+    yield from _nccl_race()
+
+
+def _nccl_race() -> Iterator[Check]:
+    """Check the NCCL of torch's CUDA build, which needs no GPU; a CPU build has none."""
+    if dist.is_nccl_available() and nccl_is_racy(loaded_nccl_version()):
         first, last = (".".join(map(str, v)) for v in NCCL_RACY)
         yield Check(
             "NCCL race",
-            f"{first} to {last}: symmetric kernels do not wait for the kernel before them",
-            "CUDA graphs can give wrong results silently (sglang#37768): use them with NCCL 2.30.7 "
-            "or newer",
+            f"torch {torch.__version__} with NCCL {_version()}: from {first} to {last}, symmetric "
+            f"kernels do not wait for the kernel before them",
+            "CUDA graphs can give wrong results silently (sglang#37768): install torch 2.14.1 or "
+            "newer, which brings NCCL 2.30.7 (make lab TORCH=cuda; pip: -c constraints/cuda.txt)",
         )
 
 

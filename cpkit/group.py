@@ -403,7 +403,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
         for ranks in all_ranks:
             check_versions({rank: world.nccl[rank] for rank in ranks})
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    made = [
+    made: list[Any] = [  # torch also declares what only ranks outside a group get
         dist.new_group(
             list(ranks), backend=backend, timeout=timedelta(seconds=settings.deadline_s())
         )
@@ -415,7 +415,7 @@ def _make_group(world: _World, cp_size: int, name: str) -> CPGroup:
     spans_hosts = len({world.hosts[r] for r in ranks}) > 1
     suffix = "" if name == "default" else f".{name}"
     # A thread that waits in a store's client keeps others out of it, and the peers may need those.
-    store = world.store.clone()  # type: ignore[attr-defined]
+    store = world.store.clone()  # type: ignore[attr-defined, unused-ignore] # torch 2.14 declares it
     exchange = StoreExchange(store, f"cp{cp_size}.{index}.{_generation}{suffix}", rank, cp_size)
     shm_barrier = None
     if not spans_hosts:

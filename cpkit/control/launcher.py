@@ -33,7 +33,7 @@ from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import check_all
 
 READY_S = 90.0  # longest time between two startup phases
-_STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks
+_STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
 _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
@@ -203,21 +203,39 @@ def _check_is_agent(process: ProcessId, runtime_dir: RuntimeDir) -> None:
 def _end(agent: ProcessId) -> None:
     """End an agent and its ranks, with SIGTERM and then SIGKILL, and wait until they have ended.
 
-    A killed agent cannot end its ranks. Their watchdogs do, unless a rank hangs, so the remaining
-    ranks are killed too.
+    Ranks are killed before the agent, which then still removes its files: torchrun waits for a rank
+    that hangs, before torch 2.12 for 30 s. A killed agent cannot end its ranks. Their watchdogs do,
+    unless a rank hangs, so the remaining ranks are killed too.
     """
-    ranks: set[psutil.Process] = set()
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    children: set[psutil.Process] = set()
+    for end in (_terminate, _kill_ranks, _kill):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if agent.is_alive():
-                ranks |= set(psutil.Process(agent.pid).children())
-                os.kill(agent.pid, number)
+                process = psutil.Process(agent.pid)
+                children |= set(process.children())
+                end(process)
         if wait_for(lambda: not agent.is_alive(), _STOP_TIMEOUT_S):
             break
-    _, alive = psutil.wait_procs(ranks, timeout=_EXIT_TIMEOUT_S)
-    for rank in alive:
-        rank.kill()
+    _, alive = psutil.wait_procs(children, timeout=_EXIT_TIMEOUT_S)
+    for child in alive:
+        child.kill()
     psutil.wait_procs(alive, timeout=_EXIT_TIMEOUT_S)
+
+
+def _terminate(agent: psutil.Process) -> None:
+    os.kill(agent.pid, signal.SIGTERM)
+
+
+def _kill_ranks(agent: psutil.Process) -> None:
+    """Kill the ranks, and no other child: the agent itself ends its MPS daemon."""
+    for child in agent.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "cpkit.worker.rank" in child.cmdline():
+                child.kill()
+
+
+def _kill(agent: psutil.Process) -> None:
+    os.kill(agent.pid, signal.SIGKILL)
 
 
 def shut_down(client: Client) -> None:

@@ -172,7 +172,11 @@ _BYTE_DTYPES = (
 )
 _CARRIERS = {
     getattr(torch, name): carrier
-    for name, carrier in (*((name, torch.uint8) for name in _BYTE_DTYPES), ("bits16", torch.int16))
+    for name, carrier in (
+        *((name, torch.uint8) for name in _BYTE_DTYPES),
+        ("bits16", torch.int16),
+        ("bcomplex32", torch.int32),  # new in torch 2.14, which cannot copy an expanded view of it
+    )
     if hasattr(torch, name)
 }
 

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from cpkit.memory.path import nccl_is_racy
 from tests.helpers import ROOT
 from tests.helpers.modules import MODULES, imported_names, imports, reaches
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALLED = packages_distributions()
+CONSTRAINTS = {file.stem: file for file in (ROOT / "constraints").glob("*.txt")}
+NCCL = "nvidia-nccl-cu13"
 # CUDA builds of torch depend on triton, and only GPU code imports it.
 INSTALLED_WITH = {"triton": "torch"}
 LOCAL = {"cpkit", "cpkit_lessons", "tools", "tests", "benchmarks"}
@@ -84,9 +87,36 @@ def test_the_notebooks_reach_lazy_imports() -> None:
     assert {"kaleido", "PIL", "IPython", "ipywidgets"} <= third_party(USERS["notebooks"])
 
 
-def test_what_is_declared_is_pinned() -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pinned = {_normal(line) for line in lines if "==" in line}
+def pinned(file: Path) -> dict[str, str]:
+    """Return the versions that a file and the files that it includes pin, by distribution."""
+    text = file.read_text()
+    versions: dict[str, str] = {}
+    for name in re.findall(r"^-c (.+)$", text, re.MULTILINE):
+        versions |= pinned(file.parent / name)
+    found = re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)
+    return versions | {_normal(name): version for name, version in found}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_what_is_declared_is_pinned(name: str) -> None:
     extras = ["", *PROJECT["optional-dependencies"]]
-    unpinned = set().union(*map(declared, extras)) - pinned - {"cpkit", *INSTALLED_WITH}
-    assert not unpinned, "run `make lock`"
+    missing = set().union(*map(declared, extras)) - pinned(CONSTRAINTS[name]).keys() - {"cpkit"}
+    assert not missing, "run `make lock`"
+
+
+def test_the_oldest_torch_is_the_lower_bound() -> None:
+    bound = next(line for line in PROJECT["dependencies"] if _normal(line) == "torch")
+    assert pinned(CONSTRAINTS["oldest"])["torch"].startswith(bound.removeprefix("torch>="))
+
+
+def test_gpus_get_an_nccl_without_the_race() -> None:
+    nccl = pinned(CONSTRAINTS["cuda"])[NCCL]
+    assert not nccl_is_racy(tuple(map(int, nccl.split("."))))
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_the_documentation_lists_what_each_choice_installs(name: str) -> None:
+    versions = pinned(CONSTRAINTS[name])
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    found = re.findall(rf"^\| `{name}`[^|]*\| (.+) \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert found == [tuple(versions[package] for package in ("torch", NCCL, "triton"))]
