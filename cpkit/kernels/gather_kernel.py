@@ -6,8 +6,8 @@ A rank loads each tile once, and stores it at its final place in every peer's ou
     rank 1      signal entry ─ first tile ─ wait for all ─ copy tiles ─┐ last block: exit …
                                             ↑ every peer's output is free      ↑ its rows are stored
 
-While the entry signals travel, each block loads its first tile and stores it into this rank's own
-output: that is free, because the stream has come to this kernel.
+While the entry signals travel, each block loads its first tile. It stores nothing before they have
+arrived, also not into this rank's own output: a peer may still read that (SymmetricPool.peer_view).
 
 Launched without tiles, it is an entry or an exit alone, of one block (see cpkit.kernels.launch).
 
@@ -22,8 +22,9 @@ that, and its later launches store nothing. Even and odd epochs use different wo
 has left already could overwrite its signal by that of its next call before this rank reads it.
 
 Memory ordering follows PTX: a block's stores precede its barrier, then the release of its arrival,
-then the release (system scope) of the exit signal, which a peer acquires. An entry signal releases
-nothing: it says that earlier kernels have ended, which is so when this one starts.
+then the release (system scope) of the exit signal, which a peer acquires. The entry signal of a
+gather releases nothing: peers only store after it, and this rank's earlier kernels have ended when
+this one starts. An entry alone is a release, because peers may load this rank's shard after it.
 """
 
 from __future__ import annotations
@@ -180,10 +181,11 @@ def _copy_tile(
     CP: tl.constexpr, BLOCK: tl.constexpr, WORD: tl.constexpr, BYTES: tl.constexpr,
     VECTOR: tl.constexpr, SLOTS: tl.constexpr, ENTRY: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Copy one tile: BLOCK words into registers, to this rank's output, then to every peer's.
+    """Copy one tile: BLOCK words into registers, then to the output of every rank.
 
-    The next rank is the first of the peers. With `waits`, the stores to peers wait at the entry;
-    returns what `_enter` does, and stores nothing to peers if that is a problem.
+    The stores begin with this rank's own output, then come the next rank's and so on. With `waits`,
+    they wait at the entry, after the loads; returns what `_enter` does, and stores nothing if that
+    is a problem.
     """
     run, first, count = tl.load(tile + 2), tl.load(tile + 3), tl.load(tile + 4)
     token, step, row_units = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
@@ -205,20 +207,20 @@ def _copy_tile(
         place = target_row * pitch + column
         place = tl.max_contiguous(tl.multiple_of(place, VECTOR), VECTOR)
         inside = tl.max_constancy(inside, VECTOR)
-        own = _pointer(target, WORD, VECTOR * BYTES) + place
-        tl.store(own, data, mask=inside, cache_modifier=".cs")
         problem = _enter(words, epoch, tag, report, timeout_ns, waits, CP, THREADS, ENTRY)
         if problem == 0:
+            own = _pointer(target, WORD, VECTOR * BYTES) + place
+            tl.store(own, data, mask=inside, cache_modifier=".cs")
             for k in tl.static_range(CP - 1):
                 peer = _pointer(base + offset, WORD, VECTOR * BYTES) + place
                 tl.store(peer, data, mask=inside, cache_modifier=".cs")
                 base = tl.load(table + (rank + 2 + k) % CP)
     else:
         start = (token * row_units + first) * BYTES
-        own = _pointer(target + start, WORD, VECTOR * BYTES) + i
-        tl.store(own, data, mask=inside, cache_modifier=".cs")
         problem = _enter(words, epoch, tag, report, timeout_ns, waits, CP, THREADS, ENTRY)
         if problem == 0:
+            own = _pointer(target + start, WORD, VECTOR * BYTES) + i
+            tl.store(own, data, mask=inside, cache_modifier=".cs")
             for k in tl.static_range(CP - 1):
                 peer = _pointer(base + offset + start, WORD, VECTOR * BYTES) + i
                 tl.store(peer, data, mask=inside, cache_modifier=".cs")
@@ -341,7 +343,10 @@ def gather_kernel(
         if ENTRY:
             if tl.program_id(0) == 0:
                 word, signal = _ENTRY + epoch % 2 * _RANKS, (epoch << _TAG_BITS) + tag
-                _signal_peers(peers, word + rank, signal, CP, THREADS, _RELAXED)
+                if EXIT:
+                    _signal_peers(peers, word + rank, signal, CP, THREADS, _RELAXED)
+                else:
+                    _signal_peers(peers, word + rank, signal, CP, THREADS, _RELEASE)
         stop = _copy_tiles(
             sources, targets, bases, slots, tiles, n_tiles, rank,
             words, epoch, tag, report, timeout_ns,
