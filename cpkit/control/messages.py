@@ -33,6 +33,8 @@ from cpkit.control.results import (
 from cpkit.packing import describe_types
 
 MAX_MESSAGE_BYTES = 16 << 20
+# The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
+MAX_SEQUENCES = 1024  # per batch
 TOO_MANY_FILES_CODE = 500  # status of a connection that is rejected, as in ZeroMQ's RFC 27
 FailureKind = Literal["bad_request", "version", "cancelled", "busy", "hung", "internal"]
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from cpkit.algorithms import ALGORITHM_CHOICES
-from cpkit.control.messages import Workload
+from cpkit.control.messages import MAX_SEQUENCES, Workload
 from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
 
@@ -23,7 +23,6 @@ PRESETS: dict[str, str] = {
 HEADS = (1, 2, 4, 8, 16, 32)
 HEAD_DIMS = (64, 128, 192, 256, 576)
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
-_MAX_SEQUENCES = 4096
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -37,10 +36,13 @@ def parse_lengths(text: str) -> tuple[int, ...]:
                 f"for example 4097, 812 or 16*4097"
             )
         count = int(match[1] or 1)
-        if len(lengths) + count > _MAX_SEQUENCES:
-            raise ValueError(f"lengths {text!r}: write at most {_MAX_SEQUENCES} sequences")
+        if len(lengths) + count > MAX_SEQUENCES:
+            raise ValueError(f"lengths {text!r}: write at most {MAX_SEQUENCES} sequences")
         lengths += [int(match[2])] * count
     return tuple(lengths)
+
+
+OWN_LENGTHS = "own lengths"
 
 
 class Controls:
@@ -53,7 +55,7 @@ class Controls:
         self.dtype = _choice("dtype", DTYPES, start.dtype)
         self.algorithm = _choice("algorithm", ALGORITHM_CHOICES, start.algorithm)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
-        self.preset = _choice("preset", ["own lengths", *PRESETS], "own lengths")
+        self.preset = _choice("preset", [OWN_LENGTHS, *PRESETS], OWN_LENGTHS)
         self.lengths = widgets.Text(
             value=", ".join(str(length) for length in start.lengths),
             description="lengths",
@@ -65,6 +67,7 @@ class Controls:
         for name in ("cp_size", "heads", "head_dim", "dtype", "algorithm", "strategy", "lengths"):
             getattr(self, name).add_class(name.replace("_", "-"))
         self.preset.observe(self._apply_preset, "value")
+        self.lengths.observe(self._name_preset, "value")
 
     def workload(self) -> Workload:
         """Return the selected workload. Raises ValueError if the lengths cannot be parsed."""
@@ -97,6 +100,11 @@ class Controls:
     def _apply_preset(self, change: dict[str, Any]) -> None:
         if change["new"] in PRESETS:
             self.lengths.value = PRESETS[change["new"]]
+
+    def _name_preset(self, change: dict[str, Any]) -> None:
+        """Show the name of a preset only while its lengths are selected."""
+        names = {lengths: name for name, lengths in PRESETS.items()}
+        self.preset.value = names.get(change["new"], OWN_LENGTHS)
 
 
 def _slider(name: str, options: Sequence[int], value: int, tip: str) -> widgets.SelectionSlider:

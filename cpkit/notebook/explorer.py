@@ -26,7 +26,7 @@ from cpkit.lab import Lab
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
-from cpkit.notebook.live import IsNewest, LivePanel, controls_box, live_box
+from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Explorer(LivePanel[Measurement]):
         self.controls = Controls(lab.cp_sizes, first)
         self.panel = Panel()
         self._lab, self._interval_s, self._pause_after_s = lab, interval_s, pause_after_s
-        self._summary, self._table = widgets.HTML(), widgets.HTML()
+        self._summary, self._table = (widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(2))
         self._is_running = False
         self._samples: list[Sample] = []  # of the newest setting
         self._error: Exception | None = None

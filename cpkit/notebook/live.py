@@ -52,6 +52,13 @@ class LatestWins(Generic[Setting]):
             self._number += 1
             self._changed.notify_all()
 
+    def cancel(self) -> None:
+        """Stop the work on a setting, until the next one is submitted. Never blocks."""
+        with self._changed:
+            self._setting = None
+            self._number += 1
+            self._changed.notify_all()
+
     def close(self, timeout_s: float = 2.0) -> bool:
         """Stop the work and end the thread. Return True if it ended in time."""
         with self._changed:
@@ -72,7 +79,8 @@ class LatestWins(Generic[Setting]):
                 seen, setting = self._number, self._setting
             if self._closed:
                 return
-            assert setting is not None
+            if setting is None:
+                continue
             is_newest = self._is_newest(seen)
             try:
                 self._work(setting, is_newest)
@@ -87,7 +95,8 @@ class LatestWins(Generic[Setting]):
 class LivePanel(Generic[Setting]):
     """Follow the latest setting of the controls. Display it as the last line of a cell.
 
-    A subclass reads its controls in `_setting`, and works on the setting in `_work`.
+    A subclass reads its controls in `_setting`, and works on the setting in `_work`. After an
+    error, what the panel shows belongs to an earlier setting, and is greyed out until the next one.
     """
 
     description: ClassVar[str]  # shown where widgets cannot be displayed
@@ -95,6 +104,7 @@ class LivePanel(Generic[Setting]):
     def __init__(self, controls: Sequence[Any], plot: LivePlot) -> None:
         cells.replace_previous(self)
         self.plot = plot
+        self.plot.add_class(SHOWN)
         self._status = widgets.HTML(_dom_classes=("cpkit-status",))
         self._changed = threading.Condition()
         self._box = self._build(controls)
@@ -125,14 +135,14 @@ class LivePanel(Generic[Setting]):
         try:
             setting = self._setting()
         except ValueError as error:
-            self._show_error(error)
+            self._worker.cancel()
+            self._fail(error)
         else:
+            self._box.remove_class(STALE)
             self._worker.submit(setting)
 
     def _fail(self, error: Exception) -> None:
-        self._show_error(error)
-
-    def _show_error(self, error: Exception) -> None:
+        self._box.add_class(STALE)
         text = html.escape(f"{type(error).__name__}: {error}")
         self._status.value = (
             f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {text}</span>'
@@ -189,9 +199,16 @@ def waiting_figure() -> go.Figure:
 # the controls and replaces the status line.
 
 
+STALE, SHOWN = "cpkit-stale", "cpkit-shown"
+_GREYED = f"<style>.{STALE} .{SHOWN} {{ opacity: 0.35 }}</style>"
+
+
 def live_box(*children: widgets.Widget) -> widgets.VBox:
-    """Return the parts of a live panel, one below the other."""
-    return widgets.VBox(children, _dom_classes=("cpkit-live",))
+    """Return the parts of a live panel, one below the other.
+
+    Parts with the class SHOWN are greyed out while the box has the class STALE.
+    """
+    return widgets.VBox((*children, widgets.HTML(_GREYED)), _dom_classes=("cpkit-live",))
 
 
 def controls_box(controls: Sequence[widgets.Widget], **layout: str) -> widgets.HBox:

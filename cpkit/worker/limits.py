@@ -11,6 +11,7 @@ import torch
 
 from cpkit import settings
 from cpkit.control.messages import (
+    MAX_SEQUENCES,
     Body,
     Clock,
     Explain,
@@ -27,9 +28,7 @@ from cpkit.settings import worker_device
 from cpkit.sync.free_memory import tightest
 
 _MAX_WORKLOADS = 1024
-# The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
-_MAX_SEQUENCES = 1024
-_MAX_ROUND = 1023
+_MAX_ROUND = 1023  # the range of a row's stamp (cpkit.provenance)
 _MAX_ROUNDS = 100_000
 _MAX_CALLS = 16
 _CLOCK_COPIES = 3  # source, target and fresh memory of the calls that copy
@@ -99,7 +98,7 @@ def check_workload(workload: Workload, world_size: int) -> None:
     """Raise ValueError for a workload that `world_size` ranks cannot run."""
     check_cp_size(workload.cp_size, world_size)
     _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
-    _in_range("the number of sequences", len(workload.lengths), 1, _MAX_SEQUENCES)
+    _in_range("the number of sequences", len(workload.lengths), 1, MAX_SEQUENCES)
     if min(workload.lengths) > 0:  # otherwise the layout raises
         _check_memory(workload)
         _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)

@@ -96,6 +96,20 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
     live.until(lambda: table.count() == 5, 10, "the table beside the plot has a row per rank")
 
 
+def test_what_a_panel_shows_is_grey_under_an_error(live: NotebookPage) -> None:
+    field = live.cell("panel").locator(".lengths input")
+    shown = live.cell("panel").locator(".cpkit-shown").first
+    lengths = field.input_value()
+    for text, opacity in (("64, x", "0.35"), (lengths, "1")):
+        field.fill(text)
+        field.press("Enter")
+        live.until(
+            lambda wanted=opacity: shown.evaluate("x => getComputedStyle(x).opacity") == wanted,
+            10,
+            f"opacity {opacity} with lengths {text!r}",
+        )
+
+
 def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
     live.run("second-view")
     first = live.wait_for_plot("second-view", created_by="panel")

@@ -10,6 +10,7 @@ import pytest
 
 import cpkit
 from cpkit.notebook.explorer import Explorer
+from cpkit.notebook.live import STALE
 from cpkit.notebook.stepper import Stepper
 from tests.helpers.processes import until
 
@@ -36,6 +37,10 @@ def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     assert panel.wait(samples=1).path == "fallback"
     panel.controls.preset.value = "small: 64 tokens"
     assert panel.wait(samples=1).workload.lengths == (64,)
+    panel.controls.lengths.value = "65"
+    assert panel.controls.preset.value == "own lengths"
+    panel.controls.lengths.value = "64"
+    assert panel.controls.preset.value == "small: 64 tokens"
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
@@ -63,18 +68,24 @@ def test_many_quick_changes_never_block_and_the_last_one_is_measured(panel: Expl
         ("64, x", "for example 4097, 812"),
         ("64, 3", "zigzag over 4 ranks"),
         ("9*999999999", "and the limit is"),
+        ("1025*64", "at most 1024 sequences"),
     ],
 )
-def test_bad_input_is_shown_in_the_panel_and_does_no_harm(
-    panel: Explorer, text: str, message: str
+def test_bad_input_stops_the_measurement_and_greys_what_is_shown(
+    lab: cpkit.Lab, panel: Explorer, text: str, message: str
 ) -> None:
     panel.start()
     panel.wait()
+    assert STALE not in panel._box._dom_classes
     panel.controls.lengths.value = text
     until(lambda: message in panel.status_html)
     assert "✗" in panel.status_html
+    assert STALE in panel._box._dom_classes
+    until(lambda: lab.status().state == "idle", why="nothing is measured under an error")
     panel.controls.lengths.value = "128"
     assert panel.wait().workload.lengths == (128,)
+    assert STALE not in panel._box._dom_classes
+    assert "✗" not in panel.status_html
 
 
 def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:

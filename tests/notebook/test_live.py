@@ -31,9 +31,9 @@ def test_lengths_are_read(text: str, lengths: tuple[int, ...]) -> None:
     assert parse_lengths(text) == lengths
 
 
-@pytest.mark.parametrize("text", ["", "12,", "a", "-3", "1.5", "5000*1", "0x10*3", "9" * 12])
+@pytest.mark.parametrize("text", ["", "12,", "a", "-3", "1.5", "1025*1", "0x10*3", "9" * 12])
 def test_other_lengths_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match=r"lengths .*(for example 4097|at most 4096)"):
+    with pytest.raises(ValueError, match=r"lengths .*(for example 4097|at most 1024)"):
         parse_lengths(text)
 
 
