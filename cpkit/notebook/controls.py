@@ -13,12 +13,35 @@ from cpkit.control.messages import MAX_SEQUENCES, Workload
 from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
 
-PRESETS: dict[str, str] = {
-    "one sequence of 4096 tokens": "4096",
-    "one long sequence: 32768": "32768",
-    "ragged batch: 4097, 812, 95": "4097, 812, 95",
-    "16 sequences of 4097 tokens": "16*4097",
-    "small: 64 tokens": "64",
+Values = dict[str, Any]  # of controls, by their names
+PRESETS: dict[str, Values] = {
+    "one sequence of 4096 tokens": {"lengths": "4096"},
+    "one long sequence: 32768": {"lengths": "32768"},
+    "one long and seven short": {"lengths": "8192, 7*256"},
+    "ragged batch: 4097, 812, 95": {"lengths": "4097, 812, 95"},
+    "16 sequences of 4097 tokens": {"lengths": "16*4097"},
+    "many short: 256 sequences of 16": {"lengths": "256*16"},
+    "small: 64 tokens": {"lengths": "64"},
+}
+ROWS: dict[str, Values] = {
+    "Llama 3: K and V, 8 heads of 128": {
+        "heads": 8,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "tensors": 2,
+    },
+    "DeepSeek: one latent of 576": {
+        "heads": 1,
+        "head_dim": 576,
+        "dtype": "bfloat16",
+        "tensors": 1,
+    },
+    "index keys of 128 bytes": {
+        "heads": 1,
+        "head_dim": 128,
+        "dtype": "float8_e4m3fn",
+        "tensors": 1,
+    },
 }
 HEADS = (1, 2, 4, 8, 16, 32)
 HEAD_DIMS = (64, 128, 192, 256, 576)
@@ -42,7 +65,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-OWN_LENGTHS = "own lengths"
+TENSORS = (1, 2, 3, 4)
 
 
 class Controls:
@@ -53,9 +76,9 @@ class Controls:
         self.heads = _slider("heads", HEADS, start.heads, "heads per row")
         self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements per head")
         self.dtype = _choice("dtype", DTYPES, start.dtype)
+        self.tensors = _slider("tensors", TENSORS, start.tensors, "tensors per gather: K, V, …")
         self.algorithm = _choice("algorithm", ALGORITHM_CHOICES, start.algorithm)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
-        self.preset = _choice("preset", [OWN_LENGTHS, *PRESETS], OWN_LENGTHS)
         self.lengths = widgets.Text(
             value=", ".join(str(length) for length in start.lengths),
             description="lengths",
@@ -63,11 +86,10 @@ class Controls:
             continuous_update=False,
         )
         self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
-        self._tensors = start.tensors
+        self.preset = self._presets("preset", PRESETS, "own lengths")
+        self.rows = self._presets("rows", ROWS, "own rows")
         for name in ("cp_size", "heads", "head_dim", "dtype", "algorithm", "strategy", "lengths"):
             getattr(self, name).add_class(name.replace("_", "-"))
-        self.preset.observe(self._apply_preset, "value")
-        self.lengths.observe(self._name_preset, "value")
 
     def workload(self) -> Workload:
         """Return the selected workload. Raises ValueError if the lengths cannot be parsed."""
@@ -80,12 +102,12 @@ class Controls:
             heads=self.heads.value,
             head_dim=self.head_dim.value,
             dtype=self.dtype.value,
-            tensors=self._tensors,
+            tensors=self.tensors.value,
         )
 
     def observed(self) -> tuple[Any, ...]:
         """Return the widgets whose values define the workload."""
-        shape = (self.cp_size, self.heads, self.head_dim, self.dtype)
+        shape = (self.cp_size, self.heads, self.head_dim, self.dtype, self.tensors)
         return (*shape, self.algorithm, self.strategy, self.lengths, self.symmetric)
 
     def box(self) -> widgets.Widget:
@@ -93,18 +115,29 @@ class Controls:
         columns = (
             (self.cp_size, self.algorithm, self.symmetric),
             (self.lengths, self.preset, self.strategy),
-            (self.heads, self.head_dim, self.dtype),
+            (self.rows, self.heads, self.head_dim, self.dtype, self.tensors),
         )
         return controls_box([widgets.VBox(column) for column in columns], flex_flow="row wrap")
 
-    def _apply_preset(self, change: dict[str, Any]) -> None:
-        if change["new"] in PRESETS:
-            self.lengths.value = PRESETS[change["new"]]
+    def _presets(self, name: str, presets: dict[str, Values], own: str) -> widgets.Dropdown:
+        """Return a choice of presets. It shows one only while the controls have its values."""
+        choice = _choice(name, [own, *presets], own)
 
-    def _name_preset(self, change: dict[str, Any]) -> None:
-        """Show the name of a preset only while its lengths are selected."""
-        names = {lengths: name for name, lengths in PRESETS.items()}
-        self.preset.value = names.get(change["new"], OWN_LENGTHS)
+        def apply(change: dict[str, Any]) -> None:
+            for control, value in presets.get(change["new"], {}).items():
+                getattr(self, control).value = value
+
+        def show_selected(_: object = None) -> None:
+            current = {control: getattr(self, control).value for control in concerned}
+            found = (preset for preset, values in presets.items() if values == current)
+            choice.value = next(found, own)
+
+        concerned = next(iter(presets.values()))
+        for control in concerned:
+            getattr(self, control).observe(show_selected, "value")
+        show_selected()
+        choice.observe(apply, "value")
+        return choice
 
 
 def _slider(name: str, options: Sequence[int], value: int, tip: str) -> widgets.SelectionSlider:

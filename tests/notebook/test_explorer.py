@@ -41,6 +41,13 @@ def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     assert panel.controls.preset.value == "own lengths"
     panel.controls.lengths.value = "64"
     assert panel.controls.preset.value == "small: 64 tokens"
+    assert panel.controls.rows.value == "Llama 3: K and V, 8 heads of 128"
+    panel.controls.rows.value = "index keys of 128 bytes"
+    assert panel.wait(samples=1).workload.row_bytes == 128
+    panel.controls.tensors.value = 2
+    assert panel.controls.rows.value == "own rows"
+    panel.controls.tensors.value = 1
+    assert panel.controls.rows.value == "index keys of 128 bytes"
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
