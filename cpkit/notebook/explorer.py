@@ -28,6 +28,7 @@ from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel
+from cpkit.timing import DEVICE_TIME
 
 if TYPE_CHECKING:
     from typing import Self
@@ -185,8 +186,11 @@ class Explorer(LivePanel[Measurement]):
 
 def _summary(sample: Sample) -> str:
     slowest = sample.per_rank_us.index(sample.time_us)
+    clock: str = sample.clock
+    if clock == DEVICE_TIME:
+        clock += f" (call time {sample.call_us:,.0f} µs{', mostly host' * sample.host_bound})"
     return (
-        f"<b>{sample.time_us:,.0f} µs</b>, slowest is rank {slowest} · "
+        f"<b>{sample.time_us:,.0f} µs</b> {clock}, slowest is rank {slowest} · "
         f"{byte_words(sample.total_bytes)} gathered · algbw {sample.algbw_gbps:.2f} GB/s · "
         f"busbw {sample.busbw_gbps:.2f} GB/s · path <b>{sample.path}</b>: "
         f"{html.escape(sample.path_reason)}"
