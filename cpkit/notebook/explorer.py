@@ -27,7 +27,7 @@ from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.charts import byte_words
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
-from cpkit.notebook.panel import Panel
+from cpkit.notebook.panel import FEWEST_FOR_P95, Panel
 from cpkit.timing import DEVICE_TIME
 
 if TYPE_CHECKING:
@@ -204,8 +204,10 @@ def _table(sample: Sample, metadata: ContextParallelMetadata) -> str:
     lines = [f"<tr>{head}</tr>"]
     for rank, rows in enumerate(metadata.per_rank_actual_token):
         padding = metadata.max_rank_len[0] - rows
-        times = (sample.per_rank_us, sample.per_rank_min_us, sample.per_rank_p95_us)
-        values = [str(rank), str(rows), str(padding), *(f"{t[rank]:,.0f}" for t in times)]
+        times = [f"{t[rank]:,.0f}" for t in (sample.per_rank_us, sample.per_rank_min_us)]
+        has_p95 = sample.iterations >= FEWEST_FOR_P95
+        times.append(f"{sample.per_rank_p95_us[rank]:,.0f}" if has_p95 else "–")
+        values = [str(rank), str(rows), str(padding), *times]
         lines.append("<tr>" + "".join(f"<td {_CELL}>{value}</td>" for value in values) + "</tr>")
     caption = f"<caption>{sample.iterations} gathers in this sample</caption>"
     return f'<table class="cpkit-ranks">{caption}{"".join(lines)}</table>'

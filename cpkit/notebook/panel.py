@@ -15,6 +15,7 @@ from cpkit.notebook import style
 from cpkit.notebook.plot import LivePlot
 
 HISTORY = 120  # samples in the history plot
+FEWEST_FOR_P95 = 5  # gathers in a sample; of fewer, the p95 would be the slowest one
 # Not empty lists, because plotly.js removes the axes of a trace without points.
 _NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
 _TITLES = ("Rows per rank", "Time per rank", "Stages (mean over ranks)", "History")
@@ -66,7 +67,8 @@ class Panel:
         first = self._n_added - len(self._times_us)
         with self._lock:
             self._times.y = list(sample.per_rank_us)
-            self._times.error_y.array = [max(0.0, us) for us in late]
+            has_p95 = sample.iterations >= FEWEST_FOR_P95
+            self._times.error_y.array = [max(0.0, us) if has_p95 else 0.0 for us in late]
             self._history.update(x=list(range(first, self._n_added)), y=list(self._times_us))
             for stage, bar in self._stages.items():
                 times_us = sample.stage_us.get(stage, ())

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import ipywidgets
+import msgspec
 import plotly.graph_objects as go
 import pytest
 
@@ -47,6 +48,10 @@ def test_the_panel_shows_layout_and_samples() -> None:
     panel.show_sample(sample(first_us=20))
     assert list(panel.figure.data[2].y) == [20, 21, 22, 23]
     assert list(panel.figure.data[3].y) == [13, 23], "the history is that of the slowest rank"
+    for iterations, shown in ((4, False), (5, True)):
+        late = {"iterations": iterations, "per_rank_p95_us": (99.0,) * 4}
+        panel.show_sample(msgspec.structs.replace(sample(), **late))
+        assert any(panel.figure.data[2].error_y.array) is shown, "no p95 of few gathers"
     panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
     assert list(panel.figure.data[3].y) == [None], "a new history"
     assert "cp_size 2" in panel.still().layout.title.text
