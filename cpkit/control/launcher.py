@@ -190,9 +190,15 @@ def stop(name: str) -> bool:
 def _check_is_agent(process: ProcessId, runtime_dir: RuntimeDir) -> None:
     """Check the command of a process that the lock file names, before it is sent a signal."""
     words: list[str] = []
-    with contextlib.suppress(psutil.Error):
-        words = psutil.Process(process.pid).cmdline()
-    if words and process.is_alive() and "cpkit.control.agent" not in words:
+
+    def is_read() -> bool:  # not while the process is starting its program, when it has no command
+        nonlocal words
+        with contextlib.suppress(psutil.Error):
+            words = psutil.Process(process.pid).cmdline()
+        return bool(words) or not process.is_alive()
+
+    wait_for(is_read, _EXIT_TIMEOUT_S)
+    if process.is_alive() and "cpkit.control.agent" not in words:
         raise ControlError(
             f"{runtime_dir.lock_file} names process {process.pid} ({' '.join(words):.80}), which "
             f"is no agent of cpkit, so nothing was stopped: find out who wrote that file, then "
