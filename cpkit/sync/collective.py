@@ -91,21 +91,20 @@ class Owner(NamedTuple):
     ranks: tuple[int, ...]
 
 
-_segments: weakref.WeakKeyDictionary[Segment, Owner] = weakref.WeakKeyDictionary()
+_owned: dict[int, tuple[int, int, Owner]] = {}  # first address and size of each segment
 
 
 def register_segment(segment: Segment, rank: int, ranks: tuple[int, ...]) -> None:
     """Record a segment as symmetric memory until it is freed, even after its pool is replaced."""
-    _segments[segment] = Owner(rank, ranks)
+    _owned[id(segment)] = segment.addresses[rank], segment.nbytes, Owner(rank, ranks)
+    weakref.finalize(segment, _owned.pop, id(segment)).atexit = False
 
 
 def owner_of(x: torch.Tensor) -> Owner | None:
     """Return the owner of the symmetric memory in which a tensor begins; None for other memory."""
     address = x.data_ptr()
-    for reference in _segments.keyrefs():  # a copy: another thread may add segments
-        segment = reference()
-        owner = _segments.get(segment) if segment else None
-        if segment and owner and 0 <= address - segment.addresses[owner.rank] < segment.nbytes:
+    for start, nbytes, owner in [*_owned.values()]:  # a copy: another thread may add segments
+        if 0 <= address - start < nbytes:
             return owner
     return None
 
