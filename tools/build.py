@@ -46,8 +46,14 @@ def build(path: Path) -> Any:
 def canonical(notebook: Any) -> str:
     """Return a notebook as text, in the form in which notebooks are committed.
 
-    Raises ValueError if it is larger than MAX_BYTES or two cells share an id.
+    Raises ValueError if it is larger than MAX_BYTES, two cells share an id, or one wrote to stderr:
+    a learner's first page has no warnings, and a traceback has paths of this machine.
     """
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                last = output["text"].strip().splitlines()[-1]
+                raise ValueError(f"cell {cell.id} wrote to stderr: {last}; build it again")
     cells = [_canonical_cell(cell) for cell in notebook.cells]
     ids = [cell["id"] for cell in cells]
     if len(set(ids)) != len(ids):

@@ -255,3 +255,11 @@ def test_a_run_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
     slow = committed(tmp_path / "planted.ipynb", "import time\ntime.sleep(60)", "")
     text, *_ = rerun_faults(slow, limit_s=3, end_s=1)  # a killed nbval may leave its own files
     assert text.endswith("not done after 3 s")
+
+
+def test_a_notebook_whose_cell_wrote_to_stderr_is_refused() -> None:
+    notebook = nbformat.read(NOTEBOOKS / "01_padding_and_reorg.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="Traceback\nOops\n"))
+    with pytest.raises(ValueError, match=rf"cell {cell.id} wrote to stderr: Oops"):
+        canonical(notebook)
