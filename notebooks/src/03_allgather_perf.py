@@ -118,8 +118,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # everybody must meet. So t ≥ alpha + S · (n−1)/n / B.
 #
 # B is the line rate of the link, or what a plain copy to another GPU reaches: 385 GB/s between two H100s, where half of 268 MB
-# took 348 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6). Do not take B from the library that you want to judge.
-# alpha = 5.3 µs and B = 328 GB/s meet four times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596): that is
+# took 348 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6). Do not take B from the library that you want to
+# judge. alpha = 5.3 µs and B = 328 GB/s meet four times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596): that is
 # what NCCL *reaches*, and no bound. For those 268 MB it gives 414 µs, and cpkit's `plan` took 375.
 
 
@@ -335,7 +335,8 @@ lesson.reveal("damage", tuple(order))
 # of light*: that is how you find it without knowing the code. And ml-engineering's `all_reduce_bench.py` averages rates.
 #
 # The ninth needs a GPU, and there it is the largest: timing *eager* calls. On two H100s the seed's pipeline took 117 µs per call
-# from Python at 0.26 MB, and 13.4 µs of GPU time in a CUDA graph, as a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6).
+# from Python at 0.26 MB, and 13.4 µs of GPU time in a CUDA graph, as a serving engine runs it
+# (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6).
 
 
 # %% e3-task [markdown]
@@ -628,9 +629,8 @@ on_gpus = on_gpus[["NCCL", "seed", "plan"]]
 on_gpus["pad, strip, reorder"] = on_gpus["seed"] - on_gpus["NCCL"]
 on_gpus["of the collective (%)"] = 100 * on_gpus["pad, strip, reorder"] / on_gpus["NCCL"]
 environment = record.environment
-print(
-    f"{record.name}: {record.machine}, NCCL {environment['nccl']}, commit {environment['commit']}; µs"
-)
+print(f"{record.name}, commit {environment['commit']}, {environment['date']}: {record.machine}")
+print(f"NCCL {environment['nccl']}; times in µs, size of the result in bytes")
 on_gpus.round(1)
 
 # %% passes-recorded-text [markdown]
@@ -763,8 +763,8 @@ lesson.reveal("padding", carried["64 × 9"] / sum(batches["64 × 9"]))
 # ## 9. When symmetric memory stops paying
 #
 # These times are not from here. Megatron-LM#5596 published them: 8 × H100, the same all-gather by NCCL's ring and by its
-# symmetric kernels. Each is the *minimum* over the ranks of the kernel's time on the GPU: waiting for a late rank is left out, so
-# the slowest rank, which this notebook reports, takes longer. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
+# symmetric kernels. Each is the *minimum* over the ranks of the kernel's time on the GPU: waiting for a late rank is left out,
+# and the slowest rank, which this notebook reports, takes at least as long. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
 # the CP gather of a 16K prompt.
 
 # %% stops-predict
@@ -939,7 +939,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # cards would be done in half of that time. Where the bytes dominate, cp_size hardly matters: (n−1)/n of S is nearly S.
 #
 # The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit. And it has no
-# symmetric kernels between nodes. NCCL has such all-gather kernels since 2.29.2 (GIN, RailRing in `sym_kernels.cc`).
+# symmetric kernels between nodes. NCCL has such kernels for all-gathers since 2.29.2 (GIN; RailRing from 2.29.7 on: `sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours
@@ -1005,7 +1005,8 @@ lesson.progress()
 # - Draw the speed of light first. A time under it is a wrong time.
 # - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
 # - alpha is meetings, beta is bytes. What symmetric memory gains depends on the size: on two H100s most near 4 MB, and nothing at
-#   0.26 and 268 MB. Removing the passes gained 2.0 to 2.9 × there, at all sizes (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6).
+#   0.26 and 268 MB. Removing the passes gained 2.0 to 2.9 × there, at all sizes (`benchmarks/results/2026-11-26-gpu.json`,
+#   commit 9e08251af0f6).
 # - Count passes before you write a kernel.
 #
 # **Five questions** (answers below)
