@@ -285,9 +285,9 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
     """Gather `[rows, …]` to `[total_tokens, …]` in rank order, padding stripped.
 
     Only `forward_batch.attn_cp_metadata` is read. The padded length is ceil(total_len / cp_size) as
-    in SGLang: right for one sequence, too small for several. Raises ValueError on every rank when
-    it would cut rows off, and for wrong rows or a wrong cp_size. Source: SGLang `cp_utils.py` up to
-    0.5.18 (#22914, #24040).
+    in SGLang up to 0.5.12: right for one sequence, too small for several. Raises ValueError on
+    every rank when it would cut rows off, and for wrong rows or a wrong cp_size. Source: SGLang
+    `cp_utils.py` up to 0.5.18 (#22914, #24040); from 0.5.13 on it takes the maximum over ranks.
     """
     group = get_attention_cp_group()
     metadata: Any = getattr(forward_batch, "attn_cp_metadata", None)

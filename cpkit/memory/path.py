@@ -37,7 +37,8 @@ PathName = Literal["symmetric", "staged", "fallback"]
 Version = tuple[int, ...]
 
 # (first version, what an all-gather needs for NCCL's symmetric kernels). Source: NCCL's sources at
-# the tags 2.27.7, 2.28.9, 2.29.2, 2.30.7: scheduler/symmetric_sched.cc, sym_kernels.cc.
+# the tags 2.27.7, 2.28.9, 2.29.2 (the first of 2.29), 2.30.7: scheduler/symmetric_sched.cc,
+# sym_kernels.cc.
 NCCL_RULES: tuple[tuple[Version, Literal["none", "both", "recv"]], ...] = (
     ((0,), "none"),
     ((2, 27), "both"),
@@ -228,7 +229,7 @@ def _by_nccl(
         return "fallback", f"{recv_fault}" + (f"; {send_fault}" if send_fault else "")
     if needs == "both" and send_fault:
         return "fallback", (
-            f"up to 2.29.1 an all-gather needs both buffers registered, and {send_fault}. "
+            f"up to 2.28 an all-gather needs both buffers registered, and {send_fault}. "
             f"Or use NCCL 2.29.2 or newer, which needs recv only"
         )
     also = "" if send_fault else ", send is registered too"

@@ -168,8 +168,9 @@ figures.show(figures.work_bars(work))
 lesson.reveal("work", work["contiguous"][3] / work["contiguous"][0])
 
 # %% work-text [markdown]
-# All ranks wait for the slowest. Zigzag pairs each early block with a late one, and all finish together: that is why it
-# is the default. PyTorch's context parallelism calls the same idea the head-tail balancer, and asks for a length that
+# All ranks wait for the slowest. Zigzag pairs each early block with a late one, and all finish together. Interleave is
+# balanced too, the better the longer the sequence. Zigzag is the default because of its long runs: a rank holds two per
+# sequence, which two copies move and two attention calls read, where interleave has one run per token. PyTorch's context parallelism calls the same idea the head-tail balancer, and asks for a length that
 # divides by 2·world. `contiguous` keeps neighbours together and pays with balance (open as sglang#34059).
 
 # %% e2-task [markdown]
@@ -238,8 +239,12 @@ def keys_seen(tokens, lengths):
 # %% s3 [markdown]
 # ## 3. Why pad?
 #
-# A real batch is ragged. Here are two sequences, of 13 and 9 tokens. 22 tokens over 4 ranks do not divide evenly,
-# and a collective wants the same size from everybody. So each rank pads to the longest.
+# A real batch is ragged. Here are two sequences, of 13 and 9 tokens. 22 tokens over 4 ranks do not divide evenly.
+#
+# There are gathers for uneven sizes: `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different
+# lengths. But NCCL's all-gather takes one size for all ranks, so torch runs such a list as one broadcast per rank
+# (`ProcessGroupNCCL.cpp`), and those do not use the symmetric kernels of an all-gather, which notebook 2 is about. So each rank
+# pads to the longest.
 
 # %% waste-predict
 lesson.predict("waste", ...)
@@ -266,8 +271,8 @@ figures.show(figures.waste_map(batches, cp_sizes=[1, 2, 4, 8]))
 # %% trap-text [markdown]
 # ### The formula that everybody writes first
 #
-# The padded length is `ceil(total / cp)`: spread the tokens evenly and round up. The first versions of the function
-# that this kit is about had exactly that. Now take 16 sequences of 4097 tokens.
+# The padded length is `ceil(total / cp)`: spread the tokens evenly and round up. The function that this kit is about had
+# exactly that in SGLang up to 0.5.12. Now take 16 sequences of 4097 tokens.
 
 # %% cut-predict
 lesson.predict("cut", ...)
@@ -343,7 +348,10 @@ def padded_len(lengths, cp_size):
 # tokens over 8 blocks the *last* rank owns two long blocks.
 #
 # **Another way** Round each sequence up by itself: `sum(ceil(n / cp))`. That is safe and quick, and wastes slots
-# whenever two sequences have odd tokens on different ranks. SGLang 0.5.18 takes the maximum over ranks.
+# whenever two sequences have odd tokens on different ranks. SGLang takes the maximum over ranks from 0.5.13 on.
+#
+# **Longer still** A payload whose bytes per rank are no multiple of 16 makes NCCL's ordinary all-gather slower
+# (pytorch#195450): where rows are that small, round `max_rank_len` up further.
 
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
@@ -570,8 +578,8 @@ def gather_index(rank_rows, max_rank_len):
 # `slots[tokens.argsort()]`: for a permutation, `argsort` is the inverse.
 #
 # ---
-# **Why** `x[a][b]` is `x[a[b]]`. So two passes over the rows become one pass over the rows and one over an index that is a
-# thousand times smaller. The index depends on lengths only, so all layers share it.
+# **Why** `x[a][b]` is `x[a[b]]`. So two passes over the rows become one pass over the rows and one over an index of 8 bytes per
+# row: 144 to 512 times smaller for the three models of section 8. The index depends on lengths only, so all layers share it.
 #
 # **Another way** Scatter instead of sort: `index = torch.empty(total); index[tokens] = slots`. No sorting, and the same
 # thought with the arrow turned round: *where does this slot go* instead of *where does this token come from*. `direct` is that,
@@ -621,7 +629,8 @@ lesson.reveal("order", int(right.sum()))
 
 # %% order-text [markdown]
 # Nothing crashed, and every shape was right. That is the danger: order errors are silent. Without a mask (decoding one
-# token) the order is free; with a causal mask, with positions, with windows, it is not.
+# token) the order is free; with a causal mask or a window it is not. Positions are no obstacle where RoPE is applied before
+# the keys are cached, as it usually is: each key carries its position along.
 
 # %% e6-task [markdown]
 # ### Exercise 6 · Context-parallel attention
@@ -694,9 +703,9 @@ def cp_attention(q, k, v, tokens):
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that sees everything
 #
-# Here are eight broken gathers, each a fault that somebody has shipped: two ranks exchanged, the reorder forgotten, a rank's
-# last round, padding in the place of a row, a row twice, two neighbours exchanged, written by a rank that is not the owner, the
-# last row lost. And here are four checks as they are often written.
+# Here are ten broken gathers: two ranks exchanged, the reorder forgotten, a rank's last round, padding in the place of a row, a
+# row twice, two neighbours exchanged, written by a rank that is not the owner, the last row lost, slots after the end of the
+# batch, the wrong sequence number. And here are four checks as they are often written.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -704,7 +713,7 @@ lesson.predict("survivors", ...)
 # %% kills
 table = lesson.kill_table(layout, round_=7)
 alive = (table == "alive").sum()
-assert not (table == "✓ killed").all().any(), "none of the four kills all eight"
+assert not (table == "✓ killed").all().any(), "none of the four kills all ten"
 table
 
 # %% survivors-reveal
@@ -770,6 +779,22 @@ def accepts(got, lengths, owners, round_):
     places = [(s, token) for s, n in enumerate(lengths) for token in range(n)]
     wanted = [(round_, rank, *place) for rank, place in zip(owners, places)]
     return all(g == w for g, w in zip(got, wanted))
+
+
+# %% e7-mutant-ignores-the-slots-after-the-end
+def accepts(got, lengths, owners, round_):
+    places = [(s, token) for s, n in enumerate(lengths) for token in range(n)]
+    wanted = [(round_, rank, *place) for rank, place in zip(owners, places)]
+    return got[: sum(lengths)] == wanted
+
+
+# %% e7-mutant-ignores-the-sequence
+def accepts(got, lengths, owners, round_):
+    wanted = [
+        (round_, rank, token)
+        for rank, token in zip(owners, (token for n in lengths for token in range(n)))
+    ]
+    return [(g[0], g[1], g[3]) for g in got] == wanted
 
 
 # %% e7-help [markdown]
@@ -949,8 +974,8 @@ lesson.progress()
 #
 # ### You can now read
 #
-# - SGLang `cp_utils.py` up to 0.5.18: `cp_all_gather_reorganized_into_tensor_kv_cache` is stages 1 to 3,
-#   `cp_all_gather_rerange_kv_cache` is all four. In 0.5.23 its heirs are `layers/cp/zigzag.py` (`_all_gather_reorganized`) and
+# - SGLang `cp_utils.py` up to 0.5.18: `cp_all_gather_reorganized_into_tensor_kv_cache` is stages 1 to 3 (from 0.5.13 on with the
+#   maximum over ranks), `cp_all_gather_rerange_kv_cache` is all four. In 0.5.23 its heirs are `layers/cp/zigzag.py` (`_all_gather_reorganized`) and
 #   `layers/cp/interleave.py` (`_gather_interleaved_tensor`: strip and reorder in one `index_select`, as in exercise 5).
 # - vLLM `reorg_kvcache` in `v1/attention/backends/mla/common.py`: exercises 4 and 5 in a loop over sequences and ranks.
 # - TransformerEngine `AttnFuncWithCPAndKVAllGather`: gather K, gather V, then `index_select`.

@@ -11,7 +11,7 @@
 # 1. say what is symmetric about symmetric memory, and compute a peer's pointer;
 # 2. place barriers or signals so that no order of events can break a loop, and prove it;
 # 3. size a pool so that nothing is registered at run time;
-# 4. say whether a gather takes the fast path, from three facts and a version number;
+# 4. say whether a gather takes the fast path, from four facts and a version number;
 # 5. go from what the ranks saw to what went wrong.
 #
 # {glossary: symmetric memory; segment; put, get; barrier; signal; stale (read after write); ahead (write after read)}
@@ -113,8 +113,9 @@ def peer_pointer(pointer, me, peer, bases):
 # **Why** This line is all of symmetric memory. Every kernel that stores to a peer computes it, once a peer, from a table
 # of bases that was made when the segment was registered.
 #
-# **Another way** Keep one difference a peer, `bases[peer] - bases[me]`, and add it. NVSHMEM goes one step further: it maps all
-# segments at a fixed distance from each other, so that the difference is `peer · stride`.
+# **Another way** Keep one difference per peer, `bases[peer] - bases[me]`, and add it. NVSHMEM's device code loads the peer's base
+# from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other (`lsaFlatBase`, `stride4G`), so
+# that its difference is `(peer - me) · stride`.
 
 # %% s2 [markdown]
 # ## 2. Put and get
@@ -363,7 +364,9 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #
 # ---
 # **Why** You have just done what a scheduler, a slow core or a page fault does. In GPU kernels it is a block that starts
-# late. NCCL 2.28 to 2.30.4 had such a race between two kernels: sglang#37768, 10 % instead of 57 % right answers.
+# late. Not every race is between ranks: in NCCL 2.28.0 to 2.30.4 a symmetric kernel can read its input before the kernel that
+# makes it on the *same* GPU is done, because a wait between the two is missing. No barrier of the ranks cures that. In SGLang
+# with DCP and CUDA graphs, one request at a time, 0.100 of the answers were right instead of 0.575 (sglang#37768).
 #
 # **Another way** Let rank 1 be the fast one; the check accepts both.
 
@@ -375,7 +378,9 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 # - `yield me.signal(peer)` sets my word at the peer; if it is still set, it waits until the peer has emptied it;
 # - `yield me.wait(peer)` waits until the peer's word here is set, and empties it.
 #
-# These are the rules of `put_signal` and `wait_signal` in PyTorch. `channel` tells several words apart.
+# These are the rules of `put_signal` and `wait_signal` of a PyTorch *handle* (what `rendezvous` returns), which compare and
+# swap a word of the signal pad. The functions of the same names in the module also put data, and exist for the NCCL backend
+# only. `channel` tells several words apart.
 
 # %% held-predict
 lesson.predict("held", ...)
@@ -504,7 +509,8 @@ def exchange_signals(me):
 #
 # ---
 # **Why** Each rank waits for the peers whose data it reads and whose memory it overwrites, and for nobody else. On a GPU the
-# signal also has to carry the data's visibility: release when it is set, acquire when it is read.
+# signal also has to carry the data's visibility: release when it is set, acquire when it is read, both at *system scope*,
+# because the other rank is another GPU.
 #
 # **Another way** A counter instead of a word: signal writes the round, wait looks for "at least this round". Nothing has to be
 # emptied, and a lost wake-up is impossible. DeepEP and NCCL's symmetric kernels count.
@@ -516,9 +522,9 @@ def exchange_signals(me):
 #
 # {glossary: arena, pool; spill}
 #
-# That was the one question in the review of sglang#24040, the change that this kit is about: token counts vary; if a buffer is
-# larger than the pool, is memory then registered in the middle of a request? The author: yes, that can happen, and so 4 GB are
-# set aside at the start. The reviewer's other idea was to warm up with the largest request.
+# The review of sglang#24040, the change that this kit is about, asked: token counts vary; if a buffer is larger than the pool,
+# is memory then allocated at run time? The author confirmed that this can happen, and that 4 GB are set aside at the start to
+# make it rare. The reviewer also asked whether to warm up with the largest request.
 
 # %% spills-predict
 lesson.predict("spills", ...)
@@ -542,8 +548,7 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # Move the slider: every arena serves the same nine requests again, on the real ranks. With 64 MB there is no spill at all.
 # With 2 MB nearly every new size is one.
 #
-# A spill here costs file, pages and mappings. On GPUs it is `ncclMemAlloc` and a registration over all ranks; one report
-# (UniRL#467) lost 3 s to it on first use, for a kernel that saved 50 ms.
+# A spill here costs file, pages and mappings. On GPUs it is `ncclMemAlloc` and a registration over all ranks.
 
 # %% warm-text [markdown]
 # ### Warm up
@@ -647,19 +652,21 @@ def may_free(dropped, me):
 # **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`memory/pool.py`) sends one bit a block at the
 # meeting that every gather has anyway, and a digest of all it has done, so that books that differ are an error in words.
 #
-# **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that. Or free
-# by *offset order* instead of address order, as NCCL's registered pools now try (pytorch#178362).
+# **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that.
+# Ordering free blocks alike is not enough while ranks free at different times: pytorch#178362 (closed) orders the blocks of
+# PyTorch's allocator by a counter of allocation time instead of the address, and #190977, wrong rows after reuse, is still open.
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
-# Whether a gather takes the fast path depends on three facts, **on all ranks**:
+# Whether a gather takes the fast path depends on four facts, **on all ranks**:
 #
 # | fact | if it does not hold | seen in |
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
 # | it is registered with *this group* | silent fallback | sglang#19329 |
 # | the *receive* buffer is at the *same offset* everywhere | wrong rows, no error | pytorch#178138 |
+# | all GPUs of the group reach each other over *NVLink* | silent fallback | `ncclSymkAvailable` in NCCL's `sym_kernels.cc` |
 #
 # The offset of the send buffer is free: each rank reads its own shard through its own pointer, and only stores go to peers. A
 # shard that is sent from its slice of the receive buffer (`recv + rank · shard`) has another offset on every rank, and is right.
@@ -674,9 +681,17 @@ lesson.version_table()
 
 # %% versions-text [markdown]
 # From `cpkit.memory.path`, read out of NCCL's sources at these tags (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no
-# symmetric kernels. The change came with 2.29.2: from there on only the receive buffer counts. So "both buffers must be
-# registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. Our own ranks push: they need the
-# receive buffer, and a symmetric send buffer only saves the copy that pads.
+# symmetric kernels. From 2.29 on (first tag: 2.29.2) only the receive buffer counts. So "both buffers must be
+# registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. The receive buffer alone has two limits:
+# over several nodes it rules out the kernels that cross them (GIN), and where NCCL selects its kernel for small sizes (LL) it may
+# still fall back. Our own ranks push: they need the receive buffer, and a symmetric send buffer only saves the copy that pads.
+#
+# The last column is the race of section 4: from 2.28.0 to 2.30.4 symmetric kernels do not wait for the kernel before them
+# (sglang#37768). `python -m cpkit doctor` warns of the same versions. The race is one of symmetric kernels only.
+#
+# What NCCL did in the end is in its log (`NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=TUNING`): `AllGather [Symmetric]` or `Algo RING`. In a
+# profile, symmetric kernels are called `ncclSymkDevKernel_…`. And the version that counts is that of the *loaded* library
+# (`ncclGetVersion`), not the one that torch was compiled with.
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -686,27 +701,35 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 # %% e6-task [markdown]
 # ### Exercise 6 · The fast path's rule
 #
-# **Goal** Write `fast_path`: can NCCL run a symmetric kernel for this all-gather, **and be right**? `version` is a tuple, `group`
-# the name of the gather's group. `send[r]` and `recv[r]` say where rank r's buffers are: `None` (ordinary memory) or `(group, offset)`.
+# **Goal** Write `fast_path`: what this all-gather gets from NCCL.
 #
-# **Example** Two ranks, both `recv` at `("attn_cp", 4096)`, both `send` `None`, group `"attn_cp"`: True for `(2, 29, 7)`, False for
-# `(2, 28, 9)`.
+# - `"fallback"`: no symmetric kernel that stores every row at its right offset;
+# - `"racy"`: such a kernel, but of a version that does not wait for the kernel before it;
+# - `"sound"`: such a kernel, of a version that waits.
+#
+# `version` is a tuple, `group` the name of the gather's group, all GPUs reach each other over NVLink. `send[r]` and `recv[r]` say
+# where rank r's buffers are: `None` (ordinary memory) or `(group, offset)`.
+#
+# **Example** Two ranks, both `recv` at `("attn_cp", 4096)`, both `send` `None`, group `"attn_cp"`: `"fallback"` for `(2, 28, 9)`,
+# `"racy"` for `(2, 29, 7)`, `"sound"` for `(2, 30, 7)`.
 #
 # **About** 8 minutes, ★★☆
 
 
 # %% e6
 def fast_path(version, group, send, recv):
-    """Whether a symmetric kernel can run."""
+    """One of "fallback", "racy", "sound"."""
 
     # >>> your code
-    #: return None not in send and None not in recv
+    #: return "sound" if None not in send and None not in recv else "fallback"
     def registered(buffers):
         return all(buffer is not None and buffer[0] == group for buffer in buffers)
 
     symmetric_recv = registered(recv) and len(set(recv)) == 1
-    send_counts = version < (2, 29, 2)
-    return version >= (2, 27) and symmetric_recv and (registered(send) or not send_counts)
+    enough = symmetric_recv and (version >= (2, 29) or registered(send))
+    if version < (2, 27) or not enough:
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
     # <<<
 
 
@@ -717,72 +740,111 @@ lesson.check_fast_path(fast_path)
 # %% e6-mutant-always-both
 def fast_path(version, group, send, recv):
     good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
-    return version >= (2, 27) and all(good) and len(set(recv)) == 1
+    if version < (2, 27) or not (all(good) and len(set(recv)) == 1):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
 # %% e6-mutant-any-group
 def fast_path(version, group, send, recv):
     good = [None not in b for b in (send, recv)]
-    return (
-        version >= (2, 27)
-        and good[1]
-        and len(set(recv)) == 1
-        and (good[0] or version >= (2, 29, 2))
-    )
+    if version < (2, 27) or not (
+        good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    ):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
 # %% e6-mutant-send-offsets-count-too
 def fast_path(version, group, send, recv):
     good = [len(set(b)) == 1 and b[0] is not None and b[0][0] == group for b in (send, recv)]
-    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+    if version < (2, 27) or not (good[1] and (good[0] or version >= (2, 29))):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
 # %% e6-mutant-only-my-rank
 def fast_path(version, group, send, recv):
     good = [b[0] is not None and b[0][0] == group for b in (send, recv)]
-    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+    if version < (2, 27) or not (good[1] and (good[0] or version >= (2, 29))):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
 # %% e6-mutant-offsets-do-not-matter
 def fast_path(version, group, send, recv):
     good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
-    return version >= (2, 27) and good[1] and (good[0] or version >= (2, 29, 2))
+    if version < (2, 27) or not (good[1] and (good[0] or version >= (2, 29))):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
 # %% e6-mutant-send-is-what-counts
 def fast_path(version, group, send, recv):
     good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
-    return (
-        version >= (2, 27)
-        and good[0]
-        and len(set(recv)) == 1
-        and (good[1] or version >= (2, 29, 2))
-    )
+    if version < (2, 27) or not (
+        good[0] and len(set(recv)) == 1 and (good[1] or version >= (2, 29))
+    ):
+        return "fallback"
+    return "racy" if (2, 28) <= version <= (2, 30, 4) else "sound"
 
 
-# %% e6-mutant-the-change-came-with-2-29
+# %% e6-mutant-every-version-is-sound
 def fast_path(version, group, send, recv):
     good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
-    return (
-        version >= (2, 27) and good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
-    )
+    if version < (2, 27) or not (
+        good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    ):
+        return "fallback"
+    return "sound"
+
+
+# %% e6-mutant-the-race-ended-with-2-29
+def fast_path(version, group, send, recv):
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    if version < (2, 27) or not (
+        good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    ):
+        return "fallback"
+    return "racy" if (2, 28) <= version < (2, 29) else "sound"
+
+
+# %% e6-mutant-old-versions-are-racy-too
+def fast_path(version, group, send, recv):
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    if version < (2, 27) or not (
+        good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    ):
+        return "fallback"
+    return "racy" if version <= (2, 30, 4) else "sound"
+
+
+# %% e6-mutant-the-ring-is-racy-too
+def fast_path(version, group, send, recv):
+    good = [all(p is not None and p[0] == group for p in b) for b in (send, recv)]
+    if (2, 28) <= version <= (2, 30, 4):
+        return "racy"
+    enough = good[1] and len(set(recv)) == 1 and (good[0] or version >= (2, 29))
+    return "sound" if version >= (2, 27) and enough else "fallback"
 
 
 # %% e6-help [markdown]
 # First write what "registered" means for *one* buffer over all ranks. Then ask which buffers need it, and which need one offset.
+# The race comes last: it concerns only calls that do not fall back.
 #
 # ---
 # For one buffer: no rank has `None`, and all name the gather's group. Only `recv` needs one offset as well. Tuples compare as
-# you want: `(2, 28, 9) < (2, 29, 2)`.
+# you want: `(2, 28, 9) < (2, 29)`.
 #
 # ---
-# `all(b is not None and b[0] == group for b in buffers)`; `recv` also needs `len(set(recv)) == 1`. From 2.29.2 on `recv` alone
-# is enough, before that both are needed, and before 2.27 nothing helps.
+# `all(b is not None and b[0] == group for b in buffers)`; `recv` also needs `len(set(recv)) == 1`. From 2.29 on `recv` alone
+# is enough, before that both are needed, and before 2.27 nothing helps. What is left is racy if
+# `(2, 28) <= version <= (2, 30, 4)`.
 #
 # ---
 # **Why** NCCL itself does *not* compare offsets. On two H100s with NCCL 2.28.9 and a receive buffer at another offset on each rank,
 # shards of 64 KiB were right, because the kernel for small sizes goes through a staging buffer. Shards of 2 MiB were wrong on
-# every rank, without an error. cpkit's ranks exchange where their buffers are before every gather (`where.py`, `path.py`), and
+# every rank, without an error. cpkit's ranks exchange where their buffers are before every gather (`locate.py`, `path.py`), and
 # give NCCL an ordinary copy of such a buffer: the path is `fallback`, with the reason.
 #
 # **Another way** Send from your own slice of the receive buffer. One registration then serves both, on every version, and the
@@ -804,7 +866,7 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: a sentence on all ranks;
 # - `error after the deadline`: somebody waits in vain;
-# - `slow but right`: no error, every row right, and the fast path missed;
+# - `fast path missed`: no error, every row right, and on some transport not the fast path;
 # - `silently wrong`: no error, and rows that are wrong.
 
 # %% lab
@@ -1117,7 +1179,8 @@ def pull_gather(me, shard, out, tokens):
 #
 # ---
 # **Why** If all ranks begin with rank 0, one memory serves everybody at once while the others idle. Rotated, each rank reads another
-# one in every step. `_low_contention_all_gather` of PyTorch has its name from that, and cpkit's `pull_shards` does the same.
+# one in every step, as in cpkit's `pull_shards`. The low contention of PyTorch's `_low_contention_all_gather` is another one: with
+# *computation* that runs at the same time, because it copies with copy engines instead of multiprocessors (pytorch#130583).
 #
 # **Another way** Push: `put` your rows at their tokens in every peer's *output*. Then `out` must be symmetric instead of the shard, and
 # the exit barrier says when it is complete. That is `algorithm="direct"`; notebook 3 measures it.
@@ -1129,7 +1192,7 @@ def pull_gather(me, shard, out, tokens):
 on = lab.gather(4097, cp_size=cp, algorithm="direct", show=False)
 off = lab.gather(4097, cp_size=cp, algorithm="direct", symmetric=False, show=False)
 assert on.verified
-assert off.verified, "both are right; only one is fast"
+assert off.verified, "both are right; only the path differs"
 assert (on.path, off.path) == ("symmetric", "fallback")
 print("symmetric memory on: ", on.path)
 print("symmetric memory off:", off.path, "|", off.path_reason)
@@ -1144,7 +1207,8 @@ lesson.progress()
 # - Two waits: before you read what peers wrote, and before anybody writes there again. One round never shows the second.
 # - A spill is a collective at run time. Warm up with the largest batch you will see.
 # - A block is free when *all* ranks have let go of it. Books that differ give wrong rows, not errors.
-# - Registered = buffer + group + offset, and which buffers is a matter of the version. Always ask for the path.
+# - Registered = buffer + group + offset, and which buffers is a matter of the version. It counts only with NVLink between all
+#   GPUs, and some versions' kernels have a race. Always ask for the path, and for the version.
 # - The rank that complains is seldom the one to blame.
 #
 # **You can now read**

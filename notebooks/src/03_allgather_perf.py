@@ -8,7 +8,7 @@
 #
 # You will be able to
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
-# 2. take a time that a colleague believes, and name eight ways to get it wrong;
+# 2. take a time that a colleague believes, and name nine ways to get it wrong;
 # 3. split a sweep into alpha and beta, and say which of them a change will move;
 # 4. predict from the number of passes what removing one gains, and check it.
 #
@@ -38,7 +38,8 @@ one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: a token has 20
 #
 # S is the size of the *whole* result, t the time of the slowest rank. **algbw** is S / t. But a rank already holds
 # 1/n of the result, so a link carries only (n−1)/n of S: that is **busbw**, the number to compare with hardware. GB are
-# 10⁹ bytes. These are nccl-tests' definitions. Beware: NCCL's own log lines count the bytes of *one rank*.
+# 10⁹ bytes. These are nccl-tests' definitions, except for t: by default nccl-tests reports the average over the ranks (`-a 1`;
+# `-a 3` is the slowest rank). Beware: NCCL's own log lines count the bytes of *one rank*.
 
 # %% busbw-predict
 lesson.predict("busbw", ...)
@@ -114,8 +115,12 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # ## 2. The speed of light
 #
 # Before you measure, say what is possible. Over links, each rank must receive the (n−1)/n of S that it lacks, and
-# everybody must meet. So t ≥ alpha + S · (n−1)/n / B. With alpha = 5.3 µs and B = 328 GB/s that line meets
-# four measured times of 8 × H100 within 1 % (Megatron-LM#5596).
+# everybody must meet. So t ≥ alpha + S · (n−1)/n / B.
+#
+# B is the line rate of the link, or what a plain copy to another GPU reaches: 385 GB/s between two H100s, where half of 268 MB
+# took 348 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6). Do not take B from the library that you want to
+# judge. alpha = 5.3 µs and B = 328 GB/s meet four times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596): that is
+# what NCCL *reaches*, and no bound. For those 268 MB it gives 414 µs, and cpkit's `plan` took 375.
 
 
 # %% e2-task [markdown]
@@ -123,7 +128,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
 #
-# **Example** 32 MiB on 8 ranks, 5.3 µs, 328 GB/s: `light_us(33554432, 8, 5.3, 328)` is 94.8; measured were 95.3 µs.
+# **Example** 268 MB on 2 ranks, no alpha, 385 GB/s: `light_us(268429312, 2, 0.0, 385)` is 348.6. The fastest form of NCCL's
+# all-gather took 449 µs in the same record.
 #
 # **About** 3 minutes, ★☆☆
 
@@ -164,7 +170,7 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # ---
 # **Why** The line has two numbers. alpha counts while S is small, B while it is large.
 #
-# **Another way** Solve for the size where both terms are equal: S = alpha · B · n/(n−1), here 2 MB.
+# **Another way** Solve for the size where both terms are equal: S = alpha · B · n/(n−1), 2 MB for 5.3 µs, 328 GB/s and 8 ranks.
 
 # %% light-text [markdown]
 # ### And on this machine?
@@ -269,7 +275,7 @@ print(warm)
 # %% mistakes-1-text [markdown]
 # `cold` began without warm-up, in a pool without room. `copy_fresh` copies into memory that nobody has touched: the kernel
 # first has to find and clear each page. `launch` starts the collective and does not wait. The next cell measures
-# `direct` against *itself*: the ratio must be 1.
+# `direct` against *itself*, so the true ratio is 1. In turn, each iteration gives one pair of times, and so one ratio.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # somebody else uses the machine, for the first half of the time
@@ -280,9 +286,21 @@ in_turn = [
     np.median([*disturbed.slowest_us(name), *quiet.slowest_us(name)])
     for name in ("direct", "direct#2")
 ]
-print(
-    f"one after the other: {after_another[0] / after_another[1]:.2f}; in turn: {in_turn[0] / in_turn[1]:.2f}"
+pairs = np.concatenate(
+    [run.slowest_us("direct") / run.slowest_us("direct#2") for run in (disturbed, quiet)]
 )
+low, high = np.percentile(pairs, [25, 75])
+print(f"one after the other: {after_another[0] / after_another[1]:.2f}")
+print(
+    f"in turn: {in_turn[0] / in_turn[1]:.2f}; half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
+)
+print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
+
+# %% mistakes-2-text [markdown]
+# Even in turn the ratio is seldom exactly 1. The spread says what a ratio is worth: if the middle half of the pairs contains 1, no
+# difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same code, noise
+# has won: more iterations or a quieter machine, and until then conclude nothing. For two *different* variants you would not
+# notice that, so measure one against itself first, and believe only differences beyond that spread.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
@@ -314,8 +332,11 @@ lesson.reveal("damage", tuple(order))
 
 # %% mistakes-text [markdown]
 # Left of the line the gather looks faster than it is, right of it slower. "Not waited for" often lies *under the speed
-# of light*: that is how you find it without knowing the code. "No warm-up" is not small change: a first use that cost
-# 3 s once ate a kernel saving of 50 ms (UniRL#467). And ml-engineering's `all_reduce_bench.py` averages rates.
+# of light*: that is how you find it without knowing the code. And ml-engineering's `all_reduce_bench.py` averages rates.
+#
+# The ninth needs a GPU, and there it is the largest: timing *eager* calls. On two H100s the seed's pipeline took 117 µs per call
+# from Python at 0.26 MB, and 13.4 µs of GPU time in a CUDA graph, as a serving engine runs it
+# (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6).
 
 
 # %% e3-task [markdown]
@@ -568,7 +589,8 @@ def price_us(rows, total, copy_us, wire_us, meet_us):
 # `2 * meet_us + sum(…)` over `rows.items()`.
 #
 # ---
-# **Why** Bytes move at one speed, whoever moves them. That is why counting comes before tuning.
+# **Why** In one shared memory, bytes move at about one speed, whoever moves them. That is why counting comes before tuning. Over
+# links there are two speeds: 385 GB/s from one H100 to another (section 2), and up to 3.35 TB/s in its own memory (data sheet).
 #
 # **Another way** Two prices a stage, one for reading and one for writing: needed where a stage reads more than it writes.
 
@@ -596,8 +618,25 @@ lesson.reveal("passes", measured["padded_symm"] / measured["direct"])
 # Two steps, two causes. `padded` → `padded_symm` replaces the collective by a push into peers' memory. `padded_symm` →
 # `direct` removes strip, reorder and the copy into the symmetric shard: nothing is left but the push.
 #
-# SGLang 0.5.23 makes four passes after the wire. By arithmetic they take 87 % of the wire's own time on 8 H200, 101 %
-# on 4, 152 % on 2. No kernel on the wire can win that back.
+# And on GPUs with NVLink? The next cell prints a record of two H100s: device time, from CUDA graphs.
+
+# %% passes-recorded
+from cpkit_lessons import recordings
+
+record = next(each for each in recordings.read() if each.name == "2026-11-26-gpu.json")
+on_gpus = record.table.pivot_table(index="size_bytes", columns="variant", values="time_us")
+on_gpus = on_gpus[["NCCL", "seed", "plan"]]
+on_gpus["pad, strip, reorder"] = on_gpus["seed"] - on_gpus["NCCL"]
+on_gpus["of the collective (%)"] = 100 * on_gpus["pad, strip, reorder"] / on_gpus["NCCL"]
+environment = record.environment
+print(f"{record.name}, commit {environment['commit']}, {environment['date']}: {record.machine}")
+print(f"NCCL {environment['nccl']}; times in µs, size of the result in bytes")
+on_gpus.round(1)
+
+# %% passes-recorded-text [markdown]
+# `NCCL` is the collective alone, `seed` the same with pad, strip and reorder around it. At 67 MB these passes take three quarters of
+# the collective's own time, at 268 MB nine tenths. `plan`, the prepared `direct`, needs none of them, and is faster than the
+# collective alone.
 
 # %% look-back [markdown]
 # ### Look back
@@ -723,8 +762,10 @@ lesson.reveal("padding", carried["64 × 9"] / sum(batches["64 × 9"]))
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
 #
-# These times are not from here. Megatron-LM#5596 published them: 8 × H100, the same collective by NCCL's ring and by its
-# symmetric kernels. At 2 MiB the gain is 1.85. SGLang#17756 saw 27.6 → 13.7 µs for the CP gather of a 16K prompt: a small message.
+# These times are not from here. Megatron-LM#5596 published them: 8 × H100, the same all-gather by NCCL's ring and by its
+# symmetric kernels. Each is the *minimum* over the ranks of the kernel's time on the GPU: waiting for a late rank is left out,
+# and the slowest rank, which this notebook reports, takes at least as long. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
+# the CP gather of a 16K prompt.
 
 # %% stops-predict
 lesson.predict("stops", ...)
@@ -732,19 +773,23 @@ lesson.predict("stops", ...)
 # %% stops
 from cpkit_lessons.published import SYMMETRIC
 
-ring = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us)
-symmetric = lesson.fit_line(SYMMETRIC.sizes_bytes, SYMMETRIC.symmetric_us)
-for name, (alpha, beta) in {"ring": ring, "symmetric": symmetric}.items():
-    print(f"{name:10} alpha {alpha:4.1f} µs, busbw without it {1e-3 / beta * 7 / 8:.0f} GB/s")
-figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
+times = zip(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
+for size, ring_us, symmetric_us in times:
+    print(f"{size >> 20:3} MiB: {ring_us} - {symmetric_us} = {ring_us - symmetric_us:.1f} µs saved")
+figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.speedups)
 figures.show(
-    figures.recorded(
-        figure, machine=SYMMETRIC.machine, date="date not given", source=SYMMETRIC.source
-    )
+    figures.recorded(figure, machine=SYMMETRIC.machine, date="2026-07-01", source=SYMMETRIC.source)
 )
 
 # %% stops-reveal
-lesson.reveal("stops", SYMMETRIC.ring_us[-1] / SYMMETRIC.symmetric_us[-1])
+lesson.reveal("stops", SYMMETRIC.speedups[-1])
+
+# %% stops-text [markdown]
+# The saved time first grows with the size, and then stays. So it is neither a fixed cost that is gone nor a higher rate: NCCL
+# changes kernel and protocol with the size, and the gain is a hump. Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB,
+# most near 4 MiB, and none by 256 MiB. Two H100s: 0.91 × at 0.26 MB, 1.45 at 4.2, 1.02 at 67 and 0.93 at 268
+# (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6; two GPUs have no multicast kernels, which need more than two ranks).
+# Do not fit a line to a ring that changes its protocol.
 
 
 # %% e7-task [markdown]
@@ -803,7 +848,8 @@ def break_even_bytes(slow, fast, gain):
 # If g·b₂ − b₁ is not positive, the gain stays: `math.inf`. Else `max(0.0, …)`.
 #
 # ---
-# **Why** A gain in alpha fades like 1/S. A gain in beta stays. Ask of every speed-up which of the two it is.
+# **Why** A gain in alpha fades like 1/S. A gain in beta stays. Ask of every speed-up which of the two it is, and whether both
+# sides are lines at all: NCCL's ring above is none.
 #
 # **Another way** Bisect on the size with the ratio of the two times. It needs no algebra, and works for curves as well.
 
@@ -871,7 +917,7 @@ for size in (1 * MB, 256 * MB):
     ratios[size] = two_us / one_us
     print(f"{size / MB:3.0f} MB modelled: NVL72 {one_us:.0f} µs, two nodes {two_us:.0f} µs")
 gain = two_nodes.symmetric_gain(1 * MB, 16)
-print(f"what symmetric memory gains over two nodes: {gain:.2f} × (it ends at the machine's edge)")
+print(f"what symmetric memory gains over two nodes: {gain:.2f} × (this model assumes none there)")
 
 # %% nodes-reveal
 lesson.reveal("nodes", ratios[256 * MB])
@@ -892,7 +938,8 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # Ask a model *which term* dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and on NVLink: the
 # cards would be done in half of that time. Where the bytes dominate, cp_size hardly matters: (n−1)/n of S is nearly S.
 #
-# The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit.
+# The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit. And it has no
+# symmetric kernels between nodes. NCCL has such kernels for all-gathers since 2.29.2 (GIN; RailRing from 2.29.7 on: `sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours
@@ -901,8 +948,6 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # your sweep. Open marks are recorded, filled ones are yours.
 
 # %% recorded tags=["nbval-ignore-output"]
-from cpkit_lessons import recordings
-
 known = recordings.read()
 print(recordings.describe(known))
 for recording in recordings.newest(known, cp):
@@ -959,7 +1004,9 @@ lesson.progress()
 #
 # - Draw the speed of light first. A time under it is a wrong time.
 # - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
-# - alpha is meetings, beta is bytes. Symmetric memory buys alpha; removing passes buys beta.
+# - alpha is meetings, beta is bytes. What symmetric memory gains depends on the size: on two H100s most near 4 MB, and nothing at
+#   0.26 and 268 MB. Removing the passes gained 2.0 to 2.9 × there, at all sizes (`benchmarks/results/2026-11-26-gpu.json`,
+#   commit 9e08251af0f6).
 # - Count passes before you write a kernel.
 #
 # **Five questions** (answers below)
@@ -972,7 +1019,7 @@ lesson.progress()
 # <details><summary>Answers</summary>
 #
 # 1. Whether the clock waited for the end: busbw is 788 GB/s, above the speed of light. 2. Unknown: measure them in turn, more
-# often, and compare pair by pair. 3. Small messages; at 128 MiB 6 % were left. 4. Many short copies: each has an alpha. 5. The
+# often, and compare pair by pair. 3. Small messages; in large ones the bytes hide alpha. 4. Many short copies: each has an alpha. 5. The
 # slowest, in each iteration.
 #
 # </details>

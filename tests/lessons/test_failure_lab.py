@@ -20,8 +20,8 @@ WANTED = dict(
         (
             "error after the deadline",
             "error at once",
-            "slow but right",
-            "slow but right",
+            "fast path missed",
+            "fast path missed",
             "silently wrong",
             "error at once",
             "error after the deadline",

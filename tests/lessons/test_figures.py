@@ -52,7 +52,7 @@ FIGURES: dict[str, Callable[[], go.Figure]] = {
     "work": lambda: figures.work_bars({"zigzag": [75, 75], "contiguous": [30, 120]}),
     "roof": lambda: figures.roof({1 << 16: 5.0, 1 << 20: 9.0}, sweep_table(), ("direct", 3, 1e-5)),
     "steps": lambda: figures.steps({"direct": 3.0}, {"direct": 4.0}),
-    "gain": lambda: figures.gain([1 << 20, 1 << 24], [20.0, 40.0], [10.0, 40.0]),
+    "gain": lambda: figures.gain([1 << 20, 1 << 24], [2.0, 1.0]),
     "scale": lambda: figures.scale_out(MODELLED),
     "damage": lambda: figures.damage({"no barrier": Mistake(10.0, 40.0, [9.0, 10.0, 11.0])}),
     "bytes": lambda: figures.byte_bars(LAYOUT, {"a model": 1_000_000}),

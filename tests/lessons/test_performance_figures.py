@@ -132,13 +132,30 @@ def test_the_committed_records_can_be_read() -> None:
 
 
 def test_published_times_fit_the_stated_line() -> None:
-    ring, symmetric = (
-        performance.fit_line(published.SYMMETRIC.sizes_bytes, times)
-        for times in (published.SYMMETRIC.ring_us, published.SYMMETRIC.symmetric_us)
-    )
-    assert symmetric[0] == pytest.approx(5.3, abs=0.05)
-    assert 7 / 8 * 1e-3 / symmetric[1] == pytest.approx(328, abs=1)
-    assert ring[0] > 2 * symmetric[0]
+    table = published.SYMMETRIC
+    alpha_us, us_per_byte = performance.fit_line(table.sizes_bytes, table.symmetric_us)
+    assert alpha_us == pytest.approx(5.3, abs=0.05)
+    assert 7 / 8 * 1e-3 / us_per_byte == pytest.approx(328, abs=1)
+    for ring_us, symmetric_us, speedup in zip(
+        table.ring_us, table.symmetric_us, table.speedups, strict=True
+    ):
+        assert ring_us / symmetric_us == pytest.approx(speedup, abs=0.01)
+
+
+def test_numbers_of_two_h100s_in_the_text_are_those_of_the_record() -> None:
+    record = next(each for each in recordings.read() if each.name == "2026-11-26-gpu.json")
+    assert record.environment["commit"] == "9e08251af0f6"
+    us = record.table.pivot_table(index="size_bytes", columns="variant", values="time_us")
+    largest = us.loc[268429312]
+    assert largest[["peer copies", "plan", "NCCL recv"]].round().tolist() == [348, 375, 449]
+    assert largest[["NCCL both", "NCCL"]].round().tolist() == [594, 554]
+    assert round(268429312 / 2 / largest["peer copies"] / 1e3, 1) == 385.6
+    assert round(largest["seed"] - largest["NCCL"]) == 512
+    gains = (us["NCCL"] / us["NCCL both"]).round(2)
+    assert gains[[256000, 4188160, 67102720, 268429312]].tolist() == [0.91, 1.45, 1.02, 0.93]
+    assert (us["seed"] / us["plan"]).round(1).between(2.0, 2.9).all()
+    small = record.table[(record.table["size_bytes"] == 256000)].set_index("variant")
+    assert small.loc["seed", ["call_us", "time_us"]].round(1).tolist() == [117.2, 13.4]
 
 
 # ------------------------------------------------------------------------- report

@@ -5,8 +5,8 @@
     copies = 2 · S · passes after the wire / memory rate
 
 This is the time with symmetric memory. Without it the collective takes longer by `ring_factor`,
-which shrinks with the size: symmetric memory reduces latency and adds no bandwidth. Nothing here is
-measured: `modelled` is true in each preset, and figures say so.
+which depends on the size. Nothing here is measured: `modelled` is true in each preset, and figures
+say so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 COPY_PASSES = {"direct": 0, "padded_symm": 2, "padded_symm_recv": 2, "padded": 2}
 # µs by NCCL's ring and by its symmetric kernels, by total bytes, on 8 H100.
-# Source: NVIDIA/Megatron-LM#5596. They are not on a line: NCCL selects its protocol by size.
+# Source: NVIDIA/Megatron-LM#5596: the minimum over the ranks of the kernel's time, without waiting.
+# The ring's times are not on a line, because NCCL selects its protocol by size.
 RING_AND_SYMMETRIC_US = {
     2 << 20: (20.2, 10.9),
     8 << 20: (43.4, 27.4),
@@ -54,7 +55,7 @@ class Preset:
         return max(inside_us, foreign_bytes / self.node_size / self.network_gbps / 1e3)
 
     def spans(self, cp_size: int) -> bool:
-        """Whether a group spans several machines, where symmetric memory is not available."""
+        """Whether a group spans several machines; the model has no symmetric kernels there."""
         return bool(self.node_size) and cp_size > self.node_size
 
     def copies_us(self, total_bytes: int, passes: float) -> float:
@@ -97,8 +98,8 @@ def ring_factor(total_bytes: int) -> float:
 
 
 _START = (
-    "start and wire: least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 MiB, symmetric), "
-    "residual below 1 %"
+    "start and wire: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 "
+    "MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
 )
 _GAIN = "ring / symmetric: the same table, measured there"
 _ASSUMED = "start and ring / symmetric: as on 8 H100, assumed"
@@ -122,7 +123,7 @@ PRESETS = {
             "2 nodes of 8 H100",
             16,
             30.0,
-            328,
+            360,
             3_000,
             (
                 _NVLINK,

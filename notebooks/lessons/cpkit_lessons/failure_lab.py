@@ -35,7 +35,13 @@ CASES = (
     "shared_memory_is_full",
     "a_rank_dies",
 )
-SYMPTOMS = ("error at once", "error after the deadline", "slow but right", "silently wrong", "none")
+SYMPTOMS = (
+    "error at once",
+    "error after the deadline",
+    "fast path missed",
+    "silently wrong",
+    "none",
+)
 DEADLINE_S = 1.5
 _TIMEOUT_S = 35.0
 
@@ -93,8 +99,8 @@ class PostMortem:
             return "error after the deadline" if late else "error at once"
         if any(rank.wrong for rank in self.ranks):
             return "silently wrong"
-        slow = any("fallback" in rank.paths.values() for rank in self.ranks)
-        return "slow but right" if slow else "none"
+        missed = any("fallback" in rank.paths.values() for rank in self.ranks)
+        return "fast path missed" if missed else "none"
 
     @property
     def title(self) -> str:

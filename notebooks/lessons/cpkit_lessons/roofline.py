@@ -84,11 +84,8 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
     )
 
 
-def gain(
-    sizes_bytes: Sequence[int], slow_us: Sequence[float], fast_us: Sequence[float]
-) -> go.Figure:
-    """Draw slow / fast by size, which shows where the gain ends."""
-    ratios = [slow / fast for slow, fast in zip(slow_us, fast_us, strict=True)]
+def gain(sizes_bytes: Sequence[int], ratios: Sequence[float]) -> go.Figure:
+    """Draw a speedup by size, which shows where the gain ends."""
     figure = go.Figure()
     figure.add_scatter(
         name="gain",

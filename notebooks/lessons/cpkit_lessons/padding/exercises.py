@@ -250,7 +250,7 @@ def _small_layout(draw: random.Random) -> ContextParallelMetadata:
 
 
 def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
-    """Return the decoded rows in token order after one right and eight broken gathers."""
+    """Return the decoded rows in token order after one right and ten broken gathers."""
     draw = random.Random(round_)
     right = decode_rows(rows.token_order(layout, round_)).numpy()
     owner = right[:, 1]
@@ -265,6 +265,8 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
         "two neighbours exchanged",
         "written by a rank that is not the owner",
         "the last row lost",
+        "slots after the end",
+        "wrong sequence number",
     )
     made = {name: right.copy() for name in ("right", *names)}
     made["two ranks exchanged"] = _exchanged(right, one, other)
@@ -275,6 +277,9 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
     made["two neighbours exchanged"][[at, at + 1]] = right[[at + 1, at]]
     made["written by a rank that is not the owner"][owner == one, 1] = other
     made["the last row lost"] = right[:-1]
+    made["slots after the end"] = np.concatenate([right, right[-1:], np.full_like(right[:1], -1)])
+    last = int(right[:, 2].max())
+    made["wrong sequence number"][right[:, 2] == last, 2] = last + 1
     return made
 
 
@@ -295,7 +300,8 @@ def _first_fault(got: Rows, layout: ContextParallelMetadata, round_: int) -> str
             held = rows.describe_row(torch.from_numpy(got[slot]))
         if held != rows.describe_row(row):
             return f"Slot {slot} holds {held}; wanted {rows.describe_row(row)}"
-    return ""
+    held = rows.describe_row(torch.from_numpy(got[len(want)]))
+    return f"Slot {len(want)} is after the end of the batch and holds {held}"
 
 
 _WEAK_CHECKS: Mapping[str, Callable[[Rows, Rows], bool]] = {

@@ -109,33 +109,33 @@ LESSON.ask(
 )
 LESSON.ask(
     "stops",
-    "8 × H100: symmetric memory is 1.85 times as fast at 2 MiB. And at 128 MiB?",
-    answer=385.3 / 363.2,
+    "8 × H100: symmetric memory is 1.86 times as fast at 2 MiB. And at 128 MiB?",
+    answer=1.06,
     unit="times",
     tolerance=0.04,
     wrong={
-        1.85: "The gain is in alpha, and alpha is a small part of 128 MiB.",
+        1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need more than 360 µs.",
         1.0: "Nearly: a gain of 6 % remains.",
-        1.5: "Less. Compare 10 µs saved with the 370 µs that the bytes need on the wire.",
-        3.0: "The links are the same. What is saved is the cost of synchronization.",
+        1.5: "Less. About 22 µs are saved, of 385 µs.",
+        3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
-    why="Measured in Megatron-LM#5596: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. Symmetric memory "
-    "reduces latency; it does not add bandwidth.",
+    why="Measured in Megatron-LM#5596, as the minimum over the ranks of the kernel's time: 20.2 → "
+    "10.9 µs, and 385.3 → 363.2 µs. The saving grows from 9.3 to about 22 µs, the time far more.",
 )
 LESSON.ask(
     "nodes",
-    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 328 GB/s, 45 GB/s of network per "
+    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 360 GB/s, 45 GB/s of network per "
     "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
-    answer=2.25,
+    answer=2.06,
     unit="times",
     tolerance=0.12,
     wrong={
         16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
         "and 8 network adapters share it.",
-        3.3: "That adds network and NVLink. They work at the same time: the slower one counts.",
+        3.1: "That adds network and NVLink. They work at the same time: the slower one counts.",
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
     why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "
-    "receives 240 MB over NVLink: 732 µs, against 333 µs in the NVL72. NVLink limits large "
+    "receives 240 MB over NVLink: 667 µs, against 333 µs in the NVL72. NVLink limits large "
     "gathers, not the network.",
 )

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pandas as pd
 
 from cpkit.memory.allocator import FreeList
-from cpkit.memory.path import BufferLocation, BufferPair, Version, decide, nccl_rule
+from cpkit.memory.path import (
+    BufferLocation,
+    BufferPair,
+    Version,
+    decide,
+    nccl_is_racy,
+    nccl_rule,
+)
 from cpkit_lessons.failure_lab import CASES, PostMortem, RankReport
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.symmetric.questions import LESSON
@@ -18,7 +25,7 @@ from cpkit_lessons.symmetric.questions import LESSON
 Pointer = Callable[[int, int, int, Sequence[int]], int]
 MayFree = Callable[[list[set[int]], int], set[int]]
 Registered = tuple[str, int] | None  # (group, offset), or None for ordinary memory
-FastPath = Callable[[Version, str, list[Registered], list[Registered]], bool]
+FastPath = Callable[[Version, str, list[Registered], list[Registered]], str]
 Cause = Callable[[list[RankReport]], str]
 
 
@@ -153,21 +160,23 @@ _VERSIONS: tuple[Version, ...] = (
     (2, 26, 5),
     (2, 27, 3),
     (2, 28, 9),
-    (2, 29, 1),
     (2, 29, 2),
     (2, 29, 7),
+    (2, 30, 4),
     (2, 30, 7),
 )
+ANSWERS = ("fallback", "racy", "sound")
 
 
 def version_table() -> pd.DataFrame:
-    """Return which buffers an all-gather needs registered, by the NCCL version of each torch."""
+    """Return what an all-gather needs registered, and the race, by the NCCL of each torch."""
     needs = {"none": "no symmetric kernels", "both": "send and recv", "recv": "recv"}
     rows = [
         {
             "NCCL": ".".join(map(str, version)),
             "comes with torch": torch,
             "must be registered": needs[nccl_rule(version)],
+            "waits for the kernel before": "no" if nccl_is_racy(version) else "yes",
         }
         for version, torch in _TORCH.items()
     ]
@@ -181,16 +190,28 @@ def check_fast_path(fast_path: FastPath) -> Score:
     for version, (send_name, send), (recv_name, recv) in itertools.product(
         _VERSIONS, _buffers(), _buffers()
     ):
-        got = bool(fast_path(version, "attn_cp", list(send), list(recv)))
-        pairs = [BufferPair(_location(s), _location(r)) for s, r in zip(send, recv, strict=True)]
-        report = decide(pairs, 0, f"nccl {'.'.join(map(str, version))}")
-        if got != (report.path == "symmetric"):
+        got = fast_path(version, "attn_cp", list(send), list(recv))
+        where = f"NCCL {'.'.join(map(str, version))}, send {send_name}, recv {recv_name}"
+        if got not in ANSWERS:
             raise WrongAnswer(
-                f"NCCL {'.'.join(map(str, version))}, send {send_name}, recv {recv_name}: you say "
-                f"{got}; wanted {not got} ({report.reason})"
+                f"{where}: fast_path returned {got!r:.60}; it must be one of {', '.join(ANSWERS)}"
             )
+        wanted, reason = wanted_path(version, send, recv)
+        if got != wanted:
+            raise WrongAnswer(f"{where}: you say {got!r}; wanted {wanted!r} ({reason})")
         cases += 1
     return Score(cases)
+
+
+def wanted_path(
+    version: Version, send: Sequence[Registered], recv: Sequence[Registered]
+) -> tuple[str, str]:
+    """Return the right answer of exercise 6 for the group "attn_cp", and the reason."""
+    pairs = [BufferPair(_location(s), _location(r)) for s, r in zip(send, recv, strict=True)]
+    report = decide(pairs, 0, f"nccl {'.'.join(map(str, version))}")
+    if report.path != "symmetric":
+        return "fallback", report.reason
+    return "racy" if nccl_is_racy(version) else "sound", report.reason
 
 
 def _buffers() -> Iterator[tuple[str, list[Registered]]]:
@@ -201,6 +222,7 @@ def _buffers() -> Iterator[tuple[str, list[Registered]]]:
     yield "of group tp", [("tp", 4096)] * 3
     yield "of group tp on rank 1", [good[0], ("tp", 4096), good[2]]
     yield "at another offset on rank 2", [*good[:2], ("attn_cp", 8192)]
+    yield "at recv + rank · shard (in place)", [("attn_cp", 4096 + 1024 * r) for r in range(3)]
 
 
 def _location(buffer: Registered) -> BufferLocation:

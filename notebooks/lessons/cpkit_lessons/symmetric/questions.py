@@ -115,10 +115,10 @@ LESSON.ask(
     choices=("symmetric", "fallback", "an error"),
     answer="fallback",
     wrong={
-        "symmetric": "From 2.29.2 on, yes. 2.28.9 requires both windows.",
+        "symmetric": "From 2.29 on, yes. 2.28.9 requires both windows.",
         "an error": "NCCL selects another kernel without a message.",
     },
-    why="Up to 2.29.1 an all-gather needs *both* buffers in symmetric windows; from 2.29.2 the "
+    why="Up to 2.28 an all-gather needs *both* buffers in symmetric windows; from 2.29 on the "
     "receive buffer is enough. sglang#37337 counted 0 symmetric calls and 499 over the ring.",
 )
 
@@ -160,9 +160,12 @@ _ask_symptom(
 _ask_symptom(
     "receive_only",
     "Only the receive buffer is registered, and one NCCL version is 2.28.9",
-    answer="slow but right",
+    answer="fast path missed",
     why="No rank gets an error, every row is right, and only the path differs: by its rule, NCCL "
-    "2.28.9 falls back and 2.29.7 does not.",
+    "2.28.9 falls back and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
+    "2.28.9, the ring into a registered receive buffer was the fastest form of 268 MB (449 µs; "
+    "594 µs with both buffers registered, 554 µs with none; "
+    "benchmarks/results/2026-11-26-gpu.json, commit 9e08251af0f6).",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },
@@ -170,7 +173,7 @@ _ask_symptom(
 _ask_symptom(
     "wrong_group",
     "Both buffers are in the pool of another group",
-    answer="slow but right",
+    answer="fast path missed",
     why="A buffer registered with another group is not symmetric for this one. sglang#19329 had "
     "this error, while its own records said 'registered'.",
     wrong={
