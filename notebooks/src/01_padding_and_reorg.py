@@ -351,7 +351,7 @@ def padded_len(lengths, cp_size):
 # whenever two sequences have odd tokens on different ranks. SGLang takes the maximum over ranks from 0.5.13 on.
 #
 # **Longer still** A payload whose bytes per rank are no multiple of 16 makes NCCL's ordinary all-gather slower
-# (pytorch#195450): where rows are that small, round `max_rank_len` up further.
+# (pytorch#195450). Where a row is no multiple of 16 bytes, round `max_rank_len` up further.
 
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
