@@ -47,7 +47,7 @@ ByRank = dict[str, list[list[float]]]  # µs by variant: [rank][sample]
 CEILING_BYTES = 1 << 30
 WARMUP, SAMPLES, BLOCK = 2, 20, 5
 SMALL_BYTES = 5_000_000
-MATRIX = 4096  # two products of this order take about as long as 67 MB on a link
+MATRIX = 4096  # a product of this order occupies every multiprocessor
 
 
 @dataclass(frozen=True)

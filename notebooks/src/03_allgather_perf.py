@@ -115,7 +115,7 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # ## 2. The speed of light
 #
 # Before you measure, say what is possible. Over links, each rank must receive the (n−1)/n of S that it lacks, and
-# everybody must meet. So t ≥ alpha + S · (n−1)/n / B.
+# the ranks must synchronize. So t ≥ alpha + S · (n−1)/n / B.
 #
 # B is the line rate of the link, or what a plain copy to another GPU reaches: 385 GB/s between two H100s, where half of 268 MB
 # took 348 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9e08251af0f6). Do not take B from the library that you want to
