@@ -97,17 +97,18 @@ class ProcessId(NamedTuple):
         """Return True for a process here that a signal or a debugger has stopped (state T or t)."""
         stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         try:
-            return self._is_running_here() and psutil.Process(self.pid).status() in stopped
+            return self.is_running_here() and psutil.Process(self.pid).status() in stopped
         except psutil.Error:
             return False
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal if the process is running here. SIGCONT continues a stopped process."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._is_running_here():
+            if self.is_running_here():
                 os.kill(self.pid, number)
 
-    def _is_running_here(self) -> bool:
+    def is_running_here(self) -> bool:
+        """Return True if the pid is known to mean this process here, and it has not ended."""
         return bool(self.namespace) and self.is_here() and self.is_alive()
 
 
