@@ -1,4 +1,4 @@
-"""Heartbeats: which ranks run, as rank 0 and the other ranks see it without the help of a rank.
+"""Heartbeats: which ranks run, as rank 0 and the other ranks see it, without the main threads.
 
     rank 1   thread: add 1 to its counter in the store, wait for the store's answer, sleep
     rank 0   thread: read all counters, sleep                (the store is in the process of rank 0)
@@ -11,7 +11,8 @@ and neither does one on a machine that is lost.
     silent for two             rank 0 ends the workers
     rank 0 silent for one      the other ranks end the workers, because no rank can answer
 
-A rank that continues earlier costs nothing, or the requests that failed.
+A rank that continues before the first deadline costs nothing; before the second one, the workers
+recover, and only the requests of that time have failed.
 """
 
 from __future__ import annotations
@@ -218,8 +219,7 @@ def describe(workers: list[Worker], silent_s: float, step: str, *, beats: bool) 
 
 def _state(worker: Worker, *, beats: bool) -> str:
     if worker.process.is_stopped():
-        pid = worker.process.pid
-        return f"process {pid} is stopped (state T), and `kill -CONT {pid}` continues it"
+        return "the process is stopped (state T)"
     if beats:
         return "the process runs, but its step does not end"
     if worker.process.is_running_here():
@@ -230,8 +230,9 @@ def _state(worker: Worker, *, beats: bool) -> str:
 def _refusal(what: str, remaining_s: float) -> Failed:
     return Failed(
         "hung",
-        f"{what}. If this lasts for {remaining_s:g} s more, the workers end. cpkit.connect() ends "
-        f"them now and starts new ones. CPKIT_DEADLINE_S sets this wait.",
+        f"{what}. If this lasts for {remaining_s:g} s more, the workers end. `kill -CONT` "
+        f"continues a stopped process; cpkit.connect() ends these workers and starts new ones. "
+        f"CPKIT_DEADLINE_S sets this wait.",
     )
 
 

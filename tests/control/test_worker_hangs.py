@@ -70,7 +70,9 @@ def test_a_stopped_rank_is_named_and_the_workers_recover_or_are_replaced(
     samples = lab.measure([1024], 2, algorithm="padded")
     next(samples)
     os.kill(first[1], signal.SIGSTOP)
-    named = rf"rank 1 \(process {first[1]} on .* step of `measure`: process .* stopped \(state T\)"
+    named = (
+        rf"rank 1 \(process {first[1]} on .* step of `measure`: the process is stopped \(state T\)"
+    )
     expect(cpkit.NoAnswer, named, lambda: deque(samples, maxlen=0))
     assert lab.status().state == "hung"
     expect(cpkit.NoAnswer, "rank 1 .*has not responded", lambda: lab.gather([64], 2))
