@@ -5,11 +5,13 @@ A pid alone is reused, and each container has a PID namespace, where it means an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -90,6 +92,24 @@ class ProcessId(NamedTuple):
             return not self.is_here() or _start_ticks(self.pid) == self.start_ticks
         except OSError:
             return True
+
+    def is_stopped(self) -> bool:
+        """Return True for a process here that a signal or a debugger has stopped (state T or t)."""
+        stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        try:
+            return self.is_running_here() and psutil.Process(self.pid).status() in stopped
+        except psutil.Error:
+            return False
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal if the process is running here. SIGCONT continues a stopped process."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.is_running_here():
+                os.kill(self.pid, number)
+
+    def is_running_here(self) -> bool:
+        """Return True if the pid is known to mean this process here, and it has not ended."""
+        return bool(self.namespace) and self.is_here() and self.is_alive()
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -180,6 +180,7 @@ def _remove_old_files(runtime_dir: RuntimeDir) -> None:
         os.truncate(runtime_dir.agent_log, 0)
     runtime_dir.clean()
     runtime_dir.post_mortem_file.unlink(missing_ok=True)
+    runtime_dir.hang_file.unlink(missing_ok=True)
     shutil.rmtree(runtime_dir.startup_dir, ignore_errors=True)
     previous = runtime_dir.log_dir.with_name("logs.previous")
     if runtime_dir.log_dir.exists():
@@ -223,13 +224,15 @@ def _write_agent(lock: int, socket_dir: str) -> None:
 def _post_mortem(failed: ChildFailedError, runtime_dir: RuntimeDir) -> PostMortem:
     deaths = [_death(rank, failure, runtime_dir) for rank, failure in failed.failures.items()]
     deaths.sort(key=_is_consequence)
+    if hang := runtime_dir.hang():
+        return PostMortem((hang, *deaths), hang.cause)
     first = deaths[0]
     return PostMortem(tuple(deaths), f"rank {first.rank} died: {describe_exit(first.exit_code)}")
 
 
 def _is_consequence(death: Death) -> bool:
     """Return True for a rank that probably ended because a peer did: SIGTERM or an exit code."""
-    return death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
+    return death.exit_code is None or death.exit_code >= 0 or death.exit_code == -signal.SIGTERM
 
 
 def _death(rank: int, failure: Any, runtime_dir: RuntimeDir) -> Death:

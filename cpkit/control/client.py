@@ -23,6 +23,7 @@ from cpkit.control.errors import (
     Cancelled,
     ControlError,
     NoAnswer,
+    RankHangs,
     RequestFailed,
     WorkersBusy,
     WorkersDied,
@@ -50,16 +51,23 @@ from cpkit.control.messages import (
 from cpkit.control.runtime_dir import Connection, RuntimeDir
 from cpkit.os_errors import SPARE_DESCRIPTORS, require_descriptors
 from cpkit.processes import command
+from cpkit.settings import deadline_s
 
 if TYPE_CHECKING:
     from typing import Self
 
-DEADLINE_S = 30.0
+_DEADLINE_S = 30.0
+_RANK_0_MARGIN_S = 3.0  # the other ranks end the workers, with a better error, before it has passed
 _POLL_MS = 100
 _SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
 _KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _NO_HANDSHAKE = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 R = TypeVar("R", bound=Message)
+
+
+def request_deadline_s() -> float:
+    """Return the default deadline of a request: longer than the ranks' wait for each other."""
+    return max(_DEADLINE_S, deadline_s() + _RANK_0_MARGIN_S)
 
 
 class Client:
@@ -95,7 +103,7 @@ class Client:
         self._closed = True
         self._close_idle_sockets()
 
-    def call(self, body: Body, kind: type[R], deadline_s: float = DEADLINE_S) -> R:
+    def call(self, body: Body, kind: type[R], deadline_s: float | None = None) -> R:
         """Send a request and return its result, of type `kind`. Raises the errors of `stream`."""
         with contextlib.closing(self.stream(body, deadline_s)) as replies:
             for reply in replies:
@@ -106,14 +114,15 @@ class Client:
         raise NoAnswer(f"the workers ended {body!r} without a result")
 
     def stream(
-        self, body: Body, deadline_s: float = DEADLINE_S
+        self, body: Body, deadline_s: float | None = None
     ) -> Generator[ReplyBody, None, None]:
         """Send a request and yield its replies; the last one is the result.
 
         Closing the generator early cancels the request. Every reply renews the deadline. Raises
         BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
         """
-        request = Request(uuid.uuid4().hex, deadline_s, checked(body))
+        limit_s = request_deadline_s() if deadline_s is None else deadline_s
+        request = Request(uuid.uuid4().hex, limit_s, checked(body))
         try:
             data = encode(request)
         except (OverflowError, TypeError, ValueError) as error:
@@ -134,7 +143,7 @@ class Client:
             if ended:
                 self._keep_socket(socket)
             else:
-                socket.send(encode(Request(uuid.uuid4().hex, DEADLINE_S, Cancel(request.id))))
+                socket.send(encode(Request(uuid.uuid4().hex, _DEADLINE_S, Cancel(request.id))))
                 socket.close()
 
     def _replies(self, socket: _Socket, request: Request) -> Generator[ReplyBody, None, None]:
@@ -151,6 +160,8 @@ class Client:
                     reported = True
                     if self.on_wait:
                         self.on_wait(ahead)
+                if silence_s >= deadline_s() + _RANK_0_MARGIN_S:
+                    check_rank_0(self.connection)
                 if silence_s >= request.deadline_s:
                     raise _deadline_error(request.deadline_s, ahead, self.connection)
                 continue
@@ -200,7 +211,7 @@ class _Socket:
     """A DEALER with CURVE keys, and its monitor, which reports a rejected key."""
 
     def __init__(self, connection: Connection) -> None:
-        self._endpoint = connection.endpoint
+        self._connection, self._endpoint = connection, connection.endpoint
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.curve_serverkey = connection.server_public_key.encode()
@@ -229,6 +240,7 @@ class _Socket:
             return self._dealer.recv()
         if self._monitor in ready:
             event = recv_monitor_message(self._monitor)
+            check_rank_0(self._connection)  # a stopped process answers no handshake either
             rejected = event["event"] == _KEY_REJECTED
             if rejected and event["value"] == TOO_MANY_FILES_CODE:
                 raise NoAnswer(
@@ -268,7 +280,7 @@ def _result(reply: ReplyBody) -> ReplyBody:
     if reply.kind == "busy":
         raise WorkersBusy(f"the workers are busy: {reply.message}", ahead=1)
     if reply.kind == "hung":
-        raise NoAnswer(reply.message)
+        raise RankHangs(reply.message)
     prefix = "" if reply.rank is None else f"rank {reply.rank}: "
     raise RequestFailed(prefix + reply.message)
 
@@ -280,8 +292,28 @@ def _deadline_error(deadline_s: float, ahead: int, connection: Connection) -> Co
             f"{deadline_s:g} s. Try again later, or cancel the others.",
             ahead=ahead,
         )
-    return NoAnswer(
-        f"no answer within {deadline_s:g} s from rank 0 of the workers {connection.name!r} at "
-        f"{connection.endpoint}, although no process has ended. Call lab.stop(), which ends all "
-        f"ranks, then cpkit.connect(). The logs are in {connection.log_dir}"
+    return RankHangs(
+        f"no answer within {deadline_s:g} s from rank 0{_process_of_rank_0(connection)} of the "
+        f"workers {connection.name!r} at {connection.endpoint}, although no process has ended. "
+        f"cpkit.connect() ends these workers and starts new ones. The logs are in "
+        f"{connection.log_dir}"
     )
+
+
+def check_rank_0(connection: Connection) -> None:
+    """Raise RankHangs when the process of rank 0 is on this machine and is stopped."""
+    if not connection.workers or not connection.workers[0].process.is_stopped():
+        return
+    pid = connection.workers[0].process.pid
+    raise RankHangs(
+        f"rank 0{_process_of_rank_0(connection)} of the workers {connection.name!r} does not "
+        f"respond: the process is stopped (state T). `kill -CONT {pid}` continues it; otherwise "
+        f"cpkit.connect() ends these workers and starts new ones"
+    )
+
+
+def _process_of_rank_0(connection: Connection) -> str:
+    if not connection.workers:
+        return ""
+    worker = connection.workers[0]
+    return f" (process {worker.process.pid} on {worker.host})"

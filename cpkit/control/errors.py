@@ -76,6 +76,10 @@ class NoAnswer(ControlError):
     """A rank hangs, a deadline passed, a key or a reply is invalid, or the client is closed."""
 
 
+class RankHangs(NoAnswer):
+    """A rank is stopped, cannot be reached, or hangs; the message has its rank and process."""
+
+
 class Cancelled(ControlError):
     """The request was cancelled before it had a result."""
 

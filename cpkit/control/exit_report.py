@@ -28,6 +28,7 @@ def exit_report(runtime_dir: RuntimeDir, connection: Connection) -> WorkersDied 
     dead = dead_workers(connection)
     if not dead and connection.agent.is_alive():
         return None
+    connection.agent.send(signal.SIGCONT)  # a stopped agent writes no post-mortem
     return _from_post_mortem(runtime_dir, connection) or _from_processes(connection, dead)
 
 
@@ -49,8 +50,10 @@ def last_lines(log: str) -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())[-_LAST_LINES:]
 
 
-def describe_exit(exit_code: int) -> str:
+def describe_exit(exit_code: int | None) -> str:
     """Return an exit code as text, with the signal's name for a negative one."""
+    if exit_code is None:
+        return "an unknown exit code"
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:
@@ -80,9 +83,9 @@ def _is_restarting(runtime_dir: RuntimeDir) -> bool:
 
 
 def _from_death(death: Death) -> WorkersDied:
+    what = f"rank {death.rank} (pid {death.pid}) died with {describe_exit(death.exit_code)}"
     return WorkersDied(
-        f"rank {death.rank} (pid {death.pid}) died with {describe_exit(death.exit_code)}"
-        f"{': ' + death.cause if death.cause else ''}. The other ranks were stopped too; "
+        f"{death.cause or what}. The other ranks were stopped too; "
         f"cpkit.connect() starts new ones.\n{_quoted(death.log_lines)}",
         rank=death.rank,
         exit_code=death.exit_code,

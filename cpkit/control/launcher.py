@@ -16,7 +16,14 @@ from pathlib import Path
 import psutil
 
 from cpkit.control.client import Client
-from cpkit.control.errors import ControlError, NoAnswer, NoWorkers, OtherWorkers, Unreadable
+from cpkit.control.errors import (
+    ControlError,
+    NoAnswer,
+    NoWorkers,
+    OtherWorkers,
+    RankHangs,
+    Unreadable,
+)
 from cpkit.control.exit_report import dead_workers, last_lines
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
@@ -92,14 +99,18 @@ def _check_reachable(connection: Connection) -> None:
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
     """Return a client of the running workers of this name, or None. Waits until they answer.
 
-    Raises OtherWorkers when the workers have another `nproc` or `device` than requested.
+    Raises OtherWorkers when the workers have another `nproc` or `device` than requested, and
+    RankHangs when one of their ranks does not respond.
     """
     connection = running(name)
     if connection is None:
         return None
     client = Client(connection)
     try:
-        _check_settings(connection, client.call(Status(), StatusResult), nproc, device)
+        status = client.call(Status(), StatusResult)
+        if status.state == "hung":
+            raise RankHangs(f"a rank does not respond; the log is {status.workers[0].log}")
+        _check_settings(connection, status, nproc, device)
     except BaseException:
         client.close()
         raise
@@ -211,7 +222,8 @@ def _end(agent: ProcessId) -> None:
 
     Ranks are killed before the agent, which then still removes its files: torchrun waits for a rank
     that hangs, before torch 2.12 for 30 s. A killed agent cannot end its ranks. Their watchdogs do,
-    unless a rank hangs, so the remaining ranks are killed too.
+    unless a rank hangs, so the remaining ranks are killed too. Stopped processes are continued,
+    because they act on no signal but SIGKILL.
     """
     children: set[psutil.Process] = set()
     for end in (_terminate, _kill_ranks, _kill):
@@ -220,6 +232,7 @@ def _end(agent: ProcessId) -> None:
                 process = psutil.Process(agent.pid)
                 children |= set(process.children())
                 end(process)
+                _continue(process, *children)
         if wait_for(lambda: not agent.is_alive(), _STOP_TIMEOUT_S):
             break
     _, alive = psutil.wait_procs(children, timeout=_EXIT_TIMEOUT_S)
@@ -242,6 +255,12 @@ def _kill_ranks(agent: psutil.Process) -> None:
 
 def _kill(agent: psutil.Process) -> None:
     os.kill(agent.pid, signal.SIGKILL)
+
+
+def _continue(*processes: psutil.Process) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def shut_down(client: Client) -> None:

@@ -133,7 +133,7 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
     world_size: int
     cp_sizes: tuple[int, ...]
     device: str
-    state: Literal["idle", "busy"]
+    state: Literal["idle", "busy", "hung"]
     ahead: int
     uptime_s: float
     endpoint: str

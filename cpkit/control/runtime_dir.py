@@ -111,11 +111,14 @@ class Connection(Message, frozen=True):
 
 
 class Death(Message, frozen=True):
-    """One rank that died, with the last lines of its log."""
+    """One rank that died, with the last lines of its log.
+
+    Of a rank that hung until the workers ended, `exit_code` is None, and `cause` says how it hung.
+    """
 
     rank: int
     pid: int
-    exit_code: int
+    exit_code: int | None
     cause: str
     log_lines: tuple[str, ...]
 
@@ -168,6 +171,7 @@ class RuntimeDir:
         self.connection_file = self.directory / "connection.json"
         self.lock_file = self.directory / "lock"
         self.post_mortem_file = self.directory / "post_mortem.json"
+        self.hang_file = self.directory / "hang.json"
         self.agent_log = self.directory / "agent.log"
         self.log_dir = self.directory / "logs"
         self.startup_dir = self.directory / "startup"
@@ -185,7 +189,8 @@ class RuntimeDir:
             except FileNotFoundError:
                 return False
             _check_owner(self.directory, found, stat.S_ISDIR(found.st_mode), 0o022)
-            read = {self.lock_file, self.post_mortem_file}  # `connection` checks its own file
+            # `connection` checks its own file.
+            read = {self.lock_file, self.post_mortem_file, self.hang_file}
             for path in self.directory.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # removed since
                     held = path.lstat()
@@ -258,6 +263,11 @@ class RuntimeDir:
         """Return the agent's post-mortem of the workers, or None."""
         self.check()
         return _read(self.post_mortem_file, PostMortem)
+
+    def hang(self) -> Death | None:
+        """Return the rank whose silence ended the workers, as another rank reported it, or None."""
+        self.check()
+        return _read(self.hang_file, Death)
 
     def set_startup_phase(self, process: str, phase: str) -> None:
         """Record the startup phase of a process, for the launcher that waits for the workers."""

@@ -220,12 +220,15 @@ class Server:
         """Answer requests that need no rank; queue all others and return None."""
         match request.body:
             case Status():
-                return self._status(len(self.jobs))
+                status = self._status(len(self.jobs))
+                return msgspec.structs.replace(status, state="hung") if self.refusal else status
             case Cancel(target):
                 return self._cancel(target)
             case Shutdown():
                 for job in self.jobs.cancel_all():
                     self.reply(job, Failed("cancelled", "the workers are being stopped"))
+        if self.refusal:
+            return self.refusal
         if len(self.jobs) >= _MAX_WAITING:
             return Failed(
                 "busy", f"{_MAX_WAITING} requests are waiting, which is the limit; try again later"

@@ -26,13 +26,18 @@ def tied(command: list[str], number: signal.Signals = signal.SIGKILL) -> list[st
     return [sys.executable, "-m", __name__, str(os.getpid()), str(int(number)), *command]
 
 
-def main(arguments: list[str]) -> None:
-    """Tie this process to its parent, then replace it with the command."""
-    parent_pid, number, *command = arguments
+def signal_when_parent_ends(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent ends. Nothing outside Linux."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+
+def main(arguments: list[str]) -> None:
+    """Tie this process to its parent, then replace it with the command."""
+    parent_pid, number, *command = arguments
+    signal_when_parent_ends(signal.Signals(int(number)))
     if os.getppid() != int(parent_pid):
         sys.exit(PARENT_GONE_CODE)
     os.execvp(command[0], command)  # noqa: S606 - no shell is what we want

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 
 from cpkit.control.errors import ControlError
 from cpkit.control.runtime_dir import Agent, RuntimeDir, remove_socket_dir
+from cpkit.control.tied import signal_when_parent_ends
 from cpkit.processes import ProcessId
 
 _PERIOD_S = 0.25
@@ -21,7 +23,11 @@ _log = logging.getLogger("cpkit")
 
 
 def start_watchdog(runtime_dir: RuntimeDir, agent: Agent, owner: ProcessId | None) -> None:
-    """Start the watchdog of this process in a daemon thread."""
+    """Start the watchdog of this process in a daemon thread.
+
+    If this process is stopped when its agent ends, it is continued, so that the watchdog runs.
+    """
+    signal_when_parent_ends(signal.SIGCONT)
 
     def exit_reason() -> str:
         if os.getppid() != agent.process.pid:
@@ -51,6 +57,7 @@ def _run(runtime_dir: RuntimeDir, agent: Agent, exit_reason: Callable[[], str]) 
         time.sleep(_PERIOD_S)
     _log.warning("exiting: %s", reason)
     try:
+        agent.process.send(signal.SIGCONT)  # a stopped agent would keep its lock
         remove_connection(runtime_dir, agent)
     finally:
         os._exit(0)  # the main thread may block in a collective forever

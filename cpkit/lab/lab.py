@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
-from cpkit.control.client import DEADLINE_S, Client
-from cpkit.control.errors import BadRequest, checked, name_the_limit
+from cpkit.control.client import Client, request_deadline_s
+from cpkit.control.errors import BadRequest, RankHangs, checked, name_the_limit
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
@@ -67,9 +67,10 @@ def connect(
     """Attach to the running workers of this name, or start `nproc` of them (default: 4).
 
     Workers started here end with this process. "default" means the name in CPKIT_NAME, if it is
-    set. Raises NoWorkers if none are running and `launch` is false, OtherWorkers if the running
-    ones differ from `nproc` or `device`, ControlError if they cannot be reached or started, and
-    ValueError for bad arguments.
+    set. If a rank of the running workers hangs, they are ended, and new ones are started. Raises
+    NoWorkers if none are running and `launch` is false, OtherWorkers if the running ones differ
+    from `nproc` or `device`, ControlError if they cannot be reached or started, and ValueError for
+    bad arguments.
     """
     if name == "default":
         name = workers_name()
@@ -77,7 +78,12 @@ def connect(
     settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
     settings.check()
     for _ in range(_ATTEMPTS if launch else 0):
-        client = launcher.attach(name, nproc, device)
+        try:
+            client = launcher.attach(name, nproc, device)
+        except RankHangs as error:
+            _log.warning("ending the workers %r, because they hang: %s", name, error)
+            launcher.stop(name)
+            client = None
         if client is not None:
             return Lab(client)
         _launch(settings)
@@ -199,7 +205,7 @@ class Lab:
 
     def _samples(self, body: Measure) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.
-        deadline_s = DEADLINE_S + (body.interval_s if 0 < body.interval_s <= 60 else 0)
+        deadline_s = request_deadline_s() + (body.interval_s if 0 < body.interval_s <= 60 else 0)
         with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, Sample):

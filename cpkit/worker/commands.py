@@ -22,6 +22,8 @@ from cpkit.settings import deadline_s
 
 _TIMEOUT = timedelta(minutes=10)  # between two commands
 _LONGEST_PAUSE_S = 0.05
+_PREFIX, _TIMED_OUT = "cpkit/commands", "timed_out"
+_AFTER_TIMEOUT_S = 1.0  # for the ranks that waited for the same rank
 KEEP_ALIVE_S = 60.0  # interval of KeepAlive on an idle rank 0; far shorter than the timeout
 
 
@@ -64,21 +66,23 @@ class StepResult(Message, frozen=True):
     error: str = ""
     agreed: bool = False  # every rank raised this error before any of them entered a collective
     bad_request: bool = False
+    timed_out: bool = False  # a wait for another rank ended at its deadline
 
 
 class CommandChannel:
     """One rank's end of the channel."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store = dist.PrefixStore("cpkit/commands", store)
+        self._store = dist.PrefixStore(_PREFIX, store)
         self.rank, self.size = rank, size
         self._number = 0  # of the last command
         self._sent_s = time.monotonic()
+        self._has_answered = True
 
     def send(self, command: Command) -> None:
         """On rank 0, send a command to all ranks."""
         self._number += 1
-        self._sent_s = time.monotonic()
+        self._sent_s, self._has_answered = time.monotonic(), False
         self._set(f"{self._number}", command)
 
     def receive(self) -> Command:
@@ -90,29 +94,49 @@ class CommandChannel:
 
     def answer(self, result: StepResult) -> None:
         """Answer the last command. Every rank answers every command."""
+        if result.timed_out:
+            self._store.set(f"{self._number}/{_TIMED_OUT}", "1")
         self._set(self._key(self.rank), result)
+        self._has_answered = True
+
+    def overdue_s(self, store: dist.Store) -> float:
+        """Return the age of a command for whose step another rank has waited for rank 0 in vain.
+
+        Return 0 when rank 0 has answered, or no rank has timed out. For another thread of rank 0,
+        with its own connection to the job's store.
+        """
+        has_timed_out = dist.PrefixStore(_PREFIX, store).check([f"{self._number}/{_TIMED_OUT}"])
+        is_late = has_timed_out and not self._has_answered
+        return time.monotonic() - self._sent_s if is_late else 0.0
 
     def answers(self, report_late: Callable[[list[int], float], None]) -> list[StepResult]:
         """On rank 0, wait for the answers of all ranks to the last command; return them by rank.
 
         When no answer has arrived for `deadline_s()`, call `report_late` repeatedly with the
-        late ranks and the seconds since the command was sent. Late answers are returned too.
+        late ranks and the seconds since the command was sent. Late answers are returned too. After
+        an answer that says that its rank waited in vain, only a second is left to the other ranks.
         """
-        late = list(range(self.size))
-        progress_s = time.monotonic()
-        while still_late := [rank for rank in late if not self._store.check([self._key(rank)])]:
+        results: dict[int, StepResult] = {}
+        progress_s, patience_s = time.monotonic(), deadline_s()
+        while late := [rank for rank in range(self.size) if rank not in results]:
+            arrived = [rank for rank in late if self._store.check([self._key(rank)])]
+            for rank in arrived:
+                answer = self._store.get(self._key(rank))
+                results[rank] = msgspec.msgpack.decode(answer, type=StepResult)
+                if results[rank].timed_out:
+                    patience_s = min(patience_s, _AFTER_TIMEOUT_S)
             now_s = time.monotonic()
-            if len(still_late) < len(late):
-                late, progress_s = still_late, now_s
-            elif now_s - progress_s >= deadline_s():
+            if arrived:
+                progress_s = now_s
+            elif now_s - progress_s >= patience_s:
                 report_late(late, now_s - self._sent_s)
             # Poll, because a wait that times out writes two lines to the log.
             time.sleep(min((now_s - progress_s) / 10, _LONGEST_PAUSE_S))
-        keys = [self._key(rank) for rank in range(self.size)]
-        packed = self._store.multi_get(keys)
-        for key in (f"{self._number}", *keys):  # every rank has read the command
-            self._store.delete_key(key)
-        return [msgspec.msgpack.decode(answer, type=StepResult) for answer in packed]
+        for key in (f"{self._number}", *map(self._key, range(self.size))):
+            self._store.delete_key(key)  # every rank has read the command
+        if any(result.timed_out for result in results.values()):
+            self._store.delete_key(f"{self._number}/{_TIMED_OUT}")
+        return [results[rank] for rank in range(self.size)]
 
     def _key(self, rank: int) -> str:
         return f"{self._number}/{rank}"

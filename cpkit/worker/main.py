@@ -31,6 +31,7 @@ from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
 from cpkit.worker.commands import CommandChannel, StepResult
 from cpkit.worker.limits import memory_limit_bytes
+from cpkit.worker.liveness import Heartbeat, Monitor
 from cpkit.worker.scheduler import Executor, Scheduler
 
 _AGENT_TIMEOUT_S = 10.0
@@ -48,6 +49,7 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
             warnings.filterwarnings("ignore", message="ranks .* use one GPU")
     memory_limit_bytes()  # cached before requests use memory
     runtime_dir.set_startup_phase(name, "joining the process group")
+    runtime_dir.hang_file.unlink(missing_ok=True)  # of the ranks before a restart
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     store = dist.distributed_c10d._get_default_store()
     channel = CommandChannel(store, dist.get_rank(), dist.get_world_size())
@@ -55,8 +57,9 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     runtime_dir.set_startup_phase(name, READY)
     try:
         if channel.rank == 0:
-            _serve(launch, runtime_dir, agent, workers, channel)
+            _serve(launch, runtime_dir, agent, workers, channel, store)
         else:
+            Heartbeat(store, channel.rank, runtime_dir).start()
             Executor(channel).run()
     except RuntimeError as error:  # how the store reports a closed connection
         _wait_for_agent(error)
@@ -69,6 +72,7 @@ def _serve(
     agent: Agent,
     workers: tuple[Worker, ...],
     channel: CommandChannel,
+    store: dist.Store,
 ) -> None:
     """On rank 0, bind the socket, write the connection file, and run the scheduler."""
     server_public, server_secret = zmq.curve_keypair()
@@ -94,10 +98,12 @@ def _serve(
         workers=workers,
         log_dir=str(runtime_dir.log_dir),
     )
+    monitor = Monitor(store, channel, workers, server, runtime_dir)
     write_private(runtime_dir.connection_file, connection)
     server.start()
+    monitor.start()
     _log.warning("ready: %d ranks at %s", len(workers), server.endpoint)
-    Scheduler(server, channel).run()
+    Scheduler(server, channel, monitor).run()
     server.close()
     remove_connection(runtime_dir, agent)
 

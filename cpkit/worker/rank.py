@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 
@@ -30,6 +31,7 @@ def main() -> None:
         from cpkit.worker import main as worker
 
         worker.main(launch, runtime_dir, agent)
+    agent.process.send(signal.SIGCONT)  # a stopped agent would keep its lock
     leave(0)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from typing import Any
 
 import msgspec
+import torch.distributed as dist
 
 from cpkit.control.messages import (
     Body,
@@ -39,6 +40,7 @@ from cpkit.worker.commands import (
     StepResult,
 )
 from cpkit.worker.limits import check
+from cpkit.worker.liveness import Monitor
 from cpkit.worker.operations import Operation, RankState, operation
 
 _log = logging.getLogger("cpkit")
@@ -95,7 +97,10 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
         return StepResult(error=str(error), agreed=True, bad_request=isinstance(error, ValueError))
     except Exception as error:  # noqa: BLE001 - every failure is reported to the client
         _log.exception("a step failed")
-        return StepResult(error=f"{type(error).__name__}: {describe(error)}")
+        text = f"{type(error).__name__}: {describe(error)}"
+        timed_out = isinstance(error, TimeoutError | dist.DistStoreError)
+        # gloo raises RuntimeError for a timeout.
+        return StepResult(error=text, timed_out=timed_out or "timed out" in text.lower())
     return StepResult(msgspec.msgpack.encode(report), last) if report is not None else StepResult()
 
 
@@ -111,8 +116,9 @@ class Task:
 class Scheduler:
     """Rank 0's loop: takes jobs from the queue, sends commands, and replies to clients."""
 
-    def __init__(self, server: Server, channel: CommandChannel) -> None:
+    def __init__(self, server: Server, channel: CommandChannel, monitor: Monitor) -> None:
         self._server, self._jobs, self._channel = server, server.jobs, channel
+        self._monitor = monitor
         self._executor = Executor(channel)
         self._tasks: dict[int, Task] = {}
 
@@ -206,16 +212,6 @@ class Scheduler:
         """Send a command to all ranks, execute it on rank 0 too, and return one result per rank."""
         self._channel.send(command)
         self._channel.answer(self._executor.execute(command))
-        results = self._channel.answers(self._report_hung)
-        self._server.refusal = None
+        results = self._channel.answers(self._monitor.report_late)
+        self._monitor.answered()
         return results
-
-    def _report_hung(self, ranks: list[int], waited_s: float) -> None:
-        message = (
-            f"rank(s) {', '.join(map(str, ranks))} did not answer for {waited_s:.0f} s, although "
-            f"no process has ended. Call lab.stop(), which ends all ranks, then cpkit.connect(). "
-            f"CPKIT_DEADLINE_S sets the wait."
-        )
-        if not self._server.refusal:
-            _log.warning("%s", message)
-        self._server.refusal = Failed("hung", message)

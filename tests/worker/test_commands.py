@@ -28,6 +28,30 @@ def test_every_rank_receives_every_command_and_rank_0_every_answer() -> None:
         assert [len(answer.report) for answer in answers] == [0, 1 << 20, 2 << 20]
 
 
+def test_after_a_timeout_the_late_rank_is_reported_within_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank that waited for the late one has waited for the deadline already."""
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "60")
+    monkeypatch.setattr("cpkit.worker.commands._AFTER_TIMEOUT_S", 0.1)
+    first, second, third = channels(3)
+    other_connection = first._store.underlying_store.clone()
+    first.send(KeepAlive())
+    assert first.overdue_s(other_connection) == 0
+    second.receive()
+    second.answer(StepResult(error="waited for the ranks 0 and 2", timed_out=True))
+    assert first.overdue_s(other_connection) > 0
+    first.answer(StepResult())
+    assert first.overdue_s(other_connection) == 0
+
+    def report_late(ranks: list[int], waited_s: float) -> None:
+        assert ranks == [2]
+        third.receive()
+        third.answer(StepResult())
+
+    assert [answer.timed_out for answer in first.answers(report_late)] == [False, True, False]
+
+
 def test_late_ranks_are_reported_after_the_deadline_and_their_answers_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
