@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from cpkit.os_errors import describe, lacks_descriptors
@@ -101,12 +103,14 @@ def deadline_s() -> float:
 
     Raises ValueError for a value that is not between 0 and one day, because every wait must end.
     """
-    chosen = os.environ.get("CPKIT_DEADLINE_S") or "30"
-    try:
+    return _deadline_s(os.environ.get("CPKIT_DEADLINE_S") or "30")
+
+
+@lru_cache(maxsize=4)  # it is needed in every gather
+def _deadline_s(chosen: str) -> float:
+    with suppress(ValueError):
         if 0 < float(chosen) <= _LONGEST_DEADLINE_S:
             return float(chosen)
-    except ValueError:
-        pass
     raise ValueError(
         f"CPKIT_DEADLINE_S is {chosen!r}; it must be seconds, above 0 and up to "
         f"{_LONGEST_DEADLINE_S}"

@@ -135,7 +135,7 @@ def _cache_key(
             return None
         key += (x.shape, x.dtype, x.device)
         if x.is_cuda:
-            key.append(torch.cuda.current_device())
+            key.append(torch._C._cuda_getDevice())
     return tuple(key)
 
 

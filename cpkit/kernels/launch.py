@@ -11,7 +11,7 @@ in a launch of its own, and the blocks that copy start when the outputs are free
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -56,7 +56,7 @@ class Signals(Protocol):
     page: int
     pages: torch.Tensor
     report: torch.Tensor
-    kernels: dict[object, Any]  # the compiled variants, by what Triton specializes on
+    kernels: dict[object, _Compiled]  # by what Triton specializes on
 
     def enter(self) -> None:
         """Run `launch_entry` on the stream."""
@@ -109,31 +109,58 @@ def _launch(
     leave: bool = True,
 ) -> None:
     signals.in_order()
-    group, n_tiles = signals.group, tiles.shape[0]
-    blocks = _blocks(signals, n_tiles, shape)
     flags = slots is not None, SYNC and entry, SYNC and leave
-    arguments = (
-        *addresses,
-        *(signals.pages if slots is None else slots, tiles, n_tiles),
-        *(signals.page, signals.pages, signals.report, int(deadline_s() * 1e9), group.rank, tag),
-        *(len(addresses[0]), group.size, shape.tile, _narrow(narrow_bytes)),
-        *(*flags, shape.warps * 32),
-    )
-    # Triton's launch finds out at each call which variant of the kernel its arguments need,
-    # which takes three times as long as the launch. What it looks at is the key here.
+    # Triton's launch finds out at each call which variant of the kernel its arguments need, which
+    # takes three times as long as the launch. What it looks at is the key here.
     aligned = tuple([a & 15 if a else None for each in addresses for a in each])
     key = aligned, narrow_bytes, flags, shape
     kernel = signals.kernels.get(key)
     if kernel is None:
-        signals.kernels[key] = gather_kernel[(blocks,)](
-            *arguments,
-            num_warps=shape.warps,
-            maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
-        )
-        return
-    no_hooks = None, None, None
-    function, options = kernel.function, kernel.packed_metadata
-    kernel.run(blocks, 1, 1, raw_stream(), function, options, *no_hooks, *arguments)
+        kernel = _compile(signals, tiles, addresses, slots, narrow_bytes, shape, flags)
+        signals.kernels[key] = kernel
+    n_tiles = tiles.shape[0]
+    kernel.run(
+        *(min(n_tiles, kernel.most_blocks) or 1, 1, 1, raw_stream(), *kernel.options),
+        *(*addresses, kernel.words[1] if slots is None else slots, tiles.data_ptr(), n_tiles),
+        *(*kernel.words, int(deadline_s() * 1e9), signals.group.rank, tag, *kernel.constants),
+    )
+
+
+class _Compiled(NamedTuple):
+    """A variant of the kernel: its launch by Triton, and what is equal in all its launches."""
+
+    run: Callable[..., object]
+    options: tuple[Any, ...]  # the kernel on this GPU, its launch options, no hooks
+    most_blocks: int
+    words: tuple[int, int, int]  # the addresses of `page`, `pages` and `report`
+    constants: tuple[Any, ...]
+
+
+def _compile(
+    signals: Signals,
+    tiles: torch.Tensor,
+    addresses: tuple[_Addresses, _Addresses, _Addresses],
+    slots: torch.Tensor | None,
+    narrow_bytes: int,
+    shape: Shape,
+    flags: tuple[bool, bool, bool],
+) -> _Compiled:
+    """Compile the variant of the kernel for these arguments."""
+    constants = (
+        *(len(addresses[0]), signals.group.size, shape.tile, _narrow(narrow_bytes)),
+        *(*flags, shape.warps * 32),
+    )
+    kernel: Any = gather_kernel.warmup(
+        *(*addresses, signals.pages if slots is None else slots, tiles, 1),
+        *(signals.page, signals.pages, signals.report, 1, 0, 0, *constants),
+        grid=(1,),
+        num_warps=shape.warps,
+        maxnreg=_REGISTERS // (32 * shape.warps * shape.blocks),  # so that all blocks fit
+    )
+    run, no_hooks = kernel.run, (None, None, None)  # the kernel is on the GPU from here on
+    words = signals.page, signals.pages.data_ptr(), signals.report.data_ptr()
+    options = kernel.function, kernel.packed_metadata, *no_hooks
+    return _Compiled(run, options, _most_blocks(signals, shape), words, constants)
 
 
 @cache
@@ -149,10 +176,10 @@ def shape_for(own_bytes: int) -> Shape:
     return _LARGE if own_bytes >= _LARGE_FROM_BYTES else _SMALL
 
 
-def _blocks(signals: Signals, tiles: int, shape: Shape) -> int:
+def _most_blocks(signals: Signals, shape: Shape) -> int:
     """Return how many blocks fit on the GPU together with those of the ranks that share it."""
     ranks = max(1, signals.group.ranks_on_gpu)
-    return max(1, min(tiles, _processors(signals.device) * shape.blocks // ranks))
+    return max(1, _processors(signals.device) * shape.blocks // ranks)
 
 
 @cache

@@ -242,7 +242,7 @@ def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def bytes_per_row(x: torch.Tensor) -> int:
     """Return the bytes of one row of `[rows, …]`."""
-    return math.prod(x.shape[1:]) * x.element_size()
+    return x.shape[1:].numel() * x.element_size()
 
 
 def row_stride(cache: torch.Tensor) -> int:

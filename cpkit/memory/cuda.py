@@ -84,6 +84,7 @@ class CudaSegment:
         self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
         self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").to(device)
+        self.table = self.peers.data_ptr()
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes of a rank's memory: uint8 `[nbytes]`."""
@@ -339,7 +340,7 @@ class CudaBackend:
         A rank has one page of counters, so its launches must not overlap. Replays of a graph that a
         caller captured are ordered by the caller.
         """
-        if is_capturing("cuda") or raw_stream() == self._raw_stream:
+        if raw_stream() == self._raw_stream or is_capturing("cuda"):
             return
         before, self._stream = self._stream, torch.cuda.current_stream()
         self._stream.wait_stream(before)
@@ -445,4 +446,4 @@ def _segment_table(pool: Pool, output: torch.Tensor) -> int:
     """Return the address of the table of the ranks' segments that this output is in."""
     segment = pool.segment_of(output)
     assert isinstance(segment, CudaSegment)
-    return segment.peers.data_ptr()
+    return segment.table

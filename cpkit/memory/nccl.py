@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import compress
 from typing import Any
 
@@ -40,6 +39,7 @@ class NcclBackend(CudaBackend):
         self.group = group
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._windows: list[_Window] = []
+        self._reports: dict[tuple[bool, str], PathReport] = {}  # of a receive buffer in the pool
         self._window_problem = self._prepare_windows()
         super().__init__(group)
 
@@ -74,8 +74,12 @@ class NcclBackend(CudaBackend):
             pass  # inside NCCL's kernel
         if not symmetric_recv:
             return ORDINARY_COLLECTIVE
-        send = _IN_POOL if symmetric_send else _ORDINARY
-        return _report(send, self.group.size, self.transport(), self._window_problem)
+        key = symmetric_send, self._window_problem
+        if key not in self._reports:
+            send = _IN_POOL if symmetric_send else _ORDINARY
+            report = decide([BufferPair(send, _IN_POOL)] * self.group.size, 0, self.transport())
+            self._reports[key] = without_windows(report, self._window_problem)
+        return self._reports[key]
 
     def make_segment(self, nbytes: int, purpose: str) -> CudaSegment:
         """Make a segment as CudaBackend does, and register it with NCCL. Collective.
@@ -168,10 +172,3 @@ class _Window:
         """Deregister the memory, and let it return to the GPU. Local."""
         nccl.deregister_mem_pool(self._pool)
         ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._pool))
-
-
-@lru_cache(maxsize=16)
-def _report(send: BufferLocation, size: int, transport: str, window_problem: str) -> PathReport:
-    """Return the path of a gather whose receive buffer is in the pool; the same on every rank."""
-    report = decide([BufferPair(send, _IN_POOL)] * size, 0, transport)
-    return without_windows(report, window_problem)
