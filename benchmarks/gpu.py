@@ -37,6 +37,8 @@ LARGE = 32765
 TOKENS = (125, 509, 1021, 2045, 8189, LARGE, 131069)  # 0.26 to 268 MB, ragged
 QUICK_TOKENS = (125, LARGE)
 ROWS = "8x128:bfloat16"
+ROW_BYTES = 2048
+COPIES = 40  # of the gathered rows that a rank holds in its variants' graphs (8 ranks: 38)
 HEADLINE = "16384:128:uint8"  # upstream's index keys of 16K tokens (SGLang #17756)
 ROUNDS = 3
 
@@ -102,7 +104,13 @@ def measure(
     """Add all rounds at one cp_size to the record."""
     say(f"gather, cp_size {cp_size} ...")
     beside = "" if shared else ":matmul"
-    cases = [f"{n}:{ROWS}{beside if n == LARGE else ''}" for n in tokens] + [HEADLINE]
+    ranks_per_gpu = cp_size if shared else 1
+    for n in (n for n in tokens if not fits(n, ranks_per_gpu)):
+        record["missing"][f"cp_size {cp_size}, {n} tokens"] = (
+            f"{ranks_per_gpu} ranks need about {needed_gb(n, ranks_per_gpu):.0f} GB of one GPU"
+        )
+    measured = [n for n in tokens if fits(n, ranks_per_gpu)]
+    cases = [f"{n}:{ROWS}{beside if n == LARGE else ''}" for n in measured] + [HEADLINE]
     with TemporaryDirectory(prefix="cpkit-") as directory, ExitStack() as stack:
         if shared:
             words = stack.enter_context(mps.serve(Path(directory)))
@@ -123,6 +131,17 @@ def measure(
             (line,) = (each for each in lines if each["variant"] == name)
             alone = {key: line[key] for key in ("variant", "cp_size", "size_bytes", "time_us")}
             record["beside"].append(alone | both)
+
+
+def needed_gb(tokens: int, ranks_per_gpu: int) -> float:
+    """Return the memory of one GPU that a size needs, in GB: all variants are captured at once."""
+    return tokens * ROW_BYTES * COPIES * ranks_per_gpu / 1e9
+
+
+def fits(tokens: int, ranks_per_gpu: int) -> bool:
+    """Return True when this GPU has the memory for a size."""
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    return needed_gb(tokens, ranks_per_gpu) < 0.95 * total_bytes / 1e9
 
 
 def rows_of(
