@@ -38,7 +38,10 @@ Version = tuple[int, ...]
 
 # (first version, what an all-gather needs for NCCL's symmetric kernels). Source: NCCL's sources at
 # the tags 2.27.7, 2.28.9, 2.29.2 (the first of 2.29), 2.30.7: scheduler/symmetric_sched.cc,
-# sym_kernels.cc.
+# sym_kernels.cc. From 2.29.2 on, AllGather_LL needs no window on the receive buffer, because it
+# stages in its own memory. So with one registered buffer only, NCCL selects it for small messages
+# if its older cost model selects the protocol LL too; with recv only, it may select the ring where
+# the two differ. Seen in the log of 2.30.7, 64 KiB per rank on two H100s.
 NCCL_RULES: tuple[tuple[Version, Literal["none", "both", "recv"]], ...] = (
     ((0,), "none"),
     ((2, 27), "both"),
@@ -118,6 +121,8 @@ def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> Path
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
             reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
+        elif recv_fault and not send_fault and nccl_rule(version) == "recv":
+            reason += "; for small messages this NCCL may select its staging kernel AllGather_LL"
     mine = pairs[rank]
     return PathReport(path, reason, str(mine.send), str(mine.recv))
 

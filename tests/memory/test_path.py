@@ -110,6 +110,14 @@ def test_the_race_of_some_nccl_versions_is_named() -> None:
         assert ("sglang#37768" in reason) is racy
 
 
+def test_a_registered_send_buffer_alone_may_select_the_staging_kernel() -> None:
+    for version, may in (("2.28.9", False), ("2.29.7", True), ("2.30.7", True)):
+        report = decide([BufferPair(A, ORDINARY)] * 2, 0, f"nccl {version}")
+        assert (report.path, "AllGather_LL" in report.reason) == ("fallback", may), report
+    report = decide([BufferPair(A, ORDINARY), BufferPair(B, ORDINARY)], 0, "nccl 2.30.7")
+    assert "AllGather_LL" not in report.reason, "NCCL receives copies of these, and has no choice"
+
+
 @pytest.mark.parametrize("transport", ["nccl", "nccl 2.30.7 NCCL_CTA_POLICY=1", "2.30.7"])
 def test_an_unknown_transport_is_refused(transport: str) -> None:
     with pytest.raises(ValueError, match="it must be 'posix', 'cuda', or NCCL"):
