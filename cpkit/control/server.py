@@ -20,6 +20,7 @@ import zmq
 from zmq.utils import z85
 
 from cpkit.control.errors import explain_decode_error
+from cpkit.control.gate import Gate
 from cpkit.control.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -53,17 +54,19 @@ _log = logging.getLogger("cpkit")
 class Server:
     """Binds the control socket and serves it in a thread from `start` to `close`.
 
-    An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the bound address.
-    `status` returns the reply to a Status request, given the number of jobs. While `refusal` is
-    set, because a rank hangs, it is the reply to all other requests.
+    The socket is the Unix socket `path`, and with `address` also a free TCP port of that address.
+    `self.endpoint` is what clients connect to. `status` returns the reply to a Status request,
+    given the number of jobs. While `refusal` is set, because a rank hangs, it is the reply to all
+    other requests.
     """
 
     def __init__(
         self,
-        endpoint: str,
+        path: str,
         secret_key: bytes,
         client_public_key: bytes,
         status: Callable[[int], StatusResult],
+        address: str = "",
     ) -> None:
         self.jobs = JobQueue()
         self.refusal: Failed | None = None
@@ -78,13 +81,16 @@ class Server:
         self._zap = self._context.socket(zmq.REP)
         self._zap.bind(_ZAP_ENDPOINT)
         self._router = _router(self._context, secret_key)
-        self._router.bind(endpoint)
-        self.endpoint = str(self._router.get_string(zmq.LAST_ENDPOINT))
+        self._router.bind(f"ipc://{path}")
+        self._gate = Gate(address, path) if address else None
+        self.endpoint = self._gate.endpoint if self._gate else f"ipc://{path}"
         self._thread = threading.Thread(target=self._serve, name="cpkit control", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._thread.start()
+        if self._gate:
+            self._gate.start()
 
     def reply(self, job: Job, body: ReplyBody) -> None:
         """Send a reply to the job's client, from any thread.
@@ -96,10 +102,12 @@ class Server:
         self._waker.wake()
 
     def close(self) -> None:
-        """Send the remaining replies, then stop the thread and free the socket."""
+        """Send the remaining replies, then stop the threads and free the socket."""
         self._closing = True
         self._waker.wake()
         self._thread.join(timeout=2)
+        if self._gate:
+            self._gate.close()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
