@@ -22,7 +22,8 @@ from zmq.utils import z85
 from cpkit.control.errors import explain_decode_error
 from cpkit.control.gate import Gate
 from cpkit.control.messages import (
-    MAX_MESSAGE_BYTES,
+    ENCRYPTION_BYTES,
+    MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     TOO_MANY_FILES_CODE,
     Cancel,
@@ -40,14 +41,19 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
-from cpkit.control.queue import Job, JobQueue
+from cpkit.control.queue import Job, JobQueue, QueueFull, client_of
+from cpkit.control.rate import BYTES_PER_S, RateLimit
 from cpkit.control.waker import Waker
 from cpkit.os_errors import SPARE_DESCRIPTORS, describe, require_descriptors
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
-_MAX_WAITING = 64
+_MAX_UNREAD = 8  # messages that ZeroMQ stores per connection
 _MAX_ID = 64
 _KEEP_ALIVE_S = 1.0
+_TOO_FAST = (
+    f"this client sends more than {BYTES_PER_S} bytes ({BYTES_PER_S >> 20} MiB) of requests per "
+    f"second: send fewer or smaller requests"
+)
 _log = logging.getLogger("cpkit")
 
 
@@ -69,6 +75,7 @@ class Server:
         address: str = "",
     ) -> None:
         self.jobs = JobQueue()
+        self._rate = RateLimit()
         self.refusal: Failed | None = None
         self._status = status
         self._client_key = client_public_key
@@ -95,10 +102,10 @@ class Server:
     def reply(self, job: Job, body: ReplyBody) -> None:
         """Send a reply to the job's client, from any thread.
 
-        If the client has disconnected, its jobs are cancelled.
+        If the connection has ended, its jobs are cancelled.
         """
         job.last_reply = time.monotonic()
-        self._outbox.append((job.client, _pack(job.request.id, body)))
+        self._outbox.append((job.connection, _pack(job.request.id, body)))
         self._waker.wake()
 
     def close(self) -> None:
@@ -147,18 +154,21 @@ class Server:
     def _receive(self) -> None:
         for _ in range(100):  # a flood of requests must not delay replies and deadlines
             try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                connection, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            answer = self._handle(client, frames)
+            if self._rate.allows(client_of(connection), sum(map(len, frames))):
+                answer = self._handle(connection, frames)
+            else:  # its id is unknown, because the request is not decoded
+                answer = Reply("", Failed("busy", _TOO_FAST))
             if answer:
-                self._send(client, _pack(answer.id, answer.body))
+                self._send(connection, _pack(answer.id, answer.body))
 
-    def _send(self, client: bytes, data: bytes) -> None:
+    def _send(self, connection: bytes, data: bytes) -> None:
         try:
-            self._router.send_multipart([client, data], zmq.NOBLOCK)
+            self._router.send_multipart([connection, data], zmq.NOBLOCK)
         except zmq.ZMQError:  # disconnected, or too slow: its send queue is full
-            self.jobs.cancel_all(client)
+            self.jobs.cancel_all(connection)
 
     def _flush(self) -> None:
         while self._outbox:
@@ -191,7 +201,7 @@ class Server:
                 self.reply(job, refusal)
         self.jobs.cancel_all()
 
-    def _handle(self, client: bytes, frames: list[bytes]) -> Reply | None:
+    def _handle(self, connection: bytes, frames: list[bytes]) -> Reply | None:
         data = frames[0] if len(frames) == 1 else b""
         try:
             envelope = decode(data, Envelope)
@@ -211,7 +221,7 @@ class Server:
             return Reply(envelope.id, Failed("bad_request", explain_decode_error(error)))
         except ValueError as error:
             return Reply(envelope.id, Failed("bad_request", str(error)))
-        answer = self._answer(client, request)
+        answer = self._answer(connection, request, len(data))
         return Reply(request.id, answer) if answer else None
 
     def _check(self, request: Request) -> None:
@@ -224,7 +234,7 @@ class Server:
                 f"deadline_s is {request.deadline_s}; it must be a positive, finite number"
             )
 
-    def _answer(self, client: bytes, request: Request) -> ReplyBody | None:
+    def _answer(self, connection: bytes, request: Request, nbytes: int) -> ReplyBody | None:
         """Answer requests that need no rank; queue all others and return None."""
         match request.body:
             case Status():
@@ -237,11 +247,10 @@ class Server:
                     self.reply(job, Failed("cancelled", "the workers are being stopped"))
         if self.refusal:
             return self.refusal
-        if len(self.jobs) >= _MAX_WAITING:
-            return Failed(
-                "busy", f"{_MAX_WAITING} requests are waiting, which is the limit; try again later"
-            )
-        self.jobs.add(Job(next(self._job_numbers), client, request))
+        try:
+            self.jobs.add(Job(next(self._job_numbers), connection, request, nbytes))
+        except QueueFull as error:
+            return Failed("busy", str(error))
         return None
 
     def _cancel(self, target: str) -> Done:
@@ -267,7 +276,9 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.S
     router.curve_server = True
     router.curve_secretkey = secret_key
     router.router_mandatory = True  # sending to a disconnected client raises
-    router.maxmsgsize = MAX_MESSAGE_BYTES
+    router.router_handover = True  # a client that connects again keeps its routing id
+    router.maxmsgsize = MAX_REQUEST_BYTES + ENCRYPTION_BYTES
+    router.rcvhwm = _MAX_UNREAD
     router.heartbeat_ivl = 2_000
     router.heartbeat_timeout = 10_000
     router.linger = 500

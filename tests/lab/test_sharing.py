@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 import cpkit
-from cpkit.control.messages import Put, PutResult
+from cpkit.control.messages import Measure, Put, PutResult, Sweep
 from cpkit.lab import Lab
 from tests.helpers.processes import until
 
@@ -33,6 +34,21 @@ def test_an_endless_measurement_does_not_block_other_clients(lab: Lab) -> None:
     assert (mine.workload.cp_size, theirs.workload.cp_size) == (2, 4)
     assert next(stream).sequence >= 2
     stream.close()
+
+
+def test_a_long_sweep_and_measurements_do_not_delay_another_client(lab: Lab) -> None:
+    workloads = tuple(lab.workload(64 + n, 4) for n in range(1000))
+    streams = [lab._client.stream(Measure(workloads[0])) for _ in range(3)]
+    streams.append(lab._client.stream(Sweep(workloads, 10_000)))
+    for stream in streams:
+        next(stream)
+    with cpkit.connect(lab.name, launch=False) as other:
+        for _ in range(3):
+            start_s = time.monotonic()
+            assert other.gather([64], 2).verified
+            assert time.monotonic() - start_s < 5
+    for stream in streams:
+        stream.close()
 
 
 def test_a_killed_notebook_does_not_keep_the_workers_busy(lab: Lab) -> None:
