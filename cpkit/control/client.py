@@ -132,7 +132,7 @@ class Client:
             raise BadRequest(f"this request cannot be sent: {error}") from error
         self._check_open()
         socket = self._take_socket()
-        ended = False
+        ended, usable = False, True
         self._waiting.add(request.id)
         try:
             socket.send(data)
@@ -141,12 +141,16 @@ class Client:
                 yield _result(reply)
                 if ended:
                     return
+        except (NoAnswer, WorkersDied):
+            usable = False
+            raise
         finally:
             self._waiting.discard(request.id)
-            if ended:
+            if not ended:
+                socket.send(encode(Request(uuid.uuid4().hex, _DEADLINE_S, Cancel(request.id))))
+            if usable:  # the workers free what a client holds when it has no connection
                 self._keep_socket(socket)
             else:
-                socket.send(encode(Request(uuid.uuid4().hex, _DEADLINE_S, Cancel(request.id))))
                 socket.close()
 
     def _replies(self, socket: _Socket, request: Request) -> Generator[ReplyBody, None, None]:

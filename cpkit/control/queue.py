@@ -77,6 +77,7 @@ class JobQueue:
     def __init__(self) -> None:
         self._queues: dict[bytes, deque[Job]] = {}  # by client, in the order of their turns
         self._current: Job | None = None
+        self._departed: list[bytes] = []
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -97,13 +98,16 @@ class JobQueue:
             self._changed.notify()
 
     def take(self, timeout_s: float) -> Job | None:
-        """Make the first ready job of the next client the current one; None after `timeout_s`."""
+        """Make the first ready job of the next client the current one, and return it.
+
+        Return None after `timeout_s`, or when a client has left.
+        """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not (job := self._first_ready()):
                 wake = min([deadline, *(job.not_before for job in self._waiting())])
                 wait_s = wake - time.monotonic()
-                if wait_s <= 0 and wake == deadline:
+                if self._departed or (wait_s <= 0 and wake == deadline):
                     return None
                 self._changed.wait(max(wait_s, 0.0))
             self._remove(job)
@@ -112,6 +116,18 @@ class JobQueue:
             job.started = True
             self._current = job
             return job
+
+    def leave(self, client: bytes) -> None:
+        """Record that a client has left."""
+        with self._changed:
+            self._departed.append(client)
+            self._changed.notify()
+
+    def departed(self) -> list[bytes]:
+        """Return the clients that have left since the last call."""
+        with self._changed:
+            departed, self._departed = self._departed, []
+            return departed
 
     def put_back(self, job: Job, *, front: bool) -> None:
         """Return the current job to its client's queue, at the front or at the back."""

@@ -11,9 +11,9 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from itertools import count
+from itertools import chain, count
 
 import msgspec
 import zmq
@@ -50,6 +50,7 @@ _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
 _MAX_UNREAD = 8  # messages that ZeroMQ stores per connection
 _MAX_ID = 64
 _KEEP_ALIVE_S = 1.0
+_PROBE_S = 5.0
 _TOO_FAST = (
     f"this client sends more than {BYTES_PER_S} bytes ({BYTES_PER_S >> 20} MiB) of requests per "
     f"second: send fewer or smaller requests"
@@ -76,6 +77,8 @@ class Server:
     ) -> None:
         self.jobs = JobQueue()
         self._rate = RateLimit()
+        self._connections: defaultdict[bytes, set[bytes]] = defaultdict(set)  # by client
+        self._next_probe_s = 0.0
         self.refusal: Failed | None = None
         self._status = status
         self._client_key = client_public_key
@@ -121,13 +124,15 @@ class Server:
         for readable in (self._router, self._zap, self._waker):
             poller.register(readable, zmq.POLLIN)
         while not (self._closing and not self._outbox):
-            ready = dict(poller.poll(200 if len(self.jobs) else None))
+            idle_ms = int(_PROBE_S * 1000) if self._connections else None
+            ready = dict(poller.poll(200 if len(self.jobs) else idle_ms))
             if self._zap in ready:
                 self._authenticate()
             if self._waker.fileno() in ready:
                 self._waker.clear()
             if self._router in ready:
                 self._receive()
+            self._probe()
             self._update_clients()
             self._flush()
         self._context.destroy(linger=500)
@@ -159,6 +164,7 @@ class Server:
                 return
             if self._rate.allows(client_of(connection), sum(map(len, frames))):
                 answer = self._handle(connection, frames)
+                self._connections[client_of(connection)].add(connection)
             else:  # its id is unknown, because the request is not decoded
                 answer = Reply("", Failed("busy", _TOO_FAST))
             if answer:
@@ -167,8 +173,25 @@ class Server:
     def _send(self, connection: bytes, data: bytes) -> None:
         try:
             self._router.send_multipart([connection, data], zmq.NOBLOCK)
-        except zmq.ZMQError:  # disconnected, or too slow: its send queue is full
+        except zmq.ZMQError as error:  # disconnected, or too slow: its send queue is full
             self.jobs.cancel_all(connection)
+            if error.errno == zmq.EHOSTUNREACH:
+                self._forget(connection)
+
+    def _probe(self) -> None:
+        """Send a message that clients ignore, because only sending shows who has disconnected."""
+        if time.monotonic() >= self._next_probe_s:
+            self._next_probe_s = time.monotonic() + _PROBE_S
+            for connection in [*chain.from_iterable(self._connections.values())]:
+                self._send(connection, _pack("", Progress(0, 0)))
+
+    def _forget(self, connection: bytes) -> None:
+        """Drop a connection. A client without connections has left."""
+        client = client_of(connection)
+        mine = self._connections.get(client, set())
+        mine.discard(connection)
+        if not mine and self._connections.pop(client, None) is not None:
+            self.jobs.leave(client)
 
     def _flush(self) -> None:
         while self._outbox:

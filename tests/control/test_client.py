@@ -155,6 +155,38 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     )
 
 
+def test_a_client_has_left_when_all_its_connections_have_ended(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when it closes a stream, nor while it waits."""
+    monkeypatch.setattr("cpkit.control.server._PROBE_S", 0.05)
+    jobs, leaver, other = control_server.server.jobs, control_server.client(), control_server.raw()
+    stream = leaver.stream(Measure(WORKLOAD))
+    thread, _ = in_background(next, stream)
+    job = jobs.take(LIMIT_S)
+    control_server.server.reply(job, SAMPLE)
+    thread.join()
+    stream.close()
+    until(lambda: job.cancelled, why="the stream to be cancelled")
+    jobs.finish()
+    other.send(encode(Request("o", 30.0, Status())))
+    for _ in range(10):  # probes; a client ignores them
+        assert decode(other.recv(), Reply).id in ("o", "")
+    assert jobs.departed() == []
+    assert leaver.call(Status(), StatusResult).name == "test"
+    thread, _ = in_background(leaver.call, Put(2), Done)
+    until(lambda: len(jobs) == 1, why="a request")
+    leaver.close()
+    assert jobs.take(LIMIT_S).client == job.client
+    start_s = time.monotonic()
+    assert jobs.take(LIMIT_S) is None
+    assert time.monotonic() - start_s < LIMIT_S / 2, "the wait ends when a client leaves"
+    assert jobs.departed() == [job.client]
+    assert jobs.departed() == []
+    thread.join()
+    other.close()
+
+
 def test_cancelling_a_waiting_and_an_unknown_request(control_server: ControlServer) -> None:
     dealer = control_server.raw()
     dealer.send(encode(Request("w", 30.0, Put(2))))
