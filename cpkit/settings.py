@@ -43,7 +43,7 @@ SETTINGS = (
     Setting("CPKIT_SHM_DIR", "directory of shared-memory segments, preferably tmpfs", "`/dev/shm`"),
     Setting(
         "CPKIT_MEMORY_LIMIT_BYTES",
-        "memory that one request to the workers may use, all ranks together",
+        "memory that requests to the workers may use, all ranks together",
         "half of what is available",
     ),
     Setting("CPKIT_NCCL", "`1`: use NCCL even where ranks share a GPU", "off"),
@@ -157,7 +157,7 @@ def check_shm_dir() -> None:
 
 
 def memory_limit_bytes() -> int | None:
-    """Return the memory that one request may use; None for the default. Raises ValueError."""
+    """Return the memory that requests may use; None for the default. Raises ValueError."""
     chosen = os.environ.get("CPKIT_MEMORY_LIMIT_BYTES")
     if not chosen:
         return None

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -32,6 +33,7 @@ from cpkit.control.errors import (
 )
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
+    ENCRYPTION_BYTES,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     TOO_MANY_FILES_CODE,
@@ -87,6 +89,7 @@ class Client:
         self.connection = connection
         self.on_wait: Callable[[int], None] | None = None
         self._runtime_dir = RuntimeDir(connection.name)
+        self._session, self._numbers = uuid.uuid4().hex, count()  # see client_of
         self._idle: deque[_Socket] = deque()  # kept, because a CURVE handshake takes milliseconds
         self._waiting: set[str] = set()  # ids of requests without a result
         self._died: WorkersDied | None = None
@@ -129,7 +132,7 @@ class Client:
             raise BadRequest(f"this request cannot be sent: {error}") from error
         self._check_open()
         socket = self._take_socket()
-        ended = False
+        ended, usable = False, True
         self._waiting.add(request.id)
         try:
             socket.send(data)
@@ -138,12 +141,16 @@ class Client:
                 yield _result(reply)
                 if ended:
                     return
+        except (NoAnswer, WorkersDied):
+            usable = False
+            raise
         finally:
             self._waiting.discard(request.id)
-            if ended:
+            if not ended:
+                socket.send(encode(Request(uuid.uuid4().hex, _DEADLINE_S, Cancel(request.id))))
+            if usable:  # the workers free what a client holds when it has no connection
                 self._keep_socket(socket)
             else:
-                socket.send(encode(Request(uuid.uuid4().hex, _DEADLINE_S, Cancel(request.id))))
                 socket.close()
 
     def _replies(self, socket: _Socket, request: Request) -> Generator[ReplyBody, None, None]:
@@ -166,7 +173,8 @@ class Client:
                     raise _deadline_error(request.deadline_s, ahead, self.connection)
                 continue
             reply = _decoded(data)
-            if reply.id != request.id:  # a late Progress of this socket's previous request
+            unread = reply.id == "" and isinstance(reply.body, Failed)  # the id was not decoded
+            if reply.id != request.id and not unread:  # of this socket's previous request
                 continue
             if isinstance(reply.body, Queued):
                 ahead, reported = reply.body.ahead, False
@@ -194,7 +202,7 @@ class Client:
         except IndexError:
             with name_the_limit():
                 require_descriptors(SPARE_DESCRIPTORS)
-                return _Socket(self.connection)
+                return _Socket(self.connection, f"{self._session}{next(self._numbers)}".encode())
 
     def _keep_socket(self, socket: _Socket) -> None:
         self._idle.append(socket)
@@ -210,14 +218,15 @@ class Client:
 class _Socket:
     """A DEALER with CURVE keys, and its monitor, which reports a rejected key."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, routing_id: bytes) -> None:
         self._connection, self._endpoint = connection, connection.endpoint
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._dealer = context.socket(zmq.DEALER)
+        self._dealer.routing_id = routing_id
         self._dealer.curve_serverkey = connection.server_public_key.encode()
         self._dealer.curve_publickey = connection.client_public_key.encode()
         self._dealer.curve_secretkey = connection.client_secret_key.encode()
-        self._dealer.maxmsgsize = MAX_MESSAGE_BYTES
+        self._dealer.maxmsgsize = MAX_MESSAGE_BYTES + ENCRYPTION_BYTES
         self._dealer.rcvhwm = 0  # no limit, so that a stream that is read late loses no sample
         self._dealer.heartbeat_ivl = 2_000
         self._dealer.heartbeat_timeout = 10_000

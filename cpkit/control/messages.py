@@ -20,7 +20,7 @@ import msgspec
 from cpkit.control.measurements import *  # noqa: F403 - these modules are the closed set
 from cpkit.control.measurements import ClockResult, Sample, SweepResult
 from cpkit.control.requests import *  # noqa: F403
-from cpkit.control.requests import Message
+from cpkit.control.requests import Message, Request
 from cpkit.control.results import *  # noqa: F403
 from cpkit.control.results import (
     ExplainResult,
@@ -33,6 +33,8 @@ from cpkit.control.results import (
 from cpkit.packing import describe_types
 
 MAX_MESSAGE_BYTES = 16 << 20
+MAX_REQUEST_BYTES = 1 << 20  # a sweep of 1024 workloads has about 0.1 MB
+ENCRYPTION_BYTES = 33  # that CURVE adds to a message
 # The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
 MAX_SEQUENCES = 1024  # per batch
 TOO_MANY_FILES_CODE = 500  # status of a connection that is rejected, as in ZeroMQ's RFC 27
@@ -100,13 +102,13 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """Pack a message. Raises ValueError if it is larger than MAX_MESSAGE_BYTES."""
-    data = _encoder.encode(message)
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ValueError(
-            f"{type(message).__name__} packs to {len(data)} bytes; a message may have at most "
-            f"{MAX_MESSAGE_BYTES}: request fewer or smaller arrays"
-        )
+    """Pack a message. Raises ValueError if it is too large for its type."""
+    data, name = _encoder.encode(message), type(message).__name__
+    most, advice = MAX_MESSAGE_BYTES, "request fewer or smaller arrays"
+    if isinstance(message, Request):
+        most, advice = MAX_REQUEST_BYTES, "pass fewer workloads or sequences"
+    if len(data) > most:
+        raise ValueError(f"{name} packs to {len(data)} bytes; at most {most} fit: {advice}")
     return data
 
 

@@ -111,10 +111,13 @@ class Trace(Message, frozen=True, tag="trace", tag_field="op"):
 
 
 class Pool(Message, frozen=True, tag="pool", tag_field="op"):
-    """Show, resize, warm up or fill the symmetric pool of a cp_size."""
+    """Show, resize, warm up or fill the symmetric pool of a cp_size.
+
+    `leave` releases the client's blocks, and returns what then is unused to the system.
+    """
 
     cp_size: int
-    action: Literal["stats", "configure", "warm_up", "allocate", "release"] = "stats"
+    action: Literal["stats", "configure", "warm_up", "allocate", "release", "leave"] = "stats"
     prealloc_bytes: int | None = None
     max_tokens: int | None = None
     heads: int = 8

@@ -11,17 +11,19 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from itertools import count
+from itertools import chain, count
 
 import msgspec
 import zmq
 from zmq.utils import z85
 
 from cpkit.control.errors import explain_decode_error
+from cpkit.control.gate import Gate
 from cpkit.control.messages import (
-    MAX_MESSAGE_BYTES,
+    ENCRYPTION_BYTES,
+    MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     TOO_MANY_FILES_CODE,
     Cancel,
@@ -39,33 +41,44 @@ from cpkit.control.messages import (
     decode,
     encode,
 )
-from cpkit.control.queue import Job, JobQueue
+from cpkit.control.queue import Job, JobQueue, QueueFull, client_of
+from cpkit.control.rate import BYTES_PER_S, RateLimit
 from cpkit.control.waker import Waker
 from cpkit.os_errors import SPARE_DESCRIPTORS, describe, require_descriptors
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # fixed by ZeroMQ's RFC 27
-_MAX_WAITING = 64
+_MAX_UNREAD = 8  # messages that ZeroMQ stores per connection
 _MAX_ID = 64
 _KEEP_ALIVE_S = 1.0
+_PROBE_S = 5.0
+_TOO_FAST = (
+    f"this client sends more than {BYTES_PER_S} bytes ({BYTES_PER_S >> 20} MiB) of requests per "
+    f"second: send fewer or smaller requests"
+)
 _log = logging.getLogger("cpkit")
 
 
 class Server:
     """Binds the control socket and serves it in a thread from `start` to `close`.
 
-    An `endpoint` that ends in `:*` binds a free TCP port; `self.endpoint` is the bound address.
-    `status` returns the reply to a Status request, given the number of jobs. While `refusal` is
-    set, because a rank hangs, it is the reply to all other requests.
+    The socket is the Unix socket `path`, and with `address` also a free TCP port of that address.
+    `self.endpoint` is what clients connect to. `status` returns the reply to a Status request,
+    given the number of jobs. While `refusal` is set, because a rank hangs, it is the reply to all
+    other requests.
     """
 
     def __init__(
         self,
-        endpoint: str,
+        path: str,
         secret_key: bytes,
         client_public_key: bytes,
         status: Callable[[int], StatusResult],
+        address: str = "",
     ) -> None:
         self.jobs = JobQueue()
+        self._rate = RateLimit()
+        self._connections: defaultdict[bytes, set[bytes]] = defaultdict(set)  # by client
+        self._next_probe_s = 0.0
         self.refusal: Failed | None = None
         self._status = status
         self._client_key = client_public_key
@@ -78,41 +91,48 @@ class Server:
         self._zap = self._context.socket(zmq.REP)
         self._zap.bind(_ZAP_ENDPOINT)
         self._router = _router(self._context, secret_key)
-        self._router.bind(endpoint)
-        self.endpoint = str(self._router.get_string(zmq.LAST_ENDPOINT))
+        self._router.bind(f"ipc://{path}")
+        self._gate = Gate(address, path) if address else None
+        self.endpoint = self._gate.endpoint if self._gate else f"ipc://{path}"
         self._thread = threading.Thread(target=self._serve, name="cpkit control", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._thread.start()
+        if self._gate:
+            self._gate.start()
 
     def reply(self, job: Job, body: ReplyBody) -> None:
         """Send a reply to the job's client, from any thread.
 
-        If the client has disconnected, its jobs are cancelled.
+        If the connection has ended, its jobs are cancelled.
         """
         job.last_reply = time.monotonic()
-        self._outbox.append((job.client, _pack(job.request.id, body)))
+        self._outbox.append((job.connection, _pack(job.request.id, body)))
         self._waker.wake()
 
     def close(self) -> None:
-        """Send the remaining replies, then stop the thread and free the socket."""
+        """Send the remaining replies, then stop the threads and free the socket."""
         self._closing = True
         self._waker.wake()
         self._thread.join(timeout=2)
+        if self._gate:
+            self._gate.close()
 
     def _serve(self) -> None:
         poller = zmq.Poller()
         for readable in (self._router, self._zap, self._waker):
             poller.register(readable, zmq.POLLIN)
         while not (self._closing and not self._outbox):
-            ready = dict(poller.poll(200 if len(self.jobs) else None))
+            idle_ms = int(_PROBE_S * 1000) if self._connections else None
+            ready = dict(poller.poll(200 if len(self.jobs) else idle_ms))
             if self._zap in ready:
                 self._authenticate()
             if self._waker.fileno() in ready:
                 self._waker.clear()
             if self._router in ready:
                 self._receive()
+            self._probe()
             self._update_clients()
             self._flush()
         self._context.destroy(linger=500)
@@ -139,18 +159,39 @@ class Server:
     def _receive(self) -> None:
         for _ in range(100):  # a flood of requests must not delay replies and deadlines
             try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                connection, *frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            answer = self._handle(client, frames)
+            if self._rate.allows(client_of(connection), sum(map(len, frames))):
+                answer = self._handle(connection, frames)
+                self._connections[client_of(connection)].add(connection)
+            else:  # its id is unknown, because the request is not decoded
+                answer = Reply("", Failed("busy", _TOO_FAST))
             if answer:
-                self._send(client, _pack(answer.id, answer.body))
+                self._send(connection, _pack(answer.id, answer.body))
 
-    def _send(self, client: bytes, data: bytes) -> None:
+    def _send(self, connection: bytes, data: bytes) -> None:
         try:
-            self._router.send_multipart([client, data], zmq.NOBLOCK)
-        except zmq.ZMQError:  # disconnected, or too slow: its send queue is full
-            self.jobs.cancel_all(client)
+            self._router.send_multipart([connection, data], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # disconnected, or too slow: its send queue is full
+            self.jobs.cancel_all(connection)
+            if error.errno == zmq.EHOSTUNREACH:
+                self._forget(connection)
+
+    def _probe(self) -> None:
+        """Send a message that clients ignore, because only sending shows who has disconnected."""
+        if time.monotonic() >= self._next_probe_s:
+            self._next_probe_s = time.monotonic() + _PROBE_S
+            for connection in [*chain.from_iterable(self._connections.values())]:
+                self._send(connection, _pack("", Progress(0, 0)))
+
+    def _forget(self, connection: bytes) -> None:
+        """Drop a connection. A client without connections has left."""
+        client = client_of(connection)
+        mine = self._connections.get(client, set())
+        mine.discard(connection)
+        if not mine and self._connections.pop(client, None) is not None:
+            self.jobs.leave(client)
 
     def _flush(self) -> None:
         while self._outbox:
@@ -183,7 +224,7 @@ class Server:
                 self.reply(job, refusal)
         self.jobs.cancel_all()
 
-    def _handle(self, client: bytes, frames: list[bytes]) -> Reply | None:
+    def _handle(self, connection: bytes, frames: list[bytes]) -> Reply | None:
         data = frames[0] if len(frames) == 1 else b""
         try:
             envelope = decode(data, Envelope)
@@ -203,7 +244,7 @@ class Server:
             return Reply(envelope.id, Failed("bad_request", explain_decode_error(error)))
         except ValueError as error:
             return Reply(envelope.id, Failed("bad_request", str(error)))
-        answer = self._answer(client, request)
+        answer = self._answer(connection, request, len(data))
         return Reply(request.id, answer) if answer else None
 
     def _check(self, request: Request) -> None:
@@ -216,7 +257,7 @@ class Server:
                 f"deadline_s is {request.deadline_s}; it must be a positive, finite number"
             )
 
-    def _answer(self, client: bytes, request: Request) -> ReplyBody | None:
+    def _answer(self, connection: bytes, request: Request, nbytes: int) -> ReplyBody | None:
         """Answer requests that need no rank; queue all others and return None."""
         match request.body:
             case Status():
@@ -229,11 +270,10 @@ class Server:
                     self.reply(job, Failed("cancelled", "the workers are being stopped"))
         if self.refusal:
             return self.refusal
-        if len(self.jobs) >= _MAX_WAITING:
-            return Failed(
-                "busy", f"{_MAX_WAITING} requests are waiting, which is the limit; try again later"
-            )
-        self.jobs.add(Job(next(self._job_numbers), client, request))
+        try:
+            self.jobs.add(Job(next(self._job_numbers), connection, request, nbytes))
+        except QueueFull as error:
+            return Failed("busy", str(error))
         return None
 
     def _cancel(self, target: str) -> Done:
@@ -259,7 +299,9 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.S
     router.curve_server = True
     router.curve_secretkey = secret_key
     router.router_mandatory = True  # sending to a disconnected client raises
-    router.maxmsgsize = MAX_MESSAGE_BYTES
+    router.router_handover = True  # a client that connects again keeps its routing id
+    router.maxmsgsize = MAX_REQUEST_BYTES + ENCRYPTION_BYTES
+    router.rcvhwm = _MAX_UNREAD
     router.heartbeat_ivl = 2_000
     router.heartbeat_timeout = 10_000
     router.linger = 500

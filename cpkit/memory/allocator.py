@@ -84,6 +84,12 @@ class BlockAllocator:
         self.total_bytes += nbytes
         self.digest = zlib.crc32(b"segment %d" % nbytes, self.digest)
 
+    def drop_segment(self, segment: int) -> None:
+        """Place no more blocks in a segment, which has none."""
+        self.total_bytes -= self.free_lists[segment].nbytes
+        self.free_lists[segment] = FreeList(0)
+        self.digest = zlib.crc32(b"drop segment %d" % segment, self.digest)
+
     def place(self, nbytes: int) -> Block | None:
         """Place a block; return None when no segment has room or MAX_BLOCKS are placed."""
         if not self._free_bits:

@@ -92,7 +92,8 @@ class SymmetricPool:
             self.backend: Backend = kept or _make_backend(group, kind)
         self.device = self.backend.device
         self._allocator = BlockAllocator()
-        self._segments: list[Segment] = []
+        self._segments: dict[int, Segment] = {}  # by the number in the allocator
+        self._spilled: set[int] = set()
         self.samples: deque[PoolSample] = deque(maxlen=_MAX_SAMPLES)  # oldest first
         self._start_s = time.monotonic()
         self._spills, self._spill_ms = 0, 0.0
@@ -148,7 +149,7 @@ class SymmetricPool:
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """Return (segment, byte offset) of a tensor's first element; None outside this pool."""
         address = tensor.data_ptr()
-        for number, segment in enumerate(self._segments):
+        for number, segment in self._segments.items():
             offset = address - segment.addresses[self.group.rank]
             if 0 <= offset < segment.nbytes:
                 return number, offset
@@ -198,9 +199,9 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            took_ms = self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            self._spill_ms += self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            self._spilled.add(max(self._segments))
             self._spills += 1
-            self._spill_ms += took_ms
             block = self._allocator.place(nbytes)
         return block
 
@@ -210,7 +211,7 @@ class SymmetricPool:
         with torch._C.DisableTorchFunction():  # `use_symmetric_memory` would allocate in this pool
             segment = self.backend.make_segment(nbytes, purpose)
         register_segment(segment, self.group.rank, self.group.ranks)
-        self._segments.append(segment)
+        self._segments[len(self._allocator.free_lists)] = segment
         self._allocator.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
         self._registrations += 1
@@ -236,6 +237,15 @@ class SymmetricPool:
         """Free the blocks that all ranks have dropped. Collective."""
         with self.agreement() as call:
             call.must_match(Signature(purpose))
+
+    def trim(self) -> None:
+        """Return the spilled segments without blocks to the system. Collective."""
+        self.free_dropped("trim the pool")
+        in_use = {block.segment for block in self._allocator.blocks.values()}
+        for number in sorted(self._spilled - in_use):
+            self._allocator.drop_segment(number)
+            del self._segments[number]
+        self._spilled &= in_use
 
     def _free_agreed(self, states: list[bytes]) -> None:
         """Free the blocks that all ranks have dropped: the AND of their masks."""
@@ -337,9 +347,8 @@ class SymmetricPool:
         """
         locations = tuple([state[_STATE_BYTES:] for state in call.states])
         problem = "" if transport else self.backend.window_problem()
-        return decide_from(
-            locations, self.group.rank, transport or self.backend.transport(), problem
-        )
+        kind = transport or self.backend.transport()
+        return decide_from(locations, self.group.rank, kind, problem)
 
     # ------------------------------------------------------------------------- life
 
@@ -381,7 +390,7 @@ class SymmetricPool:
             self._arena_bytes += needed
             return
         old_bytes, larger = self._arena_bytes, max(needed, self._arena_bytes)
-        self._allocator, self._segments = BlockAllocator(), []
+        self._allocator, self._segments, self._spilled = BlockAllocator(), {}, set()
         try:
             self._grow(larger, purpose)
         except SymmetricMemoryError:  # on every rank
@@ -398,7 +407,7 @@ class SymmetricPool:
         return PoolStatistics(
             segments=len(self._segments),
             arena_bytes=self._arena_bytes,
-            spill_bytes=sum(each.nbytes for each in self._segments) - self._arena_bytes,
+            spill_bytes=self._allocator.total_bytes - self._arena_bytes,
             used_bytes=self._allocator.used_bytes,
             peak_bytes=self._allocator.peak_bytes,
             largest_free_bytes=self._allocator.largest_free(),
@@ -410,22 +419,16 @@ class SymmetricPool:
         )
 
     def _sample(self) -> None:
-        allocator = self._allocator
-        self.samples.append(
-            PoolSample(
-                time.monotonic() - self._start_s,
-                allocator.used_bytes,
-                allocator.peak_bytes,
-                allocator.total_bytes - allocator.used_bytes,
-                allocator.largest_free(),
-                self._spills,
-            )
-        )
+        allocator, time_s = self._allocator, time.monotonic() - self._start_s
+        used_bytes, peak_bytes = allocator.used_bytes, allocator.peak_bytes
+        free_bytes, largest = allocator.total_bytes - used_bytes, allocator.largest_free()
+        sample = PoolSample(time_s, used_bytes, peak_bytes, free_bytes, largest, self._spills)
+        self.samples.append(sample)
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that tests detect unwritten rows. Local."""
-        for segment, free_list in zip(self._segments, self._allocator.free_lists, strict=True):
-            for offset, nbytes in free_list.free_ranges:
+        for number, segment in self._segments.items():
+            for offset, nbytes in self._allocator.free_lists[number].free_ranges:
                 segment.view(self.group.rank, offset, nbytes).fill_(POISON_BYTE)
 
 

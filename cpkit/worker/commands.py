@@ -28,10 +28,11 @@ KEEP_ALIVE_S = 60.0  # interval of KeepAlive on an idle rank 0; far shorter than
 
 
 class Begin(Message, frozen=True, tag="begin"):
-    """Start a job, and run its first step."""
+    """Start a job of a client, and run its first step."""
 
     job: int
     body: Body
+    client: bytes
 
 
 class Step(Message, frozen=True, tag="step"):

@@ -24,8 +24,10 @@ from cpkit.control.messages import (
     Workload,
 )
 from cpkit.control.requests import DTYPE_BYTES
+from cpkit.memory.sizing import warm_up_bytes
 from cpkit.settings import worker_device
 from cpkit.sync.free_memory import tightest
+from cpkit.worker.operation import Held
 
 _MAX_WORKLOADS = 1024
 _MAX_ROUND = 1023  # the range of a row's stamp (cpkit.provenance)
@@ -35,15 +37,21 @@ _CLOCK_COPIES = 3  # source, target and fresh memory of the calls that copy
 _MAX_SAMPLES = 100_000  # over all ranks: 1.6 MB
 _MAX_LATE_US = 100_000.0
 _MAX_TOKENS = 1 << 20
+# What clients may hold between their requests, as a fraction of the limit, so that others can work.
+_CLIENT_SHARE, _TOTAL_SHARE = 0.5, 0.75
 # Copies of the gathered result that a rank holds at the same time, at most, including its shard and
 # the expected rows. A plan has two outputs.
 _COPIES = {"direct": 4}
 _DEFAULT_COPIES = 5
 
 
+class MemoryInUse(RuntimeError):
+    """Other clients and requests use the memory that this one needs."""
+
+
 @cache
 def memory_limit_bytes() -> int:
-    """Return how many bytes one request may use on all ranks together.
+    """Return how many bytes requests may use on all ranks together.
 
     This is `CPKIT_MEMORY_LIMIT_BYTES`, or half of the memory (on the GPU if the ranks run there)
     that is free when the workers start, within the limits of their container.
@@ -82,6 +90,70 @@ def check(body: Body, world_size: int) -> None:
         case Put(cp_size, rounds):
             check_cp_size(cp_size, world_size)
             _in_range("rounds", rounds, 1, _MAX_ROUNDS)
+
+
+def needed(body: Body) -> int:
+    """Return an upper bound of the bytes that a request needs on all ranks while it is open."""
+    match body:
+        case Gather(workload) | Measure(workload) | Trace(workload) | Explain(workload):
+            return needed_bytes(workload)
+        case Clock(workload):
+            return needed_bytes(workload) + workload.cp_size * _CLOCK_COPIES * workload.total_bytes
+        case Sweep(workloads):
+            return max(map(needed_bytes, workloads))
+    return 0
+
+
+def check_share(body: Pool, client: bytes, held: Held) -> None:
+    """Check what the pools would hold after a request, for its client and for all clients.
+
+    `held` is what they hold now. Raises ValueError for the client's share, and MemoryInUse for all.
+    """
+    wanted = _kept_bytes(body)
+    if not wanted:
+        return
+    replaced = body.action == "configure"  # by the new pool
+    kept = {key: n for key, n in held.items() if not (replaced and key[1] == body.cp_size)}
+    limit, mine = memory_limit_bytes(), sum(n for key, n in kept.items() if key[0] == client)
+    most, total = int(_CLIENT_SHARE * limit), int(_TOTAL_SHARE * limit)
+    what = f"this request keeps {_bytes(wanted)} of shared memory on {body.cp_size} ranks"
+    if mine + wanted > most:
+        raise ValueError(
+            f"{what}, and this client holds {_bytes(mine)}; a client may hold {_bytes(most)}: call "
+            f"lab.pool.release() or lab.pool.configure() first, or start the workers with a larger "
+            f"CPKIT_MEMORY_LIMIT_BYTES"
+        )
+    if sum(kept.values()) + wanted > total:
+        raise MemoryInUse(
+            f"{what}, and all clients hold {_bytes(sum(kept.values()))} of at most {_bytes(total)}"
+            f": wait until another client releases its blocks or closes its connection, or start "
+            f"the workers with a larger CPKIT_MEMORY_LIMIT_BYTES"
+        )
+
+
+def check_room(needed_bytes: int, held_bytes: int) -> None:
+    """Raise MemoryInUse if a request does not fit beside what clients hold in the pools."""
+    limit = memory_limit_bytes()
+    if needed_bytes + held_bytes > limit:
+        raise MemoryInUse(
+            f"this request needs about {_bytes(needed_bytes)}, and clients hold "
+            f"{_bytes(held_bytes)} in pools, of at most {_bytes(limit)} together: call "
+            f"lab.pool.release() in the notebooks that allocated it, or use fewer tokens"
+        )
+
+
+def _kept_bytes(body: Pool) -> int:
+    """Return how many bytes of the pools stay in use on all ranks after a request."""
+    match body.action:
+        case "allocate":
+            return body.cp_size * (body.nbytes or 0)
+        case "configure":
+            return body.cp_size * (body.prealloc_bytes or 0)
+        case "warm_up":
+            row_bytes = body.heads * body.head_dim * DTYPE_BYTES[body.dtype]
+            tokens = body.max_tokens or 0
+            return body.cp_size * body.tensors * warm_up_bytes(tokens, row_bytes, body.cp_size, 1)
+    return 0
 
 
 def check_cp_size(cp_size: int, world_size: int) -> None:

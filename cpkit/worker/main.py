@@ -83,7 +83,9 @@ def _serve(
         uptime_s = time.monotonic() - start_s
         return _status(launch, runtime_dir, workers, server.endpoint, ahead, uptime_s)
 
-    server = Server(_endpoint(launch, agent), server_secret, client_public, status)
+    address = address_of(launch.interface) if launch.interface else ""
+    path = f"{agent.socket_dir}/control"
+    server = Server(path, server_secret, client_public, status, address)
     connection = Connection(
         name=launch.name,
         endpoint=server.endpoint,
@@ -148,13 +150,6 @@ def _backend_name() -> str:
     if worker_device() == "cpu":
         return "POSIX shared memory"
     return "torch.distributed._symmetric_memory. " + passed_on(GPU_NOTE)
-
-
-def _endpoint(launch: Launch, agent: Agent) -> str:
-    """Return an ipc endpoint in the agent's private directory, or TCP on `launch.interface`."""
-    if launch.interface:
-        return f"tcp://{address_of(launch.interface)}:*"
-    return f"ipc://{agent.socket_dir}/control"
 
 
 def _gather_workers(channel: CommandChannel, runtime_dir: RuntimeDir) -> tuple[Worker, ...]:

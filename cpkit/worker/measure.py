@@ -86,6 +86,8 @@ class SweepOperation(Operation[Sweep]):
         timings = time_calls(calls, group, 1)
         while (done := len(timings["0"].call_us)) < iterations:
             yield Progress(done, iterations)
+            for run in runs:
+                run.gather()  # the first gather after a step of another request is slow
             time_for(CHUNK_S, calls, group, iterations - done, timings)
         samples = zip(workloads, timings.values(), paths, strict=True)
         return SweepResult(tuple(_sample(w, 0, timing, path) for w, timing, path in samples))

@@ -10,7 +10,8 @@ and serves waiting ones between two steps.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -20,24 +21,38 @@ from cpkit.group import CPGroup, forget_groups
 
 B = TypeVar("B", bound=Message)
 Steps = Generator[ReplyBody, None, ReplyBody]
+Held = Mapping[tuple[bytes, int], int]
 CHUNK_S = 0.05  # target duration of a step
 
 
 class RankState:
     """The state of a rank between requests.
 
-    `held` contains, per cp_size, the pool blocks that a notebook has allocated and not released.
-    `round` differs between consecutive requests and is equal on all ranks. Rows are stamped with
-    it, so that rows of an earlier request are detected.
+    `held` contains, per client and cp_size, the pool blocks that the client has allocated and not
+    released. `arenas` contains, per cp_size, who has chosen the arena's size, and its bytes on all
+    ranks. `client` is that of the current step. `round` differs between consecutive requests and is
+    equal on all ranks. Rows are stamped with it, so that rows of an earlier request are detected.
     """
 
     def __init__(self) -> None:
-        self.held: dict[int, list[torch.Tensor]] = {}
+        self.held: dict[tuple[bytes, int], list[torch.Tensor]] = {}
+        self.arenas: dict[int, tuple[bytes, int]] = {}
+        self.client = b""
         self.round = 0
+
+    def held_bytes(self) -> Held:
+        """Return the bytes on all ranks of the blocks and arenas, by client and cp_size."""
+        held = Counter[tuple[bytes, int]]()
+        for (client, cp_size), blocks in self.held.items():
+            held[client, cp_size] += cp_size * sum(block.nbytes for block in blocks)
+        for cp_size, (client, nbytes) in self.arenas.items():
+            held[client, cp_size] += nbytes
+        return held
 
     def reset(self) -> None:
         """Drop all state after a failure inside a collective. Call it on every rank."""
         self.held.clear()
+        self.arenas.clear()
         forget_groups()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cpkit.control.messages import Pool, PoolResult
+from cpkit.devices import finish
 from cpkit.group import CPGroup
 from cpkit.memory.pool import SymmetricPool
 from cpkit.settings import worker_device
@@ -12,6 +13,7 @@ from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import DTYPES
 
+_NO_CLIENT = b""
 _MAX_SAMPLES = 512  # of the history, about 30 kB
 
 
@@ -30,31 +32,51 @@ class PoolOperation(Operation[Pool]):
         """Run the action, and return a note on what it did."""
         match self.body.action:
             case "configure":
-                state.held.pop(self.body.cp_size, None)
-                pool = pool.configure(self.body.prealloc_bytes)
-                return f"a new arena of {pool.stats().arena_bytes} bytes"
+                return self._configure(pool, state, self.body.prealloc_bytes)
             case "warm_up":
-                return self._warm_up(pool)
+                return self._warm_up(pool, state)
             case "allocate":
                 return self._allocate(pool, state)
-            case "release":
-                blocks = state.held.pop(self.body.cp_size, [])
-                return f"released {len(blocks)} block(s)"
+            case "release" | "leave":
+                blocks = len(state.held.pop((state.client, self.body.cp_size), []))
+                if self.body.action == "leave":
+                    self._trim(pool, state)
+                return f"released {blocks} block(s)"
         return ""
 
-    def _warm_up(self, pool: SymmetricPool) -> str:
+    def _configure(self, pool: SymmetricPool, state: RankState, prealloc: int | None) -> str:
+        cp_size = self.body.cp_size
+        state.held = {key: blocks for key, blocks in state.held.items() if key[1] != cp_size}
+        state.arenas.pop(cp_size, None)
+        arena_bytes = pool.configure(prealloc).stats().arena_bytes
+        if prealloc is not None:
+            state.arenas[cp_size] = state.client, cp_size * arena_bytes
+        return f"a new arena of {arena_bytes} bytes"
+
+    def _trim(self, pool: SymmetricPool, state: RankState) -> None:
+        """Return what no client needs to the system: spills, and an arena whose client has left."""
+        finish()
+        pool.trim()
+        owner, nbytes = state.arenas.get(self.body.cp_size, (b"", 0))
+        if owner == state.client:
+            state.arenas[self.body.cp_size] = _NO_CLIENT, nbytes
+        if nbytes and owner in (state.client, _NO_CLIENT) and not pool.stats().live_blocks:
+            self._configure(pool, state, None)
+
+    def _warm_up(self, pool: SymmetricPool, state: RankState) -> str:
         body, before_bytes = self.body, pool.stats().arena_bytes
         shape, dtype = (body.heads, body.head_dim), DTYPES[body.dtype]
         pool.warm_up(body.max_tokens or 0, shape, dtype, body.tensors)
         arena_bytes = pool.stats().arena_bytes
         if arena_bytes == before_bytes:
             return "the arena was large enough already"
+        state.arenas[body.cp_size] = state.client, body.cp_size * arena_bytes
         return f"the arena has {arena_bytes} bytes now"
 
     def _allocate(self, pool: SymmetricPool, state: RankState) -> str:
         spills_before = pool.stats().spills
         with use_symmetric_memory(pool.group):
             block = torch.empty(self.body.nbytes or 0, dtype=torch.uint8, device=pool.device)
-        state.held.setdefault(self.body.cp_size, []).append(block)
+        state.held.setdefault((state.client, self.body.cp_size), []).append(block)
         spilled = pool.stats().spills > spills_before
         return "spilled into a new segment" if spilled else "fit the pool"

@@ -21,6 +21,7 @@ from cpkit.control.messages import (
     Failed,
     FailureKind,
     Measure,
+    Pool,
     Shutdown,
 )
 from cpkit.control.queue import Job
@@ -39,10 +40,19 @@ from cpkit.worker.commands import (
     Step,
     StepResult,
 )
-from cpkit.worker.limits import check
+from cpkit.worker.limits import (
+    MemoryInUse,
+    check,
+    check_room,
+    check_share,
+    memory_limit_bytes,
+    needed,
+)
 from cpkit.worker.liveness import Monitor
 from cpkit.worker.operations import Operation, RankState, operation
 
+_NO_JOB = 0  # jobs have numbers from 1
+_RETRY_S = 0.05
 _log = logging.getLogger("cpkit")
 
 
@@ -51,7 +61,7 @@ class Executor:
 
     def __init__(self, channel: CommandChannel) -> None:
         self._channel = channel
-        self._state = RankState()
+        self.state = RankState()
         self._open: dict[int, Generator[Any, None, Any]] = {}
 
     def run(self) -> None:
@@ -64,7 +74,8 @@ class Executor:
     def execute(self, command: Command) -> StepResult:
         """Execute a command, and return this rank's result; an empty one if it is not a step."""
         if isinstance(command, Begin):
-            self._state.round = command.job % 1000 + 1
+            self.state.client = command.client
+            self.state.round = command.job % 1000 + 1
             self._open[command.job] = self._steps(command.body)
         if isinstance(command, Begin | Step):
             return _run_step(self._open[command.job])
@@ -72,7 +83,7 @@ class Executor:
             for job in command.jobs:
                 self._open.pop(job).close()
             if command.reset:
-                self._state.reset()
+                self.state.reset()
         return StepResult()
 
     def _steps(self, body: Body) -> Generator[Any, None, Any]:
@@ -83,7 +94,7 @@ class Executor:
         if group.index > 0:
             while True:
                 yield None
-        return (yield from job_operation.steps(group, self._state))
+        return (yield from job_operation.steps(group, self.state))
 
 
 def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
@@ -105,9 +116,10 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
 
 
 class Task:
-    """A job on rank 0: its operation and its unfinished parts."""
+    """A job on rank 0: its operation, its unfinished parts, and the memory that it needs."""
 
     def __init__(self, body: Body) -> None:
+        self.needed_bytes = needed(body)
         self.operation: Operation[Any] = operation(body)
         self.parts = deque(self.operation.parts())
         self.is_open = False
@@ -126,6 +138,8 @@ class Scheduler:
         """Serve until a client requests Shutdown."""
         while True:
             job = self._jobs.take(KEEP_ALIVE_S)
+            for client in self._jobs.departed():
+                self._release(client)
             if job is None:
                 self._execute(KeepAlive())
             elif job.cancelled:
@@ -142,17 +156,48 @@ class Scheduler:
         if job.number not in self._tasks:
             try:
                 check(job.body, self._channel.size)
+                task = Task(job.body)
+                if not self._has_room(job, task):
+                    job.started, job.not_before = False, time.monotonic() + _RETRY_S
+                    self._jobs.put_back(job, front=True)
+                    return
             except ValueError as error:
                 self._fail(job, "bad_request", str(error))
                 return
-            self._tasks[job.number] = Task(job.body)
+            except MemoryInUse as error:
+                self._fail(job, "busy", str(error))
+                return
+            self._tasks[job.number] = task
         job.not_before = time.monotonic() + (
             job.body.interval_s if isinstance(job.body, Measure) else 0.0
         )
         self._run_step(job, self._tasks[job.number])
 
+    def _has_room(self, job: Job, task: Task) -> bool:
+        """Return False while open requests use the memory that a new one needs.
+
+        Raises ValueError or MemoryInUse if there will be no room when they have ended.
+        """
+        held = self._executor.state.held_bytes()
+        if isinstance(job.body, Pool):
+            check_share(job.body, job.client, held)
+        in_use = sum(held.values())
+        check_room(task.needed_bytes, in_use)
+        others = sum(other.needed_bytes for other in self._tasks.values())
+        return others == 0 or task.needed_bytes + others + in_use <= memory_limit_bytes()
+
+    def _release(self, client: bytes) -> None:
+        """Free what a client that has left holds."""
+        for holder, cp_size in self._executor.state.held_bytes():
+            if holder == client:
+                results = self._execute(Begin(_NO_JOB, Pool(cp_size, "leave"), client))
+                self._execute(End((_NO_JOB,)))
+                if not all(result.agreed for result in results if result.error):
+                    self._reset()
+
     def _run_step(self, job: Job, task: Task) -> None:
-        command = Step(job.number) if task.is_open else Begin(job.number, task.parts[0])
+        begin = Begin(job.number, task.parts[0], job.client)
+        command = Step(job.number) if task.is_open else begin
         task.is_open = True
         results = self._execute(command)
         if any(result.error for result in results):

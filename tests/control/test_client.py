@@ -53,9 +53,10 @@ def test_a_client_without_descriptors_names_the_limit_and_recovers(
 ) -> None:
     client = control_server.client()
     used, limits = psutil.Process().num_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    few = 8  # enough for the poll of the server's thread, and fewer than are open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
     try:
-        with pytest.raises(ControlError, match=r"limit of this process is 0.*ulimit -n"):
+        with pytest.raises(ControlError, match=rf"limit of this process is {few}.*ulimit -n"):
             client.call(Status(), StatusResult)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -152,6 +153,38 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
         lambda: control_server.server.reply(job, Done()) or job.cancelled,
         why="the server to notice the disconnected client",
     )
+
+
+def test_a_client_has_left_when_all_its_connections_have_ended(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when it closes a stream, nor while it waits."""
+    monkeypatch.setattr("cpkit.control.server._PROBE_S", 0.05)
+    jobs, leaver, other = control_server.server.jobs, control_server.client(), control_server.raw()
+    stream = leaver.stream(Measure(WORKLOAD))
+    thread, _ = in_background(next, stream)
+    job = jobs.take(LIMIT_S)
+    control_server.server.reply(job, SAMPLE)
+    thread.join()
+    stream.close()
+    until(lambda: job.cancelled, why="the stream to be cancelled")
+    jobs.finish()
+    other.send(encode(Request("o", 30.0, Status())))
+    for _ in range(10):  # probes; a client ignores them
+        assert decode(other.recv(), Reply).id in ("o", "")
+    assert jobs.departed() == []
+    assert leaver.call(Status(), StatusResult).name == "test"
+    thread, _ = in_background(leaver.call, Put(2), Done)
+    until(lambda: len(jobs) == 1, why="a request")
+    leaver.close()
+    assert jobs.take(LIMIT_S).client == job.client
+    start_s = time.monotonic()
+    assert jobs.take(LIMIT_S) is None
+    assert time.monotonic() - start_s < LIMIT_S / 2, "the wait ends when a client leaves"
+    assert jobs.departed() == [job.client]
+    assert jobs.departed() == []
+    thread.join()
+    other.close()
 
 
 def test_cancelling_a_waiting_and_an_unknown_request(control_server: ControlServer) -> None:

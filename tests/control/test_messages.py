@@ -18,6 +18,7 @@ from cpkit.control import messages
 from cpkit.control.errors import explain_decode_error
 from cpkit.control.messages import (
     Cancel,
+    Done,
     Envelope,
     Gather,
     Measure,
@@ -25,6 +26,7 @@ from cpkit.control.messages import (
     Request,
     Sample,
     Status,
+    Sweep,
     Workload,
     decode,
     encode,
@@ -138,9 +140,13 @@ def test_threads_may_decode_the_first_message_of_a_type_together() -> None:
 
 
 def test_messages_have_a_size_limit() -> None:
-    huge = Cancel("x" * messages.MAX_MESSAGE_BYTES)
-    with pytest.raises(ValueError, match="at most"):
-        encode(Request("a", 1.0, huge))
+    most = messages.MAX_REQUEST_BYTES
+    with pytest.raises(ValueError, match=f"at most {most} fit: pass fewer workloads"):
+        encode(Request("a", 1.0, Cancel("x" * most)))
+    with pytest.raises(ValueError, match=f"at most {messages.MAX_MESSAGE_BYTES} fit"):
+        encode(Reply("a", Done("x" * messages.MAX_MESSAGE_BYTES)))
+    largest = Sweep((Workload(4, (1 << 20,) * 8, dtype="float8_e4m3fn"),) * 1024)
+    assert len(encode(Request("a", 1.0, largest))) < most / 4
     with pytest.raises(msgspec.DecodeError, match="at most"):
         decode(bytes(messages.MAX_MESSAGE_BYTES + 1), Request)
 

@@ -1,7 +1,13 @@
-"""A control server without workers: the test takes the jobs and replies to them."""
+"""A control server without workers: the test takes the jobs and replies to them.
+
+    python -m tests.helpers.control_server DIRECTORY ADDRESS
+
+serves in a process of its own until its stdin ends. It prints its connection file.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 
@@ -41,10 +47,10 @@ def connection() -> Connection:
 class ControlServer:
     """A listening server, its keys, and the clients made by a test."""
 
-    def __init__(self, directory: Path, endpoint: str | None = None) -> None:
+    def __init__(self, directory: Path, address: str = "") -> None:
         self.server_keys, self.client_keys = zmq.curve_keypair(), zmq.curve_keypair()
         self.server = Server(
-            endpoint or f"ipc://{directory}/s", self.server_keys[1], self.client_keys[0], _status
+            f"{directory}/s", self.server_keys[1], self.client_keys[0], _status, address
         )
         self.server.start()
         self.clients: list[Client] = []
@@ -113,3 +119,14 @@ def in_background(function: object, *arguments: object) -> tuple[threading.Threa
     thread = threading.Thread(target=run)
     thread.start()
     return thread, results
+
+
+def main(directory: str, address: str) -> None:
+    control_server = ControlServer(Path(directory), address)
+    print(msgspec.json.encode(control_server.connection()).decode(), flush=True)
+    sys.stdin.read()
+    control_server.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -65,6 +65,7 @@ BAD = [
     (lambda lab: lab.pool.allocate(0), "nbytes is 0"),
     (lambda lab: lab.pool.allocate("64"), "nbytes is '64'; it must be a whole number"),
     (lambda lab: lab.pool.allocate(1 << 50), "nbytes is"),
+    (lambda lab: lab.pool.allocate(lab.status().memory_limit_bytes * 3 // 8, 2), "a client may ho"),
     (lambda lab: lab.pool.configure(0), "prealloc_bytes is 0"),
     (lambda lab: lab.pool.warm_up(-5), "max_tokens is -5"),
     (lambda lab: lab.put(rounds=0), "rounds is 0"),

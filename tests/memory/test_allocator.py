@@ -91,6 +91,17 @@ def test_a_block_is_free_only_after_all_ranks_released_it() -> None:
     assert allocator.place(100) is not None
 
 
+def test_a_dropped_segment_gets_no_blocks_and_the_others_keep_their_numbers() -> None:
+    allocator = BlockAllocator()
+    for nbytes in (256, 4096, 8192):
+        allocator.add_segment(nbytes)
+    digest = allocator.digest
+    allocator.drop_segment(1)
+    assert allocator.digest != digest
+    assert (allocator.total_bytes, allocator.largest_free()) == (256 + 8192, 8192)
+    assert allocator.place(4096).segment == 2
+
+
 def test_the_number_of_blocks_is_limited() -> None:
     allocator = BlockAllocator()
     allocator.add_segment(ALIGNMENT_BYTES * (MAX_BLOCKS + 1))

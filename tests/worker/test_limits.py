@@ -1,0 +1,64 @@
+"""What clients may hold in the pools, each and together, and what requests need beside that."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpkit.control.messages import Clock, Gather, Pool, Sweep, Workload
+from cpkit.worker import limits
+from cpkit.worker.limits import MemoryInUse, check_room, check_share, needed, needed_bytes
+
+A, B, C = b"a", b"b", b"c"
+SMALL, LARGE = Workload(2, (64,)), Workload(2, (4096,))
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "memory_limit_bytes", lambda: 1000)
+
+
+def allocate(nbytes: int) -> Pool:
+    return Pool(2, "allocate", nbytes=nbytes)
+
+
+def test_a_client_may_hold_half_of_the_limit() -> None:
+    held = {(A, 2): 300, (A, 1): 100, (B, 2): 50}
+    check_share(allocate(50), A, held)
+    with pytest.raises(ValueError, match=r"keeps 102 bytes.*holds 400 bytes.*may hold 500 bytes"):
+        check_share(allocate(51), A, held)
+    check_share(allocate(150), B, held)
+    check_share(Pool(2, "release"), A, {(A, 2): 5000})
+    check_share(Pool(2), A, {(A, 2): 5000})
+
+
+def test_all_clients_may_hold_three_quarters() -> None:
+    held = {(A, 2): 400, (B, 1): 300}
+    check_share(allocate(25), C, held)
+    with pytest.raises(MemoryInUse, match=r"keeps 52 bytes.*all clients hold 700 bytes .* 750"):
+        check_share(allocate(26), C, held)
+
+
+def test_a_new_arena_replaces_what_its_pool_held() -> None:
+    held = {(A, 2): 400, (B, 2): 100, (B, 1): 200}
+    check_share(Pool(2, "configure", prealloc_bytes=250), A, held)
+    check_share(Pool(2, "configure"), A, held)
+    with pytest.raises(ValueError, match="may hold"):
+        check_share(Pool(2, "configure", prealloc_bytes=251), A, held)
+    with pytest.raises(ValueError, match="may hold"):
+        check_share(Pool(1, "configure", prealloc_bytes=200), A, held)
+    warm_up = Pool(2, "warm_up", max_tokens=8, heads=1, head_dim=8, dtype="uint8", tensors=1)
+    with pytest.raises(ValueError, match=r"keeps 2048 bytes"):  # twice two blocks of 256 per rank
+        check_share(warm_up, A, {})
+
+
+def test_a_request_must_fit_beside_what_clients_hold() -> None:
+    check_room(600, 400)
+    with pytest.raises(MemoryInUse, match=r"needs about 601 bytes.*hold 400 bytes.* 1000 bytes"):
+        check_room(601, 400)
+
+
+def test_a_request_needs_the_memory_of_its_largest_workload() -> None:
+    assert needed(Gather(SMALL)) == needed_bytes(SMALL) < needed_bytes(LARGE)
+    assert needed(Sweep((SMALL, LARGE, SMALL))) == needed_bytes(LARGE)
+    assert needed(Clock(SMALL, ("copy",))) > needed(Gather(SMALL))
+    assert needed(allocate(100)) == 0, "check_share counts it"
