@@ -43,7 +43,8 @@ class Job:
 
     `connection` is the routing id to reply to, and `nbytes` the size of the request. The next step
     starts at `not_before` or later, so that other jobs run between two samples. `ahead` is the
-    queue position last sent to the client. Times are those of `time.monotonic`.
+    queue position last sent to the client. `postponed`: it has not started, because requests that
+    run use the memory that it needs. Times are those of `time.monotonic`.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Job:
     request: Request
     nbytes: int = 0
     started: bool = False
+    postponed: bool = False
     cancelled: bool = False
     not_before: float = 0.0
     ahead: int = -1
@@ -129,6 +131,12 @@ class JobQueue:
             departed, self._departed = self._departed, []
             return departed
 
+    def postpone(self, job: Job, wait_s: float) -> None:
+        """Return the current job to the queue for a while, because it does not fit into memory."""
+        job.started, job.postponed = False, True
+        job.not_before = time.monotonic() + wait_s
+        self.put_back(job, front=True)
+
     def put_back(self, job: Job, *, front: bool) -> None:
         """Return the current job to its client's queue, at the front or at the back."""
         with self._changed:
@@ -179,7 +187,7 @@ class JobQueue:
             waiting = []
             for job in chain.from_iterable(zip_longest(*self._queues.values())):
                 if job:
-                    waiting.append((job, ahead))
+                    waiting.append((job, max(ahead, int(job.postponed))))
                     ahead += not job.cancelled
             return waiting
 

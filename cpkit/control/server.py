@@ -203,11 +203,13 @@ class Server:
             self._refuse(self.refusal)
             return
         for job in self.jobs.remove_overdue():
-            waited = f"waited {job.request.deadline_s:g} s with {job.ahead} request(s) ahead"
-            self.reply(job, Failed("busy", waited))
+            why = f"with {job.ahead} request(s) ahead"
+            if job.postponed:
+                why = "for memory that other requests use: use fewer tokens, or cancel the others"
+            self.reply(job, Failed("busy", f"waited {job.request.deadline_s:g} s {why}"))
         now = time.monotonic()
         current = self.jobs.current()
-        if current and now - current.last_reply > _KEEP_ALIVE_S:
+        if current and not current.postponed and now - current.last_reply > _KEEP_ALIVE_S:
             self.reply(current, Progress(0, 0, "running"))  # clients detect dead ranks on their own
         for job, ahead in self.jobs.waiting():
             moved = ahead != job.ahead and not job.started

@@ -158,8 +158,7 @@ class Scheduler:
                 check(job.body, self._channel.size)
                 task = Task(job.body)
                 if not self._has_room(job, task):
-                    job.started, job.not_before = False, time.monotonic() + _RETRY_S
-                    self._jobs.put_back(job, front=True)
+                    self._jobs.postpone(job, _RETRY_S)
                     return
             except ValueError as error:
                 self._fail(job, "bad_request", str(error))
@@ -167,7 +166,7 @@ class Scheduler:
             except MemoryInUse as error:
                 self._fail(job, "busy", str(error))
                 return
-            self._tasks[job.number] = task
+            self._tasks[job.number], job.postponed = task, False
         job.not_before = time.monotonic() + (
             job.body.interval_s if isinstance(job.body, Measure) else 0.0
         )

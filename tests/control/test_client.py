@@ -98,6 +98,21 @@ def test_a_queued_request_reports_its_position_and_then_raises_busy(
     assert len(control_server.server.jobs) == 0, "a request past its deadline must leave the queue"
 
 
+def test_a_request_that_waits_for_memory_raises_busy(control_server: ControlServer) -> None:
+    """It does not raise NoAnswer, after which connect() would end the workers."""
+    jobs, client = control_server.server.jobs, control_server.client()
+    thread, outcome = in_background(client.call, Put(2), Done, 1.2)
+    end_s = time.monotonic() + 5
+    while thread.is_alive() and time.monotonic() < end_s:
+        job = jobs.take(0.1)
+        if job:
+            time.sleep(0.3)  # checks of the memory
+            jobs.postpone(job, 0.2)
+    assert outcome, "the checks must not renew the deadline"
+    assert isinstance(outcome[0], WorkersBusy)
+    until(lambda: len(jobs) == 0, why="the request to leave the queue")
+
+
 def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
     client = control_server.client()
 
