@@ -28,6 +28,7 @@ from cpkit.settings import worker_device
 from cpkit.sync.free_memory import tightest
 
 _MAX_WORKLOADS = 1024
+_MAX_INTERLEAVED = 16  # workloads of one measurement
 _MAX_ROUND = 1023  # the range of a row's stamp (cpkit.provenance)
 _MAX_ROUNDS = 100_000
 _MAX_CALLS = 16
@@ -64,8 +65,8 @@ def check(body: Body, world_size: int) -> None:
             _in_range("round", round_number, 0, _MAX_ROUND)
         case Trace(workload) | Explain(workload):
             check_workload(workload, world_size)
-        case Measure(workload, samples, interval_s):
-            check_workload(workload, world_size)
+        case Measure(workloads, samples, interval_s):
+            _check_interleaved(workloads, world_size)
             if samples is not None:
                 _in_range("samples", samples, 1, 1_000_000)
             _in_range("interval_s", interval_s, 0.01, 60.0)
@@ -103,6 +104,18 @@ def check_workload(workload: Workload, world_size: int) -> None:
         _check_memory(workload)
         _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)
     workload.layout()
+
+
+def _check_interleaved(workloads: tuple[Workload, ...], world_size: int) -> None:
+    """Raise ValueError unless these workloads differ only in algorithm and memory."""
+    _in_range("the number of workloads", len(workloads), 1, _MAX_INTERLEAVED)
+    for workload in workloads:
+        if workload.without_variant() != workloads[0].without_variant():
+            raise ValueError(
+                f"the workloads {workloads[0]} and {workload} differ in more than algorithm and "
+                f"symmetric: measure them one after the other, or use a sweep"
+            )
+        check_workload(workload, world_size)
 
 
 def needed_bytes(workload: Workload) -> int:

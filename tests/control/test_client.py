@@ -108,7 +108,7 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
         control_server.server.reply(job, Done())
 
     thread, _ = in_background(work)
-    replies = list(client.stream(Measure(WORKLOAD), 1.2))
+    replies = list(client.stream(Measure((WORKLOAD,)), 1.2))
     assert [type(reply) for reply in replies] == [Sample] * 3 + [Done]
     thread.join()
 
@@ -136,7 +136,7 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     control_server: ControlServer,
 ) -> None:
     client = control_server.client()
-    stream = client.stream(Measure(WORKLOAD))
+    stream = client.stream(Measure((WORKLOAD,)))
     thread, _ = in_background(next, stream)
     job = control_server.server.jobs.take(LIMIT_S)
     control_server.server.reply(job, SAMPLE)
@@ -145,7 +145,7 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     until(lambda: job.cancelled, why="the stream to be cancelled")
 
     leaver = control_server.raw()
-    leaver.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
+    leaver.send(encode(Request("g", 30.0, Measure((WORKLOAD,)))))
     job = control_server.server.jobs.take(LIMIT_S)
     leaver.close()
     until(
@@ -191,7 +191,7 @@ def test_threads_share_a_client(control_server: ControlServer) -> None:
     client = control_server.client()
     jobs = control_server.server.jobs
     waiting = [in_background(client.call, Put(2), Done) for _ in range(4)]
-    stream = client.stream(Measure(WORKLOAD))
+    stream = client.stream(Measure((WORKLOAD,)))
     waiting.append(in_background(next, stream))
     until(lambda: len(jobs) == 5, why="all requests to be queued")
     assert client.call(Status(), StatusResult).ahead == 5

@@ -8,7 +8,7 @@ import time
 from cpkit.control.messages import Measure, Put, Request, Workload
 from cpkit.control.queue import Job, JobQueue
 
-MEASURE = Measure(Workload(2, (16,)))
+MEASURE = Measure((Workload(2, (16,)),))
 
 
 def job(number: int, client: bytes = b"a", deadline_s: float = 30.0) -> Job:
