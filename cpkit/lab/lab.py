@@ -381,10 +381,11 @@ class Lab:
         lengths: Sequence[int] = (4096,),
         *,
         interval_s: float = 0.12,
+        window_s: float = 5.0,
         pause_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithms: Sequence[AlgorithmChoice] = ("direct",),
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -393,9 +394,9 @@ class Lab:
     ) -> "Explorer":
         """Start the live panel and return it. Display it as the last line of a cell.
 
-        The parameters from `cp_size` on are the initial values of its controls. A sample arrives
-        every `interval_s`. The panel pauses `pause_after_s` after the last change. Requires the
-        packages of `cpkit[notebooks]`.
+        The parameters from `cp_size` on are the initial values of its controls. Each algorithm
+        gets a sample every `interval_s`, and is judged by the last `window_s`. The panel pauses
+        `pause_after_s` after the last change. Requires the packages of `cpkit[notebooks]`.
         """
         from cpkit import Explorer  # its packages are optional
 
@@ -403,10 +404,11 @@ class Lab:
             self,
             lengths,
             interval_s=interval_s,
+            window_s=window_s,
             pause_after_s=pause_after_s,
             cp_size=cp_size,
             strategy=strategy,
-            algorithm=algorithm,
+            algorithms=algorithms,
             symmetric=symmetric,
             heads=heads,
             head_dim=head_dim,

@@ -43,7 +43,7 @@ function themed({ data, layout }, element) {
   for (const axis of [look.xaxis, look.yaxis]) {
     Object.assign(axis, { gridcolor: faint, linecolor: faint, tickcolor: faint });
   }
-  for (const part of data.flatMap((trace) => [trace.line, trace.error_y])) {
+  for (const part of data.flatMap((trace) => [trace.line, trace.error_x, trace.error_y])) {
     if (part?.color === PRINT_INK) part.color = look.font.color;
   }
   return { data, layout };

@@ -46,8 +46,9 @@ class MeasureOperation(Operation[Measure]):
         timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
-            paths = [_path(run) for run in runs]  # the first gather after a pause is slow
             budget_s = min(CHUNK_S, self.body.interval_s)
+            if _round_s(timings, group) < budget_s:  # otherwise there was no pause
+                paths = [_path(run) for run in runs]  # the first gather after a pause is slow
             timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
@@ -135,6 +136,11 @@ def _verified(runs: Sequence[Run], group: CPGroup) -> Generator[ReplyBody, None,
             yield Progress(number, len(runs), f"{run.workload.algorithm} is verified")
             start_s = time.monotonic()
     return paths
+
+
+def _round_s(timings: Mapping[str, Timing], group: CPGroup) -> float:
+    """Return how long one gather of each workload takes on the slowest rank. Collective."""
+    return longest_s(sum(timing.median_call_us for timing in timings.values()) / 1e6, group)
 
 
 def _path(run: Run) -> PathReport:

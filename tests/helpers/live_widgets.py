@@ -41,7 +41,9 @@ pool""",
     Cell(
         "panel",
         "code",
-        """panel = Explorer(lab, lengths=[256, 64], cp_size=2, pause_after_s=pause_s)
+        """panel = Explorer(
+    lab, [256, 64], cp_size=2, algorithms=["direct", "plan"], pause_after_s=pause_s
+)
 record(panel, "panel")
 panel.start()""",
     ),

@@ -59,6 +59,7 @@ READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot =
     width: plot.clientWidth,
     paper: plot._fullLayout.paper_bgcolor,
     range: plot._fullLayout.xaxis?.range,
+    names: (plot._fullData ?? []).map(trace => trace.name),
     traces: (plot._fullData ?? []).map(trace => Object.fromEntries(
         ['x', 'y', 'z'].filter(key => trace[key]).map(key => [key, Array.from(trace[key])]))),
     marks: [...plot.querySelectorAll('.points path, .js-line, .heatmaplayer image')]
@@ -233,6 +234,12 @@ class NotebookPage:
     def _report(self, error: str) -> None:
         if not any(harmless in error for harmless in HARMLESS):
             self.errors.append(error)
+
+
+def drawn(plot: dict[str, Any], name: str) -> dict[str, list[Any]]:
+    """Return the coordinates of the trace of this name, as plotly.js has drawn it."""
+    points: dict[str, list[Any]] = plot["traces"][plot["names"].index(name)]
+    return points
 
 
 def _points(trace: dict[str, Any]) -> dict[str, list[Any]]:

@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usa
 def test_status_describes_the_ranks(lab: Lab) -> None:
     status = lab.status()
     assert (status.world_size, status.cp_sizes, status.device) == (4, (1, 2, 4), "cpu")
+    assert status.cores >= 1
+    assert status.gpus == 0
+    assert status.load >= 0
     assert lab.cp_sizes == (1, 2, 4)
     assert lab.owned
     assert list(status.table["rank"]) == [0, 1, 2, 3]

@@ -17,7 +17,7 @@ import cpkit
 from cpkit.notebook.show import find_browser
 from tests.helpers.lab_server import JupyterLab
 from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
-from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage
+from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
 from tools import source
 from tools.build import SOURCES
 
@@ -86,14 +86,40 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
     for widget, slider, key, such in (
         ("stepper", ".cp-size", "Home", lambda plot: "rank 3" not in plot["label"]),
         ("pool", ".arena-mb", "End", lambda plot: plot["title"] == "0 of 4 requests spill"),
-        ("panel", ".cp-size", "End", lambda plot: len(plot["traces"][2]["y"]) == 4),
+        ("panel", ".cp-size", "End", lambda plot: len(drawn(plot, "plan per rank")["y"]) == 4),
     ):
         handle = live.cell(widget).locator(f"{slider} .noUi-handle")
         handle.focus()
         live.page.keyboard.press(key)
         live.wait_for_plot(widget, such=such)
     table = live.cell("panel").locator(".cpkit-ranks tr")
-    live.until(lambda: table.count() == 5, 10, "the table beside the plot has a row per rank")
+    live.until(lambda: table.count() == 6, 10, "a head, a row per rank, and their skew")
+
+
+def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+
+    def shows(*names: str) -> None:
+        plot = live.wait_for_plot("panel", such=lambda plot: drawn(plot, "wire")["y"] == [*names])
+        for name in ("padded", "padded_symm", "direct", "plan"):
+            assert any(drawn(plot, name)["y"]) is (name in names), name
+
+    panel.get_by_role("button", name="padded_symm", exact=True).click()
+    shows("padded_symm", "direct", "plan")
+    ratios = live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][2])
+    assert drawn(ratios, "to the first algorithm")["y"] == ["padded_symm", "direct", "plan"]
+    table = panel.locator(".cpkit-algorithms")
+    live.until(lambda: "×" in table.inner_text(), 10, "the ratios are in the table")
+    assert panel.locator(".cpkit-path", has_text="● symmetric").count() == 3
+    assert "core" in panel.locator(".cpkit-contention").inner_text()
+    panel.get_by_label("symmetric memory").focus()
+    live.page.keyboard.press("Space")
+    remedy = panel.locator(".cpkit-path", has_text="○ fallback").filter(has_text="tick")
+    live.until(lambda: remedy.count() == 3, 10, "each path has its reason and its remedy")
+    live.page.keyboard.press("Space")
+    panel.get_by_role("button", name="padded_symm", exact=True).focus()
+    live.page.keyboard.press("Space")
+    shows("direct", "plan")
 
 
 def test_what_a_panel_shows_is_grey_under_an_error(live: NotebookPage) -> None:

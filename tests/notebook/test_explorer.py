@@ -27,11 +27,11 @@ def panel(lab: cpkit.Lab) -> Iterator[Explorer]:
 def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     panel.start()
     sample = panel.wait(samples=2)
-    assert sample.workload == panel.controls.workload()
-    assert "µs</b> call time, slowest is rank" in panel.summary_html
-    panel.controls.algorithm.value = "padded"
+    assert sample.workload == panel.controls.workloads()[0]
+    until(lambda: "call time, each gather on its slowest rank" in panel.summary_html)
+    panel.controls.algorithms.value = ("padded",)
     assert panel.wait(samples=1).workload.algorithm == "padded"
-    panel.controls.algorithm.value = "plan"
+    panel.controls.algorithms.value = ("plan",)
     assert panel.wait(samples=1).path == "symmetric"
     panel.controls.symmetric.value = False
     assert panel.wait(samples=1).path == "fallback"
@@ -48,6 +48,37 @@ def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     assert panel.controls.rows.value == "own rows"
     panel.controls.tensors.value = 1
     assert panel.controls.rows.value == "index keys of 128 bytes"
+
+
+def test_several_algorithms_are_measured_side_by_side(panel: Explorer) -> None:
+    names = ("padded", "padded_symm", "direct", "plan")
+    panel.controls.algorithms.value = names[::-1]
+    panel.start().wait(samples=9)
+    samples = panel.samples[-4 * 9 :]
+    assert [sample.algorithm for sample in samples] == list(names) * 9
+    assert len({sample.sequence for sample in samples}) == 9
+    traces = {trace.name: trace for trace in panel.panel.figure.data}
+    until(lambda: None not in traces["to the first algorithm"].x, why="ratios of 8 intervals")
+    assert list(traces["wire"].y) == list(names)
+    for name in names:
+        assert f">{name}</th>" in panel.summary_html
+        assert traces[name].showlegend
+    assert panel.summary_html.count("● symmetric") == 3
+    assert "○ fallback" in panel.summary_html
+    assert "padded uses ordinary buffers by design; select" in panel.summary_html
+    assert "4 ranks on " in panel.contention_html
+
+
+def test_a_button_selects_one_more_algorithm_and_none_is_an_error(panel: Explorer) -> None:
+    buttons = panel.controls.algorithms.buttons
+    assert panel.controls.algorithms.value == ("direct",)
+    buttons["plan"].value = True
+    assert panel.controls.algorithms.value == ("direct", "plan")
+    for button in buttons.values():
+        button.value = False
+    assert "no algorithm is selected" in panel.status_html
+    buttons["direct"].value = True
+    assert [work.algorithm for work in panel.controls.workloads()] == ["direct"]
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
