@@ -25,10 +25,10 @@ from cpkit.lab.arguments import several
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import contention_badge
 from cpkit.notebook.controls import Controls
-from cpkit.notebook.intervals import Intervals
+from cpkit.notebook.intervals import Baseline, Intervals, compare
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
-from cpkit.notebook.panel import Panel
-from cpkit.notebook.tables import algorithms_table, ranks_table
+from cpkit.notebook.panel import Panel, describe
+from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
 
 if TYPE_CHECKING:
     from typing import Self
@@ -87,10 +87,13 @@ class Explorer(LivePanel[Setting]):
         self.panel = Panel()
         self._lab, self._interval_s, self._window_s = lab, interval_s, window_s
         self._pause_after_s = pause_after_s
-        self._summary, self._table = (widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(2))
+        self._summary, self._against, self._table = (
+            widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(3)
+        )
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
         self._is_running = False
         self._newest: Intervals | None = None
+        self._baseline: Baseline | None = None
         self._error: Exception | None = None
         super().__init__(self.controls.observed(), self.panel.plot)
 
@@ -104,6 +107,24 @@ class Explorer(LivePanel[Setting]):
         """Stop measuring. The workers keep running, and new settings still draw their layout."""
         self._is_running = False
         self._submit()
+
+    def pin(self) -> None:
+        """Keep the present state as the baseline A: from now on the panel shows B against A.
+
+        Raises RuntimeError before the first sample.
+        """
+        summaries = self._newest.summaries() if self._newest else []
+        if not summaries:
+            raise RuntimeError("nothing is measured yet: press Start, wait, then pin")
+        described = "; ".join(describe([summary.newest.workload for summary in summaries]))
+        self._baseline = Baseline(described, tuple(summaries))
+        self._pin_button.description, self._pin_button.icon = "Unpin A", "times"
+
+    def unpin(self) -> None:
+        """Forget the baseline."""
+        self._baseline = None
+        self._against.value = ""
+        self._pin_button.description, self._pin_button.icon = "Pin as A", "thumb-tack"
 
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until each algorithm has this many samples; return the latest of the first one.
@@ -139,6 +160,11 @@ class Explorer(LivePanel[Setting]):
         return str(self._summary.value)
 
     @property
+    def comparison_html(self) -> str:
+        """B against the pinned A; empty while nothing is pinned."""
+        return str(self._against.value)
+
+    @property
     def contention_html(self) -> str:
         """How crowded the machine is; empty before the first measurement."""
         return str(self._contention.value)
@@ -148,9 +174,13 @@ class Explorer(LivePanel[Setting]):
         stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers keep running")
         start.add_class("start").on_click(lambda _: self.start())
         stop.add_class("stop").on_click(lambda _: self.stop())
-        buttons = widgets.HBox([controls_box([start, stop]), self._status])
+        self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
+        self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
+        self.unpin()
+        buttons = widgets.HBox([controls_box([start, stop, self._pin_button]), self._status])
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
-        return live_box(self.controls.box(), buttons, self._contention, self._summary, picture)
+        numbers = (self._contention, self._summary, self._against)
+        return live_box(self.controls.box(), buttons, *numbers, picture)
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
@@ -200,9 +230,22 @@ class Explorer(LivePanel[Setting]):
 
     def _draw(self, intervals: Intervals, metadata: ContextParallelMetadata, at_s: float) -> None:
         summaries = intervals.summaries()
-        self.panel.show(summaries, at_s=at_s)
+        baseline = self._baseline  # another thread may unpin it
+        comparisons = compare(baseline, summaries) if baseline else []
+        self.panel.show(summaries, comparisons, at_s)
+        shown = comparison_table(comparisons, baseline.described) if baseline else ""
+        self._against.value = shown
         self._summary.value = algorithms_table(summaries)
         self._table.value = ranks_table(summaries, metadata)
+
+    def _toggle_pin(self) -> None:
+        if self._baseline:
+            self.unpin()
+            return
+        try:
+            self.pin()
+        except RuntimeError as error:
+            self._status.value = f"○ {error}"
 
     def _show_contention(self, cp_size: int) -> None:
         badge = contention_badge(self._lab.status(), cp_size)

@@ -111,6 +111,13 @@ class Intervals:
         return kept[-max(recent, FEWEST_IN_WINDOW) :]
 
 
+class Baseline(NamedTuple):
+    """A state that is kept for comparison: what was measured, and its description."""
+
+    described: str
+    summaries: tuple[Summary, ...]
+
+
 class Comparison(NamedTuple):
     """A state B beside the baseline A, and the ratio of their times, B to A, if there is one."""
 
@@ -119,15 +126,15 @@ class Comparison(NamedTuple):
     ratio: Ratio | None
 
 
-def compare(baseline: Sequence[Summary], present: Sequence[Summary]) -> list[Comparison]:
+def compare(baseline: Baseline, present: Sequence[Summary]) -> list[Comparison]:
     """Compare each algorithm with the same one of the baseline, or else with its first one.
 
     The two were measured at different times, so their ratio is `Ratio.of_separate`.
     """
-    by_name = {summary.algorithm: summary for summary in reversed(baseline)}
+    by_name = {summary.algorithm: summary for summary in reversed(baseline.summaries)}
     comparisons = []
     for of_b in present:
-        of_a = by_name.get(of_b.algorithm, baseline[0])
+        of_a = by_name.get(of_b.algorithm, baseline.summaries[0])
         ratio = Ratio.of_separate(of_b.interval_us, of_a.interval_us)
         comparisons.append(Comparison(of_b, of_a, ratio))
     return comparisons

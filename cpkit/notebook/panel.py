@@ -78,8 +78,8 @@ class Panel:
     def show(
         self,
         summaries: Sequence[Summary],
-        comparisons: Sequence[Comparison] = (),
-        at_s: float = 0.0,
+        comparisons: Sequence[Comparison],
+        at_s: float,
     ) -> None:
         """Draw the summaries, `at_s` seconds after the measurement began."""
         names = [summary.algorithm for summary in summaries]

@@ -122,6 +122,26 @@ def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> No
     shows("direct", "plan")
 
 
+def test_a_pinned_state_is_compared_with_what_follows(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+    field, pin = panel.locator(".lengths input"), panel.locator("button.pin")
+    lengths = field.input_value()
+    live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][-1])
+    pin.focus()
+    live.page.keyboard.press("Enter")
+    live.until(lambda: pin.inner_text() == "Unpin A", 20, "the button unpins")
+    field.fill("8192")
+    field.press("Enter")
+    slower = panel.locator(".cpkit-baseline", has_text="▲ B is slower")
+    live.until(slower.count, 20, "a verdict on B against A")
+    live.wait_for_plot("panel", such=lambda p: all(x and x > 1 for x in drawn(p, "B / A")["x"]))
+    pin.click()
+    live.wait_for_plot("panel", such=lambda p: not any(drawn(p, "B / A")["x"]))
+    assert panel.locator(".cpkit-baseline").count() == 0
+    field.fill(lengths)
+    field.press("Enter")
+
+
 def test_what_a_panel_shows_is_grey_under_an_error(live: NotebookPage) -> None:
     field = live.cell("panel").locator(".lengths input")
     shown = live.cell("panel").locator(".cpkit-shown").first

@@ -81,6 +81,21 @@ def test_a_button_selects_one_more_algorithm_and_none_is_an_error(panel: Explore
     assert [work.algorithm for work in panel.controls.workloads()] == ["direct"]
 
 
+def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None:
+    points = next(trace for trace in panel.panel.figure.data if trace.name == "B / A")
+    with pytest.raises(RuntimeError, match="nothing is measured yet"):
+        panel.pin()
+    panel.start().wait(samples=9)
+    panel.pin()
+    panel.controls.lengths.value = "8192"
+    until(lambda: "▲ B is slower" in panel.comparison_html)
+    assert "lengths 256, 64 tokens" in panel.comparison_html
+    assert points.x[0] > 2
+    panel.unpin()
+    until(lambda: points.x == (None,))
+    assert panel.comparison_html == ""
+
+
 def test_explore_shows_the_parameters_of_the_panel() -> None:
     shown = dict(inspect.signature(cpkit.Lab.explore).parameters)
     accepted = dict(inspect.signature(Explorer).parameters)

@@ -8,7 +8,8 @@ import pytest
 
 from cpkit.control.messages import StatusResult, WorkerInfo, Workload
 from cpkit.notebook.badges import contention_badge, path_badge, to_symmetric
-from cpkit.notebook.intervals import Intervals
+from cpkit.notebook.intervals import Baseline, Intervals, Summary, compare
+from cpkit.notebook.tables import comparison_table
 from cpkit.timing import Ratio, median_interval
 from tests.helpers.drawn import sample
 
@@ -65,6 +66,32 @@ def test_the_window_is_a_time_but_never_too_short_for_a_ratio() -> None:
         intervals.add(sample(), 300 + tick / 10)
     assert intervals.summaries()[0].gathers == 51 * 5, "five seconds"
     assert (intervals.count, len(intervals.samples())) == (200, 200)
+
+
+def measured(algorithm: str, *medians_us: float) -> Summary:
+    """Return the summary of intervals with these medians."""
+    intervals = Intervals([Workload(4, (13, 9), algorithm=algorithm)], 5.0)
+    for us in medians_us:
+        one = sample(algorithm=algorithm, first_us=us - 3)
+        intervals.add(one, 0.0)
+    return intervals.summaries()[0]
+
+
+def test_b_is_compared_with_the_same_algorithm_of_a_or_with_its_first() -> None:
+    steady = np.linspace(99, 101, 20)
+    padded, direct = measured("padded", *4 * steady), measured("direct", *steady)
+    baseline = Baseline("cp_size 4 <A>", (padded, direct))
+    later = [measured("direct", *steady * 1.5), measured("plan", *steady), padded]
+    compared = compare(baseline, later)
+    assert [each.of_a.algorithm for each in compared] == ["direct", "padded", "padded"]
+    assert [each.ratio and round(each.ratio.value, 2) for each in compared] == [1.5, 0.25, 1.0]
+    table = comparison_table(compared, baseline.described)
+    for verdict in ("▲ B is slower", "▼ B is faster", "no difference seen"):
+        assert table.count(f">{verdict}</td>") == 1
+    assert "A: cp_size 4 &lt;A&gt;" in table
+    assert ">+50</td>" in table
+    few = compare(baseline, [measured("direct", 100, 100)])
+    assert "too few intervals" in comparison_table(few, "")
 
 
 def test_a_path_badge_has_a_word_a_symbol_and_what_would_make_it_symmetric() -> None:

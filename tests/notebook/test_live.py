@@ -51,7 +51,7 @@ def test_the_panel_shows_layout_and_samples() -> None:
         first_us, at_s = 10 if number < 10 else 20, number / 2
         assert not intervals.add(sample(first_us=first_us), at_s)
         assert intervals.add(sample(algorithm="direct", first_us=first_us / 2 - 1.5), at_s)
-        panel.show(intervals.summaries(), at_s=number)
+        panel.show(intervals.summaries(), [], number)
     assert list(traces["padded per rank"].y) == [20, 21, 22, 23] != list(traces["rows"].y)
     assert list(traces["padded"].y) == [13] * 15 + [23] * 5, "rolling, of the slowest rank"
     assert list(traces["padded"].x) == [float(number - 19) for number in range(20)]
