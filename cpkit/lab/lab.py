@@ -382,7 +382,7 @@ class Lab:
         *,
         interval_s: float = 0.12,
         window_s: float = 5.0,
-        pause_after_s: float = 120.0,
+        idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
         algorithms: Sequence[AlgorithmChoice] = ("direct",),
@@ -395,8 +395,8 @@ class Lab:
         """Start the live panel and return it. Display it as the last line of a cell.
 
         The parameters from `cp_size` on are the initial values of its controls. Each algorithm
-        gets a sample every `interval_s`, and is judged by the last `window_s`. The panel pauses
-        `pause_after_s` after the last change. Requires the packages of `cpkit[notebooks]`.
+        gets a sample every `interval_s`, or every second if the panel is not touched for
+        `idle_after_s`, and is judged by the last `window_s`. Requires `cpkit[notebooks]`.
         """
         from cpkit import Explorer  # its packages are optional
 
@@ -405,7 +405,7 @@ class Lab:
             lengths,
             interval_s=interval_s,
             window_s=window_s,
-            pause_after_s=pause_after_s,
+            idle_after_s=idle_after_s,
             cp_size=cp_size,
             strategy=strategy,
             algorithms=algorithms,

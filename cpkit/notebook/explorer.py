@@ -4,7 +4,8 @@
 
 A control's callback only submits a setting and returns, so a slow measurement never blocks the
 kernel, and ten quick changes restart the measurement once. The selected algorithms are measured
-interleaved. The measurement pauses if no control was changed for `pause_after_s`.
+interleaved. A panel that is not touched measures once per second, and one that no page shows not
+at all (`presence`).
 """
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
@@ -28,6 +29,7 @@ from cpkit.notebook.controls import Controls
 from cpkit.notebook.intervals import Baseline, Intervals, compare
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel, describe
+from cpkit.notebook.presence import Presence
 from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     import torch
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
+_POLL_S = 0.1  # how soon a hidden panel follows a new setting
+_MEASURING, _STOPPED = "● measuring", "○ stopped"
+_IDLE = "◐ measuring once per second: not touched for a while; touch the panel for the full rate"
+_HIDDEN = "○ not measuring: no page shows this panel"
 
 
 class Setting(NamedTuple):
@@ -50,7 +56,9 @@ class Explorer(LivePanel[Setting]):
 
     The parameters from `cp_size` on are the initial values of the controls. `lengths` are tokens
     per sequence. Each algorithm gets a sample every `interval_s`; medians, p95 and ratios are those
-    of the last `window_s`. Ratios are to the first of the algorithms, in their usual order.
+    of the last `window_s`. If the panel is not touched for `idle_after_s`, it gets one per second,
+    and none while all pages that show the panel are hidden. Ratios are to the first of the
+    algorithms, in their usual order.
     """
 
     description = "Live panel: controls, and a plot of what the workers measure now"
@@ -62,7 +70,7 @@ class Explorer(LivePanel[Setting]):
         *,
         interval_s: float = 0.12,
         window_s: float = 5.0,
-        pause_after_s: float = 120.0,
+        idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
         algorithms: Sequence[AlgorithmChoice] = ("direct",),
@@ -72,7 +80,7 @@ class Explorer(LivePanel[Setting]):
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> None:
-        seconds = {"interval_s": interval_s, "window_s": window_s, "pause_after_s": pause_after_s}
+        seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
         for name, value in seconds.items():
             if not (isinstance(value, Real) and value >= 0):
                 raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
@@ -85,8 +93,9 @@ class Explorer(LivePanel[Setting]):
         )
         self.controls = Controls(lab.cp_sizes, first, names)
         self.panel = Panel()
-        self._lab, self._interval_s, self._window_s = lab, interval_s, window_s
-        self._pause_after_s = pause_after_s
+        self._presence = Presence(interval_s, idle_after_s)
+        self.panel.plot.on_report(self._presence.report)
+        self._lab, self._window_s = lab, window_s
         self._summary, self._against, self._table = (
             widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(3)
         )
@@ -140,7 +149,10 @@ class Explorer(LivePanel[Setting]):
             if self._error:
                 raise self._error
             if not done:
-                raise TimeoutError(f"{self._count()} of {samples} samples arrived in {timeout_s} s")
+                raise TimeoutError(
+                    f"{self._count()} of {samples} samples arrived in {timeout_s} s; the panel "
+                    f"shows: {self.status_html}"
+                )
             assert self._newest
             return self._newest.latest()[0]
 
@@ -151,7 +163,7 @@ class Explorer(LivePanel[Setting]):
 
     @property
     def status_html(self) -> str:
-        """The status line: measuring, paused, stopped, or an error."""
+        """The status line: measuring, idle, hidden, stopped, or an error."""
         return str(self._status.value)
 
     @property
@@ -184,6 +196,7 @@ class Explorer(LivePanel[Setting]):
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
+        self._presence.touch()
         with self._changed:
             self._error = None
             self._newest = Intervals(workloads, self._window_s)
@@ -195,12 +208,23 @@ class Explorer(LivePanel[Setting]):
         metadata = intervals.workloads[0].layout()
         self.panel.show_layout(intervals.workloads, metadata)
         self._table.value = self._summary.value = ""
-        self._status.value = "● measuring" if setting.is_running else "○ stopped"
         if not setting.is_running:
+            self._status.value = _STOPPED
             return
         began_s = time.monotonic()
-        stop_at_s, read_at_s = began_s + self._pause_after_s, began_s
-        stream = self._lab.measure_workloads(intervals.workloads, interval_s=self._interval_s)
+        while is_newest():
+            if self._presence.is_hidden:
+                self._status.value = _HIDDEN
+                self._presence.wait(_POLL_S)
+            else:
+                self._measure(intervals, is_newest, began_s)
+
+    def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
+        """Measure until a newer setting is submitted, or the interval changes."""
+        metadata = intervals.workloads[0].layout()
+        interval_s, read_at_s = self._presence.interval_s(), 0.0
+        self._status.value = _IDLE if self._presence.is_idle else _MEASURING
+        stream = self._lab.measure_workloads(intervals.workloads, interval_s=interval_s)
         with closing(stream) as samples:
             for sample in samples:
                 if not is_newest():
@@ -213,9 +237,8 @@ class Explorer(LivePanel[Setting]):
                 if now_s >= read_at_s:
                     read_at_s = now_s + _STATUS_EVERY_S
                     self._show_contention(metadata.cp_size)
-                if now_s > stop_at_s:
-                    break
-        self._status.value = "○ paused: no control was changed for a while; press Start to continue"
+                if self._presence.is_hidden or self._presence.interval_s() != interval_s:
+                    return
 
     def _keep(self, intervals: Intervals, sample: Sample) -> bool:
         """Keep the sample. Return True if it completes an interval."""

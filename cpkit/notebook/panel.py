@@ -154,7 +154,7 @@ def _empty_figure() -> go.Figure:
         specs=[[{}, {}], [{}, {}], [{"colspan": 2}, None]],
         subplot_titles=_TITLES,
         vertical_spacing=0.13,
-        horizontal_spacing=0.16,
+        horizontal_spacing=0.2,
     )
     figure.update_annotations(font={"size": 13})
     _add_traces(figure)
@@ -168,9 +168,13 @@ def _empty_figure() -> go.Figure:
         figure.update_yaxes(style.names_axis(rangemode="normal"), row=2, col=col)
     line = {"color": "#8c959f", "width": 1, "dash": "dot"}
     figure.add_vline(x=1, line=line, row=2, col=2)
+    # Margins that follow the labels would lay out all plots several times per figure.
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
     figure.update_layout(
         barmode="stack",
-        margin_t=84,  # room for the titles of the plots
+        margin_l=120,  # room for the names of the algorithms
+        margin_t=84,  # and for the titles of the plots
         margin_b=110,  # and for three lines of the legend
         uirevision="live",  # zooming by hand survives the next sample
     )

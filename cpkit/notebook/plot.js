@@ -3,6 +3,8 @@
 const CONFIG = { displaylogo: false };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
+const TOUCHES = ["pointerdown", "keydown", "wheel"];
+const TOUCH_INTERVAL_MS = 1000; // at most one report of a touch in this time
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
 
 // Load Plotly once per page and version.
@@ -88,6 +90,25 @@ async function render({ model, el }) {
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }
 
+  const viewId = `${Date.now()}-${Math.random()}`;
+  // A dead kernel takes no report; `lost` already says so.
+  const report = (content) => {
+    if (state.comm_live) state.send({ view: viewId, ...content });
+  };
+  const reportVisible = () => report({ visible: document.visibilityState === "visible" });
+  const reportGone = () => report({ visible: false });
+  let touchedAt = -Infinity;
+  const onTouch = ({ target }) => {
+    if (!el.closest(".cpkit-live")?.contains(target)) return;
+    if (performance.now() - touchedAt < TOUCH_INTERVAL_MS) return;
+    touchedAt = performance.now();
+    report({ touched: true });
+  };
+  document.addEventListener("visibilitychange", reportVisible);
+  globalThis.addEventListener("pagehide", reportGone);
+  for (const touch of TOUCHES) document.addEventListener(touch, onTouch, { passive: true });
+  reportVisible();
+
   const lost = () => {
     isLost = true;
     notice.textContent = LOST_TEXT;
@@ -114,6 +135,10 @@ async function render({ model, el }) {
 
   return () => {
     closed = true;
+    reportGone();
+    document.removeEventListener("visibilitychange", reportVisible);
+    globalThis.removeEventListener("pagehide", reportGone);
+    for (const touch of TOUCHES) document.removeEventListener(touch, onTouch);
     state.off("change:figure", request);
     state.off("comm_live_update", onComm);
     kernel?.statusChanged.disconnect(onKernel);

@@ -9,7 +9,8 @@ The figure is the state of a widget, so a second view, or a view after a reload 
 the same figure as the first one. Figure and library are plain widgets, because messages to an
 `AnyWidget` can be lost: if its front-end module is evaluated more than two seconds after the model
 was created, anywidget drops all further messages to that model. `LivePlot` itself sends no
-messages.
+messages. Each view reports through `PlotState` when its page is hidden, shown or closed, and when
+the panel around it is touched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,10 @@ class LivePlot(anywidget.AnyWidget):
     def publish(self, figure: go.Figure) -> None:
         """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged."""
         self.plot_state.figure = self._next_revision(figure)
+
+    def on_report(self, report: Callable[[dict[str, Any]], None]) -> None:
+        """Call `report` with each message of a view; see `cpkit.notebook.presence`."""
+        self.plot_state.on_msg(lambda _, content, __: report(content))
 
     def is_due(self) -> bool:
         """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""

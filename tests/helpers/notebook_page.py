@@ -133,6 +133,18 @@ class NotebookPage:
             self._wait_for_end(id_, before, timeout_s)
             self.runs[id_] = self.runs.get(id_, 0) + 1
 
+    def show_page(self, visible: bool) -> None:
+        """Tell the page that it is shown or hidden. Headless Chromium shows all its pages."""
+        state = "visible" if visible else "hidden"
+        self.page.evaluate(
+            """state => {
+                const get = () => state;
+                Object.defineProperty(document, "visibilityState", { get, configurable: true });
+                document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            state,
+        )
+
     def command(self, name: str, **options: object) -> None:
         """Start a command of JupyterLab; at its end, `commandEnded` of the page becomes true."""
         start = """([name, options]) => {

@@ -36,7 +36,7 @@ BAD = [
     (lambda lab: lab.explore([64], interval_s="x"), "interval_s is 'x'; it must be seconds"),
     (lambda lab: lab.explore([64], algorithms=["magic"]), r"algorithms is \['magic'\]; .* padded,"),
     (lambda lab: lab.explore([64], algorithms=[]), r"algorithms is \[\]; it must be one or more"),
-    (lambda lab: lab.explore([64], pause_after_s=float("nan")), "pause_after_s is nan"),
+    (lambda lab: lab.explore([64], idle_after_s=float("nan")), "idle_after_s is nan"),
     (lambda lab: lab.gather([64], "4"), "cp_size is '4'; it must be a whole number"),
     (lambda lab: lab.gather([64], symmetric="no"), "symmetric is 'no'; it must be True or False"),
     (lambda lab: lab.gather([0]), "at least one token"),

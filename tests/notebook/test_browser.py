@@ -166,6 +166,31 @@ def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
     live.run("second-view", "pass")  # later tests replace the panel, and this view with it
 
 
+def test_a_hidden_page_stops_the_measurement_and_a_shown_one_resumes_it(
+    live: NotebookPage, lab: cpkit.Lab
+) -> None:
+    status = live.cell("panel").locator(".cpkit-status")
+    live.until(lambda: "● measuring" in status.inner_text(), 20, "the panel measures")
+    live.show_page(False)
+    live.until(lambda: "no page shows" in status.inner_text(), 10, "the status says why")
+    live.until(lambda: lab.status().state == "idle", 10, "the workers rest")
+    hidden = live.wait_for_plot("panel")
+    live.show_page(True)
+    live.wait_for_plot("panel", such=lambda plot: plot["revision"] > hidden["revision"])
+    assert "● measuring" in status.inner_text()
+
+
+def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -> None:
+    live.run("scratch", "idle_s = 3")
+    live.run("panel")
+    status = live.cell("panel").locator(".cpkit-status")
+    live.until(lambda: "once per second" in status.inner_text(), 20, "the panel is idle")
+    live.cell("panel").locator(".cpkit-ranks").click()
+    live.until(lambda: "● measuring" in status.inner_text(), 10, "the full rate again")
+    live.run("scratch", "idle_s = 120")
+    live.run("panel")
+
+
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
     rows = live.cell("panel").locator(".js-plotly-plot .xy .nsewdrag, .nsewdrag[data-subplot=xy]")
     rows.first.scroll_into_view_if_needed()
@@ -227,7 +252,7 @@ def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage)
 @pytest.mark.slow("twelve displays beside busy loops; test_each_live_widget has one of each")
 def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
     """Two fresh pages, and in each all cells run twice."""
-    live.run("scratch", "pause_s = 1")  # the panels shown so far should not compete for the cores
+    live.run("scratch", "idle_s = 1")  # the panels shown so far should not compete for the cores
     for _ in range(2):
         live.reload()
         with busy_loops(12):
@@ -238,7 +263,7 @@ def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
 
 
 def test_widgets_report_a_dead_kernel(live: NotebookPage) -> None:
-    live.run("scratch", "pause_s = 120")
+    live.run("scratch", "idle_s = 120")
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
     live.wait_for_plot("panel")

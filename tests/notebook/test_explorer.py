@@ -152,13 +152,48 @@ def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
         panel.wait()
 
 
-def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
-    panel = Explorer(lab, lengths=[64], cp_size=2, pause_after_s=0.5)
+def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[64], cp_size=2, interval_s=0.05, idle_after_s=0.5)
     panel.start().wait()
-    until(lambda: "paused" in panel.status_html)
-    until(lambda: lab.status().state == "idle")
+    until(lambda: "once per second" in panel.status_html)
+    newest = panel._newest
+    panel.wait(newest.count + 3)
+    *_, before, last = newest._kept
+    assert 0.9 < last.at_s - before.at_s < 3
+    panel.panel.plot.plot_state._handle_custom_msg({"view": "a", "touched": True}, [])
+    until(lambda: "● measuring" in panel.status_html)
+    assert panel._newest is newest, "a touch keeps what was measured"
+    until(lambda: "once per second" in panel.status_html)
     panel.controls.cp_size.value = 4
-    assert panel.wait().workload.cp_size == 4, "a change resumes after a pause"
+    until(lambda: "● measuring" in panel.status_html, why="a new setting is a touch")
+    panel.close()
+
+
+def test_a_panel_that_no_page_shows_does_not_measure(lab: cpkit.Lab, panel: Explorer) -> None:
+    def report(view: str, visible: bool) -> None:
+        """Send what plot.js sends."""
+        content = {"view": view, "visible": visible}
+        panel.panel.plot.plot_state._handle_custom_msg(content, [])
+
+    panel.start().wait()
+    report("first", True)
+    report("second", True)
+    report("first", False)
+    count = panel._newest.count
+    panel.wait(count + 2)
+    report("second", False)
+    until(lambda: "no page shows" in panel.status_html)
+    until(lambda: lab.status().state == "idle")
+    panel.controls.lengths.value = "128"
+    until(lambda: "lengths 128 tokens" in panel.panel.figure.layout.title.subtitle.text)
+    until(lambda: lab.status().state == "idle")
+    report("third", True)
+    assert panel.wait().workload.lengths == (128,)
+
+
+def test_a_stopped_panel_leaves_the_workers_idle(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[64], cp_size=4)
+    panel.start().wait()
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2
