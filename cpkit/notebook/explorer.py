@@ -10,10 +10,13 @@ at all (`presence`).
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
+import html
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
@@ -31,6 +34,7 @@ from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_b
 from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
 from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
+from cpkit.notebook.takeaway import as_csv, as_json, code
 
 if TYPE_CHECKING:
     from typing import Self
@@ -99,6 +103,7 @@ class Explorer(LivePanel[Setting]):
         self._summary, self._against, self._table = (
             widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(3)
         )
+        self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
         self._is_running = False
         self._newest: Intervals | None = None
@@ -162,6 +167,19 @@ class Explorer(LivePanel[Setting]):
         return self._newest.samples() if self._newest else []
 
     @property
+    def code(self) -> str:
+        """Python that measures the present setting. Raises ValueError if it cannot be read."""
+        return code(self._lab.name, self.controls.workloads())
+
+    def save_csv(self, path: str | PathLike[str]) -> None:
+        """Write one line per sample, with the columns of a sweep."""
+        Path(path).write_text(as_csv(self.samples))
+
+    def save_json(self, path: str | PathLike[str]) -> None:
+        """Write all samples with all their fields; `cpkit.load_samples` reads them."""
+        Path(path).write_text(as_json(self.samples))
+
+    @property
     def status_html(self) -> str:
         """The status line: measuring, idle, hidden, stopped, or an error."""
         return str(self._status.value)
@@ -189,9 +207,17 @@ class Explorer(LivePanel[Setting]):
         self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
         self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
         self.unpin()
-        buttons = widgets.HBox([controls_box([start, stop, self._pin_button]), self._status])
+        takes = [
+            _take_button("Copy code", "copy", "Python of this setting", self._copy_code),
+            _take_button("CSV", "download", "the samples as a table", self._download_csv),
+            _take_button("JSON", "download", "the samples, to load again", self._download_json),
+        ]
+        buttons = widgets.HBox(
+            [controls_box([start, stop, self._pin_button, *takes]), self._status],
+            layout={"flex_flow": "row wrap"},
+        )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
-        numbers = (self._contention, self._summary, self._against)
+        numbers = (self._taken, self._contention, self._summary, self._against)
         return live_box(self.controls.box(), buttons, *numbers, picture)
 
     def _setting(self) -> Setting:
@@ -270,6 +296,29 @@ class Explorer(LivePanel[Setting]):
         except RuntimeError as error:
             self._status.value = f"○ {error}"
 
+    def _copy_code(self) -> None:
+        try:
+            text = self.code
+        except ValueError:  # the status line has the error
+            return
+        self.panel.plot.hand_out(text)
+        self._taken.value = f"In the clipboard:<pre>{html.escape(text)}</pre>"
+
+    def _download_csv(self) -> None:
+        self._download("csv", as_csv)
+
+    def _download_json(self) -> None:
+        self._download("json", as_json)
+
+    def _download(self, kind: str, text_of: Callable[[Sequence[Sample]], str]) -> None:
+        samples = self.samples
+        if not samples:
+            self._taken.value = "Nothing is measured yet."
+            return
+        name = f"cpkit-{time.strftime('%Y-%m-%d-%H%M%S')}.{kind}"
+        self.panel.plot.hand_out(text_of(samples), name)
+        self._taken.value = f"{len(samples)} samples are in {name} of your downloads."
+
     def _show_contention(self, cp_size: int) -> None:
         badge = contention_badge(self._lab.status(), cp_size)
         if badge != self._contention.value:
@@ -280,3 +329,9 @@ class Explorer(LivePanel[Setting]):
             self._error = error
             self._changed.notify_all()
         super()._fail(error)
+
+
+def _take_button(name: str, icon: str, tip: str, take: Callable[[], None]) -> widgets.Button:
+    button = widgets.Button(description=name, icon=icon, tooltip=tip, layout={"width": "auto"})
+    button.add_class(f"take-{name.rsplit(maxsplit=1)[-1].lower()}").on_click(lambda _: take())
+    return button

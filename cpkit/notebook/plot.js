@@ -51,6 +51,16 @@ function themed({ data, layout }, element) {
   return { data, layout };
 }
 
+// Store a text in a file of the user, or in the clipboard; once, however many views there are.
+async function take({ number, name, text }, state) {
+  if (!document.hasFocus() || state.cpkitTaken === number) return;
+  state.cpkitTaken = number;
+  if (!name) return navigator.clipboard.writeText(text);
+  const url = URL.createObjectURL(new Blob([text]));
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
 async function render({ model, el }) {
   const child = (name) =>
     model.widget_manager.get_model(model.get(name).replace("IPY_MODEL_", ""));
@@ -104,6 +114,10 @@ async function render({ model, el }) {
     touchedAt = performance.now();
     report({ touched: true });
   };
+  const onMessage = (content) => content.take && take(content.take, state).catch((error) => {
+    notice.textContent = `The browser does not take it: ${error}`;
+  });
+  state.on("msg:custom", onMessage);
   document.addEventListener("visibilitychange", reportVisible);
   globalThis.addEventListener("pagehide", reportGone);
   for (const touch of TOUCHES) document.addEventListener(touch, onTouch, { passive: true });
@@ -141,6 +155,7 @@ async function render({ model, el }) {
     for (const touch of TOUCHES) document.removeEventListener(touch, onTouch);
     state.off("change:figure", request);
     state.off("comm_live_update", onComm);
+    state.off("msg:custom", onMessage);
     kernel?.statusChanged.disconnect(onKernel);
     resized.disconnect();
     theme.disconnect();

@@ -58,7 +58,7 @@ class LivePlot(anywidget.AnyWidget):
     plot_state = traitlets.Instance(PlotState).tag(sync=True, **widgets.widget_serialization)
 
     def __init__(self, figure: go.Figure) -> None:
-        self.revision = 0
+        self.revision = self._handed_out = 0
         self._published_at_s = 0.0
         super().__init__(
             plotly_library=_library(),
@@ -73,6 +73,15 @@ class LivePlot(anywidget.AnyWidget):
     def on_report(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Call `report` with each message of a view; see `cpkit.notebook.presence`."""
         self.plot_state.on_msg(lambda _, content, __: report(content))
+
+    def hand_out(self, text: str, name: str = "") -> None:
+        """Store a text in a file of the browser's user, or without a name in the clipboard.
+
+        One view does so: the first one in the page that has the focus.
+        """
+        self._handed_out += 1
+        what = {"number": self._handed_out, "name": name, "text": text}
+        self.plot_state.send({"take": what})
 
     def is_due(self) -> bool:
         """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""

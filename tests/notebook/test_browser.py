@@ -53,6 +53,7 @@ def browser_page(server: JupyterLab) -> Iterator[NotebookPage]:
     with playwright.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
         page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.set_default_timeout(60_000)  # a page beside busy loops is slow
         yield NotebookPage(page, server)
         chromium.close()
@@ -189,6 +190,27 @@ def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -
     live.until(lambda: "● measuring" in status.inner_text(), 10, "the full rate again")
     live.run("scratch", "idle_s = 120")
     live.run("panel")
+
+
+def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path: Path) -> None:
+    panel, page = live.cell("panel"), live.page
+    live.until(panel.locator(".cpkit-path").count, 20, "samples")
+    panel.locator("button.take-code").focus()
+    page.keyboard.press("Enter")
+    live.until(lambda: "import cpkit" in panel.locator(".cpkit-taken").inner_text(), 10, "code")
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert "lab.measure(**setting" in code
+    assert "lengths=[256, 64]" in code
+    for kind in ("csv", "json"):
+        with page.expect_download() as taken:
+            panel.locator(f"button.take-{kind}").click()
+        assert taken.value.suggested_filename.endswith(f".{kind}")
+        taken.value.save_as(tmp_path / kind)
+    assert {sample.algorithm for sample in cpkit.load_samples(tmp_path / "json")} == {
+        "direct",
+        "plan",
+    }
+    assert (tmp_path / "csv").read_text().startswith("sequence,size_bytes,count,type,algorithm")
 
 
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:

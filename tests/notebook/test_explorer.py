@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import cpkit
@@ -94,6 +98,44 @@ def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None
     panel.unpin()
     until(lambda: points.x == (None,))
     assert panel.comparison_html == ""
+
+
+def test_the_code_measures_the_setting_of_the_controls(
+    panel: Explorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    panel.controls.algorithms.value = ("padded_symm", "plan")
+    panel.controls.strategy.value = "interleave"
+    panel.controls.tensors.value = 1
+    ran: dict[str, Any] = {}
+    exec(panel.code, ran)
+    assert ran["sample"].workload == panel.controls.workloads()[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["padded_symm", "plan"] * 10
+    shown = ran["lab"].explore(**ran["setting"])
+    assert shown.controls.workloads() == panel.controls.workloads()
+    shown.close()
+    ran["lab"].close()
+
+
+def test_saved_samples_load_again(panel: Explorer, tmp_path: Path) -> None:
+    panel.controls.algorithms.value = ("direct", "plan")
+    panel.start().wait(samples=3)
+    panel.stop()
+    until(lambda: "stopped" in panel.status_html)
+    panel.start().wait(samples=3)
+    panel.controls.lengths.value = "64, x"  # an error stops the measurement
+    samples = panel.samples
+    panel.save_json(tmp_path / "samples.json")
+    panel.save_csv(tmp_path / "samples.csv")
+    assert cpkit.load_samples(tmp_path / "samples.json") == tuple(samples)
+    table = pd.read_csv(tmp_path / "samples.csv")
+    assert table["algorithm"].tolist() == ["direct", "plan"] * (len(samples) // 2)
+    assert np.allclose(table["time_us"], [sample.time_us for sample in samples])
+    other = '{"format": "x", "version": "", "samples": []}'
+    for text, words in (("{}", "has no samples"), (other, "'x'")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            cpkit.load_samples(tmp_path / "other.json")
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
