@@ -145,8 +145,8 @@ class Ratio(NamedTuple):
         noise = max(self.value - self.low, self.high - self.value)
         shown = f"{self.value:.2f} × ± {noise:.2f}"
         if noise > self.value / 4:  # an interval this wide is lopsided
-            shown = f"{self.value:.2f} ×, from {self.low:.2f} to {self.high:.2f}"
-        return shown if self.differs else f"no difference seen ({shown})"
+            shown = f"{self.value:.2f} × ({self.low:.2f} to {self.high:.2f})"
+        return shown if self.differs else f"no difference seen: {shown}"
 
 
 def algbw_gbps(total_bytes: int, time_us: float) -> float:

@@ -80,7 +80,9 @@ class Toggles(widgets.HBox):  # type: ignore[misc]
 
     def __init__(self, names: Sequence[str], value: Sequence[str]) -> None:
         self.buttons = {
-            name: widgets.ToggleButton(description=name, tooltip=f"measure {name}")
+            name: widgets.ToggleButton(
+                description=name, tooltip=f"measure {name}", layout={"width": "auto"}
+            )
             for name in names
         }
         super().__init__(list(self.buttons.values()), layout={"flex_flow": "row wrap"})
@@ -96,6 +98,7 @@ class Toggles(widgets.HBox):  # type: ignore[misc]
     def _show(self, change: dict[str, Any]) -> None:
         for name, button in self.buttons.items():
             button.value = name in change["new"]
+            button.icon = "check" if button.value else ""  # a shade alone is hard to see
 
     def _read(self, _: object) -> None:
         # While `_show` sets several buttons, the value already is the new one.

@@ -101,7 +101,7 @@ class Explorer(LivePanel[Setting]):
         self.panel.plot.on_report(self._presence.report)
         self._lab, self._window_s = lab, window_s
         self._summary, self._against, self._table = (
-            widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(3)
+            widgets.HTML(_dom_classes=(SHOWN,), layout={"max_width": "100%"}) for _ in range(3)
         )
         self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))

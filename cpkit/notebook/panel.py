@@ -93,7 +93,7 @@ class Panel:
             _draw_ratios(self._to_first, names, ratios)
             to_baseline = [each.ratio for each in comparisons] or [None] * len(names)
             _draw_ratios(self._to_baseline, names, to_baseline)
-            self._to_baseline.showlegend = bool(comparisons)
+            self._to_first.showlegend = self._to_baseline.showlegend = bool(comparisons)
             self._publish(summaries)
 
     def still(self) -> go.Figure:
@@ -139,7 +139,7 @@ def _draw_ratios(points: go.Scatter, names: Sequence[str], ratios: Sequence[Rati
     after = [ratio.high - ratio.value if ratio else 0.0 for ratio in ratios]
     before = [ratio.value - ratio.low if ratio else 0.0 for ratio in ratios]
     noise = {"array": _short(after, 3), "arrayminus": _short(before, 3)}
-    points.update(x=_short(values, 3), y=list(names), error_x=noise, showlegend=True)
+    points.update(x=_short(values, 3), y=list(names), error_x=noise)
 
 
 def _short(values: Sequence[float | None], digits: int = 1) -> list[float | None]:
@@ -175,11 +175,11 @@ def _empty_figure() -> go.Figure:
         barmode="stack",
         margin_l=120,  # room for the names of the algorithms
         margin_t=84,  # and for the titles of the plots
-        margin_b=110,  # and for three lines of the legend
+        margin_b=160,  # and for the legend
         uirevision="live",  # zooming by hand survives the next sample
     )
     alt = "Live: rows per rank, time per rank, stages, ratios, history."
-    return style.finish(figure, title="Not measured yet", alt=alt, height=800)
+    return style.finish(figure, title="Not measured yet", alt=alt, height=850)
 
 
 def _add_traces(figure: go.Figure) -> None:

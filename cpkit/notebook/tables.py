@@ -11,14 +11,14 @@ from cpkit.notebook.charts import byte_words
 from cpkit.notebook.intervals import Comparison, Summary
 from cpkit.timing import DEVICE_TIME, Ratio, algbw_gbps, busbw_gbps
 
-_NUMBER = 'style="padding: 0 8px; text-align: right; white-space: nowrap"'
-_TEXT = 'style="padding: 0 8px; text-align: left"'
+_NUMBER = 'style="padding: 0 6px; text-align: right; white-space: nowrap"'
+_TEXT = 'style="padding: 0 6px; text-align: left"'
 
 
 def algorithms_table(summaries: Sequence[Summary]) -> str:
     """Return one row per algorithm: times, ratio to the first, bandwidths; then the paths."""
     newest = summaries[0].newest
-    columns = ["algorithm", "gathers", "median µs", "p95 µs", "ratio to the first"]
+    columns = ["algorithm", "gathers", "median µs", "p95 µs", "ratio to first"]
     columns += ["algbw GB/s", "busbw GB/s", "slowest rank"]
     if newest.clock == DEVICE_TIME:
         columns.append("call time µs")
@@ -105,4 +105,4 @@ def _table(name: str, caption: str, columns: Iterable[str], rows: Iterable[Seque
         cells += [f"<td {_NUMBER}>{cell}</td>" for cell in row[1:]]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     caption = f'<caption style="text-align: left">{html.escape(caption)}</caption>'
-    return f'<table class="{name}">{caption}{"".join(lines)}</table>'
+    return f'<table class="{name}" style="font-size: 13px">{caption}{"".join(lines)}</table>'
