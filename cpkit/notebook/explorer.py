@@ -118,7 +118,7 @@ class Explorer(LivePanel[Setting]):
         return self
 
     def stop(self) -> None:
-        """Stop measuring. The workers keep running, and new settings still draw their layout."""
+        """Stop measuring, and keep what was measured. New settings still draw their layout."""
         self._is_running = False
         self._submit()
 
@@ -225,15 +225,18 @@ class Explorer(LivePanel[Setting]):
         self._presence.touch()
         with self._changed:
             self._error = None
-            self._newest = Intervals(workloads, self._window_s)
+            is_kept = not self._is_running and self._newest and self._newest.workloads == workloads
+            if not is_kept:
+                self._newest = Intervals(workloads, self._window_s)
+            assert self._newest
             return Setting(self._newest, self._is_running)
 
     def _work(self, setting: Setting, is_newest: IsNewest) -> None:
         """Draw the layout. If running, measure until a newer setting is submitted."""
         intervals = setting.intervals
-        metadata = intervals.workloads[0].layout()
-        self.panel.show_layout(intervals.workloads, metadata)
-        self._table.value = self._summary.value = ""
+        if setting.is_running or not intervals.count:
+            self.panel.show_layout(intervals.workloads, intervals.workloads[0].layout())
+            self._table.value = self._summary.value = ""
         if not setting.is_running:
             self._status.value = _STOPPED
             return
