@@ -98,7 +98,8 @@ class Toggles(widgets.HBox):  # type: ignore[misc]
     def _show(self, change: dict[str, Any]) -> None:
         for name, button in self.buttons.items():
             button.value = name in change["new"]
-            button.icon = "check" if button.value else ""  # a shade alone is hard to see
+            # A shade alone is hard to see, and has no name for a screen reader.
+            button.description = f"✓ {name}" if button.value else name
 
     def _read(self, _: object) -> None:
         # While `_show` sets several buttons, the value already is the new one.
