@@ -76,7 +76,7 @@ def pages(count: int) -> Iterator[NotebookPage]:
             notebook = NotebookPage(page, lab)
             notebook.open(f"live-{number}", LIVE_CELLS)
             notebook.run("setup")
-            notebook.run("scratch", "pause_s = 15")
+            notebook.run("scratch", "idle_s = 15")
             say(f"page {number} of {count}")
             yield notebook
             lab.end_kernels()

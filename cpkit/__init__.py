@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from cpkit.lab import Lab, connect
     from cpkit.notebook.explorer import Explorer
+    from cpkit.notebook.takeaway import load_samples
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _MODULES = {
     "Explorer": "cpkit.notebook.explorer",
     "Lab": "cpkit.lab.lab",
     "connect": "cpkit.lab.lab",
+    "load_samples": "cpkit.notebook.takeaway",
     "BadRequest": "cpkit.control.errors",
     "Cancelled": "cpkit.control.errors",
     "ControlError": "cpkit.control.errors",
@@ -55,6 +57,7 @@ __all__ = [
     "WorkersBusy",
     "WorkersDied",
     "connect",
+    "load_samples",
 ]
 
 

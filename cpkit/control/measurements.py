@@ -24,6 +24,9 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
     `clock` says what the times are: device time on a GPU, unless rows go through the host, and
     otherwise call time. The call time is there in both cases (see cpkit.bench).
+
+    The samples of one interval of `Lab.measure` have the same `sequence`. Their gathers are
+    interleaved, so equal indices of `gathers_us` are gathers that ran one after the other.
     """
 
     sequence: int
@@ -36,17 +39,21 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     stage_us: dict[str, tuple[float, ...]]  # medians per rank
     path: PathName
     path_reason: str
+    gathers_us: tuple[float, ...] = ()  # each gather on its slowest rank; () in a sweep
 
     joined = ("per_rank_us", "per_rank_min_us", "per_rank_p95_us", "per_rank_call_us")
 
     @classmethod
     def of_all_ranks(cls, parts: Sequence[Self]) -> Self:
-        """Join the parts, and the times of equal stages."""
+        """Join the parts, and the times of equal stages. A gather takes as long as its slowest."""
         stage_us = {
             name: tuple(us for part in parts for us in part.stage_us.get(name, (0.0,)))
             for name in dict.fromkeys(name for part in parts for name in part.stage_us)
         }
-        return msgspec.structs.replace(super().of_all_ranks(parts), stage_us=stage_us)
+        gathers_us = tuple(map(max, zip(*(part.gathers_us for part in parts), strict=True)))
+        return msgspec.structs.replace(
+            super().of_all_ranks(parts), stage_us=stage_us, gathers_us=gathers_us
+        )
 
     @property
     def time_us(self) -> float:
@@ -136,7 +143,7 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
 
 class SweepResult(ShownResult, frozen=True, tag="sweep_result", tag_field="is"):
-    """All samples of a sweep, one per workload."""
+    """One sample per workload: all of a sweep, or those of one interval of a measurement."""
 
     rows: tuple[Sample, ...]
 

@@ -12,7 +12,7 @@ from cpkit.packing import describe_types
 if TYPE_CHECKING:
     from cpkit.layout import ContextParallelMetadata
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
 ClockCall = Literal[AlgorithmChoice, "barrier", "copy", "copy_fresh", "collective", "launch"]
@@ -70,6 +70,10 @@ class Workload(Message, frozen=True):
         """Bytes of the whole gathered result: all tensors, without padding."""
         return sum(self.lengths) * self.row_bytes * self.tensors
 
+    def without_variant(self) -> Workload:
+        """Return the workload with the default algorithm and memory, to compare all else."""
+        return msgspec.structs.replace(self, algorithm="direct", symmetric=True)
+
     def layout(self) -> ContextParallelMetadata:
         """Return which rank owns which token. Raises ValueError for lengths that do not fit."""
         from cpkit.layout import prepare_context_parallel_metadata
@@ -90,9 +94,12 @@ class Gather(Message, frozen=True, tag="gather", tag_field="op"):
 
 
 class Measure(Message, frozen=True, tag="measure", tag_field="op"):
-    """Time a workload until `samples` are sent or the request is cancelled."""
+    """Time workloads until `samples` of each are sent or the request is cancelled.
 
-    workload: Workload
+    They differ only in algorithm and memory, and their gathers are interleaved.
+    """
+
+    workloads: tuple[Workload, ...]
     samples: int | None = None
     interval_s: float = 0.1
 

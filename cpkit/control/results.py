@@ -142,6 +142,9 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
     symmetric_backend: str
     memory_limit_bytes: int
     workers: tuple[WorkerInfo, ...]
+    cores: int = 0  # that rank 0 may use
+    gpus: int = 0  # that rank 0 can see, if the ranks use GPUs
+    load: float = 0.0  # of rank 0's machine, on average over one minute
 
     @property
     def table(self) -> pd.DataFrame:

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from itertools import product
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import structs
 
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
@@ -39,6 +40,7 @@ from cpkit.control.messages import (
     dtype_name,
 )
 from cpkit.control.runtime_dir import AlreadyRunning
+from cpkit.lab.arguments import Lengths, several, whole
 from cpkit.lab.pool import LabPool
 from cpkit.processes import process_id
 from cpkit.settings import workers_name
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
 
     from cpkit import Explorer
 
-Lengths = int | Sequence[int]
 _ATTEMPTS = 3  # another process may be starting these workers, and fail
 _log = logging.getLogger("cpkit")
 
@@ -186,6 +187,7 @@ class Lab:
         *,
         strategy: Strategy = "zigzag",
         algorithm: AlgorithmChoice = "direct",
+        algorithms: Sequence[AlgorithmChoice] | None = None,
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -196,12 +198,23 @@ class Lab:
     ) -> Generator[Sample, None, None]:
         """Yield one sample every `interval_s`: `samples` of them, or endlessly if that is None.
 
+        `algorithms` are interleaved in one measurement: each of them gets a sample per interval.
         Closing the iterator cancels the measurement.
         """
+        if algorithms is not None and algorithm != "direct":
+            raise BadRequest("pass either algorithm or algorithms, to say what to measure")
+        names = several((algorithm,) if algorithms is None else algorithms, "algorithms")
         workload = self.workload(
-            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+            lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
         )
-        return self._samples(checked(Measure(workload, samples, interval_s)))
+        variants = [structs.replace(workload, algorithm=name) for name in names]
+        return self.measure_workloads(variants, samples=samples, interval_s=interval_s)
+
+    def measure_workloads(
+        self, workloads: Sequence[Workload], *, samples: int | None = None, interval_s: float = 0.1
+    ) -> Generator[Sample, None, None]:
+        """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`."""
+        return self._samples(checked(Measure(tuple(workloads), samples, interval_s)))
 
     def _samples(self, body: Measure) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.
@@ -240,9 +253,9 @@ class Lab:
                 batch, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
             )
 
-        sizes = _whole((self.world_size,) if cp_sizes is None else cp_sizes, "cp_sizes")
-        batches = list(_several(() if lengths is None else lengths, "lengths"))
-        for total_bytes in () if sizes_bytes is None else _whole(sizes_bytes, "sizes_bytes"):
+        sizes = whole((self.world_size,) if cp_sizes is None else cp_sizes, "cp_sizes")
+        batches = list(several(() if lengths is None else lengths, "lengths"))
+        for total_bytes in () if sizes_bytes is None else whole(sizes_bytes, "sizes_bytes"):
             if total_bytes < 1:
                 raise BadRequest(f"sizes_bytes has {total_bytes}; each size must be 1 or more")
             token_bytes = workload(1, 1, "direct").total_bytes
@@ -250,7 +263,7 @@ class Lab:
         workloads = tuple(
             workload(cp_size, batch, algorithm)
             for batch, cp_size, algorithm in product(
-                batches, sizes, _several(algorithms or ALGORITHMS, "algorithms")
+                batches, sizes, several(algorithms or ALGORITHMS, "algorithms")
             )
         )
         return self._client.call(Sweep(workloads, iterations), SweepResult).table
@@ -282,7 +295,7 @@ class Lab:
         workload = self.workload(
             lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
         )
-        body = Clock(workload, _several(calls, "calls"), iterations, warmup, barrier, late_us)
+        body = Clock(workload, several(calls, "calls"), iterations, warmup, barrier, late_us)
         return self._client.call(body, ClockResult)
 
     def trace(
@@ -352,7 +365,7 @@ class Lab:
         return checked(
             Workload(
                 self.world_size if cp_size is None else cp_size,
-                _whole(lengths),
+                whole(lengths),
                 strategy,
                 algorithm,
                 symmetric,
@@ -368,10 +381,11 @@ class Lab:
         lengths: Sequence[int] = (4096,),
         *,
         interval_s: float = 0.12,
-        pause_after_s: float = 120.0,
+        window_s: float = 5.0,
+        idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithms: Sequence[AlgorithmChoice] = ("direct",),
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -380,9 +394,9 @@ class Lab:
     ) -> "Explorer":
         """Start the live panel and return it. Display it as the last line of a cell.
 
-        The parameters from `cp_size` on are the initial values of its controls. A sample arrives
-        every `interval_s`. The panel pauses `pause_after_s` after the last change. Requires the
-        packages of `cpkit[notebooks]`.
+        The parameters from `cp_size` on are the initial values of its controls. Each algorithm
+        gets a sample every `interval_s`, or every second if the panel is not touched for
+        `idle_after_s`, and is judged by the last `window_s`. Requires `cpkit[notebooks]`.
         """
         from cpkit import Explorer  # its packages are optional
 
@@ -390,10 +404,11 @@ class Lab:
             self,
             lengths,
             interval_s=interval_s,
-            pause_after_s=pause_after_s,
+            window_s=window_s,
+            idle_after_s=idle_after_s,
             cp_size=cp_size,
             strategy=strategy,
-            algorithm=algorithm,
+            algorithms=algorithms,
             symmetric=symmetric,
             heads=heads,
             head_dim=head_dim,
@@ -410,27 +425,6 @@ class Lab:
         """Stop the workers, and return when they have ended."""
         launcher.shut_down(self._client)
         self.close()
-
-
-def _several(values: Any, name: str) -> tuple[Any, ...]:
-    """Return one name or several values as a tuple. Raises BadRequest for anything else."""
-    if not isinstance(values, Iterable):
-        raise BadRequest(f"{name} is {values!r}; it must be a list")
-    return (values,) if isinstance(values, str) else tuple(values)
-
-
-def _whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
-    """Return one integer or several as a tuple. Raises BadRequest for anything else."""
-    with contextlib.suppress(TypeError):
-        return (index(numbers),)  # type: ignore[arg-type]  # a sequence has no index
-    with contextlib.suppress(TypeError):
-        whole = tuple(map(index, numbers))  # type: ignore[arg-type]
-        if whole:
-            return whole
-    raise BadRequest(
-        f"{name} is {numbers!r}; it must be a whole number, or a list of at least one: for lengths "
-        f"the tokens of each sequence, for example [4097, 812]"
-    )
 
 
 def _log_wait(ahead: int) -> None:

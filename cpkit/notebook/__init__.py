@@ -3,7 +3,9 @@
 These modules use the layout and the control client, and never import `torch.distributed`.
 
     figures        grids (arrays), charts (times), style (colours and text), show (display)
-    live panels    explorer (with controls and panel), stepper, pool_live
+    live panels    explorer, stepper, pool_live
+    the explorer   controls, panel (figure), intervals (statistics), tables, badges,
+                   presence (idle and hidden pages), takeaway (code, CSV, JSON)
     their parts    live (thread and widgets), plot (with plot.js), cells (a cell that runs again)
     notebooks      workspace (the copies that `make lab` opens)
 """

@@ -1,4 +1,4 @@
-"""The explorer's controls: their options, and the workload that they select."""
+"""The explorer's controls: their options, and the workloads that they select."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets as widgets
+import msgspec
+import traitlets
 
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.messages import MAX_SEQUENCES, Workload
@@ -68,16 +70,54 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 TENSORS = (1, 2, 3, 4)
 
 
-class Controls:
-    """The widgets that select one workload."""
+class Toggles(widgets.HBox):  # type: ignore[misc]
+    """A row of buttons that are each on or off; `value` has the names of those that are on.
 
-    def __init__(self, cp_sizes: Sequence[int], start: Workload) -> None:
+    The names are in the order of the buttons. By keyboard: Tab, then the space bar.
+    """
+
+    value = traitlets.Tuple()
+
+    def __init__(self, names: Sequence[str], value: Sequence[str]) -> None:
+        self.buttons = {
+            name: widgets.ToggleButton(
+                description=name, tooltip=f"measure {name}", layout={"width": "auto"}
+            )
+            for name in names
+        }
+        super().__init__(list(self.buttons.values()), layout={"flex_flow": "row wrap"})
+        self.value = tuple(value)
+        for button in self.buttons.values():
+            button.observe(self._read, "value")
+
+    @traitlets.validate("value")
+    def _in_order(self, proposal: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(name for name in self.buttons if name in proposal["value"])
+
+    @traitlets.observe("value")
+    def _show(self, change: dict[str, Any]) -> None:
+        for name, button in self.buttons.items():
+            button.value = name in change["new"]
+            # A shade alone is hard to see, and has no name for a screen reader.
+            button.description = f"✓ {name}" if button.value else name
+
+    def _read(self, _: object) -> None:
+        # While `_show` sets several buttons, the value already is the new one.
+        on = tuple(name for name, button in self.buttons.items() if button.value)
+        if len(set(on) ^ set(self.value)) == 1:
+            self.value = on
+
+
+class Controls:
+    """The widgets that select one workload, and the algorithms that are compared on it."""
+
+    def __init__(self, cp_sizes: Sequence[int], start: Workload, algorithms: Sequence[str]) -> None:
         self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
         self.heads = _slider("heads", HEADS, start.heads, "heads per row")
         self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements per head")
         self.dtype = _choice("dtype", DTYPES, start.dtype)
         self.tensors = _slider("tensors", TENSORS, start.tensors, "tensors per gather: K, V, …")
-        self.algorithm = _choice("algorithm", ALGORITHM_CHOICES, start.algorithm)
+        self.algorithms = Toggles(ALGORITHM_CHOICES, algorithms)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
         self.lengths = widgets.Text(
             value=", ".join(str(length) for length in start.lengths),
@@ -88,36 +128,46 @@ class Controls:
         self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
         self.preset = self._presets("preset", PRESETS, "own lengths")
         self.rows = self._presets("rows", ROWS, "own rows")
-        for name in ("cp_size", "heads", "head_dim", "dtype", "algorithm", "strategy", "lengths"):
+        for name in ("cp_size", "heads", "head_dim", "dtype", "algorithms", "strategy", "lengths"):
             getattr(self, name).add_class(name.replace("_", "-"))
 
-    def workload(self) -> Workload:
-        """Return the selected workload. Raises ValueError if the lengths cannot be parsed."""
-        return Workload(
+    def workloads(self) -> tuple[Workload, ...]:
+        """Return the selected workload once per algorithm.
+
+        Raises ValueError if the lengths cannot be parsed, or no algorithm is selected.
+        """
+        if not self.algorithms.value:
+            raise ValueError("no algorithm is selected; select at least one")
+        workload = Workload(
             cp_size=self.cp_size.value,
             lengths=parse_lengths(self.lengths.value),
             strategy=self.strategy.value,
-            algorithm=self.algorithm.value,
             symmetric=self.symmetric.value,
             heads=self.heads.value,
             head_dim=self.head_dim.value,
             dtype=self.dtype.value,
             tensors=self.tensors.value,
         )
+        return tuple(
+            msgspec.structs.replace(workload, algorithm=name) for name in self.algorithms.value
+        )
 
     def observed(self) -> tuple[Any, ...]:
         """Return the widgets whose values define the workload."""
         shape = (self.cp_size, self.heads, self.head_dim, self.dtype, self.tensors)
-        return (*shape, self.algorithm, self.strategy, self.lengths, self.symmetric)
+        return (*shape, self.algorithms, self.strategy, self.lengths, self.symmetric)
 
     def box(self) -> widgets.Widget:
-        """Return all controls in three columns."""
+        """Return all controls: the algorithms above three columns."""
         columns = (
-            (self.cp_size, self.algorithm, self.symmetric),
+            (self.cp_size, self.symmetric),
             (self.lengths, self.preset, self.strategy),
             (self.rows, self.heads, self.head_dim, self.dtype, self.tensors),
         )
-        return controls_box([widgets.VBox(column) for column in columns], flex_flow="row wrap")
+        boxes = widgets.HBox(
+            [widgets.VBox(column) for column in columns], layout={"flex_flow": "row wrap"}
+        )
+        return controls_box([widgets.VBox([self.algorithms, boxes])])
 
     def _presets(self, name: str, presets: dict[str, Values], own: str) -> widgets.Dropdown:
         """Return a choice of presets. It shows one only while the controls have its values."""

@@ -1,56 +1,68 @@
 """The explorer: change a control, and the workers measure the new setting while you watch.
 
-    controls ──▶ newest setting ──▶ thread: lab.measure(setting) ──▶ plot, 5-10 Hz
+    controls ──▶ newest setting ──▶ thread: lab.measure_workloads(…) ──▶ plot, 5-10 Hz
 
 A control's callback only submits a setting and returns, so a slow measurement never blocks the
-kernel, and ten quick changes restart the measurement once. The measurement pauses if no control was
-changed for `pause_after_s`.
+kernel, and ten quick changes restart the measurement once. The selected algorithms are measured
+interleaved. A panel that is not touched measures once per second, and one that no page shows not
+at all (`presence`).
 """
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
-import msgspec
 
-from cpkit.algorithms import AlgorithmChoice
+from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
 from cpkit.control.errors import BadRequest
-from cpkit.control.messages import Sample, Strategy, Workload
+from cpkit.control.messages import Sample, Strategy
 from cpkit.lab import Lab
+from cpkit.lab.arguments import several
 from cpkit.layout import ContextParallelMetadata
-from cpkit.notebook.charts import byte_words
+from cpkit.notebook.badges import contention_badge
 from cpkit.notebook.controls import Controls
+from cpkit.notebook.intervals import Baseline, Intervals, compare
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
-from cpkit.notebook.panel import FEWEST_FOR_P95, Panel
-from cpkit.timing import DEVICE_TIME
+from cpkit.notebook.panel import Panel, describe
+from cpkit.notebook.presence import Presence
+from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
+from cpkit.notebook.takeaway import as_csv, as_json, code
 
 if TYPE_CHECKING:
     from typing import Self
 
     import torch
 
-_CELL = 'style="padding: 0 8px; text-align: right"'
+_STATUS_EVERY_S = 5.0  # how often the load of the machine is read
+_POLL_S = 0.1  # how soon a hidden panel follows a new setting
+_MEASURING, _STOPPED = "● measuring", "○ stopped"
+_IDLE = "◐ measuring once per second: not touched for a while; touch the panel for the full rate"
+_HIDDEN = "○ not measuring: no page shows this panel"
 
 
-class Measurement(NamedTuple):
-    """One setting of the controls, and the samples measured with it."""
+class Setting(NamedTuple):
+    """One setting of the controls, and what was measured with it."""
 
-    workload: Workload
+    intervals: Intervals
     is_running: bool
-    samples: list[Sample]
 
 
-class Explorer(LivePanel[Measurement]):
-    """Measure the selected workload live. Call `start()`; display it as the last line of a cell.
+class Explorer(LivePanel[Setting]):
+    """Measure the selected algorithms live. Call `start()`; display it as the last line of a cell.
 
     The parameters from `cp_size` on are the initial values of the controls. `lengths` are tokens
-    per sequence; a sample arrives every `interval_s`.
+    per sequence. Each algorithm gets a sample every `interval_s`; medians, p95 and ratios are those
+    of the last `window_s`. If the panel is not touched for `idle_after_s`, it gets one per second,
+    and none while all pages that show the panel are hidden. Ratios are to the first of the
+    algorithms, in their usual order.
     """
 
     description = "Live panel: controls, and a plot of what the workers measure now"
@@ -61,121 +73,259 @@ class Explorer(LivePanel[Measurement]):
         lengths: Sequence[int] = (4096,),
         *,
         interval_s: float = 0.12,
-        pause_after_s: float = 120.0,
+        window_s: float = 5.0,
+        idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithms: Sequence[AlgorithmChoice] = ("direct",),
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
     ) -> None:
-        for name, value in (("interval_s", interval_s), ("pause_after_s", pause_after_s)):
+        seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
+        for name, value in seconds.items():
             if not (isinstance(value, Real) and value >= 0):
                 raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
+        names = several(algorithms, "algorithms")
+        if not names or not set(names) <= {*ALGORITHM_CHOICES}:
+            allowed = ", ".join(ALGORITHM_CHOICES)
+            raise BadRequest(f"algorithms is {algorithms!r}; it must be one or more of {allowed}")
         first = lab.workload(
-            lengths, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
+            lengths, cp_size, strategy, names[0], symmetric, heads, head_dim, dtype, tensors
         )
-        self.controls = Controls(lab.cp_sizes, first)
+        self.controls = Controls(lab.cp_sizes, first, names)
         self.panel = Panel()
-        self._lab, self._interval_s, self._pause_after_s = lab, interval_s, pause_after_s
-        self._summary, self._table = (widgets.HTML(_dom_classes=(SHOWN,)) for _ in range(2))
+        self._presence = Presence(interval_s, idle_after_s)
+        self.panel.plot.on_report(self._presence.report)
+        self._lab, self._window_s = lab, window_s
+        self._summary, self._against, self._table = (
+            widgets.HTML(_dom_classes=(SHOWN,), layout={"max_width": "100%"}) for _ in range(3)
+        )
+        self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
+        self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
         self._is_running = False
-        self._samples: list[Sample] = []  # of the newest setting
+        self._newest: Intervals | None = None
+        self._baseline: Baseline | None = None
         self._error: Exception | None = None
         super().__init__(self.controls.observed(), self.panel.plot)
 
     def start(self) -> "Self":
-        """Measure the selected workload until `stop`; return the panel."""
+        """Measure the selected algorithms until `stop`; return the panel."""
         self._is_running = True
         self._submit()
         return self
 
     def stop(self) -> None:
-        """Stop measuring. The workers keep running, and new settings still draw their layout."""
+        """Stop measuring, and keep what was measured. New settings still draw their layout."""
         self._is_running = False
         self._submit()
 
+    def pin(self) -> None:
+        """Keep the present state as the baseline A: from now on the panel shows B against A.
+
+        Raises RuntimeError before the first sample.
+        """
+        summaries = self._newest.summaries() if self._newest else []
+        if not summaries:
+            raise RuntimeError("nothing is measured yet: press Start, wait, then pin")
+        described = "; ".join(describe([summary.newest.workload for summary in summaries]))
+        self._baseline = Baseline(described, tuple(summaries))
+        self._pin_button.description, self._pin_button.icon = "Unpin A", "times"
+
+    def unpin(self) -> None:
+        """Forget the baseline."""
+        self._baseline = None
+        self._against.value = ""
+        self._pin_button.description, self._pin_button.icon = "Pin as A", "thumb-tack"
+
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
-        """Wait until the newest setting has this many samples; return the latest.
+        """Wait until each algorithm has this many samples; return the latest of the first one.
 
         Raises the measurement's exception, RuntimeError if the panel is stopped, or TimeoutError.
         """
         with self._changed:
-            if not self._is_running and len(self._samples) < samples:
+            if not self._is_running and self._count() < samples:
                 raise RuntimeError("the panel is stopped: press Start, then run this cell again")
             done = self._changed.wait_for(
-                lambda: self._error or len(self._samples) >= samples, timeout_s
+                lambda: self._error or self._count() >= samples, timeout_s
             )
             if self._error:
                 raise self._error
             if not done:
                 raise TimeoutError(
-                    f"{len(self._samples)} of {samples} samples arrived in {timeout_s} s"
+                    f"{self._count()} of {samples} samples arrived in {timeout_s} s; the panel "
+                    f"shows: {self.status_html}"
                 )
-            return self._samples[-1]
+            assert self._newest
+            return self._newest.latest()[0]
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples of the newest setting: the last 600 per algorithm, oldest first."""
+        return self._newest.samples() if self._newest else []
+
+    @property
+    def code(self) -> str:
+        """Python that measures the present setting. Raises ValueError if it cannot be read."""
+        return code(self._lab.name, self.controls.workloads())
+
+    def save_csv(self, path: str | PathLike[str]) -> None:
+        """Write one line per sample, with the columns of a sweep."""
+        Path(path).write_text(as_csv(self.samples))
+
+    def save_json(self, path: str | PathLike[str]) -> None:
+        """Write all samples with all their fields; `cpkit.load_samples` reads them."""
+        Path(path).write_text(as_json(self.samples))
 
     @property
     def status_html(self) -> str:
-        """The status line: measuring, paused, stopped, or an error."""
+        """The status line: measuring, idle, hidden, stopped, or an error."""
         return str(self._status.value)
 
     @property
     def summary_html(self) -> str:
-        """The latest sample in one line; empty before the first sample."""
+        """The table of the algorithms, with their paths; empty before the first sample."""
         return str(self._summary.value)
+
+    @property
+    def comparison_html(self) -> str:
+        """B against the pinned A; empty while nothing is pinned."""
+        return str(self._against.value)
+
+    @property
+    def contention_html(self) -> str:
+        """How crowded the machine is; empty before the first measurement."""
+        return str(self._contention.value)
 
     def _build(self, controls: Sequence[Any]) -> widgets.Widget:
         start = widgets.Button(description="Start", icon="play", tooltip="measure")
         stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers keep running")
         start.add_class("start").on_click(lambda _: self.start())
         stop.add_class("stop").on_click(lambda _: self.stop())
-        buttons = widgets.HBox([controls_box([start, stop]), self._status])
+        self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
+        self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
+        self.unpin()
+        takes = [
+            _take_button("Copy code", "copy", "Python of this setting", self._copy_code),
+            _take_button("CSV", "download", "the samples as a table", self._download_csv),
+            _take_button("JSON", "download", "the samples, to load again", self._download_json),
+        ]
+        buttons = widgets.HBox(
+            [controls_box([start, stop, self._pin_button, *takes]), self._status],
+            layout={"flex_flow": "row wrap"},
+        )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
-        return live_box(self.controls.box(), buttons, self._summary, picture)
+        numbers = (self._taken, self._contention, self._summary, self._against)
+        return live_box(self.controls.box(), buttons, *numbers, picture)
 
-    def _setting(self) -> Measurement:
-        workload = self.controls.workload()
+    def _setting(self) -> Setting:
+        workloads = self.controls.workloads()
+        self._presence.touch()
         with self._changed:
-            self._samples, self._error = [], None
-            return Measurement(workload, self._is_running, self._samples)
+            self._error = None
+            is_kept = not self._is_running and self._newest and self._newest.workloads == workloads
+            if not is_kept:
+                self._newest = Intervals(workloads, self._window_s)
+            assert self._newest
+            return Setting(self._newest, self._is_running)
 
-    def _work(self, setting: Measurement, is_newest: IsNewest) -> None:
+    def _work(self, setting: Setting, is_newest: IsNewest) -> None:
         """Draw the layout. If running, measure until a newer setting is submitted."""
-        workload = setting.workload
-        metadata = workload.layout()
-        self.panel.show_layout(workload, metadata)
-        self._table.value = self._summary.value = ""
-        self._status.value = "● measuring" if setting.is_running else "○ stopped"
+        intervals = setting.intervals
+        if setting.is_running or not intervals.count:
+            self.panel.show_layout(intervals.workloads, intervals.workloads[0].layout())
+            self._table.value = self._summary.value = ""
         if not setting.is_running:
+            self._status.value = _STOPPED
             return
-        stop_at_s = time.monotonic() + self._pause_after_s
-        sample = None
-        options = msgspec.structs.asdict(workload)
-        with closing(self._lab.measure(**options, interval_s=self._interval_s)) as samples:
+        began_s = time.monotonic()
+        while is_newest():
+            if self._presence.is_hidden:
+                self._status.value = _HIDDEN
+                self._presence.wait(_POLL_S)
+            else:
+                self._measure(intervals, is_newest, began_s)
+
+    def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
+        """Measure until a newer setting is submitted, or the interval changes."""
+        metadata = intervals.workloads[0].layout()
+        interval_s, read_at_s = self._presence.interval_s(), 0.0
+        self._status.value = _IDLE if self._presence.is_idle else _MEASURING
+        stream = self._lab.measure_workloads(intervals.workloads, interval_s=interval_s)
+        with closing(stream) as samples:
             for sample in samples:
                 if not is_newest():
                     return
-                self._keep(setting, sample)
+                if not self._keep(intervals, sample):
+                    continue
+                now_s = time.monotonic()
                 if self.plot.is_due():
-                    self._draw(sample, metadata)
-                if time.monotonic() > stop_at_s:
-                    break
-        if sample:
-            self._draw(sample, metadata)
-        self._status.value = "○ paused: no control was changed for a while; press Start to continue"
+                    self._draw(intervals, metadata, now_s - began_s)
+                if now_s >= read_at_s:
+                    read_at_s = now_s + _STATUS_EVERY_S
+                    self._show_contention(metadata.cp_size)
+                if self._presence.is_hidden or self._presence.interval_s() != interval_s:
+                    return
 
-    def _keep(self, setting: Measurement, sample: Sample) -> None:
-        self.panel.add(sample)
+    def _keep(self, intervals: Intervals, sample: Sample) -> bool:
+        """Keep the sample. Return True if it completes an interval."""
         with self._changed:
-            setting.samples.append(sample)
-            self._changed.notify_all()
+            is_complete = intervals.add(sample)
+            if is_complete:
+                self._changed.notify_all()
+        return is_complete
 
-    def _draw(self, sample: Sample, metadata: ContextParallelMetadata) -> None:
-        self.panel.show_sample(sample)
-        self._summary.value = _summary(sample)
-        self._table.value = _table(sample, metadata)
+    def _count(self) -> int:
+        return self._newest.count if self._newest else 0
+
+    def _draw(self, intervals: Intervals, metadata: ContextParallelMetadata, at_s: float) -> None:
+        summaries = intervals.summaries()
+        baseline = self._baseline  # another thread may unpin it
+        comparisons = compare(baseline, summaries) if baseline else []
+        self.panel.show(summaries, comparisons, at_s)
+        shown = comparison_table(comparisons, baseline.described) if baseline else ""
+        self._against.value = shown
+        self._summary.value = algorithms_table(summaries)
+        self._table.value = ranks_table(summaries, metadata)
+
+    def _toggle_pin(self) -> None:
+        if self._baseline:
+            self.unpin()
+            return
+        try:
+            self.pin()
+        except RuntimeError as error:
+            self._status.value = f"○ {error}"
+
+    def _copy_code(self) -> None:
+        try:
+            text = self.code
+        except ValueError:  # the status line has the error
+            return
+        self.panel.plot.hand_out(text)
+        self._taken.value = f"In the clipboard:<pre>{html.escape(text)}</pre>"
+
+    def _download_csv(self) -> None:
+        self._download("csv", as_csv)
+
+    def _download_json(self) -> None:
+        self._download("json", as_json)
+
+    def _download(self, kind: str, text_of: Callable[[Sequence[Sample]], str]) -> None:
+        samples = self.samples
+        if not samples:
+            self._taken.value = "Nothing is measured yet."
+            return
+        name = f"cpkit-{time.strftime('%Y-%m-%d-%H%M%S')}.{kind}"
+        self.panel.plot.hand_out(text_of(samples), name)
+        self._taken.value = f"{len(samples)} samples are in {name} of your downloads."
+
+    def _show_contention(self, cp_size: int) -> None:
+        badge = contention_badge(self._lab.status(), cp_size)
+        if badge != self._contention.value:
+            self._contention.value = badge
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -184,30 +334,7 @@ class Explorer(LivePanel[Measurement]):
         super()._fail(error)
 
 
-def _summary(sample: Sample) -> str:
-    slowest = sample.per_rank_us.index(sample.time_us)
-    clock: str = sample.clock
-    if clock == DEVICE_TIME:
-        clock += f" (call time {sample.call_us:,.0f} µs{', mostly host' * sample.host_bound})"
-    return (
-        f"<b>{sample.time_us:,.0f} µs</b> {clock}, slowest is rank {slowest} · "
-        f"{byte_words(sample.total_bytes)} gathered · algbw {sample.algbw_gbps:.2f} GB/s · "
-        f"busbw {sample.busbw_gbps:.2f} GB/s · path <b>{sample.path}</b>: "
-        f"{html.escape(sample.path_reason)}"
-    )
-
-
-def _table(sample: Sample, metadata: ContextParallelMetadata) -> str:
-    """Return the plot as a table, its text alternative."""
-    columns = ("rank", "rows", "padding rows", "median µs", "min µs", "p95 µs")
-    head = "".join(f'<th scope="col" {_CELL}>{name}</th>' for name in columns)
-    lines = [f"<tr>{head}</tr>"]
-    for rank, rows in enumerate(metadata.per_rank_actual_token):
-        padding = metadata.max_rank_len[0] - rows
-        times = [f"{t[rank]:,.0f}" for t in (sample.per_rank_us, sample.per_rank_min_us)]
-        has_p95 = sample.iterations >= FEWEST_FOR_P95
-        times.append(f"{sample.per_rank_p95_us[rank]:,.0f}" if has_p95 else "–")
-        values = [str(rank), str(rows), str(padding), *times]
-        lines.append("<tr>" + "".join(f"<td {_CELL}>{value}</td>" for value in values) + "</tr>")
-    caption = f"<caption>{sample.iterations} gathers in this sample</caption>"
-    return f'<table class="cpkit-ranks">{caption}{"".join(lines)}</table>'
+def _take_button(name: str, icon: str, tip: str, take: Callable[[], None]) -> widgets.Button:
+    button = widgets.Button(description=name, icon=icon, tooltip=tip, layout={"width": "auto"})
+    button.add_class(f"take-{name.rsplit(maxsplit=1)[-1].lower()}").on_click(lambda _: take())
+    return button

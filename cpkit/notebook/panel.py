@@ -1,28 +1,39 @@
-"""The explorer's figure: four plots whose traces are created once and then updated."""
+"""The explorer's figure: five plots whose traces are created once and then updated."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from cpkit.control.messages import Sample, Workload
+from cpkit.algorithms import ALGORITHM_CHOICES
+from cpkit.control.messages import Workload
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style
+from cpkit.notebook.intervals import Comparison, Summary
 from cpkit.notebook.plot import LivePlot
+from cpkit.timing import Ratio
 
-HISTORY = 120  # samples in the history plot
-FEWEST_FOR_P95 = 5  # gathers in a sample; of fewer, the p95 would be the slowest one
+HISTORY = 120  # points per line of the history
+_TITLES = (
+    "Rows per rank",
+    "Time per rank",
+    "Stages (mean over ranks)",
+    "Ratio, with its noise",
+    "Time of a gather: rolling median, and p95 (dotted)",
+)
 # Not empty lists, because plotly.js removes the axes of a trace without points.
-_NO_HISTORY: dict[str, list[float | None]] = {"x": [0], "y": [None]}
-_TITLES = ("Rows per rank", "Time per rank", "Stages (mean over ranks)", "History")
+_NOTHING: dict[str, Any] = {"x": [0], "y": [None], "showlegend": False}
+_SAME = Ratio(1.0, 1.0, 1.0)  # of the first algorithm to itself
+_LINES = tuple[go.Scatter, go.Scatter, go.Scatter]
 
 
 class Panel:
-    """Four plots of one workload: rows, time per rank, stages, history.
+    """Five plots of interleaved algorithms: rows, time per rank, stages, ratio, history.
 
     One thread updates `figure` and publishes it; other threads read it with `still()`.
     """
@@ -31,97 +42,144 @@ class Panel:
         self.figure = _empty_figure()
         self.plot = LivePlot(self.figure)
         self._lock = threading.Lock()
-        self._rows, self._padding, self._times, self._history, *stages = self.figure.data
-        self._stages = dict(zip(style.STAGE_STYLES, stages, strict=True))
-        self._times_us: deque[float] = deque(maxlen=HISTORY)
-        self._n_added = 0
+        named = {trace.name: trace for trace in self.figure.data if trace.name}
+        self._rows, self._padding = named["rows"], named["padding"]
+        self._stages = {stage: named[stage] for stage in style.STAGE_STYLES}
+        self._to_first, self._to_baseline = named["to the first algorithm"], named["B / A"]
+        self._lines: dict[str, _LINES] = {
+            name: (named[f"{name} per rank"], named[name], named[f"{name} p95"])
+            for name in ALGORITHM_CHOICES
+        }
+        self._history: dict[str, deque[tuple[float, float, float | None]]] = {}
 
-    def show_layout(self, workload: Workload, metadata: ContextParallelMetadata) -> None:
+    def show_layout(self, workloads: Sequence[Workload], metadata: ContextParallelMetadata) -> None:
         """Draw the rows per rank, and start a new history."""
-        self._times_us.clear()
-        self._n_added = 0
+        self._history = {w.algorithm: deque(maxlen=HISTORY) for w in workloads}
         ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
         rows = metadata.per_rank_actual_token
         padding = [metadata.max_rank_len[0] - count for count in rows]
         colors = [style.rank_color(rank) for rank in range(metadata.cp_size)]
         with self._lock:
-            title, subtitle = describe(workload)
+            title, subtitle = describe(workloads)
             self.figure.layout.title.text = title
             self.figure.layout.title.subtitle.text = subtitle
             self._rows.update(x=ranks, y=rows, marker={"color": colors})
             self._padding.update(x=ranks, y=padding)
-            nothing = [0] * len(ranks)  # plotly draws NaN where an error bar is missing
-            self._times.update(
-                x=ranks, y=nothing, error_y={"array": nothing}, marker={"color": colors}
-            )
-            self._history.update(**_NO_HISTORY)
+            for name, (per_rank, median, p95) in self._lines.items():
+                per_rank.update(**_NOTHING | {"x": ranks[:1]})
+                median.update(**_NOTHING | {"showlegend": name in self._history})
+                p95.update(**_NOTHING)
             for bar in self._stages.values():
-                bar.x = [0]
-            self._publish()
+                bar.update(x=[0], y=[workloads[0].algorithm])
+            _draw_ratios(self._to_first, [workloads[0].algorithm], [_SAME])
+            _draw_ratios(self._to_baseline, [workloads[0].algorithm], [None])
+            self._publish(())
 
-    def show_sample(self, sample: Sample) -> None:
-        """Draw one sample, and the history of the added samples."""
-        late = [
-            p95 - us for us, p95 in zip(sample.per_rank_us, sample.per_rank_p95_us, strict=True)
-        ]
-        first = self._n_added - len(self._times_us)
+    def show(
+        self,
+        summaries: Sequence[Summary],
+        comparisons: Sequence[Comparison],
+        at_s: float,
+    ) -> None:
+        """Draw the summaries, `at_s` seconds after the measurement began."""
+        names = [summary.algorithm for summary in summaries]
         with self._lock:
-            self._times.y = list(sample.per_rank_us)
-            has_p95 = sample.iterations >= FEWEST_FOR_P95
-            self._times.error_y.array = [max(0.0, us) if has_p95 else 0.0 for us in late]
-            self._history.update(x=list(range(first, self._n_added)), y=list(self._times_us))
+            for summary in summaries:
+                self._draw_lines(summary, at_s)
             for stage, bar in self._stages.items():
-                times_us = sample.stage_us.get(stage, ())
-                bar.x = [sum(times_us) / len(times_us)] if times_us else [0]
-            self._publish()
-
-    def add(self, sample: Sample) -> None:
-        """Add a sample to the history."""
-        self._times_us.append(sample.time_us)
-        self._n_added += 1
+                times_us = [summary.stage_us.get(stage, 0.0) for summary in summaries]
+                bar.update(x=_short(times_us), y=names)
+            ratios = [_SAME, *(summary.ratio for summary in summaries[1:])]
+            _draw_ratios(self._to_first, names, ratios)
+            to_baseline = [each.ratio for each in comparisons] or [None] * len(names)
+            _draw_ratios(self._to_baseline, names, to_baseline)
+            self._to_first.showlegend = self._to_baseline.showlegend = bool(comparisons)
+            self._publish(summaries)
 
     def still(self) -> go.Figure:
         """Return the current figure as a plain figure, for pages without JavaScript."""
         with self._lock:
             return go.Figure(self.figure)
 
-    def _publish(self) -> None:
-        slowest = f"{self._times_us[-1]:.0f} µs" if self._times_us else "nothing measured yet"
-        alt = f"The live panel: rows, times, stages and history. Slowest rank: {slowest}."
-        self.figure.layout.meta = {"alt": alt}
+    def _draw_lines(self, summary: Summary, at_s: float) -> None:
+        history = self._history[summary.algorithm]
+        history.append((at_s, summary.median_us, summary.p95_us))
+        times_s, medians_us, p95_us = map(list, zip(*history, strict=True))
+        per_rank, median, p95 = self._lines[summary.algorithm]
+        per_rank.x = [f"rank {rank}" for rank in range(len(summary.per_rank_us))]
+        per_rank.y = _short(summary.per_rank_us)
+        ago_s = _short([time_s - at_s for time_s in times_s], 2)
+        median.update(x=ago_s, y=_short(medians_us))
+        p95.update(x=ago_s, y=_short(p95_us))
+
+    def _publish(self, summaries: Sequence[Summary]) -> None:
+        times = ", ".join(f"{s.algorithm} {s.median_us:.0f} µs" for s in summaries)
+        alt = "The live panel: rows, time per rank, stages, ratios and history. Median times: "
+        self.figure.layout.meta = {"alt": f"{alt}{times or 'nothing measured yet'}."}
         self.plot.publish(self.figure)
 
 
-def describe(workload: Workload) -> tuple[str, str]:
-    """Return a title and subtitle for a workload, short enough to fit beside plotly's buttons."""
-    lengths = ", ".join(str(length) for length in workload.lengths[:4])
-    more = f", … ({len(workload.lengths)} sequences)" if len(workload.lengths) > 4 else ""
-    memory = "symmetric memory" if workload.symmetric else "ordinary memory"
-    rows = f"rows of {workload.heads}×{workload.head_dim} {workload.dtype}"
+def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
+    """Return a title and subtitle of workloads, short enough to fit beside plotly's buttons."""
+    first = workloads[0]
+    names = ", ".join(workload.algorithm for workload in workloads)
+    lengths = ", ".join(str(length) for length in first.lengths[:4])
+    more = f", … ({len(first.lengths)} sequences)" if len(first.lengths) > 4 else ""
+    memory = "symmetric memory" if first.symmetric else "ordinary memory"
+    rows = f"rows of {first.heads}×{first.head_dim} {first.dtype}"
     return (
-        f"cp_size {workload.cp_size} · {workload.algorithm} · {memory}",
-        f"{workload.strategy}, lengths {lengths}{more} tokens; {rows}",
+        f"cp_size {first.cp_size} · {names}",
+        f"{first.strategy}, {memory}, lengths {lengths}{more} tokens; {rows}",
     )
+
+
+def _draw_ratios(points: go.Scatter, names: Sequence[str], ratios: Sequence[Ratio | None]) -> None:
+    values = [ratio.value if ratio else None for ratio in ratios]
+    # No error bar is 0, because plotly would draw NaN there.
+    after = [ratio.high - ratio.value if ratio else 0.0 for ratio in ratios]
+    before = [ratio.value - ratio.low if ratio else 0.0 for ratio in ratios]
+    noise = {"array": _short(after, 3), "arrayminus": _short(before, 3)}
+    points.update(x=_short(values, 3), y=list(names), error_x=noise)
+
+
+def _short(values: Sequence[float | None], digits: int = 1) -> list[float | None]:
+    """Return values without the digits that no plot shows; they are most of a figure's bytes."""
+    return [None if value is None else round(value, digits) for value in values]
 
 
 def _empty_figure() -> go.Figure:
     figure = make_subplots(
-        rows=2, cols=2, subplot_titles=_TITLES, vertical_spacing=0.24, horizontal_spacing=0.14
+        rows=3,
+        cols=2,
+        specs=[[{}, {}], [{}, {}], [{"colspan": 2}, None]],
+        subplot_titles=_TITLES,
+        vertical_spacing=0.13,
+        horizontal_spacing=0.2,
     )
     figure.update_annotations(font={"size": 13})
     _add_traces(figure)
-    names = (("", "rows"), ("", "time (µs)"), ("time (µs)", ""), ("sample", "slowest rank (µs)"))
-    for place, (x_title, y_title) in enumerate(names):
+    names = (("", "rows"), ("", "time (µs)"), ("time (µs)", ""), ("ratio", ""))
+    for place, (x_title, y_title) in enumerate((*names, ("time before now (s)", "time (µs)"))):
         where = {"row": place // 2 + 1, "col": place % 2 + 1}
         figure.update_xaxes(style.axis(x_title), **where)
         figure.update_yaxes(style.axis(y_title, rangemode="tozero"), **where)
+    for col in (1, 2):
+        figure.update_xaxes(rangemode="tozero", row=2, col=col)
+        figure.update_yaxes(style.names_axis(rangemode="normal"), row=2, col=col)
+    line = {"color": "#8c959f", "width": 1, "dash": "dot"}
+    figure.add_vline(x=1, line=line, row=2, col=2)
+    # Margins that follow the labels would lay out all plots several times per figure.
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
     figure.update_layout(
         barmode="stack",
-        margin_t=84,  # room for the titles of the plots
+        margin_l=120,  # room for the names of the algorithms
+        margin_t=84,  # and for the titles of the plots
+        margin_b=160,  # and for the legend
         uirevision="live",  # zooming by hand survives the next sample
     )
-    alt = "Live: rows per rank, time per rank, stages, history of the slowest rank."
-    return style.finish(figure, title="Not measured yet", alt=alt, height=560)
+    alt = "Live: rows per rank, time per rank, stages, ratios, history."
+    return style.finish(figure, title="Not measured yet", alt=alt, height=850)
 
 
 def _add_traces(figure: go.Figure) -> None:
@@ -131,11 +189,21 @@ def _add_traces(figure: go.Figure) -> None:
     empty: dict[str, Any] = {"x": ["rank 0"], "y": [0], "hovertemplate": tip}
     figure.add_bar(row=1, col=1, name="rows", showlegend=False, **empty)
     figure.add_bar(row=1, col=1, name="padding", marker=padding, **empty)
-    late = {"type": "data", "array": [0], "symmetric": False, "color": style.INK, "thickness": 1}
-    figure.add_bar(row=1, col=2, name="median, to p95", showlegend=False, error_y=late, **empty)
-    line = {"color": style.INK, "width": 1.5}
-    figure.add_scatter(row=2, col=2, mode="lines+markers", line=line, marker={"size": 4})
-    figure.data[-1].update(name="slowest rank", showlegend=False, **_NO_HISTORY)
+    for name in ALGORITHM_CHOICES:
+        color, dash, symbol = style.algorithm_line(name)
+        line = {"color": color, "dash": dash, "width": 1.5}
+        marker = {"color": color, "symbol": symbol}
+        per_rank = {"line": line, "marker": marker | {"size": 8}, "name": f"{name} per rank"}
+        figure.add_scatter(row=1, col=2, mode="lines+markers", **per_rank, **_NOTHING)
+        # Without markers, which would take most of the time to draw.
+        rolling = {"line": line | {"width": 2}, "name": name}
+        figure.add_scatter(row=3, col=1, mode="lines", **rolling, **_NOTHING)
+        late = {"line": line | {"dash": "dot", "width": 1}, "name": f"{name} p95"}
+        figure.add_scatter(row=3, col=1, mode="lines", **late, **_NOTHING)
     for stage in style.STAGE_STYLES:
-        figure.add_bar(row=2, col=1, name=stage, orientation="h", y=["gather"], x=[0])
-        figure.data[-1].marker = style.stage_marker(stage)
+        bar = {"name": stage, "marker": style.stage_marker(stage), "legendgroup": "stages"}
+        figure.add_bar(row=2, col=1, orientation="h", y=["direct"], x=[0], **bar)
+    for title, symbol in (("to the first algorithm", "circle"), ("B / A", "diamond-open")):
+        noise: dict[str, Any] = {"type": "data", "symmetric": False, "color": style.INK}
+        points = {"marker": {"symbol": symbol, "size": 9, "color": "#8c959f"}, "error_x": noise}
+        figure.add_scatter(row=2, col=2, mode="markers", name=title, **points, **_NOTHING)

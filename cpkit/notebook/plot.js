@@ -3,6 +3,8 @@
 const CONFIG = { displaylogo: false };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
+const TOUCHES = ["pointerdown", "keydown", "wheel"];
+const TOUCH_INTERVAL_MS = 1000; // at most one report of a touch in this time
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
 
 // Load Plotly once per page and version.
@@ -43,10 +45,20 @@ function themed({ data, layout }, element) {
   for (const axis of [look.xaxis, look.yaxis]) {
     Object.assign(axis, { gridcolor: faint, linecolor: faint, tickcolor: faint });
   }
-  for (const part of data.flatMap((trace) => [trace.line, trace.error_y])) {
+  for (const part of data.flatMap((trace) => [trace.line, trace.error_x, trace.error_y])) {
     if (part?.color === PRINT_INK) part.color = look.font.color;
   }
   return { data, layout };
+}
+
+// Store a text in a file of the user, or in the clipboard; once, however many views there are.
+async function take({ number, name, text }, state) {
+  if (!document.hasFocus() || state.cpkitTaken === number) return;
+  state.cpkitTaken = number;
+  if (!name) return navigator.clipboard.writeText(text);
+  const url = URL.createObjectURL(new Blob([text]));
+  Object.assign(document.createElement("a"), { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 async function render({ model, el }) {
@@ -88,6 +100,29 @@ async function render({ model, el }) {
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }
 
+  const viewId = `${Date.now()}-${Math.random()}`;
+  // A dead kernel takes no report; `lost` already says so.
+  const report = (content) => {
+    if (state.comm_live) state.send({ view: viewId, ...content });
+  };
+  const reportVisible = () => report({ visible: document.visibilityState === "visible" });
+  const reportGone = () => report({ visible: false });
+  let touchedAt = -Infinity;
+  const onTouch = ({ target }) => {
+    if (!el.closest(".cpkit-live")?.contains(target)) return;
+    if (performance.now() - touchedAt < TOUCH_INTERVAL_MS) return;
+    touchedAt = performance.now();
+    report({ touched: true });
+  };
+  const onMessage = (content) => content.take && take(content.take, state).catch((error) => {
+    notice.textContent = `The browser does not take it: ${error}`;
+  });
+  state.on("msg:custom", onMessage);
+  document.addEventListener("visibilitychange", reportVisible);
+  globalThis.addEventListener("pagehide", reportGone);
+  for (const touch of TOUCHES) document.addEventListener(touch, onTouch, { passive: true });
+  reportVisible();
+
   const lost = () => {
     isLost = true;
     notice.textContent = LOST_TEXT;
@@ -114,8 +149,13 @@ async function render({ model, el }) {
 
   return () => {
     closed = true;
+    reportGone();
+    document.removeEventListener("visibilitychange", reportVisible);
+    globalThis.removeEventListener("pagehide", reportGone);
+    for (const touch of TOUCHES) document.removeEventListener(touch, onTouch);
     state.off("change:figure", request);
     state.off("comm_live_update", onComm);
+    state.off("msg:custom", onMessage);
     kernel?.statusChanged.disconnect(onKernel);
     resized.disconnect();
     theme.disconnect();

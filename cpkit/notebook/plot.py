@@ -9,7 +9,8 @@ The figure is the state of a widget, so a second view, or a view after a reload 
 the same figure as the first one. Figure and library are plain widgets, because messages to an
 `AnyWidget` can be lost: if its front-end module is evaluated more than two seconds after the model
 was created, anywidget drops all further messages to that model. `LivePlot` itself sends no
-messages.
+messages. Each view reports through `PlotState` when its page is hidden, shown or closed, and when
+the panel around it is touched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class LivePlot(anywidget.AnyWidget):
     plot_state = traitlets.Instance(PlotState).tag(sync=True, **widgets.widget_serialization)
 
     def __init__(self, figure: go.Figure) -> None:
-        self.revision = 0
+        self.revision = self._handed_out = 0
         self._published_at_s = 0.0
         super().__init__(
             plotly_library=_library(),
@@ -67,6 +69,19 @@ class LivePlot(anywidget.AnyWidget):
     def publish(self, figure: go.Figure) -> None:
         """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged."""
         self.plot_state.figure = self._next_revision(figure)
+
+    def on_report(self, report: Callable[[dict[str, Any]], None]) -> None:
+        """Call `report` with each message of a view; see `cpkit.notebook.presence`."""
+        self.plot_state.on_msg(lambda _, content, __: report(content))
+
+    def hand_out(self, text: str, name: str = "") -> None:
+        """Store a text in a file of the browser's user, or without a name in the clipboard.
+
+        One view does so: the first one in the page that has the focus.
+        """
+        self._handed_out += 1
+        what = {"number": self._handed_out, "name": name, "text": text}
+        self.plot_state.send({"take": what})
 
     def is_due(self) -> bool:
         """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""

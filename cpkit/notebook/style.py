@@ -57,6 +57,7 @@ ALGORITHM_LINES: dict[str, tuple[str, str, str]] = {  # colour, dash, marker
     "padded_symm_recv": ("#8c6d31", "dashdot", "square"),
     "padded_symm": ("#009e73", "dash", "diamond"),
     "direct": ("#0072b2", "solid", "circle"),
+    "plan": ("#cc79a7", "longdash", "triangle-up"),
 }
 
 # The look of every figure. plot.js replaces its colours by those of the page's theme.

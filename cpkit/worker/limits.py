@@ -30,6 +30,7 @@ from cpkit.sync.free_memory import tightest
 from cpkit.worker.operation import Held
 
 _MAX_WORKLOADS = 1024
+_MAX_INTERLEAVED = 16  # workloads of one measurement
 _MAX_ROUND = 1023  # the range of a row's stamp (cpkit.provenance)
 _MAX_ROUNDS = 100_000
 _MAX_CALLS = 16
@@ -72,8 +73,8 @@ def check(body: Body, world_size: int) -> None:
             _in_range("round", round_number, 0, _MAX_ROUND)
         case Trace(workload) | Explain(workload):
             check_workload(workload, world_size)
-        case Measure(workload, samples, interval_s):
-            check_workload(workload, world_size)
+        case Measure(workloads, samples, interval_s):
+            _check_interleaved(workloads, world_size)
             if samples is not None:
                 _in_range("samples", samples, 1, 1_000_000)
             _in_range("interval_s", interval_s, 0.01, 60.0)
@@ -95,11 +96,11 @@ def check(body: Body, world_size: int) -> None:
 def needed(body: Body) -> int:
     """Return an upper bound of the bytes that a request needs on all ranks while it is open."""
     match body:
-        case Gather(workload) | Measure(workload) | Trace(workload) | Explain(workload):
+        case Gather(workload) | Trace(workload) | Explain(workload):
             return needed_bytes(workload)
         case Clock(workload):
             return needed_bytes(workload) + workload.cp_size * _CLOCK_COPIES * workload.total_bytes
-        case Sweep(workloads):
+        case Measure(workloads) | Sweep(workloads):
             return max(map(needed_bytes, workloads))
     return 0
 
@@ -175,6 +176,18 @@ def check_workload(workload: Workload, world_size: int) -> None:
         _check_memory(workload)
         _in_range("the longest sequence", max(workload.lengths), 1, _MAX_TOKENS)
     workload.layout()
+
+
+def _check_interleaved(workloads: tuple[Workload, ...], world_size: int) -> None:
+    """Raise ValueError unless these workloads differ only in algorithm and memory."""
+    _in_range("the number of workloads", len(workloads), 1, _MAX_INTERLEAVED)
+    for workload in workloads:
+        if workload.without_variant() != workloads[0].without_variant():
+            raise ValueError(
+                f"the workloads {workloads[0]} and {workload} differ in more than algorithm and "
+                f"symmetric: measure them one after the other, or use a sweep"
+            )
+        check_workload(workload, world_size)
 
 
 def needed_bytes(workload: Workload) -> int:

@@ -29,6 +29,7 @@ from cpkit.devices import use_local_gpu
 from cpkit.memory import nccl_log
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
+from cpkit.sync.barrier import cores
 from cpkit.worker.commands import CommandChannel, StepResult
 from cpkit.worker.limits import memory_limit_bytes
 from cpkit.worker.liveness import Heartbeat, Monitor
@@ -137,6 +138,9 @@ def _status(
         workers=tuple(
             WorkerInfo(w.rank, w.process.pid, w.host, worker_device(), w.log) for w in workers
         ),
+        cores=cores(),
+        gpus=torch.cuda.device_count() if worker_device() == "cuda" else 0,
+        load=os.getloadavg()[0],
     )
 
 

@@ -1,14 +1,15 @@
-"""Time one workload repeatedly (`Measure`), or several interleaved ones (`Sweep`)."""
+"""Time interleaved workloads: a stream of samples (`Measure`), or a table (`Sweep`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, groupby
 
 import msgspec
 
-from cpkit.bench import time_calls, time_for
+from cpkit.bench import Call, longest_s, time_calls, time_for
 from cpkit.control.messages import (
     Body,
     Done,
@@ -24,32 +25,39 @@ from cpkit.group import CPGroup
 from cpkit.memory.path import PathReport
 from cpkit.timing import Timing, percentile
 from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
-from cpkit.worker.workload import prepare
+from cpkit.worker.workload import Run, prepare
 
 _FIRST_ITERATIONS = 3
 _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first has few iterations, to arrive early; later ones fill a step."""
+    """Stream samples. The first have few iterations, to arrive early; later ones fill a step."""
+
+    def cp_size(self) -> int:
+        """Return the cp_size of all workloads."""
+        return self.body.workloads[0].cp_size
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
-        """Take one sample per step."""
-        workload = self.body.workload
-        run = prepare(workload, group, state.round)
-        run.verified_gather()
-        calls = {"": run.gather}
-        timing = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)[""]
+        """Verify all workloads, then take one sample of each per step."""
+        runs = _variants(self.body.workloads, group, state)
+        paths = yield from _verified(runs, group)
+        calls = _calls(runs)
+        timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
-            yield _sample(workload, sequence, timing, run.path())
-            run.gather()  # the first gather after a pause is slow
+            yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
-            timing = time_for(budget_s, calls, group, _MAX_ITERATIONS)[""]
-        return _sample(workload, (self.body.samples or 1) - 1, timing, run.path())
+            if _round_s(timings, group) < budget_s:  # otherwise there was no pause
+                paths = [_path(run) for run in runs]  # the first gather after a pause is slow
+            timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
+        return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
-    def collect(self, reports: list[Sample], *, over: bool) -> Iterator[ReplyBody]:
-        """Yield one sample, and Done after the last one."""
-        yield Sample.of_all_ranks(reports)
+    def collect(
+        self, reports: list[Progress] | list[SweepResult], *, over: bool
+    ) -> Iterator[ReplyBody]:
+        """Yield one sample per workload, and Done after the last ones."""
+        parts = [report for report in reports if isinstance(report, SweepResult)]
+        yield from SweepResult.of_all_ranks(parts).rows if parts else reports[:1]
         if over:
             yield Done()
 
@@ -69,20 +77,19 @@ class SweepOperation(Operation[Sweep]):
         """Return one request per set of workloads that are interleaved."""
         return [
             Sweep(tuple(variants), self.body.iterations)
-            for _, variants in groupby(self.body.workloads, key=_without_variant)
+            for _, variants in groupby(self.body.workloads, key=Workload.without_variant)
         ]
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
         """Run as many iterations per step as fit in CHUNK_S."""
         workloads, iterations = self.body.workloads, self.body.iterations
-        first = prepare(workloads[0], group, state.round)
-        runs = [replace(first, workload=workload) for workload in workloads]
+        runs = _variants(workloads, group, state)
         paths = []
         for run in runs:
             run.verified_gather()
             paths.append(run.path())
             yield Progress(0, iterations)
-        calls = {str(number): run.gather for number, run in enumerate(runs)}
+        calls = _calls(runs)
         timings = time_calls(calls, group, 1)
         while (done := len(timings["0"].call_us)) < iterations:
             yield Progress(done, iterations)
@@ -108,6 +115,52 @@ class SweepOperation(Operation[Sweep]):
         yield Progress(done, total, f"{workload.total_bytes} bytes, cp_size {workload.cp_size}")
 
 
+def _variants(workloads: Sequence[Workload], group: CPGroup, state: RankState) -> list[Run]:
+    """Return the prepared workloads. They differ only in algorithm and memory, and share rows."""
+    first = prepare(workloads[0], group, state.round)
+    return [replace(first, workload=workload) for workload in workloads]
+
+
+def _calls(runs: Sequence[Run]) -> dict[str, Call]:
+    return {str(number): run.gather for number, run in enumerate(runs)}
+
+
+def _verified(runs: Sequence[Run], group: CPGroup) -> Generator[ReplyBody, None, list[PathReport]]:
+    """Compare every bit of one gather per workload, and return their paths.
+
+    Ends the step when it has become long.
+    """
+    paths, start_s = [], time.monotonic()
+    for number, run in enumerate(runs, 1):
+        run.verified_gather()
+        paths.append(run.path())
+        if number < len(runs) and longest_s(time.monotonic() - start_s, group) > CHUNK_S:
+            yield Progress(number, len(runs), f"{run.workload.algorithm} is verified")
+            start_s = time.monotonic()
+    return paths
+
+
+def _round_s(timings: Mapping[str, Timing], group: CPGroup) -> float:
+    """Return how long one gather of each workload takes on the slowest rank. Collective."""
+    return longest_s(sum(timing.median_call_us for timing in timings.values()) / 1e6, group)
+
+
+def _path(run: Run) -> PathReport:
+    run.gather()
+    return run.path()
+
+
+def _streamed(
+    runs: Sequence[Run], sequence: int, timings: Mapping[str, Timing], paths: Sequence[PathReport]
+) -> SweepResult:
+    """Return this rank's part of one sample per workload, with the time of each gather."""
+    rows = []
+    for run, timing, path in zip(runs, timings.values(), paths, strict=True):
+        sample = _sample(run.workload, sequence, timing, path)
+        rows.append(msgspec.structs.replace(sample, gathers_us=tuple(timing.times_us)))
+    return SweepResult(tuple(rows))
+
+
 def _sample(workload: Workload, sequence: int, timing: Timing, path: PathReport) -> Sample:
     """Return this rank's part of a sample."""
     return Sample(
@@ -123,7 +176,3 @@ def _sample(workload: Workload, sequence: int, timing: Timing, path: PathReport)
         path=path.path,
         path_reason=path.reason,
     )
-
-
-def _without_variant(workload: Workload) -> Workload:
-    return msgspec.structs.replace(workload, algorithm="direct", symmetric=True)

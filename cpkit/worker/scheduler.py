@@ -22,6 +22,7 @@ from cpkit.control.messages import (
     FailureKind,
     Measure,
     Pool,
+    Progress,
     Shutdown,
 )
 from cpkit.control.queue import Job
@@ -167,9 +168,6 @@ class Scheduler:
                 self._fail(job, "busy", str(error))
                 return
             self._tasks[job.number], job.postponed = task, False
-        job.not_before = time.monotonic() + (
-            job.body.interval_s if isinstance(job.body, Measure) else 0.0
-        )
         self._run_step(job, self._tasks[job.number])
 
     def _has_room(self, job: Job, task: Task) -> bool:
@@ -195,6 +193,7 @@ class Scheduler:
                     self._reset()
 
     def _run_step(self, job: Job, task: Task) -> None:
+        began_s = time.monotonic()
         begin = Begin(job.number, task.parts[0], job.client)
         command = Step(job.number) if task.is_open else begin
         task.is_open = True
@@ -218,7 +217,16 @@ class Scheduler:
         elif job.is_overdue():
             self._fail(job, "cancelled", f"its deadline of {job.request.deadline_s:g} s has passed")
         else:
-            self._jobs.put_back(job, front=not isinstance(job.body, Measure))
+            self._put_back(job, began_s, is_sample=not isinstance(reports[0], Progress))
+
+    def _put_back(self, job: Job, began_s: float, *, is_sample: bool) -> None:
+        """Continue the job next; but a measurement, after a sample, when its interval has passed.
+
+        Other jobs run until then.
+        """
+        interval_s = job.body.interval_s if is_sample and isinstance(job.body, Measure) else 0.0
+        job.not_before = began_s + interval_s
+        self._jobs.put_back(job, front=not interval_s)
 
     def _report_errors(self, job: Job, results: list[StepResult]) -> None:
         """Report the error of the lowest rank. Reset all ranks unless they agreed on the error."""

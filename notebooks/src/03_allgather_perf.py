@@ -861,24 +861,27 @@ def break_even_bytes(slow, fast, gain):
 # Now turn the knobs. Every change measures anew, on the same workers. Things to try:
 #
 # 1. Move **cp_size**. Total bytes stay the same. Does the time?
-# 2. Switch **algorithm** from `direct` to `padded` and back.
-# 3. Untick **symmetric memory**: what does the path say?
+# 2. Switch more **algorithms** on. They are measured in turn, so the ratio to the first one keeps its noise small even while
+#    the machine is busy. Which of them differ, and where does the panel say "no difference seen"?
+# 3. Untick **symmetric memory**: what do the paths say, and what would make them symmetric?
 # 4. Take the small preset. Which algorithm wins when S is tiny?
+# 5. **Pin as A**, change one thing, and read the verdict on B.
 #
-# The sliders obey the arrow keys. The table under the plot says the same in numbers. While it measures, other cells wait for
-# the same cores: press **Stop** at the end of this section.
+# The sliders obey the arrow keys, the algorithms the space bar. The tables say the same as the plots in numbers. Take the setting away
+# as code, the samples as CSV or JSON. While it measures, other cells wait for the same cores: press **Stop** at the end of this section.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
 
-panel = Explorer(lab, lengths=[4097, 812], cp_size=cp)
+panel = Explorer(lab, lengths=[4097, 812], cp_size=cp, algorithms=["padded", "direct"])
 panel.start()
 panel
 
 # %% panel-check
-sample = panel.wait(samples=3)
-assert sample.workload.cp_size == cp
-assert sample.path == "symmetric"
+panel.wait(samples=3)
+padded, direct = panel.samples[-2:]
+assert direct.workload.cp_size == cp
+assert (padded.path, direct.path) == ("fallback", "symmetric")
 panel.controls.cp_size.value = 2  # as if you had moved the slider
 sample = panel.wait(samples=3)
 assert sample.workload.cp_size == len(sample.per_rank_us) == 2
@@ -888,9 +891,10 @@ panel.controls.cp_size.value = cp
 # The panel needs a running kernel. This is a picture of what it shows:
 
 # %% still tags=["nbval-ignore-output"]
-sample = panel.wait(samples=15)
+panel.wait(samples=15)
 figures.show(panel.panel.still())
-print(f"{sample.time_us:.0f} µs, busbw {sample.busbw_gbps:.2f} GB/s, path {sample.path}")
+for sample in panel.samples[-2:]:
+    print(sample)
 
 # %% s11 [markdown]
 # ## 11. Beyond one machine, by the model

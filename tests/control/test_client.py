@@ -124,7 +124,7 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
         control_server.server.reply(job, Done())
 
     thread, _ = in_background(work)
-    replies = list(client.stream(Measure(WORKLOAD), 1.2))
+    replies = list(client.stream(Measure((WORKLOAD,)), 1.2))
     assert [type(reply) for reply in replies] == [Sample] * 3 + [Done]
     thread.join()
 
@@ -152,7 +152,7 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     control_server: ControlServer,
 ) -> None:
     client = control_server.client()
-    stream = client.stream(Measure(WORKLOAD))
+    stream = client.stream(Measure((WORKLOAD,)))
     thread, _ = in_background(next, stream)
     job = control_server.server.jobs.take(LIMIT_S)
     control_server.server.reply(job, SAMPLE)
@@ -161,7 +161,7 @@ def test_closing_a_stream_cancels_it_and_so_does_disconnecting(
     until(lambda: job.cancelled, why="the stream to be cancelled")
 
     leaver = control_server.raw()
-    leaver.send(encode(Request("g", 30.0, Measure(WORKLOAD))))
+    leaver.send(encode(Request("g", 30.0, Measure((WORKLOAD,)))))
     job = control_server.server.jobs.take(LIMIT_S)
     leaver.close()
     until(
@@ -176,7 +176,7 @@ def test_a_client_has_left_when_all_its_connections_have_ended(
     """Not when it closes a stream, nor while it waits."""
     monkeypatch.setattr("cpkit.control.server._PROBE_S", 0.05)
     jobs, leaver, other = control_server.server.jobs, control_server.client(), control_server.raw()
-    stream = leaver.stream(Measure(WORKLOAD))
+    stream = leaver.stream(Measure((WORKLOAD,)))
     thread, _ = in_background(next, stream)
     job = jobs.take(LIMIT_S)
     control_server.server.reply(job, SAMPLE)
@@ -239,7 +239,7 @@ def test_threads_share_a_client(control_server: ControlServer) -> None:
     client = control_server.client()
     jobs = control_server.server.jobs
     waiting = [in_background(client.call, Put(2), Done) for _ in range(4)]
-    stream = client.stream(Measure(WORKLOAD))
+    stream = client.stream(Measure((WORKLOAD,)))
     waiting.append(in_background(next, stream))
     until(lambda: len(jobs) == 5, why="all requests to be queued")
     assert client.call(Status(), StatusResult).ahead == 5

@@ -52,7 +52,7 @@ def test_random_bytes_are_rejected_or_are_a_message(data: bytes) -> None:
 
 @given(st.data())
 def test_a_damaged_request_is_rejected_or_is_a_request(data: st.DataObject) -> None:
-    whole = bytearray(encode(Request("id", 1.0, Measure(WORKLOAD, samples=3))))
+    whole = bytearray(encode(Request("id", 1.0, Measure((WORKLOAD,), samples=3))))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     try:

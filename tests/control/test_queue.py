@@ -19,7 +19,7 @@ from cpkit.control.queue import (
     client_of,
 )
 
-MEASURE = Measure(Workload(2, (16,)))
+MEASURE = Measure((Workload(2, (16,)),))
 
 
 def job(number: int, client: bytes = b"a", deadline_s: float = 30.0, nbytes: int = 1) -> Job:

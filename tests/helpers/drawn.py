@@ -36,5 +36,6 @@ def sample(cp_size: int = 4, algorithm: str = "padded", first_us: float = 10.0) 
     work = Workload(cp_size=cp_size, lengths=(13, 9), algorithm=algorithm)
     stages = {"pad": times, "wire": times}
     return Sample(
-        work, 0, 5, CALL_TIME, times, times, times, times, stages, "symmetric", "in the pool"
+        *(work, 0, 5, CALL_TIME, times, times, times, times, stages),
+        *("symmetric", "in the pool", (max(times),) * 5),
     )

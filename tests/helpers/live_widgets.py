@@ -22,7 +22,7 @@ from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.pool_live import PoolLive
 from cpkit.notebook.stepper import Stepper
 lab = globals().get("lab") or cpkit.connect(launch=False)
-pause_s = globals().get("pause_s", 120)""",
+idle_s = globals().get("idle_s", 120)""",
     ),
     Cell(
         "stepper",
@@ -41,7 +41,9 @@ pool""",
     Cell(
         "panel",
         "code",
-        """panel = Explorer(lab, lengths=[256, 64], cp_size=2, pause_after_s=pause_s)
+        """panel = Explorer(
+    lab, [256, 64], cp_size=2, algorithms=["direct", "plan"], idle_after_s=idle_s
+)
 record(panel, "panel")
 panel.start()""",
     ),

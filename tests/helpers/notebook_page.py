@@ -59,6 +59,7 @@ READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot =
     width: plot.clientWidth,
     paper: plot._fullLayout.paper_bgcolor,
     range: plot._fullLayout.xaxis?.range,
+    names: (plot._fullData ?? []).map(trace => trace.name),
     traces: (plot._fullData ?? []).map(trace => Object.fromEntries(
         ['x', 'y', 'z'].filter(key => trace[key]).map(key => [key, Array.from(trace[key])]))),
     marks: [...plot.querySelectorAll('.points path, .js-line, .heatmaplayer image')]
@@ -131,6 +132,18 @@ class NotebookPage:
         for id_, before in prompts.items():
             self._wait_for_end(id_, before, timeout_s)
             self.runs[id_] = self.runs.get(id_, 0) + 1
+
+    def show_page(self, visible: bool) -> None:
+        """Tell the page that it is shown or hidden. Headless Chromium shows all its pages."""
+        state = "visible" if visible else "hidden"
+        self.page.evaluate(
+            """state => {
+                const get = () => state;
+                Object.defineProperty(document, "visibilityState", { get, configurable: true });
+                document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            state,
+        )
 
     def command(self, name: str, **options: object) -> None:
         """Start a command of JupyterLab; at its end, `commandEnded` of the page becomes true."""
@@ -233,6 +246,12 @@ class NotebookPage:
     def _report(self, error: str) -> None:
         if not any(harmless in error for harmless in HARMLESS):
             self.errors.append(error)
+
+
+def drawn(plot: dict[str, Any], name: str) -> dict[str, list[Any]]:
+    """Return the coordinates of the trace of this name, as plotly.js has drawn it."""
+    points: dict[str, list[Any]] = plot["traces"][plot["names"].index(name)]
+    return points
 
 
 def _points(trace: dict[str, Any]) -> dict[str, list[Any]]:

@@ -66,7 +66,9 @@ def third_party(names: Iterable[str]) -> set[str]:
     return {name.split(".")[0] for name in found} - LOCAL - sys.stdlib_module_names
 
 
-NOTEBOOK_BENCHMARKS = [ROOT / "benchmarks" / f"{name}.py" for name in ("notebooks", "live_plots")]
+NOTEBOOK_BENCHMARKS = [
+    ROOT / "benchmarks" / f"{name}.py" for name in ("notebooks", "live_plots", "live_explorer")
+]
 TESTS = [*ROOT.glob("tests/**/*.py"), *NOTEBOOK_BENCHMARKS]
 BENCHMARKS = set(ROOT.glob("benchmarks/*.py")) - {*TESTS}
 USERS = {

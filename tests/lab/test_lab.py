@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usa
 def test_status_describes_the_ranks(lab: Lab) -> None:
     status = lab.status()
     assert (status.world_size, status.cp_sizes, status.device) == (4, (1, 2, 4), "cpu")
+    assert status.cores >= 1
+    assert status.gpus == 0
+    assert status.load >= 0
     assert lab.cp_sizes == (1, 2, 4)
     assert lab.owned
     assert list(status.table["rank"]) == [0, 1, 2, 3]
@@ -127,6 +130,30 @@ def test_measuring_streams_samples_at_its_interval(lab: Lab) -> None:
         )
         assert {"agree", "wire", "exit"} <= sample.stage_us.keys()
         assert sample.total_bytes == 512 * 8 * 128 * 2 * 2
+
+
+def test_several_algorithms_are_interleaved_in_one_measurement(lab: Lab) -> None:
+    names = ("padded", "plan", "direct")
+    samples = list(lab.measure([512], 4, algorithms=names, samples=3, interval_s=0.05))
+    assert [s.algorithm for s in samples] == list(names) * 3, "one sample each per interval"
+    assert [s.sequence for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {s.algorithm: s.path for s in samples} == {
+        "padded": "fallback",
+        "plan": "symmetric",
+        "direct": "symmetric",
+    }
+    for interval in (samples[:3], samples[3:6], samples[6:]):
+        assert len({len(s.gathers_us) for s in interval}) == 1, "they have the same rounds"
+    for each in samples:
+        assert len(each.gathers_us) == each.iterations >= 1
+        assert min(each.gathers_us) >= each.min_us, "a gather is as slow as its slowest rank"
+        assert np.median(each.gathers_us) >= each.time_us
+
+
+def test_one_measurement_compares_symmetric_with_ordinary_memory(lab: Lab) -> None:
+    workloads = [lab.workload(512, symmetric=symmetric) for symmetric in (True, False)]
+    samples = lab.measure_workloads(workloads, samples=2, interval_s=0.05)
+    assert [sample.path for sample in samples] == ["symmetric", "fallback"] * 2
 
 
 def test_sweep_has_nccl_tests_columns_and_one_row_per_workload(lab: Lab) -> None:

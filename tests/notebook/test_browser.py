@@ -6,6 +6,7 @@ never by a count of plots or by a screenshot.
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import cpkit
 from cpkit.notebook.show import find_browser
 from tests.helpers.lab_server import JupyterLab
 from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
-from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage
+from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
 from tools import source
 from tools.build import SOURCES
 
@@ -53,6 +54,7 @@ def browser_page(server: JupyterLab) -> Iterator[NotebookPage]:
     with playwright.sync_playwright() as engine:
         chromium = engine.chromium.launch(executable_path=BROWSER, args=CHROMIUM_FLAGS)
         page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.set_default_timeout(60_000)  # a page beside busy loops is slow
         yield NotebookPage(page, server)
         chromium.close()
@@ -86,14 +88,62 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
     for widget, slider, key, such in (
         ("stepper", ".cp-size", "Home", lambda plot: "rank 3" not in plot["label"]),
         ("pool", ".arena-mb", "End", lambda plot: plot["title"] == "0 of 4 requests spill"),
-        ("panel", ".cp-size", "End", lambda plot: len(plot["traces"][2]["y"]) == 4),
+        ("panel", ".cp-size", "End", lambda plot: len(drawn(plot, "plan per rank")["y"]) == 4),
     ):
         handle = live.cell(widget).locator(f"{slider} .noUi-handle")
         handle.focus()
         live.page.keyboard.press(key)
         live.wait_for_plot(widget, such=such)
     table = live.cell("panel").locator(".cpkit-ranks tr")
-    live.until(lambda: table.count() == 5, 10, "the table beside the plot has a row per rank")
+    live.until(lambda: table.count() == 6, 10, "a head, a row per rank, and their skew")
+
+
+def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+
+    button = panel.get_by_role("button", name=re.compile("^(✓ )?padded_symm$"))
+
+    def shows(*names: str) -> None:
+        plot = live.wait_for_plot("panel", such=lambda plot: drawn(plot, "wire")["y"] == [*names])
+        for name in ("padded", "padded_symm", "direct", "plan"):
+            assert any(drawn(plot, name)["y"]) is (name in names), name
+
+    button.click()
+    shows("padded_symm", "direct", "plan")
+    ratios = live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][2])
+    assert drawn(ratios, "to the first algorithm")["y"] == ["padded_symm", "direct", "plan"]
+    table = panel.locator(".cpkit-algorithms")
+    live.until(lambda: "×" in table.inner_text(), 10, "the ratios are in the table")
+    assert panel.locator(".cpkit-path", has_text="● symmetric").count() == 3
+    assert "core" in panel.locator(".cpkit-contention").inner_text()
+    panel.get_by_label("symmetric memory").focus()
+    live.page.keyboard.press("Space")
+    remedy = panel.locator(".cpkit-path", has_text="○ fallback").filter(has_text="tick")
+    live.until(lambda: remedy.count() == 3, 10, "each path has its reason and its remedy")
+    live.page.keyboard.press("Space")
+    button.focus()
+    live.page.keyboard.press("Space")
+    shows("direct", "plan")
+
+
+def test_a_pinned_state_is_compared_with_what_follows(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+    field, pin = panel.locator(".lengths input"), panel.locator("button.pin")
+    lengths = field.input_value()
+    live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][-1])
+    pin.focus()
+    live.page.keyboard.press("Enter")
+    live.until(lambda: pin.inner_text() == "Unpin A", 20, "the button unpins")
+    field.fill("8192")
+    field.press("Enter")
+    slower = panel.locator(".cpkit-baseline", has_text="▲ B is slower")
+    live.until(slower.count, 20, "a verdict on B against A")
+    live.wait_for_plot("panel", such=lambda p: all(x and x > 1 for x in drawn(p, "B / A")["x"]))
+    pin.click()
+    live.wait_for_plot("panel", such=lambda p: not any(drawn(p, "B / A")["x"]))
+    assert panel.locator(".cpkit-baseline").count() == 0
+    field.fill(lengths)
+    field.press("Enter")
 
 
 def test_what_a_panel_shows_is_grey_under_an_error(live: NotebookPage) -> None:
@@ -118,6 +168,52 @@ def test_two_views_of_one_widget_both_follow_it(live: NotebookPage) -> None:
             cell, created_by="panel", such=lambda plot: plot["revision"] > first["revision"] + 5
         )
     live.run("second-view", "pass")  # later tests replace the panel, and this view with it
+
+
+def test_a_hidden_page_stops_the_measurement_and_a_shown_one_resumes_it(
+    live: NotebookPage, lab: cpkit.Lab
+) -> None:
+    status = live.cell("panel").locator(".cpkit-status")
+    live.until(lambda: "● measuring" in status.inner_text(), 20, "the panel measures")
+    live.show_page(False)
+    live.until(lambda: "no page shows" in status.inner_text(), 10, "the status says why")
+    live.until(lambda: lab.status().state == "idle", 10, "the workers rest")
+    hidden = live.wait_for_plot("panel")
+    live.show_page(True)
+    live.wait_for_plot("panel", such=lambda plot: plot["revision"] > hidden["revision"])
+    assert "● measuring" in status.inner_text()
+
+
+def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -> None:
+    live.run("scratch", "idle_s = 3")
+    live.run("panel")
+    status = live.cell("panel").locator(".cpkit-status")
+    live.until(lambda: "once per second" in status.inner_text(), 20, "the panel is idle")
+    live.cell("panel").locator(".cpkit-ranks").click()
+    live.until(lambda: "● measuring" in status.inner_text(), 10, "the full rate again")
+    live.run("scratch", "idle_s = 120")
+    live.run("panel")
+
+
+def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path: Path) -> None:
+    panel, page = live.cell("panel"), live.page
+    live.until(panel.locator(".cpkit-path").count, 20, "samples")
+    panel.locator("button.take-code").focus()
+    page.keyboard.press("Enter")
+    live.until(lambda: "import cpkit" in panel.locator(".cpkit-taken").inner_text(), 10, "code")
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert "lab.measure(**setting" in code
+    assert "lengths=[256, 64]" in code
+    for kind in ("csv", "json"):
+        with page.expect_download() as taken:
+            panel.locator(f"button.take-{kind}").click()
+        assert taken.value.suggested_filename.endswith(f".{kind}")
+        taken.value.save_as(tmp_path / kind)
+    assert {sample.algorithm for sample in cpkit.load_samples(tmp_path / "json")} == {
+        "direct",
+        "plan",
+    }
+    assert (tmp_path / "csv").read_text().startswith("sequence,size_bytes,count,type,algorithm")
 
 
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
@@ -181,7 +277,7 @@ def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage)
 @pytest.mark.slow("twelve displays beside busy loops; test_each_live_widget has one of each")
 def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
     """Two fresh pages, and in each all cells run twice."""
-    live.run("scratch", "pause_s = 1")  # the panels shown so far should not compete for the cores
+    live.run("scratch", "idle_s = 1")  # the panels shown so far should not compete for the cores
     for _ in range(2):
         live.reload()
         with busy_loops(12):
@@ -192,7 +288,7 @@ def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
 
 
 def test_widgets_report_a_dead_kernel(live: NotebookPage) -> None:
-    live.run("scratch", "pause_s = 120")
+    live.run("scratch", "idle_s = 120")
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
     live.wait_for_plot("panel")

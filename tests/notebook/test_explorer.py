@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import cpkit
@@ -27,11 +31,11 @@ def panel(lab: cpkit.Lab) -> Iterator[Explorer]:
 def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     panel.start()
     sample = panel.wait(samples=2)
-    assert sample.workload == panel.controls.workload()
-    assert "µs</b> call time, slowest is rank" in panel.summary_html
-    panel.controls.algorithm.value = "padded"
+    assert sample.workload == panel.controls.workloads()[0]
+    until(lambda: "call time, each gather on its slowest rank" in panel.summary_html)
+    panel.controls.algorithms.value = ("padded",)
     assert panel.wait(samples=1).workload.algorithm == "padded"
-    panel.controls.algorithm.value = "plan"
+    panel.controls.algorithms.value = ("plan",)
     assert panel.wait(samples=1).path == "symmetric"
     panel.controls.symmetric.value = False
     assert panel.wait(samples=1).path == "fallback"
@@ -48,6 +52,92 @@ def test_it_measures_the_workload_of_the_controls(panel: Explorer) -> None:
     assert panel.controls.rows.value == "own rows"
     panel.controls.tensors.value = 1
     assert panel.controls.rows.value == "index keys of 128 bytes"
+
+
+def test_several_algorithms_are_measured_side_by_side(panel: Explorer) -> None:
+    names = ("padded", "padded_symm", "direct", "plan")
+    panel.controls.algorithms.value = names[::-1]
+    panel.start().wait(samples=9)
+    samples = panel.samples[-4 * 9 :]
+    assert [sample.algorithm for sample in samples] == list(names) * 9
+    assert len({sample.sequence for sample in samples}) == 9
+    traces = {trace.name: trace for trace in panel.panel.figure.data}
+    until(lambda: None not in traces["to the first algorithm"].x, why="ratios of 8 intervals")
+    assert list(traces["wire"].y) == list(names)
+    for name in names:
+        assert f">{name}</th>" in panel.summary_html
+        assert traces[name].showlegend
+    assert panel.summary_html.count("● symmetric") == 3
+    assert "○ fallback" in panel.summary_html
+    assert "padded uses ordinary buffers by design; select" in panel.summary_html
+    assert "4 ranks on " in panel.contention_html
+
+
+def test_a_button_selects_one_more_algorithm_and_none_is_an_error(panel: Explorer) -> None:
+    buttons = panel.controls.algorithms.buttons
+    assert panel.controls.algorithms.value == ("direct",)
+    buttons["plan"].value = True
+    assert panel.controls.algorithms.value == ("direct", "plan")
+    assert [button.description for button in buttons.values()][-2:] == ["✓ direct", "✓ plan"]
+    for button in buttons.values():
+        button.value = False
+    assert "no algorithm is selected" in panel.status_html
+    buttons["direct"].value = True
+    assert [work.algorithm for work in panel.controls.workloads()] == ["direct"]
+
+
+def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None:
+    points = next(trace for trace in panel.panel.figure.data if trace.name == "B / A")
+    with pytest.raises(RuntimeError, match="nothing is measured yet"):
+        panel.pin()
+    panel.start().wait(samples=9)
+    panel.pin()
+    panel.controls.lengths.value = "8192"
+    until(lambda: "▲ B is slower" in panel.comparison_html)
+    assert "lengths 256, 64 tokens" in panel.comparison_html
+    assert points.x[0] > 2
+    panel.unpin()
+    until(lambda: points.x == (None,))
+    assert panel.comparison_html == ""
+
+
+def test_the_code_measures_the_setting_of_the_controls(
+    panel: Explorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    panel.controls.algorithms.value = ("padded_symm", "plan")
+    panel.controls.strategy.value = "interleave"
+    panel.controls.tensors.value = 1
+    ran: dict[str, Any] = {}
+    exec(panel.code, ran)
+    assert ran["sample"].workload == panel.controls.workloads()[1]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["padded_symm", "plan"] * 10
+    shown = ran["lab"].explore(**ran["setting"])
+    assert shown.controls.workloads() == panel.controls.workloads()
+    shown.close()
+    ran["lab"].close()
+
+
+def test_saved_samples_load_again(panel: Explorer, tmp_path: Path) -> None:
+    panel.controls.algorithms.value = ("direct", "plan")
+    panel.start().wait(samples=9)
+    panel.stop()
+    until(lambda: "stopped" in panel.status_html)
+    samples = panel.samples
+    assert len(samples) >= 2 * 9, "a stopped panel keeps what it measured"
+    assert ">plan</th>" in panel.summary_html
+    panel.pin()
+    panel.save_json(tmp_path / "samples.json")
+    panel.save_csv(tmp_path / "samples.csv")
+    assert cpkit.load_samples(tmp_path / "samples.json") == tuple(samples)
+    table = pd.read_csv(tmp_path / "samples.csv")
+    assert table["algorithm"].tolist() == ["direct", "plan"] * (len(samples) // 2)
+    assert np.allclose(table["time_us"], [sample.time_us for sample in samples])
+    other = '{"format": "x", "version": "", "samples": []}'
+    for text, words in (("{}", "has no samples"), (other, "'x'")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            cpkit.load_samples(tmp_path / "other.json")
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
@@ -106,13 +196,48 @@ def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
         panel.wait()
 
 
-def test_stop_and_pause_leave_the_workers_idle(lab: cpkit.Lab) -> None:
-    panel = Explorer(lab, lengths=[64], cp_size=2, pause_after_s=0.5)
+def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[64], cp_size=2, interval_s=0.05, idle_after_s=1.5)
     panel.start().wait()
-    until(lambda: "paused" in panel.status_html)
-    until(lambda: lab.status().state == "idle")
+    until(lambda: "once per second" in panel.status_html)
+    newest = panel._newest
+    panel.wait(newest.count + 3)
+    *_, before, last = newest._kept
+    assert 0.9 < last.at_s - before.at_s < 3
+    panel.panel.plot.plot_state._handle_custom_msg({"view": "a", "touched": True}, [])
+    until(lambda: "● measuring" in panel.status_html)
+    assert panel._newest is newest, "a touch keeps what was measured"
+    until(lambda: "once per second" in panel.status_html)
     panel.controls.cp_size.value = 4
-    assert panel.wait().workload.cp_size == 4, "a change resumes after a pause"
+    assert not panel._presence.is_idle, "a new setting is a touch"
+    panel.close()
+
+
+def test_a_panel_that_no_page_shows_does_not_measure(lab: cpkit.Lab, panel: Explorer) -> None:
+    def report(view: str, visible: bool) -> None:
+        """Send what plot.js sends."""
+        content = {"view": view, "visible": visible}
+        panel.panel.plot.plot_state._handle_custom_msg(content, [])
+
+    panel.start().wait()
+    report("first", True)
+    report("second", True)
+    report("first", False)
+    count = panel._newest.count
+    panel.wait(count + 2)
+    report("second", False)
+    until(lambda: "no page shows" in panel.status_html)
+    until(lambda: lab.status().state == "idle")
+    panel.controls.lengths.value = "128"
+    until(lambda: "lengths 128 tokens" in panel.panel.figure.layout.title.subtitle.text)
+    until(lambda: lab.status().state == "idle")
+    report("third", True)
+    assert panel.wait().workload.lengths == (128,)
+
+
+def test_a_stopped_panel_leaves_the_workers_idle(lab: cpkit.Lab) -> None:
+    panel = Explorer(lab, lengths=[64], cp_size=4)
+    panel.start().wait()
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     panel.controls.cp_size.value = 2

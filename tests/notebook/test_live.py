@@ -8,7 +8,6 @@ import threading
 from typing import Any
 
 import ipywidgets
-import msgspec
 import plotly.graph_objects as go
 import pytest
 
@@ -16,6 +15,7 @@ from cpkit.control.messages import Workload
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.notebook import show, style
 from cpkit.notebook.controls import parse_lengths
+from cpkit.notebook.intervals import Intervals
 from cpkit.notebook.live import LatestWins
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.plot import LivePlot
@@ -41,19 +41,28 @@ def test_other_lengths_are_refused_with_an_example(text: str) -> None:
 def test_the_panel_shows_layout_and_samples() -> None:
     panel = Panel()
     four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
-    panel.show_layout(Workload(cp_size=4, lengths=(13, 9)), four)
-    assert tuple(panel.figure.data[0].y) == four.per_rank_actual_token
-    panel.add(sample())
-    panel.add(sample(first_us=20))
-    panel.show_sample(sample(first_us=20))
-    assert list(panel.figure.data[2].y) == [20, 21, 22, 23]
-    assert list(panel.figure.data[3].y) == [13, 23], "the history is that of the slowest rank"
-    for iterations, shown in ((4, False), (5, True)):
-        late = {"iterations": iterations, "per_rank_p95_us": (99.0,) * 4}
-        panel.show_sample(msgspec.structs.replace(sample(), **late))
-        assert any(panel.figure.data[2].error_y.array) is shown, "no p95 of few gathers"
-    panel.show_layout(Workload(cp_size=2, lengths=(13, 9)), two)
-    assert list(panel.figure.data[3].y) == [None], "a new history"
+    traces = {trace.name: trace for trace in panel.figure.data}
+    names = ("padded", "direct")
+    workloads = [Workload(cp_size=4, lengths=(13, 9), algorithm=name) for name in names]
+    panel.show_layout(workloads, four)
+    assert tuple(traces["rows"].y) == four.per_rank_actual_token
+    intervals = Intervals(workloads, 5.0)
+    for number in range(20):
+        first_us, at_s = 10 if number < 10 else 20, number / 2
+        assert not intervals.add(sample(first_us=first_us), at_s)
+        assert intervals.add(sample(algorithm="direct", first_us=first_us / 2 - 1.5), at_s)
+        panel.show(intervals.summaries(), [], number)
+    assert list(traces["padded per rank"].y) == [20, 21, 22, 23] != list(traces["rows"].y)
+    assert list(traces["padded"].y) == [13] * 15 + [23] * 5, "rolling, of the slowest rank"
+    assert list(traces["padded"].x) == [float(number - 19) for number in range(20)]
+    assert list(traces["padded p95"].y) == [13] * 10 + [23] * 10
+    assert list(traces["wire"].y) == list(names)
+    assert list(traces["wire"].x) == [21.5, 10]
+    assert list(traces["to the first algorithm"].x) == [1, 0.5]
+    assert list(traces["plan"].y) == [None], "not selected"
+    panel.show_layout([Workload(cp_size=2, lengths=(13, 9))], two)
+    assert list(traces["padded"].y) == [None], "a new history"
+    assert list(traces["to the first algorithm"].x) == [1]
     assert "cp_size 2" in panel.still().layout.title.text
     assert "uid" not in json.dumps(show.bundle(panel.still())), "a uid would differ between runs"
     panel.plot.close()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from cpkit import provenance
-from cpkit.control.messages import Workload
+from cpkit.control.messages import Measure, Progress, Workload
+from cpkit.worker import measure
+from cpkit.worker.operation import CHUNK_S, RankState
 from cpkit.worker.workload import DTYPES, Run
 
 WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
@@ -51,3 +55,28 @@ def test_swapped_tensors_are_detected() -> None:
     run.tensors.reverse()
     with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
         run.verified_gather()
+
+
+class GroupOfOne:
+    """A group that exchanges with itself."""
+
+    def exchange(self, mine: bytes) -> list[bytes]:
+        return [mine]
+
+
+def test_a_measurement_verifies_every_algorithm_before_it_times_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long verifications end the step, so that the request can be cancelled between them."""
+    runs = [gathered("bfloat16") for _ in range(3)]
+    right = runs[0].verified_gather
+    monkeypatch.setattr(runs[0], "verified_gather", lambda: (time.sleep(CHUNK_S), right()))
+    monkeypatch.setattr(measure, "_variants", lambda *_: runs)
+    monkeypatch.setattr(FixedRun, "path", lambda _: None)
+    monkeypatch.setattr(measure, "time_calls", lambda *_, **__: pytest.fail("timed before"))
+    runs[2].tensors[1].view(torch.uint8)[-1] ^= 1
+    operation = measure.MeasureOperation(Measure((WORKLOAD,) * 3))
+    steps = operation.steps(GroupOfOne(), RankState())  # type: ignore[arg-type]
+    assert next(steps) == Progress(1, 3, "direct is verified")
+    with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
+        next(steps)
