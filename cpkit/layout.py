@@ -127,15 +127,6 @@ class ContextParallelMetadata:
         """The padded length, repeated cp_size times as upstream does."""
         return (max(self.per_rank_actual_token),) * self.cp_size
 
-    def __hash__(self) -> int:
-        """Hash the fields once: a gather of many sequences looks its metadata up several times."""
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        # Of integers only, because text has another hash in a process that unpickles this.
-        return hash((self.lengths, self.cp_size, STRATEGIES.index(self.strategy)))
-
     def rank_rows(self, rank: int) -> torch.Tensor:
         """Return the token index of each row that `rank` holds, in its order: int64 `[rows]`."""
         row, token, step, length = self.runs(rank)

@@ -1,5 +1,7 @@
 """Test the exercises of a notebook and their checks: `python -m tools.rehearse [01 02 03]`.
 
+`--nproc 2` runs it with other workers than the four that a notebook starts.
+
 One kernel runs the notebook with the answer key. At each exercise it runs the starter, every mutant
 and the solution, each followed by the check:
 
@@ -11,12 +13,17 @@ and the solution, each followed by the check:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import cpkit
 from cpkit.processes import run_command
 from cpkit_lessons.lesson import KEY_VARIABLE
 from tools import run
@@ -50,12 +57,34 @@ class CellResult:
         return ""
 
 
-def rehearse(path: Path) -> tuple[list[CellResult], list[str]]:
-    """Run a source with all variants; return the result of each code cell, and late cells."""
+def rehearse(path: Path, nproc: int | None = None) -> tuple[list[CellResult], list[str]]:
+    """Run a source with all variants; return the result of each code cell, and late cells.
+
+    The notebook starts its workers, or finds `nproc` of them.
+    """
     notebook = run.notebook_of(list(_cells(read(path))))
-    run.execute(notebook, NOTEBOOKS, {KEY_VARIABLE: "1"}, allow_errors=True)
+    with _workers(nproc) as environment:
+        run.execute(notebook, NOTEBOOKS, {KEY_VARIABLE: "1", **environment}, allow_errors=True)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [_result(cell) for cell in code], run.over_budget(notebook)
+
+
+@contextmanager
+def _workers(nproc: int | None) -> Iterator[dict[str, str]]:
+    """Start workers in a runtime directory of their own; yield the environment that finds them."""
+    if nproc is None:
+        yield {}
+        return
+    name = f"rehearse-{nproc}"
+    with (
+        tempfile.TemporaryDirectory(prefix="cpkit-rehearse-") as runtime,
+        patch.dict(os.environ, JUPYTER_RUNTIME_DIR=runtime),
+        cpkit.connect(name, nproc=nproc) as lab,
+    ):
+        try:
+            yield {"JUPYTER_RUNTIME_DIR": runtime, "CPKIT_NAME": name}
+        finally:
+            lab.stop()
 
 
 def _cells(source: Source) -> Iterator[Cell]:
@@ -89,10 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.rehearse", description=__doc__)
     parser.add_argument("notebooks", nargs="*", help="start of their names; default: all")
     parser.add_argument("-q", "--quiet", action="store_true", help="print faults only")
+    parser.add_argument("--nproc", type=int, help="ranks (default: the notebook starts four)")
     options = parser.parse_args(arguments)
     failed = False
     for path in named(options.notebooks):
-        results, late = rehearse(path)
+        results, late = rehearse(path, options.nproc)
         faults = [result.fault for result in results if result.fault] + late
         checks = [] if options.quiet else [r for r in results if r.variant]
         lines = [f"{r.cell} {r.variant} ({r.took_s:.1f} s)\n    {r.text}" for r in checks]

@@ -20,6 +20,7 @@ from cpkit.notebook import style
 
 Ints = npt.NDArray[np.int64]
 RANK = 1  # column of the decoded provenance
+MAX_LEVEL = 32  # up to this many slots per line, labels are horizontal; beyond, they do not fit
 MAX_LABELLED = 72  # up to this many slots per line, each slot has its own cell and label
 
 
@@ -125,7 +126,8 @@ def draw_lines(
     """Draw lines of cells, the first on top, with a legend of the ranks and the padding."""
     figure = go.Figure()
     longest = max(len(line.slots) for line in lines)
-    plot_height = 34 * len(lines) + 6
+    is_level = longest <= MAX_LEVEL
+    plot_height = (34 if is_level else 44) * len(lines) + 6
     cells = [(line.label, cell) for line in lines for cell in _cells(line, longest)]
     ranks = {cell.rank for _, cell in cells if not cell.wrong}
     for rank in sorted(ranks, key=lambda r: (r < 0, r)):  # padding last
@@ -134,6 +136,7 @@ def draw_lines(
     wrong = [(label, cell) for label, cell in cells if cell.wrong]
     if wrong:
         figure.add_trace(_bars(wrong, "✗ wrong", style.WRONG, ""))
+    figure.update_traces(textangle=0 if is_level else -90)
     figure.update_layout(
         barmode="overlay",
         xaxis=style.axis(axis_title, range=[-0.5, longest - 0.5], showgrid=False, title_standoff=4),
@@ -240,7 +243,6 @@ def _bars(cells: Sequence[tuple[str, Cell]], name: str, color: str, hatch: str) 
         hoverinfo="text",
         textposition="inside",
         insidetextanchor="middle",
-        textangle=0,
         constraintext="none",
         textfont={"color": style.text_color(color), "size": 11},
         marker=marker,

@@ -19,7 +19,7 @@ from cpkit.lab.pool import LabPool
 from cpkit.notebook import style
 from cpkit.notebook.live import IsNewest, StepPanel
 
-ARENAS_MB = (2, 8, 16, 32, 64)
+ARENAS = (1 / 8, 1 / 2, 1, 2, 4)  # choices, in units of the first arena
 MB = 1_000_000
 
 
@@ -34,26 +34,29 @@ class Served:
     spilled_mb: float  # total size of the spilled segments
 
 
-class PoolLive(StepPanel[int]):
+class PoolLive(StepPanel[float]):
     """Serve the same requests from an arena of the chosen size."""
 
     description = "Panel: choose the arena's size, see which requests spill"
 
     def __init__(
-        self, lab: Lab, requests_mb: Sequence[float], cp_size: int, arena_mb: int = 16
+        self, lab: Lab, requests_mb: Sequence[float], cp_size: int, arena_mb: float = 16
     ) -> None:
         self.arena_mb = widgets.SelectionSlider(
-            options=ARENAS_MB, value=arena_mb, description="arena (MB)", continuous_update=False
+            options=[(f"{arena_mb * factor:g}", arena_mb * factor) for factor in ARENAS],
+            value=arena_mb,
+            description="arena (MB)",
+            continuous_update=False,
         )
         self.arena_mb.add_class("arena-mb")
         self.served: list[Served] = []  # from the newest arena
         self._lab, self._requests_mb, self._cp_size = lab, list(requests_mb), cp_size
         super().__init__([self.arena_mb], pool_requests([], len(requests_mb)))
 
-    def _setting(self) -> int:
-        return int(self.arena_mb.value)
+    def _setting(self) -> float:
+        return float(self.arena_mb.value)
 
-    def _show(self, setting: int, is_newest: IsNewest) -> str:
+    def _show(self, setting: float, is_newest: IsNewest) -> str:
         self.served = []
         for request in serve(self._lab.pool, setting, self._requests_mb, self._cp_size):
             self.served.append(request)

@@ -5,7 +5,7 @@
 # of its tokens. But attention needs the keys and values of **all** tokens. So the ranks gather the KV cache:
 # pad, all-gather, strip, reorder. Here real processes do it, and you write each step.
 #
-# **Time** 70 minutes. **Needs** any laptop: four CPU processes. **Know before** tensors, and what a KV cache is.
+# **Time** 70 minutes. **Needs** any laptop: the ranks are CPU processes. **Know before** tensors, and what a KV cache is.
 #
 # You will be able to
 # 1. say which rank owns token *t*, and what that costs in causal attention;
@@ -23,28 +23,31 @@
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
-from cpkit_lessons import capabilities
+from cpkit_lessons import padding as lesson
 
+lesson.explain_missing_names()  # a cell that needs an earlier one then says which
 lab = cpkit.connect()
-print(capabilities.describe(lab.status()))
+world = lesson.begin(lab)
 
 # %% connect-text [markdown]
-# That found running worker processes, or started them with `torchrun`. This notebook is not one of them: it
+# That found running worker processes, or started four with `torchrun`. This notebook is not one of them: it
 # sends them orders over a socket. Workers that it started end with its kernel.
+#
+# The notebook follows the workers: `cp` below is the number of ranks of each gather. To see it with 2 or 8 ranks, start the workers
+# yourself (`./launch_workers.sh stop`, then `./launch_workers.sh --nproc 2`), and run all cells again. The outputs that are
+# saved in this file are those of 4 ranks.
 
 # %% setup
 import torch
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit_lessons import figures
-from cpkit_lessons import padding as lesson
 
-cp = max(size for size in lab.cp_sizes if size <= 4)
-assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
+cp = world.cp_size
 
 # %% s1 [markdown]
 # ## 1. Who owns token t?
 #
-# One sequence, 24 tokens, 4 ranks. A *strategy* says who owns what.
+# One sequence of 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* says who owns what.
 #
 # - **zigzag**: cut into 2·cp blocks; rank r owns block r and block 2·cp−1−r.
 # - **interleave**: token t goes to rank t mod cp.
@@ -55,11 +58,13 @@ lesson.predict("owner", ...)
 
 # %% ownership
 strategies = ("zigzag", "interleave", "contiguous")
-layouts = {name: prepare_context_parallel_metadata([24], cp, name) for name in strategies}
+length = 6 * cp
+layouts = {name: prepare_context_parallel_metadata([length], cp, name) for name in strategies}
 figures.show(figures.ownership_strip(list(layouts.values())))
 
 # %% owner-reveal
-lesson.reveal("owner", int(layouts["zigzag"].owners()[17]))
+asked = 3 * cp + 5  # the token in question
+lesson.reveal("owner", int(layouts["zigzag"].owners()[asked]))
 
 # %% bijection-text [markdown]
 # Whatever the strategy: every token has exactly one owner. `rank_rows(rank)` lists a rank's tokens. Over
@@ -67,10 +72,10 @@ lesson.reveal("owner", int(layouts["zigzag"].owners()[17]))
 
 # %% bijection
 for name, layout in layouts.items():
-    rows = [layout.rank_rows(rank).tolist() for rank in range(cp)]
-    print(f"{name:10}  rank 0 holds {rows[0]}")
-    owned = [token for held in rows for token in held]
-    assert sorted(owned) == list(range(24)), "every token exactly once"
+    held = [layout.rank_rows(rank).tolist() for rank in range(cp)]
+    print(f"{name:10}  rank 0 holds {held[0]}")
+    owned = [token for row in held for token in row]
+    assert sorted(owned) == list(range(length)), "every token exactly once"
 
 # %% e1-task [markdown]
 # ### Exercise 1 · Who owns token t?
@@ -165,7 +170,7 @@ assert len(set(work["zigzag"])) == 1, "zigzag pairs an early block with a late o
 figures.show(figures.work_bars(work))
 
 # %% work-reveal
-lesson.reveal("work", work["contiguous"][3] / work["contiguous"][0])
+lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 
 # %% work-text [markdown]
 # All ranks wait for the slowest. Zigzag pairs each early block with a late one, and all finish together. Interleave is
@@ -239,7 +244,8 @@ def keys_seen(tokens, lengths):
 # %% s3 [markdown]
 # ## 3. Why pad?
 #
-# A real batch is ragged. Here are two sequences, of 13 and 9 tokens. 22 tokens over 4 ranks do not divide evenly.
+# A real batch is ragged. Here are two sequences, of 13 and 9 tokens (25 and 17 if you run 8 ranks). Zigzag cannot spread them
+# evenly over the ranks.
 #
 # There are gathers for uneven sizes: `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different
 # lengths. But NCCL's all-gather takes one size for all ranks, so torch runs such a list as one broadcast per rank
@@ -250,8 +256,9 @@ def keys_seen(tokens, lengths):
 lesson.predict("waste", ...)
 
 # %% padding
-batch = [13, 9]
+batch = lesson.ragged(cp)
 layout = prepare_context_parallel_metadata(batch, cp)
+print("tokens:              ", batch)
 print("rows each rank holds:", list(layout.per_rank_actual_token))
 print("padded to:           ", layout.max_rank_len[0])
 figures.show(figures.padding_grid(layout))
@@ -429,8 +436,8 @@ assert (strip_rows == wire[wire[:, 1] >= 0]).all(), "strip drops the padding and
 # %% reorder
 figures.show(figures.stage_grid(gathered, ["reorder"], rank=0))
 reorder = gathered.stage("reorder", 0)
-assert (reorder[:, 2] == [0] * 13 + [1] * 9).all()
-assert (reorder[:, 3] == [*range(13), *range(9)]).all()
+wanted = [(sequence, token) for sequence, n in enumerate(batch) for token in range(n)]
+assert reorder[:, 2:].tolist() == [list(place) for place in wanted]
 assert (reorder[:, 0] == 7).all(), "all rows are of the round we asked for"
 
 # %% e4-task [markdown]
@@ -597,10 +604,10 @@ lesson.predict("order", ...)
 # %% attention
 from torch.nn.functional import scaled_dot_product_attention
 
-delivered = lab.gather(24, cp_size=cp, algorithm="padded").stage("strip", 0)
+delivered = lab.gather(length, cp_size=cp, algorithm="padded").stage("strip", 0)
 order = torch.tensor(delivered[:, 3])  # tokens in rank order, as the workers delivered them
 torch.manual_seed(0)
-q, k, v = torch.randn(3, 1, 24, 8, dtype=torch.float64)
+q, k, v = torch.randn(3, 1, length, 8, dtype=torch.float64)
 
 
 def outputs_right(**mask):
@@ -619,7 +626,8 @@ figures.show(
         [line],
         title="Causal attention over K and V in rank order: most outputs are wrong",
         subtitle="✗ differs from one device; colour: the owner of the token",
-        alt=f"{int(right.sum())} of 24 outputs are right: tokens {right.nonzero().flatten().tolist()}.",
+        alt=f"{int(right.sum())} of {length} outputs are right: "
+        f"tokens {right.nonzero().flatten().tolist()}.",
         axis_title="token (query)",
     )
 )
@@ -893,7 +901,7 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 # wire's reads happen in other ranks' memory.
 
 # %% models-text [markdown]
-# Now three real models, by the bytes of one token's K and V in one layer (bfloat16). One prompt of 32767 tokens, 4 ranks.
+# Now three real models, by the bytes of one token's K and V in one layer (bfloat16). One prompt of 32767 tokens, over your ranks.
 
 # %% bill-predict
 lesson.predict("bill", ...)
@@ -929,7 +937,7 @@ stepper
 
 # %% stepper-check
 stepper.wait(done=1)
-stepper.cp_size.value = 2  # as if you had moved the slider
+stepper.cp_size.value = cp // 2  # as if you had moved the slider
 stepper.wait(done=2)
 assert len(stepper.figure.data[0].y) > 0
 

@@ -18,26 +18,25 @@
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
-from cpkit_lessons import capabilities
+from cpkit_lessons import symmetric as lesson
 
+lesson.explain_missing_names()  # a cell that needs an earlier one then says which
 lab = cpkit.connect()
-print(capabilities.describe(lab.status()))
+world = lesson.begin(lab)
 
 # %% setup
 import pandas as pd
 from cpkit_lessons import figures
-from cpkit_lessons import symmetric as lesson
 from cpkit_lessons.simulate import smallest_failure
 
-cp = max(size for size in lab.cp_sizes if size <= 4)
-assert cp == 4, f"the text below speaks of 4 ranks; these workers can form {lab.cp_sizes}"
+cp = world.cp_size
 pd.set_option("display.max_colwidth", None)
 
 # %% s1 [markdown]
 # ## 1. What is symmetric?
 #
-# Every rank makes the same buffer: one file in shared memory each. Every rank maps *all* of them. So four ranks hold
-# 16 mappings, and each of them can be written like any other memory.
+# Every rank makes the same buffer: one file in shared memory each. Every rank maps *all* of them. So cp ranks hold
+# cp² mappings (4 ranks hold 16), and each of them can be written like any other memory.
 
 # %% same-predict
 lesson.predict("same", ...)
@@ -56,7 +55,7 @@ lesson.reveal("same", "offset" if same_offset else "address")
 assert same_offset, "else the memory is not symmetric"
 
 # %% address-text [markdown]
-# Are your addresses equal too? They may be: on one GPU all four processes have been given the same one. It is an accident.
+# Are your addresses equal too? They may be: on one GPU, four processes were all given the same one. It is an accident.
 # So never send a pointer to a peer. An offset is all it needs: it knows where *it* has mapped each segment.
 # PyTorch's handle holds exactly that list (`buffer_ptrs`): the address of every rank's buffer, *as mapped here*.
 
@@ -532,8 +531,8 @@ lesson.predict("spills", ...)
 # %% live
 from cpkit.notebook.pool_live import PoolLive
 
-requests_mb = [2, 4, 8, 24, 4, 24, 48, 24, 48]
-live = PoolLive(lab, requests_mb, cp, arena_mb=16)
+arena_mb, requests_mb = world.requests_mb()
+live = PoolLive(lab, requests_mb, cp, arena_mb=arena_mb)
 live
 
 # %% live-still tags=["nbval-ignore-output"]
@@ -545,8 +544,8 @@ figures.show(figures.pool_requests(served))
 lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 
 # %% live-text [markdown]
-# Move the slider: every arena serves the same nine requests again, on the real ranks. With 64 MB there is no spill at all.
-# With 2 MB nearly every new size is one.
+# Move the slider: every arena serves the same nine requests again, on the real ranks. With the largest arena there is no spill at
+# all. With the smallest, nearly every new size is one.
 #
 # A spill here costs file, pages and mappings. On GPUs it is `ncclMemAlloc` and a registration over all ranks.
 
@@ -557,9 +556,10 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # neediest algorithm has alive.
 
 # %% warm
-lab.pool.configure(8_000_000, cp)
-warm = lab.pool.warm_up(max_tokens=8192, cp_size=cp)
-for tokens in (8192, 1000, 4097):
+largest = world.of(8192)
+lab.pool.configure(world.of(8_000_000), cp)
+warm = lab.pool.warm_up(max_tokens=largest, cp_size=cp)
+for tokens in (largest, largest // 8, largest // 2 + 1):
     assert lab.gather(tokens, cp_size=cp, algorithm="direct", show=False).verified
 now = lab.pool.stats(cp)
 print("spills during three gathers:", int((now["spills"] - warm["spills"]).sum()))
@@ -684,7 +684,8 @@ lesson.version_table()
 # symmetric kernels. From 2.29 on (first tag: 2.29.2) only the receive buffer counts. So "both buffers must be
 # registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. The receive buffer alone has two limits:
 # over several nodes it rules out the kernels that cross them (GIN), and where NCCL selects its kernel for small sizes (LL) it may
-# still fall back. Our own ranks push: they need the receive buffer, and a symmetric send buffer only saves the copy that pads.
+# still fall back. That kernel stages in NCCL's own memory, so a registered *send* buffer alone may select it too (seen with 2.30.7
+# and 64 KiB per rank). Our own ranks push: they need the receive buffer, and a symmetric send buffer only saves the copy that pads.
 #
 # The last column is the race of section 4: from 2.28.0 to 2.30.4 symmetric kernels do not wait for the kernel before them
 # (sglang#37768). `python -m cpkit doctor` warns of the same versions. The race is one of symmetric kernels only.
@@ -695,7 +696,7 @@ lesson.version_table()
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
-reports = [lab.explain(4096, cp, algorithm=name).iloc[0] for name in algorithms]
+reports = [lab.explain(world.of(4096), cp, algorithm=name).iloc[0] for name in algorithms]
 pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 
 # %% e6-task [markdown]
@@ -1189,8 +1190,9 @@ def pull_gather(me, shard, out, tokens):
 # And the real one, on your workers, in both directions: every byte is checked.
 
 # %% real
-on = lab.gather(4097, cp_size=cp, algorithm="direct", show=False)
-off = lab.gather(4097, cp_size=cp, algorithm="direct", symmetric=False, show=False)
+tokens = world.of(4096) + 1
+on = lab.gather(tokens, cp_size=cp, algorithm="direct", show=False)
+off = lab.gather(tokens, cp_size=cp, algorithm="direct", symmetric=False, show=False)
 assert on.verified
 assert off.verified, "both are right; only the path differs"
 assert (on.path, off.path) == ("symmetric", "fallback")

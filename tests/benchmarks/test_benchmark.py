@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figures, gpu_figures, gpu_goals, openmpi
+from benchmarks import figures, gpu_figures, gpu_goals, gpu_prediction, openmpi
 from benchmarks.goals import goals_of, times_us
 from benchmarks.rows import ROW_BYTES, row, rows_of, summarize
 from tests.helpers import ROOT
@@ -157,3 +157,22 @@ def test_pages_show_the_latest_gpu_record(kind: str) -> None:
     assert is_shown(gpu_figures.pages(record, found[-1].name), gpu_figures.markers(record))
     record["gather"][0]["time_us"] *= 2
     assert not is_shown(gpu_figures.pages(record, found[-1].name), gpu_figures.markers(record))
+
+
+def test_more_gpus_are_predicted_from_two() -> None:
+    """Stores to all peers at once, a ring of n-1 steps, and passes that do not depend on n."""
+
+    def time_us(variant: str, size: int, cp_size: int) -> float:
+        wire_us = 5 + size * (cp_size - 1) / cp_size / 1000
+        ring_us = wire_us + gpu_prediction.STEP_US * (cp_size - 2)
+        return {"plan": wire_us, "NCCL": ring_us, "seed": ring_us + 3 + size / 500}[variant]
+
+    def record(cp_size: int) -> dict[str, gpu_prediction.Curve]:
+        sizes = [1 << n for n in range(18, 29)]
+        return {v: {s: time_us(v, s, cp_size) for s in sizes} for v in ("plan", "NCCL", "seed")}
+
+    for cp_size in gpu_prediction.CP_SIZES:
+        found = gpu_prediction.errors(gpu_prediction.predict(record(2), cp_size), record(cp_size))
+        assert set(found) == {"plan", "NCCL", "seed"}
+        for by_size in found.values():
+            assert max(map(abs, by_size.values())) < 1e-9, found

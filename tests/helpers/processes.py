@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -54,12 +55,25 @@ def new_pid_namespace() -> list[str]:
 
     The program has pid 1, and other pids mean other processes than here.
     """
+    return _unshare("--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+def in_small_tmpfs(directory: Path, megabytes: int) -> list[str]:
+    """Return the command prefix that runs a program with a tmpfs of this size at `directory`.
+
+    Only the program sees it. Skip where that is refused.
+    """
+    mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "$0" && exec "$@"'
+    return [*_unshare("--mount"), "sh", "-c", mount, str(directory)]
+
+
+def _unshare(*options: str) -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    prefix = ["unshare", *user, "--pid", "--fork", "--mount-proc", "--kill-child"]
+    prefix = ["unshare", *user, *options]
     try:
         done = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         pytest.skip(str(error))
     if done.returncode:
-        pytest.skip(f"this machine refuses PID namespaces: {done.stderr.strip()}")
+        pytest.skip(f"this machine refuses {' '.join(prefix)}: {done.stderr.strip()}")
     return prefix

@@ -5,14 +5,19 @@ tests/tools/test_rehearsal.py does this for all exercises, in a kernel with work
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 from cpkit import doctor
-from cpkit_lessons import feedback, padding, symmetric
+from cpkit_lessons import feedback, guard, padding, performance, symmetric
 from cpkit_lessons.symmetric.allocation import wanted_path
 from tools.build import SOURCES
 from tools.source import read
@@ -37,6 +42,7 @@ def variants() -> Iterator[object]:
 def passes(lesson: ModuleType, name: str, attempt: Callable[..., object]) -> bool:
     """Run the check of an exercise on a solution, as a notebook does."""
     check = getattr(lesson, f"check_{attempt.__name__}")
+    lesson.LESSON.records[name].passed = None
     with mock.patch.object(feedback, "display"):
         check(attempt)
     passed = lesson.LESSON.records[name].passed
@@ -84,3 +90,103 @@ def test_sending_in_place_takes_the_fast_path_and_receiving_at_other_offsets_doe
     for version in ((2, 27, 7), (2, 28, 9), (2, 29, 7), (2, 30, 7)):
         assert wanted_path(version, in_place, same)[0] != "fallback"
         assert wanted_path(version, same, in_place)[0] == "fallback"
+
+
+# ------------------------------------------------------------------------- odd and endless code
+
+ODD = (
+    None, "x", float("nan"), -1, 10**30, object(), [], {}, (1, 2), [[1], [2]], {object()},
+    (object(), object()), (torch.tensor([1.0, 2.0]), 1.0), {"pad": torch.tensor([1, 2])},
+    torch.tensor([1, 2]), np.array([1, 2]), torch.zeros(2, 2, 8, dtype=torch.bfloat16),
+)  # fmt: skip
+NEED_MORE = ("check_price", "check_cause", "check_order")  # workers, post-mortems, a list
+CHECKS = [
+    pytest.param(getattr(lesson, name), id=name)
+    for lesson in (padding, symmetric, performance)
+    for name in dir(lesson)
+    if name.startswith("check_") and name not in NEED_MORE
+]
+each_check = pytest.mark.parametrize("check", CHECKS)
+
+
+def shown(check: Callable[..., None], attempt: object) -> str:
+    """Return the text that a check shows for an attempt."""
+    with mock.patch.object(feedback, "display") as display:
+        check(attempt)
+    text: str = display.call_args[0][0]["text/plain"]
+    return text
+
+
+@each_check
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_an_odd_value_is_a_wrong_answer_and_not_a_traceback(check, number: int) -> None:
+    def attempt(*_: object) -> object:
+        return ODD[number]
+
+    def program(*_: object) -> Iterator[object]:
+        yield ODD[number]
+
+    assert shown(check, attempt).startswith("✗")
+    assert shown(check, program).startswith("✗")
+
+
+@each_check
+def test_another_number_of_arguments_is_a_wrong_answer(check) -> None:
+    assert "takes 0 positional arguments" in shown(check, lambda: 0)
+
+
+@pytest.mark.timeout(20)
+@each_check
+def test_an_endless_loop_is_a_wrong_answer_that_names_the_case(
+    check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LIMIT_S", 0.15)
+    before = signal.getsignal(signal.SIGALRM)
+
+    def endless(*_: object) -> None:
+        while True:
+            try:
+                time.sleep(0.001)
+            except Exception:  # noqa: BLE001 - what stops it must not be caught by mistake
+                continue
+
+    def endless_program(*_: object) -> Iterator[None]:
+        endless()
+        yield
+
+    is_program = check.__name__ in ("check_exchange", "check_signals", "check_pull_gather")
+    attempt = endless_program if is_program else endless
+    text = shown(check, attempt)
+    assert f"{attempt.__name__}(" in text
+    assert "has not ended after 0.15 s (line " in text
+    assert "Does a loop never end?" in text
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_slow_check_of_quick_calls_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMIT_S", 0.2)
+    quick = guard.guarded(lambda: 1)
+    assert callable(quick)
+    with guard.time_limit():
+        for _ in range(5):
+            assert quick() == 1
+            time.sleep(0.1)  # the check's own work
+
+
+@pytest.mark.parametrize("inside_s", [0.05, 0.6])
+def test_another_timer_of_the_process_still_rings(inside_s: float) -> None:
+    rings = threading.Event()
+    before = signal.signal(signal.SIGALRM, lambda *_: rings.set())
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with guard.time_limit():
+            time.sleep(inside_s)
+        assert rings.wait(5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left_s)
+
+
+@pytest.mark.parametrize("order", [None, "x", [True, "x"], [object()], [torch.tensor([1, 2])], [2]])
+def test_an_order_of_other_things_is_a_wrong_answer(order: object) -> None:
+    assert shown(symmetric.check_order, order).startswith("✗")

@@ -150,6 +150,26 @@ def test_a_check_shows_its_score_or_the_first_fault(lesson: Lesson) -> None:
     assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in shown(lesson.progress)
 
 
+def test_a_solved_exercise_stays_solved(lesson: Lesson) -> None:
+    check = exercise(lesson)
+    shown(check, lambda n: n + n)
+    text = shown(check, lambda n: n)
+    assert "not solved by this code; your earlier solution counts" in text
+    assert "✓ | Exercise 1, double it | 3 cases" in shown(lesson.progress)
+
+
+def test_a_number_outside_its_range_is_refused_with_the_range(lesson: Lesson) -> None:
+    lesson.ask("padding", "Which part?", answer=0.5, unit="of all", between=(0, 1), why="So.")
+    assert "Write a number from 0 to 1 (of all)" in shown(lesson.predict, "padding")
+    for guess in (1.5, -0.1):
+        assert f"{guess} is not possible: write a number from 0 to 1" in (
+            shown(lesson.predict, "padding", guess)
+        )
+    assert lesson.records["padding"].guess is None
+    shown(lesson.predict, "padding", 1)
+    assert "it is 1.5" in shown(lesson.reveal, "padding", 1.5), "a measured value may be odd"
+
+
 def test_progress_counts_exercises_in_their_order(lesson: Lesson) -> None:
     for name in ("e10", "e2", "e1"):
         lesson.exercise(name, f"title of {name}")(lambda: Score(1))

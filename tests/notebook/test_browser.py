@@ -327,7 +327,7 @@ def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> No
     assert "Written down: 0 of all slots." in text["waste-predict"].inner_text()
     notebook.run("waste-reveal")
     assert "you said 0 of all slots; it is 0.08333" in text["waste-reveal"].inner_text()
-    assert "do not divide evenly" in text["waste-reveal"].inner_text(), "what 0 overlooks"
+    assert "some hold fewer rows" in text["waste-reveal"].inner_text(), "what 0 overlooks"
 
     assert "not solved yet" in text["e4-check"].inner_text()
     hints = text["e4-help"].locator("summary")

@@ -1,5 +1,7 @@
 """Every exercise in a real kernel: starter and mutants fail their check, the solution passes.
 
+Also with 2 ranks instead of 4, and with as little shared memory as a container has by default.
+
 Slow: in `make test`, tests/lessons/test_notebooks.py runs the starters, test_lessons.py has the
 checks, and test_gates.py shows that the rehearsal finds each kind of fault.
 """
@@ -7,10 +9,15 @@ checks, and test_gates.py shows that the rehearsal finds each kind of fault.
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
+from tests.helpers.processes import in_small_tmpfs
 from tools.build import SOURCES
 from tools.rehearse import CellResult, rehearse
 from tools.source import read
@@ -53,3 +60,28 @@ def test_with_the_key_everything_is_predicted_and_solved(path: Path) -> None:
     if read(path).exercises:
         assert progress, "a notebook ends with lesson.progress() in the cell `progress`"
         assert not {line[0] for line in progress[0].split("\n")} & set("✗≠○"), progress[0]
+
+
+@each_source
+def test_with_two_ranks_the_same_holds(path: Path) -> None:
+    results, late = rehearse(path, nproc=2)
+    assert [result.fault for result in results if result.fault] == []
+    assert late == []
+    (progress,) = (result.text for result in results if result.cell == "progress")
+    assert " 2 ranks" in progress
+
+
+@each_source
+def test_in_a_container_with_64_mb_of_shared_memory_the_same_holds(
+    path: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [*in_small_tmpfs(tmp_path, 64), sys.executable, "-m", "tools.rehearse", path.stem],
+        env=os.environ | {"CPKIT_SHM_DIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 faults, " in done.stdout

@@ -62,9 +62,10 @@ def show_passed(name: str, title: str, score: Score) -> None:
     _show_card("✓", f"{label(name)}, {title}: solved", str(score))
 
 
-def show_wrong(name: str, title: str, fault: str) -> None:
-    """Show that an exercise is not solved, with the first fault."""
-    _show_card("✗", f"{label(name)}, {title}: not solved yet", fault)
+def show_wrong(name: str, title: str, fault: str, *, solved_before: bool = False) -> None:
+    """Show that an attempt does not solve an exercise, with the first fault."""
+    how = "not solved by this code; your earlier solution counts" if solved_before else ""
+    _show_card("✗", f"{label(name)}, {title}: {how or 'not solved yet'}", fault)
 
 
 def show_progress(

@@ -1,4 +1,4 @@
-"""Call a learner's function so that its exception becomes one line instead of a traceback."""
+"""Call a learner's function so that an exception or an endless loop becomes one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,82 @@ import functools
 import linecache
 import math
 import reprlib
-from collections.abc import Callable, Generator
-from types import TracebackType
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
 from cpkit_lessons.feedback import WrongAnswer
+
+LIMIT_S = 5.0  # of one call, which takes milliseconds
+_LOOKS_S = 0.1  # the interval at which the time is compared with the limit
+_started_s: float | None = None  # when the learner's code was entered
+
+
+class TakesTooLong(BaseException):
+    """Raised in the learner's code; not an Exception, which that code may catch."""
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise TakesTooLong in a learner's function that runs for more than LIMIT_S.
+
+    Only Python code in the main thread is stopped, where a notebook runs its cells. Another timer
+    of the process still rings at its time.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    entered_s, other = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    due_s = math.inf  # when the other timer rings
+
+    def look(number: int, frame: FrameType | None) -> None:
+        nonlocal due_s
+        now_s = time.monotonic()
+        if now_s > due_s and callable(other):
+            due_s = math.inf
+            other(number, frame)
+        if _started_s is not None and now_s - _started_s > LIMIT_S:
+            raise TakesTooLong
+
+    signal.signal(signal.SIGALRM, look)
+    left_s, again_s = signal.setitimer(signal.ITIMER_REAL, _LOOKS_S, _LOOKS_S)
+    if left_s:
+        due_s = entered_s + left_s
+    try:
+        yield
+    finally:
+        rest_s = max(0.001, due_s - time.monotonic()) if math.isfinite(due_s) else again_s
+        signal.setitimer(signal.ITIMER_REAL, rest_s, again_s)
+        signal.signal(signal.SIGALRM, other)
+
+
+def _timed(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    global _started_s
+    _started_s = time.monotonic()
+    try:
+        return function(*arguments, **named)
+    finally:
+        _started_s = None
+
+
+def equals(got: object, wanted: object) -> bool:
+    """Whether a returned value equals the wanted one; False for what cannot be compared."""
+    try:
+        return bool(got == wanted)
+    except Exception:  # noqa: BLE001 - several numbers, as in a tensor, are not one answer
+        return False
+
+
+def truth(call: str, got: object) -> bool:
+    """Return a verdict as a bool. Raises WrongAnswer for what is neither true nor false."""
+    try:
+        return bool(got)
+    except Exception:  # noqa: BLE001 - several numbers, as in a tensor, are not one verdict
+        raise WrongAnswer(f"{call} returned {_short(got)}; wanted True or False") from None
 
 
 def guarded(attempt: object) -> object:
@@ -21,10 +92,10 @@ def guarded(attempt: object) -> object:
     @functools.wraps(attempt)
     def call(*arguments: Any, **named: Any) -> Any:
         try:
-            return attempt(*arguments, **named)
+            return _timed(attempt, *arguments, **named)
         except WrongAnswer:
             raise
-        except Exception as problem:  # noqa: BLE001 - a learner's code may raise anything
+        except (Exception, TakesTooLong) as problem:  # noqa: BLE001 - a learner's code may raise anything
             text = ", ".join(map(_short, arguments))
             raise _as_wrong_answer(attempt, text, problem) from None
 
@@ -40,20 +111,28 @@ def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, A
             made = attempt(*arguments)
             if not isinstance(made, Generator):
                 raise WrongAnswer(f"{_name(attempt)} has no `yield`: a program yields its steps")
-            yield from made
+            answer = None
+            while True:
+                try:
+                    step = _timed(made.send, answer)
+                except StopIteration:
+                    return
+                answer = yield step
         except WrongAnswer:
             raise
-        except Exception as problem:  # noqa: BLE001 - a learner's code may raise anything
+        except (Exception, TakesTooLong) as problem:  # noqa: BLE001 - a learner's code may raise anything
             raise _as_wrong_answer(attempt, "…", problem) from None
 
     return steps
 
 
-def _as_wrong_answer(attempt: Callable[..., Any], text: str, problem: Exception) -> WrongAnswer:
-    where = _location(problem.__traceback__)
-    return WrongAnswer(
-        f"{_name(attempt)}({text}) raised {type(problem).__name__}: {problem}{where}"
-    )
+def _as_wrong_answer(attempt: Callable[..., Any], text: str, problem: BaseException) -> WrongAnswer:
+    call, where = f"{_name(attempt)}({text})", _location(problem.__traceback__)
+    if isinstance(problem, TakesTooLong):
+        return WrongAnswer(
+            f"{call} has not ended after {LIMIT_S:g} s{where}. Does a loop never end?"
+        )
+    return WrongAnswer(f"{call} raised {type(problem).__name__}: {problem}{where}")
 
 
 def _short(argument: object) -> str:

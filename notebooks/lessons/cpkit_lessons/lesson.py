@@ -1,5 +1,6 @@
 """The predictions and exercises of one notebook, and the learner's results.
 
+    begin(lab)                  let the questions follow the ranks and the memory of a lab
     predict("waste", 0.33)      record the learner's answer
     reveal("waste", measured)   show the guess, the measured value and their ratio, and explain
     check_owner(owner)          check an exercise: ✓ with a score, or ✗ with the first fault
@@ -14,16 +15,19 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any
 
-from cpkit_lessons import feedback, guard
+from cpkit.lab import Lab
+from cpkit_lessons import capabilities, feedback, guard, missing_names
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.prediction import Answer, Prediction
+from cpkit_lessons.world import World, world_of
 
 KEY_VARIABLE = "CPKIT_ANSWER_KEY"
 Check = Callable[..., Score]
+Question = Callable[[World], Prediction]
 
 
 @dataclass
@@ -45,12 +49,47 @@ class Lesson:
     name: str
     predictions: dict[str, Prediction] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
+    world: World = field(default_factory=World)
+    questions: dict[str, Question] = field(default_factory=dict)  # those that depend on the world
 
     def ask(self, key: str, question: str, **options: Any) -> None:
         """Declare a prediction; for the options see `Prediction`."""
         assert key not in self.records, f"{key} is declared twice"
-        self.predictions[key] = Prediction(question, **options)
-        self.records[key] = Record(question)
+        self._declare(key, Prediction(question, **options))
+
+    def asks(self, question: Question) -> Question:
+        """Declare a prediction that depends on the world; decorates a function of that name."""
+        key = question.__name__
+        assert key not in self.records, f"{key} is declared twice"
+        self.questions[key] = question
+        self._declare(key, _asked(question, self.world))
+        return question
+
+    def begin(self, lab: Lab) -> World:
+        """Let the questions follow the ranks of a lab, and the memory there is.
+
+        Raises ValueError if the workers cannot form a group of 2, 4 or 8 ranks.
+        """
+        status = lab.status()
+        self.follow(world_of(status))
+        print(f"{capabilities.describe(status)}\n{self.world}")  # noqa: T201 - a cell's output
+        return self.world
+
+    def follow(self, world: World) -> None:
+        """Ask the questions of a world; the same world again keeps the learner's answers."""
+        if world == self.world:
+            return
+        self.world = world
+        for key, question in self.questions.items():
+            self._declare(key, _asked(question, world))
+
+    def explain_missing_names(self) -> None:
+        """Let a cell that needs an earlier one say which section to run first."""
+        missing_names.explain(self.name)
+
+    def _declare(self, key: str, asked: Prediction) -> None:
+        self.predictions[key] = asked
+        self.records[key] = Record(asked.question)
 
     def predict(self, key: str, guess: Answer | EllipsisType | None = ...) -> None:
         """Record a guess: a number, a name, or names in order; `...` leaves it open.
@@ -65,6 +104,7 @@ class Lesson:
             return
         try:
             answer = asked.parse(guess)
+            asked.check_range(answer)
         except ValueError as problem:
             feedback.show_open(str(problem))
             return
@@ -88,7 +128,8 @@ class Lesson:
         """Declare an exercise; decorates its check.
 
         The check takes the learner's solution and raises `WrongAnswer` or returns a `Score`. An
-        exception raised by the solution counts as wrong, and is shown with its line.
+        exception raised by the solution, or a loop that does not end, counts as wrong, and is shown
+        with its line.
         """
         assert name not in self.records, f"{name} is declared twice"
         self.records[name] = record = Record(title)
@@ -97,10 +138,11 @@ class Lesson:
             @functools.wraps(check)
             def run(*attempt: object) -> None:
                 try:
-                    score = check(*map(guard.guarded, attempt))
+                    with guard.time_limit():
+                        score = check(*map(guard.guarded, attempt))
                 except WrongAnswer as fault:
-                    record.passed, record.score = False, ""
-                    feedback.show_wrong(name, title, str(fault))
+                    record.passed = record.passed or False  # a solved exercise stays solved
+                    feedback.show_wrong(name, title, str(fault), solved_before=record.passed)
                 else:
                     record.passed, record.score = True, str(score)
                     feedback.show_passed(name, title, score)
@@ -132,6 +174,18 @@ class Lesson:
                 f"{', '.join(self.predictions)}"
             )
         return self.predictions[key], self.records[key]
+
+
+def _asked(question: Question, world: World) -> Prediction:
+    """Return the question of a world, without wrong answers that are right in this world."""
+    asked = question(world)
+    right = asked.parse(asked.answer)
+    wrong = {
+        guess: text
+        for guess, text in asked.wrong.items()
+        if not asked.is_close(asked.parse(guess), right)
+    }
+    return replace(asked, wrong=wrong)
 
 
 def _number(name: str) -> int:

@@ -16,8 +16,9 @@ class Prediction:
 
     With `choices`, the answer is one of them, or all of them in order if `answer` is a tuple.
     Otherwise it is a number in `unit`; without a unit the number is a name, such as a rank or slot.
-    `tolerance` is the relative error that still counts as right. `wrong` maps typical wrong answers
-    to what they overlook; `why` is always shown.
+    `between`: the least and the largest possible number. `tolerance` is the relative error that
+    still counts as right. `wrong` maps typical wrong answers to what they overlook; `why` is always
+    shown.
     """
 
     question: str
@@ -27,6 +28,7 @@ class Prediction:
     choices: tuple[str, ...] = ()
     wrong: Mapping[Answer, str] = field(default_factory=dict)
     tolerance: float = 0.1
+    between: tuple[float, float] | None = None
 
     def parse(self, guess: object) -> Answer:
         """Convert a learner's guess. Raises ValueError that lists the allowed answers."""
@@ -42,6 +44,17 @@ class Prediction:
         if not isinstance(guess, Real) or isinstance(guess, bool) or not math.isfinite(guess):
             raise ValueError(f"{guess!r} is not a number")
         return float(guess)
+
+    def check_range(self, guess: Answer) -> None:
+        """Raise ValueError for a number that is impossible; a measured value is not checked."""
+        if self.between and isinstance(guess, float):
+            least, most = self.between
+            if not least <= guess <= most:
+                raise ValueError(f"{guess:g} is not possible: write a number from {self._range()}")
+
+    def _range(self) -> str:
+        assert self.between
+        return f"{self.between[0]:g} to {self.between[1]:g}"
 
     def is_close(self, guess: Answer, reference: Answer) -> bool:
         """Whether a guess equals the reference, within the tolerance for numbers."""
@@ -60,7 +73,8 @@ class Prediction:
         elif self.choices:
             how = f"one of {', '.join(map(repr, self.choices))}"
         else:
-            how = f"a number{f' ({self.unit})' if self.unit else ''}"
+            limits = f" from {self._range()}" if self.between else ""
+            how = f"a number{limits}{f' ({self.unit})' if self.unit else ''}"
         return f"{self.question} Write {how} in place of `...`, and run this cell."
 
     def format(self, answer: Answer) -> str:

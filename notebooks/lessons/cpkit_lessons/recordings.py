@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from cpkit.notebook import style
 from cpkit.notebook.charts import byte_words, size_axis, time_axis
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
-_SAME_AS = {"seed": "padded_symm_recv"}  # the name where ranks shared a GPU
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One recorded run: its file, its environment, and its rows."""
+    """One recorded run: its file, its environment, and its rows.
+
+    `shared` says whether its ranks shared a GPU. `beside` are its gathers beside a matrix product.
+    """
 
     name: str
     environment: Mapping[str, Any]
     table: pd.DataFrame
+    shared: bool = False
+    beside: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def is_gpu(self) -> bool:
@@ -40,7 +44,7 @@ class Recording:
     def machine(self) -> str:
         """The name of the GPU, or of the processor with its cores."""
         if self.is_gpu:
-            return str(self.environment["device"])
+            return str(self.environment["device"]) + ", shared by all ranks" * self.shared
         cores = self.environment.get("cores", "an unknown number of")
         return f"{self.environment.get('processor', 'an unknown processor')}, {cores} cores"
 
@@ -53,10 +57,9 @@ def read(folder: Path = RESULTS) -> list[Recording]:
         rows = content.get("gather", []) if isinstance(content, dict) else []
         complete = [row for row in rows if all(column in row for column in _COLUMNS)]
         if complete and isinstance(content.get("environment"), dict):
-            table = pd.DataFrame(complete)
-            if "padded_symm_recv" not in set(table["variant"]):
-                table = table.replace({"variant": _SAME_AS})
-            found.append(Recording(path.name, content["environment"], table))
+            table, shared = pd.DataFrame(complete), bool(content.get("sharing"))
+            beside = pd.DataFrame(content.get("beside", []))
+            found.append(Recording(path.name, content["environment"], table, shared, beside))
     return found
 
 

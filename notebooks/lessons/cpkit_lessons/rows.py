@@ -21,6 +21,11 @@ ROW_BYTES = torch.empty(ROW_SHAPE, dtype=DTYPE).nbytes
 _ROUNDS = 1024  # the rounds that a stamp can hold
 
 
+def ragged(cp_size: int) -> list[int]:
+    """Return two sequences whose rows zigzag cannot spread evenly over the ranks."""
+    return [max(13, 3 * cp_size + 1), max(9, 2 * cp_size + 1)]
+
+
 def layouts() -> Iterator[ContextParallelMetadata]:
     """Yield small layouts of every strategy, some with empty ranks, then random layouts."""
     yield from (

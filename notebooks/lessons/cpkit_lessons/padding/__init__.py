@@ -11,10 +11,19 @@ from cpkit_lessons.padding.exercises import (
     check_strip,
     kill_table,
 )
-from cpkit_lessons.padding.questions import LESSON, predict, progress, reveal
+from cpkit_lessons.padding.questions import (
+    LESSON,
+    begin,
+    explain_missing_names,
+    predict,
+    progress,
+    reveal,
+)
+from cpkit_lessons.rows import ragged
 
 __all__ = [
     "LESSON",
+    "begin",
     "check_accepts",
     "check_bill",
     "check_cp_attention",
@@ -23,8 +32,10 @@ __all__ = [
     "check_owner",
     "check_padded_len",
     "check_strip",
+    "explain_missing_names",
     "kill_table",
     "predict",
     "progress",
+    "ragged",
     "reveal",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.provenance import decode_rows
-from cpkit_lessons import rows
+from cpkit_lessons import guard, rows
 from cpkit_lessons.copy_counter import CopyCounter
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.padding.questions import LESSON
@@ -41,10 +42,10 @@ def check_owner(owner: Owner) -> Score:
             layout = prepare_context_parallel_metadata([length], cp_size)
             for token, wanted in enumerate(layout.owners().tolist()):
                 got = owner(token, length, cp_size)
-                if got != wanted:
+                if not guard.equals(got, wanted):
                     raise WrongAnswer(
-                        f"owner(token={token}, length={length}, cp_size={cp_size}) is {got}; with "
-                        f"blocks of {list(layout.split_list)} tokens, "
+                        f"owner(token={token}, length={length}, cp_size={cp_size}) is "
+                        f"{reprlib.repr(got)}; with blocks of {list(layout.split_list)} tokens, "
                         f"{token} belongs to rank {wanted}"
                     )
                 cases += 1
@@ -61,10 +62,11 @@ def check_keys_seen(keys_seen: KeysSeen) -> Score:
             starts = torch.tensor(layout.starts)[layout.sequence_of(tokens)]
             wanted = int((tokens - starts + 1).sum())
             got = keys_seen(tokens.clone(), list(lengths))
-            if got != wanted:
+            if not guard.equals(got, wanted):
                 raise WrongAnswer(
-                    f"keys_seen(tokens={tokens.tolist()}, lengths={lengths}) is {got}; each token "
-                    f"attends to itself and the earlier tokens of its own sequence: {wanted} keys"
+                    f"keys_seen(tokens={tokens.tolist()}, lengths={lengths}) is "
+                    f"{reprlib.repr(got)}; each token attends to itself and the earlier tokens of "
+                    f"its own sequence: {wanted} keys"
                 )
             cases += 1
     ratios = (f"{strategy} {_imbalance(keys_seen, strategy):.2f}" for strategy in STRATEGIES)
@@ -104,7 +106,7 @@ def _batches() -> Iterator[tuple[Sequence[int], int]]:
 
 def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Sequence[int]) -> str:
     shown = f"[{lengths[0]}] * {len(lengths)}" if len(lengths) > 8 else str(list(lengths))
-    call = f"padded_len({shown}, {cp_size}) is {got}; the ranks hold {list(held)} rows"
+    call = f"padded_len({shown}, {cp_size}) is {got!r:.60}; the ranks hold {list(held)} rows"
     if not isinstance(got, int):
         return f"{call}, and a length is an int"
     if got > max(held):
@@ -233,7 +235,7 @@ def check_accepts(accepts: Accepts) -> Score:
         for name, got in _gathers(layout, round_).items():
             owners, lengths = layout.owners().tolist(), list(layout.lengths)
             accepted = accepts([tuple(row) for row in got.tolist()], lengths, owners, round_)
-            if bool(accepted) != (name == "right"):
+            if guard.truth("accepts", accepted) != (name == "right"):
                 where = f"lengths {lengths}, cp_size {layout.cp_size}, round {round_}"
                 if name == "right":
                     raise WrongAnswer(f"your check rejects a right gather: {where}")
@@ -342,11 +344,12 @@ def check_bill(bill: Bill) -> Score:
             arguments = (held, layout.max_rank_len[0], layout.total_tokens, cp_size, ROW_BYTES)
             got = bill(*arguments)
             for stage, wanted in measured.items():
-                if not isinstance(got, Mapping) or got.get(stage) != wanted:
+                if not isinstance(got, Mapping) or not guard.equals(got.get(stage), wanted):
                     names = "rows, max_rank_len, total, cp_size, row_bytes"
                     found = got.get(stage, "missing") if isinstance(got, Mapping) else got
                     raise WrongAnswer(
-                        f"bill({names} = {', '.join(map(str, arguments))}): {stage} is {found}; "
+                        f"bill({names} = {', '.join(map(str, arguments))}): {stage} is "
+                        f"{reprlib.repr(found)}; "
                         f"torch wrote {wanted} bytes on rank {rank} of {cp_size}, lengths {lengths}"
                     )
             cases, padded = cases + 1, padded + sum(measured.values())

@@ -12,10 +12,19 @@ from cpkit_lessons.performance.exercises import (
     price,
     rows_written,
 )
-from cpkit_lessons.performance.questions import LESSON, predict, progress, reveal
+from cpkit_lessons.performance.questions import (
+    LESSON,
+    begin,
+    explain_missing_names,
+    predict,
+    progress,
+    reveal,
+)
+from cpkit_lessons.rows import ragged
 
 __all__ = [
     "LESSON",
+    "begin",
     "check_bandwidths",
     "check_break_even",
     "check_copies",
@@ -23,10 +32,12 @@ __all__ = [
     "check_gather_us",
     "check_light",
     "check_price",
+    "explain_missing_names",
     "fit_line",
     "predict",
     "price",
     "progress",
+    "ragged",
     "reveal",
     "rows_written",
 ]

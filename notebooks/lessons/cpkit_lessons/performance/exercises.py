@@ -209,11 +209,11 @@ def _largest_error(found: Line, true: Line) -> tuple[float, int]:
 @LESSON.exercise("e5", "the price of a gather")
 def check_price(lab: Lab, price_us: Price) -> Score:
     """Check the stages of real gathers with random prices."""
-    draw, cases = random.Random(29), 0
+    draw, cases, cp_size = random.Random(29), 0, LESSON.world.cp_size
     algorithms: tuple[AlgorithmName, ...] = ("padded", "padded_symm", "direct")
     for algorithm in algorithms:
-        for lengths in ([13, 9], [17] * 3, [64]):
-            written = rows_written(lab.gather(lengths, 4, algorithm=algorithm))
+        for lengths in (rows.ragged(cp_size), [17] * 3, [64]):
+            written = rows_written(lab.gather(lengths, cp_size, algorithm=algorithm))
             total = sum(lengths)
             prices = [round(draw.uniform(1, 100), 1) for _ in range(3)]
             wanted = price(written, total, *prices)
@@ -286,11 +286,17 @@ def _fewest(tokens: list[int]) -> int:
     return bool(tokens) + sum(after != before + 1 for before, after in gaps)
 
 
+def _is_copy(copy: object) -> bool:
+    if not isinstance(copy, tuple | list) or len(copy) != 3:
+        return False
+    return all(isinstance(number, int | np.integer) for number in copy)
+
+
 def _checked_plan(
     plan: object, tokens: list[int], layout: ContextParallelMetadata, rank: int
 ) -> list[Copy]:
     """Return the plan if every copy is inside the shard and inside the result."""
-    if not isinstance(plan, list | tuple) or not all(len(copy) == 3 for copy in plan):
+    if not isinstance(plan, list | tuple) or not all(map(_is_copy, plan)):
         raise WrongAnswer(
             f"copies({tokens}) returned {plan!r:.60}; wanted a list of (row, token, length)"
         )

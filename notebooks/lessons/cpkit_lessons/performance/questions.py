@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 from cpkit_lessons.lesson import Lesson
+from cpkit_lessons.prediction import Prediction
+from cpkit_lessons.world import World
 
 LESSON = Lesson("03_allgather_perf")
+begin, explain_missing_names = LESSON.begin, LESSON.explain_missing_names
 predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
-LESSON.ask(
-    "busbw",
-    "4 ranks hold 8.4 MB each, and the gather takes 20 ms: what is busbw in GB/s?",
-    answer=1.26,
-    unit="GB/s",
-    tolerance=0.02,
-    wrong={
-        1.68: "That is algbw, S / t. Each rank already holds a quarter of S: it crosses no link.",
-        0.42: "That is one rank's 8.4 MB / t. S is the whole result: 33.6 MB.",
-        0.315: "The factor is right. But S is the whole result, 4 · 8.4 MB, not one rank's 8.4 MB.",
-        2.24: "The factor is (n−1)/n, not its inverse: less crosses the links than is gathered.",
-        1.17: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
-    },
-    why="S = 33.6 MB, algbw = S / t = 1.68 GB/s, busbw = 1.68 · 3/4. The documentation of "
-    "nccl-tests once described one formula while its code computed the other (nccl-tests#45).",
-)
-LESSON.ask(
-    "late",
-    "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: what time in "
-    "ms does the slowest rank report for a small gather?",
-    answer=16.0,
-    unit="ms",
-    tolerance=0.5,
-    wrong={
-        0.5: "That is about the gather alone. But rank 0 waits for others while its clock runs.",
-        5.0: "That is one step. Rank 0 waits for the last rank, which is three steps late.",
-        30.0: "Rank 0 waits for the latest rank; the delays of the ranks do not add up.",
-    },
-    why="Rank 0 waits 3 · 5 ms while its clock runs. The gather is not slow: the measured time "
-    "contains the delay of earlier work. A barrier before the clock removes it.",
-)
+
+@LESSON.asks
+def busbw(world: World) -> Prediction:
+    """Ask for the busbw of 8.4 MB per rank in 20 ms."""
+    n = world.cp_size
+    total, algbw, answer = 8.4 * n, 0.42 * n, 0.42 * (n - 1)
+    return Prediction(
+        f"{n} ranks hold 8.4 MB each, and the gather takes 20 ms: what is busbw in GB/s?",
+        answer=answer,
+        unit="GB/s",
+        tolerance=0.02,
+        wrong={
+            algbw: f"That is algbw, S / t. Each rank already holds 1/{n} of S: it crosses no link.",
+            0.42: f"That is one rank's 8.4 MB / t. S is the whole result: {total:.1f} MB.",
+            0.42 * (n - 1) / n: f"The factor is right. But S is the whole result, {n} · 8.4 MB, "
+            "not one rank's 8.4 MB.",
+            algbw * n / (n - 1): "The factor is (n−1)/n, not its inverse: less crosses the links "
+            "than is gathered.",
+            answer * 1e9 / 2**30: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
+        },
+        why=f"S = {total:.1f} MB, algbw = S / t = {algbw:.2f} GB/s, busbw = {algbw:.2f} · "
+        f"{n - 1}/{n}. The documentation of nccl-tests once described one formula while its code "
+        "computed the other (nccl-tests#45).",
+    )
+
+
+@LESSON.asks
+def late(world: World) -> Prediction:
+    """Ask for the time of a gather whose rank r starts r · 5 ms late."""
+    steps = world.cp_size - 1
+    return Prediction(
+        "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: what time "
+        "in ms does the slowest rank report for a small gather?",
+        answer=5.0 * steps + 1,
+        unit="ms",
+        tolerance=0.5,
+        wrong={
+            0.5: "That is about the gather alone. But rank 0 waits for others while its clock "
+            "runs.",
+            5.0: f"That is one step. Rank 0 waits for the last rank, which is {steps} steps late.",
+            2.5 * steps * (steps + 1): "Rank 0 waits for the latest rank; the delays of the ranks "
+            "do not add up.",
+        },
+        why=f"Rank 0 waits {steps} · 5 ms while its clock runs. The gather is not slow: the "
+        "measured time contains the delay of earlier work. A barrier before the clock removes it.",
+    )
+
+
 LESSON.ask(
     "damage",
     "Three mistakes: what is their order by reported time / right time, the smallest first?",
@@ -52,61 +72,90 @@ LESSON.ask(
     why="A call that is not waited for costs only its launch. The fastest rank leaves before the "
     "others are done. Without a barrier the work before the gather is counted too.",
 )
-LESSON.ask(
-    "ranking",
-    "64 MiB over 4 ranks: what is the order of the algorithms, the fastest first?",
-    choices=("padded", "padded_symm", "direct"),
-    answer=("direct", "padded_symm", "padded"),
-    wrong={
-        ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies the "
-        "result twice afterwards.",
-        ("padded", "padded_symm", "direct"): "The order is fastest first: less work, less time.",
-    },
-    why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
-    "reorders, `direct` does neither.",
-)
-LESSON.ask(
-    "alpha",
-    "16 KB by direct: what fraction (0 to 1) of the time is alpha, which does not depend on bytes?",
-    answer=0.9,
-    unit="of the time",
-    tolerance=0.45,
-    wrong={
-        0.1: "Bytes are cheap: at several GB/s, 16 KB take a few µs. Barriers cost more.",
-        0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
-    },
-    why="A small gather mostly waits at barriers: fewer barriers help, and bandwidth does not.",
-)
-LESSON.ask(
-    "passes",
-    "padded_symm makes two more copies of the result than direct. How many times as fast is "
-    "direct at 16 MiB?",
-    answer=4.0,
-    unit="times",
-    tolerance=0.7,
-    wrong={
-        1.0: "A copy of all bytes costs about as much as the push. Count passes.",
-        20.0: "That is more than direct gains over padded, whose collective is slow as well.",
-    },
-    why="Count passes: push, strip and reorder, and a quarter pass to fill the symmetric shard, "
-    "against push alone. The ratio holds while memory bandwidth is the limit.",
-)
-LESSON.ask(
-    "padding",
-    "64 sequences of 9 tokens over 4 ranks, zigzag: how many times the bytes does the padded wire "
-    "carry?",
-    answer=768 / 576,
-    unit="times",
-    tolerance=0.02,
-    wrong={
-        1.0: "9 tokens are 8 blocks, and one of them is longer. Which rank owns it, each time?",
-        9
-        / 8: "That is 9 tokens against 8. Each rank pads to the longest: 3 rows where most have 2.",
-        1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold 9/4.",
-    },
-    why="Rank 0 gets the odd token of every sequence: 3 rows, the others 2. All pad to 3: 12 slots "
-    "for 9 tokens. `direct` sends no padding.",
-)
+
+
+@LESSON.asks
+def ranking(world: World) -> Prediction:
+    """Ask for the order of three algorithms at the largest size."""
+    return Prediction(
+        f"{64 / world.shrink:g} MiB over {world.cp_size} ranks: what is the order of the "
+        "algorithms, the fastest first?",
+        choices=("padded", "padded_symm", "direct"),
+        answer=("direct", "padded_symm", "padded"),
+        wrong={
+            ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies "
+            "the result twice afterwards.",
+            ("padded", "padded_symm", "direct"): "The order is fastest first: less work, less "
+            "time.",
+        },
+        why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
+        "reorders, `direct` does neither.",
+    )
+
+
+@LESSON.asks
+def alpha(world: World) -> Prediction:
+    """Ask for the fraction of alpha at the smallest size."""
+    size = f"{world.sizes()[0] >> 10} KiB"
+    return Prediction(
+        f"{size} by direct: what fraction (0 to 1) of the time is alpha, which does not depend on "
+        "bytes?",
+        answer=0.9,
+        unit="of the time",
+        between=(0, 1),
+        tolerance=0.45,
+        wrong={
+            0.1: f"Bytes are cheap: at several GB/s, {size} take a few µs. Barriers cost more.",
+            0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
+        },
+        why="A small gather mostly waits at barriers: fewer barriers help, and bandwidth does not.",
+    )
+
+
+@LESSON.asks
+def passes(world: World) -> Prediction:
+    """Ask how much faster direct is than padded_symm at a medium size; by less if it is small."""
+    is_small = world.shrink > 2
+    return Prediction(
+        "padded_symm makes two more copies of the result than direct. How many times as fast is "
+        f"direct at {16 / world.shrink:g} MiB?",
+        answer=2.0 if is_small else 4.0,
+        unit="times",
+        tolerance=0.7,
+        wrong={
+            1.0: "A copy of all bytes costs about as much as the push. Count passes.",
+            20.0: "That is more than direct gains over padded, whose collective is slow as well.",
+        },
+        why=f"Count passes: push, strip and reorder, and 1/{world.cp_size} of a pass to fill the "
+        "symmetric shard, against push alone. The ratio holds while memory bandwidth is the limit"
+        + (", and at this size barriers take a large part of the time." if is_small else "."),
+    )
+
+
+@LESSON.asks
+def padding(world: World) -> Prediction:
+    """Ask how many times the bytes the wire carries, for sequences of 2·cp + 1 tokens."""
+    cp = world.cp_size
+    tokens = 2 * cp + 1
+    return Prediction(
+        f"64 sequences of {tokens} tokens over {cp} ranks, zigzag: how many times the bytes does "
+        "the padded wire carry?",
+        answer=3 * cp / tokens,
+        unit="times",
+        tolerance=0.02,
+        wrong={
+            1.0: f"{tokens} tokens are {2 * cp} blocks, and one of them is longer. Which rank owns "
+            "it, each time?",
+            tokens / (2 * cp): f"That is {tokens} tokens against {2 * cp}. Each rank pads to the "
+            "longest: 3 rows where the others have 2.",
+            1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold "
+            f"{tokens}/{cp}.",
+        },
+        why=f"Rank 0 gets the odd token of every sequence: 3 rows, the others 2. All pad to 3: "
+        f"{3 * cp} slots for {tokens} tokens. `direct` sends no padding.",
+    )
+
+
 LESSON.ask(
     "stops",
     "8 × H100: symmetric memory is 1.86 times as fast at 2 MiB. And at 128 MiB?",
@@ -121,6 +170,22 @@ LESSON.ask(
     },
     why="Measured in Megatron-LM#5596, as the minimum over the ranks of the kernel's time: 20.2 → "
     "10.9 µs, and 385.3 → 363.2 µs. The saving grows from 9.3 to about 22 µs, the time far more.",
+)
+LESSON.ask(
+    "clocks",
+    "Two H100s, 2.1 MB: in a Python loop a call of `padded_symm` takes 2.6 times as long as one of "
+    "`seed`, the same pipeline in plain torch over NCCL's ring. How many times as long does the "
+    "device work on it?",
+    answer=0.85,
+    unit="times",
+    tolerance=0.05,
+    wrong={
+        2.6: "That is the loop's ratio, and most of its time is Python.",
+        1.0: "Both pad, gather, strip and reorder. But NCCL gathers with another kernel here.",
+        0.4: "The symmetric kernel saves a fifth of the collective, and the passes remain.",
+    },
+    why="25.3 µs of device time for `seed`, 21.5 for `padded_symm`: the ring takes 20.4, the "
+    "symmetric kernel 16.5, and pad, strip and reorder 5 in both.",
 )
 LESSON.ask(
     "nodes",

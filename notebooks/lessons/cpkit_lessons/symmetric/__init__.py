@@ -7,7 +7,14 @@ from cpkit_lessons.symmetric.allocation import (
     check_peer_pointer,
     version_table,
 )
-from cpkit_lessons.symmetric.questions import LESSON, predict, progress, reveal
+from cpkit_lessons.symmetric.questions import (
+    LESSON,
+    begin,
+    explain_missing_names,
+    predict,
+    progress,
+    reveal,
+)
 from cpkit_lessons.symmetric.synchronization import (
     blocked_by,
     check_exchange,
@@ -20,6 +27,7 @@ from cpkit_lessons.symmetric.synchronization import (
 
 __all__ = [
     "LESSON",
+    "begin",
     "blocked_by",
     "check_cause",
     "check_exchange",
@@ -29,6 +37,7 @@ __all__ = [
     "check_peer_pointer",
     "check_pull_gather",
     "check_signals",
+    "explain_missing_names",
     "no_barrier",
     "one_barrier",
     "predict",

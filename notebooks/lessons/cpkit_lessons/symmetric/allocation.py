@@ -18,6 +18,7 @@ from cpkit.memory.path import (
     nccl_is_racy,
     nccl_rule,
 )
+from cpkit_lessons import guard
 from cpkit_lessons.failure_lab import CASES, PostMortem, RankReport
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.symmetric.questions import LESSON
@@ -192,7 +193,7 @@ def check_fast_path(fast_path: FastPath) -> Score:
     ):
         got = fast_path(version, "attn_cp", list(send), list(recv))
         where = f"NCCL {'.'.join(map(str, version))}, send {send_name}, recv {recv_name}"
-        if got not in ANSWERS:
+        if not isinstance(got, str) or got not in ANSWERS:
             raise WrongAnswer(
                 f"{where}: fast_path returned {got!r:.60}; it must be one of {', '.join(ANSWERS)}"
             )
@@ -247,8 +248,8 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
     for case, card in cards.items():
         for ranks in (list(card.ranks), list(reversed(card.ranks))):
             got = cause(ranks)
-            if got != case:
+            if not guard.equals(got, case):
                 shown = str(dataclasses.replace(card, case="Its post-mortem")).replace("\n", "\n  ")
-                raise WrongAnswer(f"you say {got!r}; the cause was {case!r}. {shown}")
+                raise WrongAnswer(f"you say {got!r:.60}; the cause was {case!r}. {shown}")
             cases += 1
     return Score(cases)

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 from cpkit_lessons.failure_lab import SYMPTOMS
 from cpkit_lessons.lesson import Lesson
+from cpkit_lessons.prediction import Prediction
+from cpkit_lessons.world import World
 
 LESSON = Lesson("02_symmetric_memory")
+begin, explain_missing_names = LESSON.begin, LESSON.explain_missing_names
 predict, reveal, progress = LESSON.predict, LESSON.reveal, LESSON.progress
 
-LESSON.ask(
-    "same",
-    "Four ranks allocate the same symmetric buffer. What is guaranteed to be equal on all ranks?",
-    choices=("address", "offset", "both"),
-    answer="offset",
-    wrong={
-        "address": "Each process has its own address space, and maps a segment where there is "
-        "room. The addresses need not be equal.",
-        "both": "Addresses may happen to be equal, but no allocator guarantees it.",
-    },
-    why="Symmetric means: the same offset in every rank's segment. The ranks compare it when they "
-    "allocate the memory. A pointer is valid only in its own process.",
-)
-LESSON.ask(
-    "stale",
-    "1000 rounds of put and read with no barrier, four ranks: what fraction of the reads is wrong?",
-    choices=("under 1 %", "1 to 10 %", "over 10 %"),
-    answer="over 10 %",
-    wrong={
-        "under 1 %": "That would need ranks in lockstep. Without a barrier, one rank runs while "
-        "another sleeps, and gets whole rounds ahead.",
-        "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
-    },
-    why="A rank's read of its own slot is always right: 1/cp of all reads. Nearly all other reads "
-    "can be wrong. A missing barrier is not a rare event; but a *test* with the same "
-    "data in every round cannot detect it.",
-)
+
+@LESSON.asks
+def same(world: World) -> Prediction:
+    """Ask what is equal on all ranks."""
+    return Prediction(
+        f"All {world.cp_size} ranks allocate the same symmetric buffer. What is guaranteed to be "
+        "equal on all ranks?",
+        choices=("address", "offset", "both"),
+        answer="offset",
+        wrong={
+            "address": "Each process has its own address space, and maps a segment where there is "
+            "room. The addresses need not be equal.",
+            "both": "Addresses may happen to be equal, but no allocator guarantees it.",
+        },
+        why="Symmetric means: the same offset in every rank's segment. The ranks compare it when "
+        "they allocate the memory. A pointer is valid only in its own process.",
+    )
+
+
+@LESSON.asks
+def stale(world: World) -> Prediction:
+    """Ask for the fraction of wrong reads without a barrier."""
+    cp = world.cp_size
+    return Prediction(
+        f"1000 rounds of put and read with no barrier, {cp} ranks: what fraction of the reads is "
+        "wrong?",
+        choices=("under 1 %", "1 to 10 %", "over 10 %"),
+        answer="over 10 %",
+        wrong={
+            "under 1 %": "That would need ranks in lockstep. Without a barrier, one rank runs "
+            "while another sleeps, and gets whole rounds ahead.",
+            "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
+        },
+        why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
+        "reads can be wrong. A missing barrier is not a rare event; but a *test* with the same "
+        "data in every round cannot detect it.",
+    )
+
+
 LESSON.ask(
     "orders",
     "Two ranks take four steps each. In how many orders can these eight steps happen?",
@@ -84,6 +99,7 @@ LESSON.ask(
     "signals instead of barriers, how many of the 7 others cannot finish round 1?",
     answer=1,
     unit="of 7",
+    between=(0, 7),
     tolerance=0.01,
     wrong={
         7: "That is the barrier: all ranks wait for all others.",
@@ -93,22 +109,34 @@ LESSON.ask(
     why="A signal waits for the rank whose data you need. A barrier waits for all ranks, so its "
     "cost grows with their number.",
 )
-LESSON.ask(
-    "spills",
-    "A 16 MB arena. Requests of 2, 4, 8, 24, 4, 24, 48, 24, 48 MB, one after the other, each "
-    "released before the next: how many of the nine spill?",
-    answer=2,
-    unit="requests",
-    tolerance=0.01,
-    wrong={
-        5: "Five are larger than the arena. But a spilled segment stays in the pool, and serves "
-        "the second request of its size.",
-        3: "24, 48, and …? The third large one fits a segment that an earlier one registered.",
-        0: "24 MB do not fit 16 MB.",
-    },
-    why="Each *new largest* request spills once. So the cost occurs exactly with the longest "
-    "prompt so far, and a benchmark that repeats one size shows it only in its first iteration.",
-)
+
+
+@LESSON.asks
+def spills(world: World) -> Prediction:
+    """Ask how many requests do not fit the arena."""
+    arena_mb, requests_mb = world.requests_mb()
+    arena, sizes = f"{arena_mb:g}", [f"{mb:g}" for mb in requests_mb]
+    large, largest = sizes[3], sizes[-1]
+    return Prediction(
+        f"A {arena} MB arena. Requests of {', '.join(sizes)} MB, one after the other, each "
+        "released before the next: how many of the nine spill?",
+        answer=2,
+        unit="requests",
+        between=(0, 9),
+        tolerance=0.01,
+        wrong={
+            5: "Five are larger than the arena. But a spilled segment stays in the pool, and "
+            "serves the second request of its size.",
+            3: f"{large}, {largest}, and …? The third large one fits a segment that an earlier one "
+            "registered.",
+            0: f"{large} MB do not fit {arena} MB.",
+        },
+        why="Each *new largest* request spills once. So the cost occurs exactly with the longest "
+        "prompt so far, and a benchmark that repeats one size shows it only in its first "
+        "iteration.",
+    )
+
+
 LESSON.ask(
     "recv",
     "Receive buffer registered, send buffer ordinary, everything else right. NCCL 2.28.9 takes …?",
@@ -163,9 +191,9 @@ _ask_symptom(
     answer="fast path missed",
     why="No rank gets an error, every row is right, and only the path differs: by its rule, NCCL "
     "2.28.9 falls back and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
-    "2.28.9, the ring into a registered receive buffer was the fastest form of 268 MB (449 µs; "
-    "594 µs with both buffers registered, 554 µs with none; "
-    "benchmarks/results/2026-11-26-gpu.json, commit 9e08251af0f6).",
+    "2.28.9, the ring into a registered receive buffer was the fastest form of 268 MB (450 µs; "
+    "596 µs with both buffers registered, 554 µs with none; "
+    "benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },

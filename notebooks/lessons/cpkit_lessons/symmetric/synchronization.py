@@ -85,7 +85,9 @@ def check_exchange(exchange: Program) -> Score:
 @LESSON.exercise("e3", "make it fail")
 def check_order(order: Sequence[int]) -> Score:
     """Check that an order of two ranks is possible for `one_barrier` and makes a read wrong."""
-    if not isinstance(order, list) or not all(rank in (0, 1) for rank in order):
+    if not isinstance(order, list) or not all(
+        isinstance(rank, int) and rank in (0, 1) for rank in order
+    ):
         raise WrongAnswer(
             f"an order is a list of 0 and 1, the rank of each step; got {order!r:.60}"
         )
