@@ -44,7 +44,14 @@ def recording(folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-
     row = {"variant": "direct", "cp_size": cp_size, "size_bytes": SIZES[0], "time_us": 3.0}
     where = {"device": device, "processor": "a processor", "cores": 2, "date": name, "commit": "c"}
     path = folder / f"{name}-{'cpu' if device == 'cpu' else 'gpu'}.json"
-    path.write_text(json.dumps({"environment": where, "gather": [row, {"variant": "no time"}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "environment": where,
+                "gather": [row, {**row, "variant": "plan"}, {"variant": "no time"}],
+            }
+        )
+    )
     return path
 
 
@@ -108,6 +115,7 @@ def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None
     assert figure.layout.title.text == "Recorded: cp_size 4, beside yours"
     assert "Recorded on NVIDIA H200, 2026-01-02" in figure.layout.title.subtitle.text
     marks = {trace.name: trace.marker.symbol for trace in figure.data}
+    assert len(marks) == len(figure.data), "each line once"
     assert marks["direct, recorded"] == "circle-open"
     assert marks["direct, yours"] == "circle"
     with pytest.raises(ValueError, match=r"has no cp_size 8; it has \[4\]"):

@@ -99,7 +99,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
         )
     mine = table[table["cp_size"] == cp_size].rename(columns={"algorithm": "variant"})
     figure = go.Figure()
-    for algorithm in (*style.ALGORITHM_LINES, "plan"):  # direct, prepared once (cpkit.plan)
+    for algorithm in style.ALGORITHM_LINES:
         _add_line(figure, algorithm, mine, "yours", open_marks=False)
         _add_line(figure, algorithm, rows, "recorded", open_marks=True)
     _add_floor(figure, rows)
