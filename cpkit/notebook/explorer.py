@@ -1,6 +1,6 @@
 """The explorer: change a control, and the workers measure the new setting while you watch.
 
-    controls ──▶ newest setting ──▶ thread: lab.measure_workloads(…) ──▶ plot, 5-10 Hz
+    controls ──▶ newest setting ──▶ thread: lab.measure_workloads(…) ──▶ plot, up to 8 Hz
 
 A control's callback only submits a setting and returns, so a slow measurement never blocks the
 kernel, and ten quick changes restart the measurement once. The selected algorithms are measured

@@ -51,7 +51,7 @@ cp = world.cp_size
 #
 # - **zigzag**: cut into 2·cp blocks; rank r owns block r and block 2·cp−1−r.
 # - **interleave**: token t goes to rank t mod cp.
-# - **contiguous**: one block a rank.
+# - **contiguous**: one block per rank.
 
 # %% owner-predict
 lesson.predict("owner", ...)
@@ -499,7 +499,7 @@ def strip(wire, per_rank_actual_token, max_rank_len, kept={}):
 # Rank r's real rows are `wire[r * max_rank_len : r * max_rank_len + per_rank_actual_token[r]]`.
 #
 # ---
-# `wire.split(max_rank_len)` gives one view a rank; cut each with `[:rows]`; one `torch.cat` of all of them.
+# `wire.split(max_rank_len)` gives one view per rank; cut each with `[:rows]`; one `torch.cat` of all of them.
 #
 # ---
 # **Why** Views are free, so all slices cost nothing, and the one `cat` is one kernel and one pass. A loop that copies rank
@@ -734,7 +734,7 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 # %% e7-task [markdown]
 # ### Exercise 7 · Write the check that kills all mutants
 #
-# **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, one a slot, as decoded from the rows
+# **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, one per slot, as decoded from the rows
 # (padding is all -1). `lengths` are the tokens of each sequence, `owners[i]` is the rank that owns the i-th token of the
 # flattened batch, `round_` the round that was asked for. True for a right gather, false for every broken one.
 #

@@ -109,7 +109,7 @@ def peer_pointer(pointer, me, peer, bases):
 # One line: the peer's base, plus my pointer minus my base.
 #
 # ---
-# **Why** This line is all of symmetric memory. Every kernel that stores to a peer computes it, once a peer, from a table
+# **Why** This line is all of symmetric memory. Every kernel that stores to a peer computes it, once per peer, from a table
 # of bases that was made when the segment was registered.
 #
 # **Another way** Keep one difference per peer, `bases[peer] - bases[me]`, and add it. NVSHMEM's device code loads the peer's base
@@ -226,7 +226,7 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 # %% e2-task [markdown]
 # ### Exercise 2 · Two barriers
 #
-# **Goal** Complete `exchange`, so that no order of any ranks can make a read wrong. Use `yield me.barrier()`; without its
+# **Goal** Complete `exchange`, so that every interleaving of the ranks reads correct data. Use `yield me.barrier()`; without its
 # `yield` a step does nothing. The check looks at *all* orders of 2 and 3 ranks and at random orders of 5.
 #
 # **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as you saw.
@@ -321,7 +321,7 @@ def exchange(me):
 # are these two; PyTorch's `_low_contention_all_gather` has them too.
 #
 # **Another way** Two buffers that take turns. A writer of round n+2 overwrites round n, and everybody who passed barrier
-# n+1 has read it: one barrier a round is enough. You pay with memory. cpkit's own barrier (`sync/barrier.py`) does this.
+# n+1 has read it: one barrier per round is enough. You pay with memory. cpkit's own barrier (`sync/barrier.py`) does this.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
@@ -413,7 +413,7 @@ figures.show(figures.schedule_timeline(overrun.failure))
 # ### Exercise 4 · Signals instead of barriers
 #
 # **Goal** The loop of exercise 2 without a barrier: every rank puts to every **other** rank (`me.peers`) and reads what they
-# put here. No read may be wrong in any order, and nobody may wait for ever.
+# put here. No read may be wrong in any order, and no rank may wait forever.
 #
 # **Example** Two channels are enough: `full` (my data are at your place) and `free` (I have read yours, write again).
 #
@@ -552,8 +552,8 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # %% warm-text [markdown]
 # ### Warm up
 #
-# The cure: say before the first request how many tokens may come. `warm_up` makes room for them once, and counts what the
-# neediest algorithm has alive.
+# The cure: say before the first request how many tokens may come. `warm_up` makes room for them once, and counts the
+# peak allocation of the most demanding algorithm.
 
 # %% warm
 largest = world.of(8192)
@@ -589,15 +589,15 @@ assert found.diverged
 assert not same.diverged
 
 # %% diverge-text [markdown]
-# No rank has made a mistake that it could see. Rank 0's books are in order, rank 1's are too; they are just not the *same*
-# books. The push went to the sender's idea of the offset: three rows are lost, and three rows of a block in use are
+# No rank has made a mistake that it could see. The free lists of rank 0 and rank 1 are each consistent, but they are not *equal*.
+# The push went to the offset that the sender computed: three rows are lost, and three rows of a block in use are
 # destroyed. This is pytorch#178138, and with a captured CUDA graph sglang#34230: garbage, no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
 # **Goal** At every meeting the ranks tell each other which blocks they have let go of: `dropped[r]` is the set of rank r. Each
-# rank calls `may_free(dropped, me)` and frees what it returns. Offsets must stay equal on all ranks for ever, nobody may lose a
+# rank calls `may_free(dropped, me)` and frees what it returns. Offsets must always be equal on all ranks, no rank may lose a
 # block that it still uses, and no block may be kept longer than needed.
 #
 # **Example** Rank 0 has let go of {1, 2}, rank 1 of {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2, 3}], 0)` is {2},
@@ -649,8 +649,8 @@ def may_free(dropped, me):
 # `set.intersection(*dropped)`.
 #
 # ---
-# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`memory/pool.py`) sends one bit a block at the
-# meeting that every gather has anyway, and a digest of all it has done, so that books that differ are an error in words.
+# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`memory/pool.py`) sends one bit per block at the
+# meeting that every gather has anyway, and a digest of its history. A mismatch raises an error that lists each rank's allocations.
 #
 # **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that.
 # Ordering free blocks alike is not enough while ranks free at different times: pytorch#178362 (closed) orders the blocks of
@@ -942,7 +942,7 @@ lesson.reveal("wrong_group", cards["wrong_group"].symptom)
 # %% lists-text [markdown]
 # ### Divergent free lists
 #
-# Section 7, on real shared memory: an allocator without common books, and rank 1 has kept a block that rank 0 has freed.
+# Section 7, on real shared memory: an allocator without agreement, and rank 1 has kept a block that rank 0 has freed.
 
 # %% lists-predict
 lesson.predict("divergent_free_lists", ...)

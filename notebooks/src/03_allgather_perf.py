@@ -59,7 +59,7 @@ lesson.reveal("busbw", busbw)
 #
 # **Goal** Write `bandwidths`: (algbw, busbw) in GB/s, from what NCCL logs: the bytes of *one* rank.
 #
-# **Example** 8 400 000 bytes a rank, 4 ranks, 20 000 µs: `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68, 1.26)`.
+# **Example** 8 400 000 bytes per rank, 4 ranks, 20 000 µs: `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68, 1.26)`.
 #
 # **About** 4 minutes, ★☆☆
 
@@ -200,7 +200,7 @@ figures.show(figures.roof(light))
 # | algorithm | what each rank does |
 # |---|---|
 # | `padded` | pad, the collective of torch.distributed, strip, reorder |
-# | `padded_symm` | copy into symmetric memory, push to all peers, strip, reorder |
+# | `padded_symm` | copy into symmetric memory, push to all peers (with a GPU per rank, NCCL does it), strip, reorder |
 # | `direct` | push every row to its final place in all peers |
 #
 # All ranks read the same clock, so their stages can be laid side by side. First the classic pipeline.
@@ -223,14 +223,14 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# All ranks, one clock: who waits for whom is there to see. `reports/direct_trace.json` holds the same for
+# All ranks, one clock: the timeline shows which rank waits for which. `reports/direct_trace.json` holds the same for
 # https://ui.perfetto.dev. But this is *one* gather. Is it a typical one?
 
 # %% s4 [markdown]
 # ## 4. How to get it wrong
 #
-# `lab.clock` brings *every* sample of *every* rank, and can leave out what a fair clock needs. First the barrier.
-# In a model, ranks arrive when their own work is done. Here rank r comes r · 5 ms late, on purpose.
+# `lab.clock` returns every sample of every rank, and can leave out what a fair clock needs. First the barrier.
+# In a model, ranks arrive when their own work is done. Here rank r arrives r · 5 ms late, on purpose.
 
 # %% late-predict
 lesson.predict("late", ...)
@@ -278,7 +278,7 @@ print(warm)
 # `direct` against *itself*, so the true ratio is 1. In turn, each iteration gives one pair of times, and so one ratio.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
-with noisy_neighbour():  # somebody else uses the machine, for the first half of the time
+with noisy_neighbour():  # another process uses the machine for the first half of the time
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
@@ -402,7 +402,8 @@ def gather_us(times_us, warmup):
 #
 # ---
 # **Why** In another order it is another number: the largest of the ranks' medians misses that the slowest rank changes
-# from one gather to the next. The kit's live panel shows that cheaper number; it is never more than yours.
+# from one gather to the next. `lab.sweep` reports that number as `time_us`, because it needs one time per rank; it is never larger
+# than yours. The live panel uses your order.
 #
 # **Another way** Take the end of the last rank minus the begin of the first, from `begin_us`. It also counts the barrier's
 # own skew.
@@ -439,7 +440,7 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 
 # %% sweep-text [markdown]
 # On the left the lines are flat: that is the cost of *meeting*. On the right they climb with the light: that is the cost
-# of *bytes*. And a jump has a cause. On CPU ranks, between 8 and 67 MB `padded` and `padded_symm` get dearer by far more than 8 times.
+# of *bytes*. And a jump has a cause. On CPU ranks, between 8 and 67 MB `padded` and `padded_symm` cost far more than 8 times as much.
 # Their results are ordinary memory, and from 32 MB on the C library takes it fresh from the kernel for every call: first
 # touch, each time. `direct` writes into the pool, which stays.
 #
@@ -528,7 +529,7 @@ def fit(sizes_bytes, times_us):
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
 #
-# A *pass* writes all gathered rows once. Its price can be measured by itself: that is `copy`. The collective of
+# A *pass* writes all gathered rows once (`pad` writes only one shard). Its price can be measured alone: that is `copy`. The collective of
 # torch.distributed has a price of its own. So a gather can be priced before it is run: rows written, times price, plus
 # two meetings.
 
@@ -596,7 +597,7 @@ def price_us(rows, total, copy_us, wire_us, meet_us):
 # **Why** In one shared memory, bytes move at about one speed, whoever moves them. That is why counting comes before tuning. Over
 # links there are two speeds: 384 GB/s from one H100 to another (section 2), and up to 3.35 TB/s in its own memory (data sheet).
 #
-# **Another way** Two prices a stage, one for reading and one for writing: needed where a stage reads more than it writes.
+# **Another way** Two prices per stage, one for reading and one for writing: needed where a stage reads more than it writes.
 
 # %% passes-text [markdown]
 # Now price the three algorithms at a quarter of the largest size, and measure them in the same run. First write your number down.
@@ -639,7 +640,7 @@ print(f"NCCL {environment['nccl']}; times in µs, size of the result in bytes")
 on_gpus.round(1)
 
 # %% passes-recorded-text [markdown]
-# `NCCL` is the collective alone, `seed` the same with pad, strip and reorder around it. At 67 MB these passes take three quarters of
+# `NCCL` is the collective alone. `seed` is SGLang's pipeline: the same, with pad, strip and reorder around it. At 67 MB these passes take four fifths of
 # the collective's own time, at 268 MB nine tenths. `plan`, the prepared `direct`, needs none of them, and is faster than the
 # collective alone.
 
@@ -730,8 +731,8 @@ def copies(tokens):
 # Keep a list; look at `tokens[row - 1]`; make the last entry one longer, or append `(row, token, 1)`.
 #
 # ---
-# **Why** A copy has an alpha too: a call, a kernel, a descriptor. Zigzag needs two copies a sequence, however long it is;
-# interleave needs one a token, unless the copy can stride.
+# **Why** A copy has an alpha too: a call, a kernel, a descriptor. Zigzag needs two copies per sequence, however long it is;
+# interleave needs one per token, unless the copy can stride.
 #
 # **Another way** `np.flatnonzero(np.diff(tokens) != 1) + 1` are the cuts; `np.split` does the rest.
 
@@ -769,9 +770,9 @@ lesson.reveal("padding", carried[0] / sum(odd))
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
 #
-# These times are not from here. Megatron-LM#5596 published them: 8 × H100, the same all-gather by NCCL's ring and by its
-# symmetric kernels. Each is the *minimum* over the ranks of the kernel's time on the GPU: waiting for a late rank is left out,
-# and the slowest rank, which this notebook reports, takes at least as long. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
+# These times were not measured here. Megatron-LM#5596 published them: 8 × H100, the same all-gather by NCCL's ring and by its
+# symmetric kernels. Each is the time of the *fastest* rank's kernel (the minimum over the ranks), so it excludes waiting for a late
+# rank. This notebook reports the slowest rank, which takes at least as long. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
 # the CP gather of a 16K prompt.
 
 # %% stops-predict
@@ -792,21 +793,24 @@ figures.show(
 lesson.reveal("stops", SYMMETRIC.speedups[-1])
 
 # %% stops-text [markdown]
-# The saved time first grows with the size, and then stays. So it is neither a fixed cost that is gone nor a higher rate: NCCL
-# changes kernel and protocol with the size, and the gain is a hump. Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB,
-# most near 4 MiB, and none by 256 MiB. Two H100s: 0.88 × at 0.26 MB, 1.45 at 4.2, 1.01 at 67 and 0.93 at 268
+# The saved time first grows with the size, and then stays. A fixed cost would save the same time at every size, and a higher rate
+# would save more and more. Neither fits: NCCL changes kernel and protocol with the size, so the gain peaks and then falls.
+# Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and none by 256 MiB. On two H100s, registering both
+# buffers makes NCCL's collective 0.88 times as fast at 0.26 MB, 1.45 at 4.2 MB, 1.01 at 67 MB and 0.93 at 268 MB; registering only
+# the receive buffer gains 1.24 and 1.23 × at the last two, although NCCL keeps its ring then
 # (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56; two GPUs have no multicast kernels, which need more than two ranks).
-# Do not fit a line to a ring that changes its protocol.
+# So do not fit one alpha and beta to NCCL's ring.
 
 
 # %% e7-task [markdown]
 # ### Exercise 7 · Where a gain ends
 #
 # **Goal** Two algorithms are lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size above which `slow`
-# takes no more than `gain` times as long as `fast`. `math.inf` if the gain never falls so low, 0 if it is never so high.
+# takes no more than `gain` times as long as `fast`. Return `math.inf` if the ratio stays above `gain` at all sizes, and 0 if it never
+# exceeds it.
 #
-# **Example** 20 µs + 3·10⁻⁶ a byte against 10 µs + 3·10⁻⁶: `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes:
-# there 50 µs stand against 40.
+# **Example** 20 µs + 3·10⁻⁶ µs per byte against 10 µs + 3·10⁻⁶: `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes:
+# at that size the times are 50 and 40 µs.
 #
 # **About** 7 minutes, ★★★
 
@@ -865,7 +869,7 @@ def break_even_bytes(slow, fast, gain):
 #
 # A call on a GPU has two times. The host checks the arguments, allocates and launches kernels. The device runs them. A Python
 # loop that waits after each call sees both (*call time*). A serving engine captures the kernels in a CUDA graph, and replays
-# that: it pays only for the device (*device time*). Which one should choose the algorithm?
+# that: it pays only for the device (*device time*). By which of the two should you choose an algorithm?
 #
 # The record of two H100s from section 7 has both.
 
@@ -886,16 +890,17 @@ figures.show(gpu_clocks.two_clocks(record, 2_091_008, compared))
 lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 
 # %% clocks-after [markdown]
-# The order turns. By call time you compare how much Python there is: `seed` is four lines of torch, and `padded_symm` also agrees
-# with its peers on the call and allocates in the pool. On the device NCCL selects its symmetric kernel for `padded_symm`, and the
+# The two clocks rank the variants differently. Call time mostly compares the amount of Python: `seed` is four lines of torch, and
+# `padded_symm` also agrees with its peers on the call and allocates in the pool. On the device NCCL selects its symmetric kernel for `padded_symm`, and the
 # ring for `seed`. So compare algorithms by device time, and use call time only to say how long an eager caller waits. On GPUs the
-# sweep, the panel and `lab.clock` do so, and show both. On CPUs there is one time, because the host is the device.
+# sweep, the panel and `lab.clock` do so, and show both; where rows go through the host (`padded` on a GPU that ranks share), there is
+# only call time. On CPUs there is one time, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work
 #
 # A gather rarely runs alone: on another stream the model multiplies matrices. Both want multiprocessors and memory. The same
-# record has each gather of 67 MB beside such a product.
+# record has each gather of 67 MB beside a matrix product.
 
 # %% beside
 neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
@@ -903,23 +908,24 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
 # `plan` delays the product by more than the 104 µs that it takes alone: its blocks occupy the multiprocessors while they wait for
-# the link. The copy engine needs none for its transfer, but strip and reorder after it do, and they wait for the product: three
-# times as long as alone. The longest pipeline, `seed`, delays the product most. What you save alone, your neighbour saves too.
+# the link. The copy engine uses no multiprocessors for its transfer. But strip and reorder need them and wait for the product, so
+# the whole pipeline takes three times as long as alone. Of these six, `seed` delays the product most: it also moves the most bytes.
+# So measure both sides: the delay of the product is not the time of the gather.
 
 # %% s10 [markdown]
 # ## 10. Live
 #
-# Now turn the knobs. Every change measures anew, on the same workers. Things to try:
+# Now turn the knobs. Every change starts a new measurement on the same workers. Things to try:
 #
 # 1. Move **cp_size**. Total bytes stay the same. Does the time?
-# 2. Switch more **algorithms** on. They are measured in turn, so the ratio to the first one keeps its noise small even while
-#    the machine is busy. Which of them differ, and where does the panel say "no difference seen"?
+# 2. Switch more **algorithms** on. They are measured in turn, so load on the machine largely cancels in the ratio to the first
+#    one. Which of them differ, and where does the panel say "no difference seen"?
 # 3. Untick **symmetric memory**: what do the paths say, and what would make them symmetric?
-# 4. Take the small preset. Which algorithm wins when S is tiny?
+# 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
 # 5. **Pin as A**, change one thing, and read the verdict on B.
 #
-# The sliders obey the arrow keys, the algorithms the space bar. The tables say the same as the plots in numbers. Take the setting away
-# as code, the samples as CSV or JSON. While it measures, other cells wait for the same cores: press **Stop** at the end of this section.
+# Use the arrow keys on a slider and the space bar on an algorithm. The tables show the plotted values. *Copy code* gives the setting as
+# Python; *CSV* and *JSON* save the samples. While it measures, other cells wait for the same cores: press **Stop** at the end of this section.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
@@ -951,7 +957,7 @@ for sample in panel.samples[-2:]:
 # %% s11 [markdown]
 # ## 11. Beyond one machine, by the model
 #
-# Nobody here has 72 GPUs. `cpkit_lessons.cost_presets` has such machines as models: time = start + what each GPU must receive / rate.
+# You probably do not have 72 GPUs. `cpkit_lessons.cost_presets` has such machines as models: time = start + what each GPU must receive / rate.
 # Between nodes, every GPU's network card brings in its share of the other node's rows while NVLink spreads them; the slower
 # of the two ways counts. **All of this is modelled: no number of this section was measured here.** Each is printed below with its
 # source, or with the word "assumed".
@@ -963,7 +969,7 @@ lesson.predict("nodes", ...)
 from cpkit_lessons.cost_presets import PRESETS
 
 for name, machine in PRESETS.items():
-    network = f", network {machine.network_gbps:.0f} GB/s a GPU" if machine.network_gbps else ""
+    network = f", network {machine.network_gbps:.0f} GB/s per GPU" if machine.network_gbps else ""
     print(f"{name}: start {machine.start_us:g} µs, NVLink {machine.wire_gbps:g} GB/s{network}")
     print("   ", "; ".join(machine.sources))
 
@@ -994,10 +1000,10 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
 # Ask a model *which term* dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and on NVLink: the
-# cards would be done in half of that time. Where the bytes dominate, cp_size hardly matters: (n−1)/n of S is nearly S.
+# network alone would need half of that time. Where the bytes dominate, cp_size hardly matters: (n−1)/n of S is nearly S.
 #
-# The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit. And it has no
-# symmetric kernels between nodes. NCCL has such kernels for all-gathers since 2.29.2 (GIN; RailRing from 2.29.7 on: `sym_kernels.cc`).
+# The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit. It assumes no
+# symmetric kernels between nodes, but NCCL has them for all-gathers since 2.29.2 (GIN; RailRing from 2.29.7 on: `sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours
@@ -1062,9 +1068,9 @@ lesson.progress()
 #
 # - Draw the speed of light first. A time under it is a wrong time.
 # - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
-# - alpha is meetings, beta is bytes. What symmetric memory gains depends on the size: on two H100s most near 4 MB, and nothing at
-#   0.26 and 268 MB. Removing the passes gained 2.0 to 2.8 × there, at all sizes (`benchmarks/results/2026-11-26-gpu.json`,
-#   commit 9d290d7bab56).
+# - alpha is meetings, beta is bytes. What symmetric memory gains depends on the size: on two H100s, with both buffers, most near 4 MB
+#   and nothing at 0.26 and 268 MB. There, `plan` is 2.0 to 2.8 times as fast as SGLang's pipeline at all sizes; its passes alone
+#   account for 1.2 to 1.9 (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Count passes before you write a kernel.
 #
 # **Five questions** (answers below)
