@@ -14,16 +14,16 @@ it: rank 1 is in call 2 by then, and has finished with A.
 
 On CUDA the same holds in stream order, and a call replays a CUDA graph of one kernel. A plan that
 is itself captured in a caller's graph keeps its entry barrier, because the number of replays of
-that graph is unknown. Ranks do not synchronize on the host there: if one rank calls its plans in a
-different order from its peers, this is not detected, and the rows are wrong.
+that graph is unknown. Ranks do not synchronize on the host there. The kernels' signals carry the
+number of the call, so if one rank calls its plans in a different order, the next call raises.
 
 A result is valid until this rank calls the plan again. With one output, rank 0's second call would
 store into A while rank 1 still reads it, and an entry barrier would be needed. `keep=2` uses three
 outputs, and a result stays valid for one more call.
 
 The prepared copies use addresses, like the kernels of a CUDA graph, so a call first checks that no
-memory has moved on this rank. If it has, the rank arrives at the exit barrier as `MOVED`, and all
-its peers raise as well. On CUDA, the peers' kernels time out.
+memory has moved on this rank, and that no gradient would be dropped. Otherwise the rank arrives at
+the exit barrier as `REFUSED`, and all its peers raise as well. On CUDA, their kernels time out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from itertools import cycle
 from typing import NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
-from cpkit.devices import is_capturing
+from cpkit.devices import check_no_grad, is_capturing
 from cpkit.eager import eager_only
 from cpkit.gather import all_gather_kv, memory_of, remember_path
 from cpkit.group import CPGroup, is_allocation_symmetric
@@ -45,7 +46,7 @@ from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import stage
 from cpkit.sync.agreement import Signature, describe_error
-from cpkit.sync.barrier import MOVED, BarrierTimeout, CallsDiffer, RankFailed
+from cpkit.sync.barrier import REFUSED, BarrierTimeout, CallsDiffer, RankFailed
 from cpkit.validate import check_call, check_group
 
 _is_set_to = torch.Tensor.is_set_to
@@ -85,16 +86,18 @@ class GatherPlan:
 
         Raises TimeoutError naming late ranks, and CallsDiffer on every rank when the ranks are in
         different calls; on CUDA the next call does, or `group.check()` after a synchronization.
-        Raises ValueError when the memory of a tensor or of a result has moved on this rank; the
-        peers raise CallsDiffer (on CUDA TimeoutError). If a rank fails in the call, its peers raise
-        RankFailed (on CUDA TimeoutError).
+        Raises ValueError when the memory of a tensor or of a result has moved on this rank, or when
+        a tensor requires grad; the peers raise CallsDiffer (on CUDA TimeoutError). If a rank fails
+        in the call, its peers raise RankFailed (on CUDA TimeoutError).
         """
         if self._pushes is None:
             return all_gather_kv(self._tensors, self.metadata, self.group, algorithm=self.algorithm)
         self.group.check_thread()
         push, results, planned, used, addresses = next(self._pushes)
         if [x.data_ptr() for x in used] != addresses:
-            self._refuse(used, addresses)
+            self._refuse(self._moved(used, addresses))
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            self._check_no_grad()
         if not all(map(_is_set_to, results, planned)):  # a caller changed a shape in place
             results[:] = [x.detach() for x in planned]
         try:
@@ -108,8 +111,15 @@ class GatherPlan:
         self.group.last_path = self._path
         return list(results)
 
-    def _refuse(self, used: Sequence[torch.Tensor], addresses: list[int]) -> NoReturn:
-        """Raise ValueError here and CallsDiffer on the peers, which wait at the barrier."""
+    def _check_no_grad(self) -> None:
+        """Check the tensors again: an in-place operation can give them a gradient at any time."""
+        for number, x in enumerate(self._tensors):
+            try:
+                check_no_grad(f"tensors[{number}]", x)
+            except ValueError as error:
+                self._refuse(error)
+
+    def _moved(self, used: Sequence[torch.Tensor], addresses: list[int]) -> ValueError:
         names = [f"tensors[{i}]" for i in range(len(self._tensors))]
         names += [f"the result of {name}" for name in names]
         moved = [
@@ -117,15 +127,19 @@ class GatherPlan:
             for name, x, address in zip(names, used, addresses, strict=True)
             if x.data_ptr() != address
         ]
-        barrier = self.group.shm_barrier
-        if barrier and self._tensors[0].device.type == "cpu":
-            with suppress(BarrierTimeout, CallsDiffer):
-                barrier.barrier(MOVED)
-        raise ValueError(
+        return ValueError(
             f"the memory of {', '.join(moved)} has moved since the plan was made (for example by "
             f"share_memory_(), by a multiprocessing queue, or by setting .data), and a plan uses "
             f"its tensors in place; make a new plan, and put a clone() into queues"
         )
+
+    def _refuse(self, error: ValueError) -> NoReturn:
+        """Raise here, and CallsDiffer on the peers, which wait at the barrier."""
+        barrier = self.group.shm_barrier
+        if barrier and self._tensors[0].device.type == "cpu":
+            with suppress(BarrierTimeout, CallsDiffer):
+                barrier.barrier(REFUSED)
+        raise error
 
 
 @eager_only

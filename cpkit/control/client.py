@@ -142,7 +142,7 @@ class Client:
                 if ended:
                     return
         except (NoAnswer, WorkersDied):
-            usable = False
+            usable = ended  # an answer that a rank hangs is an answer
             raise
         finally:
             self._waiting.discard(request.id)

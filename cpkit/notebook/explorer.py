@@ -145,7 +145,7 @@ class Explorer(LivePanel[Setting]):
 
         Raises the measurement's exception, RuntimeError if the panel is stopped, or TimeoutError.
         """
-        with self._changed:
+        with self._presence.awaited(), self._changed:
             if not self._is_running and self._count() < samples:
                 raise RuntimeError("the panel is stopped: press Start, then run this cell again")
             done = self._changed.wait_for(

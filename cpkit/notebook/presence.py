@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 IDLE_INTERVAL_S = 1.0
 
@@ -23,6 +24,7 @@ class Presence:
         self._interval_s, self._idle_after_s = interval_s, idle_after_s
         self._touched_s = time.monotonic()
         self._visible: dict[str, bool] = {}  # by view
+        self._waiting = 0  # cells that wait for a sample
         self._changed = threading.Condition()
 
     def report(self, content: Mapping[str, object]) -> None:
@@ -43,9 +45,24 @@ class Presence:
 
     @property
     def is_hidden(self) -> bool:
-        """True if pages have shown the panel, and none of them does now."""
+        """True if pages have shown the panel, none of them does now, and no cell waits for it."""
         with self._changed:
-            return bool(self._visible) and not any(self._visible.values())
+            is_shown = self._waiting or any(self._visible.values())
+            return bool(self._visible) and not is_shown
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Measure as if a page showed the panel, while a cell waits for a sample."""
+        self._count_waiting(1)
+        try:
+            yield
+        finally:
+            self._count_waiting(-1)
+
+    def _count_waiting(self, change: int) -> None:
+        with self._changed:
+            self._waiting += change
+            self._changed.notify_all()
 
     @property
     def is_idle(self) -> bool:

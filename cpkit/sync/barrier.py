@@ -48,7 +48,7 @@ PAGE_BYTES = 16384
 MAX_MESSAGE_BYTES = 7168
 _MESSAGES = (1024, 1024 + 7680)
 _CALLS = (1, 2)  # words after the counter
-PLAIN, EXCHANGE, MOVED, FAILED = range(4)  # `ShmBarrier.new_call` numbers the calls of plans
+PLAIN, EXCHANGE, REFUSED, FAILED = range(4)  # `ShmBarrier.new_call` numbers the calls of plans
 _SHORT_WAIT_S = 0.02
 _SHORT_SLEEP_S = 1e-6  # the shortest possible; takes about 55 µs on Linux
 _YIELDS = (4, 64)  # minimum and maximum before a sleep, where ranks share a core
@@ -234,6 +234,6 @@ def _describe(call: int) -> str:
     return (
         "the end of a gather",
         "the agreement before a collective",
-        "a plan's call whose memory has moved",
+        "a plan's call that a check refused",
         "a call that failed",
     )[call]

@@ -5,6 +5,7 @@ Every check raises ValueError, and none allocates memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -44,6 +45,7 @@ _CLIENT_SHARE, _TOTAL_SHARE = 0.5, 0.75
 # the expected rows. A plan has two outputs.
 _COPIES = {"direct": 4}
 _DEFAULT_COPIES = 5
+_PLAN_OUTPUTS = 2
 
 
 class MemoryInUse(RuntimeError):
@@ -99,10 +101,21 @@ def needed(body: Body) -> int:
         case Gather(workload) | Trace(workload) | Explain(workload):
             return needed_bytes(workload)
         case Clock(workload):
-            return needed_bytes(workload) + workload.cp_size * _CLOCK_COPIES * workload.total_bytes
+            plans = max(0, body.calls.count("plan") - 1)
+            copies = _CLOCK_COPIES + _PLAN_OUTPUTS * plans
+            return needed_bytes(workload) + workload.cp_size * copies * workload.total_bytes
         case Measure(workloads) | Sweep(workloads):
-            return max(map(needed_bytes, workloads))
+            return max(map(needed_bytes, workloads)) + _kept_by_further_plans(workloads)
     return 0
+
+
+def _kept_by_further_plans(workloads: Sequence[Workload]) -> int:
+    """Return the bytes of the outputs that all plans but the first keep while the request is open.
+
+    Workloads that are measured in turn use the same memory, one after another, except for these.
+    """
+    plans = [each for each in workloads if each.algorithm == "plan"]
+    return sum(each.cp_size * _PLAN_OUTPUTS * each.total_bytes for each in plans[1:])
 
 
 def check_share(body: Pool, client: bytes, held: Held) -> None:

@@ -18,6 +18,7 @@ from cpkit.control.errors import (
     Cancelled,
     ControlError,
     NoAnswer,
+    RankHangs,
     RequestFailed,
     WorkersBusy,
 )
@@ -136,16 +137,19 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
         (Failed("cancelled", "stopped"), Cancelled, "stopped"),
         (Failed("busy", "full"), WorkersBusy, "full"),
         (Failed("internal", "it broke", 3), RequestFailed, "rank 3: it broke"),
+        (Failed("hung", "rank 1 is stopped"), RankHangs, "rank 1 is stopped"),
     ],
 )
 def test_each_kind_of_failure_has_its_own_error(
     control_server: ControlServer, failure: Failed, error: type[Exception], words: str
 ) -> None:
-    thread, outcome = in_background(control_server.client().call, Put(2), Done)
+    client = control_server.client()
+    thread, outcome = in_background(client.call, Put(2), Done)
     control_server.answer(failure)
     thread.join()
     assert isinstance(outcome[0], error)
     assert words in str(outcome[0])
+    assert client._idle, "the client stays connected, so the workers keep what it holds"
 
 
 def test_closing_a_stream_cancels_it_and_so_does_disconnecting(

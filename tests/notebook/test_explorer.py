@@ -231,8 +231,11 @@ def test_a_panel_that_no_page_shows_does_not_measure(lab: cpkit.Lab, panel: Expl
     panel.controls.lengths.value = "128"
     until(lambda: "lengths 128 tokens" in panel.panel.figure.layout.title.subtitle.text)
     until(lambda: lab.status().state == "idle")
+    assert panel.wait().workload.lengths == (128,), "a cell that waits counts as a page"
+    until(lambda: "no page shows" in panel.status_html)
+    panel.controls.lengths.value = "192"
     report("third", True)
-    assert panel.wait().workload.lengths == (128,)
+    assert panel.wait().workload.lengths == (192,)
 
 
 def test_a_stopped_panel_leaves_the_workers_idle(lab: cpkit.Lab) -> None:

@@ -101,7 +101,7 @@ def check_memory_that_moved_on_one_rank_is_everybodys_error() -> None:
         if group.rank == 0:
             assert f"the memory of {name} has moved" in error_of(gather)
         else:
-            expect(gather, "rank 0 at a plan's call whose memory has moved")
+            expect(gather, "rank 0 at a plan's call that a check refused")
 
     for move in (renew, grow, torch.Tensor.share_memory_):
         group, metadata, rows = batch_of(97, 64)

@@ -146,6 +146,20 @@ def check_memory_that_has_moved_is_refused() -> None:
     assert "make a new plan" in said, said
 
 
+def check_rows_that_require_grad_later_are_refused() -> None:
+    """An in-place operation gives the plan's tensor a gradient, which the gather would drop."""
+    group, metadata, rows = batch_of(97, 64)
+    gather = plan_gather_kv([rows], metadata, group)
+    with torch.no_grad():
+        rows.copy_(rows.clone().requires_grad_())
+        provenance.check(gather()[0], metadata, round=1)
+    rows.copy_(rows.clone().requires_grad_())
+    said = error_of(gather)
+    assert "tensors[0] requires grad" in said, said
+    with torch.no_grad():
+        provenance.check(gather()[0], metadata, round=1)
+
+
 def check_views_in_place_of_a_result_end_with_it() -> None:
     group, metadata, rows = batch_of(97, 64)
     gather = plan_gather_kv([rows], metadata, group)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from cpkit.control.messages import Clock, Gather, Pool, Sweep, Workload
+from cpkit.control.messages import Clock, Gather, Measure, Pool, Sweep, Workload
 from cpkit.worker import limits
 from cpkit.worker.limits import MemoryInUse, check_room, check_share, needed, needed_bytes
 
@@ -61,4 +62,12 @@ def test_a_request_needs_the_memory_of_its_largest_workload() -> None:
     assert needed(Gather(SMALL)) == needed_bytes(SMALL) < needed_bytes(LARGE)
     assert needed(Sweep((SMALL, LARGE, SMALL))) == needed_bytes(LARGE)
     assert needed(Clock(SMALL, ("copy",))) > needed(Gather(SMALL))
+    plan = msgspec.structs.replace(SMALL, algorithm="plan")
+    kept_bytes = 2 * plan.cp_size * plan.total_bytes  # two outputs on every rank
+    for of_plans in (
+        lambda n: Measure((plan,) * n),
+        lambda n: Sweep((plan,) * n),
+        lambda n: Clock(SMALL, ("plan",) * n),
+    ):
+        assert needed(of_plans(16)) == needed(of_plans(1)) + 15 * kept_bytes
     assert needed(allocate(100)) == 0, "check_share counts it"
