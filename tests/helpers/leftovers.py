@@ -56,4 +56,7 @@ def pids(lab: cpkit.Lab) -> list[int]:
 
 def has_ended(pid: int) -> bool:
     """Return True for a zombie too."""
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
