@@ -1,7 +1,8 @@
 """The client's side of the control socket: one ZeroMQ socket per open request.
 
-A call returns a result, or raises an error for one of four reasons: no reply within `deadline_s`
-(the workers are busy, or do not answer), a rejected key, a closed client, or a dead worker process.
+A call returns a result, or raises an error for one of five reasons: no reply within `deadline_s`
+(the workers are busy, or do not answer), a rejected key, a closed client, a dead worker process, or
+a connection that was lost in between.
 Waiting calls check for dead processes ten times per second.
 """
 
@@ -13,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Generator
 from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import msgspec
 import zmq
@@ -34,6 +35,8 @@ from cpkit.control.errors import (
 from cpkit.control.exit_report import exit_report
 from cpkit.control.messages import (
     ENCRYPTION_BYTES,
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     TOO_MANY_FILES_CODE,
@@ -62,6 +65,7 @@ _DEADLINE_S = 30.0
 _RANK_0_MARGIN_S = 3.0  # the other ranks end the workers, with a better error, before it has passed
 _POLL_MS = 100
 _SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
+_CONNECTED, _DISCONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 _KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _NO_HANDSHAKE = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 R = TypeVar("R", bound=Message)
@@ -198,11 +202,13 @@ class Client:
 
     def _take_socket(self) -> _Socket:
         try:
-            return self._idle.pop()
+            socket = self._idle.pop()
         except IndexError:
             with name_the_limit():
                 require_descriptors(SPARE_DESCRIPTORS)
                 return _Socket(self.connection, f"{self._session}{next(self._numbers)}".encode())
+        socket.forget_interruption()
+        return socket
 
     def _keep_socket(self, socket: _Socket) -> None:
         self._idle.append(socket)
@@ -216,7 +222,7 @@ class Client:
 
 
 class _Socket:
-    """A DEALER with CURVE keys, and its monitor, which reports a rejected key."""
+    """A DEALER with CURVE keys, and its monitor: was the key rejected, or the connection lost?"""
 
     def __init__(self, connection: Connection, routing_id: bytes) -> None:
         self._connection, self._endpoint = connection, connection.endpoint
@@ -228,10 +234,13 @@ class _Socket:
         self._dealer.curve_secretkey = connection.client_secret_key.encode()
         self._dealer.maxmsgsize = MAX_MESSAGE_BYTES + ENCRYPTION_BYTES
         self._dealer.rcvhwm = 0  # no limit, so that a stream that is read late loses no sample
-        self._dealer.heartbeat_ivl = 2_000
-        self._dealer.heartbeat_timeout = 10_000
+        self._dealer.heartbeat_ivl = HEARTBEAT_MS
+        self._dealer.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
         self._dealer.linger = 200
-        self._monitor = self._dealer.get_monitor_socket(_KEY_REJECTED | _NO_HANDSHAKE)
+        self._monitor = self._dealer.get_monitor_socket(
+            _CONNECTED | _DISCONNECTED | _KEY_REJECTED | _NO_HANDSHAKE
+        )
+        self._connected, self._interrupted = False, False
         self._dealer.connect(self._endpoint)
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
@@ -242,27 +251,54 @@ class _Socket:
         with contextlib.suppress(zmq.Again):
             self._dealer.send(data, zmq.NOBLOCK)
 
+    def forget_interruption(self) -> None:
+        """Ignore a connection that was lost while no request waited. ZeroMQ makes a new one."""
+        while self._monitor.poll(0):
+            self._observe(recv_monitor_message(self._monitor)["event"])
+        self._interrupted = False
+
     def receive(self, timeout_ms: int) -> bytes | None:
-        """Return the next message, or None after `timeout_ms`. Raises NoAnswer when rejected."""
+        """Return the next message, or None after `timeout_ms`.
+
+        Raises NoAnswer when the key is rejected, or after the connection was lost and made again.
+        """
         ready = dict(self._poller.poll(timeout_ms))
         if self._dealer in ready:
             return self._dealer.recv()
         if self._monitor in ready:
-            event = recv_monitor_message(self._monitor)
-            check_rank_0(self._connection)  # a stopped process answers no handshake either
-            rejected = event["event"] == _KEY_REJECTED
-            if rejected and event["value"] == TOO_MANY_FILES_CODE:
+            message = recv_monitor_message(self._monitor)
+            event = message["event"]
+            self._observe(event)
+            if event & (_KEY_REJECTED | _NO_HANDSHAKE):
+                self._raise_rejection(event == _KEY_REJECTED, message["value"])
+            if event == _CONNECTED and self._interrupted:
                 raise NoAnswer(
-                    f"the server at {self._endpoint} accepts no more connections, because rank 0 "
-                    f"has too many open files: close other clients, or start the workers with a "
-                    f"higher limit, for example after `ulimit -n 4096`"
+                    f"the connection to the workers {self._connection.name!r} was lost and made "
+                    f"again, because this process or its network paused for more than "
+                    f"{HEARTBEAT_TIMEOUT_MS / 1000:g} s. The workers end this request and release "
+                    f"the memory that was held for this client: send the request again"
                 )
-            problem = "rejected the client key" if rejected else "does not have the server key"
-            raise NoAnswer(
-                f"the server at {self._endpoint} {problem} of the connection file: the file "
-                f"belongs to other workers. Connect again, or stop and start the workers."
-            )
         return None
+
+    def _observe(self, event: int) -> None:
+        """Follow the state of the connection. Workers that have ended are never connected again."""
+        self._interrupted |= event == _DISCONNECTED and self._connected
+        if event in (_CONNECTED, _DISCONNECTED):
+            self._connected = event == _CONNECTED
+
+    def _raise_rejection(self, key_is_rejected: bool, code: int) -> NoReturn:
+        check_rank_0(self._connection)  # a stopped process answers no handshake either
+        if key_is_rejected and code == TOO_MANY_FILES_CODE:
+            raise NoAnswer(
+                f"the server at {self._endpoint} accepts no more connections, because rank 0 "
+                f"has too many open files: close other clients, or start the workers with a "
+                f"higher limit, for example after `ulimit -n 4096`"
+            )
+        problem = "rejected the client key" if key_is_rejected else "does not have the server key"
+        raise NoAnswer(
+            f"the server at {self._endpoint} {problem} of the connection file: the file "
+            f"belongs to other workers. Connect again, or stop and start the workers."
+        )
 
     def close(self) -> None:
         """Free the socket. Messages already sent are still delivered in the background."""

@@ -34,6 +34,7 @@ from cpkit.packing import describe_types
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_REQUEST_BYTES = 1 << 20  # a sweep of 1024 workloads has about 0.1 MB
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 30_000  # a pause of either side that costs nothing
 ENCRYPTION_BYTES = 33  # that CURVE adds to a message
 # The range of a row's stamp (cpkit.provenance); beyond it, stamps of different rows are equal.
 MAX_SEQUENCES = 1024  # per batch

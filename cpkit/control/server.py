@@ -23,6 +23,8 @@ from cpkit.control.errors import explain_decode_error
 from cpkit.control.gate import Gate
 from cpkit.control.messages import (
     ENCRYPTION_BYTES,
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
     MAX_REQUEST_BYTES,
     PROTOCOL_VERSION,
     TOO_MANY_FILES_CODE,
@@ -78,6 +80,7 @@ class Server:
         self.jobs = JobQueue()
         self._rate = RateLimit()
         self._connections: defaultdict[bytes, set[bytes]] = defaultdict(set)  # by client
+        self._last_words: dict[bytes, bytes] = {}  # of connections whose send queue was full
         self._next_probe_s = 0.0
         self.refusal: Failed | None = None
         self._status = status
@@ -173,20 +176,28 @@ class Server:
     def _send(self, connection: bytes, data: bytes) -> None:
         try:
             self._router.send_multipart([connection, data], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # disconnected, or too slow: its send queue is full
+        except zmq.Again:  # too slow: its send queue is full
+            self.jobs.cancel_all(connection)
+            self._last_words[connection] = data
+        except zmq.ZMQError as error:
             self.jobs.cancel_all(connection)
             if error.errno == zmq.EHOSTUNREACH:
                 self._forget(connection)
 
     def _probe(self) -> None:
-        """Send a message that clients ignore, because only sending shows who has disconnected."""
+        """Send a message that clients ignore, because only sending shows who has disconnected.
+
+        Or send the last words, which say that a request was cancelled.
+        """
         if time.monotonic() >= self._next_probe_s:
             self._next_probe_s = time.monotonic() + _PROBE_S
+            probe = _pack("", Progress(0, 0))
             for connection in [*chain.from_iterable(self._connections.values())]:
-                self._send(connection, _pack("", Progress(0, 0)))
+                self._send(connection, self._last_words.pop(connection, probe))
 
     def _forget(self, connection: bytes) -> None:
         """Drop a connection. A client without connections has left."""
+        self._last_words.pop(connection, None)
         client = client_of(connection)
         mine = self._connections.get(client, set())
         mine.discard(connection)
@@ -304,8 +315,8 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], secret_key: bytes) -> zmq.S
     router.router_handover = True  # a client that connects again keeps its routing id
     router.maxmsgsize = MAX_REQUEST_BYTES + ENCRYPTION_BYTES
     router.rcvhwm = _MAX_UNREAD
-    router.heartbeat_ivl = 2_000
-    router.heartbeat_timeout = 10_000
+    router.heartbeat_ivl = HEARTBEAT_MS
+    router.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
     router.linger = 500
     return router
 

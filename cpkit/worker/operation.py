@@ -23,20 +23,22 @@ B = TypeVar("B", bound=Message)
 Steps = Generator[ReplyBody, None, ReplyBody]
 Held = Mapping[tuple[bytes, int], int]
 CHUNK_S = 0.05  # target duration of a step
+_NO_CLIENT = b""
 
 
 class RankState:
     """The state of a rank between requests.
 
     `held` contains, per client and cp_size, the pool blocks that the client has allocated and not
-    released. `arenas` contains, per cp_size, who has chosen the arena's size, and its bytes on all
-    ranks. `client` is that of the current step. `round` differs between consecutive requests and is
-    equal on all ranks. Rows are stamped with it, so that rows of an earlier request are detected.
+    released. `arenas` contains, per cp_size, the clients that need the arena's size, and its bytes
+    on all ranks, which are counted as held by the first of them. `client` is that of the current
+    step. `round` differs between consecutive requests and is equal on all ranks. Rows are stamped
+    with it, so that rows of an earlier request are detected.
     """
 
     def __init__(self) -> None:
         self.held: dict[tuple[bytes, int], list[torch.Tensor]] = {}
-        self.arenas: dict[int, tuple[bytes, int]] = {}
+        self.arenas: dict[int, tuple[list[bytes], int]] = {}
         self.client = b""
         self.round = 0
 
@@ -45,8 +47,10 @@ class RankState:
         held = Counter[tuple[bytes, int]]()
         for (client, cp_size), blocks in self.held.items():
             held[client, cp_size] += cp_size * sum(block.nbytes for block in blocks)
-        for cp_size, (client, nbytes) in self.arenas.items():
-            held[client, cp_size] += nbytes
+        for cp_size, (clients, nbytes) in self.arenas.items():
+            first, *others = clients or [_NO_CLIENT]
+            held[first, cp_size] += nbytes
+            held.update(dict.fromkeys([(other, cp_size) for other in others], 0))
         return held
 
     def reset(self) -> None:

@@ -13,7 +13,6 @@ from cpkit.symm import symmetric_pool, use_symmetric_memory
 from cpkit.worker.operation import Operation, RankState
 from cpkit.worker.workload import DTYPES
 
-_NO_CLIENT = b""
 _MAX_SAMPLES = 512  # of the history, about 30 kB
 
 
@@ -50,17 +49,17 @@ class PoolOperation(Operation[Pool]):
         state.arenas.pop(cp_size, None)
         arena_bytes = pool.configure(prealloc).stats().arena_bytes
         if prealloc is not None:
-            state.arenas[cp_size] = state.client, cp_size * arena_bytes
+            state.arenas[cp_size] = [state.client], cp_size * arena_bytes
         return f"a new arena of {arena_bytes} bytes"
 
     def _trim(self, pool: SymmetricPool, state: RankState) -> None:
-        """Return what no client needs to the system: spills, and an arena whose client has left."""
+        """Return what no client needs to the system: spills, and an arena whose clients left."""
         finish()
         pool.trim()
-        owner, nbytes = state.arenas.get(self.body.cp_size, (b"", 0))
-        if owner == state.client:
-            state.arenas[self.body.cp_size] = _NO_CLIENT, nbytes
-        if nbytes and owner in (state.client, _NO_CLIENT) and not pool.stats().live_blocks:
+        clients, nbytes = state.arenas.get(self.body.cp_size, ([], 0))
+        if state.client in clients:
+            clients.remove(state.client)
+        if nbytes and not clients and not pool.stats().live_blocks:
             self._configure(pool, state, None)
 
     def _warm_up(self, pool: SymmetricPool, state: RankState) -> str:
@@ -68,9 +67,13 @@ class PoolOperation(Operation[Pool]):
         shape, dtype = (body.heads, body.head_dim), DTYPES[body.dtype]
         pool.warm_up(body.max_tokens or 0, shape, dtype, body.tensors)
         arena_bytes = pool.stats().arena_bytes
+        clients, _ = state.arenas.get(body.cp_size, ([], 0))
         if arena_bytes == before_bytes:
+            if clients and state.client not in clients:
+                clients.append(state.client)
             return "the arena was large enough already"
-        state.arenas[body.cp_size] = state.client, body.cp_size * arena_bytes
+        clients = [state.client, *(client for client in clients if client != state.client)]
+        state.arenas[body.cp_size] = clients, body.cp_size * arena_bytes
         return f"the arena has {arena_bytes} bytes now"
 
     def _allocate(self, pool: SymmetricPool, state: RankState) -> str:

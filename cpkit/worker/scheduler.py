@@ -144,7 +144,7 @@ class Scheduler:
             if job is None:
                 self._execute(KeepAlive())
             elif job.cancelled:
-                self._fail(job, "cancelled", "the request was cancelled")
+                self._fail(job, "cancelled", "it was cancelled, or its replies were not read")
             elif isinstance(job.body, Shutdown):
                 self._server.reply(job, Done("all ranks are exiting"))
                 self._execute(Exit())

@@ -27,6 +27,7 @@ from cpkit.control.messages import (
     Done,
     Failed,
     Measure,
+    Progress,
     Put,
     Reply,
     Request,
@@ -204,6 +205,50 @@ def test_a_client_has_left_when_all_its_connections_have_ended(
     assert jobs.departed() == []
     thread.join()
     other.close()
+
+
+def test_a_connection_that_is_lost_ends_the_request_and_the_next_one_works(tmp_path: Path) -> None:
+    control_server = ControlServer(tmp_path, "127.0.0.1")
+    client, gate = control_server.client(), control_server.server._gate
+
+    def cut() -> None:
+        for connection in gate._connections:
+            connection.cancel()
+
+    try:
+        waiting, outcome = in_background(client.call, Put(2), Done, LIMIT_S)
+        job = control_server.server.jobs.take(LIMIT_S)
+        gate._loop.call_soon_threadsafe(cut)
+        waiting.join(LIMIT_S / 4)
+        assert isinstance(outcome[0], NoAnswer)
+        assert "was lost and made again" in str(outcome[0])
+        until(
+            lambda: control_server.server.reply(job, Done()) or job.cancelled,
+            why="the server to cancel the request",
+        )
+        assert client.call(Status(), StatusResult).name == "test"
+        gate._loop.call_soon_threadsafe(cut)  # while no request waits
+        until(lambda: client._idle[0]._monitor.poll(0), why="the client to notice")
+        assert client.call(Status(), StatusResult).name == "test"
+    finally:
+        control_server.close()
+
+
+def test_a_client_that_reads_too_slowly_learns_that_its_request_was_cancelled(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpkit.control.server._PROBE_S", 0.05)
+    slow = control_server.raw()
+    slow.send(encode(Request("slow", LIMIT_S, Measure((WORKLOAD,)))))
+    job = control_server.server.jobs.take(LIMIT_S)
+    end_s = time.monotonic() + LIMIT_S
+    while not job.cancelled and time.monotonic() < end_s:  # until the send queue is full
+        control_server.server.reply(job, SAMPLE)
+    control_server.server.reply(job, Failed("cancelled", "not read"))
+    control_server.server.jobs.finish()
+    while isinstance(decode(slow.recv(), Reply).body, Progress | Sample):
+        pass
+    slow.close()
 
 
 def test_cancelling_a_waiting_and_an_unknown_request(control_server: ControlServer) -> None:

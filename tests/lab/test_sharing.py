@@ -56,19 +56,25 @@ def test_a_long_sweep_and_measurements_do_not_delay_another_client(lab: Lab) -> 
 
 
 def test_what_a_client_holds_is_freed_when_it_leaves(lab: Lab) -> None:
-    """Spilled segments too, between those that another client uses, and a larger arena."""
+    """Spilled segments too, between those that another client uses.
+
+    But an arena keeps its size until the last client that needs it has left.
+    """
     default = lab.pool.configure(None, 4)["arena_bytes"]
     lab.pool.configure(1 << 20, 2)
-    with cpkit.connect(lab.name, launch=False) as other:
-        other.pool.allocate(10_000_000, 2)
-        lab.pool.allocate(20_000_000, 2)
-        held = other.pool.allocate(30_000_000, 2)
-        assert (held["segments"] == 4).all()
-        assert (other.pool.configure(90_000_000, 4)["arena_bytes"] >= 90_000_000).all()
-    until(lambda: list(lab.pool.stats(2)["live_blocks"]) == [1, 1], why="the blocks to be freed")
-    kept = lab.pool.stats(2)
-    assert (kept["segments"] == 2).all()
-    assert (kept["spill_bytes"] < 30_000_000).all()
+    with cpkit.connect(lab.name, launch=False) as second:
+        with cpkit.connect(lab.name, launch=False) as first:
+            first.pool.allocate(10_000_000, 2)
+            lab.pool.allocate(20_000_000, 2)
+            held = first.pool.allocate(30_000_000, 2)
+            assert (held["segments"] == 4).all()
+            assert "the arena has" in first.pool.warm_up(16_384, 4).attrs["note"]
+            assert "large enough already" in second.pool.warm_up(16_384, 4).attrs["note"]
+        until(lambda: list(lab.pool.stats(2)["live_blocks"]) == [1, 1], why="the blocks' release")
+        kept = lab.pool.stats(2)
+        assert (kept["segments"] == 2).all()
+        assert (kept["spill_bytes"] < 30_000_000).all()
+        assert (lab.pool.stats(4)["arena_bytes"] > default).all()
     until(lambda: lab.pool.stats(4)["arena_bytes"].equals(default), why="the default arena")
     assert lab.gather([4096], 2).verified
     assert "1 block" in lab.pool.release(2).attrs["note"]
