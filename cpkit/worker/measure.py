@@ -32,7 +32,10 @@ _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first have few iterations, to arrive early; later ones fill a step."""
+    """Stream samples. The first have few iterations, to arrive early; later ones fill a step.
+
+    A step of long gathers is one gather, so that other clients need not wait for all workloads.
+    """
 
     def cp_size(self) -> int:
         """Return the cp_size of all workloads."""
@@ -43,12 +46,14 @@ class MeasureOperation(Operation[Measure]):
         runs = _variants(self.body.workloads, group, state)
         paths = yield from _verified(runs, group)
         calls = _calls(runs)
-        timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
+        timings = yield from _first_times(calls, group)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
-            if _round_s(timings, group) < budget_s:  # otherwise there was no pause
-                paths = [_path(run) for run in runs]  # the first gather after a pause is slow
+            if _round_s(timings, group) > budget_s:
+                timings = yield from _once_each(calls, group)
+                continue
+            paths = [_path(run) for run in runs]  # the first gather after a pause is slow
             timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
@@ -138,6 +143,33 @@ def _verified(runs: Sequence[Run], group: CPGroup) -> Generator[ReplyBody, None,
             yield Progress(number, len(runs), f"{run.workload.algorithm} is verified")
             start_s = time.monotonic()
     return paths
+
+
+def _once_each(
+    calls: Mapping[str, Call], group: CPGroup
+) -> Generator[ReplyBody, None, dict[str, Timing]]:
+    """Time each call once. Ends the step when it has become long."""
+    timings: dict[str, Timing] = {}
+    start_s = time.monotonic()
+    for name, call in calls.items():
+        timings |= time_calls({name: call}, group, 1, warmup=0)
+        if len(timings) < len(calls) and longest_s(time.monotonic() - start_s, group) > CHUNK_S:
+            yield Progress(len(timings), len(calls), "timed in this round")
+            start_s = time.monotonic()
+    if not all(timing.device_us for timing in timings.values()):
+        for timing in timings.values():  # all are compared by the same clock
+            timing.device_us.clear()
+    return timings
+
+
+def _first_times(
+    calls: Mapping[str, Call], group: CPGroup
+) -> Generator[ReplyBody, None, dict[str, Timing]]:
+    """Time each call a few times, or once if that is long already."""
+    timings = yield from _once_each(calls, group)
+    if _round_s(timings, group) * _FIRST_ITERATIONS < CHUNK_S:
+        return time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
+    return timings
 
 
 def _round_s(timings: Mapping[str, Timing], group: CPGroup) -> float:

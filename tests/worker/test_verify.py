@@ -63,6 +63,9 @@ class GroupOfOne:
     def exchange(self, mine: bytes) -> list[bytes]:
         return [mine]
 
+    def barrier(self) -> None:
+        pass
+
 
 def test_a_measurement_verifies_every_algorithm_before_it_times_any(
     monkeypatch: pytest.MonkeyPatch,
@@ -80,3 +83,23 @@ def test_a_measurement_verifies_every_algorithm_before_it_times_any(
     assert next(steps) == Progress(1, 3, "direct is verified")
     with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
         next(steps)
+
+
+def test_a_step_of_long_gathers_is_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a request of several algorithms delays other clients by a whole round."""
+    runs = [gathered("bfloat16") for _ in range(3)]
+    monkeypatch.setattr(measure, "_variants", lambda *_: runs)
+    monkeypatch.setattr(measure, "_verified", lambda *_: iter(()))
+    monkeypatch.setattr(measure, "_streamed", lambda *_: Progress(3, 3, "a sample"))
+    calls = [0]
+
+    def gather(_: FixedRun) -> None:
+        calls[0] += 1
+        time.sleep(1.1 * CHUNK_S)
+
+    monkeypatch.setattr(FixedRun, "gather", gather)
+    steps = measure.MeasureOperation(Measure((WORKLOAD,) * 3)).steps(GroupOfOne(), RankState())  # type: ignore[arg-type]
+    for number in range(1, 7):
+        expected = "a sample" if number % 3 == 0 else "timed in this round"
+        assert next(steps).text == expected
+        assert calls[0] == number
