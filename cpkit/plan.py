@@ -172,10 +172,11 @@ def plan_gather_kv(
         return GatherPlan(tensors, metadata, group, algorithm)
     rows = [as_rows(x) for x in tensors]
     try:
-        output_sets = [
-            [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
-            for _ in range(keep + 1)
-        ]
+        with torch.inference_mode(False):  # a later call outside it may need a gradient
+            output_sets = [
+                [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
+                for _ in range(keep + 1)
+            ]
         pushes, path = memory.prepare(rows, output_sets, metadata)
         if memory.device.type == "cpu":
             group.barrier()  # a rank that failed arrives here with its error
@@ -183,10 +184,11 @@ def plan_gather_kv(
         if memory.device.type == "cpu":
             group.report_failure(error)
         raise
-    result_sets = [
-        [from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
-        for outputs in output_sets
-    ]
+    with torch.inference_mode(False):
+        result_sets = [
+            [from_rows(x, like) for x, like in zip(outputs, tensors, strict=True)]
+            for outputs in output_sets
+        ]
     for results in result_sets:
         remember_path(group, path, results)
     pairs = list(zip(pushes, result_sets, strict=True))

@@ -129,6 +129,9 @@ def check_a_plan_made_in_inference_mode_works_outside_it() -> None:
             plan = plan_gather_kv([shard(whole, metadata, group.rank)], metadata, group)
         for _ in range(3):
             assert torch.equal(plan()[0], whole)
+        weight = torch.ones(3, requires_grad=True)
+        (plan()[0] * weight).sum().backward()  # which saves the result
+        assert torch.equal(weight.grad, whole.sum(0))
 
 
 # ----------------------------------------------------------- a rank that fails in a gather
