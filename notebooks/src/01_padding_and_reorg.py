@@ -29,7 +29,7 @@
 import cpkit
 from cpkit_lessons import padding as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -100,11 +100,11 @@ for name, layout in layouts.items():
 
 # %% e1
 def owner(token, length, cp_size):
-    """Rank that owns a token of a zigzag sequence of `length` tokens."""
+    """Return the rank that owns a token of a zigzag sequence of `length` tokens."""
     # >>> your code
     #: return 0
     size, longer = divmod(length, 2 * cp_size)
-    edge = longer * (size + 1)  # here the longer blocks end
+    edge = longer * (size + 1)  # the longer blocks end here
     block = token // (size + 1) if token < edge else longer + (token - edge) // size
     return min(block, 2 * cp_size - 1 - block)
     # <<<
@@ -208,7 +208,7 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 
 # %% e2
 def keys_seen(tokens, lengths):
-    """Keys that the rank's tokens look at, all together: an int."""
+    """Return the number of keys that these tokens attend to, as an int."""
     # >>> your code
     #: return int((tokens + 1).sum())
     ends = torch.tensor(lengths).cumsum(0)
@@ -327,7 +327,7 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 
 # %% e3
 def padded_len(lengths, cp_size):
-    """Rows of every rank's padded shard: the maximum over ranks."""
+    """Return the rows of every rank's padded shard: the maximum over ranks."""
     # >>> your code
     #: return -(-sum(lengths) // cp_size)
     held = [0] * cp_size
@@ -462,7 +462,7 @@ figures.show(figures.stage_grid(gathered, ["reorder"], rank=0))
 reorder = gathered.stage("reorder", 0)
 wanted = [(sequence, token) for sequence, n in enumerate(batch) for token in range(n)]
 assert reorder[:, 2:].tolist() == [list(place) for place in wanted]
-assert (reorder[:, 0] == 7).all(), "all rows are of the round we asked for"
+assert (reorder[:, 0] == 7).all(), "all rows are of round 7"
 
 # %% e4-task [markdown]
 # ### Exercise 4 · Strip the padding
@@ -569,7 +569,7 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 
 # %% e5
 def gather_index(rank_rows, max_rank_len):
-    """Slot of the wire's buffer that holds token 0, 1, 2, …: int64 `[total_tokens]`."""
+    """Return the slot of the wire's buffer that holds token 0, 1, 2, …: int64 `[total_tokens]`."""
     # >>> your code
     #: return torch.cat(rank_rows)
     slots = [
@@ -656,7 +656,7 @@ figures.show(
     figures.draw_lines(
         [line],
         title="Causal attention over K and V in rank order: most outputs are wrong",
-        subtitle="✗ differs from one device; colour: the owner of the token",
+        subtitle="✗: the output differs from that of a single device; colour: owner of the token",
         alt=f"{int(right.sum())} of {length} outputs are right: "
         f"tokens {right.nonzero().flatten().tolist()}.",
         axis_title="token (query)",
@@ -686,7 +686,7 @@ lesson.reveal("order", int(right.sum()))
 
 # %% e6
 def cp_attention(q, k, v, tokens):
-    """Causal attention of a rank's rows over the gathered K and V: `[heads, rows, dim]`."""
+    """Return the causal attention of a rank's rows over all K and V: `[heads, rows, dim]`."""
     # >>> your code
     #: return scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = torch.arange(k.shape[1]) <= tokens[:, None]
@@ -756,7 +756,7 @@ lesson.predict("survivors", ...)
 # %% kills
 table = lesson.kill_table(layout, round_=7)
 alive = (table == "alive").sum()
-assert not (table == "✓ killed").all().any(), "none of the four kills all ten"
+assert not (table == "✓ killed").all().any(), "no check rejects all ten"
 table
 
 # %% survivors-reveal
@@ -782,7 +782,7 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 
 # %% e7
 def accepts(got, lengths, owners, round_):
-    """Whether a gather is right: every slot, and nothing else."""
+    """Return whether a gather is right in every slot, and has no other slots."""
     # >>> your code
     #: return len(got) == sum(lengths)
     places = [(sequence, token) for sequence, n in enumerate(lengths) for token in range(n)]
@@ -891,7 +891,7 @@ figures.show(figures.stage_grid(direct))
 
 # %% e8
 def bill(rows, max_rank_len, total, cp_size, row_bytes):
-    """Bytes written by one rank: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
+    """Return the bytes that one rank writes: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
     # >>> your code
     #: return {"pad": 0, "wire": total * row_bytes, "strip": 0, "reorder": 0}
     padded = max_rank_len if rows < max_rank_len else 0
@@ -967,6 +967,59 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # MLA, the attention of DeepSeek, gathers one latent vector of 576 elements instead of K and V. Its total is smaller,
 # but the proportions are the same. Notebook 3 measures the time of these bytes. To write into the memory of a peer, a
 # rank needs *symmetric memory*. That is the subject of notebook 2.
+
+# %% plan-text [markdown]
+# ### A plan in two lines
+#
+# A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check and agree each time?
+# No. A *plan* does this once, and each call then only moves rows:
+#
+# ```python
+# plan = plan_gather_kv([k], layout, group)  # once per batch
+# (gathered,) = plan()                       # in every layer
+# ```
+#
+# {glossary: plan}
+#
+# `all_gather_kv` synchronizes twice per call: an agreement before any row is stored, and a barrier when all rows have
+# arrived. The next cell calls a plan on two ranks of its own.
+
+# %% plan-predict
+lesson.predict("plan", ...)
+
+
+# %% plan
+def layers(group):
+    import torch
+    from cpkit import stages
+    from cpkit.layout import prepare_context_parallel_metadata, shard
+    from cpkit.plan import plan_gather_kv
+
+    layout = prepare_context_parallel_metadata([13, 9], group.size)
+    whole = torch.arange(22.0)[:, None]  # one number per token
+    k = shard(whole, layout, group.rank)
+    plan = plan_gather_kv([k], layout, group)  # once per batch
+    k += 1000  # a layer writes its own rows into the same memory
+    with stages.record() as recorder:
+        (gathered,) = plan()  # in every layer
+    assert (gathered == whole + 1000).all()
+    return [span.stage for span in recorder.spans]
+
+
+# %% plan-run
+from cpkit_lessons.own_ranks import in_ranks
+
+stages = in_ranks(layers, 2)[0]
+print("stages of a call:", " → ".join(stages), "(exit is the barrier)")
+
+# %% plan-reveal
+lesson.reveal("plan", sum(stage in ("agree", "exit") for stage in stages))
+
+# %% plan-after [markdown]
+# The plan has two outputs and uses them in turn, as in exercise 2 of notebook 2. That is why it needs no agreement
+# before it stores. The price: a result is valid only until the next call. MPI calls the same idea a persistent
+# collective (`MPI_Allgatherv_init`). Notebook 3 shows what a plan gains on GPUs, where a call replays a CUDA graph of
+# one kernel.
 
 # %% s9 [markdown]
 # ## 9. Try it

@@ -21,7 +21,7 @@
 import cpkit
 from cpkit_lessons import symmetric as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -54,7 +54,7 @@ pd.DataFrame({"rank": range(cp), "address": addresses, "offset_bytes": put.offse
 # %% same-reveal
 same_offset = len(set(put.offsets)) == 1
 lesson.reveal("same", "offset" if same_offset else "address")
-assert same_offset, "else the memory is not symmetric"
+assert same_offset, "otherwise the memory is not symmetric"
 
 # %% address-text [markdown]
 # Did your addresses happen to be equal? They can be: on one GPU, four processes all received the same address. That is
@@ -77,7 +77,7 @@ assert same_offset, "else the memory is not symmetric"
 
 # %% e1
 def peer_pointer(pointer, me, peer, bases):
-    """Address of the same byte in the segment of `peer`."""
+    """Return the address of the same byte in the segment of `peer`."""
     # >>> your code
     #: return pointer
     return bases[peer] + (pointer - bases[me])
@@ -162,7 +162,7 @@ wrong = (unsafe.stale + unsafe.ahead) / unsafe.reads
 print(f"{unsafe.reads} reads: {unsafe.stale} stale, {unsafe.ahead} ahead: {wrong:.0%} wrong")
 for example in unsafe.examples[:3]:
     print(" ", example)
-assert wrong > 0, "without a barrier somebody reads too early or too late"
+assert wrong > 0, "without a barrier, some reads are too early or too late"
 
 # %% stale-reveal
 classes = {"under 1 %": wrong < 0.01, "1 to 10 %": 0.01 <= wrong <= 0.1, "over 10 %": wrong > 0.1}
@@ -205,7 +205,7 @@ lesson.predict("smallest", ...)
 
 # %% smallest
 shortest = smallest_failure(lesson.no_barrier, 2, 1)
-print(f"{shortest.states} states looked at")
+print(f"{shortest.states} states searched")
 print(shortest.failure)
 figures.show(figures.schedule_timeline(shortest.failure))
 
@@ -244,7 +244,7 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 
 # %% e2
 def exchange(me):
-    """Rounds of put and read in which every read holds the stamp of its own round."""
+    """Put and read in every round, so that every read finds the stamp of its own round."""
     for number in me.rounds:
         for peer in me.all_ranks:
             yield me.put(peer, number)
@@ -346,7 +346,7 @@ def exchange(me):
 # **About** 5 minutes, ★★☆
 
 # %% e3
-# Whose turn it is: 0 or 1, step by step.
+# The rank that takes each step: 0 or 1.
 # >>> your code
 #: order = [1, 1, 1, 0, 0, 0]
 order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
@@ -415,8 +415,8 @@ def ring(me):
 
 
 held = lesson.blocked_by(ring, size=8, slow=3)
-print("with signals: ", held, "of 7 are held up by rank 3")
-print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7")
+print("with signals: ", held, "of 7 ranks wait for rank 3")
+print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7 ranks")
 
 # %% held-reveal
 lesson.reveal("held", held)
@@ -443,7 +443,7 @@ figures.show(figures.schedule_timeline(overrun.failure))
 
 # %% e4
 def exchange_signals(me):
-    """Put to all peers and read from all peers, with signals alone."""
+    """Put to all peers and read from all peers, with signals only."""
     for number in me.rounds:
         # >>> your code
         #: for peer in me.peers:
@@ -465,7 +465,7 @@ def exchange_signals(me):
 lesson.check_signals(exchange_signals)
 
 
-# %% e4-mutant-nobody-says-free
+# %% e4-mutant-no-signal-free
 def exchange_signals(me):
     for number in me.rounds:
         for peer in me.peers:
@@ -536,6 +536,42 @@ def exchange_signals(me):
 # **Another way** Use a counter instead of a word: a signal writes the round, and a wait looks for "at least this
 # round". No word has to be cleared, and no signal can be lost. DeepEP and NCCL's symmetric kernels count in this way.
 
+# %% handover-text [markdown]
+# ### The same signals on real ranks
+#
+# The simulator has shown that your program is right in every order. What does it look like in a real engine?
+# `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
+# is one word per pair of ranks and direction. In this program it means `full` and `free` in turn.
+#
+# Engines use signals where one rank needs the data of one other rank: for example to pass activations to the next stage
+# of a pipeline, or to fetch the KV cache of a request from the rank that computed it.
+
+
+# %% handover
+def hand_over(group):
+    import torch
+    from cpkit.symm import put_signal, symmetric_pool, use_symmetric_memory, wait_signal
+
+    with use_symmetric_memory(group):
+        inbox = torch.zeros(1, dtype=torch.int64)
+    group.barrier()  # without it, a late rank would erase the first number with its zeros
+    peer, found = 1 - group.rank, []
+    at_peer = symmetric_pool(group).peer_view(inbox, peer)
+    for number in range(1, 1001):
+        at_peer[0] = number
+        put_signal(group, peer), wait_signal(group, peer)  # full: the numbers have arrived
+        found.append(int(inbox[0]))
+        put_signal(group, peer), wait_signal(group, peer)  # free: both have read them
+    return found
+
+
+# %% handover-run
+from cpkit_lessons.own_ranks import in_ranks
+
+found = in_ranks(hand_over, 2)
+assert found == [list(range(1, 1001))] * 2, "every number was read once, and none is stale"
+print("each of 2 ranks read 1000 numbers, all of them right")
+
 # %% s6 [markdown]
 # ## 6. The pool, and the cost of a spill
 #
@@ -588,7 +624,7 @@ for tokens in (largest, largest // 8, largest // 2 + 1):
     assert lab.gather(tokens, cp_size=cp, algorithm="direct", show=False).verified
 now = lab.pool.stats(cp)
 print("spills during three gathers:", int((now["spills"] - warm["spills"]).sum()))
-assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
+assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 
 # %% s7 [markdown]
 # ## 7. When is a block free?
@@ -634,7 +670,7 @@ assert not same.diverged
 
 # %% e5
 def may_free(dropped, me):
-    """Blocks that rank `me` frees at this meeting: a set."""
+    """Return the set of blocks that rank `me` frees in this exchange."""
     # >>> your code
     #: return dropped[me]
     return set.intersection(*dropped)
@@ -645,7 +681,7 @@ def may_free(dropped, me):
 lesson.check_may_free(may_free)
 
 
-# %% e5-mutant-anybody
+# %% e5-mutant-any-rank
 def may_free(dropped, me):
     return set.union(*dropped)
 
@@ -756,7 +792,7 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 
 # %% e6
 def fast_path(version, group, send, recv):
-    """One of "fallback", "racy", "sound"."""
+    """Return "fallback", "racy" or "sound"."""
 
     # >>> your code
     #: return "sound" if None not in send and None not in recv else "fallback"
@@ -916,7 +952,7 @@ cards = {}
 
 
 def run(case):
-    """Run one case, keep its post-mortem, and show it."""
+    """Run one case, store its post-mortem, and show it."""
     cards[case] = inject_fault(case)
     return cards[case]
 
@@ -1049,7 +1085,7 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 
 # %% e7
 def cause(ranks):
-    """One of CASES."""
+    """Return one of CASES."""
     # >>> your code
     #: return "skips_the_rendezvous"
     said = " ".join(rank.message + rank.reason for rank in ranks)
@@ -1145,7 +1181,7 @@ def cause(ranks):
 
 # %% e8
 def pull_gather(me, shard, out, tokens):
-    """Fill `out` with everybody's rows, in token order."""
+    """Fill `out` with the rows of all ranks, in token order."""
     # >>> your code
     #: yield me.store(shard)
     #: out[tokens[me.rank]] = yield me.load(me.rank, len(shard))
@@ -1246,6 +1282,63 @@ assert off.verified, "both are right; only the path differs"
 assert (on.path, off.path) == ("symmetric", "fallback")
 print("symmetric memory on: ", on.path)
 print("symmetric memory off:", off.path, "|", off.path_reason)
+
+# %% s11 [markdown]
+# ## 11. Straight into a paged cache
+#
+# Attention in a serving engine does not read a dense tensor. It reads a *paged cache*, whose pages are assigned to
+# requests one by one. So after the usual gather, one more pass inserts each row into its page. Can a rank store its
+# rows there directly?
+#
+# {glossary: paged cache}
+#
+# It can, if the cache is in symmetric memory. Every rank knows the pages of the request, so it knows the slot of each
+# token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache], slots=slots)` stores
+# each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 0 and 3.
+
+# %% slot-predict
+lesson.predict("slot", ...)
+
+
+# %% publish
+def publish(group):
+    import torch
+    from cpkit.gather import all_gather_kv
+    from cpkit.layout import prepare_context_parallel_metadata
+    from cpkit.symm import use_symmetric_memory
+
+    pages = torch.tensor([5, 0, 3])  # the pages of this request, of 4 slots each
+    slots = (pages[:, None] * 4 + torch.arange(4)).flatten()[:11]
+    with use_symmetric_memory(group):
+        cache = torch.full((24, 1), -1)  # 6 pages
+    layout = prepare_context_parallel_metadata([11], group.size)
+    rows = layout.rank_rows(group.rank)[:, None]  # each row holds the number of its token
+    all_gather_kv([rows], layout, group, into=[cache], slots=slots)
+    return cache.flatten().tolist()
+
+
+# %% publish-run
+caches = in_ranks(publish, 2)
+assert caches[0] == caches[1], "all ranks have the same cache"
+assert sorted(caches[0])[-11:] == list(range(11)), "every token is there, once"
+assert caches[0].count(-1) == 24 - 11, "no other slot was written"
+pages = pd.DataFrame([caches[0][4 * page : 4 * page + 4] for page in range(6)])
+pages.rename_axis("page").rename(columns="slot {}".format).replace(-1, "·")
+
+# %% slot-reveal
+lesson.reveal("slot", caches[0].index(6))
+
+# %% publish-after [markdown]
+# Each row was written once, straight to its final slot on both ranks. There is no padding, no strip, no reorder and no
+# insertion.
+#
+# vLLM calls this *direct publication*, and has three open pull requests for it. #49517 introduces it for one model,
+# with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric memory. #57115 uses
+# vLLM's own extensible cache, and maps it on all peers. In each of them, the kernel that computes a row also stores it
+# in the cache of every peer, and a release/acquire barrier follows. The gather remains as a fallback.
+#
+# Which ranks must agree before a page is reused? All of them: a peer may still read the page. `all_gather_kv` starts
+# with an agreement for this reason. A signal per peer would wait for fewer ranks.
 
 # %% progress
 lesson.progress()

@@ -20,7 +20,7 @@
 import cpkit
 from cpkit_lessons import performance as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -32,7 +32,7 @@ from cpkit_lessons import figures
 
 cp = world.cp_size
 MB = 1_000_000
-one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: a token has 2048 bytes
+one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per token
 
 # %% s1 [markdown]
 # ## 1. Units first
@@ -72,7 +72,7 @@ lesson.reveal("busbw", busbw)
 
 # %% e1
 def bandwidths(rank_bytes, time_us, cp_size):
-    """(algbw, busbw) in GB/s of a gather to which every rank gives `rank_bytes`."""
+    """Return (algbw, busbw) in GB/s of a gather in which every rank sends `rank_bytes`."""
     # >>> your code
     #: return 0.0, 0.0
     algbw_gbps = rank_bytes * cp_size / time_us / 1e3
@@ -144,7 +144,7 @@ def bandwidths(rank_bytes, time_us, cp_size):
 
 # %% e2
 def light_us(total_bytes, cp_size, alpha_us, link_gbps):
-    """Least time of a gather of `total_bytes` in all."""
+    """Return the least time, in µs, of a gather whose result has `total_bytes`."""
     # >>> your code
     #: return 0.0
     received_bytes = total_bytes * (cp_size - 1) / cp_size
@@ -194,7 +194,7 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # %% light tags=["nbval-ignore-output"] budget_s=60
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=12, **one) for n in sizes}
-least = (cp + 1) / (2 * cp)  # of what the copies move
+least = (cp + 1) / (2 * cp)  # bytes of a gather / bytes that the copies move
 meet_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
 light = {n: meet_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
@@ -228,7 +228,9 @@ figures.show(figures.timeline(padded.table, "padded"))
 
 # %% trace-direct tags=["nbval-ignore-output"]
 direct = lab.trace(traced, cp, algorithm="direct")
-assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), "those passes are gone"
+assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), (
+    "direct does not need these passes"
+)
 figures.show(figures.timeline(direct.table, "direct"))
 reports = Path("reports")
 reports.mkdir(exist_ok=True)
@@ -260,7 +262,7 @@ print(
 print(
     "median of each rank, no barrier (µs):   ", np.median(unfair.times_us("direct"), axis=0).round()
 )
-assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits inside its clock"
+assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits while its clock runs"
 
 # %% late-reveal
 lesson.reveal("late", unfair.median_us("direct") / 1000)
@@ -277,9 +279,9 @@ lesson.predict("damage", ...)
 from cpkit_lessons.mistakes import Mistake, noisy_neighbour
 
 tokens = world.of(4096)
-lab.pool.configure(world.of(1 << 20), cp)  # a small arena: the first gather must make a new segment
+lab.pool.configure(world.of(1 << 20), cp)  # a small arena, so the first gather makes a new segment
 cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
-lab.pool.configure(cp_size=cp)  # the default again
+lab.pool.configure(cp_size=cp)  # the default arena again
 warm = lab.clock(["direct", "copy", "copy_fresh", "collective", "launch"], tokens, cp, **one)
 times = warm.times_us("direct")  # [iterations, ranks]
 slowest = times.max(axis=1)
@@ -296,7 +298,7 @@ print(warm)
 # pair of times, and one ratio.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
-with noisy_neighbour():  # another process uses the machine for the first half of the time
+with noisy_neighbour():  # other threads use the machine for the first half of the time
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
@@ -381,7 +383,7 @@ lesson.reveal("damage", tuple(order))
 
 # %% e3
 def gather_us(times_us, warmup):
-    """Typical time of one gather, in µs."""
+    """Return the typical time of one gather, in µs."""
     # >>> your code
     #: return times_us.mean()
     slowest = times_us[warmup:].max(axis=1)
@@ -454,7 +456,7 @@ table[names.split()].round(3)
 # %% sweep-check
 row = table.iloc[0]
 expected = row["size_bytes"] / row["time_us"] / 1e3 * (cp - 1) / cp
-assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the same units"
+assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the units of section 1"
 largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_us"]
 assert largest["direct"] < largest["padded"]
 
@@ -490,8 +492,8 @@ lesson.predict("alpha", ...)
 # %% fit tags=["nbval-ignore-output"]
 mine = table[table["algorithm"] == "direct"]
 alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
-if us_per_byte <= 0:  # on a GPU, launching may take longer than all of these bytes
-    print("no slope to be seen: beta is the light's")
+if us_per_byte <= 0:  # on a GPU, the launch can take longer than all of these bytes
+    print("the times do not grow with the size, so beta is that of the bound")
     us_per_byte = (light[sizes[-1]] - light[sizes[0]]) / (sizes[-1] - sizes[0])
 print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
 errors = (alpha_us + us_per_byte * mine["size_bytes"]) / mine["time_us"] - 1
@@ -516,11 +518,11 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 
 # %% e4
 def fit(sizes_bytes, times_us):
-    """(alpha_us, us_per_byte) of the line that fits best, relatively."""
+    """Return (alpha_us, us_per_byte) of the line with the least relative error."""
     # >>> your code
     #: us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1)
     #: return alpha_us, us_per_byte
-    weights = 1 / np.asarray(times_us)  # an error of 1 % counts alike everywhere
+    weights = 1 / np.asarray(times_us)  # an error of 1 % counts the same at every size
     us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1, w=weights)
     return alpha_us, us_per_byte
     # <<<
@@ -591,7 +593,7 @@ passes
 
 # %% e5
 def price_us(rows, total, copy_us, wire_us, meet_us):
-    """What a gather of `total` rows costs by its own account, in µs."""
+    """Return the price of a gather of `total` rows, in µs."""
     # >>> your code
     #: return 2 * meet_us + wire_us
     passes_us = 0.0
@@ -725,7 +727,7 @@ figures.show(figures.stage_split(split))
 
 # %% e6
 def copies(tokens):
-    """(row, token, length) of each copy; together they move every row to its token's place."""
+    """Return (row, token, length) of each copy; together they move every row to its token."""
     # >>> your code
     #: return [(0, tokens[0], len(tokens))] if tokens else []
     plan = []
@@ -877,11 +879,11 @@ import math
 
 
 def break_even_bytes(slow, fast, gain):
-    """Size where slow takes `gain` times as long as fast."""
+    """Return the size at which slow takes `gain` times as long as fast."""
     # >>> your code
     #: return math.inf
-    saved_us = slow[0] - gain * fast[0]  # what alpha still gives
-    lost_us_per_byte = gain * fast[1] - slow[1]  # what each byte takes away
+    saved_us = slow[0] - gain * fast[0]  # gained by the smaller alpha
+    lost_us_per_byte = gain * fast[1] - slow[1]  # lost again with each byte
     if lost_us_per_byte <= 0:
         return 0.0 if saved_us <= 0 and lost_us_per_byte == 0 else math.inf
     return max(0.0, saved_us / lost_us_per_byte)
@@ -979,6 +981,50 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 # delays the product most, and it also moves the most bytes. So measure both sides: the delay of the product is not the
 # time of the gather.
 
+# %% kernels-text [markdown]
+# ### What NCCL really did
+#
+# How do you know that your buffers took the fast path? The result looks the same on either path, so you have to ask
+# NCCL. Notebook 2 predicts the path from buffer, group, offset and version. NCCL reports its choice only in its log
+# (`NCCL_DEBUG=INFO`, `NCCL_DEBUG_SUBSYS=TUNING`). `lab.explain(…, observe=True)` switches this log on for a single
+# gather, and returns what NCCL selected.
+#
+# With one GPU per rank, the next cell observes your own NCCL. Otherwise it shows a record of two H100s with NCCL
+# 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
+# (`padded_symm_recv`), or both (`padded_symm`).
+
+# %% kernels-predict
+lesson.predict("kernels", ...)
+
+# %% kernels
+from cpkit_lessons import nccl_choices
+
+recorded = nccl_choices.recorded()
+live = nccl_choices.live(lab, cp)  # None, unless each rank has a GPU of its own
+choices = recorded if live is None else live
+print(choices.source)
+choices.table
+
+# %% kernels-reveal
+symmetric = recorded.table["observed"].str.startswith("symmetric")
+lesson.reveal("kernels", recorded.table[symmetric]["algorithm"].nunique())
+
+# %% kernels-check
+observed_path = choices.table["observed"].str.split(":").str[0]
+assert (observed_path == choices.table["predicted"]).all(), "the rule of notebook 2 holds"
+
+# %% kernels-after [markdown]
+# Every prediction is right. Read the names of the kernels too:
+#
+# - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
+#   small messages.)
+# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
+#   its time is not one line.
+# - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 4 to 9 of them, and the ring
+#   21 to 24. So it leaves more of the GPU to other kernels.
+#
+# To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
+
 # %% s10 [markdown]
 # ## 10. Live
 #
@@ -1053,7 +1099,7 @@ for size in (1 * MB, 256 * MB):
     ratios[size] = two_us / one_us
     print(f"{size / MB:3.0f} MB modelled: NVL72 {one_us:.0f} µs, two nodes {two_us:.0f} µs")
 gain = two_nodes.symmetric_gain(1 * MB, 16)
-print(f"what symmetric memory gains over two nodes: {gain:.2f} × (this model assumes none there)")
+print(f"gain of symmetric memory over two nodes: {gain:.2f} × (this model assumes no gain there)")
 
 # %% nodes-reveal
 lesson.reveal("nodes", ratios[256 * MB])
@@ -1134,7 +1180,7 @@ import json
 content = json.loads(data.read_text())
 assert len(content["sweep"]) == len(table)
 assert {"commit", "torch", "cores", "date"} <= content["environment"].keys()
-assert "http" not in page.read_text(), "one file, nothing to load"
+assert "http" not in page.read_text(), "the page loads nothing from the network"
 
 # %% progress
 lesson.progress()
@@ -1146,8 +1192,8 @@ lesson.progress()
 # - Barrier before the clock, warm-up, slowest rank, median, in turn. Leave one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
 #   buffers registered, the gain is largest near 4 MB, and absent at 0.26 and 268 MB. `plan` is 2.0 to 2.8 times as fast
-#   there as SGLang's pipeline at all sizes. Without the passes after the wire alone, that pipeline would be 1.2 to 1.9
-#   times as fast (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+#   there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times as long as its
+#   collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Call time compares Python, and device time compares algorithms.
 # - NCCL does not tell you which kernel it uses. Its log does.
 # - Count passes before you write a kernel.

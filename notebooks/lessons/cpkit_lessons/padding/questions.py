@@ -229,3 +229,19 @@ def bill(world: World) -> Prediction:
         "each. "
         "direct writes each row once, at its final position.",
     )
+
+
+LESSON.ask(
+    "plan",
+    "all_gather_kv synchronizes twice per call. How many times does a call of a plan synchronize?",
+    answer=1,
+    between=(0, 2),
+    tolerance=0.01,
+    wrong={
+        0: "Without any barrier, a rank would not know when the rows of its peers have arrived.",
+        2: "The first of the two is the agreement, and the ranks have agreed when they made the "
+        "plan.",
+    },
+    why="Only the barrier after the stores remains. The agreement happens once, when the plan is "
+    "made.",
+)

@@ -201,6 +201,23 @@ LESSON.ask(
     "symmetric kernel 16.5, and pad, strip and reorder 5 in both.",
 )
 LESSON.ask(
+    "kernels",
+    "Two H100s gather with NCCL 2.28.9, with no buffer registered, with the receive buffer only, "
+    "or "
+    "with both. For how many of these three does NCCL select a symmetric kernel?",
+    answer=1,
+    between=(0, 3),
+    tolerance=0.01,
+    wrong={
+        0: "Registration has an effect: with both buffers registered, NCCL does select one.",
+        2: "That is right since 2.29, which requires the receive buffer only.",
+        3: "Without a registered buffer, a kernel has no window of its peers to store into.",
+    },
+    why="2.28.9 requires both buffers. With the receive buffer alone it keeps its ring, and "
+    "reports "
+    "nothing: this was the state of sglang#24040 when it was merged.",
+)
+LESSON.ask(
     "nodes",
     "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
     "per GPU), or a part of one NVL72 (NVLink 720 GB/s). By the model, how many times as long do "

@@ -157,6 +157,28 @@ LESSON.ask(
     "receive buffer is enough. sglang#37337 counted 0 symmetric calls and 499 over the ring.",
 )
 
+LESSON.ask(
+    "slot",
+    "Pages have 4 slots, and the request has the pages 5, 0 and 3, in this order. Which slot of "
+    "the "
+    "cache holds token 6?",
+    answer=2,
+    between=(0, 23),
+    tolerance=0.01,
+    wrong={
+        6: "That is its position in token order. The cache stores it in one of the request's "
+        "pages.",
+        22: "That is slot 2 of page 5, the first page of the request. Token 6 is in the second "
+        "page.",
+        14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
+        "page.",
+        1: "Page 0 is right. But tokens and slots count from 0: token 4 is in slot 0 of that page.",
+    },
+    why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
+    "slot 2 "
+    "of that page: 0 · 4 + 2.",
+)
+
 
 def _ask_symptom(case: str, what: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
     LESSON.ask(
