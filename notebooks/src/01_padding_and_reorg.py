@@ -385,8 +385,8 @@ def padded_len(lengths, cp_size):
 # ## 4. The real gather, stage by stage
 #
 # What does a serving engine actually do with these shards in each layer? Now the workers run it for you.
-# `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round, rank, sequence and token. The
-# workers compare every byte of the result with the stamp that belongs there.
+# `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the gather), rank,
+# sequence and token. The workers compare every byte of the result with the stamp that belongs there.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -668,8 +668,9 @@ lesson.reveal("order", int(right.sum()))
 
 # %% order-text [markdown]
 # Nothing crashed, and every shape was right. That is the danger of wrong order: no error reports it. Without a mask, as
-# when one token is decoded, the order does not matter. With a causal mask or a sliding window it does. Positions are
-# usually no obstacle, because RoPE is applied before the keys are cached, so each key already contains its position.
+# when one token is decoded, the order does not matter. With a causal mask or a sliding window it does. The positions of
+# the tokens are usually no obstacle: the rotary embedding (RoPE) is applied before the keys are cached, so each key already
+# contains its position.
 
 # %% e6-task [markdown]
 # ### Exercise 6 · Context-parallel attention

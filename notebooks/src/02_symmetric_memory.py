@@ -146,7 +146,7 @@ figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 # ## 3. Remove the barriers
 #
 # How bad is it to forget a wait? First the correct loop, for 1000 rounds on the real ranks. In each round, all ranks
-# put, meet at a barrier, read, and meet at a second barrier.
+# put, wait at a barrier, read, and wait at a second barrier.
 
 # %% with-barrier
 safe = lab.put(cp, rounds=1000, barrier=True)
@@ -629,7 +629,7 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # %% s7 [markdown]
 # ## 7. When is a block free?
 #
-# A pool gives each new block the lowest free offset. That offset is equal on all ranks, as long as all ranks have freed
+# A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have freed
 # the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on each
 # rank. In this example, rank 1 still holds block 1 when the next gather buffer is allocated.
 
@@ -658,7 +658,7 @@ assert not same.diverged
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
-# **Goal** In every exchange, the ranks tell each other which blocks they have released: `dropped[r]` is the set of rank
+# **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of rank
 # r. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must always be equal on
 # all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than necessary.
 #

@@ -31,6 +31,7 @@ import pandas as pd
 from cpkit_lessons import figures
 
 cp = world.cp_size
+pd.set_option("display.max_colwidth", None)
 MB = 1_000_000
 one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per token
 
@@ -193,7 +194,7 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
-probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=12, **one) for n in sizes}
+probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
 least = (cp + 1) / (2 * cp)  # bytes of a gather / bytes that the copies move
 meet_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
 light = {n: meet_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
@@ -282,7 +283,8 @@ tokens = world.of(4096)
 lab.pool.configure(world.of(1 << 20), cp)  # a small arena, so the first gather makes a new segment
 cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
 lab.pool.configure(cp_size=cp)  # the default arena again
-warm = lab.clock(["direct", "copy", "copy_fresh", "collective", "launch"], tokens, cp, **one)
+calls = ["direct", "copy", "copy_fresh", "collective", "launch"]
+warm = lab.clock(calls, tokens, cp, iterations=12, **one)
 times = warm.times_us("direct")  # [iterations, ranks]
 slowest = times.max(axis=1)
 right = np.median(slowest)
@@ -294,7 +296,7 @@ print(warm)
 # end.
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. First the two runs follow each other, while
-# another process disturbs the first one. Then both are measured in turn (A B A B …), so that each iteration gives one
+# other threads disturb the first one. Then both are measured in turn (A B A B …), so that each iteration gives one
 # pair of times, and one ratio.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
@@ -448,7 +450,7 @@ lesson.predict("ranking", ...)
 
 # %% sweep tags=["nbval-ignore-output"] budget_s=90
 algorithms = ["padded", "padded_symm", "direct"]
-table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=8, **one)
+table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=5, **one)
 assert len(table) == len(sizes) * len(algorithms)
 names = "size_bytes count type algorithm time_us algbw_gbps busbw_gbps path"
 table[names.split()].round(3)
@@ -651,7 +653,7 @@ lesson.predict("passes", ...)
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
 medium = sizes[-1] // 4 // 2048  # tokens
-run = lab.clock(calls, medium, cp, iterations=10, **one)
+run = lab.clock(calls, medium, cp, iterations=7, **one)
 costs = {name: run.median_us(name) for name in calls}
 predicted = {
     name: lesson.price(rows[name], sum(batch), costs["copy"], costs[wire], costs["barrier"])
@@ -1064,7 +1066,7 @@ panel.controls.cp_size.value = cp
 # The panel needs a running kernel. This picture shows what it displays:
 
 # %% still tags=["nbval-ignore-output"]
-panel.wait(samples=15)
+panel.wait(samples=8)
 figures.show(panel.panel.still())
 for sample in panel.samples[-2:]:
     print(sample)
@@ -1156,7 +1158,7 @@ for recording in recordings.newest(known, cp):
 repeat = f"""import cpkit
 with cpkit.connect(nproc={lab.world_size}) as lab:
     print(lab.sweep(sizes_bytes={sizes}, cp_sizes=[{cp}],
-                    algorithms={algorithms}, iterations=8, tensors=1))
+                    algorithms={algorithms}, iterations=5, tensors=1))
 """
 print(repeat)
 

@@ -44,10 +44,9 @@ def in_ranks(program: Callable[..., Any], size: int) -> list[Any]:
         (folder / "program.py").write_text(source, encoding="utf-8")
         command = ["cpkit_lessons.one_rank", program.__name__, str(folder)]
         with processes(command, size, folder) as started:
-            codes = wait(started, LIMIT_S)
-        for rank, code in enumerate(codes):
-            if code != 0:
-                raise RuntimeError(f"rank {rank} failed: {last_line(folder, rank)}")
+            failed = _first_failure(started)
+        if failed is not None:
+            raise RuntimeError(f"rank {failed} failed: {last_line(folder, failed)}")
         return [msgspec.json.decode((folder / f"{rank}.json").read_bytes()) for rank in range(size)]
 
 
@@ -59,8 +58,9 @@ def processes(
 
     Rank r writes its output to `{r}.log` in `folder`.
     """
+    inherited = {name: value for name, value in os.environ.items() if name != "CPKIT_DEADLINE_S"}
     common = {
-        **os.environ,
+        **inherited,  # without the deadline of the workers: these ranks have their own
         # The ranks import the same two packages as this process, wherever these were found.
         "PYTHONPATH": os.pathsep.join(str(Path(f).parents[1]) for f in (cpkit.__file__, __file__)),
         "CPKIT_SYMM_PREALLOC_GB": "0.002",  # starts quickly
@@ -86,6 +86,21 @@ def processes(
         for process in started:
             process.kill()
             process.wait()
+
+
+def _first_failure(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Return the rank that failed first, or that did not end in LIMIT_S; None if all succeeded.
+
+    The peers of a failed rank may wait for it, so they are not waited for.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in started]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed or None not in codes:
+            return min(failed, default=None)
+        time.sleep(0.02)
+    return codes.index(None)
 
 
 def wait(started: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> list[int | None]:
