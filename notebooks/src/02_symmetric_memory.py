@@ -543,8 +543,8 @@ def exchange_signals(me):
 # `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
 # is one word per pair of ranks and direction. In this program it means `full` and `free` in turn.
 #
-# Engines use signals where one rank needs the data of one other rank: for example to pass activations to the next stage
-# of a pipeline, or to fetch the KV cache of a request from the rank that computed it.
+# Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
+# pipeline, or to fetch the KV cache of a request from the rank that computed it.
 
 
 # %% handover
@@ -1334,8 +1334,8 @@ lesson.reveal("slot", caches[0].index(6))
 #
 # vLLM calls this *direct publication*, and has three open pull requests for it. #49517 introduces it for one model,
 # with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric memory. #57115 uses
-# vLLM's own extensible cache, and maps it on all peers. In each of them, the kernel that computes a row also stores it
-# in the cache of every peer, and a release/acquire barrier follows. The gather remains as a fallback.
+# vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final rows in the cache of
+# every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
 #
 # Which ranks must agree before a page is reused? All of them: a peer may still read the page. `all_gather_kv` starts
 # with an agreement for this reason. A signal per peer would wait for fewer ranks.

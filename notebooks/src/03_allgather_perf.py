@@ -793,9 +793,9 @@ def copies(tokens):
 # %% s8 [markdown]
 # ## 8. The price of padding
 #
-# Is padding worth optimizing? For one long sequence it costs almost nothing. For many short sequences it does. Compare
-# two batches with the same number of tokens: 64 sequences of 2·cp + 1 tokens (9 tokens on 4 ranks), and a few more
-# sequences of exactly 2·cp tokens.
+# Is padding worth optimizing? For one long sequence, padding costs almost nothing. For many short sequences it costs
+# much more. Compare two batches with the same number of tokens: 64 sequences of 2·cp + 1 tokens (9 tokens on 4 ranks),
+# and a few more sequences of exactly 2·cp tokens.
 
 # %% padding-predict
 lesson.predict("padding", ...)
@@ -932,8 +932,8 @@ def break_even_bytes(slow, fast, gain):
 #
 # Which algorithm should an engine choose, if the answer depends on how you measure? A call on a GPU takes time in two
 # places. The *host* checks the arguments, allocates memory and launches kernels. The *device* then runs the kernels. A
-# Python loop that waits after each call measures both. A serving engine captures the kernels in a CUDA graph once and
-# replays it, so it pays only for the device.
+# Python loop that waits after each call measures both. A serving engine captures the kernels in a CUDA graph once, and
+# replays the graph, so it pays only for the device.
 #
 # {glossary: call time; host time; device time}
 #
@@ -958,7 +958,7 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # %% clocks-after [markdown]
 # The two clocks rank the variants in different orders. Call time mostly compares the amount of Python. `seed` is four
 # lines of torch, and `padded_symm` also agrees with its peers on the call, and allocates in the pool. On the device the
-# order turns: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
+# order is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
 # the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (`padded` on a GPU
@@ -1220,7 +1220,6 @@ lesson.progress()
 # **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables
 # of Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
 #
-# **An open problem** No serving engine that we read gathers ragged KV straight to its final position yet: vLLM#49517,
-# #52863 and
-# #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache (notebook 2). What would it take to *quantize* on the
-# way, so that FP8 crosses the wire and no byte is copied twice? Count the passes first.
+# **An open problem** No serving engine that we read gathers ragged KV straight to its final position yet: vLLM#49517, #52863
+# and #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache (notebook 2). What would it take
+# to *quantize* on the way, so that FP8 crosses the wire and no byte is copied twice? Count the passes first.
