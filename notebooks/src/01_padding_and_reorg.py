@@ -1,41 +1,46 @@
 # %% title [markdown]
 # # 1 · Padding and reorganization
 #
-# A long prompt keeps one GPU busy for too long. Context parallelism cuts the sequence: every rank computes a few
-# of its tokens. But attention needs the keys and values of **all** tokens. So the ranks gather the KV cache:
-# pad, all-gather, strip, reorder. Here real processes do it, and you write each step.
+# A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
+# over several GPUs. Each GPU has one process, called a *rank*. But attention on every rank needs the keys and values of
+# **all** tokens. So the ranks gather the KV cache in every layer: they pad their rows to one length, exchange them,
+# strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of each long request. In
+# this notebook real processes run it, and you write each step.
 #
-# **Time** 70 minutes. **Needs** any laptop: the ranks are CPU processes. **Know before** tensors, and what a KV cache is.
+# **Time** 70 minutes. **Needs** any laptop: the ranks are CPU processes. **Know before** tensors, and what a KV cache
+# is.
 #
-# You will be able to
-# 1. say which rank owns token *t*, and what that costs in causal attention;
+# After this notebook you can
+# 1. say which rank owns token *t*, and what that choice costs in causal attention;
 # 2. compute how many rows are padding, and name the formula that gets it wrong;
 # 3. write strip and reorder as one index;
 # 4. show why attention needs token order;
-# 5. write a check that no broken gather survives.
+# 5. write a check that rejects every broken gather.
 #
-# {glossary: token, row; cp_size, cp_rank; block; per_rank_actual_token; max_rank_len; rank order; token order; provenance; mutant}
+# {glossary: rank, collective; token, row; shard; slot; cp_size, cp_rank; block; per_rank_actual_token; max_rank_len; rank order; token order; provenance; mutant}
 #
 # In every figure **a colour is a rank**, **hatching is padding**, and **red is wrong**.
 #
-# Each section goes the same way: **predict** a number, **run**, **compare**. Put your number in place of `...`. A wrong
-# guess costs nothing, and teaches more than none. Exercises are checked at once; hints are folded below them.
+# Every section follows the same loop: **predict** a number, **run** the cell, and **compare**. To predict, replace
+# `...` by your number. A wrong guess costs nothing, and you remember its explanation. Exercises are checked at once,
+# and their hints are folded below them.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
 from cpkit_lessons import padding as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
 # %% connect-text [markdown]
-# That found running worker processes, or started four with `torchrun`. This notebook is not one of them: it
-# sends them orders over a socket. Workers that it started end with its kernel.
+# The cell above connected to worker processes that were already running, or started four with `torchrun`. These workers
+# are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that it
+# started end together with its kernel.
 #
-# The notebook follows the workers: `cp` below is the number of ranks of each gather. To see it with 2 or 8 ranks, start the workers
-# yourself (`./launch_workers.sh stop`, then `./launch_workers.sh --nproc 2`), and run all cells again. The outputs that are
-# saved in this file are those of 4 ranks.
+# `cp` below is the number of ranks in each gather. It follows the workers. To use 2 or 8 ranks, stop the workers
+# (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The outputs
+# that are saved in this file come from 4 ranks.
 
 # %% setup
 import torch
@@ -47,11 +52,14 @@ cp = world.cp_size
 # %% s1 [markdown]
 # ## 1. Who owns token t?
 #
-# One sequence of 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* says who owns what.
+# Before a rank can gather anything, it must know which rows are where. The scheduler of a serving engine decides that
+# for each batch, and every rank derives the same answer from the lengths alone, without a message.
 #
-# - **zigzag**: cut into 2·cp blocks; rank r owns block r and block 2·cp−1−r.
-# - **interleave**: token t goes to rank t mod cp.
-# - **contiguous**: one block per rank.
+# Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
+#
+# - **zigzag** cuts the sequence into 2·cp blocks. Rank r owns blocks r and 2·cp−1−r.
+# - **interleave** assigns token t to rank t mod cp.
+# - **contiguous** assigns one block to each rank.
 
 # %% owner-predict
 lesson.predict("owner", ...)
@@ -67,8 +75,8 @@ asked = 3 * cp + 5  # the token in question
 lesson.reveal("owner", int(layouts["zigzag"].owners()[asked]))
 
 # %% bijection-text [markdown]
-# Whatever the strategy: every token has exactly one owner. `rank_rows(rank)` lists a rank's tokens. Over
-# all ranks that is a permutation.
+# Under every strategy, each token has exactly one owner. `rank_rows(rank)` lists the tokens of a rank in the order in
+# which the rank stores them. The lists of all ranks together are a permutation of the tokens.
 
 # %% bijection
 for name, layout in layouts.items():
@@ -80,22 +88,23 @@ for name, layout in layouts.items():
 # %% e1-task [markdown]
 # ### Exercise 1 · Who owns token t?
 #
-# **Goal** Write `owner`: the rank that owns a token of one zigzag sequence, of any length of at least 2·cp tokens.
+# **Goal** Write `owner`: the rank that owns a token of one zigzag sequence. The sequence has at least 2·cp tokens, and
+# its length need not be divisible by 2·cp.
 #
-# **Example** 9 tokens over 2 ranks are blocks of 3, 2, 2, 2 tokens: the first `9 % 4` blocks are one longer.
-# Tokens 0, 1, 2 are block 0, so `owner(2, 9, 2)` is 0. Token 3 is in block 1: `owner(3, 9, 2)` is 1. Token 8 is in
-# block 3, the mirror of block 0: `owner(8, 9, 2)` is 0.
+# **Example** 9 tokens over 2 ranks form blocks of 3, 2, 2 and 2 tokens: the first `9 % 4` blocks have one token more.
+# Tokens 0, 1 and 2 are in block 0, so `owner(2, 9, 2)` is 0. Token 3 is in block 1, so `owner(3, 9, 2)` is 1. Token 8
+# is in block 3, the mirror image of block 0, so `owner(8, 9, 2)` is 0.
 #
 # **About** 7 minutes, ★★☆
 
 
 # %% e1
 def owner(token, length, cp_size):
-    """Rank that owns a token of a zigzag sequence of `length` tokens."""
+    """Return the rank that owns a token of a zigzag sequence of `length` tokens."""
     # >>> your code
     #: return 0
     size, longer = divmod(length, 2 * cp_size)
-    edge = longer * (size + 1)  # here the longer blocks end
+    edge = longer * (size + 1)  # the longer blocks end here
     block = token // (size + 1) if token < edge else longer + (token - edge) // size
     return min(block, 2 * cp_size - 1 - block)
     # <<<
@@ -136,27 +145,29 @@ def owner(token, length, cp_size):
 
 
 # %% e1-help [markdown]
-# Two questions, one after the other: which block is the token in? Whose block is that?
+# Answer two questions, one after the other. Which block contains the token? Which rank owns that block?
 #
 # ---
-# `divmod(length, 2 * cp_size)` gives the size of a block, and how many blocks are one token longer. Those come first.
-# They end at token `longer * (size + 1)`.
+# `divmod(length, 2 * cp_size)` returns the size of a block, and how many blocks have one token more. The longer blocks
+# come first. The last of them ends at token `longer * (size + 1)`.
 #
 # ---
-# Two cases: `token // (size + 1)` before that edge; after it `longer +` the blocks of `size` tokens since the edge.
-# Then the smaller of `block` and its mirror.
+# Before that edge the block is `token // (size + 1)`. After it, the block is `longer` plus the number of whole blocks
+# of `size` tokens since the edge. The owner is the smaller of `block` and its mirror image `2 * cp_size - 1 - block`.
 #
 # ---
-# **Why** Block b and its mirror 2·cp−1−b belong to the same rank, and the smaller of the two *is* the rank.
+# **Why** Block b and its mirror image 2·cp−1−b belong to the same rank, and the smaller of the two numbers is that
+# rank.
 #
-# **Another way** List the owners once: repeat `[0, 1, …, cp−1, cp−1, …, 1, 0]` by the block sizes, and look the token up.
-# That is what a real system does: SGLang keeps the block sizes as `split_list`.
+# **Another way** List the owner of each token once: repeat the entries of `[0, 1, …, cp−1, cp−1, …, 1, 0]` by the block
+# sizes, and look the token up. Real systems do this: SGLang stores the block sizes as `split_list`.
 
 # %% s2 [markdown]
 # ## 2. Why zigzag?
 #
-# Attention is causal: token t looks at t + 1 keys. So late tokens cost more, and "the same number of tokens" is not
-# "the same work".
+# Why would an engine choose such a complicated order? Because attention is causal: token t attends to t + 1 keys, so
+# late tokens cost more than early ones. Ranks with equally many tokens can have very different amounts of work, and the
+# slowest rank sets the time.
 
 # %% work-predict
 lesson.predict("work", ...)
@@ -173,26 +184,31 @@ figures.show(figures.work_bars(work))
 lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 
 # %% work-text [markdown]
-# All ranks wait for the slowest. Zigzag pairs each early block with a late one, and all finish together. Interleave is
-# balanced too, the better the longer the sequence. Zigzag is the default because of its long runs: a rank holds two per
-# sequence, which two copies move and two attention calls read, where interleave has one run per token. PyTorch's context parallelism calls the same idea the head-tail balancer, and asks for a length that
-# divides by 2·world. `contiguous` keeps neighbours together and pays with balance (open as sglang#34059).
+# All ranks wait for the slowest one. Zigzag pairs each early block with a late one, so all ranks finish at the same
+# time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
+#
+# Zigzag is the usual default because its rows are contiguous in long runs. A rank holds two runs per sequence, so two
+# copies move them and two attention calls read them. With interleave, each token is a run of its own. PyTorch's context
+# parallelism calls the same idea the head-tail balancer, and requires a length that is divisible by 2·world.
+# `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced work (sglang#34059 discusses it and is
+# still open).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
 #
-# **Goal** Write `keys_seen` for a batch: `tokens` are a rank's rows as indices into the flattened batch, `lengths` the
-# tokens of each sequence. Each token looks at itself and at what comes before it **in its own sequence**.
+# **Goal** Write `keys_seen` for a batch. `tokens` are the rows of one rank, as indices into the flattened batch.
+# `lengths` are the numbers of tokens in each sequence. Each token attends to itself and to all earlier tokens **of its
+# own sequence**.
 #
-# **Example** `lengths` [3, 2] are tokens 0 1 2 and 3 4. A rank with tokens 1 and 3 looks at 2 keys (0, 1) and 1 key
-# (3 alone): `keys_seen(tensor([1, 3]), [3, 2])` is 3.
+# **Example** With `lengths` [3, 2], tokens 0, 1, 2 are one sequence, and tokens 3, 4 another. A rank that holds tokens
+# 1 and 3 attends to 2 keys (0 and 1) plus 1 key (3 alone), so `keys_seen(tensor([1, 3]), [3, 2])` is 3.
 #
 # **About** 4 minutes, ★☆☆
 
 
 # %% e2
 def keys_seen(tokens, lengths):
-    """Keys that the rank's tokens look at, all together: an int."""
+    """Return the number of keys that these tokens attend to, as an int."""
     # >>> your code
     #: return int((tokens + 1).sum())
     ends = torch.tensor(lengths).cumsum(0)
@@ -226,31 +242,33 @@ def keys_seen(tokens, lengths):
 
 
 # %% e2-help [markdown]
-# The starter is right for one sequence. In the second one, at which index does the counting begin?
+# The starter is right for a batch of one sequence. At which index does the counting begin in the second sequence?
 #
 # ---
-# The place of a token in its sequence is its index minus the start of its sequence. It looks at that many keys, plus one.
+# The position of a token in its sequence is its index minus the start of the sequence. The token attends to that many
+# keys, plus one.
 #
 # ---
-# `ends = lengths.cumsum`, `starts = ends - lengths`, and `torch.searchsorted(ends, tokens, right=True)` says which
-# sequence each token is in.
+# `ends = torch.tensor(lengths).cumsum(0)`, `starts = ends - torch.tensor(lengths)`, and `torch.searchsorted(ends,
+# tokens, right=True)` returns the sequence that contains each token.
 #
 # ---
-# **Why** `right=True` matters: the token whose index equals an end is the *first* of the next sequence.
+# **Why** `right=True` matters: a token whose index equals an end is the *first* token of the next sequence.
 #
-# **Another way** `torch.cat([torch.arange(1, n + 1) for n in lengths])[tokens].sum()`: list the keys of every token once,
-# and pick the rank's. Shorter, and it costs memory for the whole batch.
+# **Another way** `torch.cat([torch.arange(1, n + 1) for n in lengths])[tokens].sum()` lists the keys of every token
+# once, and selects those of the rank. It is shorter, but it needs memory for the whole batch.
 
 # %% s3 [markdown]
 # ## 3. Why pad?
 #
-# A real batch is ragged. Here are two sequences, of 13 and 9 tokens (25 and 17 if you run 8 ranks). Zigzag cannot spread them
-# evenly over the ranks.
+# A real batch is ragged: its sequences have different lengths. Here are two sequences, of 13 and 9 tokens (25 and 17
+# tokens if you run 8 ranks). Zigzag cannot spread them evenly, so some ranks hold more rows than others. Why not gather
+# shards of different sizes?
 #
-# There are gathers for uneven sizes: `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different
-# lengths. But NCCL's all-gather takes one size for all ranks, so torch runs such a list as one broadcast per rank
-# (`ProcessGroupNCCL.cpp`), and those do not use the symmetric kernels of an all-gather, which notebook 2 is about. So each rank
-# pads to the longest.
+# Such gathers exist. MPI has `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different lengths.
+# But NCCL's all-gather takes one size for all ranks. For an uneven list torch therefore runs one broadcast per rank
+# (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use the fast kernels for symmetric memory, which notebook 2
+# introduces. So the usual solution is to pad: every rank extends its shard to the length of the longest one.
 
 # %% waste-predict
 lesson.predict("waste", ...)
@@ -268,18 +286,18 @@ slots = sum(layout.max_rank_len)
 lesson.reveal("waste", (slots - sum(batch)) / slots)
 
 # %% waste-text [markdown]
-# How much is wasted depends on the batch. Long sequences lose nearly nothing; many short ones lose a lot.
-# Where a sequence has fewer than 2·cp tokens, zigzag can't split it at all, and SGLang does not try.
+# The wasted fraction depends on the batch. A few long sequences waste almost nothing, and many short ones waste a lot.
+# Zigzag cannot split a sequence of fewer than 2·cp tokens. SGLang does not split such a batch at all.
 
 # %% waste
 batches = [[32768], [4097], [4097, 812, 95], [17] * 8, [9] * 4]
 figures.show(figures.waste_map(batches, cp_sizes=[1, 2, 4, 8]))
 
 # %% trap-text [markdown]
-# ### The formula that everybody writes first
+# ### The formula that comes to mind first
 #
-# The padded length is `ceil(total / cp)`: spread the tokens evenly and round up. The function that this kit is about had
-# exactly that in SGLang up to 0.5.12. Now take 16 sequences of 4097 tokens.
+# `ceil(total / cp)` looks like the right padded length: spread the tokens evenly, and round up. SGLang used exactly
+# this formula, up to version 0.5.12, in the function that this kit is about. Now take 16 sequences of 4097 tokens each.
 
 # %% cut-predict
 lesson.predict("cut", ...)
@@ -297,18 +315,19 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 # %% e3-task [markdown]
 # ### Exercise 3 · The padded length
 #
-# **Goal** Write `padded_len`: rows that every rank needs, for zigzag. No rank may lose a row, no slot may be padding on
-# all ranks. Every rank must get the same answer, so it may only use what all ranks know: the lengths and `cp_size`.
+# **Goal** Write `padded_len`: the number of rows in each rank's padded shard, for zigzag. It must be large enough for
+# the rank with the most rows, and not larger. Every rank must compute the same answer, so the function may use only
+# what all ranks know: the lengths and `cp_size`.
 #
-# **Example** `padded_len([9], 2)` is 5: blocks of 3, 2, 2, 2 tokens; rank 0 holds 3 + 2, rank 1 holds 2 + 2.
-# `padded_len([4097] * 16, 4)` is 16400.
+# **Example** `padded_len([9], 2)` is 5. The blocks have 3, 2, 2 and 2 tokens, so rank 0 holds 3 + 2 rows, and rank 1
+# holds 2 + 2. `padded_len([4097] * 16, 4)` is 16400.
 #
 # **About** 6 minutes, ★★☆
 
 
 # %% e3
 def padded_len(lengths, cp_size):
-    """Rows of every rank's padded shard: the maximum over ranks."""
+    """Return the rows of every rank's padded shard: the maximum over ranks."""
     # >>> your code
     #: return -(-sum(lengths) // cp_size)
     held = [0] * cp_size
@@ -341,30 +360,33 @@ def padded_len(lengths, cp_size):
 
 
 # %% e3-help [markdown]
-# `ceil` is right for one sequence. What goes wrong when *every* sequence has a token too many?
+# `ceil` is right for one sequence. What goes wrong when *every* sequence has one token too many?
 #
 # ---
-# The odd tokens do not spread evenly: each sequence gives them to the same ranks. So sum per rank first, and take the
-# maximum last.
+# The extra tokens do not spread evenly, because each sequence assigns them to the same ranks. So first add up the rows
+# of each rank, and take the maximum at the end.
 #
 # ---
-# A list of `cp_size` zeros; for each sequence and each of its 2·cp blocks add the block's size to its owner; `max`.
+# Start with a list of `cp_size` zeros. For each sequence, add the size of each of its 2·cp blocks to the owner of that
+# block. Return the maximum.
 #
 # ---
-# **Why** "Maximum of sums" and "sum of rounded means" are different numbers. And rank 0 is not always the longest: with 5 odd
-# tokens over 8 blocks the *last* rank owns two long blocks.
+# **Why** "The maximum of sums" and "the sum of rounded means" are different numbers. And rank 0 does not always hold
+# the most rows: with 5 extra tokens over 8 blocks, the *last* rank owns two long blocks.
 #
-# **Another way** Round each sequence up by itself: `sum(ceil(n / cp))`. That is safe and quick, and wastes slots
-# whenever two sequences have odd tokens on different ranks. SGLang takes the maximum over ranks from 0.5.13 on.
+# **Another way** Round each sequence up separately: `sum(ceil(n / cp))`. That is always large enough and quick to
+# compute, but it wastes slots when two sequences have their extra tokens on different ranks. SGLang has taken the
+# maximum over ranks since version 0.5.13.
 #
-# **Longer still** A payload whose bytes per rank are no multiple of 16 makes NCCL's ordinary all-gather slower
-# (pytorch#195450). Where a row is no multiple of 16 bytes, round `max_rank_len` up further.
+# **When to pad even more** NCCL's ordinary all-gather is slower when the bytes per rank are not a multiple of 16
+# (pytorch#195450). If a row has such a size, round `max_rank_len` up further.
 
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
 #
-# Now the workers do it. `algorithm="padded"` is the classic pipeline. Every row carries a stamp: round, rank,
-# sequence, token. The workers compare every byte with the stamp that belongs there.
+# What does a serving engine actually do with these shards in each layer? Now the workers run it for you.
+# `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the gather), rank,
+# sequence and token. The workers compare every byte of the result with the stamp that belongs there.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -381,10 +403,10 @@ copies = [stage for stage in gathered.stages if stage != "shard"]
 lesson.reveal("passes", len(copies))
 
 # %% shard-text [markdown]
-# ### Before: the shards
+# ### Before the gather: the shards
 #
-# Each rank holds its own rows, and nothing else. A cell shows `sequence:token`. Look at rank 0: first its first block of
-# each sequence, then its second block of each.
+# Each rank holds its own rows and no others. A cell shows `sequence:token`. Look at rank 0: it stores its first block
+# of every sequence, and then its second block of every sequence.
 
 # %% shard
 figures.show(figures.stage_grid(gathered, ["shard"]))
@@ -392,7 +414,8 @@ figures.show(figures.stage_grid(gathered, ["shard"]))
 # %% pad-text [markdown]
 # ### Stage 1: pad
 #
-# Every rank makes its buffer `max_rank_len` rows long. The rank that holds the most pads nothing.
+# Each rank copies its rows into a buffer of `max_rank_len` rows. The rank that already holds that many rows does not
+# need to copy.
 
 # %% pad
 figures.show(figures.stage_grid(gathered, ["pad"]))
@@ -402,8 +425,8 @@ assert pads == [gathered.max_rank_len - rows for rows in gathered.per_rank_actua
 # %% wire-text [markdown]
 # ### Stage 2: the wire
 #
-# The collective puts all buffers one after another. Every rank then has the same big buffer, with the padding
-# in it.
+# The collective concatenates the buffers of all ranks. Afterwards every rank has the same large buffer, including the
+# padding. We call this stage *the wire*, because here the rows cross from one rank to another.
 
 # %% slot-predict
 lesson.predict("slot", ...)
@@ -420,7 +443,8 @@ lesson.reveal("slot", int(((wire[:, 2] == 1) & (wire[:, 3] == 0)).argmax()))
 # %% strip-text [markdown]
 # ### Stage 3: strip
 #
-# One copy drops the padding. What is left is in *rank order*.
+# One copy removes the padding. The remaining rows are in *rank order*: all rows of rank 0, then all rows of rank 1, and
+# so on.
 
 # %% strip
 figures.show(figures.stage_grid(gathered, ["strip"], rank=0))
@@ -430,25 +454,25 @@ assert (strip_rows == wire[wire[:, 1] >= 0]).all(), "strip drops the padding and
 # %% reorder-text [markdown]
 # ### Stage 4: reorder
 #
-# One more copy puts the tokens in order: sequence 0 from its first token to its last, then sequence 1. This is
-# what attention reads.
+# A second copy puts the rows in *token order*: sequence 0 from its first token to its last, then sequence 1. Attention
+# reads this result.
 
 # %% reorder
 figures.show(figures.stage_grid(gathered, ["reorder"], rank=0))
 reorder = gathered.stage("reorder", 0)
 wanted = [(sequence, token) for sequence, n in enumerate(batch) for token in range(n)]
 assert reorder[:, 2:].tolist() == [list(place) for place in wanted]
-assert (reorder[:, 0] == 7).all(), "all rows are of the round we asked for"
+assert (reorder[:, 0] == 7).all(), "all rows are of round 7"
 
 # %% e4-task [markdown]
 # ### Exercise 4 · Strip the padding
 #
-# **Goal** Write `strip`: from the wire's buffer to rank order. `wire` is `[cp · max_rank_len, heads, head_dim]`; rank r's
-# rows begin at `r · max_rank_len`, and only the first `per_rank_actual_token[r]` of them are real. Padding holds poison,
-# not zeros: nothing in a row says that it is padding.
+# **Goal** Write `strip`, which turns the buffer of the wire into rank order. `wire` is `[cp · max_rank_len, heads,
+# head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first `per_rank_actual_token[r]` of them are
+# real. The padding contains arbitrary bytes and not zeros, so you cannot recognize it by its contents.
 #
-# **Example** `wire` of rows a b · c d e, where · is padding, with `per_rank_actual_token` [2, 3] and `max_rank_len` 3 gives
-# a b c d e.
+# **Example** Let `wire` hold the rows a b · c d e, where · is padding. With `per_rank_actual_token` [2, 3] and
+# `max_rank_len` 3, the result is a b c d e.
 #
 # **About** 4 minutes, ★☆☆
 
@@ -493,26 +517,29 @@ def strip(wire, per_rank_actual_token, max_rank_len, kept={}):
 
 
 # %% e4-help [markdown]
-# You know where each rank's rows begin, and how many are real. Nothing else is needed.
+# You know where the rows of each rank begin, and how many are real. You need nothing else.
 #
 # ---
-# Rank r's real rows are `wire[r * max_rank_len : r * max_rank_len + per_rank_actual_token[r]]`.
+# The real rows of rank r are `wire[r * max_rank_len : r * max_rank_len + per_rank_actual_token[r]]`.
 #
 # ---
-# `wire.split(max_rank_len)` gives one view per rank; cut each with `[:rows]`; one `torch.cat` of all of them.
+# `wire.split(max_rank_len)` returns one view per rank. Cut each view with `[:rows]`, and join all of them with one
+# `torch.cat`.
 #
 # ---
-# **Why** Views are free, so all slices cost nothing, and the one `cat` is one kernel and one pass. A loop that copies rank
-# by rank writes the same bytes with cp kernels.
+# **Why** Views cost nothing, so all the slicing is free, and the single `cat` is one kernel and one pass over the data.
+# A loop that copies rank by rank writes the same bytes with cp kernels.
 #
-# **Another way** `wire[mask]` with `mask[r * max_rank_len + i] = i < per_rank_actual_token[r]`. The same bytes, but a boolean
-# index makes a GPU wait for the CPU: the size of the result is not known before it has run.
+# **Another way** `wire[mask]`, where `mask[r * max_rank_len + i]` is `i < per_rank_actual_token[r]`. It moves the same
+# bytes. But a boolean index makes the CPU wait for the GPU, because the size of the result is unknown until the mask
+# has been counted.
 
 # %% s5 [markdown]
-# ## 5. The permutation is the spec
+# ## 5. Strip and reorder are one permutation
 #
-# Strip and reorder look like two operations. They are one index. `rank_order[i]` is the token that stands at
-# place i after the strip. Its inverse reorganizes.
+# Strip and reorder look like two operations, and each costs a pass over all rows in every layer. Could one pass do
+# both? After the strip, row i holds the token `rank_order[i]`. The inverse permutation, `token_order`, says which row
+# holds each token.
 
 # %% permutation
 token_order = layout.token_order.numpy()
@@ -522,25 +549,27 @@ assert (strip_rows[token_order] == reorder).all(), "x[token_order] is the whole 
 assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 
 # %% permutation-text [markdown]
-# So everything that upstream keeps in lists (`split_list`, `cp_reverse_index`, `reverse_split_len`) follows from one function,
-# `rank_rows`. Zigzag, interleave and contiguous differ in it and in nothing else. A test that it is a bijection tests all
-# of them.
+# SGLang keeps several lists for this purpose (`split_list`, `cp_reverse_index`, `reverse_split_len`). All of them
+# follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So one test,
+# that `rank_rows` of all ranks is a permutation, covers all three strategies.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · One index for strip and reorder
 #
-# **Goal** Write `gather_index`, so that `wire[gather_index(...)]` is in token order at once, padding gone. `rank_rows` is a
-# list of tensors: the tokens that each rank holds, in its order.
+# **Goal** Write `gather_index`, so that `wire[gather_index(...)]` removes the padding and returns token order in one
+# step. `rank_rows` is a list of tensors, one per rank: the tokens that the rank holds, in the order in which it stores
+# them.
 #
-# **Example** Rank 0 holds tokens 0 and 3, rank 1 holds 1, 2 and 4; both are padded to 3 rows. The wire's slots hold tokens
-# 0 3 · 1 2 4. Token 0 is in slot 0, token 1 in slot 3, token 2 in slot 4, token 3 in slot 1: the index is [0, 3, 4, 1, 5].
+# **Example** Rank 0 holds tokens 0 and 3, rank 1 holds tokens 1, 2 and 4, and both are padded to 3 rows. The slots of
+# the wire then hold tokens 0 3 · 1 2 4. Token 0 is in slot 0, token 1 in slot 3, token 2 in slot 4, token 3 in slot 1,
+# and token 4 in slot 5, so the index is [0, 3, 4, 1, 5].
 #
 # **About** 8 minutes, ★★☆
 
 
 # %% e5
 def gather_index(rank_rows, max_rank_len):
-    """Slot of the wire's buffer that holds token 0, 1, 2, …: int64 `[total_tokens]`."""
+    """Return the slot of the wire's buffer that holds token 0, 1, 2, …: int64 `[total_tokens]`."""
     # >>> your code
     #: return torch.cat(rank_rows)
     slots = [
@@ -576,27 +605,29 @@ def gather_index(rank_rows, max_rank_len):
 
 
 # %% e5-help [markdown]
-# Two lists of the same length and in the same order, rank by rank: which *slot*, and which *token* is in it.
+# Write two lists of the same length, rank by rank: the *slot* of each row, and the *token* in that slot.
 #
 # ---
-# The slots are `rank * max_rank_len + 0, 1, 2, …`. The tokens are `torch.cat(rank_rows)`. You want the slots sorted by token.
+# The slots of a rank are `rank * max_rank_len + 0, 1, 2, …`. The tokens are `torch.cat(rank_rows)`. You want the slots
+# sorted by token.
 #
 # ---
-# `slots[tokens.argsort()]`: for a permutation, `argsort` is the inverse.
+# `slots[tokens.argsort()]`: the `argsort` of a permutation is its inverse.
 #
 # ---
-# **Why** `x[a][b]` is `x[a[b]]`. So two passes over the rows become one pass over the rows and one over an index of 8 bytes per
-# row: 144 to 512 times smaller for the three models of section 8. The index depends on lengths only, so all layers share it.
+# **Why** `x[a][b]` equals `x[a[b]]`. So two passes over the rows become one pass over the rows, and one pass over an
+# index of 8 bytes per row. That index is 144 to 512 times smaller than the rows of the three models in section 8. It
+# depends only on the lengths, so all layers share it.
 #
-# **Another way** Scatter instead of sort: `index = torch.empty(total); index[tokens] = slots`. No sorting, and the same
-# thought with the arrow turned round: *where does this slot go* instead of *where does this token come from*. `direct` is that,
+# **Another way** Scatter instead of sorting: `index = torch.empty(total, dtype=torch.int64); index[tokens] = slots`.
+# This asks where each slot *goes*, instead of where each token *comes from*. The algorithm `direct` does the same
 # across ranks.
 
 # %% s6 [markdown]
 # ## 6. Does the order matter?
 #
-# The reorder costs a full pass. Could attention not simply read rank order? The weights of a softmax do not care in which
-# order they are summed.
+# The reorder costs a full pass. Can an engine skip it, and let attention read rank order? A softmax is a sum over keys,
+# and a sum does not depend on the order of its terms.
 
 # %% order-predict
 lesson.predict("order", ...)
@@ -625,7 +656,7 @@ figures.show(
     figures.draw_lines(
         [line],
         title="Causal attention over K and V in rank order: most outputs are wrong",
-        subtitle="✗ differs from one device; colour: the owner of the token",
+        subtitle="✗: the output differs from that of a single device; colour: owner of the token",
         alt=f"{int(right.sum())} of {length} outputs are right: "
         f"tokens {right.nonzero().flatten().tolist()}.",
         axis_title="token (query)",
@@ -636,25 +667,27 @@ figures.show(
 lesson.reveal("order", int(right.sum()))
 
 # %% order-text [markdown]
-# Nothing crashed, and every shape was right. That is the danger: order errors are silent. Without a mask (decoding one
-# token) the order is free; with a causal mask or a window it is not. Positions are no obstacle where RoPE is applied before
-# the keys are cached, as it usually is: each key carries its position along.
+# Nothing crashed, and every shape was right. That is the danger of wrong order: no error reports it. Without a mask, as
+# when one token is decoded, the order does not matter. With a causal mask or a sliding window it does. The positions of
+# the tokens are usually no obstacle: the rotary embedding (RoPE) is applied before the keys are cached, so each key already
+# contains its position.
 
 # %% e6-task [markdown]
 # ### Exercise 6 · Context-parallel attention
 #
-# **Goal** Write what one rank computes: its own queries against all gathered keys. `q` is `[heads, rows, dim]`, the rank's
-# rows; `k` and `v` are `[heads, total, dim]` in token order; `tokens[i]` is the token of row i. Use
-# `scaled_dot_product_attention(q, k, v, attn_mask=...)`; a mask is true where a query may look.
+# **Goal** Write the attention of one rank: its own queries against all gathered keys. `q` is `[heads, rows, dim]`, the
+# rows of the rank. `k` and `v` are `[heads, total, dim]`, in token order. `tokens[i]` is the token in row i. Use
+# `scaled_dot_product_attention(q, k, v, attn_mask=...)`; its mask is True where a query may attend to a key.
 #
-# **Example** 4 tokens over 2 ranks, zigzag: rank 0 holds tokens 0 and 3. Its mask has the rows `1 0 0 0` and `1 1 1 1`.
+# **Example** With 4 tokens over 2 ranks and zigzag, rank 0 holds tokens 0 and 3. Its mask has the rows `1 0 0 0` and `1
+# 1 1 1`.
 #
 # **About** 5 minutes, ★★☆
 
 
 # %% e6
 def cp_attention(q, k, v, tokens):
-    """Causal attention of a rank's rows over the gathered K and V: `[heads, rows, dim]`."""
+    """Return the causal attention of a rank's rows over all K and V: `[heads, rows, dim]`."""
     # >>> your code
     #: return scaled_dot_product_attention(q, k, v, is_causal=True)
     mask = torch.arange(k.shape[1]) <= tokens[:, None]
@@ -692,28 +725,31 @@ def cp_attention(q, k, v, tokens):
 
 
 # %% e6-help [markdown]
-# `is_causal=True` compares row numbers: row i sees keys 0 to i. Which number should be compared instead?
+# `is_causal=True` compares row numbers: row i attends to keys 0 to i. Which number should it compare instead?
 #
 # ---
-# Row i is token `tokens[i]`. It may look at key j when `j <= tokens[i]`.
+# Row i holds token `tokens[i]`. It may attend to key j if `j <= tokens[i]`.
 #
 # ---
 # `torch.arange(total) <= tokens[:, None]` is the mask, `[rows, total]`.
 #
 # ---
-# **Why** The gathered K and V are those of one device, so each output is too. Only the mask has to know that a rank's rows
-# are not the first rows of the sequence. Kernels get the same from two calls with `kv_len_prev` and `kv_len_next`, one for
-# each block of the rank: SGLang's zigzag does.
+# **Why** The gathered K and V equal those of a single device, so each output does too. Only the mask has to account for
+# the fact that the rank's rows are not the first rows of the sequence. Kernels without a general mask make two calls
+# instead, one for each block of the rank. SGLang's zigzag does this with `kv_len_prev` and `kv_len_next`.
 #
-# **Another way** Leave K and V in rank order and permute the *mask*: `order <= tokens[:, None]`. PyTorch's FlexAttention
-# path does that: it rewrites the indices of the mask and moves no row. It needs a kernel that takes any mask.
+# **Another way** Leave K and V in rank order, and permute the *mask*: `order <= tokens[:, None]`. PyTorch's
+# FlexAttention path does this: it rewrites the indices of the mask and moves no rows. It requires a kernel that accepts
+# any mask.
 
 # %% s7 [markdown]
-# ## 7. Bug hunt: a check that sees everything
+# ## 7. Bug hunt: a check that detects every fault
 #
-# Here are ten broken gathers: two ranks exchanged, the reorder forgotten, a rank's last round, padding in the place of a row, a
-# row twice, two neighbours exchanged, written by a rank that is not the owner, the last row lost, slots after the end of the
-# batch, the wrong sequence number. And here are four checks as they are often written.
+# How would you notice a broken gather in production? Wrong rows do not crash: they produce slightly worse answers. So
+# the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one rank's rows of
+# the previous round, padding in place of a row, one row twice, two neighbouring rows exchanged, a row written by a rank
+# that is not its owner, the last row lost, extra slots after the end of the batch, and a wrong sequence number. The
+# table below applies four common checks to each of them.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -721,31 +757,33 @@ lesson.predict("survivors", ...)
 # %% kills
 table = lesson.kill_table(layout, round_=7)
 alive = (table == "alive").sum()
-assert not (table == "✓ killed").all().any(), "none of the four kills all ten"
+assert not (table == "✓ killed").all().any(), "no check rejects all ten"
 table
 
 # %% survivors-reveal
 lesson.reveal("survivors", int(alive["lengths only"]))
 
 # %% survivors-text [markdown]
-# `one constant per rank` is what NCCL's own symmetric-memory example and several tests in PyTorch use: it does not see a
-# stale round or two exchanged rows of one rank. Reading down a column: each check has a blind spot, and a bug lives there.
+# NCCL's own example of symmetric memory, and several tests in PyTorch, use `one constant per rank`. This check does not
+# detect a stale round, or two exchanged rows of one rank. Read each column of the table: every check accepts some of
+# the faults.
 
 # %% e7-task [markdown]
-# ### Exercise 7 · Write the check that kills all mutants
+# ### Exercise 7 · Write the check that rejects all mutants
 #
 # **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, one per slot, as decoded from the rows
-# (padding is all -1). `lengths` are the tokens of each sequence, `owners[i]` is the rank that owns the i-th token of the
-# flattened batch, `round_` the round that was asked for. True for a right gather, false for every broken one.
+# (padding is all -1). `lengths` are the numbers of tokens in each sequence, `owners[i]` is the rank that owns token i
+# of the flattened batch, and `round_` is the current round. Return True for a right gather, and False for every broken
+# one.
 #
-# **Example** `lengths` [2], `owners` [0, 1], round 5: only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
+# **Example** For `lengths` [2], `owners` [0, 1] and round 5, only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
 #
 # **About** 6 minutes, ★★☆
 
 
 # %% e7
 def accepts(got, lengths, owners, round_):
-    """Whether a gather is right: every slot, and nothing else."""
+    """Return whether a gather is right in every slot, and has no other slots."""
     # >>> your code
     #: return len(got) == sum(lengths)
     places = [(sequence, token) for sequence, n in enumerate(lengths) for token in range(n)]
@@ -806,27 +844,30 @@ def accepts(got, lengths, owners, round_):
 
 
 # %% e7-help [markdown]
-# Do not look for faults. Say what is right, completely, and compare.
+# Do not look for faults. Describe the right result completely, and compare.
 #
 # ---
-# Slot i must hold the i-th token of the flattened batch: its sequence, its place there, its owner, and this round.
+# Slot i must hold token i of the flattened batch: its sequence, its position in that sequence, its owner, and this
+# round.
 #
 # ---
 # Build the list `wanted` of `(round_, owner, sequence, token)` in token order, and return `got == wanted`.
 #
 # ---
-# **Why** A check that lists faults kills the faults on its list. A check that says what is right kills all of them, also
-# those that nobody has thought of. The price is data that say who they are: a stamp in every row, and poison where nobody
-# should write.
+# **Why** A check that lists faults detects only the faults on its list. A check that describes the right result detects
+# all others too, including faults that you did not think of. It requires data that identify themselves: a stamp in
+# every row, and a known pattern (*poison*) wherever no rank should write.
 #
-# **Another way** `torch.equal(rows, formula(round_, rank, token))` on the raw bytes, as `cpkit.provenance` does: it sees a wrong
-# lane in the middle of a row too. Never compare with another collective: both may be wrong in the same way.
+# **Another way** Compare the raw bytes: `torch.equal(rows, formula(round_, rank, token))`, as `cpkit.provenance` does.
+# This also detects wrong bytes in the middle of a row. Never compare with another collective, because both may be wrong
+# in the same way.
 
 # %% s8 [markdown]
-# ## 8. The bill
+# ## 8. Count the bytes
 #
-# Every rank knows the permutation *before* anything moves. So it can write each of its rows directly at its
-# final place, in every peer's output. No padding, no strip, no reorder. That is `algorithm="direct"`.
+# The padded gather writes each row several times. Does it have to? Every rank knows the permutation *before* any row
+# moves. So it can store each of its rows straight at its final position in the output of every peer. That needs no
+# padding, no strip and no reorder. The algorithm is called `direct`.
 
 # %% direct
 direct = lab.gather(batch, cp_size=cp, algorithm="direct", round=7)
@@ -836,20 +877,22 @@ assert (direct.stage(last, 0) == reorder).all(), "the same bytes, from one pass"
 figures.show(figures.stage_grid(direct))
 
 # %% e8-task [markdown]
-# ### Exercise 8 · The bill of a padded gather
+# ### Exercise 8 · The bytes of a padded gather
 #
-# **Goal** Write `bill`: bytes that *one rank* writes in each stage of the padded gather. The rank holds `rows` rows, every
-# rank's buffer has `max_rank_len`, the batch has `total` tokens. A rank that needs no padding does not copy.
+# **Goal** Write `bill`: the bytes that *one rank* writes in each stage of the padded gather. The rank holds `rows`
+# rows, every rank's buffer has `max_rank_len` rows, and the batch has `total` tokens. A rank that needs no padding does
+# not copy in the stage `pad`.
 #
-# **Example** Rank 0 holds 2 rows, rank 1 holds 3; a row has 10 bytes. Rank 0 pads (30 bytes), receives 2 · 3 slots (60), and
-# strips and reorders 5 rows (50 each): `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire": 60, "strip": 50, "reorder": 50}`.
+# **Example** Rank 0 holds 2 rows, rank 1 holds 3, and a row has 10 bytes. Rank 0 pads (3 rows, 30 bytes), receives 2 ·
+# 3 slots (60 bytes), and strips and reorders 5 rows (50 bytes each). So `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire":
+# 60, "strip": 50, "reorder": 50}`.
 #
 # **About** 4 minutes, ★★☆
 
 
 # %% e8
 def bill(rows, max_rank_len, total, cp_size, row_bytes):
-    """Bytes written by one rank: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
+    """Return the bytes that one rank writes: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
     # >>> your code
     #: return {"pad": 0, "wire": total * row_bytes, "strip": 0, "reorder": 0}
     padded = max_rank_len if rows < max_rank_len else 0
@@ -884,24 +927,26 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 
 
 # %% e8-help [markdown]
-# Go through the four figures of section 4 and count the slots of each.
+# Go through the four figures of section 4, and count the slots in each.
 #
 # ---
-# The wire carries padding; strip and reorder write real rows only. The pad copies the *whole* shard into a longer buffer, not
-# just the missing rows.
+# The wire carries padding. Strip and reorder write real rows only. The pad copies the *whole* shard into a longer
+# buffer, not only the missing rows.
 #
 # ---
-# `cp_size * max_rank_len` slots on the wire, `total` rows in strip and in reorder, `max_rank_len` or 0 in pad; times `row_bytes`.
+# There are `cp_size * max_rank_len` slots on the wire, `total` rows in strip and in reorder, and `max_rank_len` or 0
+# rows in pad. Multiply each by `row_bytes`.
 #
 # ---
-# **Why** After the wire two more full passes are written, and each is read again. `direct` writes `total` rows once. Counting
-# comes before tuning: a faster kernel for a pass that need not exist is no gain.
+# **Why** After the wire, two more full passes are written, and each of them is also read. `direct` writes `total` rows
+# once. So count before you tune: a faster kernel for a pass that is not needed gains nothing.
 #
-# **Another way** Count what is *read* too: every pass reads what it writes, so traffic is twice these bytes, except that the
-# wire's reads happen in other ranks' memory.
+# **Another way** Count what is *read* too. Every pass reads as many bytes as it writes, so the traffic is twice as
+# large. The reads of the wire happen partly in the memory of other ranks.
 
 # %% models-text [markdown]
-# Now three real models, by the bytes of one token's K and V in one layer (bfloat16). One prompt of 32767 tokens, over your ranks.
+# How much is that for a real model? Here are three models, with the bytes of one token's K and V in one layer
+# (bfloat16), and one prompt of 32767 tokens over your ranks.
 
 # %% bill-predict
 lesson.predict("bill", ...)
@@ -920,14 +965,68 @@ written = figures.bill(long_prompt, row_bytes=1)
 lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 
 # %% models-text-after [markdown]
-# MLA gathers one latent of 576 elements instead of K and V: a smaller bill of the same shape. Notebook 3 puts times to these
-# bytes. Writing into a peer's memory needs *symmetric memory*: that is notebook 2.
+# MLA, the attention of DeepSeek, gathers one latent vector of 576 elements instead of K and V. Its total is smaller,
+# but the proportions are the same. Notebook 3 measures the time of these bytes. To write into the memory of a peer, a
+# rank needs *symmetric memory*. That is the subject of notebook 2.
+
+# %% plan-text [markdown]
+# ### A plan in two lines
+#
+# A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check and agree each time?
+# No. A *plan* does this once, and each call then only moves rows:
+#
+# ```python
+# plan = plan_gather_kv([k], layout, group)  # once per batch
+# (gathered,) = plan()                       # in every layer
+# ```
+#
+# {glossary: plan}
+#
+# `all_gather_kv` synchronizes twice per call: an agreement before any row is stored, and a barrier when all rows have
+# arrived. The next cell calls a plan on two ranks of its own.
+
+# %% plan-predict
+lesson.predict("plan", ...)
+
+
+# %% plan
+def layers(group):
+    import torch
+    from cpkit import stages
+    from cpkit.layout import prepare_context_parallel_metadata, shard
+    from cpkit.plan import plan_gather_kv
+
+    layout = prepare_context_parallel_metadata([13, 9], group.size)
+    whole = torch.arange(22.0)[:, None]  # one number per token
+    k = shard(whole, layout, group.rank)
+    plan = plan_gather_kv([k], layout, group)  # once per batch
+    k += 1000  # a layer writes its own rows into the same memory
+    with stages.record() as recorder:
+        (gathered,) = plan()  # in every layer
+    assert (gathered == whole + 1000).all()
+    return [span.stage for span in recorder.spans]
+
+
+# %% plan-run
+from cpkit_lessons.own_ranks import in_ranks
+
+stages = in_ranks(layers, 2)[0]
+print("stages of a call:", " → ".join(stages), "(exit is the barrier)")
+
+# %% plan-reveal
+lesson.reveal("plan", sum(stage in ("agree", "exit") for stage in stages))
+
+# %% plan-after [markdown]
+# The plan has two outputs and uses them in turn, as in exercise 2 of notebook 2. That is why it needs no agreement
+# before it stores. The price: a result is valid only until the next call. MPI calls the same idea a persistent
+# collective (`MPI_Allgatherv_init`). Notebook 3 shows what a plan gains on GPUs, where a call replays a CUDA graph of
+# one kernel.
 
 # %% s9 [markdown]
 # ## 9. Try it
 #
-# Move the slider, or focus it and press the arrow keys. Each change runs a new gather on the workers, checks
-# every byte, and redraws.
+# How do these stages change with the number of ranks? Move the slider, or focus it and press the arrow keys. Each
+# change runs a new gather on the workers, checks every byte, and redraws the figure.
 
 # %% stepper
 from cpkit.notebook.stepper import Stepper
@@ -942,7 +1041,7 @@ stepper.wait(done=2)
 assert len(stepper.figure.data[0].y) > 0
 
 # %% s10 [markdown]
-# ## How far did you come?
+# ## Your results
 
 # %% progress
 lesson.progress()
@@ -950,47 +1049,52 @@ lesson.progress()
 # %% end [markdown]
 # ## What to remember
 #
-# - The layout is a permutation; everything else follows from it.
-# - The padded length is the *maximum over ranks*. ceil(total / cp) is too small for some batches.
-# - Pad, wire, strip, reorder: four passes over the data. One would do.
-# - Wrong order has the right shape. Check places, not counts.
+# - The layout is a permutation, and everything else follows from it.
+# - The padded length is the *maximum over ranks*. `ceil(total / cp)` is too small for some batches.
+# - Pad, wire, strip and reorder are four passes over the data. `direct` needs one.
+# - A wrong order has the right shape. Check positions, not counts.
 #
 # ### Five questions
 #
-# Answer aloud, then open.
+# Answer each question aloud before you open it.
 #
-# <details><summary>1. Which ranks own the longest work under contiguous, and why not under zigzag?</summary>
+# <details><summary>1. Which rank has the most work under contiguous, and why not under zigzag?</summary>
 #
-# The last: late tokens look at more keys. Zigzag gives each rank one early and one late block.
+# The last rank, because late tokens attend to more keys. Zigzag assigns one early and one late block to each rank.
 # </details>
 # <details><summary>2. When is ceil(total / cp) right?</summary>
 #
-# For one sequence. Several sequences may give their odd tokens to the same rank.
+# For one sequence. Several sequences may assign their extra tokens to the same rank.
 # </details>
-# <details><summary>3. Why may padding stay uninitialised here, and where may it not?</summary>
+# <details><summary>3. Why may the padding stay uninitialized here, and where may it not?</summary>
 #
-# A gather copies and then drops it. Where padded rows enter a sum, an expert dispatch or a softmax, they must be masked.
+# A gather only copies it and drops it later. Where padded rows enter a sum, a softmax or the dispatch to experts, they
+# must be masked.
 # </details>
-# <details><summary>4. What does x[a][b] cost, and what x[a[b]]?</summary>
+# <details><summary>4. How many passes over the rows does x[a][b] need, and how many does x[a[b]]?</summary>
 #
-# Two passes over the rows; one.
+# Two, and one.
 # </details>
-# <details><summary>5. A test compares a new gather with NCCL's, on data torch.arange(n) + rank. What does it not see?</summary>
+# <details><summary>5. A test compares a new gather with NCCL's on the data torch.arange(n) + rank. Which faults does it miss?</summary>
 #
-# A stale round (the same data every time), rows that two ranks have alike, and whatever both get wrong.
+# A stale round, because the data are the same every time. Rows that are equal on two ranks. And every fault that both
+# gathers share.
 # </details>
 #
 # ### You can now read
 #
-# - SGLang `cp_utils.py` up to 0.5.18: `cp_all_gather_reorganized_into_tensor_kv_cache` is stages 1 to 3 (from 0.5.13 on with the
-#   maximum over ranks), `cp_all_gather_rerange_kv_cache` is all four. In 0.5.23 its heirs are `layers/cp/zigzag.py` (`_all_gather_reorganized`) and
-#   `layers/cp/interleave.py` (`_gather_interleaved_tensor`: strip and reorder in one `index_select`, as in exercise 5).
-# - vLLM `reorg_kvcache` in `v1/attention/backends/mla/common.py`: exercises 4 and 5 in a loop over sequences and ranks.
-# - TransformerEngine `AttnFuncWithCPAndKVAllGather`: gather K, gather V, then `index_select`.
+# - SGLang's `cp_utils.py` up to 0.5.18. `cp_all_gather_reorganized_into_tensor_kv_cache` is stages 1 to 3 (since 0.5.13
+#   with the maximum over ranks), and `cp_all_gather_rerange_kv_cache` is all four stages. In 0.5.23 their successors
+#   are `layers/cp/zigzag.py` (`_all_gather_reorganized`) and `layers/cp/interleave.py` (`_gather_interleaved_tensor`,
+#   which strips and reorders with one `index_select`, as in exercise 5).
+# - vLLM's `reorg_kvcache` in `v1/attention/backends/mla/common.py`: exercises 4 and 5, as a loop over sequences and
+#   ranks.
+# - TransformerEngine's `AttnFuncWithCPAndKVAllGather`: gather K, gather V, then `index_select`.
 #
 # ### An open problem
 #
-# vllm#49517, #52863 and #57115 (all open) let every rank store its rows straight into each peer's *paged*
-# cache. What is the permutation then, and who may say that a page is free?
+# In vllm#49517, #52863 and #57115 (all open), every rank stores its rows straight into the *paged* cache of each peer.
+# What is the permutation then, and which ranks must agree before a page is reused? Notebook 2 shows the first half of
+# an answer.
 #
 # Next: `02_symmetric_memory.ipynb`.

@@ -1,26 +1,27 @@
 # %% title [markdown]
 # # 2 · Symmetric memory
 #
-# A collective hides how bytes travel. With *symmetric memory* a rank writes into a peer's memory as if it were
-# its own. That is fast. It also moves the burden to you: nobody waits unless you say so, and nobody notices when you
-# forget.
+# A collective such as all-gather hides how bytes travel. With *symmetric memory*, a rank writes into the memory of a
+# peer as if that memory were its own. That is fast, and serving engines use it for that reason. But the safety of the
+# collective is gone: no rank waits unless you tell it to, and no error reports a missing wait.
 #
-# **Time** 85 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
+# **Time** 90 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
 #
-# You will be able to
-# 1. say what is symmetric about symmetric memory, and compute a peer's pointer;
-# 2. place barriers or signals so that no order of events can break a loop, and prove it;
-# 3. size a pool so that nothing is registered at run time;
-# 4. say whether a gather takes the fast path, from four facts and a version number;
-# 5. go from what the ranks saw to what went wrong.
+# After this notebook you can
+# 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
+# 2. place barriers or signals so that no order of events breaks a loop, and prove it;
+# 3. store rows straight in the paged cache of a peer;
+# 4. size a pool so that nothing is registered at run time;
+# 5. say whether a gather takes the fast path, from four facts and a version number;
+# 6. find the cause of a failure from what the ranks observed.
 #
-# {glossary: symmetric memory; segment; put, get; barrier; signal; stale (read after write); ahead (write after read)}
+# {glossary: symmetric memory; segment; put, get; barrier; stale (read after write); ahead (write after read)}
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
 from cpkit_lessons import symmetric as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -35,8 +36,9 @@ pd.set_option("display.max_colwidth", None)
 # %% s1 [markdown]
 # ## 1. What is symmetric?
 #
-# Every rank makes the same buffer: one file in shared memory each. Every rank maps *all* of them. So cp ranks hold
-# cp² mappings (4 ranks hold 16), and each of them can be written like any other memory.
+# A kernel that writes into a peer's memory needs an address. Which address? Every rank allocates the same buffer: here,
+# each rank creates one file in shared memory. Every rank then maps *all* of these files. So cp ranks hold cp² mappings
+# (4 ranks hold 16), and each of them can be written like ordinary memory.
 
 # %% same-predict
 lesson.predict("same", ...)
@@ -52,28 +54,30 @@ pd.DataFrame({"rank": range(cp), "address": addresses, "offset_bytes": put.offse
 # %% same-reveal
 same_offset = len(set(put.offsets)) == 1
 lesson.reveal("same", "offset" if same_offset else "address")
-assert same_offset, "else the memory is not symmetric"
+assert same_offset, "otherwise the memory is not symmetric"
 
 # %% address-text [markdown]
-# Are your addresses equal too? They may be: on one GPU, four processes were all given the same one. It is an accident.
-# So never send a pointer to a peer. An offset is all it needs: it knows where *it* has mapped each segment.
-# PyTorch's handle holds exactly that list (`buffer_ptrs`): the address of every rank's buffer, *as mapped here*.
+# Did your addresses happen to be equal? They can be: on one GPU, four processes all received the same address. That is
+# an accident. So never send a pointer to a peer. Send an offset: the peer knows where *it* has mapped each segment.
+# PyTorch's handle holds exactly this list (`buffer_ptrs`): the address of every rank's buffer, *as this process has
+# mapped it*.
 
 # %% e1-task [markdown]
 # ### Exercise 1 · A peer's pointer
 #
-# **Goal** Write `peer_pointer`. `pointer` is an address in rank `me`'s segment; `bases[r]` is where **this** process has
-# mapped rank r's segment. Return the address, in this process, of the same byte of rank `peer`.
+# **Goal** Write `peer_pointer`. `pointer` is an address in the segment of rank `me`. `bases[r]` is the address where
+# **this** process has mapped the segment of rank r. Return the address, in this process, of the same byte in the
+# segment of `peer`.
 #
-# **Example** `bases` = [1000, 5000]. On rank 0, address 1064 is offset 64. The same byte of rank 1 is at 5064:
-# `peer_pointer(1064, 0, 1, [1000, 5000])` is 5064.
+# **Example** Let `bases` be [1000, 5000]. On rank 0, address 1064 is offset 64. The same byte of rank 1 is at address
+# 5064, so `peer_pointer(1064, 0, 1, [1000, 5000])` is 5064.
 #
 # **About** 3 minutes, ★☆☆
 
 
 # %% e1
 def peer_pointer(pointer, me, peer, bases):
-    """Address of the same byte in the segment of `peer`."""
+    """Return the address of the same byte in the segment of `peer`."""
     # >>> your code
     #: return pointer
     return bases[peer] + (pointer - bases[me])
@@ -100,27 +104,28 @@ def peer_pointer(pointer, me, peer, bases):
 
 
 # %% e1-help [markdown]
-# What do my buffer and the peer's have in common? Not the address.
+# What do my buffer and the peer's buffer have in common? Not the address.
 #
 # ---
-# Address minus base is the offset; base plus offset is an address.
+# Address minus base is the offset, and base plus offset is an address.
 #
 # ---
-# One line: the peer's base, plus my pointer minus my base.
+# One line is enough: the base of the peer, plus my pointer, minus my base.
 #
 # ---
-# **Why** This line is all of symmetric memory. Every kernel that stores to a peer computes it, once per peer, from a table
-# of bases that was made when the segment was registered.
+# **Why** This line is the core of symmetric memory. Every kernel that stores to a peer computes it, once per peer, from
+# a table of bases that was made when the segment was registered.
 #
-# **Another way** Keep one difference per peer, `bases[peer] - bases[me]`, and add it. NVSHMEM's device code loads the peer's base
-# from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other (`lsaFlatBase`, `stride4G`), so
-# that its difference is `(peer - me) · stride`.
+# **Another way** Store one difference per peer, `bases[peer] - bases[me]`, and add it. The device code of NVSHMEM loads
+# the base of the peer from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other
+# (`lsaFlatBase`, `stride4G`), so its difference is `(peer - me) · stride`.
 
 # %% s2 [markdown]
 # ## 2. Put and get
 #
-# In that round each rank *put* a stamp into its own slot of every peer's memory. Then it read its own memory. A stamp
-# says who wrote it, and in which round.
+# Now that a rank can address its peers, it can move rows in two directions. Which of them should an engine use, and
+# what has to be waited for? In the round above, each rank *put* a stamp into its own slot of every peer's memory, and
+# then read its own memory. A stamp contains the rank that wrote it, and the round.
 
 # %% who
 assert (put.writers == range(cp)).all(), "slot w of every rank was written by rank w"
@@ -128,19 +133,20 @@ assert (put.matrix == 1).all(), "and all of it in round 1"
 figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 
 # %% get-text [markdown]
-# A *put* writes into the peer's memory; a *get* reads from it. Who has to wait differs:
+# A *put* writes into the memory of a peer, and a *get* reads from it. They differ in which rank has to wait:
 #
-# | | data moves | the owner of the memory must | the other side must |
+# | | data moves | the rank that owns the memory must know | the other rank must know |
 # |---|---|---|---|
-# | put (push) | me → peer | know when it has arrived | know when it may write *again* |
-# | get (pull) | peer → me | know when it may write *again* | know when the data are there |
+# | put (push) | from me to the peer | when the data has arrived | when it may write *again* |
+# | get (pull) | from the peer to me | when it may write *again* | when the data is there |
 #
-# Two waits either way: one before the data are read, one before the memory is used again.
+# Both directions need two waits: one before the data is read, and one before the memory is used again.
 
 # %% s3 [markdown]
-# ## 3. Take the barriers away
+# ## 3. Remove the barriers
 #
-# 1000 rounds on the real ranks. In each all put, all meet at a barrier, all read, all meet again.
+# How bad is it to forget a wait? First the correct loop, for 1000 rounds on the real ranks. In each round, all ranks
+# put, wait at a barrier, read, and wait at a second barrier.
 
 # %% with-barrier
 safe = lab.put(cp, rounds=1000, barrier=True)
@@ -156,33 +162,34 @@ wrong = (unsafe.stale + unsafe.ahead) / unsafe.reads
 print(f"{unsafe.reads} reads: {unsafe.stale} stale, {unsafe.ahead} ahead: {wrong:.0%} wrong")
 for example in unsafe.examples[:3]:
     print(" ", example)
-assert wrong > 0, "without a barrier somebody reads too early or too late"
+assert wrong > 0, "without a barrier, some reads are too early or too late"
 
 # %% stale-reveal
 classes = {"under 1 %": wrong < 0.01, "1 to 10 %": 0.01 <= wrong <= 0.1, "over 10 %": wrong > 0.1}
 lesson.reveal("stale", max(classes, key=classes.get))
 
 # %% names-text [markdown]
-# The round in the stamp gives the two failures their names:
+# The round in the stamp distinguishes two failures:
 #
-# - **stale**, a *read after write* that came too early: the reader was there before the writer;
-# - **ahead**, a *write after read* that came too early: the writer had begun the next round.
+# - **stale** (read after write): the reader was early. It read before the writer had written.
+# - **ahead** (write after read): the writer was early. It had already begun the next round.
 #
-# Now think of a test that gathers the same values in every round. It would have passed all of this.
+# Now imagine a test that gathers the same values in every round. It would have passed every one of these wrong reads.
 
 # %% s4 [markdown]
-# ## 4. Every order there is
+# ## 4. Every possible order
 #
-# A thousand rounds on one machine show what *did* happen. What *can* happen? Here is the loop as a small program. Each
-# `yield` is one step that peers can see; between two steps of a rank the others may do anything.
+# A thousand rounds on one machine show what *did* happen. A serving engine runs billions of rounds, so you need to know
+# what *can* happen. Here is the loop without a barrier as a small program. Each `yield` is one step that the peers can
+# observe. Between two steps of one rank, the other ranks may take any number of steps.
 #
 # ```python
 # def no_barrier(me):
 #     for number in me.rounds:
 #         for peer in me.all_ranks:
-#             yield me.put(peer, number)      # my stamp of this round into my slot there
+#             yield me.put(peer, number)      # write my stamp of this round into my slot there
 #         for writer in me.all_ranks:
-#             yield me.read(writer, number)   # must hold the stamp of this very round
+#             yield me.read(writer, number)   # must find the stamp of this round
 # ```
 
 # %% orders-predict
@@ -198,7 +205,7 @@ lesson.predict("smallest", ...)
 
 # %% smallest
 shortest = smallest_failure(lesson.no_barrier, 2, 1)
-print(f"{shortest.states} states looked at")
+print(f"{shortest.states} states searched")
 print(shortest.failure)
 figures.show(figures.schedule_timeline(shortest.failure))
 
@@ -206,10 +213,10 @@ figures.show(figures.schedule_timeline(shortest.failure))
 lesson.reveal("smallest", len(shortest.failure.events))
 
 # %% one-text [markdown]
-# Read it from left to right: a column is a step, a lane is a rank, an arrow is a write into a peer's memory. Rank 1 reads
-# before rank 0 has done anything at all.
+# Read the figure from left to right. A column is a step, a row is a rank, and an arrow is a write into the memory of a
+# peer. Rank 1 reads before rank 0 has taken any step.
 #
-# So put a barrier between the puts and the reads. Is that enough?
+# So put a barrier between the puts and the reads. Is one barrier enough?
 
 # %% round-predict
 lesson.predict("round", ...)
@@ -226,17 +233,18 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 # %% e2-task [markdown]
 # ### Exercise 2 · Two barriers
 #
-# **Goal** Complete `exchange`, so that every interleaving of the ranks reads correct data. Use `yield me.barrier()`; without its
-# `yield` a step does nothing. The check looks at *all* orders of 2 and 3 ranks and at random orders of 5.
+# **Goal** Complete `exchange`, so that every interleaving of the ranks reads correct data. Use `yield me.barrier()`; a
+# step without `yield` has no effect. The check searches *all* orders of 2 and 3 ranks, and random orders of 5 ranks.
 #
-# **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as you saw.
+# **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as the
+# figure above shows.
 #
 # **About** 4 minutes, ★☆☆
 
 
 # %% e2
 def exchange(me):
-    """Rounds of put and read in which every read holds the stamp of its own round."""
+    """Put and read in every round, so that every read finds the stamp of its own round."""
     for number in me.rounds:
         for peer in me.all_ranks:
             yield me.put(peer, number)
@@ -308,33 +316,37 @@ def exchange(me):
 
 
 # %% e2-help [markdown]
-# Look at the last two steps of the timeline above: what should the writer have waited for?
+# Look at the last two steps of the figure above. What should the writer have waited for?
 #
 # ---
-# One wait so that all have written before anybody reads; one so that all have read before anybody writes again.
+# You need one wait so that all ranks have written before any rank reads, and one so that all ranks have read before any
+# rank writes again.
 #
 # ---
-# `yield me.barrier()` before the loop of reads, and once more after it.
+# Put `yield me.barrier()` before the loop of reads, and again after it.
 #
 # ---
-# **Why** The first barrier orders write → read, the second read → next write. `meet()` and the exit barrier of every cpkit gather
-# are these two; PyTorch's `_low_contention_all_gather` has them too.
+# **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
+# write. Every cpkit gather contains both, as an agreement at its start and a barrier at its end. PyTorch's
+# `_low_contention_all_gather` has them too.
 #
-# **Another way** Two buffers that take turns. A writer of round n+2 overwrites round n, and everybody who passed barrier
-# n+1 has read it: one barrier per round is enough. You pay with memory. cpkit's own barrier (`sync/barrier.py`) does this.
+# **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and every rank that has passed the
+# barrier of round n+1 has read it. So one barrier per round is enough, at the price of twice the memory. cpkit's own
+# barrier (`sync/barrier.py`) and its plans do this.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
 #
-# **Goal** Break `one_barrier` by hand: write the order in which two ranks take their steps, over two rounds, so that a
-# read is *ahead*. In round 1 each rank takes 5 steps: put to 0, put to 1, barrier, read 0, read 1. Then round 2.
+# **Goal** Break `one_barrier` by hand. Write the order in which two ranks take their steps, over two rounds, so that a
+# read is *ahead*. In each round, a rank takes 5 steps: put to 0, put to 1, barrier, read 0, read 1.
 #
-# **Example** `[1, 1, 1, 0, 0, 0]`: rank 1 puts twice and comes to the barrier, then rank 0 does. All reads can follow.
+# **Example** In `[1, 1, 1, 0, 0, 0]`, rank 1 puts twice and arrives at the barrier, and then rank 0 does the same. From
+# here on all reads can still be right.
 #
 # **About** 5 minutes, ★★☆
 
 # %% e3
-# Whose turn it is: 0 or 1, step by step.
+# The rank that takes each step: 0 or 1.
 # >>> your code
 #: order = [1, 1, 1, 0, 0, 0]
 order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
@@ -353,33 +365,40 @@ order = [0] * 10
 order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 
 # %% e3-help [markdown]
-# After the first six steps both are past the barrier. Who must be slow now, and who fast?
+# After the first six steps, both ranks have passed the barrier. Which rank must be slow now, and which one fast?
 #
 # ---
-# Rank 0 reads both slots, and goes on to round 2. Its put to rank 1 spoils what rank 1 has not read yet.
+# Let rank 0 read both slots, and continue with round 2. Its put to rank 1 then overwrites what rank 1 has not read yet.
 #
 # ---
-# `[1, 1, 1, 0, 0, 0]`, then rank 0 four times (two reads, two puts), then rank 1 once.
+# `[1, 1, 1, 0, 0, 0]`, then rank 0 four times (two reads and two puts), then rank 1 once.
 #
 # ---
-# **Why** You have just done what a scheduler, a slow core or a page fault does. In GPU kernels it is a block that starts
-# late. Not every race is between ranks: in NCCL 2.28.0 to 2.30.4 a symmetric kernel can read its input before the kernel that
-# makes it on the *same* GPU is done, because a wait between the two is missing. No barrier of the ranks cures that. In SGLang
-# with DCP and CUDA graphs, one request at a time, 0.100 of the answers were right instead of 0.575 (sglang#37768).
+# **Why** You have just played the role of a scheduler, a slow core or a page fault. In GPU kernels the same happens
+# when one block starts late.
 #
-# **Another way** Let rank 1 be the fast one; the check accepts both.
+# Not every race is between ranks. In NCCL 2.28.0 to 2.30.4, a symmetric kernel can read its input before the previous
+# kernel on the *same* GPU has written it, because a wait between the two is missing. No barrier between ranks prevents
+# that. In SGLang with CUDA graphs, one request at a time, the fraction of right answers fell from 0.575 to 0.100
+# (sglang#37768).
+#
+# **Another way** Let rank 1 be the fast one. The check accepts both.
 
 # %% s5 [markdown]
 # ## 5. Signals instead of barriers
 #
-# A barrier waits for everybody. Often you only need *one* peer's data. A **signal** is one word in a peer's memory:
+# A barrier waits for all ranks, so one late rank delays all the others. Often a rank needs the data of *one* peer only.
+# Serving engines then use a **signal** instead: one word in the memory of a peer.
 #
-# - `yield me.signal(peer)` sets my word at the peer; if it is still set, it waits until the peer has emptied it;
-# - `yield me.wait(peer)` waits until the peer's word here is set, and empties it.
+# {glossary: signal}
 #
-# These are the rules of `put_signal` and `wait_signal` of a PyTorch *handle* (what `rendezvous` returns), which compare and
-# swap a word of the signal pad. The functions of the same names in the module also put data, and exist for the NCCL backend
-# only. `channel` tells several words apart.
+# - `yield me.signal(peer)` sets my word at the peer. If the word is still set, it first waits until the peer has
+#   cleared it.
+# - `yield me.wait(peer)` waits until the word of that peer is set here, and clears it.
+#
+# These are the rules of `put_signal` and `wait_signal` on a PyTorch *handle*, the object that `rendezvous` returns.
+# (The module-level functions of the same names also move data, and exist for the NCCL backend only.) A second argument,
+# the *channel*, selects one of several words.
 
 # %% held-predict
 lesson.predict("held", ...)
@@ -396,8 +415,8 @@ def ring(me):
 
 
 held = lesson.blocked_by(ring, size=8, slow=3)
-print("with signals: ", held, "of 7 are held up by rank 3")
-print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7")
+print("with signals: ", held, "of 7 ranks wait for rank 3")
+print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7 ranks")
 
 # %% held-reveal
 lesson.reveal("held", held)
@@ -407,22 +426,24 @@ overrun = smallest_failure(ring, 2, 2)
 figures.show(figures.schedule_timeline(overrun.failure))
 
 # %% ring-text [markdown]
-# And of course this ring has the old hole: `full` says that the data are there. Nobody says that they have been *read*.
+# The ring has the same gap as one barrier: `full` says that the data has arrived. No signal says that it has been
+# *read*, so the next put can overwrite it.
 
 # %% e4-task [markdown]
 # ### Exercise 4 · Signals instead of barriers
 #
-# **Goal** The loop of exercise 2 without a barrier: every rank puts to every **other** rank (`me.peers`) and reads what they
-# put here. No read may be wrong in any order, and no rank may wait forever.
+# **Goal** Write the loop of exercise 2 without a barrier. Every rank puts to every **other** rank (`me.peers`), and
+# reads what they put here. No read may be wrong in any order, and no rank may wait forever.
 #
-# **Example** Two channels are enough: `full` (my data are at your place) and `free` (I have read yours, write again).
+# **Example** Two channels are enough: `full` (my data has arrived at your rank) and `free` (I have read your data, you
+# may write again).
 #
 # **About** 10 minutes, ★★★
 
 
 # %% e4
 def exchange_signals(me):
-    """Put to all peers and read from all peers, with signals alone."""
+    """Put to all peers and read from all peers, with signals only."""
     for number in me.rounds:
         # >>> your code
         #: for peer in me.peers:
@@ -444,7 +465,7 @@ def exchange_signals(me):
 lesson.check_signals(exchange_signals)
 
 
-# %% e4-mutant-nobody-says-free
+# %% e4-mutant-no-signal-free
 def exchange_signals(me):
     for number in me.rounds:
         for peer in me.peers:
@@ -497,33 +518,72 @@ def exchange_signals(me):
 
 
 # %% e4-help [markdown]
-# Two edges to protect: write → read, and read → next write. One channel for each.
+# Two orders need protection: a write before its read, and a read before the next write. Use one channel for each.
 #
 # ---
-# After the put: signal `full`. Before the read: wait for `full`. After the read: signal `free`. Before the put: wait for
-# `free`, but not in the first round, when nobody has read anything yet.
+# After the put, signal `full`. Before the read, wait for `full`. After the read, signal `free`. Before the put, wait
+# for `free`, except in the first round, when no rank has read anything yet.
 #
 # ---
-# `if number > 1: yield me.wait(peer, "free")`, put, signal `full`, for all peers; then for all peers wait `full`, read, signal `free`.
+# For all peers: `if number > 1: yield me.wait(peer, "free")`, then put, then signal `full`. Then for all peers: wait
+# for `full`, read, signal `free`.
 #
 # ---
-# **Why** Each rank waits for the peers whose data it reads and whose memory it overwrites, and for nobody else. On a GPU the
-# signal also has to carry the data's visibility: release when it is set, acquire when it is read, both at *system scope*,
+# **Why** Each rank waits only for the peers whose data it reads and whose memory it overwrites. On a GPU, the signal
+# must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system scope*,
 # because the other rank is another GPU.
 #
-# **Another way** A counter instead of a word: signal writes the round, wait looks for "at least this round". Nothing has to be
-# emptied, and a lost wake-up is impossible. DeepEP and NCCL's symmetric kernels count.
+# **Another way** Use a counter instead of a word: a signal writes the round, and a wait looks for "at least this
+# round". No word has to be cleared, and no signal can be lost. DeepEP and NCCL's symmetric kernels count in this way.
+
+# %% handover-text [markdown]
+# ### The same signals on real ranks
+#
+# The simulator has shown that your program is right in every order. What does it look like in a real engine?
+# `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
+# is one word per pair of ranks and direction. In this program it means `full` and `free` in turn.
+#
+# Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
+# pipeline, or to fetch the KV cache of a request from the rank that computed it.
+
+
+# %% handover
+def hand_over(group):
+    import torch
+    from cpkit.symm import put_signal, symmetric_pool, use_symmetric_memory, wait_signal
+
+    with use_symmetric_memory(group):
+        inbox = torch.zeros(1, dtype=torch.int64)
+    group.barrier()  # without it, a late rank would erase the first number with its zeros
+    peer, found = 1 - group.rank, []
+    at_peer = symmetric_pool(group).peer_view(inbox, peer)
+    for number in range(1, 1001):
+        at_peer[0] = number
+        put_signal(group, peer), wait_signal(group, peer)  # full: the numbers have arrived
+        found.append(int(inbox[0]))
+        put_signal(group, peer), wait_signal(group, peer)  # free: both have read them
+    return found
+
+
+# %% handover-run
+from cpkit_lessons.own_ranks import in_ranks
+
+found = in_ranks(hand_over, 2)
+assert found == [list(range(1, 1001))] * 2, "every number was read once, and none is stale"
+print("each of 2 ranks read 1000 numbers, all of them right")
 
 # %% s6 [markdown]
-# ## 6. The pool, and what a spill costs
+# ## 6. The pool, and the cost of a spill
 #
-# Making a segment needs all ranks. So a pool makes one big **arena** up front and hands out pieces.
+# What does it cost to get a symmetric buffer for each batch? A new segment requires work on all ranks at the same time.
+# So a pool registers one large **arena** at startup, and divides it among the buffers.
 #
 # {glossary: arena, pool; spill}
 #
-# The review of sglang#24040, the change that this kit is about, asked: token counts vary; if a buffer is larger than the pool,
-# is memory then allocated at run time? The author confirmed that this can happen, and that 4 GB are set aside at the start to
-# make it rare. The reviewer also asked whether to warm up with the largest request.
+# The review of sglang#24040, the change that this kit is about, asked this question: token counts vary, so is memory
+# allocated at run time when a buffer is larger than the pool? The author confirmed that it can happen, and that 4 GB
+# are reserved at startup to make it rare. The reviewer also asked whether the engine should warm up with the largest
+# request.
 
 # %% spills-predict
 lesson.predict("spills", ...)
@@ -544,16 +604,17 @@ figures.show(figures.pool_requests(served))
 lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 
 # %% live-text [markdown]
-# Move the slider: every arena serves the same nine requests again, on the real ranks. With the largest arena there is no spill at
-# all. With the smallest, nearly every new size is one.
+# Move the slider. For every size of the arena, the real ranks serve the same nine requests again. With the largest
+# arena, no request spills. With the smallest, almost every new size does.
 #
-# A spill here costs file, pages and mappings. On GPUs it is `ncclMemAlloc` and a registration over all ranks.
+# Here a spill creates a file, its pages and its mappings. On GPUs it is an `ncclMemAlloc` and a registration on all
+# ranks.
 
 # %% warm-text [markdown]
 # ### Warm up
 #
-# The cure: say before the first request how many tokens may come. `warm_up` makes room for them once, and counts the
-# peak allocation of the most demanding algorithm.
+# How do you prevent spills? Tell the pool before the first request how many tokens a batch can have. `warm_up` then
+# makes room for them once. It counts the peak allocation of the most demanding algorithm.
 
 # %% warm
 largest = world.of(8192)
@@ -563,14 +624,14 @@ for tokens in (largest, largest // 8, largest // 2 + 1):
     assert lab.gather(tokens, cp_size=cp, algorithm="direct", show=False).verified
 now = lab.pool.stats(cp)
 print("spills during three gathers:", int((now["spills"] - warm["spills"]).sum()))
-assert (now["spills"] == warm["spills"]).all(), "no gather had to grow the pool"
+assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 
 # %% s7 [markdown]
 # ## 7. When is a block free?
 #
-# A pool gives a new block the lowest free address. That is the same offset everywhere, as long as all ranks have freed the same
-# blocks. But Python lets go of a tensor when it likes, on each rank in its own time. Here rank 1 still holds block 1 when the
-# next gather buffer is made.
+# A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have freed
+# the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on each
+# rank. In this example, rank 1 still holds block 1 when the next gather buffer is allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -589,26 +650,27 @@ assert found.diverged
 assert not same.diverged
 
 # %% diverge-text [markdown]
-# No rank has made a mistake that it could see. The free lists of rank 0 and rank 1 are each consistent, but they are not *equal*.
-# The push went to the offset that the sender computed: three rows are lost, and three rows of a block in use are
-# destroyed. This is pytorch#178138, and with a captured CUDA graph sglang#34230: garbage, no error.
+# No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
+# not *equal*. The sender stored at the offset that it had computed for itself. So three rows are lost, and three rows
+# of a block in use are overwritten. This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage
+# output, and no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
-# **Goal** At every meeting the ranks tell each other which blocks they have let go of: `dropped[r]` is the set of rank r. Each
-# rank calls `may_free(dropped, me)` and frees what it returns. Offsets must always be equal on all ranks, no rank may lose a
-# block that it still uses, and no block may be kept longer than needed.
+# **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of rank
+# r. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must always be equal on
+# all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than necessary.
 #
-# **Example** Rank 0 has let go of {1, 2}, rank 1 of {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2, 3}], 0)` is {2},
-# and on rank 1 it is the same.
+# **Example** Rank 0 has released {1, 2}, and rank 1 has released {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2,
+# 3}], 0)` is {2}, and rank 1 gets the same answer.
 #
 # **About** 4 minutes, ★★☆
 
 
 # %% e5
 def may_free(dropped, me):
-    """Blocks that rank `me` frees at this meeting: a set."""
+    """Return the set of blocks that rank `me` frees in this exchange."""
     # >>> your code
     #: return dropped[me]
     return set.intersection(*dropped)
@@ -619,7 +681,7 @@ def may_free(dropped, me):
 lesson.check_may_free(may_free)
 
 
-# %% e5-mutant-anybody
+# %% e5-mutant-any-rank
 def may_free(dropped, me):
     return set.union(*dropped)
 
@@ -640,38 +702,45 @@ def may_free(dropped, me):
 
 
 # %% e5-help [markdown]
-# Two things must hold: everybody frees the same, and nobody frees what somebody uses.
+# Two conditions must hold: all ranks free the same blocks, and no rank frees a block that another rank still uses.
 #
 # ---
-# A block is free when *every* rank has let go of it. That is an AND over ranks, and it is the same on all of them.
+# A block is free when *every* rank has released it. That is a logical AND over the ranks, and it is the same on all of
+# them.
 #
 # ---
 # `set.intersection(*dropped)`.
 #
 # ---
-# **Why** A rank that keeps a tensor longer costs memory, not correctness. cpkit's pool (`memory/pool.py`) sends one bit per block at the
-# meeting that every gather has anyway, and a digest of its history. A mismatch raises an error that lists each rank's allocations.
+# **Why** A rank that keeps a tensor longer costs memory, but not correctness. cpkit's pool (`memory/pool.py`) sends one
+# bit per block in the exchange that every gather needs anyway, together with a digest of its history. A mismatch raises
+# an error that lists each rank's allocations.
 #
-# **Another way** Never free: make all buffers once, by name, and reuse them. Kernels that are captured in a graph do that.
-# Ordering free blocks alike is not enough while ranks free at different times: pytorch#178362 (closed) orders the blocks of
-# PyTorch's allocator by a counter of allocation time instead of the address, and #190977, wrong rows after reuse, is still open.
+# **Another way** Never free: allocate all buffers once, by name, and reuse them. Kernels in a captured CUDA graph do
+# that. It is not enough to order the free blocks in the same way while ranks free them at different times.
+# pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address, and #190977 (wrong
+# rows after reuse) is still open.
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
-# Whether a gather takes the fast path depends on four facts, **on all ranks**:
+# You have allocated a symmetric buffer. Does NCCL use its fast path? The path depends on four facts, which must hold
+# **on all ranks**:
 #
-# | fact | if it does not hold | seen in |
+# | fact | if it does not hold | reported in |
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
 # | it is registered with *this group* | silent fallback | sglang#19329 |
-# | the *receive* buffer is at the *same offset* everywhere | wrong rows, no error | pytorch#178138 |
+# | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error | pytorch#178138 |
 # | all GPUs of the group reach each other over *NVLink* | silent fallback | `ncclSymkAvailable` in NCCL's `sym_kernels.cc` |
 #
-# The offset of the send buffer is free: each rank reads its own shard through its own pointer, and only stores go to peers. A
-# shard that is sent from its slice of the receive buffer (`recv + rank · shard`) has another offset on every rank, and is right.
+# {glossary: window; symmetric kernel; fallback; staged}
 #
-# Which buffers must be registered depends on NCCL's version.
+# The send buffer may be at any offset, because each rank reads its own shard through its own pointer. Only stores go to
+# peers. For example, a rank may send its shard from inside the receive buffer (`recv + rank · shard`). That offset
+# differs on every rank, and the result is right.
+#
+# Which of the two buffers must be registered depends on the version of NCCL.
 
 # %% recv-predict
 lesson.predict("recv", ...)
@@ -680,19 +749,22 @@ lesson.predict("recv", ...)
 lesson.version_table()
 
 # %% versions-text [markdown]
-# From `cpkit.memory.path`, read out of NCCL's sources at these tags (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no
-# symmetric kernels. From 2.29 on (first tag: 2.29.2) only the receive buffer counts. So "both buffers must be
-# registered" (sglang#37337) is right for torch 2.11, and out of date two versions later. The receive buffer alone has two limits:
-# over several nodes it rules out the kernels that cross them (GIN), and where NCCL selects its kernel for small sizes (LL) it may
-# still fall back. That kernel stages in NCCL's own memory, so a registered *send* buffer alone may select it too (seen with 2.30.7
-# and 64 KiB per rank). Our own ranks push: they need the receive buffer, and a symmetric send buffer only saves the copy that pads.
+# The table comes from `cpkit.memory.path`, which follows NCCL's sources at these tags (`symmetric_sched.cc`,
+# `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2) only the receive buffer
+# counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and out of date for
+# torch 2.12.1.
 #
-# The last column is the race of section 4: from 2.28.0 to 2.30.4 symmetric kernels do not wait for the kernel before them
-# (sglang#37768). `python -m cpkit doctor` warns of the same versions. The race is one of symmetric kernels only.
+# A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
+# And for small messages, NCCL may still fall back. Its kernel for small messages (LL) copies through NCCL's own memory,
+# so it can also be selected with only the *send* buffer registered (seen with 2.30.7 at 64 KiB per rank). The ranks of
+# this notebook push rows themselves. They need a symmetric receive buffer, and a symmetric send buffer only saves them
+# the copy that pads.
 #
-# What NCCL did in the end is in its log (`NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=TUNING`): `AllGather [Symmetric]` or `Algo RING`. In a
-# profile, symmetric kernels are called `ncclSymkDevKernel_…`. And the version that counts is that of the *loaded* library
-# (`ncclGetVersion`), not the one that torch was compiled with.
+# The last column is the race of section 4: from 2.28.0 to 2.30.4, symmetric kernels do not wait for the previous kernel
+# on the same GPU (sglang#37768). Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
+#
+# NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
+# *loaded* library (`ncclGetVersion`), not the one with which torch was compiled.
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -700,26 +772,27 @@ reports = [lab.explain(world.of(4096), cp, algorithm=name).iloc[0] for name in a
 pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 
 # %% e6-task [markdown]
-# ### Exercise 6 · The fast path's rule
+# ### Exercise 6 · The rule of the fast path
 #
-# **Goal** Write `fast_path`: what this all-gather gets from NCCL.
+# **Goal** Write `fast_path`: what NCCL does with this all-gather.
 #
-# - `"fallback"`: no symmetric kernel that stores every row at its right offset;
-# - `"racy"`: such a kernel, but of a version that does not wait for the kernel before it;
-# - `"sound"`: such a kernel, of a version that waits.
+# - `"fallback"`: NCCL uses no symmetric kernel, or one that would store rows at a wrong offset.
+# - `"racy"`: NCCL uses a right symmetric kernel, but of a version that does not wait for the previous kernel.
+# - `"sound"`: NCCL uses a right symmetric kernel, of a version that waits.
 #
-# `version` is a tuple, `group` the name of the gather's group, all GPUs reach each other over NVLink. `send[r]` and `recv[r]` say
-# where rank r's buffers are: `None` (ordinary memory) or `(group, offset)`.
+# `version` is a tuple, `group` is the name of the gather's group, and all GPUs reach each other over NVLink. `send[r]`
+# and `recv[r]` describe the buffers of rank r: `None` (ordinary memory) or `(group, offset)`.
 #
-# **Example** Two ranks, both `recv` at `("attn_cp", 4096)`, both `send` `None`, group `"attn_cp"`: `"fallback"` for `(2, 28, 9)`,
-# `"racy"` for `(2, 29, 7)`, `"sound"` for `(2, 30, 7)`.
+# **Example** Two ranks have `recv` at `("attn_cp", 4096)` and `send` in ordinary memory (`None`); the group is
+# `"attn_cp"`. The answer is `"fallback"` for version `(2, 28, 9)`, `"racy"` for `(2, 29, 7)`, and `"sound"` for `(2,
+# 30, 7)`.
 #
 # **About** 8 minutes, ★★☆
 
 
 # %% e6
 def fast_path(version, group, send, recv):
-    """One of "fallback", "racy", "sound"."""
+    """Return "fallback", "racy" or "sound"."""
 
     # >>> your code
     #: return "sound" if None not in send and None not in recv else "fallback"
@@ -830,26 +903,27 @@ def fast_path(version, group, send, recv):
 
 
 # %% e6-help [markdown]
-# First write what "registered" means for *one* buffer over all ranks. Then ask which buffers need it, and which need one offset.
-# The race comes last: it concerns only calls that do not fall back.
+# First write down what "registered" means for *one* buffer over all ranks. Then ask which buffers need it, and which of
+# them need one offset. Test for the race at the end, because it concerns only calls that do not fall back.
 #
 # ---
-# For one buffer: no rank has `None`, and all name the gather's group. Only `recv` needs one offset as well. Tuples compare as
-# you want: `(2, 28, 9) < (2, 29)`.
+# A buffer is registered if no rank has `None` and all ranks name the gather's group. Only `recv` also needs one offset.
+# Tuples compare as you need them: `(2, 28, 9) < (2, 29)`.
 #
 # ---
-# `all(b is not None and b[0] == group for b in buffers)`; `recv` also needs `len(set(recv)) == 1`. From 2.29 on `recv` alone
-# is enough, before that both are needed, and before 2.27 nothing helps. What is left is racy if
-# `(2, 28) <= version <= (2, 30, 4)`.
+# `all(b is not None and b[0] == group for b in buffers)`. For `recv`, also require `len(set(recv)) == 1`. Since 2.29,
+# `recv` alone is enough. Before that both are required, and before 2.27 the answer is always `"fallback"`. The
+# remaining calls are racy if `(2, 28) <= version <= (2, 30, 4)`.
 #
 # ---
-# **Why** NCCL itself does *not* compare offsets. On two H100s with NCCL 2.28.9 and a receive buffer at another offset on each rank,
-# shards of 64 KiB were right, because the kernel for small sizes goes through a staging buffer. Shards of 2 MiB were wrong on
-# every rank, without an error. cpkit's ranks exchange where their buffers are before every gather (`locate.py`, `path.py`), and
-# give NCCL an ordinary copy of such a buffer: the path is `fallback`, with the reason.
+# **Why** NCCL does *not* compare the offsets of the ranks. On two H100s with NCCL 2.28.9, and a receive buffer at a
+# different offset on each rank, shards of 64 KiB were right, because the kernel for small messages uses a staging
+# buffer. Shards of 2 MiB were wrong on every rank, without an error. So cpkit's ranks exchange the locations of their
+# buffers before every gather (`locate.py`, `path.py`). They give NCCL an ordinary copy of such a buffer: the path is
+# then `fallback`, with the reason.
 #
-# **Another way** Send from your own slice of the receive buffer. One registration then serves both, on every version, and the
-# copy that pads is gone as well: sglang#37337's remedy for `interleave`.
+# **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
+# version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
 
 # %% recv-reveal
 from cpkit.memory.path import BufferLocation, BufferPair, decide
@@ -862,13 +936,14 @@ lesson.reveal("recv", path)
 # %% s9 [markdown]
 # ## 9. Failure lab
 #
-# Now break it on purpose. Each case starts two ranks of its own, lets rank 1 make one mistake, and ends them; they wait for each
-# other 1.5 s at most, and your workers above know nothing of it. Before each run: **what will the ranks see?**
+# What do these mistakes look like when they happen at night, in production? Now you cause them on purpose. Each case
+# starts two ranks of its own, lets rank 1 make one mistake, and ends both. The ranks wait at most 1.5 s for each other,
+# and your workers above are not involved. Before each run, predict: **what will the ranks observe?**
 #
-# - `error at once`: a sentence on all ranks;
-# - `error after the deadline`: somebody waits in vain;
-# - `fast path missed`: no error, every row right, and on some transport not the fast path;
-# - `silently wrong`: no error, and rows that are wrong.
+# - `error at once`: every remaining rank raises an error immediately;
+# - `error after the deadline`: a rank waits until its timeout, and then raises an error;
+# - `fast path missed`: no error, and every row is right, but at least one transport falls back;
+# - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
 from cpkit_lessons.failure_lab import CASES, inject_fault
@@ -877,7 +952,7 @@ cards = {}
 
 
 def run(case):
-    """Run one case, keep its post-mortem, and show it."""
+    """Run one case, store its post-mortem, and show it."""
     cards[case] = inject_fault(case)
     return cards[case]
 
@@ -885,7 +960,7 @@ def run(case):
 # %% skips-text [markdown]
 # ### One rank skips the rendezvous
 #
-# Rank 1 takes a branch in which it makes no symmetric memory: no tokens for it in this batch, say.
+# Rank 1 takes a branch in which it allocates no symmetric memory, for example because it has no tokens in this batch.
 
 # %% skips-predict
 lesson.predict("skips_the_rendezvous", ...)
@@ -899,7 +974,8 @@ lesson.reveal("skips_the_rendezvous", cards["skips_the_rendezvous"].symptom)
 # %% sizes-text [markdown]
 # ### Sizes differ
 #
-# A scratch buffer is sized by this rank's own rows; rank 1 has one row more. Then all gather, with equal shapes.
+# Each rank sizes a scratch buffer by its own number of rows, and rank 1 has one row more. Then all ranks gather, with
+# equal shapes.
 
 # %% sizes-predict
 lesson.predict("sizes_differ", ...)
@@ -913,8 +989,8 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # %% receive-text [markdown]
 # ### Receive-only registration
 #
-# The seed as merged: output in symmetric memory, shard in ordinary memory. Our ranks really gather; for NCCL's versions the same
-# buffers are put to the rule.
+# This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. Our own
+# ranks run this gather. For two versions of NCCL, the rule of section 8 is applied to the same buffers.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)
@@ -928,7 +1004,7 @@ lesson.reveal("receive_only", cards["receive_only"].symptom)
 # %% group-text [markdown]
 # ### The wrong group
 #
-# Both buffers are symmetric, but in the pool of another group.
+# Both buffers are symmetric, but they are in the pool of another group.
 
 # %% group-predict
 lesson.predict("wrong_group", ...)
@@ -942,7 +1018,8 @@ lesson.reveal("wrong_group", cards["wrong_group"].symptom)
 # %% lists-text [markdown]
 # ### Divergent free lists
 #
-# Section 7, on real shared memory: an allocator without agreement, and rank 1 has kept a block that rank 0 has freed.
+# This is section 7 on real shared memory: the allocator has no agreement, and rank 1 has kept a block that rank 0 has
+# freed.
 
 # %% lists-predict
 lesson.predict("divergent_free_lists", ...)
@@ -956,7 +1033,7 @@ lesson.reveal("divergent_free_lists", cards["divergent_free_lists"].symptom)
 # %% full-text [markdown]
 # ### Shared memory is full
 #
-# The arena is larger than what is left of `/dev/shm`. In containers that is often 64 MB in all.
+# The arena is larger than the free space in `/dev/shm`. Containers often have only 64 MB of it in total.
 
 # %% full-predict
 lesson.predict("shared_memory_is_full", ...)
@@ -970,7 +1047,7 @@ lesson.reveal("shared_memory_is_full", cards["shared_memory_is_full"].symptom)
 # %% dies-text [markdown]
 # ### A rank dies
 #
-# Rank 1 is killed before it comes to the gather, as the kernel does when memory runs out.
+# Rank 1 is killed before it arrives at the gather, as the kernel does when memory runs out.
 
 # %% dies-predict
 lesson.predict("a_rank_dies", ...)
@@ -984,7 +1061,8 @@ lesson.reveal("a_rank_dies", cards["a_rank_dies"].symptom)
 # %% cards-text [markdown]
 # ### All post-mortems side by side
 #
-# Four symptoms, seven causes: the symptom alone does not tell you. What does?
+# There are seven causes, but only four symptoms. So the symptom alone does not identify the cause. What else do the
+# ranks report?
 
 # %% cards
 assert list(cards) == list(CASES)
@@ -995,19 +1073,19 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # %% e7-task [markdown]
 # ### Exercise 7 · From post-mortem to cause
 #
-# **Goal** Write `cause`: the name of what went wrong, one of `CASES`, from what the ranks saw. Each has `rank`, `exit_code`
-# (negative: killed by that signal), `error` (the type's name, or ""), `message`, `waited_s`, `paths` (transport to
-# path), `reason` (why that path, in words), `wrong` (the first wrong row, or ""). The ranks come in any order; to look at
-# one: `cards["wrong_group"].ranks[0]`.
+# **Goal** Write `cause`: the name of the mistake, one of `CASES`, from what the ranks observed. Each entry has `rank`,
+# `exit_code` (negative: killed by that signal), `error` (the name of the exception's type, or ""), `message`,
+# `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a description of the
+# first wrong row, or ""). The entries are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
 #
-# **Example** One rank says `BarrierTimeout`, the other has exit code −9: `"a_rank_dies"`.
+# **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
 # **About** 8 minutes, ★★☆
 
 
 # %% e7
 def cause(ranks):
-    """One of CASES."""
+    """Return one of CASES."""
     # >>> your code
     #: return "skips_the_rendezvous"
     said = " ".join(rank.message + rank.reason for rank in ranks)
@@ -1064,44 +1142,46 @@ def cause(ranks):
 
 
 # %% e7-help [markdown]
-# Sort by evidence: first what only a dead process leaves, then errors, then wrong rows, then paths.
+# Sort by evidence: first an exit code that only a killed process leaves, then errors, then wrong rows, then paths.
 #
 # ---
-# A timeout has two causes; the *other* rank's exit code tells them apart. An error at once has two; the words tell. No error
-# has three: wrong rows, or one of two reasons for the path.
+# A timeout has two causes, and the exit code of the *other* rank tells them apart. An error at once has two causes, and
+# the message tells them apart. Without an error there are three causes: wrong rows, or one of two reasons for the path.
 #
 # ---
-# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `"is full" in said`; `any(r.wrong …)`;
-# `"another group" in reason`.
+# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `"is full" in said`; `any(r.wrong …)`; `"another
+# group" in reason`.
 #
 # ---
-# **Why** The rank that complains is seldom the one that is to blame. A post-mortem needs *all* ranks: who waited, for whom, and
-# how each one ended.
+# **Why** The rank that reports an error is seldom the one that caused it. A post-mortem needs *all* ranks: which rank
+# waited for which, and how each of them ended.
 #
-# **Another way** A table of (symptom, detail) to cause. It is shorter, and it shows that two causes can share a symptom only as long
-# as some detail differs: if none does, your logs say too little.
+# **Another way** A table from (symptom, detail) to cause. It is shorter. It also shows the requirement: if two causes
+# share a symptom, some detail must differ. If none differs, your logs contain too little.
 
 # %% s10 [markdown]
 # ## 10. Your own pull gather
 #
-# All of it together: a gather of uneven shards, straight into token order, that survives any schedule. Each rank stores its shard
-# in its symmetric buffer, and *loads* from its peers.
+# Can you write the whole operation now? It gathers uneven shards straight into token order, and it stays right under
+# any schedule. Each rank stores its shard in its symmetric buffer, and *loads* from its peers.
 
 # %% e8-task [markdown]
 # ### Exercise 8 · A pull gather
 #
-# **Goal** Write one round of `pull_gather`. `shard` are this rank's rows, `out` is the whole result in token order (poisoned),
-# `tokens[r]` says which tokens rank r holds, in its order. `yield me.store(shard)` copies rows into my symmetric buffer;
-# `yield me.load(peer, count)` returns the first `count` rows of a peer's buffer. The next round uses the same buffers.
+# **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` is the whole result in
+# token order, filled with poison. `tokens[r]` lists the tokens of rank r, in the order in which it stores them. `yield
+# me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)` returns the first `count` rows
+# of a peer's buffer. The next round uses the same buffers.
 #
-# **Example** 2 ranks, `tokens` = [[0, 3], [1, 2]]. On both ranks `out[[0, 3]]` becomes rank 0's two rows, `out[[1, 2]]` rank 1's.
+# **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
+# and `out[[1, 2]]` those of rank 1.
 #
 # **About** 12 minutes, ★★★
 
 
 # %% e8
 def pull_gather(me, shard, out, tokens):
-    """Fill `out` with everybody's rows, in token order."""
+    """Fill `out` with the rows of all ranks, in token order."""
     # >>> your code
     #: yield me.store(shard)
     #: out[tokens[me.rank]] = yield me.load(me.rank, len(shard))
@@ -1169,25 +1249,29 @@ def pull_gather(me, shard, out, tokens):
 
 
 # %% e8-help [markdown]
-# Two edges again: store → load, and load → next store. Then: which place in `out` has a peer's i-th row?
+# The two orders again: a store before its loads, and a load before the next store. Then ask: where in `out` does row i
+# of a peer belong?
 #
 # ---
-# Store, barrier, loads, barrier. `out[tokens[peer]] = rows` puts each row at its token: no padding, no strip, no reorder.
+# Store, barrier, loads, barrier. `out[tokens[peer]] = rows` puts each row at its token. No padding, no strip and no
+# reorder are needed.
 #
 # ---
-# `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. The score shows what the
-# rotation is for.
+# `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. The score shows
+# what the rotation gains.
 #
 # ---
-# **Why** If all ranks begin with rank 0, one memory serves everybody at once while the others idle. Rotated, each rank reads another
-# one in every step, as in cpkit's `pull_shards`. The low contention of PyTorch's `_low_contention_all_gather` is another one: with
-# *computation* that runs at the same time, because it copies with copy engines instead of multiprocessors (pytorch#130583).
+# **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the rotation,
+# each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
+# `_low_contention_all_gather` avoids a different contention, with *computation* that runs at the same time: it copies
+# with copy engines instead of multiprocessors (pytorch#130583).
 #
-# **Another way** Push: `put` your rows at their tokens in every peer's *output*. Then `out` must be symmetric instead of the shard, and
-# the exit barrier says when it is complete. That is `algorithm="direct"`; notebook 3 measures it.
+# **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out` must be symmetric
+# instead of the shard, and the barrier at the end says when it is complete. That is `algorithm="direct"`, which
+# notebook 3 measures.
 
 # %% real-text [markdown]
-# And the real one, on your workers, in both directions: every byte is checked.
+# Now the real one, on your workers, with symmetric memory and without. Every byte is checked.
 
 # %% real
 tokens = world.of(4096) + 1
@@ -1199,6 +1283,63 @@ assert (on.path, off.path) == ("symmetric", "fallback")
 print("symmetric memory on: ", on.path)
 print("symmetric memory off:", off.path, "|", off.path_reason)
 
+# %% s11 [markdown]
+# ## 11. Straight into a paged cache
+#
+# Attention in a serving engine does not read a dense tensor. It reads a *paged cache*, whose pages are assigned to
+# requests one by one. So after the usual gather, one more pass inserts each row into its page. Can a rank store its
+# rows there directly?
+#
+# {glossary: paged cache}
+#
+# It can, if the cache is in symmetric memory. Every rank knows the pages of the request, so it knows the slot of each
+# token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache], slots=slots)` stores
+# each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 0 and 3.
+
+# %% slot-predict
+lesson.predict("slot", ...)
+
+
+# %% publish
+def publish(group):
+    import torch
+    from cpkit.gather import all_gather_kv
+    from cpkit.layout import prepare_context_parallel_metadata
+    from cpkit.symm import use_symmetric_memory
+
+    pages = torch.tensor([5, 0, 3])  # the pages of this request, of 4 slots each
+    slots = (pages[:, None] * 4 + torch.arange(4)).flatten()[:11]
+    with use_symmetric_memory(group):
+        cache = torch.full((24, 1), -1)  # 6 pages
+    layout = prepare_context_parallel_metadata([11], group.size)
+    rows = layout.rank_rows(group.rank)[:, None]  # each row holds the number of its token
+    all_gather_kv([rows], layout, group, into=[cache], slots=slots)
+    return cache.flatten().tolist()
+
+
+# %% publish-run
+caches = in_ranks(publish, 2)
+assert caches[0] == caches[1], "all ranks have the same cache"
+assert sorted(caches[0])[-11:] == list(range(11)), "every token is there, once"
+assert caches[0].count(-1) == 24 - 11, "no other slot was written"
+pages = pd.DataFrame([caches[0][4 * page : 4 * page + 4] for page in range(6)])
+pages.rename_axis("page").rename(columns="slot {}".format).replace(-1, "·")
+
+# %% slot-reveal
+lesson.reveal("slot", caches[0].index(6))
+
+# %% publish-after [markdown]
+# Each row was written once, straight to its final slot on both ranks. There is no padding, no strip, no reorder and no
+# insertion.
+#
+# vLLM calls this *direct publication*, and has three open pull requests for it. #49517 introduces it for one model,
+# with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric memory. #57115 uses
+# vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final rows in the cache of
+# every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
+#
+# Which ranks must agree before a page is reused? All of them: a peer may still read the page. `all_gather_kv` starts
+# with an agreement for this reason. A signal per peer would wait for fewer ranks.
+
 # %% progress
 lesson.progress()
 
@@ -1206,22 +1347,26 @@ lesson.progress()
 # ## What to remember
 #
 # - Symmetric means: the same offset on every rank. Pointers differ.
-# - Two waits: before you read what peers wrote, and before anybody writes there again. One round never shows the second.
-# - A spill is a collective at run time. Warm up with the largest batch you will see.
-# - A block is free when *all* ranks have let go of it. Books that differ give wrong rows, not errors.
-# - Registered = buffer + group + offset, and which buffers is a matter of the version. It counts only with NVLink between all
-#   GPUs, and some versions' kernels have a race. Always ask for the path, and for the version.
-# - The rank that complains is seldom the one to blame.
+# - There are two waits: before a rank reads what its peers wrote, and before any rank writes there again. A test of one
+#   round never detects a missing second wait.
+# - A signal waits for one peer, and a barrier for all ranks.
+# - A spill is a collective at run time. Warm up with the largest batch that you expect.
+# - A block is free when *all* ranks have released it. Different free lists give wrong rows, not errors.
+# - The fast path requires buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on the
+#   version, and some versions have a race. So always look at the path and at the version.
+# - The rank that reports an error is seldom the one that caused it.
 #
 # **You can now read**
 #
-# - SGLang `pynccl_allocator.py` (`use_symmetric_memory`: registration hidden in `__exit__`), `cp/zigzag.py`
-#   (`_all_gather_reorganized`: receive side only), and the threads #24040, #37337, #19329, #36943;
-# - PyTorch `torch/distributed/_symmetric_memory/__init__.py` (`rendezvous`, `put_signal`, `_low_contention_all_gather`);
-# - NCCL `scheduler/symmetric_sched.cc`, `sym_kernels.cc`;
-# - cpkit `sync/barrier.py`, and in `memory/`: `allocator.py`, `pool.py`, `path.py`.
+# - SGLang's `pynccl_allocator.py` (`use_symmetric_memory`, which registers in `__exit__`) and `cp/zigzag.py`
+#   (`_all_gather_reorganized`, which registers the receive side only), and the threads #24040, #37337, #19329, #36943;
+# - PyTorch's `torch/distributed/_symmetric_memory/__init__.py` (`rendezvous`, `put_signal`,
+#   `_low_contention_all_gather`);
+# - NCCL's `scheduler/symmetric_sched.cc` and `sym_kernels.cc`;
+# - cpkit's `sync/barrier.py`, and in `memory/`: `allocator.py`, `pool.py`, `path.py`.
 #
-# **An open problem** The simulator's memory is sequentially consistent: a step is seen by all at once. A GPU's is not. Extend
-# `simulate.py` with a store buffer for each rank, and find the smallest program that passes here and fails there.
+# **An open problem** The memory of the simulator is sequentially consistent: all ranks see each step at the same time.
+# The memory of a GPU is not. Extend `simulate.py` with a store buffer for each rank, and find the smallest program that
+# passes here and fails there.
 #
 # Next: `03_allgather_perf.ipynb`.

@@ -1,24 +1,26 @@
 # %% title [markdown]
 # # 3 · All-gather performance
 #
-# Four algorithms give the same bytes. Which is faster, by how much, and why? Here you say what the hardware
-# allows, measure what happens, and explain the gap. Each step is: predict, run, explain.
+# Four algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
+# every layer, so a wrong answer costs time in each of them. In this notebook you compute what the hardware allows,
+# measure what happens, and explain the difference. The loop is again: predict, run, explain.
 #
-# **Time** 70 minutes. **Needs** any laptop: the times are those of *this* machine. **Know before** notebooks 1 and 2.
+# **Time** 75 minutes. **Needs** any laptop: the times are those of *this* machine. **Know before** notebooks 1 and 2.
 #
-# You will be able to
+# After this notebook you can
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
-# 2. take a time that a colleague believes, and name nine ways to get it wrong;
-# 3. split a sweep into alpha and beta, and say which of them a change will move;
-# 4. predict from the number of passes what removing one gains, and check it.
+# 2. recognize nine mistakes that make a measured time wrong;
+# 3. split a sweep into alpha and beta, and say which of them a change affects;
+# 4. predict from the number of passes what the removal of one gains, and verify it;
+# 5. predict which kernel NCCL selects, and verify it in NCCL's own log.
 #
-# {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; modelled}
+# {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; skew; modelled}
 
 # %% connect tags=["nbval-ignore-output"]
 import cpkit
 from cpkit_lessons import performance as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier one then says which
+lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -29,16 +31,20 @@ import pandas as pd
 from cpkit_lessons import figures
 
 cp = world.cp_size
+pd.set_option("display.max_colwidth", None)
 MB = 1_000_000
-one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: a token has 2048 bytes
+one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per token
 
 # %% s1 [markdown]
 # ## 1. Units first
 #
-# S is the size of the *whole* result, t the time of the slowest rank. **algbw** is S / t. But a rank already holds
-# 1/n of the result, so a link carries only (n−1)/n of S: that is **busbw**, the number to compare with hardware. GB are
-# 10⁹ bytes. These are nccl-tests' definitions, except for t: by default nccl-tests reports the average over the ranks (`-a 1`;
-# `-a 3` is the slowest rank). Beware: NCCL's own log lines count the bytes of *one rank*.
+# A colleague reports "900 GB/s". Is that good? It depends on which bytes were counted. Let S be the size of the *whole*
+# result, n the number of ranks, and t the time of the slowest rank. **algbw** is S / t. But each rank already holds 1/n
+# of the result, so a link carries only (n−1)/n of S. **busbw** is algbw · (n−1)/n, and it is the number to compare with
+# the rate of the hardware. One GB is 10⁹ bytes.
+#
+# These are the definitions of nccl-tests, except for t: nccl-tests reports the average over the ranks by default (`-a
+# 1`), and the slowest rank with `-a 3`. Note that NCCL's own log lines count the bytes of *one rank*.
 
 # %% busbw-predict
 lesson.predict("busbw", ...)
@@ -57,16 +63,17 @@ lesson.reveal("busbw", busbw)
 # %% e1-task [markdown]
 # ### Exercise 1 · algbw and busbw
 #
-# **Goal** Write `bandwidths`: (algbw, busbw) in GB/s, from what NCCL logs: the bytes of *one* rank.
+# **Goal** Write `bandwidths`: (algbw, busbw) in GB/s, from the size that NCCL logs, the bytes of *one* rank.
 #
-# **Example** 8 400 000 bytes per rank, 4 ranks, 20 000 µs: `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68, 1.26)`.
+# **Example** For 8 400 000 bytes per rank, 4 ranks and 20 000 µs, `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68,
+# 1.26)`.
 #
 # **About** 4 minutes, ★☆☆
 
 
 # %% e1
 def bandwidths(rank_bytes, time_us, cp_size):
-    """(algbw, busbw) in GB/s of a gather to which every rank gives `rank_bytes`."""
+    """Return (algbw, busbw) in GB/s of a gather in which every rank sends `rank_bytes`."""
     # >>> your code
     #: return 0.0, 0.0
     algbw_gbps = rank_bytes * cp_size / time_us / 1e3
@@ -97,29 +104,32 @@ def bandwidths(rank_bytes, time_us, cp_size):
 
 
 # %% e1-help [markdown]
-# What is S? Not what one rank gives.
+# What is S? It is not the size of one rank's shard.
 #
 # ---
-# S = rank_bytes · cp_size. One byte per µs is 10⁶ bytes per second, a thousandth of a GB/s.
+# S = rank_bytes · cp_size. One byte per µs is 10⁶ bytes per second, which is a thousandth of a GB/s.
 #
 # ---
-# Two lines: `algbw = … / time_us / 1e3`, then return it with `algbw * (cp_size - 1) / cp_size`.
+# Two lines are enough: `algbw = … / time_us / 1e3`, then return it together with `algbw * (cp_size - 1) / cp_size`.
 #
 # ---
-# **Why** busbw does not depend on n on a perfect machine, so runs of different sizes can be compared.
+# **Why** On a perfect machine, busbw does not depend on n. So you can compare runs with different numbers of ranks.
 #
-# **Another way** busbw straight from what a rank receives: `rank_bytes * (cp_size - 1) / time_us / 1e3`.
+# **Another way** Compute busbw directly from the bytes that a rank receives: `rank_bytes * (cp_size - 1) / time_us /
+# 1e3`.
 
 # %% s2 [markdown]
 # ## 2. The speed of light
 #
-# Before you measure, say what is possible. Over links, each rank must receive the (n−1)/n of S that it lacks, and
-# the ranks must synchronize. So t ≥ alpha + S · (n−1)/n / B.
+# Before you optimize, ask what is possible. Each rank must receive the (n−1)/n of S that it does not hold yet, and the
+# ranks must synchronize. So the least time is alpha + S · (n−1)/n / B, where alpha is the cost of synchronization, and
+# B the bandwidth of the link. We call this bound the *speed of light*.
 #
-# B is the line rate of the link, or what a plain copy to another GPU reaches: 384 GB/s between two H100s, where half of 268 MB
-# took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56). Do not take B from the library that you want to
-# judge. alpha = 5.3 µs and B = 328 GB/s meet four times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596): that is
-# what NCCL *reaches*, and no bound. For those 268 MB it gives 414 µs, and cpkit's `plan` took 377.
+# Take B from the data sheet of the link, or from a plain copy to another GPU. Between two H100s such a copy reaches 384
+# GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56). Do not take B from
+# the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce four times of NCCL's
+# symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It is not a bound: for the
+# same 268 MB it gives 414 µs, and cpkit's `plan` took 377 µs.
 
 
 # %% e2-task [markdown]
@@ -127,15 +137,15 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
 #
-# **Example** 268 MB on 2 ranks, no alpha, 384 GB/s: `light_us(268429312, 2, 0.0, 384)` is 349.5. The fastest form of NCCL's
-# all-gather took 450 µs in the same record.
+# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. The fastest
+# form of NCCL's all-gather took 450 µs in the same record.
 #
 # **About** 3 minutes, ★☆☆
 
 
 # %% e2
 def light_us(total_bytes, cp_size, alpha_us, link_gbps):
-    """Least time of a gather of `total_bytes` in all."""
+    """Return the least time, in µs, of a gather whose result has `total_bytes`."""
     # >>> your code
     #: return 0.0
     received_bytes = total_bytes * (cp_size - 1) / cp_size
@@ -158,52 +168,55 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 
 
 # %% e2-help [markdown]
-# Which bytes must come over the link, and which are there already?
+# Which bytes must cross the link, and which are already there?
 #
 # ---
-# Received: total · (n−1)/n. And 1 GB/s is 10³ bytes per µs.
+# A rank receives total · (n−1)/n bytes. And 1 GB/s is 10³ bytes per µs.
 #
 # ---
 # `alpha_us + received_bytes / (link_gbps * 1e3)`.
 #
 # ---
-# **Why** The line has two numbers. alpha counts while S is small, B while it is large.
+# **Why** The line has two parameters. alpha dominates while S is small, and B while S is large.
 #
-# **Another way** Solve for the size where both terms are equal: S = alpha · B · n/(n−1), 2 MB for 5.3 µs, 328 GB/s and 8 ranks.
+# **Another way** Find the size at which both terms are equal: S = alpha · B · n/(n−1). For 5.3 µs, 328 GB/s and 8 ranks
+# it is 2 MB.
 
 # %% light-text [markdown]
 # ### And on this machine?
 #
-# Your processes share one memory. There are no links. The least that a gather can do is *meet once*, *read* every byte once,
-# and *write* it once for every rank: (cp+1) · S bytes. How fast bytes move is measured, not looked up: when every rank
-# copies S bytes, 2 · cp · S bytes move. The fastest sample counts, because a bound is no average.
+# Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
+# and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured, not looked up: when every
+# rank copies S bytes, 2 · cp · S bytes move. Of all samples the fastest counts, because a bound is not an average.
 #
-# (With a GPU for each rank the links are the bound, as above; the line below is then that of each GPU's memory.)
+# (With one GPU per rank, the bound is that of the links above. The line below then shows the bound of each GPU's
+# memory.)
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
-probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=12, **one) for n in sizes}
-least = (cp + 1) / (2 * cp)  # of what the copies move
+probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
+least = (cp + 1) / (2 * cp)  # bytes of a gather / bytes that the copies move
 meet_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
 light = {n: meet_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
 # %% light-after [markdown]
-# This line is drawn *before* any gather ran, and it stays. A point under it means that the clock is wrong.
+# This line is drawn *before* any gather has run, and it does not change. If a measured time lies below it, the
+# measurement is wrong.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
 #
-# What you compare from here on:
+# Where does the time of a gather go, and which rank waits for which? From here on you compare three algorithms:
 #
 # | algorithm | what each rank does |
 # |---|---|
-# | `padded` | pad, the collective of torch.distributed, strip, reorder |
-# | `padded_symm` | copy into symmetric memory, push to all peers (with a GPU per rank, NCCL does it), strip, reorder |
-# | `direct` | push every row to its final place in all peers |
+# | `padded` | pads, calls the collective of torch.distributed, strips, reorders |
+# | `padded_symm` | copies into symmetric memory, pushes to all peers (with one GPU per rank, NCCL does this), strips, reorders |
+# | `direct` | pushes every row to its final position in all peers |
 #
-# All ranks read the same clock, so their stages can be laid side by side. First the classic pipeline.
+# All ranks read the same clock, so you can compare their stages in one figure. First the classic pipeline.
 
 # %% trace-padded tags=["nbval-ignore-output"]
 traced = world.of(4096)  # tokens
@@ -212,25 +225,29 @@ assert set(padded.table["rank"]) == set(range(cp))
 figures.show(figures.timeline(padded.table, "padded"))
 
 # %% trace-direct-text [markdown]
-# Now `direct`: every rank writes its rows at their final place, once. Mind the axis.
+# Now `direct`: every rank writes each row once, at its final position. Note that the time axis has another scale.
 
 # %% trace-direct tags=["nbval-ignore-output"]
 direct = lab.trace(traced, cp, algorithm="direct")
-assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), "those passes are gone"
+assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), (
+    "direct does not need these passes"
+)
 figures.show(figures.timeline(direct.table, "direct"))
 reports = Path("reports")
 reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# All ranks, one clock: the timeline shows which rank waits for which. `reports/direct_trace.json` holds the same for
-# https://ui.perfetto.dev. But this is *one* gather. Is it a typical one?
+# The timeline shows which rank waits for which. `reports/direct_trace.json` contains the same data for
+# https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
 
 # %% s4 [markdown]
-# ## 4. How to get it wrong
+# ## 4. How to measure a wrong time
 #
-# `lab.clock` returns every sample of every rank, and can leave out what a fair clock needs. First the barrier.
-# In a model, ranks arrive when their own work is done. Here rank r arrives r · 5 ms late, on purpose.
+# Why do two engineers measure different times for the same gather? Usually one of them forgot something. `lab.clock`
+# returns every sample of every rank, and it can leave out what a fair measurement needs. The first mistake is to leave
+# out the barrier before the clock starts. In a model, ranks arrive at the gather whenever their own work is done. Here
+# rank r arrives r · 5 ms late, on purpose. This difference between the ranks is called *skew*.
 
 # %% late-predict
 lesson.predict("late", ...)
@@ -246,7 +263,7 @@ print(
 print(
     "median of each rank, no barrier (µs):   ", np.median(unfair.times_us("direct"), axis=0).round()
 )
-assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits inside its clock"
+assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits while its clock runs"
 
 # %% late-reveal
 lesson.reveal("late", unfair.median_us("direct") / 1000)
@@ -254,7 +271,7 @@ lesson.reveal("late", unfair.median_us("direct") / 1000)
 # %% wrong-text [markdown]
 # ### Eight mistakes
 #
-# Now take eight wrong times of real gathers, each beside the right one.
+# Next you see eight wrong times of real gathers, each beside the right one.
 
 # %% damage-predict
 lesson.predict("damage", ...)
@@ -263,22 +280,27 @@ lesson.predict("damage", ...)
 from cpkit_lessons.mistakes import Mistake, noisy_neighbour
 
 tokens = world.of(4096)
-lab.pool.configure(world.of(1 << 20), cp)  # a small arena: the first gather must make a new segment
+lab.pool.configure(world.of(1 << 20), cp)  # a small arena, so the first gather makes a new segment
 cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
-lab.pool.configure(cp_size=cp)  # the default again
-warm = lab.clock(["direct", "copy", "copy_fresh", "collective", "launch"], tokens, cp, **one)
+lab.pool.configure(cp_size=cp)  # the default arena again
+calls = ["direct", "copy", "copy_fresh", "collective", "launch"]
+warm = lab.clock(calls, tokens, cp, iterations=12, **one)
 times = warm.times_us("direct")  # [iterations, ranks]
 slowest = times.max(axis=1)
 right = np.median(slowest)
 print(warm)
 
 # %% mistakes-1-text [markdown]
-# `cold` began without warm-up, in a pool without room. `copy_fresh` copies into memory that nobody has touched: the kernel
-# first has to find and clear each page. `launch` starts the collective and does not wait. The next cell measures
-# `direct` against *itself*, so the true ratio is 1. In turn, each iteration gives one pair of times, and so one ratio.
+# `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
+# before, so the kernel first has to find and clear each page. `launch` starts the collective and does not wait for its
+# end.
+#
+# The next cell measures `direct` against *itself*, so the true ratio is 1. First the two runs follow each other, while
+# other threads disturb the first one. Then both are measured in turn (A B A B …), so that each iteration gives one
+# pair of times, and one ratio.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
-with noisy_neighbour():  # another process uses the machine for the first half of the time
+with noisy_neighbour():  # other threads use the machine for the first half of the time
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
@@ -299,10 +321,13 @@ print(
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
 # %% mistakes-2-text [markdown]
-# Even in turn the ratio is seldom exactly 1. The spread says what a ratio is worth: if the middle half of the pairs contains 1, no
-# difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same code, noise
-# has won: more iterations or a quieter machine, and until then conclude nothing. For two *different* variants you would not
-# notice that, so measure one against itself first, and believe only differences beyond that spread.
+# Even in turn, the ratio is seldom exactly 1. Look at the spread: if the middle half of the pairs contains 1, no
+# difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same
+# code, the noise was too strong. Then use more iterations or a quieter machine, and draw no conclusion until the spread
+# contains 1.
+#
+# For two *different* variants you could not tell noise from a real difference. So measure one variant against itself
+# first, and trust only differences that are larger than that spread.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
@@ -333,28 +358,34 @@ order = sorted(
 lesson.reveal("damage", tuple(order))
 
 # %% mistakes-text [markdown]
-# Left of the line the gather looks faster than it is, right of it slower. "Not waited for" often lies *under the speed
-# of light*: that is how you find it without knowing the code. And ml-engineering's `all_reduce_bench.py` averages rates.
+# Left of the line the gather seems faster than it is, and right of it slower. "Not waited for" is often *below the
+# speed of light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
+# well-known tools: `all_reduce_bench.py` of ml-engineering averages rates.
 #
-# The ninth needs a GPU, and there it is the largest: timing *eager* calls. On two H100s the seed's pipeline took 212 µs per call
-# from Python at 0.26 MB, and 13.6 µs of GPU time in a CUDA graph, as a serving engine runs it
-# (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# The ninth mistake needs a GPU, and there it is the largest: it is to time *eager* calls, launched one by one from
+# Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time in a
+# CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# Section 9 returns to these two clocks.
+#
+# {glossary: eager; CUDA graph}
 
 
 # %% e3-task [markdown]
 # ### Exercise 3 · The time of a gather
 #
-# **Goal** Write `gather_us`: the time of a gather from `times_us`, an array `[iterations, ranks]`. The first `warmup`
-# iterations don't count. A gather is done when its slowest rank is. One wild iteration must not move the result.
+# **Goal** Write `gather_us`: the typical time of a gather from `times_us`, an array `[iterations, ranks]`. The first
+# `warmup` iterations do not count. A gather ends when its slowest rank ends. One extreme iteration must not change the
+# result much.
 #
-# **Example** `[[90, 80], [10, 12], [30, 11], [9, 13]]` with `warmup=1`: the gathers took 12, 30 and 13, so 13.
+# **Example** Let `times_us` be `[[90, 80], [10, 12], [30, 11], [9, 13]]`, with `warmup=1`. The gathers took 12, 30 and
+# 13 µs, so the answer is 13.
 #
 # **About** 4 minutes, ★★☆
 
 
 # %% e3
 def gather_us(times_us, warmup):
-    """Typical time of one gather, in µs."""
+    """Return the typical time of one gather, in µs."""
     # >>> your code
     #: return times_us.mean()
     slowest = times_us[warmup:].max(axis=1)
@@ -392,33 +423,34 @@ def gather_us(times_us, warmup):
 
 
 # %% e3-help [markdown]
-# Two axes, two questions: what over the ranks, what over the iterations?
+# There are two axes. Which statistic do you need over the ranks, and which over the iterations?
 #
 # ---
-# Over the ranks the maximum, first. Over the iterations the median, then.
+# First take the maximum over the ranks. Then take the median over the iterations.
 #
 # ---
 # `times_us[warmup:]`, then `.max(axis=1)`, then `np.median`.
 #
 # ---
-# **Why** In another order it is another number: the largest of the ranks' medians misses that the slowest rank changes
-# from one gather to the next. `lab.sweep` reports that number as `time_us`, because it needs one time per rank; it is never larger
-# than yours. The live panel uses your order.
+# **Why** In the other order the result is a different number. The largest of the ranks' medians misses that the slowest
+# rank changes from one gather to the next. `lab.sweep` reports that number as `time_us`, because it needs one time per
+# rank. It is never larger than yours. The live panel uses your order.
 #
-# **Another way** Take the end of the last rank minus the begin of the first, from `begin_us`. It also counts the barrier's
-# own skew.
+# **Another way** From `begin_us`, take the end of the last rank minus the start of the first. This also includes the
+# skew that the barrier itself leaves.
 
 # %% s5 [markdown]
 # ## 5. A sweep
 #
-# One size says little. Take several, and three algorithms in turn, so that noise hits all of them alike.
+# A production batch can be small or large. Does the same algorithm win at every size? Here are five sizes and three
+# algorithms, measured in turn, so that noise affects all of them equally.
 
 # %% ranking-predict
 lesson.predict("ranking", ...)
 
 # %% sweep tags=["nbval-ignore-output"] budget_s=90
 algorithms = ["padded", "padded_symm", "direct"]
-table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=8, **one)
+table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=5, **one)
 assert len(table) == len(sizes) * len(algorithms)
 names = "size_bytes count type algorithm time_us algbw_gbps busbw_gbps path"
 table[names.split()].round(3)
@@ -426,7 +458,7 @@ table[names.split()].round(3)
 # %% sweep-check
 row = table.iloc[0]
 expected = row["size_bytes"] / row["time_us"] / 1e3 * (cp - 1) / cp
-assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the same units"
+assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the units of section 1"
 largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_us"]
 assert largest["direct"] < largest["padded"]
 
@@ -439,18 +471,22 @@ factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 
 # %% sweep-text [markdown]
-# On the left the lines are flat: that is the cost of *meeting*. On the right they climb with the light: that is the cost
-# of *bytes*. And a jump has a cause. On CPU ranks, between 8 and 67 MB `padded` and `padded_symm` cost far more than 8 times as much.
-# Their results are ordinary memory, and from 32 MB on the C library takes it fresh from the kernel for every call: first
-# touch, each time. `direct` writes into the pool, which stays.
+# At the left end the lines are flat: there the time is *synchronization*. At the right end they rise in parallel with
+# the speed of light: there the time is *bytes*. A jump in a line has a cause. On CPU ranks, `padded` and `padded_symm`
+# cost far more than 8 times as much at 67 MB as at 8 MB. Their results are ordinary memory, and from 32 MB on the C
+# library requests new pages from the kernel for every call. So every call pays for the first touch. `direct` writes
+# into the pool, whose pages stay.
 #
-# The gap between flat line and light is waiting and agreeing; it grows when more ranks than cores take turns.
+# The distance between the flat part and the speed of light is waiting and agreement. It grows when there are more ranks
+# than cores.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
 #
-# t = alpha + beta · S. Two numbers instead of a table, and they say what a change can move. Fit them to `direct`. Sizes
-# span a factor of 1000, so the *relative* error must be small, not the absolute one.
+# How can you summarize a whole table of times? Fit a line: t = alpha + beta · S. The two numbers also tell you which
+# change can help: fewer synchronizations reduce alpha, and fewer bytes or passes reduce beta. Here the line is fitted
+# to `direct`. The sizes span a factor of 1000 or more, so the fit must minimize the *relative* error, not the absolute
+# one.
 
 # %% alpha-predict
 lesson.predict("alpha", ...)
@@ -458,8 +494,8 @@ lesson.predict("alpha", ...)
 # %% fit tags=["nbval-ignore-output"]
 mine = table[table["algorithm"] == "direct"]
 alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
-if us_per_byte <= 0:  # on a GPU, launching may take longer than all of these bytes
-    print("no slope to be seen: beta is the light's")
+if us_per_byte <= 0:  # on a GPU, the launch can take longer than all of these bytes
+    print("the times do not grow with the size, so beta is that of the bound")
     us_per_byte = (light[sizes[-1]] - light[sizes[0]]) / (sizes[-1] - sizes[0])
 print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
 errors = (alpha_us + us_per_byte * mine["size_bytes"]) / mine["time_us"] - 1
@@ -473,21 +509,22 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 # %% e4-task [markdown]
 # ### Exercise 4 · Fit alpha and beta
 #
-# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. It is judged at sizes you have not seen,
-# small ones too.
+# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. The check compares your line at other
+# sizes, including small ones.
 #
-# **Example** Times of exactly 10 µs + bytes / 1000: `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0, 0.001)`.
+# **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
+# 0.001)`.
 #
 # **About** 7 minutes, ★★☆
 
 
 # %% e4
 def fit(sizes_bytes, times_us):
-    """(alpha_us, us_per_byte) of the line that fits best, relatively."""
+    """Return (alpha_us, us_per_byte) of the line with the least relative error."""
     # >>> your code
     #: us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1)
     #: return alpha_us, us_per_byte
-    weights = 1 / np.asarray(times_us)  # an error of 1 % counts alike everywhere
+    weights = 1 / np.asarray(times_us)  # an error of 1 % counts the same at every size
     us_per_byte, alpha_us = np.polyfit(sizes_bytes, times_us, 1, w=weights)
     return alpha_us, us_per_byte
     # <<<
@@ -509,7 +546,7 @@ def fit(sizes_bytes, times_us):
 
 
 # %% e4-help [markdown]
-# Run the check on the starter. At which size is it wrong? How large is the time there?
+# Run the check on the starter. At which size is it wrong, and how large is the time there?
 #
 # ---
 # An error of 5 % at 64 MB is larger than all of alpha. Give every point the weight 1 / time.
@@ -518,20 +555,23 @@ def fit(sizes_bytes, times_us):
 # `np.polyfit` has an argument `w`. It multiplies the residuals, not their squares.
 #
 # ---
-# **Why** Least squares minimizes µs. You want per cent. With w = 1/t the residual is the relative error.
+# **Why** Least squares minimizes µs, but you care about per cent. With w = 1/t, each residual is a relative error.
 #
-# **Another way** Take alpha from the smallest size and beta from the largest two. Quick, and sensitive to two samples.
+# **Another way** Take alpha from the smallest size, and beta from the two largest. This is quick, but it depends on
+# very few samples.
 
 # %% e4-after [markdown]
-# Two numbers are a first model. `cpkit.cost` has a fuller one: it counts each algorithm's bytes, tells cache from memory and
-# first touch, and gives every core its ranks. `make bench` checks it at sizes and cp that it was not fitted to.
+# Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm,
+# distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks it at sizes
+# and values of cp to which it was not fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
 #
-# A *pass* writes all gathered rows once (`pad` writes only one shard). Its price can be measured alone: that is `copy`. The collective of
-# torch.distributed has a price of its own. So a gather can be priced before it is run: rows written, times price, plus
-# two meetings.
+# Can you price a gather before you run it? A *pass* writes all gathered rows once (`pad` writes only one shard). You
+# can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed has a price
+# of its own. The price of a gather is then the rows that each stage writes, times the price of a pass, plus two
+# barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -544,8 +584,9 @@ passes
 # %% e5-task [markdown]
 # ### Exercise 5 · The price of a gather
 #
-# **Goal** Write `price_us`. `rows` says how many rows a rank wrote in each stage. Writing `total` rows costs `wire_us` in the
-# stage `wire` and `copy_us` in any other. Every gather meets twice, at `meet_us` each.
+# **Goal** Write `price_us`. `rows` contains the number of rows that a rank wrote in each stage. Writing `total` rows
+# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Every gather has two barriers, at `meet_us`
+# each.
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
 #
@@ -554,7 +595,7 @@ passes
 
 # %% e5
 def price_us(rows, total, copy_us, wire_us, meet_us):
-    """What a gather of `total` rows costs by its own account, in µs."""
+    """Return the price of a gather of `total` rows, in µs."""
     # >>> your code
     #: return 2 * meet_us + wire_us
     passes_us = 0.0
@@ -585,22 +626,26 @@ def price_us(rows, total, copy_us, wire_us, meet_us):
 
 
 # %% e5-help [markdown]
-# The table above has a row for each algorithm. Which of its numbers are not the number of tokens?
+# The table above has one row per algorithm. Which of its numbers differ from the number of tokens?
 #
 # ---
-# A stage costs (rows it wrote / total) · price. The wire carries padding too: more than `total` rows.
+# The price of a stage is (rows that it wrote / total) · price of a pass. The wire also carries padding, so it writes
+# more than `total` rows.
 #
 # ---
 # `2 * meet_us + sum(…)` over `rows.items()`.
 #
 # ---
-# **Why** In one shared memory, bytes move at about one speed, whoever moves them. That is why counting comes before tuning. Over
-# links there are two speeds: 384 GB/s from one H100 to another (section 2), and up to 3.35 TB/s in its own memory (data sheet).
+# **Why** In one shared memory, all stages move bytes at about the same rate, so counting comes before tuning. Over
+# links there are two rates: 384 GB/s from one H100 to another (section 2), and up to 3.35 TB/s within its own memory
+# (data sheet).
 #
-# **Another way** Two prices per stage, one for reading and one for writing: needed where a stage reads more than it writes.
+# **Another way** Use two prices per stage, one for reading and one for writing. You need this where a stage reads more
+# than it writes.
 
 # %% passes-text [markdown]
-# Now price the three algorithms at a quarter of the largest size, and measure them in the same run. First write your number down.
+# Now predict the times of the three algorithms at a quarter of the largest size, and measure them in the same run.
+# Write down your number first.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -608,7 +653,7 @@ lesson.predict("passes", ...)
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
 medium = sizes[-1] // 4 // 2048  # tokens
-run = lab.clock(calls, medium, cp, iterations=10, **one)
+run = lab.clock(calls, medium, cp, iterations=7, **one)
 costs = {name: run.median_us(name) for name in calls}
 predicted = {
     name: lesson.price(rows[name], sum(batch), costs["copy"], costs[wire], costs["barrier"])
@@ -621,10 +666,14 @@ figures.show(figures.steps(predicted, measured))
 lesson.reveal("passes", measured["padded_symm"] / measured["direct"])
 
 # %% priced-text [markdown]
-# Two steps, two causes. `padded` → `padded_symm` replaces the collective by a push into peers' memory. `padded_symm` →
-# `direct` removes strip, reorder and the copy into the symmetric shard: nothing is left but the push.
+# There are two steps, with two causes. From `padded` to `padded_symm`, a push into the memory of the peers replaces the
+# collective. From `padded_symm` to `direct`, three copies disappear: strip, reorder, and the copy into the symmetric
+# shard. Only the push remains.
 #
-# And on GPUs with NVLink? The next cell prints a record of two H100s: device time, from CUDA graphs.
+# Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
+# CUDA graphs.
+#
+# {glossary: device time; seed; plan}
 
 # %% passes-recorded
 from cpkit_lessons import recordings
@@ -640,14 +689,15 @@ print(f"NCCL {environment['nccl']}; times in µs, size of the result in bytes")
 on_gpus.round(1)
 
 # %% passes-recorded-text [markdown]
-# `NCCL` is the collective alone. `seed` is SGLang's pipeline: the same, with pad, strip and reorder around it. At 67 MB these passes take four fifths of
-# the collective's own time, at 268 MB nine tenths. `plan`, the prepared `direct`, needs none of them, and is faster than the
-# collective alone.
+# `NCCL` is the collective alone. `seed` is SGLang's pipeline: the same collective, with pad, strip and reorder around
+# it. At 67 MB these passes take four fifths of the time of the collective, and at 268 MB nine tenths. `plan` is
+# `direct`, prepared once. It needs none of these passes, and it is faster than the collective alone.
 
 # %% look-back [markdown]
 # ### Look back
 #
-# Measured is above predicted. Where is the rest? Every gather can be cut into its stages.
+# The measured times are larger than the predicted ones. Where is the rest? `lab.measure` splits each gather into its
+# stages.
 
 
 # %% stages tags=["nbval-ignore-output"]
@@ -660,24 +710,26 @@ assert not {"pad", "strip", "reorder"} & set(split[-1].stage_us), "direct has no
 figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
-# `agree` and `exit` are meetings: there is Python in them, and ranks that wait for a core. `strip` and `reorder` also pay for
-# new memory now and then. The account has none of that. If the *order of the gains* holds, it was good enough to decide.
+# `agree` and `exit` are synchronization: they contain Python code, and ranks that wait for a core. `strip` and
+# `reorder` sometimes also pay for new memory. The prediction contains none of this. It is good enough to decide if the
+# *order of the gains* is right.
 
 
 # %% e6-task [markdown]
-# ### Exercise 6 · Few copies, final places
+# ### Exercise 6 · Few copies, final positions
 #
-# **Goal** `direct` needs a plan: which rows of the shard go where. `tokens[i]` is the token that row i holds. Write `copies`:
-# a list of (first row, first token, length), as short as possible. A copy moves neighbours to neighbours.
+# **Goal** `direct` needs a list of copies: which rows of the shard go to which tokens. `tokens[i]` is the token in row
+# i. Write `copies`, which returns a list of (first row, first token, length), as short as possible. One copy moves
+# consecutive rows to consecutive tokens.
 #
-# **Example** A rank holds tokens `[0, 1, 6, 7]`: `copies([0, 1, 6, 7])` is `[(0, 0, 2), (2, 6, 2)]`.
+# **Example** A rank holds the tokens `[0, 1, 6, 7]`. Then `copies([0, 1, 6, 7])` is `[(0, 0, 2), (2, 6, 2)]`.
 #
 # **About** 8 minutes, ★★★
 
 
 # %% e6
 def copies(tokens):
-    """(row, token, length) of each copy; together they move every row to its token's place."""
+    """Return (row, token, length) of each copy; together they move every row to its token."""
     # >>> your code
     #: return [(0, tokens[0], len(tokens))] if tokens else []
     plan = []
@@ -722,25 +774,28 @@ def copies(tokens):
 
 
 # %% e6-help [markdown]
-# When do two rows that stand side by side go to places that stand side by side?
+# When do two neighbouring rows go to neighbouring positions?
 #
 # ---
-# When the second token is the first plus one. Then the copy grows, else a new one begins.
+# When the second token is the first token plus one. Then the current copy grows by one row. Otherwise a new copy
+# begins.
 #
 # ---
-# Keep a list; look at `tokens[row - 1]`; make the last entry one longer, or append `(row, token, 1)`.
+# Keep a list. Compare with `tokens[row - 1]`. Either make the last entry one row longer, or append `(row, token, 1)`.
 #
 # ---
-# **Why** A copy has an alpha too: a call, a kernel, a descriptor. Zigzag needs two copies per sequence, however long it is;
-# interleave needs one per token, unless the copy can stride.
+# **Why** Each copy has an alpha of its own: a call, a kernel, a descriptor. Zigzag needs two copies per sequence,
+# however long it is. Interleave needs one copy per token, unless a copy can have a stride.
 #
-# **Another way** `np.flatnonzero(np.diff(tokens) != 1) + 1` are the cuts; `np.split` does the rest.
+# **Another way** `np.flatnonzero(np.diff(tokens) != 1) + 1` are the positions of the cuts, and `np.split` does the
+# rest.
 
 # %% s8 [markdown]
 # ## 8. The price of padding
 #
-# For one long sequence padding is nearly nothing. For many short ones it is not. Same tokens, two batches: 64 sequences
-# of 2·cp + 1 tokens (9 on 4 ranks), and a few more sequences of 2·cp.
+# Is padding worth optimizing? For one long sequence, padding costs almost nothing. For many short sequences it costs
+# much more. Compare two batches with the same number of tokens: 64 sequences of 2·cp + 1 tokens (9 tokens on 4 ranks),
+# and a few more sequences of exactly 2·cp tokens.
 
 # %% padding-predict
 lesson.predict("padding", ...)
@@ -761,19 +816,23 @@ for lengths in (odd, even):
 lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
-# Bytes are certain, times are noisy: compare the slots first. Only the wire carries padding; strip and reorder move what
-# is left. So the time grows by a smaller fraction than the slots: on 4 ranks, a third more slots is less than a third more time.
+# The bytes are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
+# reorder move real rows. So the time grows by a smaller fraction than the slots: on 4 ranks, one third more slots cost
+# less than one third more time.
 #
-# And look at `direct`: it has no padding, but two copies for each sequence and peer, each with an alpha of its own. For many
-# short sequences that can cost more than the padding did. Count both.
+# Look at `direct` too. It sends no padding, but it makes two copies per sequence and peer, each with an alpha of its
+# own. For many short sequences, these copies can cost more than the padding. Count both.
 
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
 #
-# These times were not measured here. Megatron-LM#5596 published them: 8 × H100, the same all-gather by NCCL's ring and by its
-# symmetric kernels. Each is the time of the *fastest* rank's kernel (the minimum over the ranks), so it excludes waiting for a late
-# rank. This notebook reports the slowest rank, which takes at least as long. At 2 MiB the gain is 1.86. SGLang#17756 saw 27.584 → 13.696 µs for
-# the CP gather of a 16K prompt.
+# Should you register buffers for large gathers too? Megatron-LM#5596 published these times for 8 × H100. They were not
+# measured on your machine. They compare the same all-gather by NCCL's ordinary kernels (its *ring*) and by its
+# symmetric kernels. Each time is the minimum over the ranks of the kernel's time, so it excludes waiting for a late
+# rank. This notebook reports the slowest rank, which takes at least as long. At 2 MiB, symmetric memory is 1.86 times
+# as fast. SGLang#17756 reports 27.584 → 13.696 µs for the CP gather of a prompt of 16K tokens.
+#
+# {glossary: ring; symmetric kernel; multicast}
 
 # %% stops-predict
 lesson.predict("stops", ...)
@@ -793,24 +852,27 @@ figures.show(
 lesson.reveal("stops", SYMMETRIC.speedups[-1])
 
 # %% stops-text [markdown]
-# The saved time first grows with the size, and then stays. A fixed cost would save the same time at every size, and a higher rate
-# would save more and more. Neither fits: NCCL changes kernel and protocol with the size, so the gain peaks and then falls.
-# Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and none by 256 MiB. On two H100s, registering both
-# buffers makes NCCL's collective 0.88 times as fast at 0.26 MB, 1.45 at 4.2 MB, 1.01 at 67 MB and 0.93 at 268 MB; registering only
-# the receive buffer gains 1.24 and 1.23 × at the last two, although NCCL keeps its ring then
-# (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56; two GPUs have no multicast kernels, which need more than two ranks).
-# So do not fit one alpha and beta to NCCL's ring.
+# The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
+# every size. A higher rate would save more and more time. Neither explains the data. NCCL changes its kernel and
+# protocol with the size, so the gain peaks and then falls. Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB,
+# most near 4 MiB, and no gain at 256 MiB.
+#
+# Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
+# times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
+# ring, and still gains 1.24 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-26-gpu.json`, commit
+# 9d290d7bab56). Two GPUs cannot use the multicast kernels, which need more than two ranks. So do not fit one alpha and
+# one beta to NCCL's ring.
 
 
 # %% e7-task [markdown]
 # ### Exercise 7 · Where a gain ends
 #
-# **Goal** Two algorithms are lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size above which `slow`
-# takes no more than `gain` times as long as `fast`. Return `math.inf` if the ratio stays above `gain` at all sizes, and 0 if it never
-# exceeds it.
+# **Goal** Two algorithms are described by lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size
+# above which `slow` takes no more than `gain` times as long as `fast`. Return `math.inf` if the ratio is above `gain`
+# at all sizes, and 0 if it never exceeds `gain`.
 #
-# **Example** 20 µs + 3·10⁻⁶ µs per byte against 10 µs + 3·10⁻⁶: `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes:
-# at that size the times are 50 and 40 µs.
+# **Example** `slow` takes 20 µs + 3·10⁻⁶ µs per byte, and `fast` takes 10 µs + 3·10⁻⁶ µs per byte.
+# `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes: at that size, the times are 50 and 40 µs.
 #
 # **About** 7 minutes, ★★★
 
@@ -819,11 +881,11 @@ import math
 
 
 def break_even_bytes(slow, fast, gain):
-    """Size where slow takes `gain` times as long as fast."""
+    """Return the size at which slow takes `gain` times as long as fast."""
     # >>> your code
     #: return math.inf
-    saved_us = slow[0] - gain * fast[0]  # what alpha still gives
-    lost_us_per_byte = gain * fast[1] - slow[1]  # what each byte takes away
+    saved_us = slow[0] - gain * fast[0]  # gained by the smaller alpha
+    lost_us_per_byte = gain * fast[1] - slow[1]  # lost again with each byte
     if lost_us_per_byte <= 0:
         return 0.0 if saved_us <= 0 and lost_us_per_byte == 0 else math.inf
     return max(0.0, saved_us / lost_us_per_byte)
@@ -850,28 +912,32 @@ def break_even_bytes(slow, fast, gain):
 
 
 # %% e7-help [markdown]
-# Write down that slow(S) = gain · fast(S). Which side grows faster?
+# Write the equation slow(S) = gain · fast(S). Which side grows faster with S?
 #
 # ---
-# a₁ + b₁S = g·a₂ + g·b₂S, so S = (a₁ − g·a₂) / (g·b₂ − b₁). Both brackets can be negative.
+# a₁ + b₁S = g·a₂ + g·b₂S, so S = (a₁ − g·a₂) / (g·b₂ − b₁). Both differences can be negative.
 #
 # ---
-# If g·b₂ − b₁ is not positive, the gain stays: `math.inf`. Else `max(0.0, …)`.
+# If g·b₂ − b₁ is not positive, the gain remains at all sizes: `math.inf`. Otherwise the answer is `max(0.0, …)`.
 #
 # ---
-# **Why** A gain in alpha fades like 1/S. A gain in beta stays. Ask of every speed-up which of the two it is, and whether both
-# sides are lines at all: NCCL's ring above is none.
+# **Why** A gain in alpha fades as 1/S, and a gain in beta remains. Ask which of the two a speedup is. Also ask whether
+# both times are lines at all: those of NCCL's ring above are not.
 #
-# **Another way** Bisect on the size with the ratio of the two times. It needs no algebra, and works for curves as well.
+# **Another way** Bisect over the size with the ratio of the two times. This needs no algebra, and it works for curves
+# too.
 
 # %% clocks-text [markdown]
 # ### Host or device?
 #
-# A call on a GPU has two times. The host checks the arguments, allocates and launches kernels. The device runs them. A Python
-# loop that waits after each call sees both (*call time*). A serving engine captures the kernels in a CUDA graph, and replays
-# that: it pays only for the device (*device time*). By which of the two should you choose an algorithm?
+# Which algorithm should an engine choose, if the answer depends on how you measure? A call on a GPU takes time in two
+# places. The *host* checks the arguments, allocates memory and launches kernels. The *device* then runs the kernels. A
+# Python loop that waits after each call measures both. A serving engine captures the kernels in a CUDA graph once, and
+# replays the graph, so it pays only for the device.
 #
-# The record of two H100s from section 7 has both.
+# {glossary: call time; host time; device time}
+#
+# The record of two H100s from section 7 contains both clocks.
 
 # %% clocks-predict
 lesson.predict("clocks", ...)
@@ -890,42 +956,93 @@ figures.show(gpu_clocks.two_clocks(record, 2_091_008, compared))
 lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 
 # %% clocks-after [markdown]
-# The two clocks rank the variants differently. Call time mostly compares the amount of Python: `seed` is four lines of torch, and
-# `padded_symm` also agrees with its peers on the call and allocates in the pool. On the device NCCL selects its symmetric kernel for `padded_symm`, and the
-# ring for `seed`. So compare algorithms by device time, and use call time only to say how long an eager caller waits. On GPUs the
-# sweep, the panel and `lab.clock` do so, and show both; where rows go through the host (`padded` on a GPU that ranks share), there is
-# only call time. On CPUs there is one time, because the host is the device.
+# The two clocks rank the variants in different orders. Call time mostly compares the amount of Python. `seed` is four
+# lines of torch, and `padded_symm` also agrees with its peers on the call, and allocates in the pool. On the device the
+# order is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
+#
+# So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
+# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (`padded` on a GPU
+# that ranks share), there is only call time. On CPUs there is only one clock, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work
 #
-# A gather rarely runs alone: on another stream the model multiplies matrices. Both want multiprocessors and memory. The same
-# record has each gather of 67 MB beside a matrix product.
+# Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
+# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product.
+#
+# {glossary: copy engine; low-contention}
 
 # %% beside
 neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# `plan` delays the product by more than the 104 µs that it takes alone: its blocks occupy the multiprocessors while they wait for
-# the link. The copy engine uses no multiprocessors for its transfer. But strip and reorder need them and wait for the product, so
-# the whole pipeline takes three times as long as alone. Of these six, `seed` delays the product most: it also moves the most bytes.
-# So measure both sides: the delay of the product is not the time of the gather.
+# `plan` delays the product by more than the 104 µs that it takes alone, because its blocks occupy multiprocessors while
+# they wait for the link. The copy engine uses no multiprocessors for its transfer. But its strip and reorder do need
+# them, and wait for the product, so that pipeline takes three times as long as alone. Of these six variants, `seed`
+# delays the product most, and it also moves the most bytes. So measure both sides: the delay of the product is not the
+# time of the gather.
+
+# %% kernels-text [markdown]
+# ### What NCCL really did
+#
+# How do you know that your buffers took the fast path? The result looks the same on either path, so you have to ask
+# NCCL. Notebook 2 predicts the path from buffer, group, offset and version. NCCL reports its choice only in its log
+# (`NCCL_DEBUG=INFO`, `NCCL_DEBUG_SUBSYS=TUNING`). `lab.explain(…, observe=True)` switches this log on for a single
+# gather, and returns what NCCL selected.
+#
+# With one GPU per rank, the next cell observes your own NCCL. Otherwise it shows a record of two H100s with NCCL
+# 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
+# (`padded_symm_recv`), or both (`padded_symm`).
+
+# %% kernels-predict
+lesson.predict("kernels", ...)
+
+# %% kernels
+from cpkit_lessons import nccl_choices
+
+recorded = nccl_choices.recorded()
+live = nccl_choices.live(lab, cp)  # None, unless each rank has a GPU of its own
+choices = recorded if live is None else live
+print(choices.source)
+choices.table
+
+# %% kernels-reveal
+symmetric = recorded.table["observed"].str.startswith("symmetric")
+lesson.reveal("kernels", recorded.table[symmetric]["algorithm"].nunique())
+
+# %% kernels-check
+observed_path = choices.table["observed"].str.split(":").str[0]
+assert (observed_path == choices.table["predicted"]).all(), "the rule of notebook 2 holds"
+
+# %% kernels-after [markdown]
+# Every prediction is right. Read the names of the kernels too:
+#
+# - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
+#   small messages.)
+# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
+#   its time is not one line.
+# - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 4 to 9 of them, and the ring
+#   21 to 24. So it leaves more of the GPU to other kernels.
+#
+# To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
 
 # %% s10 [markdown]
 # ## 10. Live
 #
-# Now turn the knobs. Every change starts a new measurement on the same workers. Things to try:
+# Would you trust these conclusions on another workload? Now change it yourself. Every change starts a new measurement
+# on the same workers. Things to try:
 #
-# 1. Move **cp_size**. Total bytes stay the same. Does the time?
-# 2. Switch more **algorithms** on. They are measured in turn, so load on the machine largely cancels in the ratio to the first
-#    one. Which of them differ, and where does the panel say "no difference seen"?
-# 3. Untick **symmetric memory**: what do the paths say, and what would make them symmetric?
+# 1. Move **cp_size**. The total number of bytes stays the same. Does the time?
+# 2. Switch on more **algorithms**. They are measured in turn, so load on the machine largely cancels in the ratio to
+#    the first one. Which of them differ, and where does the panel say "no difference seen"?
+# 3. Clear **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
 # 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
-# 5. **Pin as A**, change one thing, and read the verdict on B.
+# 5. Press **Pin as A**, change one setting, and read the verdict on B.
 #
-# Use the arrow keys on a slider and the space bar on an algorithm. The tables show the plotted values. *Copy code* gives the setting as
-# Python; *CSV* and *JSON* save the samples. While it measures, other cells wait for the same cores: press **Stop** at the end of this section.
+# A slider moves with the arrow keys, and the space bar switches an algorithm. The tables show the plotted values. *Copy
+# code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel measures, other cells
+# compete for the same cores, so press **Stop** at the end of this section.
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
@@ -946,10 +1063,10 @@ assert sample.workload.cp_size == len(sample.per_rank_us) == cp // 2
 panel.controls.cp_size.value = cp
 
 # %% still-text [markdown]
-# The panel needs a running kernel. This is a picture of what it shows:
+# The panel needs a running kernel. This picture shows what it displays:
 
 # %% still tags=["nbval-ignore-output"]
-panel.wait(samples=15)
+panel.wait(samples=8)
 figures.show(panel.panel.still())
 for sample in panel.samples[-2:]:
     print(sample)
@@ -957,9 +1074,12 @@ for sample in panel.samples[-2:]:
 # %% s11 [markdown]
 # ## 11. Beyond one machine, by the model
 #
-# You probably do not have 72 GPUs. `cpkit_lessons.cost_presets` has such machines as models: time = start + what each GPU must receive / rate.
-# Between nodes, every GPU's network card brings in its share of the other node's rows while NVLink spreads them; the slower
-# of the two ways counts. **All of this is modelled: no number of this section was measured here.** Each is printed below with its
+# What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
+# such machines as models: time = start + bytes that each GPU receives / rate. Between nodes, the network card of every
+# GPU receives a part of the other node's rows, while NVLink distributes them inside the node. The slower of the two
+# transfers counts.
+#
+# **All numbers of this section are modelled. None was measured here.** The next cell prints each of them with its
 # source, or with the word "assumed".
 
 # %% nodes-predict
@@ -981,7 +1101,7 @@ for size in (1 * MB, 256 * MB):
     ratios[size] = two_us / one_us
     print(f"{size / MB:3.0f} MB modelled: NVL72 {one_us:.0f} µs, two nodes {two_us:.0f} µs")
 gain = two_nodes.symmetric_gain(1 * MB, 16)
-print(f"what symmetric memory gains over two nodes: {gain:.2f} × (this model assumes none there)")
+print(f"gain of symmetric memory over two nodes: {gain:.2f} × (this model assumes no gain there)")
 
 # %% nodes-reveal
 lesson.reveal("nodes", ratios[256 * MB])
@@ -999,17 +1119,20 @@ curves = [
 figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
-# Ask a model *which term* dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and on NVLink: the
-# network alone would need half of that time. Where the bytes dominate, cp_size hardly matters: (n−1)/n of S is nearly S.
+# Ask which *term* of the model dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and
+# NVLink is the slower transfer: the network alone would need half of that time. Where bytes dominate, cp_size hardly
+# matters, because (n−1)/n of S is almost S.
 #
-# The model lets NVLink and network overlap completely, and knows no contention: take the shape, not the third digit. It assumes no
-# symmetric kernels between nodes, but NCCL has them for all-gathers since 2.29.2 (GIN; RailRing from 2.29.7 on: `sym_kernels.cc`).
+# The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
+# curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL does have them for all-gathers
+# since 2.29.2 (GIN; RailRing since 2.29.7: `sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours
 #
-# `make bench` records what it measures, with machine, date and commit. Here are those records, and the newest one beside
-# your sweep. Open marks are recorded, filled ones are yours.
+# Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
+# Here are those records, and the newest one is drawn beside your sweep. Open marks are recorded, and filled marks are
+# yours.
 
 # %% recorded tags=["nbval-ignore-output"]
 known = recordings.read()
@@ -1018,23 +1141,24 @@ for recording in recordings.newest(known, cp):
     figures.show(recordings.beside(table, recording, cp))
 
 # %% recorded-text [markdown]
-# Compare shapes, not heights: where does each machine leave alpha, and in which order stand the algorithms?
+# Compare shapes, not heights: where does each machine leave the flat part, and what is the order of the algorithms?
 #
-# A GPU record with one GPU has all ranks on it: no byte crosses a link, and the floor is that GPU's memory. Its flat part is
-# not meeting alone, it is *launching*. `plan` is `direct` prepared once and then repeated (`plan_gather_kv`); on a GPU it
-# replays a captured graph. The same bytes, and how much of alpha is left?
+# In a record with one GPU, all ranks share it. No byte crosses a link, and the floor is the time of that GPU's memory.
+# Its flat part contains not only synchronization but also the *launch* of kernels. `plan` is `direct`, prepared once
+# and called many times (`plan_gather_kv`). On a GPU it replays a captured graph. It moves the same bytes: how much of
+# alpha is left?
 
 # %% s13 [markdown]
-# ## 13. A report that can be repeated
+# ## 13. A report that others can repeat
 #
-# Would a stranger get your number? Give them machine, versions, commit, date, method, samples, spread, and the code. One
-# page, no network needed, and the same as JSON.
+# Could a stranger reproduce your number? Give them the machine, the versions, the commit, the date, the method, the
+# samples, the spread and the code. The report below is one page that needs no network, and the same data as JSON.
 
 # %% repeat
 repeat = f"""import cpkit
 with cpkit.connect(nproc={lab.world_size}) as lab:
     print(lab.sweep(sizes_bytes={sizes}, cp_sizes=[{cp}],
-                    algorithms={algorithms}, iterations=8, tensors=1))
+                    algorithms={algorithms}, iterations=5, tensors=1))
 """
 print(repeat)
 
@@ -1058,7 +1182,7 @@ import json
 content = json.loads(data.read_text())
 assert len(content["sweep"]) == len(table)
 assert {"commit", "torch", "cores", "date"} <= content["environment"].keys()
-assert "http" not in page.read_text(), "one file, nothing to load"
+assert "http" not in page.read_text(), "the page loads nothing from the network"
 
 # %% progress
 lesson.progress()
@@ -1066,31 +1190,36 @@ lesson.progress()
 # %% end [markdown]
 # ## What to remember
 #
-# - Draw the speed of light first. A time under it is a wrong time.
-# - Barrier, then clock; warm; slowest rank; median; in turn. Leave one out, and say something false.
-# - alpha is meetings, beta is bytes. What symmetric memory gains depends on the size: on two H100s, with both buffers, most near 4 MB
-#   and nothing at 0.26 and 268 MB. There, `plan` is 2.0 to 2.8 times as fast as SGLang's pipeline at all sizes; its passes alone
-#   account for 1.2 to 1.9 (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# - Compute the speed of light first. A time below it is a wrong time.
+# - Barrier before the clock, warm-up, slowest rank, median, in turn. Leave one out, and the result is wrong.
+# - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
+#   buffers registered, the gain is largest near 4 MB, and absent at 0.26 and 268 MB. `plan` is 2.0 to 2.8 times as fast
+#   there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times as long as its
+#   collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# - Call time compares Python, and device time compares algorithms.
+# - NCCL does not tell you which kernel it uses. Its log does.
 # - Count passes before you write a kernel.
 #
 # **Five questions** (answers below)
-# 1. A colleague reports 900 GB/s algbw over links of 360 GB/s, 8 ranks. What do you ask first?
-# 2. Two variants differ by 4 %, the spread of each is 10 %. Which is faster?
-# 3. Your kernel halves alpha. Who will notice, and who won't?
+# 1. A colleague reports 900 GB/s algbw over links of 360 GB/s, with 8 ranks. What do you ask first?
+# 2. Two variants differ by 4 %, and the spread of each is 10 %. Which one is faster?
+# 3. Your kernel halves alpha. Which users notice, and which do not?
 # 4. Why can fewer bytes take longer?
 # 5. Which rank's time do you report?
 #
 # <details><summary>Answers</summary>
 #
-# 1. Whether the clock waited for the end: busbw is 788 GB/s, above the speed of light. 2. Unknown: measure them in turn, more
-# often, and compare pair by pair. 3. Small messages; in large ones the bytes hide alpha. 4. Many short copies: each has an alpha. 5. The
-# slowest, in each iteration.
+# 1. Did the clock wait for the end? busbw is 788 GB/s, which is above the speed of light.
+# 2. Unknown. Measure both in turn, with more iterations, and compare pair by pair.
+# 3. Users with small messages notice. In large messages, the bytes hide alpha.
+# 4. Many short copies: each of them has an alpha.
+# 5. The slowest, in each iteration.
 #
 # </details>
 #
-# **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables of
-# Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
+# **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables
+# of Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
 #
-# **An open problem** No serving engine that we read gathers ragged KV straight to its final place yet: vLLM#49517, #52863 and
-# #57115 are open. `all_gather_kv(…, into=, slots=)` here writes into a paged cache. What would it take to *quantize* on the way, so
-# that FP8 crosses the wire and nothing is copied twice? Count the passes first.
+# **An open problem** No serving engine that we read gathers ragged KV straight to its final position yet: vLLM#49517, #52863
+# and #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache (notebook 2). What would it take
+# to *quantize* on the way, so that FP8 crosses the wire and no byte is copied twice? Count the passes first.

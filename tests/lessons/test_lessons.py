@@ -75,7 +75,7 @@ def shown(call, *arguments: object) -> str:
 
 def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Lesson) -> None:
     assert shown(lesson.predict, "share") == (
-        "○ How much? Write a number (of it) in place of `...`, and run this cell."
+        "○ How much? Replace `...` by a number, and run this cell."
     )
     assert "an order of ['b', 'a']" in shown(lesson.predict, "order", ...)
     text = shown(lesson.reveal, "share", 0.25)
@@ -86,18 +86,24 @@ def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Less
 def test_a_prediction_is_recorded_and_revealed(lesson: Lesson) -> None:
     assert shown(lesson.predict, "share", 0.5) == "✎ Written down: 0.5 of it."
     assert shown(lesson.reveal, "share", 0.25).split("\n") == [
-        "≠ you said 0.5 of it; it is 0.25 of it (2.00 × the measured)",
+        "≠ You said 0.5 of it, it is 0.25 of it: 2 times too high.",
         "Twice.",
         "So.",
     ]
     shown(lesson.predict, "order", ["a", "b"])
-    assert shown(lesson.reveal, "order", ["a", "b"]).startswith("✓ you said a < b; it is a < b")
+    assert shown(lesson.reveal, "order", ["a", "b"]).startswith(
+        "✓ You said a < b, it is a < b: exact.\n"
+    )
 
 
-def test_a_rank_number_has_no_ratio() -> None:
-    asked = Prediction("Which rank?", answer=2, why="So.")
-    assert asked.ratio(3.0, 2.0) == ""
-    assert replace(asked, unit="ms").ratio(3.0, 2.0) == "1.50 × the measured"
+def test_a_verdict_says_how_far_a_guess_is_off() -> None:
+    rank = Prediction("Which rank?", answer=2, why="So.")
+    assert [rank.verdict(guess, 2.0) for guess in (2.0, 3.0)] == ["exact", ""]
+    time = replace(rank, unit="ms")
+    guesses = {2.005: "exact", 2.1: "close enough, 5% off", 3.0: "1.5 times too high"}
+    guesses |= {0.5: "4 times too low", -1.0: "off by 3"}
+    assert {guess: time.verdict(guess, 2.0) for guess in guesses} == guesses
+    assert "Replace `...` by a number in ms, and run" in time.invitation()
 
 
 def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
@@ -160,7 +166,7 @@ def test_a_solved_exercise_stays_solved(lesson: Lesson) -> None:
 
 def test_a_number_outside_its_range_is_refused_with_the_range(lesson: Lesson) -> None:
     lesson.ask("padding", "Which part?", answer=0.5, unit="of all", between=(0, 1), why="So.")
-    assert "Write a number from 0 to 1 (of all)" in shown(lesson.predict, "padding")
+    assert "Replace `...` by a number from 0 to 1, and" in shown(lesson.predict, "padding")
     for guess in (1.5, -0.1):
         assert f"{guess} is not possible: write a number from 0 to 1" in (
             shown(lesson.predict, "padding", guess)
@@ -204,7 +210,7 @@ def test_an_error_of_the_check_itself_is_not_shown_as_a_wrong_answer(lesson: Les
 
 def test_the_glossary_expands_its_terms() -> None:
     table = glossary.expand("before\n{glossary: rank order; token, row}\nafter")
-    assert "| **rank order** | rank 0's rows" in table
+    assert "| **rank order** | all rows of rank 0" in table
     assert table.endswith("|\nafter")
     with pytest.raises(ValueError, match="has no \\['warp'\\]"):
         glossary.expand("{glossary: warp}")

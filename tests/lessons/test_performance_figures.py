@@ -112,7 +112,7 @@ def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None
     recording(tmp_path, "NVIDIA H200")
     (found,) = recordings.read(tmp_path)
     figure = recordings.beside(sweep(), found, 4)
-    assert figure.layout.title.text == "Recorded: cp_size 4, beside yours"
+    assert figure.layout.title.text == "Recorded: times with cp_size 4, beside yours"
     assert "Recorded on NVIDIA H200, 2026-01-02" in figure.layout.title.subtitle.text
     marks = {trace.name: trace.marker.symbol for trace in figure.data}
     assert len(marks) == len(figure.data), "each line once"

@@ -72,7 +72,7 @@ def test_the_answers_of_notebook_1_follow_cp(cp: int) -> None:
     blocks = [*range(cp), *reversed(range(cp))]  # the owner of each block
     owners = [owner for owner in blocks for _ in range(3)]
     assert questions.owner(world).answer == owners[asked]
-    assert f"{tokens} tokens, {cp} ranks, zigzag: which rank owns token {asked}?" in (
+    assert f"{tokens} tokens over {cp} ranks. Which rank owns token {asked}?" in (
         questions.owner(world).question
     )
     keys = [sum(range(6 * rank + 1, 6 * rank + 7)) for rank in range(cp)]
@@ -127,7 +127,7 @@ def test_the_same_world_again_keeps_the_answers() -> None:
     assert lesson.records["ranks"].guess == 2.0
     lesson.follow(World(2))
     assert lesson.records["ranks"].guess is None
-    assert "12 tokens, 2 ranks" in lesson.predictions["ranks"].question
+    assert "12 tokens over 2 ranks" in lesson.predictions["ranks"].question
 
 
 # --------------------------------------------------------------------------- ranks and memory

@@ -326,7 +326,7 @@ def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> No
     notebook.run("waste-predict", 'lesson.predict("waste", 0)')
     assert "Written down: 0 of all slots." in text["waste-predict"].inner_text()
     notebook.run("waste-reveal")
-    assert "you said 0 of all slots; it is 0.08333" in text["waste-reveal"].inner_text()
+    assert "You said 0 of all slots, it is 0.08333" in text["waste-reveal"].inner_text()
     assert "some hold fewer rows" in text["waste-reveal"].inner_text(), "what 0 overlooks"
 
     assert "not solved yet" in text["e4-check"].inner_text()
@@ -339,4 +339,4 @@ def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> No
     notebook.run("e4-check")
     assert "Exercise 4, strip the padding: solved" in text["e4-check"].inner_text()
     notebook.run("progress")
-    assert "1 of 9 predicted, 1 of 8 solved" in text["progress"].inner_text()
+    assert "1 of 10 predicted, 1 of 8 solved" in text["progress"].inner_text()

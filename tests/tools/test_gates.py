@@ -114,7 +114,7 @@ def test_the_rehearsal_finds_each_kind_of_fault(
     results, late = rehearse(path)
     faults = [result.fault for result in results if result.fault]
     expected = [
-        "p-reveal: with the answer key, ≠ you said 1; it is 5",
+        "p-reveal: with the answer key, ≠ You said 1, it is 5.",
         "broken raised ZeroDivisionError",
         "e2-check starter: the check must show ✗; it shows ✓",
         "e3-check solution: the check must show ✓; it shows ✗",

@@ -76,7 +76,7 @@ def byte_bars(layout: ContextParallelMetadata, models: Mapping[str, int]) -> go.
         figure,
         title="Bytes written by the gather of one layer",
         subtitle=f"{layout.strategy}, cp_size {layout.cp_size}, {layout.total_tokens} tokens; "
-        "a rank that pads; counted, not timed",
+        "on a rank that pads; bytes are counted, not timed",
         alt=words + ".",
         height=170 + 34 * len(rows),
     )

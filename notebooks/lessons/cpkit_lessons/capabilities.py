@@ -35,14 +35,18 @@ class Capabilities:
 
 
 _NO_LINKS = Limitation(
-    "NVLink bandwidth", "the ranks have no links between them", "figures recorded on an H200"
+    "NVLink bandwidth",
+    "the ranks have no links between them",
+    "recordings of GPUs with NVLink, labelled as such",
 )
 CPU = Capabilities(
     "cpu",
     "CPU ranks that share POSIX memory: all results are real, times are those of this memory",
     (
         _NO_LINKS,
-        Limitation("kernels and streams", "nothing runs on a GPU", "the same passes as CPU copies"),
+        Limitation(
+            "kernels and streams", "nothing runs on a GPU", "CPU copies with the same passes"
+        ),
     ),
 )
 ONE_GPU = Capabilities(

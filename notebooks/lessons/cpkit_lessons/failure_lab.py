@@ -6,13 +6,7 @@ limit, and no process is left when `inject_fault` returns. They run `cpkit_lesso
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,11 +14,10 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-import cpkit
 from cpkit.control.errors import name_the_limit
 from cpkit.control.messages import Message
-from cpkit.control.tied import tied
 from cpkit_lessons.feedback import html_table
+from cpkit_lessons.own_ranks import last_line, processes, wait
 
 CASES = (
     "skips_the_rendezvous",
@@ -134,58 +127,11 @@ def inject_fault(
         raise ValueError(f"victim is {victim}; it must be one of ranks 0 to {size - 1}")
     with TemporaryDirectory(prefix="cpkit-lab-") as directory:
         folder = Path(directory)
-        with _processes(case, size, victim, folder, deadline_s) as processes:
-            codes = _wait(processes, _TIMEOUT_S)
+        command = ["cpkit_lessons.faults", case, str(victim), str(deadline_s), str(folder)]
+        with processes(command, size, folder) as started:
+            codes = wait(started, _TIMEOUT_S)
         reports = [_report(folder, rank, code) for rank, code in enumerate(codes)]
     return PostMortem(case, deadline_s, tuple(reports))
-
-
-@contextmanager
-def _processes(
-    case: str, size: int, victim: int, folder: Path, deadline_s: float
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start one process per rank, each in its own session; kill and reap them at the end."""
-    command = [sys.executable, "-m", "cpkit_lessons.faults"]
-    command += [case, str(victim), str(deadline_s), str(folder)]
-    common = {
-        **os.environ,
-        # The ranks import the same two packages as this process, wherever these were found.
-        "PYTHONPATH": os.pathsep.join(str(Path(f).parents[1]) for f in (cpkit.__file__, __file__)),
-        "CPKIT_SYMM_PREALLOC_GB": "0.002",  # starts quickly
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(size),
-    }
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(size):
-            with (folder / f"{rank}.log").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        tied(command),  # tied to this thread, which waits for the ranks
-                        env={**common, "RANK": str(rank)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> list[int | None]:
-    """Return the exit codes; None for a rank that did not end in time."""
-    deadline = time.monotonic() + timeout_s
-    codes: list[int | None] = []
-    for process in processes:
-        try:
-            codes.append(process.wait(max(0.01, deadline - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            codes.append(None)
-    return codes
 
 
 def _report(folder: Path, rank: int, code: int | None) -> RankReport:
@@ -195,8 +141,5 @@ def _report(folder: Path, rank: int, code: int | None) -> RankReport:
     if path.exists():
         report = msgspec.json.decode(path.read_bytes(), type=RankReport)
         return msgspec.structs.replace(report, exit_code=exit_code)
-    lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines()
     late = "did not end in time and was killed by the failure lab; " if code is None else ""
-    return RankReport(
-        rank, message=late + (lines[-1] if lines else "its log is empty"), exit_code=exit_code
-    )
+    return RankReport(rank, message=late + last_line(folder, rank), exit_code=exit_code)

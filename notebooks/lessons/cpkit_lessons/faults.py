@@ -19,7 +19,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from cpkit.group import CPGroup, init_context_parallel
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
@@ -29,6 +28,7 @@ from cpkit.settings import shm_dir
 from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetric_memory
 from cpkit.sync.shm import make_segment
 from cpkit_lessons.failure_lab import RankReport
+from cpkit_lessons.one_rank import group_of_all
 
 ROWS, SHAPE, DTYPE = 4, (8, 16), torch.bfloat16  # rows per rank, of 256 bytes each
 NCCL_VERSIONS = ("2.28.9", "2.29.7")
@@ -157,10 +157,8 @@ def _gather(group: CPGroup, shard: torch.Tensor, output: torch.Tensor) -> RankRe
 def main(case: str, victim: int, deadline_s: str, directory: Path) -> None:
     """Run one case on this rank. Does not return; the exit code is 1 after an exception."""
     signal.alarm(_LIFE_S)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(str(directory / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    group = init_context_parallel(size)
+    group = group_of_all(directory)
+    rank = group.rank
     os.environ["CPKIT_DEADLINE_S"] = deadline_s  # not earlier, because startup may take longer
     start = time.monotonic()
     try:

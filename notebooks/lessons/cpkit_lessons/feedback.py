@@ -49,10 +49,10 @@ def show_noted(text: str) -> None:
 
 
 def show_reveal(asked: Prediction, guess: Answer, measured: Answer, *, passed: bool) -> None:
-    """Show the guess, the measured value and their ratio, and explain the answer."""
-    ratio = asked.ratio(guess, measured)
-    head = f"you said {asked.format(guess)}; it is {asked.format(measured)}"
-    head += f" ({ratio})" if ratio else ""
+    """Show the guess, the measured value and how far apart they are, and explain the answer."""
+    verdict = asked.verdict(guess, measured)
+    head = f"You said {asked.format(guess)}, it is {asked.format(measured)}"
+    head += f": {verdict}." if verdict else "."
     oversight = "" if passed else asked.oversight(guess)
     _show_card("✓" if passed else "≠", head, *filter(None, (oversight, asked.why)))
 

@@ -26,7 +26,7 @@ def two_clocks(recording: Recording, size_bytes: int, variants: Sequence[str]) -
     orders = {clock: ", ".join(us.sort_values().index) for clock, us in clocks.items()}
     style.finish(
         figure,
-        title=f"Two clocks, {byte_words(size_bytes)}",
+        title=f"Call time and device time of a gather of {byte_words(size_bytes)}",
         alt=". ".join(f"By {clock}, fastest first: {order}" for clock, order in orders.items()),
         height=200 + 48 * len(variants),
     )

@@ -2,7 +2,7 @@
 
     begin(lab)                  let the questions follow the ranks and the memory of a lab
     predict("waste", 0.33)      record the learner's answer
-    reveal("waste", measured)   show the guess, the measured value and their ratio, and explain
+    reveal("waste", measured)   show the guess and the measured value, and explain
     check_owner(owner)          check an exercise: ✓ with a score, or ✗ with the first fault
     progress()                  show all results in one table
 
@@ -117,7 +117,7 @@ class Lesson:
         asked, record = self._prediction(key)
         if record.guess is None:
             feedback.show_open(
-                "No prediction yet. Put one in place of `...` above, run that cell, then this one."
+                "No prediction yet. Replace `...` by one above, run that cell, and then this one."
             )
             return
         record.measured = asked.parse(measured)

@@ -70,9 +70,9 @@ def memory_map(found: Divergence) -> go.Figure:
     bad = sum(map(len, found.lost)) + sum(map(len, found.overwritten))
     figure = draw_lines(
         lines,
-        title="Different offsets: misplaced rows" if found.diverged else "Equal offsets",
-        subtitle="colour: writer of the row; a cell shows block:row, block 0 is the gather; "
-        "hatched: never written",
+        title="Different offsets misplace rows" if found.diverged else "Equal offsets",
+        subtitle="colour: the rank that wrote the row; a cell shows block:row, and block 0 is the "
+        "gather; hatched: never written",
         alt=f"{found.explain()}. {bad} rows are wrong.",
         axis_title="row of the rank's arena",
     )
@@ -109,7 +109,7 @@ def waste_map(
     return style.finish(
         figure,
         title="Fraction of the gathered slots that is padding",
-        subtitle=f"{strategy}; rows: tokens of each sequence",
+        subtitle=f"{strategy}; each line is a batch: the tokens of its sequences",
         alt=f"Padding between {min(known):.1%} and {max(known):.1%} over {len(names)} batches.",
         height=130 + 34 * len(names),
     )

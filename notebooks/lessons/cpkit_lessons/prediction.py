@@ -1,4 +1,4 @@
-"""A question to answer before the measurement: a number, a name, or names in order."""
+"""A question that is answered before the measurement: a number, a name, or names in order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 Answer = float | str | tuple[str, ...]
+_EXACT = 0.005  # the relative error of a guess that was rounded to three digits
+_PHYSICAL = ("GB/s", "ms")  # units that a learner has to know before writing a number
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Prediction:
             how = f"one of {', '.join(map(repr, self.choices))}"
         else:
             limits = f" from {self._range()}" if self.between else ""
-            how = f"a number{limits}{f' ({self.unit})' if self.unit else ''}"
-        return f"{self.question} Write {how} in place of `...`, and run this cell."
+            how = f"a number{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
+        return f"{self.question} Replace `...` by {how}, and run this cell."
 
     def format(self, answer: Answer) -> str:
         """Return an answer with its unit."""
@@ -85,13 +87,20 @@ class Prediction:
             return answer
         return f"{answer:,.4g}" + (f" {self.unit}" if self.unit else "")
 
-    def ratio(self, guess: Answer, measured: Answer) -> str:
-        """Return guess / measured as text; empty if a ratio has no meaning, as for a rank."""
+    def verdict(self, guess: Answer, measured: Answer) -> str:
+        """Compare a guess with the measured value: "exact", or how far it is off.
+
+        Empty for a wrong answer that has no size: a name, an order, or a number without a unit.
+        """
+        if guess == measured:
+            return "exact"
         if not (self.unit and isinstance(guess, float) and isinstance(measured, float)):
             return ""
+        if self.is_close(guess, measured):
+            off = abs(guess / measured - 1)
+            return "exact" if off < _EXACT else f"close enough, {off:.0%} off"
         if guess * measured <= 0:
-            return f"off by {guess - measured:+,.4g}"
-        times = guess / measured
-        return (
-            f"{times:.2f} × the measured" if times >= 0.1 else f"1/{1 / times:.0f} of the measured"
-        )
+            return f"off by {abs(guess - measured):,.4g}"
+        high = guess > measured
+        times = guess / measured if high else measured / guess
+        return f"{times:,.2g} times too {'high' if high else 'low'}"

@@ -112,7 +112,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
     words = ", ".join(f"{row.variant} {row.time_us:,.0f} µs" for row in largest.itertuples())
     style.finish(
         figure,
-        title=f"cp_size {cp_size}, beside yours",
+        title=f"times with cp_size {cp_size}, beside yours",
         alt=f"Recorded at {byte_words(float(rows['size_bytes'].max()))}: {words}.",
         height=500,
     )

@@ -43,7 +43,7 @@ def roof(
     return style.finish(
         figure,
         title="Speed of light" + (" and measured times" if table is not None else ""),
-        subtitle="meet once, read every byte once, write it for every rank; grey: not possible",
+        subtitle="one barrier, each byte read once and written once per rank; grey: impossible",
         alt=". ".join(words) + ".",
         height=460,
     )
@@ -78,7 +78,7 @@ def steps(predicted: Mapping[str, float], measured: Mapping[str, float]) -> go.F
     return style.finish(
         figure,
         title="Passes removed: predicted and measured",
-        subtitle="predicted: two meetings, and each pass over the bytes, measured on its own",
+        subtitle="predicted: two barriers, and each pass over the bytes, measured on its own",
         alt=words + ".",
         height=160 + 64 * len(names),
     )

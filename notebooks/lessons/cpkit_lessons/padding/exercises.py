@@ -33,7 +33,7 @@ Bill = Callable[[int, int, int, int, int], Mapping[str, int]]
 # ------------------------------------------------------------------------- 1 to 3: the layout
 
 
-@LESSON.exercise("e1", "who owns token t?")
+@LESSON.exercise("e1", "the owner of a token")
 def check_owner(owner: Owner) -> Score:
     """Check every token of every length up to 40, over 1 to 5 ranks."""
     cases = 0
@@ -226,7 +226,7 @@ def _check_output(
 Rows = npt.NDArray[np.int64]  # [slots, 4]: round, rank, sequence, token
 
 
-@LESSON.exercise("e7", "write the check")
+@LESSON.exercise("e7", "a check that rejects all mutants")
 def check_accepts(accepts: Accepts) -> Score:
     """Check that right gathers are accepted and broken ones rejected, for random batches."""
     draw = random.Random(11)
@@ -332,7 +332,7 @@ def kill_table(layout: ContextParallelMetadata, round_: int) -> pd.DataFrame:
 # ---------------------------------------------------------------------- 8: bytes of each stage
 
 
-@LESSON.exercise("e8", "the bill of a padded gather")
+@LESSON.exercise("e8", "the bytes of a padded gather")
 def check_bill(bill: Bill) -> Score:
     """Compare with the bytes that torch writes when the four stages are executed."""
     cases, padded, direct = 0, 0, 0

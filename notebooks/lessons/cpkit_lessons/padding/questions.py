@@ -19,17 +19,24 @@ def owner(world: World) -> Prediction:
     cp = world.cp_size
     token, last, block = 3 * cp + 5, 2 * cp - 1, cp + 1
     return Prediction(
-        f"{6 * cp} tokens, {cp} ranks, zigzag: which rank owns token {token}?",
+        f"Zigzag splits {6 * cp} tokens over {cp} ranks. Which rank owns token {token}?",
         answer=last - block,
+        between=(0, cp - 1),
         wrong={
-            token % cp: f"That is {token} mod {cp}: interleave. Zigzag cuts into {2 * cp} blocks.",
-            1: f"Block {block} mod {cp} is 1, but zigzag reverses at the last rank.",
-            block: f"{block} is its block. Blocks {cp} to {last} are assigned in reverse: block "
-            f"{block} belongs to rank {last} − {block}.",
-            cp - 1: "Blocks are assigned in reverse from the last rank on, and the last rank has "
-            f"block {cp}. Token {token} is in block {block}.",
+            token
+            % cp: f"That is {token} mod {cp}, the rule of interleave. Zigzag cuts the sequence "
+            f"into {2 * cp} blocks.",
+            1: f"{block} mod {cp} is 1, and token {token} is in block {block}. But zigzag "
+            "reverses at the "
+            "last rank.",
+            block: f"{block} is the block of the token. Blocks {cp} to {last} are assigned in "
+            "reverse "
+            f"order: block {block} belongs to rank {last} − {block}.",
+            cp - 1: "The last rank owns "
+            f"block {cp}, where the order reverses. Token {token} is in block {block}.",
         },
-        why=f"Blocks have 3 tokens, so token {token} is in block {block}, the mirror of block "
+        why=f"Blocks have 3 tokens, so token {token} is in block {block}, the mirror image of "
+        "block "
         f"{last - block}.",
     )
 
@@ -40,17 +47,18 @@ def work(world: World) -> Prediction:
     cp = world.cp_size
     first, last = 21, 6 * 6 * cp - 15  # 1 + … + 6, and the last six of 1 … 6·cp
     return Prediction(
-        f"Contiguous, {6 * cp} tokens, {cp} ranks: how many times as many keys as rank 0 does rank "
-        f"{cp - 1} attend to?",
+        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. How many times as many "
+        f"keys as rank 0 does rank {cp - 1} attend to?",
         answer=last / first,
         unit="times",
         tolerance=0.08,
         wrong={
-            1: "Both hold 6 tokens. But token t attends to t + 1 keys, so late tokens cost more.",
-            cp: f"The last token of rank {cp - 1} attends to {cp} times as many keys as that of "
-            "rank 0; for earlier ones it is more.",
-            2 * cp - 1: f"{2 * cp - 1} is the ratio for very long sequences. For short ones it is "
-            "smaller.",
+            1: "Both ranks hold 6 tokens. But token t attends to t + 1 keys, so late tokens cost "
+            "more.",
+            cp: f"The last token of rank {cp - 1} attends to {cp} times as many keys as the last "
+            "token of rank 0. For earlier tokens the ratio is larger.",
+            2 * cp - 1: f"{2 * cp - 1} is the ratio for very long sequences. For short sequences "
+            "it is smaller.",
         },
         why=f"Rank 0 attends to 1 + … + 6 = {first} keys, rank {cp - 1} to {6 * cp - 5} + … + "
         f"{6 * cp} = {last}.",
@@ -64,8 +72,8 @@ def waste(world: World) -> Prediction:
     layout = prepare_context_parallel_metadata([first, second], cp)
     total, longest, slots = first + second, layout.max_rank_len[0], sum(layout.max_rank_len)
     return Prediction(
-        f"{first} and {second} tokens over {cp} ranks, zigzag: what fraction of the gathered slots "
-        "(0 to 1) is padding?",
+        f"Zigzag spreads two sequences of {first} and {second} tokens over {cp} ranks. What "
+        "fraction of the gathered slots is padding?",
         answer=(slots - total) / slots,
         unit="of all slots",
         between=(0, 1),
@@ -73,8 +81,8 @@ def waste(world: World) -> Prediction:
         wrong={
             0: f"Zigzag does not spread {total} tokens evenly over {cp} ranks: some hold fewer "
             "rows than others.",
-            (slots - total) / total: f"That is padding / tokens. The ranks send slots: {cp} ranks "
-            f"of {longest} rows.",
+            (slots - total) / total: f"That is padding / tokens. The question asks for "
+            f"padding / slots, and {cp} ranks send {longest} slots each.",
         },
         why=f"Every rank pads to the longest, {longest} rows: {cp} · {longest} = {slots} slots for "
         f"{total} tokens.",
@@ -88,16 +96,18 @@ def cut(world: World) -> Prediction:
     rows = prepare_context_parallel_metadata([4097] * 16, cp).per_rank_actual_token
     formula = -(-16 * 4097 // cp)
     return Prediction(
-        f"16 sequences of 4097 tokens, {cp} ranks: how many rows of rank 0 does ceil(total / cp) "
-        "cut off?",
+        f"Zigzag spreads 16 sequences of 4097 tokens over {cp} ranks. How many rows of rank 0 does "
+        "a shard of ceil(total / cp) rows cut off?",
         answer=16 - 16 // cp,
         unit="rows",
         tolerance=0.01,
         wrong={
-            0: "Right for one sequence. Here each of 16 sequences adds its odd token to rank 0.",
-            16: f"Rank 0 does hold 16 tokens more. But the formula adds {16 // cp} of them to "
-            "every rank.",
-            16 // cp: f"{16 // cp} is what the formula adds to {rows[1]} rows. Rank 0 needs 16.",
+            0: "That is right for one sequence. Here each of 16 sequences adds its odd token to "
+            "rank 0.",
+            16: f"Rank 0 does hold 16 tokens more than the others. But the formula has room for "
+            f"{16 // cp} of them on every rank.",
+            16 // cp: f"The formula has room for {16 // cp} more rows than the other ranks hold, "
+            f"{rows[1]}. Rank 0 needs 16 more.",
         },
         why=f"Each sequence has one odd token, and zigzag adds it to the first block: rank 0 holds "
         f"{rows[0]} rows, the others {rows[1]}. The formula gives {formula}. SGLang up to 0.5.12 "
@@ -114,8 +124,9 @@ def slot(world: World) -> Prediction:
     first_block = held.index(lengths[0])  # rows of sequence 0 before sequence 1 begins
     of_first = sum(token < lengths[0] for token in held)
     return Prediction(
-        "After the wire: in which slot of the big buffer is token 0 of sequence 1?",
+        "After the wire, in which slot of the large buffer is token 0 of sequence 1?",
         answer=first_block,
+        between=(0, sum(layout.max_rank_len) - 1),
         tolerance=0.01,
         wrong={
             lengths[0]: "That is its position in token order. After the wire, rows are in rank "
@@ -132,15 +143,20 @@ def slot(world: World) -> Prediction:
 
 LESSON.ask(
     "passes",
-    "padded: how many times is a row of a rank that pads written before the attention of another "
-    "rank may read it?",
+    "A rank pads its shard, and the algorithm is padded. How many times is each of its rows "
+    "written "
+    "before the attention of another rank reads it?",
     answer=4,
     unit="times",
     tolerance=0.01,
     wrong={
-        1: "That is the wire alone. Count the copies before and after it.",
-        2: "Strip and reorder are two copies, not one, and the pad copied it before the wire.",
-        3: "Right for a rank that holds the most rows: it pads nothing. The others pad first.",
+        1: "That is the wire alone. Count the copies before and after it too.",
+        2: "Count the copies after the wire again: strip and reorder are two. And the pad copies "
+        "the "
+        "row before the wire.",
+        3: "That is right for the rank that holds the most rows, because it does not pad. The "
+        "others "
+        "copy their rows once more.",
     },
     why="Pad, wire, strip and reorder each write it once. On two H100s, pad, strip and reorder of "
     "268 MB took 487 µs, and the collective between them 554 µs "
@@ -153,18 +169,21 @@ def order(world: World) -> Prediction:
     """Ask how many outputs of causal attention over rank order are right, 3 tokens per block."""
     tokens = 6 * world.cp_size
     return Prediction(
-        f"Causal attention over {tokens} tokens reads K and V in rank order: how many outputs are "
-        "right?",
+        f"Causal attention over {tokens} tokens reads K and V in rank order. How many of the "
+        f"{tokens} outputs are right?",
         answer=4,
         unit=f"of {tokens} outputs",
         between=(0, tokens),
         tolerance=0.01,
         wrong={
-            tokens: "True without a mask, because a sum does not depend on order. The causal mask "
-            "does.",
-            0: "Rank order begins with 0, 1, 2 too, so the first outputs use the right keys.",
-            3: "Right for the first three. But one token attends to all keys, in any order.",
-            1: "The last token attends to all keys. But the first three also use the right ones.",
+            tokens: "That is true without a mask, because a sum does not depend on order. A causal "
+            "mask depends on it.",
+            0: "Rank order also begins with tokens 0, 1, 2, so the first outputs use the right "
+            "keys.",
+            3: "The first three are right. But one more token attends to all keys, so their order "
+            "does not matter.",
+            1: "The last token attends to all keys, so it is right. But the first three also use "
+            "the right keys.",
         },
         why="Output t is right if the first t + 1 rows of rank order are the tokens 0 … t. That "
         f"holds for 0, 1 and 2, which rank 0 holds first, and for {tokens - 1}, which attends to "
@@ -174,19 +193,19 @@ def order(world: World) -> Prediction:
 
 LESSON.ask(
     "survivors",
-    "10 broken gathers: how many pass a check of the number of rows?",
+    "How many of the 10 broken gathers pass a check that only counts the rows?",
     answer=8,
     unit="of 10",
     between=(0, 10),
     tolerance=0.01,
     wrong={
-        0: "Most faults move rows. The number of rows does not depend on their positions.",
-        4: "More: only a fault that loses or adds a row changes a length.",
+        0: "Most of the faults move rows, which does not change their number.",
+        4: "More gathers pass: only a fault that loses or adds a row changes the count.",
         9: "One of the ten loses a row, and one has slots after the end. The check detects both.",
         10: "One of the ten loses a row, and one has slots after the end. The check detects both.",
     },
-    why="A count does not check positions. vLLM's reorg_kvcache asserts lengths only: with the "
-    "blocks of two ranks exchanged it would still pass.",
+    why="A count does not check positions. vLLM's reorg_kvcache asserts lengths only, so it would "
+    "not detect that the blocks of two ranks are exchanged.",
 )
 
 
@@ -195,15 +214,34 @@ def bill(world: World) -> Prediction:
     """Ask for the bytes that padded writes, in units of those that direct writes."""
     cp = world.cp_size
     return Prediction(
-        f"32767 tokens, {cp} ranks: a rank that pads writes how many times the bytes of direct?",
+        f"One prompt has 32767 tokens, over {cp} ranks. How many times as many bytes does a rank "
+        "that pads write with padded as with direct?",
         answer=3 + 1 / cp,
         unit="times",
         tolerance=0.02,
         wrong={
             4: f"The pad copies only the rank's own shard: 1/{cp} of the rows, not all.",
-            3: f"Right for a rank that does not pad. The pad copies the shard once more, 1/{cp}.",
-            1: "Both move the same rows, but padded writes most of them three times.",
+            3: f"That is right for a rank that does not pad. The pad copies the shard once more, "
+            f"which is 1/{cp} of the rows.",
+            1: "Both gather the same rows, but padded writes most of them three times.",
         },
-        why=f"Pad 1/{cp}, wire 1, strip 1, reorder 1; direct writes each row once, at its final "
-        "position.",
+        why=f"In units of all rows, the pad writes 1/{cp}, and wire, strip and reorder write 1 "
+        "each. "
+        "direct writes each row once, at its final position.",
     )
+
+
+LESSON.ask(
+    "plan",
+    "all_gather_kv synchronizes twice per call. How many times does a call of a plan synchronize?",
+    answer=1,
+    between=(0, 2),
+    tolerance=0.01,
+    wrong={
+        0: "Without any barrier, a rank would not know when the rows of its peers have arrived.",
+        2: "The first of the two is the agreement, and the ranks have agreed when they made the "
+        "plan.",
+    },
+    why="Only the barrier after the stores remains. The agreement happens once, when the plan is "
+    "made.",
+)

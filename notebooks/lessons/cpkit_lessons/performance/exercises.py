@@ -254,7 +254,7 @@ def price(
 # ------------------------------------------------------------------------------- 6: few copies
 
 
-@LESSON.exercise("e6", "few copies, final places")
+@LESSON.exercise("e6", "few copies, final positions")
 def check_copies(copies: Copies) -> Score:
     """Copy stamped rows of all ranks into poisoned results, for small and random layouts."""
     cases = yours = fewest = row_by_row = 0

@@ -17,12 +17,13 @@ def busbw(world: World) -> Prediction:
     n = world.cp_size
     total, algbw, answer = 8.4 * n, 0.42 * n, 0.42 * (n - 1)
     return Prediction(
-        f"{n} ranks hold 8.4 MB each, and the gather takes 20 ms: what is busbw in GB/s?",
+        f"{n} ranks hold 8.4 MB each, and the gather takes 20 ms. What is busbw, in GB/s?",
         answer=answer,
         unit="GB/s",
         tolerance=0.02,
         wrong={
-            algbw: f"That is algbw, S / t. Each rank already holds 1/{n} of S: it crosses no link.",
+            algbw: f"That is algbw, S / t. Each rank already holds 1/{n} of S, which crosses no "
+            "link.",
             0.42: f"That is one rank's 8.4 MB / t. S is the whole result: {total:.1f} MB.",
             0.42 * (n - 1) / n: f"The factor is right. But S is the whole result, {n} · 8.4 MB, "
             "not one rank's 8.4 MB.",
@@ -41,15 +42,17 @@ def late(world: World) -> Prediction:
     """Ask for the time of a gather whose rank r starts r · 5 ms late."""
     steps = world.cp_size - 1
     return Prediction(
-        "Rank r arrives r · 5 ms late, and there is no barrier before the clock starts: what time "
-        "in ms does the slowest rank report for a small gather?",
+        "Rank r arrives r · 5 ms late, and no barrier runs before the clock starts. What time, in "
+        "ms, does the slowest rank report for a small gather?",
         answer=5.0 * steps + 1,
         unit="ms",
         tolerance=0.5,
         wrong={
             0.5: "That is about the gather alone. But rank 0 waits for others while its clock "
             "runs.",
-            5.0: f"That is one step. Rank 0 waits for the last rank, which is {steps} steps late.",
+            5.0: f"That is the delay of rank 1. Rank 0 waits for the last rank, which is {steps} "
+            "· 5 "
+            "ms late.",
             2.5 * steps * (steps + 1): "Rank 0 waits for the latest rank; the delays of the ranks "
             "do not add up.",
         },
@@ -60,7 +63,8 @@ def late(world: World) -> Prediction:
 
 LESSON.ask(
     "damage",
-    "Three mistakes: what is their order by reported time / right time, the smallest first?",
+    "Three mistakes each report a wrong time. What is their order by reported time / right time, "
+    "the smallest ratio first?",
     choices=("no barrier", "fastest rank", "not waited for"),
     answer=("not waited for", "fastest rank", "no barrier"),
     wrong={
@@ -78,15 +82,15 @@ LESSON.ask(
 def ranking(world: World) -> Prediction:
     """Ask for the order of three algorithms at the largest size."""
     return Prediction(
-        f"{64 / world.shrink:g} MiB over {world.cp_size} ranks: what is the order of the "
-        "algorithms, the fastest first?",
+        f"A gather has {64 / world.shrink:g} MiB, over {world.cp_size} ranks. What is the order of "
+        "the three algorithms, the fastest first?",
         choices=("padded", "padded_symm", "direct"),
         answer=("direct", "padded_symm", "padded"),
         wrong={
             ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies "
             "the result twice afterwards.",
-            ("padded", "padded_symm", "direct"): "The order is fastest first: less work, less "
-            "time.",
+            ("padded", "padded_symm", "direct"): "That is the order by work. The fastest does the "
+            "least work, and comes first.",
         },
         why="`padded` pays for the collective and for its copies, `padded_symm` still strips and "
         "reorders, `direct` does neither.",
@@ -98,8 +102,8 @@ def alpha(world: World) -> Prediction:
     """Ask for the fraction of alpha at the smallest size."""
     size = f"{world.sizes()[0] >> 10} KiB"
     return Prediction(
-        f"{size} by direct: what fraction (0 to 1) of the time is alpha, which does not depend on "
-        "bytes?",
+        f"direct gathers {size}. What fraction of the time is alpha, the part that does not depend "
+        "on the number of bytes?",
         answer=0.9,
         unit="of the time",
         between=(0, 1),
@@ -117,17 +121,20 @@ def passes(world: World) -> Prediction:
     """Ask how much faster direct is than padded_symm at a medium size; by less if it is small."""
     is_small = world.shrink > 2
     return Prediction(
-        "padded_symm makes two more copies of the result than direct. How many times as fast is "
-        f"direct at {16 / world.shrink:g} MiB?",
+        "padded_symm makes two more copies of the result than direct. How many times as fast as "
+        f"padded_symm is direct at {16 / world.shrink:g} MiB?",
         answer=2.0 if is_small else 4.0,
         unit="times",
         tolerance=0.7,
         wrong={
-            1.0: "A copy of all bytes costs about as much as the push. Count passes.",
-            20.0: "That is more than direct gains over padded, whose collective is slow as well.",
+            1.0: "A copy of all bytes costs about as much as the push. Count the passes.",
+            20.0: "Even padded, whose collective is slow as well, does not take that much longer "
+            "than "
+            "direct.",
         },
-        why=f"Count passes: push, strip and reorder, and 1/{world.cp_size} of a pass to fill the "
-        "symmetric shard, against push alone. The ratio holds while memory bandwidth is the limit"
+        why="padded_symm pushes, strips and reorders, and needs "
+        f"1/{world.cp_size} of a pass to fill the symmetric shard. direct only pushes. The ratio "
+        "holds while memory bandwidth is the limit"
         + (", and at this size barriers take a large part of the time." if is_small else "."),
     )
 
@@ -138,14 +145,15 @@ def padding(world: World) -> Prediction:
     cp = world.cp_size
     tokens = 2 * cp + 1
     return Prediction(
-        f"64 sequences of {tokens} tokens over {cp} ranks, zigzag: how many times the bytes does "
-        "the padded wire carry?",
+        f"Zigzag spreads 64 sequences of {tokens} tokens over {cp} ranks. How many times as many "
+        "slots as tokens does the padded wire carry?",
         answer=3 * cp / tokens,
         unit="times",
         tolerance=0.02,
         wrong={
-            1.0: f"{tokens} tokens are {2 * cp} blocks, and one of them is longer. Which rank owns "
-            "it, each time?",
+            1.0: f"{tokens} tokens form {2 * cp} blocks, and one of them is longer. Its owner is "
+            "the "
+            "same rank in every sequence.",
             tokens / (2 * cp): f"That is {tokens} tokens against {2 * cp}. Each rank pads to the "
             "longest: 3 rows where the others have 2.",
             1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold "
@@ -158,46 +166,72 @@ def padding(world: World) -> Prediction:
 
 LESSON.ask(
     "stops",
-    "8 × H100: symmetric memory is 1.86 times as fast at 2 MiB. And at 128 MiB?",
+    "On 8 × H100, symmetric memory makes a gather of 2 MiB 1.86 times as fast. How many times as "
+    "fast is a gather of 128 MiB?",
     answer=1.06,
     unit="times",
     tolerance=0.04,
     wrong={
         1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need more than 360 µs.",
-        1.0: "Nearly: a gain of 6 % remains.",
-        1.5: "Less. About 22 µs are saved, of 385 µs.",
+        1.0: "That is close: a gain of 6 % remains.",
+        1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
     why="Measured in Megatron-LM#5596, as the minimum over the ranks of the kernel's time: 20.2 → "
-    "10.9 µs, and 385.3 → 363.2 µs. The saving grows from 9.3 to about 22 µs, the time far more.",
+    "10.9 µs, and 385.3 → 363.2 µs. The saved time grows from 9.3 to about 22 µs, and the total "
+    "time "
+    "grows far more.",
 )
 LESSON.ask(
     "clocks",
-    "Two H100s, 2.1 MB: in a Python loop a call of `padded_symm` takes 2.6 times as long as one of "
-    "`seed`, the same pipeline in plain torch over NCCL's ring. How many times as long does the "
-    "device work on it?",
+    "Two H100s gather 2.1 MB. In a Python loop, a call of `padded_symm` takes 2.6 times as long "
+    "as a "
+    "call of `seed`, the same pipeline in plain torch over NCCL's ring. How many times as long "
+    "does "
+    "the device work on `padded_symm` as on `seed`?",
     answer=0.85,
     unit="times",
     tolerance=0.05,
     wrong={
-        2.6: "That is the loop's ratio, and most of its time is Python.",
+        2.6: "That is the ratio of the loop, and most of its time is Python.",
         1.0: "Both pad, gather, strip and reorder. But NCCL gathers with another kernel here.",
-        0.4: "The symmetric kernel saves a fifth of the collective, and the passes remain.",
+        0.4: "The symmetric kernel saves only a fifth of the collective, and the passes remain.",
     },
     why="25.3 µs of device time for `seed`, 21.5 for `padded_symm`: the ring takes 20.4, the "
     "symmetric kernel 16.5, and pad, strip and reorder 5 in both.",
 )
 LESSON.ask(
+    "kernels",
+    "Two H100s gather with NCCL 2.28.9, with no buffer registered, with the receive buffer only, "
+    "or "
+    "with both. For how many of these three does NCCL select a symmetric kernel?",
+    answer=1,
+    between=(0, 3),
+    tolerance=0.01,
+    wrong={
+        0: "Registration has an effect: with both buffers registered, NCCL does select one.",
+        2: "That is right since 2.29, which requires the receive buffer only.",
+        3: "Without a registered buffer, a kernel has no window of its peers to store into.",
+    },
+    why="2.28.9 requires both buffers. With the receive buffer alone it keeps its ring, and "
+    "reports "
+    "nothing: this was the state of sglang#24040 when it was merged.",
+)
+LESSON.ask(
     "nodes",
-    "256 MB over 16 GPUs, as two nodes of 8 H100 (NVLink 360 GB/s, 45 GB/s of network per "
-    "GPU), or inside one NVL72 (720 GB/s). How many times as long do two nodes take, by the model?",
+    "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
+    "per GPU), or a part of one NVL72 (NVLink 720 GB/s). By the model, how many times as long do "
+    "the "
+    "two nodes take?",
     answer=2.06,
     unit="times",
     tolerance=0.12,
     wrong={
         16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
         "and 8 network adapters share it.",
-        3.1: "That adds network and NVLink. They work at the same time: the slower one counts.",
+        3.1: "That adds the times of network and NVLink. They work at the same time, so the "
+        "slower one "
+        "counts.",
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
     why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "

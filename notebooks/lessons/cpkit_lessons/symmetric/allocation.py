@@ -68,7 +68,7 @@ _ARENA_BYTES = 1 << 20
 _EXCHANGES = 40
 
 
-@LESSON.exercise("e5", "when is a block free?")
+@LESSON.exercise("e5", "the blocks that are free")
 def check_may_free(may_free: MayFree) -> Score:
     """Simulate pools of 1 to 4 ranks that release blocks at different times, 20 times each."""
     cases = peak = reference = 0
@@ -184,7 +184,7 @@ def version_table() -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("NCCL")
 
 
-@LESSON.exercise("e6", "the fast path's rule")
+@LESSON.exercise("e6", "the rule of the fast path")
 def check_fast_path(fast_path: FastPath) -> Score:
     """Compare with cpkit.memory.path for every pair of buffers and seven versions of NCCL."""
     cases = 0

@@ -35,8 +35,8 @@ def stale(world: World) -> Prediction:
     """Ask for the fraction of wrong reads without a barrier."""
     cp = world.cp_size
     return Prediction(
-        f"1000 rounds of put and read with no barrier, {cp} ranks: what fraction of the reads is "
-        "wrong?",
+        f"{cp} ranks run 1000 rounds of put and read without a barrier. What fraction of the reads "
+        "is wrong?",
         choices=("under 1 %", "1 to 10 %", "over 10 %"),
         answer="over 10 %",
         wrong={
@@ -45,7 +45,7 @@ def stale(world: World) -> Prediction:
             "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
         },
         why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
-        "reads can be wrong. A missing barrier is not a rare event; but a *test* with the same "
+        "reads can be wrong. A missing barrier is not a rare event. But a test with the same "
         "data in every round cannot detect it.",
     )
 
@@ -67,12 +67,15 @@ LESSON.ask(
 )
 LESSON.ask(
     "smallest",
-    "Two ranks, no barrier: how many steps has the shortest schedule in which a read is wrong?",
+    "Two ranks run without a barrier. How many steps does the shortest schedule have in which a "
+    "read "
+    "is wrong?",
     answer=3,
+    between=(1, 8),
     unit="steps",
     tolerance=0.01,
     wrong={
-        1: "The first step of a rank is a put; it puts to both ranks before it reads.",
+        1: "The first step of a rank is a put, and it puts to both ranks before it reads.",
         4: "The steps of one rank are enough: put, put, read.",
         8: "The other rank need not take a single step.",
     },
@@ -81,29 +84,30 @@ LESSON.ask(
 )
 LESSON.ask(
     "round",
-    "Now with one barrier, between the puts and the reads. In the shortest failing schedule, which "
-    "round should the first wrong read return?",
+    "Now each round has one barrier, between the puts and the reads, and rounds count from 1. In "
+    "the shortest schedule that fails, which round does the first wrong read expect?",
     answer=1,
     tolerance=0.01,
     wrong={
-        2: "The *write* is of round 2. The read that it breaks still expects round 1.",
-        0: "Rounds count from 1; and with a barrier before the read, no read is stale.",
+        2: "The write is of round 2. The read that it breaks still expects round 1.",
+        0: "Rounds count from 1. And with a barrier before the reads, no read is stale.",
     },
-    why="The reader of round 1 is slow; the writer continues with round 2 and overwrites "
-    "unread rows: a write after read. So the error appears only when a buffer is used *again*, and "
-    "a test of one round passes.",
+    why="The reader is still in round 1. The writer continues with round 2, and overwrites a slot "
+    "that was not read yet. So the error appears only when a buffer is used again, and a test of "
+    "one "
+    "round passes.",
 )
 LESSON.ask(
     "held",
-    "Eight ranks in a ring; each reads its left neighbour only. Rank 3 has not started. With "
-    "signals instead of barriers, how many of the 7 others cannot finish round 1?",
+    "Eight ranks form a ring, and each reads only from its left neighbour. Rank 3 has not started. "
+    "With signals instead of barriers, how many of the 7 other ranks cannot finish round 1?",
     answer=1,
     unit="of 7",
     between=(0, 7),
     tolerance=0.01,
     wrong={
         7: "That is the barrier: all ranks wait for all others.",
-        2: "Rank 2 writes *to* rank 3 and waits for nothing from it in round 1.",
+        2: "Rank 2 writes to rank 3, and waits for nothing from it in round 1.",
         0: "Rank 4 needs the row that rank 3 has not written.",
     },
     why="A signal waits for the rank whose data you need. A barrier waits for all ranks, so its "
@@ -118,8 +122,8 @@ def spills(world: World) -> Prediction:
     arena, sizes = f"{arena_mb:g}", [f"{mb:g}" for mb in requests_mb]
     large, largest = sizes[3], sizes[-1]
     return Prediction(
-        f"A {arena} MB arena. Requests of {', '.join(sizes)} MB, one after the other, each "
-        "released before the next: how many of the nine spill?",
+        f"An arena has {arena} MB. Nine requests of {', '.join(sizes)} MB follow each other, and "
+        "each is released before the next. How many of the nine spill?",
         answer=2,
         unit="requests",
         between=(0, 9),
@@ -127,34 +131,59 @@ def spills(world: World) -> Prediction:
         wrong={
             5: "Five are larger than the arena. But a spilled segment stays in the pool, and "
             "serves the second request of its size.",
-            3: f"{large}, {largest}, and …? The third large one fits a segment that an earlier one "
-            "registered.",
-            0: f"{large} MB do not fit {arena} MB.",
+            3: f"The first requests of {large} and of {largest} MB spill. A third large request "
+            "fits a "
+            "segment that an earlier one registered.",
+            0: f"A request of {large} MB does not fit an arena of {arena} MB.",
         },
-        why="Each *new largest* request spills once. So the cost occurs exactly with the longest "
-        "prompt so far, and a benchmark that repeats one size shows it only in its first "
+        why="Each request that is larger than all earlier ones spills once. So the cost appears "
+        "with the "
+        "longest prompt so far. A benchmark that repeats one size shows it only in its first "
         "iteration.",
     )
 
 
 LESSON.ask(
     "recv",
-    "Receive buffer registered, send buffer ordinary, everything else right. NCCL 2.28.9 takes …?",
+    "The receive buffer is registered, the send buffer is not, and everything else is right. What "
+    "happens with NCCL 2.28.9: the symmetric path, the fallback, or an error?",
     choices=("symmetric", "fallback", "an error"),
     answer="fallback",
     wrong={
-        "symmetric": "From 2.29 on, yes. 2.28.9 requires both windows.",
+        "symmetric": "That is right since 2.29. 2.28.9 requires windows for both buffers.",
         "an error": "NCCL selects another kernel without a message.",
     },
-    why="Up to 2.28 an all-gather needs *both* buffers in symmetric windows; from 2.29 on the "
+    why="Up to 2.28, an all-gather needs both buffers in symmetric windows. Since 2.29, the "
     "receive buffer is enough. sglang#37337 counted 0 symmetric calls and 499 over the ring.",
+)
+
+LESSON.ask(
+    "slot",
+    "Pages have 4 slots, and the request has the pages 5, 0 and 3, in this order. Which slot of "
+    "the "
+    "cache holds token 6?",
+    answer=2,
+    between=(0, 23),
+    tolerance=0.01,
+    wrong={
+        6: "That is its position in token order. The cache stores it in one of the request's "
+        "pages.",
+        22: "That is slot 2 of page 5, the first page of the request. Token 6 is in the second "
+        "page.",
+        14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
+        "page.",
+        1: "Page 0 is right. But tokens and slots count from 0: token 4 is in slot 0 of that page.",
+    },
+    why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
+    "slot 2 "
+    "of that page: 0 · 4 + 2.",
 )
 
 
 def _ask_symptom(case: str, what: str, *, answer: str, why: str, wrong: dict[str, str]) -> None:
     LESSON.ask(
         case,
-        f"{what}: what is the symptom?",
+        f"{what}. What do the ranks observe?",
         choices=SYMPTOMS[:4],
         answer=answer,
         wrong=wrong,
@@ -181,16 +210,17 @@ _ask_symptom(
     why="All ranks arrive, and compare a digest of all allocations. NCCL does not compare them: "
     "there the caller has to guarantee equal offsets, and the same mistake raises no error.",
     wrong={
-        "silently wrong": "It would be, without the comparison in the exchange: the next block "
-        "has a different offset on each rank.",
+        "silently wrong": "That is right for an allocator that does not compare allocations: the "
+        "next "
+        "block has a different offset on each rank.",
     },
 )
 _ask_symptom(
     "receive_only",
-    "Only the receive buffer is registered, and one NCCL version is 2.28.9",
+    "Only the receive buffer is registered, and one of the transports is NCCL 2.28.9",
     answer="fast path missed",
-    why="No rank gets an error, every row is right, and only the path differs: by its rule, NCCL "
-    "2.28.9 falls back and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
+    why="No rank raises an error, every row is right, and only the path differs: NCCL 2.28.9 "
+    "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
     "2.28.9, the ring into a registered receive buffer was the fastest form of 268 MB (450 µs; "
     "596 µs with both buffers registered, 554 µs with none; "
     "benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
@@ -212,8 +242,9 @@ _ask_symptom(
     "divergent_free_lists",
     "Rank 1 has kept a block that rank 0 has freed, and the free lists are not compared",
     answer="silently wrong",
-    why="No rank has an error, and the rows are written elsewhere: over memory that may be in use. "
-    "pytorch#178138 is this bug; under a captured graph it is sglang#34230.",
+    why="No rank raises an error. The rows are written to the wrong place, over memory that may "
+    "be in "
+    "use. pytorch#178138 is this bug, and sglang#34230 is the same under a captured graph.",
     wrong={
         "error at once": "Each rank's own free list is consistent. Only a comparison between ranks "
         "shows the difference.",
@@ -235,8 +266,8 @@ _ask_symptom(
     "Rank 1 is killed before the gather",
     answer="error after the deadline",
     why="The other rank can only report that rank 1 did not arrive; the exit code of rank 1 says "
-    "why. Look at *all* ranks before you blame the one that reports the error. torchrun ends the "
-    "remaining ranks itself.",
+    "why. Look at all ranks before you blame the one that reports the error. torchrun, in "
+    "contrast, ends the remaining ranks at once.",
     wrong={
         "error at once": "The mapping of a peer's memory stays valid when its process dies, so "
         "nothing shows that it is dead.",
