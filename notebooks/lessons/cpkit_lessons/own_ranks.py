@@ -62,7 +62,7 @@ def processes(
     common = {
         **inherited,  # without the deadline of the workers: these ranks have their own
         # The ranks import the same two packages as this process, wherever these were found.
-        "PYTHONPATH": os.pathsep.join(str(Path(f).parents[1]) for f in (cpkit.__file__, __file__)),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "CPKIT_SYMM_PREALLOC_GB": "0.002",  # starts quickly
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(size),
