@@ -36,11 +36,12 @@ from cpkit.control.runtime_dir import (
     PostMortem,
     RuntimeDir,
     in_words,
+    make_socket_dir,
     remove_socket_dir,
     write_private,
 )
 from cpkit.os_errors import describe, raise_descriptor_limit
-from cpkit.processes import ProcessId, leave, process_id
+from cpkit.processes import ProcessId, leave
 from cpkit.settings import DEVICE, GPU_NOTE, pass_on
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
         lock = runtime_dir.acquire_lock()
         with in_words():
             _remove_old_files(runtime_dir)
-        socket_dir = _make_socket_dir()
+        agent = _make_socket_dir()
     except ControlError as error:
         _log.error("%s", error)
         return ALREADY_RUNNING_CODE if isinstance(error, AlreadyRunning) else BAD_SETTINGS_CODE
@@ -69,18 +70,16 @@ def main(arguments: list[str]) -> int:
         threading.Thread(target=_watch_owner, args=(launch.owner,), daemon=True).start()
     report = PostMortem((), "the agent ended before it started the workers")
     try:
-        _write_agent(lock, socket_dir)
-        with name_the_limit(), _device(launch, Path(socket_dir)):
+        _write_agent(lock, agent)
+        with name_the_limit(), _device(launch, Path(agent.socket_dir)):
             report = _run(launch, runtime_dir)
     except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
         return BAD_SETTINGS_CODE
     finally:
-        remove_socket_dir(socket_dir)
-        if runtime_dir.directory.exists():  # a user may have removed it
-            write_private(runtime_dir.post_mortem_file, report)
-            runtime_dir.clean()
+        remove_socket_dir(agent)
+        _leave_report(runtime_dir, report)
         _reap_segments()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
@@ -196,13 +195,23 @@ def _reap_segments() -> None:
         reap_dead_files()
 
 
-def _make_socket_dir() -> str:
-    """Create a private directory whose path is short enough for a socket. Raises ControlError."""
+def _leave_report(runtime_dir: RuntimeDir, report: PostMortem) -> None:
+    """Replace the connection file by a post-mortem. Log why, if that is not possible."""
+    try:
+        if runtime_dir.check():  # a user may have removed it
+            runtime_dir.clean()  # first, because it makes room in a full file system
+            write_private(runtime_dir.post_mortem_file, report)
+    except ControlError as error:
+        _log.error("no post-mortem was written: %s", error)
+
+
+def _make_socket_dir() -> Agent:
+    """Make a socket directory whose path is short enough. Raises ControlError."""
     try:
         for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
             end = f"/{SOCKET_DIR_PREFIX}12345678/control"
             if len(parent) + len(end) < zmq.IPC_PATH_MAX_LEN:
-                return tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent)
+                return make_socket_dir(parent)
     except OSError as error:
         raise ControlError(
             f"cannot make a directory for the control socket: {describe(error)}. Set TMPDIR to a "
@@ -213,8 +222,7 @@ def _make_socket_dir() -> str:
     )
 
 
-def _write_agent(lock: int, socket_dir: str) -> None:
-    agent = Agent(process_id(), socket_dir)
+def _write_agent(lock: int, agent: Agent) -> None:
     agent.export()
     with in_words():
         os.ftruncate(lock, 0)

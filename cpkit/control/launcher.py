@@ -389,6 +389,10 @@ def _start_error(code: int, runtime_dir: RuntimeDir) -> ControlError:
     lines = "\n".join(f"  {line}" for line in last_lines(str(runtime_dir.agent_log)))
     if code == ALREADY_RUNNING_CODE:
         return AlreadyRunning(runtime_dir.name, describe_holder(runtime_dir))
+    try:
+        runtime_dir.create()
+    except ControlError as error:  # the agent cannot write its log there
+        return ControlError(f"the workers did not start: {error}")
     report = runtime_dir.post_mortem()
     if report and report.deaths:
         lines = "\n".join(f"  {line}" for line in report.deaths[0].log_lines)

@@ -43,7 +43,7 @@ def start_watchdog(runtime_dir: RuntimeDir, agent: Agent, owner: ProcessId | Non
 
 def remove_connection(runtime_dir: RuntimeDir, agent: Agent) -> None:
     """Remove the socket and the connection file of an agent, but not those of a later agent."""
-    remove_socket_dir(agent.socket_dir)
+    remove_socket_dir(agent)
     try:
         connection = runtime_dir.connection()
     except ControlError:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import zmq
 
 from cpkit import __version__
+from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
 from cpkit.control.runtime_dir import READY, Agent, Connection, RuntimeDir, Worker, write_private
@@ -62,6 +63,8 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
         else:
             Heartbeat(store, channel.rank, runtime_dir).start()
             Executor(channel).run()
+    except ControlError:  # this rank's own failure
+        raise
     except RuntimeError as error:  # how the store reports a closed connection
         _wait_for_agent(error)
     dist.destroy_process_group()
