@@ -27,6 +27,7 @@ from cpkit.control.errors import ControlError, name_the_limit
 from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.launch_options import Launch, from_json, loopback
+from cpkit.control.origin import describe_process
 from cpkit.control.runtime_dir import (
     ALREADY_RUNNING_CODE,
     SOCKET_DIR_PREFIX,
@@ -38,7 +39,6 @@ from cpkit.control.runtime_dir import (
     in_words,
     make_socket_dir,
     remove_socket_dir,
-    write_private,
 )
 from cpkit.os_errors import describe, raise_descriptor_limit
 from cpkit.processes import ProcessId, leave
@@ -68,11 +68,14 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun installs its handlers
     if launch.owner:
         threading.Thread(target=_watch_owner, args=(launch.owner,), daemon=True).start()
-    report = PostMortem((), "the agent ended before it started the workers")
+    owner = describe_process(launch.owner) if launch.owner else ""  # while it runs
+    report = PostMortem((), "the agent ended before it started them")
     try:
         _write_agent(lock, agent)
         with name_the_limit(), _device(launch, Path(agent.socket_dir)):
             report = _run(launch, runtime_dir)
+        if launch.owner and not launch.owner.is_alive():
+            report = PostMortem((), f"{owner}, which started them, has ended")
     except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
@@ -140,10 +143,8 @@ def _run(launch: Launch, runtime_dir: RuntimeDir) -> PostMortem:
     except ChildFailedError as failed:
         return _post_mortem(failed, runtime_dir)
     except SignalException as signalled:
-        if launch.owner and not launch.owner.is_alive():
-            return PostMortem((), f"the owner, process {launch.owner.pid}, has ended")
         return PostMortem((), f"the agent received {signalled.sigval.name}")
-    return PostMortem((), "the workers were stopped, or their owner has ended")
+    return PostMortem((), "they were stopped")
 
 
 @contextlib.contextmanager
@@ -200,7 +201,7 @@ def _leave_report(runtime_dir: RuntimeDir, report: PostMortem) -> None:
     try:
         if runtime_dir.check():  # a user may have removed it
             runtime_dir.clean()  # first, because it makes room in a full file system
-            write_private(runtime_dir.post_mortem_file, report)
+            runtime_dir.record_end(report)
     except ControlError as error:
         _log.error("no post-mortem was written: %s", error)
 

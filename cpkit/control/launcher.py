@@ -24,14 +24,15 @@ from cpkit.control.errors import (
     RankHangs,
     Unreadable,
 )
-from cpkit.control.exit_report import dead_workers, last_lines
+from cpkit.control.exit_report import dead_workers, describe_exit, last_lines, quoted
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
-from cpkit.control.origin import ELSEWHERE, describe, describe_holder
+from cpkit.control.origin import ELSEWHERE, describe, describe_holder, describe_process
 from cpkit.control.runtime_dir import (
     ALREADY_RUNNING_CODE,
     AlreadyRunning,
     Connection,
+    PostMortem,
     RuntimeDir,
     in_words,
     runtime_root,
@@ -191,11 +192,18 @@ def stop(name: str) -> bool:
         )
     if agent:
         _check_is_agent(agent.process, runtime_dir)
+        _record_stop(runtime_dir)
         _end(agent.process)
     # The threads of a zombie process may hold the lock a little longer.
     if not wait_for(lambda: not runtime_dir.is_locked(), _EXIT_TIMEOUT_S):
         raise NoAnswer(f"the workers {name!r} did not end; see {runtime_dir.agent_log}")
     return True
+
+
+def _record_stop(runtime_dir: RuntimeDir) -> None:
+    """Record that this process stops the workers, for the clients that still use them."""
+    with contextlib.suppress(ControlError):  # full or read-only: they are stopped nevertheless
+        runtime_dir.record_end(PostMortem((), f"{describe_process(process_id())} stopped them"))
 
 
 def _check_is_agent(process: ProcessId, runtime_dir: RuntimeDir) -> None:
@@ -270,6 +278,8 @@ def shut_down(client: Client) -> None:
     """
     runtime_dir = RuntimeDir(client.connection.name)
     patience_s = _STOP_TIMEOUT_S
+    if client.connection.host == socket.gethostname():
+        _record_stop(runtime_dir)
     try:
         client.call(Shutdown(), Done)
     except ControlError as error:
@@ -386,7 +396,6 @@ def _environment() -> dict[str, str]:
 
 
 def _start_error(code: int, runtime_dir: RuntimeDir) -> ControlError:
-    lines = "\n".join(f"  {line}" for line in last_lines(str(runtime_dir.agent_log)))
     if code == ALREADY_RUNNING_CODE:
         return AlreadyRunning(runtime_dir.name, describe_holder(runtime_dir))
     try:
@@ -394,7 +403,8 @@ def _start_error(code: int, runtime_dir: RuntimeDir) -> ControlError:
     except ControlError as error:  # the agent cannot write its log there
         return ControlError(f"the workers did not start: {error}")
     report = runtime_dir.post_mortem()
+    cause = report.text if report else f"the agent ended with {describe_exit(code)}"
+    lines = last_lines(str(runtime_dir.agent_log))
     if report and report.deaths:
-        lines = "\n".join(f"  {line}" for line in report.deaths[0].log_lines)
-        return ControlError(f"the workers did not start: {report.text}\n{lines}")
-    return ControlError(f"the workers did not start (exit code {code} of the agent):\n{lines}")
+        lines = report.deaths[0].log_lines
+    return ControlError(f"the workers did not start: {cause}\n{quoted(lines)}")

@@ -129,7 +129,10 @@ class Death(Message, frozen=True):
 
 
 class PostMortem(Message, frozen=True):
-    """The ranks that died, the root cause first; empty when no rank was at fault."""
+    """Why the workers ended, in words.
+
+    `deaths`: the ranks that died, the root cause first; empty when no rank was at fault.
+    """
 
     deaths: tuple[Death, ...]
     text: str
@@ -276,6 +279,11 @@ class RuntimeDir:
         """Return the rank whose silence ended the workers, as another rank reported it, or None."""
         self.check()
         return _read(self.hang_file, Death)
+
+    def record_end(self, report: PostMortem) -> None:
+        """Record why the workers end, unless that is recorded. Raises ControlError."""
+        if not self.post_mortem():
+            write_private(self.post_mortem_file, report)
 
     def set_startup_phase(self, process: str, phase: str) -> None:
         """Record the startup phase of a process, for the launcher that waits for the workers."""
