@@ -159,9 +159,9 @@ def test_a_rank_without_memory_is_named_and_not_the_one_that_waited_for_it(
         poor = psutil.Process(pids(lab)[1])
         poor.rlimit(psutil.RLIMIT_AS, (poor.memory_info().vms + (8 << 20), -1))
         with pytest.raises(cpkit.RequestFailed, match=r"^rank 1: .*memory"):
-            lab.gather([30_000], 2, algorithm="padded")
+            lab.gather([60_000], 2, algorithm="padded", heads=1)
         poor.rlimit(psutil.RLIMIT_AS, (-1, -1))
-        assert lab.gather([30_000], 2, algorithm="padded").verified
+        assert lab.gather([60_000], 2, algorithm="padded", heads=1).verified
         lab.stop()
 
 
