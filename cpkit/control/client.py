@@ -258,9 +258,10 @@ class _Socket:
                     f"higher limit, for example after `ulimit -n 4096`"
                 )
             problem = "rejected the client key" if rejected else "does not have the server key"
+            other = "" if rejected else ", or rank 0 has no more free files: close other clients"
             raise NoAnswer(
                 f"the server at {self._endpoint} {problem} of the connection file: the file "
-                f"belongs to other workers. Connect again, or stop and start the workers."
+                f"belongs to other workers. Connect again, or stop and start the workers{other}"
             )
         return None
 
