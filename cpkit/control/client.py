@@ -220,6 +220,7 @@ class _Socket:
 
     def __init__(self, connection: Connection, routing_id: bytes) -> None:
         self._connection, self._endpoint = connection, connection.endpoint
+        self._was_ended = False  # the connection, during its handshake
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.routing_id = routing_id
@@ -249,6 +250,9 @@ class _Socket:
             return self._dealer.recv()
         if self._monitor in ready:
             event = recv_monitor_message(self._monitor)
+            if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._was_ended:
+                self._was_ended = True  # the server may have died; otherwise ZeroMQ tries again
+                return None
             check_rank_0(self._connection)  # a stopped process answers no handshake either
             rejected = event["event"] == _KEY_REJECTED
             if rejected and event["value"] == TOO_MANY_FILES_CODE:

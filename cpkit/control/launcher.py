@@ -30,6 +30,7 @@ from cpkit.control.messages import Done, Shutdown, Status, StatusResult
 from cpkit.control.origin import ELSEWHERE, describe, describe_holder, describe_process
 from cpkit.control.runtime_dir import (
     ALREADY_RUNNING_CODE,
+    READY,
     AlreadyRunning,
     Connection,
     PostMortem,
@@ -41,6 +42,7 @@ from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import check_all
 
 READY_S = 90.0  # longest time between two startup phases
+SETTLED_S = 10.0  # workers that end have ended by then
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
 _PERIOD_S = 0.05
@@ -76,10 +78,40 @@ def running(name: str) -> Connection | None:
         if connection and not connection.is_here():
             _check_reachable(connection)
             return connection
-        if connection and not _is_ending(connection):
+        if connection and _is_ending(connection):
+            connection.agent.send(signal.SIGCONT)  # a stopped one would not end
+        elif connection and not _missing(runtime_dir, connection):
             return connection
         time.sleep(_PERIOD_S)
-    raise NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
+    raise _not_ready(runtime_dir, deadline)
+
+
+def _not_ready(runtime_dir: RuntimeDir, deadline: _StartDeadline) -> ControlError:
+    name = runtime_dir.name
+    if deadline.is_settled():
+        missing = _missing(runtime_dir, runtime_dir.connection())
+        return ControlError(
+            f"the workers {name!r} run, but {missing or 'do not end'}. To stop them: "
+            f"`{command('stop', name)}`"
+        )
+    return NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
+
+
+def _missing(runtime_dir: RuntimeDir, connection: Connection | None) -> str:
+    """Return why workers that have started cannot be reached; empty if they can."""
+    file = runtime_dir.connection_file
+    phases = runtime_dir.startup_phases()
+    if "agent" in phases and "rank 0" not in phases:
+        return "rank 0 serves on another node, under the name without .node: connect there"
+    if connection is None:
+        return f"their connection file {file} was removed"
+    holder = runtime_dir.agent()
+    if holder is None or holder.process != connection.agent:
+        return f"{file} is of other workers"
+    socket_file = connection.endpoint.removeprefix("ipc://")
+    if _is_ipc(connection) and not Path(socket_file).exists():
+        return f"their socket {socket_file} was removed"
+    return ""
 
 
 def _is_ipc(connection: Connection) -> bool:
@@ -358,11 +390,18 @@ class _StartDeadline:
         self._deadline = 0.0
 
     def has_passed(self) -> bool:
-        """Return True when no process has made progress for READY_S."""
+        """Return True when no process has made progress for READY_S, or SETTLED_S after it."""
         phases = self._runtime_dir.startup_phases()
         if phases != self._phases:
-            self._phases, self._deadline = phases, time.monotonic() + READY_S
+            self._phases = phases
+            limit_s = SETTLED_S if self.is_settled() else READY_S
+            self._deadline = time.monotonic() + limit_s
         return time.monotonic() > self._deadline
+
+    def is_settled(self) -> bool:
+        """Return True when all ranks have been ready since the last call of `has_passed`."""
+        ranks = [phase for who, phase in (self._phases or {}).items() if who.startswith("rank")]
+        return bool(ranks) and all(phase == READY for phase in ranks)
 
     def describe(self) -> str:
         """Return the last phase of each process and the log files, for an error message."""

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -78,6 +79,13 @@ def agent_from_environment() -> Agent | None:
     """Return the agent that started this process, or None."""
     text = passed_on(AGENT)
     return msgspec.json.decode(text, type=Agent) if text else None
+
+
+def continue_agent() -> None:
+    """Continue this rank's agent if it is stopped, because only the agent ends the other ranks."""
+    agent = agent_from_environment()
+    if agent:
+        agent.process.send(signal.SIGCONT)
 
 
 class Worker(Message, frozen=True):
