@@ -100,7 +100,7 @@ def _from_report(report: PostMortem) -> WorkersDied:
 
 def _from_processes(connection: Connection, dead: list[Worker]) -> WorkersDied:
     """Report without a post-mortem: the agent was killed, or has restarted the ranks."""
-    if not dead:
+    if not dead or not connection.agent.is_alive():
         return WorkersDied(
             "the agent of the workers has ended, which ends the workers too; "
             "cpkit.connect() starts new ones"
