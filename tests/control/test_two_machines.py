@@ -27,9 +27,8 @@ ip link set lo up
 exec "$@"
 """
 USE = """
-import subprocess, sys, time
+import subprocess, sys, threading, time
 import cpkit
-from pathlib import Path
 other, deadline_s = sys.argv[1], float(sys.argv[2])
 def cable(state):
     command = ["nsenter", "-t", other, "--net", "ip", "link", "set", "cable", state]
@@ -48,27 +47,22 @@ inside, across = lab.gather([64, 33], 2), lab.gather([64, 33], 4)
 assert inside.verified and across.verified
 print("inside:", inside.path, "| across:", across.path, across.path_reason)
 trace = lab.trace([256], 4)
-assert trace.spans_hosts and len(trace.ranks) == 4
+assert trace.spans_hosts and len(trace.spans) == 4
+
+cable("down")
+timer = threading.Timer(deadline_s / 3, cable, ["up"])
+timer.start()
+assert lab.gather([64, 33], 4).verified
+timer.join()
+print("mended")
 
 cable("down")
 start_s = time.monotonic()
 try:
     lab.gather([64], 4)
 except cpkit.NoAnswer as error:
-    print(f"cut after {time.monotonic() - start_s:.0f} s:", error)
-    assert time.monotonic() - start_s < 3 * deadline_s + 10
-cable("up")
-until(lambda: lab.status().state == "idle")
-assert lab.gather([64, 33], 4).verified
-print("mended")
-
-cable("down")
-try:
-    while True:
-        lab.gather([64], 4)
-        time.sleep(0.1)
-except cpkit.NoAnswer as error:
     print("cut:", error)
+assert time.monotonic() - start_s < 3 * deadline_s + 10
 try:
     until(lambda: lab.status() is None)
 except cpkit.WorkersDied as error:
@@ -139,7 +133,7 @@ def _name(machine: Machine) -> str:
     return machine.run("hostname").communicate(timeout=10)[0].strip()
 
 
-def test_two_machines_gather_survive_a_cut_cable_and_end_after_a_lasting_one(
+def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_long_one(
     machines: list[Machine],
 ) -> None:
     options = "--name nodes --nproc 2 --nnodes 2 --rdzv-endpoint 10.77.0.1:29500 --interface cable"
@@ -164,9 +158,9 @@ def test_two_machines_gather_survive_a_cut_cable_and_end_after_a_lasting_one(
     assert used.returncode == 0, lines
     assert "inside: symmetric" in lines
     assert "across: fallback the group spans machines (ranks [0, 1, 2, 3])" in lines
-    assert "on machine1) has" in lines or "on machine1) have" in lines
     assert "mended" in lines
-    assert "ended: rank 2 (process" in lines
+    for words in ("cut: rank 2 (process ", "ended: rank 2 (process "):
+        assert words in lines
     for machine in machines:
         left = left_after(30, lambda: list(processes_with("JUPYTER_RUNTIME_DIR", machine.home)))  # noqa: B023 - called here
         assert not left
