@@ -25,13 +25,13 @@ AGENT = """
 import socket, sys, time
 import cpkit.processes
 from cpkit.control import agent
-from cpkit.control.runtime_dir import RuntimeDir, write_private
+from cpkit.control.runtime_dir import Agent, RuntimeDir, write_private
 from tests.helpers.control_server import connection
 import msgspec
 if sys.argv[1:] == ["pretend"]:
     cpkit.processes._namespace = lambda: "elsewhere"
 here = RuntimeDir("here")
-agent._write_agent(here.acquire_lock(), "")
+agent._write_agent(here.acquire_lock(), Agent(cpkit.processes.process_id(), ""))
 mine = msgspec.structs.replace(connection(), host=socket.gethostname())
 write_private(here.connection_file, mine)
 print("ready", flush=True)
