@@ -42,7 +42,8 @@ from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import check_all
 
 READY_S = 90.0  # longest time between two startup phases
-SETTLED_S = 10.0  # workers that end have ended by then
+END_S = 35.0  # longest time to end: before torch 2.12, torchrun waits 30 s for a rank that hangs
+UNREACHABLE_S = 5.0  # for workers that run without a socket or with a foreign file
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
 _PERIOD_S = 0.05
@@ -58,7 +59,7 @@ def running(name: str) -> Connection | None:
     """
     runtime_dir = RuntimeDir(name)
     deadline = _StartDeadline(runtime_dir)
-    while not deadline.has_passed():
+    while True:
         is_held = runtime_dir.is_locked()
         try:
             connection = runtime_dir.connection()
@@ -78,32 +79,51 @@ def running(name: str) -> Connection | None:
         if connection and not connection.is_here():
             _check_reachable(connection)
             return connection
-        if connection and _is_ending(connection):
-            connection.agent.send(signal.SIGCONT)  # a stopped one would not end
-        elif connection and not _missing(runtime_dir, connection):
+        if connection and _is_usable(runtime_dir, connection):
             return connection
+        if deadline.has_passed(_patience_s(runtime_dir, connection)):
+            raise _not_ready(runtime_dir, connection, deadline)
         time.sleep(_PERIOD_S)
-    raise _not_ready(runtime_dir, deadline)
 
 
-def _not_ready(runtime_dir: RuntimeDir, deadline: _StartDeadline) -> ControlError:
+def _is_usable(runtime_dir: RuntimeDir, connection: Connection) -> bool:
+    """Return False while workers end or cannot be reached. Continue a stopped agent of the former.
+
+    Otherwise they would not end.
+    """
+    if _is_ending(connection):
+        connection.agent.send(signal.SIGCONT)
+        return False
+    return not _missing(runtime_dir, connection)
+
+
+def _patience_s(runtime_dir: RuntimeDir, connection: Connection | None) -> float:
+    """Return how long workers may start or end, since the last startup phase."""
+    phases = runtime_dir.startup_phases()
+    ranks = {who: phase for who, phase in phases.items() if who.startswith("rank")}
+    if not ranks or any(phase != READY for phase in ranks.values()):
+        return READY_S
+    if "rank 0" not in ranks:
+        return 0.0
+    return UNREACHABLE_S if connection and not _is_ending(connection) else END_S
+
+
+def _not_ready(
+    runtime_dir: RuntimeDir, connection: Connection | None, deadline: _StartDeadline
+) -> ControlError:
     name = runtime_dir.name
-    if deadline.is_settled():
-        missing = _missing(runtime_dir, runtime_dir.connection())
-        return ControlError(
-            f"the workers {name!r} run, but {missing or 'do not end'}. To stop them: "
-            f"`{command('stop', name)}`"
-        )
-    return NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
+    if _patience_s(runtime_dir, connection) == READY_S:
+        return NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
+    why = _missing(runtime_dir, connection) or "do not end"
+    return ControlError(f"the workers {name!r} run, but {why}. End them: `{command('stop', name)}`")
 
 
 def _missing(runtime_dir: RuntimeDir, connection: Connection | None) -> str:
     """Return why workers that have started cannot be reached; empty if they can."""
     file = runtime_dir.connection_file
-    phases = runtime_dir.startup_phases()
-    if "agent" in phases and "rank 0" not in phases:
-        return "rank 0 serves on another node, under the name without .node: connect there"
     if connection is None:
+        if "rank 0" not in runtime_dir.startup_phases():
+            return "rank 0 serves on another node, under the name without .node: connect there"
         return f"their connection file {file} was removed"
     holder = runtime_dir.agent()
     if holder is None or holder.process != connection.agent:
@@ -387,21 +407,14 @@ class _StartDeadline:
     def __init__(self, runtime_dir: RuntimeDir) -> None:
         self._runtime_dir = runtime_dir
         self._phases: dict[str, str] | None = None
-        self._deadline = 0.0
+        self._since_s = 0.0
 
-    def has_passed(self) -> bool:
-        """Return True when no process has made progress for READY_S, or SETTLED_S after it."""
+    def has_passed(self, limit_s: float | None = None) -> bool:
+        """Return True when no process has made progress for `limit_s` (default: READY_S)."""
         phases = self._runtime_dir.startup_phases()
         if phases != self._phases:
-            self._phases = phases
-            limit_s = SETTLED_S if self.is_settled() else READY_S
-            self._deadline = time.monotonic() + limit_s
-        return time.monotonic() > self._deadline
-
-    def is_settled(self) -> bool:
-        """Return True when all ranks have been ready since the last call of `has_passed`."""
-        ranks = [phase for who, phase in (self._phases or {}).items() if who.startswith("rank")]
-        return bool(ranks) and all(phase == READY for phase in ranks)
+            self._phases, self._since_s = phases, time.monotonic()
+        return time.monotonic() - self._since_s > (READY_S if limit_s is None else limit_s)
 
     def describe(self) -> str:
         """Return the last phase of each process and the log files, for an error message."""

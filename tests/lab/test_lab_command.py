@@ -93,7 +93,8 @@ def test_workers_that_run_but_cannot_be_reached_are_named_soon(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("cpkit.control.launcher.SETTLED_S", 0.3)
+    for limit in ("END_S", "UNREACHABLE_S"):
+        monkeypatch.setattr(f"cpkit.control.launcher.{limit}", 0.3)
     here, kept = RuntimeDir("met"), tmp_path / "kept"
     damage(here, kept)
     try:
