@@ -18,7 +18,7 @@ import pytest
 import cpkit
 from cpkit import doctor
 from cpkit.__main__ import main
-from cpkit.control import launcher
+from cpkit.control import launcher, readiness
 from cpkit.control.agent import _make_socket_dir
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of, from_json, loopback
@@ -327,8 +327,8 @@ def test_an_interface_has_an_address() -> None:
 def test_each_startup_phase_renews_the_deadline(
     here: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "READY_S", 0.2)
-    deadline = launcher._StartDeadline(here)
+    monkeypatch.setattr(readiness, "READY_S", 0.2)
+    deadline = readiness.StartDeadline(here)
     for phase in ("importing torch", "joining the process group"):
         here.set_startup_phase("rank 0", phase)
         assert not deadline.has_passed(), "slow is not stuck"

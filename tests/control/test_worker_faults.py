@@ -16,7 +16,7 @@ import pytest
 import cpkit
 from cpkit.control import launcher
 from cpkit.control.launch_options import Launch
-from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.control.runtime_dir import PostMortem, RuntimeDir
 from cpkit.processes import process_id
 from tests.helpers import ROOT
 from tests.helpers.leftovers import check_nothing_is_left, has_ended, pids
@@ -168,7 +168,10 @@ def test_a_rank_without_memory_is_named_and_not_the_one_that_waited_for_it(
 def test_an_agent_that_is_killed_during_the_start_is_named_with_its_signal(
     runtime_dir: Path,
 ) -> None:
-    settings = Launch(name="early", nproc=1, owner=process_id())
+    settings = Launch(name="killed", nproc=1, owner=process_id())
+    here = RuntimeDir("killed")
+    here.create()
+    here.record_end(PostMortem((), "that of the previous workers"))
     agent = launcher.start(settings)
     agent.kill()
     with pytest.raises(cpkit.ControlError, match=r"exit code -9 \(SIGKILL\)\n.*log is empty"):

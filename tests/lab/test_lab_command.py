@@ -94,7 +94,7 @@ def test_workers_that_run_but_cannot_be_reached_are_named_soon(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for limit in ("END_S", "UNREACHABLE_S"):
-        monkeypatch.setattr(f"cpkit.control.launcher.{limit}", 0.3)
+        monkeypatch.setattr(f"cpkit.control.readiness.{limit}", 0.3)
     here, kept = RuntimeDir("met"), tmp_path / "kept"
     damage(here, kept)
     try:
