@@ -13,7 +13,7 @@ from collections import deque
 
 from jupyter_core.paths import jupyter_config_dir
 
-from cpkit.control import launcher
+from cpkit.control import launcher, readiness
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Status, StatusResult
@@ -130,7 +130,7 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     in_terminal = sys.stdin is not None and sys.stdin.isatty()
     signal.signal(signal.SIGINT, signal.SIG_IGN if in_terminal else lambda *_: jupyter.terminate())
     code = jupyter.wait()
-    connection = launcher.running(options.name)
+    connection = readiness.running(options.name)
     if connection and connection.owner == process_id():
         launcher.stop(options.name)
     return code

@@ -27,6 +27,7 @@ from cpkit.control.errors import ControlError, name_the_limit
 from cpkit.control.exit_report import describe_exit, last_lines
 from cpkit.control.gpus import choose_device, gpu_count, is_shared
 from cpkit.control.launch_options import Launch, from_json, loopback
+from cpkit.control.origin import describe_process
 from cpkit.control.runtime_dir import (
     ALREADY_RUNNING_CODE,
     SOCKET_DIR_PREFIX,
@@ -36,11 +37,11 @@ from cpkit.control.runtime_dir import (
     PostMortem,
     RuntimeDir,
     in_words,
+    make_socket_dir,
     remove_socket_dir,
-    write_private,
 )
 from cpkit.os_errors import describe, raise_descriptor_limit
-from cpkit.processes import ProcessId, leave, process_id
+from cpkit.processes import ProcessId, leave
 from cpkit.settings import DEVICE, GPU_NOTE, pass_on
 
 if TYPE_CHECKING:
@@ -60,27 +61,28 @@ def main(arguments: list[str]) -> int:
         lock = runtime_dir.acquire_lock()
         with in_words():
             _remove_old_files(runtime_dir)
-        socket_dir = _make_socket_dir()
+        agent = _make_socket_dir()
     except ControlError as error:
         _log.error("%s", error)
         return ALREADY_RUNNING_CODE if isinstance(error, AlreadyRunning) else BAD_SETTINGS_CODE
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until torchrun installs its handlers
     if launch.owner:
         threading.Thread(target=_watch_owner, args=(launch.owner,), daemon=True).start()
-    report = PostMortem((), "the agent ended before it started the workers")
+    owner = describe_process(launch.owner) if launch.owner else ""  # while it runs
+    report = PostMortem((), "the agent ended before it started them")
     try:
-        _write_agent(lock, socket_dir)
-        with name_the_limit(), _device(launch, Path(socket_dir)):
+        _write_agent(lock, agent)
+        with name_the_limit(), _device(launch, Path(agent.socket_dir)):
             report = _run(launch, runtime_dir)
+        if launch.owner and not launch.owner.is_alive():
+            report = PostMortem((), f"{owner}, which started them, has ended")
     except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
         return BAD_SETTINGS_CODE
     finally:
-        remove_socket_dir(socket_dir)
-        if runtime_dir.directory.exists():  # a user may have removed it
-            write_private(runtime_dir.post_mortem_file, report)
-            runtime_dir.clean()
+        remove_socket_dir(agent)
+        _leave_report(runtime_dir, report)
         _reap_segments()
     _log.warning("%s", report.text)
     return 1 if report.deaths else 0
@@ -141,10 +143,8 @@ def _run(launch: Launch, runtime_dir: RuntimeDir) -> PostMortem:
     except ChildFailedError as failed:
         return _post_mortem(failed, runtime_dir)
     except SignalException as signalled:
-        if launch.owner and not launch.owner.is_alive():
-            return PostMortem((), f"the owner, process {launch.owner.pid}, has ended")
         return PostMortem((), f"the agent received {signalled.sigval.name}")
-    return PostMortem((), "the workers were stopped, or their owner has ended")
+    return PostMortem((), "they were stopped")
 
 
 @contextlib.contextmanager
@@ -196,13 +196,23 @@ def _reap_segments() -> None:
         reap_dead_files()
 
 
-def _make_socket_dir() -> str:
-    """Create a private directory whose path is short enough for a socket. Raises ControlError."""
+def _leave_report(runtime_dir: RuntimeDir, report: PostMortem) -> None:
+    """Replace the connection file by a post-mortem. Log why, if that is not possible."""
+    try:
+        if runtime_dir.check():  # a user may have removed it
+            runtime_dir.clean()  # first, because it makes room in a full file system
+            runtime_dir.record_end(report)
+    except ControlError as error:
+        _log.error("no post-mortem was written: %s", error)
+
+
+def _make_socket_dir() -> Agent:
+    """Make a socket directory whose path is short enough. Raises ControlError."""
     try:
         for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - made by mkdtemp, mode 0700
             end = f"/{SOCKET_DIR_PREFIX}12345678/control"
             if len(parent) + len(end) < zmq.IPC_PATH_MAX_LEN:
-                return tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent)
+                return make_socket_dir(parent)
     except OSError as error:
         raise ControlError(
             f"cannot make a directory for the control socket: {describe(error)}. Set TMPDIR to a "
@@ -213,8 +223,7 @@ def _make_socket_dir() -> str:
     )
 
 
-def _write_agent(lock: int, socket_dir: str) -> None:
-    agent = Agent(process_id(), socket_dir)
+def _write_agent(lock: int, agent: Agent) -> None:
     agent.export()
     with in_words():
         os.ftruncate(lock, 0)

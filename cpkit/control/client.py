@@ -226,6 +226,7 @@ class _Socket:
 
     def __init__(self, connection: Connection, routing_id: bytes) -> None:
         self._connection, self._endpoint = connection, connection.endpoint
+        self._was_ended = False  # the connection, during its handshake
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._dealer = context.socket(zmq.DEALER)
         self._dealer.routing_id = routing_id
@@ -269,6 +270,9 @@ class _Socket:
             message = recv_monitor_message(self._monitor)
             event = message["event"]
             self._observe(event)
+            if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and not self._was_ended:
+                self._was_ended = True  # the server may have died; otherwise ZeroMQ tries again
+                return None
             if event & (_KEY_REJECTED | _NO_HANDSHAKE):
                 self._raise_rejection(event == _KEY_REJECTED, message["value"])
             if event == _CONNECTED and self._interrupted:
@@ -295,9 +299,10 @@ class _Socket:
                 f"higher limit, for example after `ulimit -n 4096`"
             )
         problem = "rejected the client key" if key_is_rejected else "does not have the server key"
+        other = "" if key_is_rejected else ", or rank 0 has no more free files: close other clients"
         raise NoAnswer(
             f"the server at {self._endpoint} {problem} of the connection file: the file "
-            f"belongs to other workers. Connect again, or stop and start the workers."
+            f"belongs to other workers. Connect again, or stop and start the workers{other}"
         )
 
     def close(self) -> None:

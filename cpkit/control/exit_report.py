@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from cpkit.control.errors import WorkersDied
-from cpkit.control.runtime_dir import READY, Connection, Death, RuntimeDir, Worker
+from cpkit.control.runtime_dir import READY, Connection, PostMortem, RuntimeDir, Worker
 
 _POST_MORTEM_TIMEOUT_S = 20.0  # long, because only the post-mortem contains the exit codes
 _LAST_LINES = 8
@@ -69,7 +69,7 @@ def _from_post_mortem(runtime_dir: RuntimeDir, connection: Connection) -> Worker
         may_write = connection.agent.is_alive() and not _is_restarting(runtime_dir)
         report = runtime_dir.post_mortem()
         if report:
-            return _from_death(report.deaths[0]) if report.deaths else WorkersDied(report.text)
+            return _from_report(report)
         if not may_write:
             return None
         time.sleep(0.02)
@@ -82,11 +82,16 @@ def _is_restarting(runtime_dir: RuntimeDir) -> bool:
     return any(phase != READY for process, phase in phases.items() if process.startswith("rank"))
 
 
-def _from_death(death: Death) -> WorkersDied:
+def _from_report(report: PostMortem) -> WorkersDied:
+    if not report.deaths:
+        return WorkersDied(
+            f"the workers have ended: {report.text}; cpkit.connect() starts new ones"
+        )
+    death = report.deaths[0]
     what = f"rank {death.rank} (pid {death.pid}) died with {describe_exit(death.exit_code)}"
     return WorkersDied(
         f"{death.cause or what}. The other ranks were stopped too; "
-        f"cpkit.connect() starts new ones.\n{_quoted(death.log_lines)}",
+        f"cpkit.connect() starts new ones.\n{quoted(death.log_lines)}",
         rank=death.rank,
         exit_code=death.exit_code,
         log_lines=death.log_lines,
@@ -95,7 +100,7 @@ def _from_death(death: Death) -> WorkersDied:
 
 def _from_processes(connection: Connection, dead: list[Worker]) -> WorkersDied:
     """Report without a post-mortem: the agent was killed, or has restarted the ranks."""
-    if not dead:
+    if not dead or not connection.agent.is_alive():
         return WorkersDied(
             "the agent of the workers has ended, which ends the workers too; "
             "cpkit.connect() starts new ones"
@@ -105,13 +110,14 @@ def _from_processes(connection: Connection, dead: list[Worker]) -> WorkersDied:
     ranks = ", ".join(str(worker.rank) for worker in dead)
     return WorkersDied(
         f"rank(s) {ranks} of {connection.world_size} ended with an unknown exit code, because "
-        f"the agent wrote no post-mortem. cpkit.connect() starts new ones.\n{_quoted(lines)}",
+        f"the agent wrote no post-mortem. cpkit.connect() starts new ones.\n{quoted(lines)}",
         rank=first.rank,
         log_lines=lines,
     )
 
 
-def _quoted(lines: tuple[str, ...]) -> str:
+def quoted(lines: tuple[str, ...]) -> str:
+    """Return the last lines of a log for an error message."""
     if not lines:
         return "Its log is empty."
     return "Last lines of its log:\n" + "\n".join(f"  {line}" for line in lines)

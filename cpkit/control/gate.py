@@ -7,6 +7,9 @@ accepts connections until no file descriptor is free. Therefore ZeroMQ has only 
              greeting, HELLO, INITIATE: checked by size, and forwarded when complete
              all other bytes: forwarded, because ZeroMQ reads no further without a valid key
 
+ZeroMQ ends the process when it accepts a connection and no file descriptor is free. Therefore the
+gate disconnects peers while few are free, the last ones with a descriptor that is reserved for it.
+
 While `MAX_UNKNOWN` peers have not completed their handshake, a new one replaces the oldest one. A
 valid client needs milliseconds for its handshake, so other peers do not keep it out.
 """
@@ -16,10 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections import deque
-from typing import cast
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from cpkit.os_errors import SPARE_DESCRIPTORS, lacks_descriptors, require_descriptors
 
 MAX_UNKNOWN = 64
 _HANDSHAKE_S = 5.0
@@ -31,7 +38,12 @@ _COMMAND, _LONG_COMMAND = 0x04, 0x06  # flags of a frame
 _HELLO = 200
 _MAX_INITIATE = 1024  # 257, and metadata with an identity of up to 255
 _CHUNK = 1 << 16
+_SPARE = SPARE_DESCRIPTORS // 2  # fewer than the server needs to reject a client with a reason
 _log = logging.getLogger("cpkit")
+
+
+def _any_file() -> BinaryIO:
+    return Path(os.devnull).open("rb")
 
 
 class Gate:
@@ -44,6 +56,7 @@ class Gate:
         self._path = path
         self._listener = socket.create_server((address, 0), backlog=_BACKLOG)
         self._listener.setblocking(False)
+        self._reserve = _any_file()
         self.endpoint = "tcp://{}:{}".format(*self._listener.getsockname())
         self._loop = asyncio.new_event_loop()
         self._connections: set[asyncio.Task[None]] = set()
@@ -67,6 +80,7 @@ class Gate:
                 self._loop.run_until_complete(self._accepting)
             if self._connections:
                 self._loop.run_until_complete(asyncio.wait(self._connections, timeout=1))
+        self._reserve.close()
 
     async def _accept(self) -> None:
         while True:
@@ -74,6 +88,8 @@ class Gate:
                 peer, _ = await self._loop.sock_accept(self._listener)
             except OSError as error:  # no descriptor is free, or the peer has disconnected
                 _log.warning("cannot accept a connection: %s", error)
+                if lacks_descriptors(error):
+                    self._turn_away()
                 await asyncio.sleep(0.1)
                 continue
             if len(self._unknown) >= MAX_UNKNOWN:
@@ -83,6 +99,14 @@ class Gate:
             self._unknown.append(task)
             task.add_done_callback(self._forget)
             await asyncio.sleep(0)  # an accept that does not wait does not let other tasks run
+
+    def _turn_away(self) -> None:
+        """Disconnect the next peer, which would otherwise wait for an answer until its deadline."""
+        self._reserve.close()
+        with contextlib.suppress(OSError):
+            self._listener.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._reserve = _any_file()
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._connections.discard(task)
@@ -99,6 +123,7 @@ class Gate:
             try:
                 async with asyncio.timeout(_HANDSHAKE_S):
                     signature = await self._receive_signature(peer)
+                    require_descriptors(_SPARE)
                     await self._loop.sock_connect(inner, self._path)
                     replies = self._loop.create_task(self._forward(inner, peer))
                     await self._loop.sock_sendall(inner, signature)

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,16 +21,17 @@ from cpkit.control.errors import (
     NoWorkers,
     OtherWorkers,
     RankHangs,
-    Unreadable,
 )
-from cpkit.control.exit_report import dead_workers, last_lines
+from cpkit.control.exit_report import describe_exit, last_lines, quoted
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
-from cpkit.control.origin import ELSEWHERE, describe, describe_holder
+from cpkit.control.origin import describe, describe_holder, describe_process
+from cpkit.control.readiness import StartDeadline, remove_stale_files, running, wait_for
 from cpkit.control.runtime_dir import (
     ALREADY_RUNNING_CODE,
     AlreadyRunning,
     Connection,
+    PostMortem,
     RuntimeDir,
     in_words,
     runtime_root,
@@ -39,61 +39,10 @@ from cpkit.control.runtime_dir import (
 from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import check_all
 
-READY_S = 90.0  # longest time between two startup phases
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
 _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
-
-
-def running(name: str) -> Connection | None:
-    """Return the connection of the running workers of this name, or None.
-
-    Waits while workers start or end. Removes the files of dead workers and logs a warning. Raises
-    ControlError when the connection file is not safe to use, and NoAnswer when starting or ending
-    takes too long.
-    """
-    runtime_dir = RuntimeDir(name)
-    deadline = _StartDeadline(runtime_dir)
-    while not deadline.has_passed():
-        is_held = runtime_dir.is_locked()
-        try:
-            connection = runtime_dir.connection()
-        except Unreadable as error:
-            if is_held:
-                raise
-            _log.warning("removed a file of dead workers: %s", error)
-            runtime_dir.clean()
-            return None
-        if connection and connection.host != socket.gethostname() and not _is_ipc(connection):
-            return connection
-        if not is_held:
-            # The file may be from before this host was renamed, or from a container that ended.
-            if connection:
-                _remove_stale_files(runtime_dir, connection)
-            return None
-        if connection and not connection.is_here():
-            _check_reachable(connection)
-            return connection
-        if connection and not _is_ending(connection):
-            return connection
-        time.sleep(_PERIOD_S)
-    raise NoAnswer(f"the workers {name!r} are running but not ready: {deadline.describe()}")
-
-
-def _is_ipc(connection: Connection) -> bool:
-    return connection.endpoint.startswith("ipc://")
-
-
-def _check_reachable(connection: Connection) -> None:
-    """Raise ControlError when workers that run elsewhere have a socket file not found here."""
-    if _is_ipc(connection) and not Path(connection.endpoint.removeprefix("ipc://")).exists():
-        is_this_host = connection.host == socket.gethostname()
-        raise ControlError(
-            f"the workers {connection.name!r} run "
-            f"{ELSEWHERE if is_this_host else f'on {connection.host}'} and accept no connections "
-            f"from here: start them with --interface, or choose another name"
-        )
 
 
 def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
@@ -130,6 +79,7 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
     if runtime_dir.is_locked():
         raise AlreadyRunning(launch.name, describe_holder(runtime_dir))
     with in_words(), runtime_dir.agent_log.open("ab") as log:
+        runtime_dir.post_mortem_file.unlink(missing_ok=True)  # the agent may end before it does
         return subprocess.Popen(
             [sys.executable, "-m", "cpkit.control.agent", launch.to_json()],
             stdin=subprocess.DEVNULL,
@@ -147,7 +97,7 @@ def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
     the agent and its ranks are ended first.
     """
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
-    deadline = _StartDeadline(runtime_dir)
+    deadline = StartDeadline(runtime_dir)
     try:
         while not deadline.has_passed():
             code = agent.poll()
@@ -181,7 +131,7 @@ def stop(name: str) -> bool:
     if not runtime_dir.is_locked():
         connection = runtime_dir.connection()
         if connection:
-            _remove_stale_files(runtime_dir, connection)
+            remove_stale_files(runtime_dir, connection)
         return False
     agent = runtime_dir.agent()
     if agent and not agent.process.is_here():
@@ -191,11 +141,18 @@ def stop(name: str) -> bool:
         )
     if agent:
         _check_is_agent(agent.process, runtime_dir)
+        _record_stop(runtime_dir)
         _end(agent.process)
     # The threads of a zombie process may hold the lock a little longer.
     if not wait_for(lambda: not runtime_dir.is_locked(), _EXIT_TIMEOUT_S):
         raise NoAnswer(f"the workers {name!r} did not end; see {runtime_dir.agent_log}")
     return True
+
+
+def _record_stop(runtime_dir: RuntimeDir) -> None:
+    """Record that this process stops the workers, for the clients that still use them."""
+    with contextlib.suppress(ControlError):  # full or read-only: they are stopped nevertheless
+        runtime_dir.record_end(PostMortem((), f"{describe_process(process_id())} stopped them"))
 
 
 def _check_is_agent(process: ProcessId, runtime_dir: RuntimeDir) -> None:
@@ -270,6 +227,8 @@ def shut_down(client: Client) -> None:
     """
     runtime_dir = RuntimeDir(client.connection.name)
     patience_s = _STOP_TIMEOUT_S
+    if client.connection.host == socket.gethostname():
+        _record_stop(runtime_dir)
     try:
         client.call(Shutdown(), Done)
     except ControlError as error:
@@ -295,16 +254,6 @@ def log_files(name: str) -> list[Path]:
     runtime_dir = RuntimeDir(name)
     ranks = sorted(runtime_dir.log_dir.glob("*/attempt_*/*/stderr.log"))
     return [path for path in (runtime_dir.agent_log, *ranks) if path.exists()]
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Wait for a condition; return False on timeout."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_PERIOD_S)
-    return True
 
 
 def require(name: str, nproc: int | None = None, device: str = "auto") -> Client:
@@ -339,45 +288,6 @@ def _check_settings(
     )
 
 
-class _StartDeadline:
-    """A deadline that each startup phase renews, so that a slow start does not time out."""
-
-    def __init__(self, runtime_dir: RuntimeDir) -> None:
-        self._runtime_dir = runtime_dir
-        self._phases: dict[str, str] | None = None
-        self._deadline = 0.0
-
-    def has_passed(self) -> bool:
-        """Return True when no process has made progress for READY_S."""
-        phases = self._runtime_dir.startup_phases()
-        if phases != self._phases:
-            self._phases, self._deadline = phases, time.monotonic() + READY_S
-        return time.monotonic() > self._deadline
-
-    def describe(self) -> str:
-        """Return the last phase of each process and the log files, for an error message."""
-        phases = ", ".join(f"{process}: {phase}" for process, phase in (self._phases or {}).items())
-        return (
-            f"no progress within {READY_S:g} s ({phases or 'no process has started'}); "
-            f"see {self._runtime_dir.agent_log} and {self._runtime_dir.log_dir}"
-        )
-
-
-def _is_ending(connection: Connection) -> bool:
-    """Return True while the remaining workers shut down: the owner or a rank has ended."""
-    owner_has_ended = connection.owner is not None and not connection.owner.is_alive()
-    return owner_has_ended or bool(dead_workers(connection))
-
-
-def _remove_stale_files(runtime_dir: RuntimeDir, connection: Connection) -> None:
-    file, agent = runtime_dir.connection_file, connection.agent.pid
-    _log.warning("removed %s: its workers (agent %d) are dead", file, agent)
-    local = [w for w in connection.workers if w.host == socket.gethostname()]
-    if connection.is_here():
-        wait_for(lambda: len(dead_workers(connection)) == len(local), 2.0)
-    runtime_dir.clean()
-
-
 def _environment() -> dict[str, str]:
     """Return this process's environment, with this cpkit first on PYTHONPATH."""
     home = str(Path(__file__).parents[2])
@@ -386,11 +296,15 @@ def _environment() -> dict[str, str]:
 
 
 def _start_error(code: int, runtime_dir: RuntimeDir) -> ControlError:
-    lines = "\n".join(f"  {line}" for line in last_lines(str(runtime_dir.agent_log)))
     if code == ALREADY_RUNNING_CODE:
         return AlreadyRunning(runtime_dir.name, describe_holder(runtime_dir))
+    try:
+        runtime_dir.create()
+    except ControlError as error:  # the agent cannot write its log there
+        return ControlError(f"the workers did not start: {error}")
     report = runtime_dir.post_mortem()
+    cause = report.text if report else f"the agent ended with {describe_exit(code)}"
+    lines = last_lines(str(runtime_dir.agent_log))
     if report and report.deaths:
-        lines = "\n".join(f"  {line}" for line in report.deaths[0].log_lines)
-        return ControlError(f"the workers did not start: {report.text}\n{lines}")
-    return ControlError(f"the workers did not start (exit code {code} of the agent):\n{lines}")
+        lines = report.deaths[0].log_lines
+    return ControlError(f"the workers did not start: {cause}\n{quoted(lines)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import time
@@ -27,7 +28,9 @@ def describe(connection: Connection) -> str:
     ranks += _since(connection.agent)
     if connection.owner is None:
         return f"{ranks}, started by launch_workers.sh; they run until they are stopped"
-    return f"{ranks}, started by {_describe_process(connection.owner)}; they end with it"
+    is_this = connection.owner == process_id()
+    owner = f"this process ({os.getpid()})" if is_this else describe_process(connection.owner)
+    return f"{ranks}, started by {owner}; they end with it"
 
 
 def describe_holder(runtime_dir: RuntimeDir) -> str:
@@ -47,10 +50,8 @@ def _since(agent: ProcessId) -> str:
     return time.strftime(" since %Y-%m-%d %H:%M", started)
 
 
-def _describe_process(owner: ProcessId) -> str:
+def describe_process(owner: ProcessId) -> str:
     """Describe a process: a notebook kernel, `make lab`, or its command line."""
-    if owner == process_id():
-        return f"this process ({owner.pid})"
     try:
         process = psutil.Process(owner.pid)
         command = process.cmdline()

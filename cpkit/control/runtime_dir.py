@@ -1,5 +1,8 @@
 """The runtime directory of a set of workers: one directory of mode 0700 per name.
 
+All files are trusted, because only this user can write to the directory and to the one above it.
+Both are checked before each use, and every file for what was planted before.
+
 <jupyter runtime directory>/cpkit/<name>/
     lock              locked by the agent while it runs; the name is free when it is not locked
     connection.json   endpoint, keys, processes; mode 0600; not read if other users can access it
@@ -16,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import tempfile
@@ -32,11 +36,13 @@ from cpkit.control.mps import quit_daemon
 from cpkit.control.requests import Message
 from cpkit.os_errors import describe, lacks_descriptors
 from cpkit.packing import describe_types
-from cpkit.processes import ProcessId, command
+from cpkit.processes import ProcessId, command, process_id
 from cpkit.settings import AGENT, pass_on, passed_on
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 SOCKET_DIR_PREFIX = "cpkit-"
+_OWNER_FILE = "agent.json"  # in the socket directory: the agent that made it
+_NEEDED_BYTES = 1 << 20  # for logs and files, checked before the start
 READY = "ready"  # the last startup phase of a rank
 ALREADY_RUNNING_CODE = 3  # exit code of an agent whose name is locked
 SET_RUNTIME_DIR = "set JUPYTER_RUNTIME_DIR to a directory that you can write to"
@@ -73,6 +79,13 @@ def agent_from_environment() -> Agent | None:
     """Return the agent that started this process, or None."""
     text = passed_on(AGENT)
     return msgspec.json.decode(text, type=Agent) if text else None
+
+
+def continue_agent() -> None:
+    """Continue this rank's agent if it is stopped, because only the agent ends the other ranks."""
+    agent = agent_from_environment()
+    if agent:
+        agent.process.send(signal.SIGCONT)
 
 
 class Worker(Message, frozen=True):
@@ -124,7 +137,10 @@ class Death(Message, frozen=True):
 
 
 class PostMortem(Message, frozen=True):
-    """The ranks that died, the root cause first; empty when no rank was at fault."""
+    """Why the workers ended, in words.
+
+    `deaths`: the ranks that died, the root cause first; empty when no rank was at fault.
+    """
 
     deaths: tuple[Death, ...]
     text: str
@@ -188,6 +204,7 @@ class RuntimeDir:
                 found = self.directory.lstat()
             except FileNotFoundError:
                 return False
+            _check_parents(self.directory)
             _check_owner(self.directory, found, stat.S_ISDIR(found.st_mode), 0o022)
             # `connection` checks its own file.
             read = {self.lock_file, self.post_mortem_file, self.hang_file}
@@ -202,10 +219,12 @@ class RuntimeDir:
     def create(self) -> None:
         """Create the directory for this user. Raises what `check` raises."""
         with in_words():
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.directory.parent.parent.mkdir(parents=True, exist_ok=True)
+            for directory in (self.directory.parent, self.directory):
+                directory.mkdir(mode=0o700, exist_ok=True)
         self.check()
         with in_words(), tempfile.TemporaryFile(dir=self.directory) as probe:
-            probe.write(b"is the file system full?")
+            probe.write(bytes(_NEEDED_BYTES))  # is the file system full?
 
     def acquire_lock(self) -> int:
         """Lock the name until this process ends; return the descriptor. Raises AlreadyRunning."""
@@ -269,6 +288,11 @@ class RuntimeDir:
         self.check()
         return _read(self.hang_file, Death)
 
+    def record_end(self, report: PostMortem) -> None:
+        """Record why the workers end, unless that is recorded. Raises ControlError."""
+        if not self.post_mortem():
+            write_private(self.post_mortem_file, report)
+
     def set_startup_phase(self, process: str, phase: str) -> None:
         """Record the startup phase of a process, for the launcher that waits for the workers."""
         with contextlib.suppress(OSError):  # the directory was removed
@@ -289,7 +313,7 @@ class RuntimeDir:
         with in_words():
             self.connection_file.unlink(missing_ok=True)
         if agent:
-            remove_socket_dir(agent.socket_dir)
+            remove_socket_dir(agent)
 
 
 def write_private(path: Path, message: msgspec.Struct) -> None:
@@ -298,19 +322,54 @@ def write_private(path: Path, message: msgspec.Struct) -> None:
     with in_words():
         temporary.unlink(missing_ok=True)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(message), indent=1))
-        temporary.replace(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(message), indent=1))
+            temporary.replace(path)
+        except OSError:  # the file system is full
+            temporary.unlink()
+            raise
 
 
-def remove_socket_dir(directory: str) -> None:
-    """Remove a socket directory that cpkit created for this user, and stop its MPS daemon."""
-    path = Path(directory)
-    if not path.name.startswith(SOCKET_DIR_PREFIX) or path.is_symlink() or not path.is_dir():
+def make_socket_dir(parent: str) -> Agent:
+    """Make a private directory for the sockets of this process; return this process as its agent.
+
+    Raises OSError.
+    """
+    agent = Agent(process_id(), tempfile.mkdtemp(prefix=SOCKET_DIR_PREFIX, dir=parent))
+    directory = Path(agent.socket_dir)
+    try:
+        (directory / _OWNER_FILE).write_bytes(msgspec.json.encode(agent))
+    except OSError:
+        shutil.rmtree(directory)
+        raise
+    return agent
+
+
+def remove_socket_dir(agent: Agent) -> None:
+    """Remove the socket directory that this agent made, and stop its MPS daemon."""
+    path = Path(agent.socket_dir)
+    if path.is_symlink() or not path.is_dir() or path.stat().st_uid != os.geteuid():
         return
-    if path.stat().st_uid == os.geteuid():
+    if _read(path / _OWNER_FILE, Agent) == agent:
         quit_daemon(path)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_parents(directory: Path) -> None:
+    """Check that no other user can put another directory in the place of this one."""
+    parent, jupyters = directory.parent, directory.parent.parent
+    found = parent.stat()
+    _check_owner(parent, found, is_plain=True, forbidden=0o022)
+    found = jupyters.stat()
+    trusted = (os.geteuid(), 0, Path("/").stat().st_uid)  # root has another uid in a container
+    is_safe = not found.st_mode & stat.S_IWOTH or found.st_mode & stat.S_ISVTX
+    if found.st_uid not in trusted or not is_safe:
+        raise ControlError(
+            f"{jupyters} belongs to uid {found.st_uid} with mode "
+            f"{stat.S_IMODE(found.st_mode):04o}, so another user can replace what is in it: "
+            f"{SET_RUNTIME_DIR} and they cannot"
+        )
 
 
 def _check_owner(path: Path, found: os.stat_result, is_plain: bool, forbidden: int) -> None:
@@ -324,7 +383,8 @@ def _check_owner(path: Path, found: os.stat_result, is_plain: bool, forbidden: i
     raise ControlError(
         f"{path} {what}; it must be an ordinary one of uid {os.geteuid()} that no other user can "
         f"write to. Another user may have put something there: look at it first "
-        f"(ls -la {shlex.quote(str(path.parent))}), then remove it and start again"
+        f"(ls -la {shlex.quote(str(path.parent))}), then remove it and start again, or "
+        f"{SET_RUNTIME_DIR}"
     )
 
 

@@ -14,7 +14,12 @@ import time
 from collections.abc import Callable
 
 from cpkit.control.errors import ControlError
-from cpkit.control.runtime_dir import Agent, RuntimeDir, remove_socket_dir
+from cpkit.control.runtime_dir import (
+    Agent,
+    RuntimeDir,
+    continue_agent,
+    remove_socket_dir,
+)
 from cpkit.control.tied import signal_when_parent_ends
 from cpkit.processes import ProcessId
 
@@ -43,7 +48,7 @@ def start_watchdog(runtime_dir: RuntimeDir, agent: Agent, owner: ProcessId | Non
 
 def remove_connection(runtime_dir: RuntimeDir, agent: Agent) -> None:
     """Remove the socket and the connection file of an agent, but not those of a later agent."""
-    remove_socket_dir(agent.socket_dir)
+    remove_socket_dir(agent)
     try:
         connection = runtime_dir.connection()
     except ControlError:
@@ -57,7 +62,7 @@ def _run(runtime_dir: RuntimeDir, agent: Agent, exit_reason: Callable[[], str]) 
         time.sleep(_PERIOD_S)
     _log.warning("exiting: %s", reason)
     try:
-        agent.process.send(signal.SIGCONT)  # a stopped agent would keep its lock
+        continue_agent()  # a stopped one would keep its lock
         remove_connection(runtime_dir, agent)
     finally:
         os._exit(0)  # the main thread may block in a collective forever

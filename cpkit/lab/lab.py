@@ -15,7 +15,7 @@ from msgspec import structs
 from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
 from cpkit.control import launcher
 from cpkit.control.client import Client, request_deadline_s
-from cpkit.control.errors import BadRequest, RankHangs, checked, name_the_limit
+from cpkit.control.errors import BadRequest, RankHangs, WorkersDied, checked, name_the_limit
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import (
     Clock,
@@ -85,6 +85,9 @@ def connect(
             _log.warning("ending the workers %r, because they hang: %s", name, error)
             launcher.stop(name)
             client = None
+        except WorkersDied as error:  # while the status was requested
+            _log.warning("the workers %r have just ended: %s", name, error)
+            continue
         if client is not None:
             return Lab(client)
         _launch(settings)

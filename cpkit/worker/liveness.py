@@ -30,7 +30,13 @@ import torch.distributed as dist
 
 from cpkit.control.exit_report import last_lines
 from cpkit.control.messages import Failed
-from cpkit.control.runtime_dir import Death, RuntimeDir, Worker, write_private
+from cpkit.control.runtime_dir import (
+    Death,
+    RuntimeDir,
+    Worker,
+    continue_agent,
+    write_private,
+)
 from cpkit.control.server import Server
 from cpkit.settings import deadline_s
 from cpkit.worker.commands import CommandChannel
@@ -250,5 +256,6 @@ def end_workers(workers: list[Worker], cause: str, runtime_dir: RuntimeDir) -> N
         for worker in workers:
             if worker.process.is_stopped():
                 worker.process.send(signal.SIGKILL)
+        continue_agent()
     finally:
         os._exit(PEER_HUNG_CODE)

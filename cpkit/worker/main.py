@@ -20,9 +20,18 @@ import torch.distributed as dist
 import zmq
 
 from cpkit import __version__
+from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
-from cpkit.control.runtime_dir import READY, Agent, Connection, RuntimeDir, Worker, write_private
+from cpkit.control.runtime_dir import (
+    READY,
+    Agent,
+    Connection,
+    RuntimeDir,
+    Worker,
+    continue_agent,
+    write_private,
+)
 from cpkit.control.server import Server
 from cpkit.control.watchdog import remove_connection
 from cpkit.devices import use_local_gpu
@@ -62,6 +71,8 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
         else:
             Heartbeat(store, channel.rank, runtime_dir).start()
             Executor(channel).run()
+    except ControlError:  # this rank's own failure
+        raise
     except RuntimeError as error:  # how the store reports a closed connection
         _wait_for_agent(error)
     dist.destroy_process_group()
@@ -176,6 +187,7 @@ def _log_file(runtime_dir: RuntimeDir) -> str:
 def _wait_for_agent(error: Exception) -> NoReturn:
     """Wait for the agent to end this rank: torchrun reports the first rank to exit as the cause."""
     _log.warning("lost a peer, or the connection to it", exc_info=error)
+    continue_agent()
     time.sleep(_AGENT_TIMEOUT_S)
     _log.error("the agent did not end this rank, so the rank exits: %s", error)
     os._exit(1)  # destroying a broken process group may block forever

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 
 from cpkit.control.errors import name_the_limit
 from cpkit.control.launch_options import Launch, from_environment
-from cpkit.control.runtime_dir import Agent, RuntimeDir, agent_from_environment
+from cpkit.control.runtime_dir import (
+    Agent,
+    RuntimeDir,
+    agent_from_environment,
+    continue_agent,
+)
 from cpkit.control.watchdog import start_watchdog
 from cpkit.processes import leave
 
@@ -31,7 +35,7 @@ def main() -> None:
         from cpkit.worker import main as worker
 
         worker.main(launch, runtime_dir, agent)
-    agent.process.send(signal.SIGCONT)  # a stopped agent would keep its lock
+    continue_agent()  # a stopped one would keep its lock
     leave(0)
 
 

@@ -116,6 +116,12 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
     return StepResult(msgspec.msgpack.encode(report), last) if report is not None else StepResult()
 
 
+def first_to_fail(results: list[StepResult]) -> int:
+    """Return the lowest rank with an error, preferably one that did not wait for another rank."""
+    failed = [rank for rank, result in enumerate(results) if result.error]
+    return min(failed, key=lambda rank: (results[rank].timed_out, rank), default=0)
+
+
 class Task:
     """A job on rank 0: its operation, its unfinished parts, and the memory that it needs."""
 
@@ -229,8 +235,8 @@ class Scheduler:
         self._jobs.put_back(job, front=not interval_s)
 
     def _report_errors(self, job: Job, results: list[StepResult]) -> None:
-        """Report the error of the lowest rank. Reset all ranks unless they agreed on the error."""
-        rank = next((r for r, result in enumerate(results) if result.error), 0)
+        """Report one rank's error. Reset all ranks unless they agreed on the error."""
+        rank = first_to_fail(results)
         first = results[rank]
         if all(result.agreed for result in results):
             kind: FailureKind = "bad_request" if first.bad_request else "internal"

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from cpkit.control.client import Client
+from cpkit.control.errors import NoAnswer
 from cpkit.control.gate import Gate
 from cpkit.control.messages import MAX_MESSAGE_BYTES, Done, Put, Status, StatusResult
 from cpkit.control.runtime_dir import Connection
@@ -97,6 +98,24 @@ def test_peers_without_a_key_cost_almost_nothing_and_keep_no_client_out(
         assert process.memory_info().rss - before_bytes < 10 * MB
         assert process.num_fds() < DESCRIPTORS
         assert old_client.call(Status(), StatusResult).name == "test"
+    old_client.close()
+
+
+@pytest.mark.parametrize("free", [-2, 1, 2, 3, 12])
+def test_a_server_without_descriptors_rejects_clients_and_recovers(
+    server: tuple[psutil.Process, Connection], free: int
+) -> None:
+    """ZeroMQ would end the process: it must accept a connection only while descriptors are free."""
+    process, connection = server
+    old_client = Client(connection)
+    assert old_client.call(Status(), StatusResult).name == "test"
+    limit = process.num_fds() + free
+    process.rlimit(psutil.RLIMIT_NOFILE, (limit, DESCRIPTORS))
+    with pytest.raises(NoAnswer, match=r"rank 0 has (too many|no more) .*close other clients"):
+        Client(connection).call(Status(), StatusResult, 2.0)
+    assert old_client.call(Status(), StatusResult).name == "test"
+    process.rlimit(psutil.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
+    assert ask(connection) < LIMIT_S
     old_client.close()
 
 

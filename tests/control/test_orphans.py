@@ -50,7 +50,8 @@ cpkit.connect(f"orphans-{delay_s}", nproc=2)
 """
 LAB = """
 from cpkit import __main__ as command
-command.launcher.running = lambda name: None
+command.launcher.running = lambda name: None  # for `attach`
+command.readiness.running = lambda name: None
 command._start = lambda settings: "JupyterLab is meant here; test_worker_faults.py has the workers"
 command.main(["lab", "--no-browser", "--port=0"])
 """
@@ -111,7 +112,8 @@ def test_a_start_that_hangs_is_stopped_and_reports_its_phase(
     until(lambda: {"rank 0", "rank 1"} <= phases().keys(), why=lambda: str(phases()))
     for process in processes_with(MARK, mark):
         process.suspend()
-    for limit in ("READY_S", "_STOP_TIMEOUT_S", "_EXIT_TIMEOUT_S"):
+    monkeypatch.setattr("cpkit.control.readiness.READY_S", 1.0)
+    for limit in ("_STOP_TIMEOUT_S", "_EXIT_TIMEOUT_S"):
         monkeypatch.setattr(launcher, limit, 1.0)
     with pytest.raises(cpkit.NoAnswer, match=r"rank 0: .*, rank 1: .*agent\.log"):
         launcher.wait_until_ready(agent, settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cpkit.control import launcher
+from cpkit.control import launcher, readiness
 from cpkit.control.errors import ControlError
 from cpkit.control.exit_report import exit_report
 from cpkit.control.runtime_dir import RuntimeDir
@@ -25,13 +25,13 @@ AGENT = """
 import socket, sys, time
 import cpkit.processes
 from cpkit.control import agent
-from cpkit.control.runtime_dir import RuntimeDir, write_private
+from cpkit.control.runtime_dir import Agent, RuntimeDir, write_private
 from tests.helpers.control_server import connection
 import msgspec
 if sys.argv[1:] == ["pretend"]:
     cpkit.processes._namespace = lambda: "elsewhere"
 here = RuntimeDir("here")
-agent._write_agent(here.acquire_lock(), "")
+agent._write_agent(here.acquire_lock(), Agent(cpkit.processes.process_id(), ""))
 mine = msgspec.structs.replace(connection(), host=socket.gethostname())
 write_private(here.connection_file, mine)
 print("ready", flush=True)
@@ -91,13 +91,13 @@ def test_workers_in_another_container_are_neither_dead_nor_signalled(
         assert connection
         assert exit_report(here, connection) is None
         with pytest.raises(ControlError, match=r"in another container.*--interface"):
-            launcher.running("here")
+            readiness.running("here")
         with pytest.raises(ControlError, match=r"in another container.*stop them there"):
             launcher.stop("here")
         assert here.is_locked()
         agent.kill()
     until(lambda: exit_report(here, connection), why="the agent's lock to be free")
-    assert launcher.running("here") is None
+    assert readiness.running("here") is None
     assert not here.connection_file.exists()
 
 

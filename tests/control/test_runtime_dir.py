@@ -18,7 +18,7 @@ import pytest
 import cpkit
 from cpkit import doctor
 from cpkit.__main__ import main
-from cpkit.control import launcher
+from cpkit.control import launcher, readiness
 from cpkit.control.agent import _make_socket_dir
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of, from_json, loopback
@@ -26,12 +26,14 @@ from cpkit.control.runtime_dir import (
     Agent,
     AlreadyRunning,
     RuntimeDir,
+    make_socket_dir,
     remove_socket_dir,
     write_private,
 )
 from cpkit.processes import process_id
+from tests.helpers import ROOT
 from tests.helpers.control_server import connection
-from tests.helpers.processes import until
+from tests.helpers.processes import LIMIT_S, in_small_tmpfs, until
 
 
 @pytest.fixture
@@ -85,6 +87,35 @@ def test_a_directory_that_other_users_can_write_to_is_rejected(here: RuntimeDir)
     for use in (here.create, here.is_locked, here.agent, here.connection, here.post_mortem):
         with pytest.raises(ControlError, match=r"mode 0777.*look at it first \(ls -la"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("levels", "mode", "words"),
+    [(1, 0o770, "look at it first"), (1, 0o777, "look at it first"), (2, 0o777, "can replace")],
+)
+def test_a_directory_above_that_other_users_can_write_to_is_rejected(
+    here: RuntimeDir, levels: int, mode: int, words: str
+) -> None:
+    """They could put another directory in its place after it was checked."""
+    above = here.directory.parents[levels - 1]
+    above.chmod(mode)
+    for use in (here.create, here.is_locked, here.connection):
+        with pytest.raises(ControlError, match=rf"mode {mode:04o}.*{words}.*set JUPYTER_RUNTIME"):
+            use()
+    above.chmod(0o1777 if levels == 2 else 0o700)  # as /tmp
+    here.create()
+
+
+def test_directories_are_private_whatever_the_umask_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "new"))
+    before = os.umask(0o002)
+    try:
+        RuntimeDir("umask").create()
+    finally:
+        os.umask(before)
+    RuntimeDir("umask").check()
 
 
 PLANTS = {
@@ -175,6 +206,42 @@ def test_a_full_file_system_is_found_before_the_start(here: RuntimeDir) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.workers
+def test_a_file_system_that_fills_up_during_the_start_is_one_clear_error(tmp_path: Path) -> None:
+    """The agent can write neither its log nor a post-mortem, so the launcher finds the cause."""
+    code = """
+import cpkit, os, threading
+from cpkit.control.runtime_dir import RuntimeDir
+here = RuntimeDir("fills_up")
+def fill():
+    while not here.startup_phases():
+        pass
+    with open(os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], "filler"), "wb", 0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+threading.Thread(target=fill, daemon=True).start()
+threading.excepthook = lambda failure: None
+try:
+    cpkit.connect("fills_up", nproc=1)
+except cpkit.ControlError as error:
+    print(error)
+print(here.agent_log.read_text())
+"""
+    done = subprocess.run(
+        [*in_small_tmpfs(tmp_path, 2), sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    error, *agent_log = done.stdout.splitlines()
+    for words in ("did not start: ", "No space left", "set JUPYTER_RUNTIME_DIR"):
+        assert words in error, done
+    assert "Traceback" not in agent_log + done.stderr.splitlines()
+
+
 def test_without_a_temporary_directory_the_agent_names_the_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -203,17 +270,21 @@ def test_a_name_is_taken_while_its_holder_lives(here: RuntimeDir) -> None:
     os.close(here.acquire_lock())
 
 
-def test_only_socket_directories_of_cpkit_are_removed(tmp_path: Path) -> None:
-    others = tmp_path / "precious"
-    ours = tmp_path / "cpkit-abc"
+def test_only_the_socket_directory_that_the_agent_made_is_removed(tmp_path: Path) -> None:
+    """Whatever the lock file names: a checkout called cpkit-…, a link, or that of other workers."""
+    ours = make_socket_dir(str(tmp_path))
+    foreign = tmp_path / "cpkit-checkout"
+    foreign.mkdir()
     link = tmp_path / "cpkit-link"
-    others.mkdir()
-    ours.mkdir()
-    link.symlink_to(others)
-    for directory in (others, ours, link):
-        remove_socket_dir(str(directory))
-    assert others.exists()
-    assert not ours.exists()
+    link.symlink_to(ours.socket_dir)
+    another = msgspec.structs.replace(ours, process=process_id(os.getppid()))
+    for path in (foreign, link, tmp_path / "cpkit-none"):
+        remove_socket_dir(msgspec.structs.replace(ours, socket_dir=str(path)))
+    remove_socket_dir(another)
+    assert foreign.exists()
+    assert Path(ours.socket_dir).exists()
+    remove_socket_dir(ours)
+    assert not Path(ours.socket_dir).exists()
 
 
 @pytest.mark.parametrize(
@@ -256,8 +327,8 @@ def test_an_interface_has_an_address() -> None:
 def test_each_startup_phase_renews_the_deadline(
     here: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "READY_S", 0.2)
-    deadline = launcher._StartDeadline(here)
+    monkeypatch.setattr(readiness, "READY_S", 0.2)
+    deadline = readiness.StartDeadline(here)
     for phase in ("importing torch", "joining the process group"):
         here.set_startup_phase("rank 0", phase)
         assert not deadline.has_passed(), "slow is not stuck"

@@ -10,11 +10,14 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import cpkit
 from cpkit.control import launcher
-from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.control.launch_options import Launch
+from cpkit.control.runtime_dir import PostMortem, RuntimeDir
+from cpkit.processes import process_id
 from tests.helpers import ROOT
 from tests.helpers.leftovers import check_nothing_is_left, has_ended, pids
 from tests.helpers.processes import LIMIT_S, until
@@ -80,8 +83,15 @@ def test_workers_end_with_a_killed_owner_and_the_next_owner_gets_new_ones(
     ) as owner:
         owned, *workers = owner.stdout.readline().split()
         assert owned == "True"
+        guest = cpkit.connect("owned", launch=False)
+        assert guest.gather([64], 2).verified
         os.kill(RuntimeDir("owned").agent().process.pid, signal.SIGSTOP)  # a rank continues it
         owner.kill()
+    named = (
+        rf"process {owner.pid} \(`.*`\), which started them, has ended; cpkit.connect\(\) starts"
+    )
+    with pytest.raises(cpkit.WorkersDied, match=named), guest:
+        deque(guest.measure([64], 2), maxlen=0)
     # The next owner connects at once, like a restarted kernel; it must not attach to old workers.
     with cpkit.connect("owned", nproc=2) as lab:
         assert not {int(pid) for pid in workers} & set(pids(lab))
@@ -139,6 +149,35 @@ print("usable")
     assert done.stdout.split() == ["interrupted", "usable"], done.stderr
 
 
+@pytest.mark.slow("one more start of workers; test_commands.py has the choice of the rank")
+def test_a_rank_without_memory_is_named_and_not_the_one_that_waited_for_it(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "2")
+    with cpkit.connect("poor", nproc=2) as lab:
+        assert lab.gather([64], 2).verified
+        poor = psutil.Process(pids(lab)[1])
+        poor.rlimit(psutil.RLIMIT_AS, (poor.memory_info().vms + (8 << 20), -1))
+        with pytest.raises(cpkit.RequestFailed, match=r"^rank 1: .*memory"):
+            lab.gather([60_000], 2, algorithm="padded", heads=1)
+        poor.rlimit(psutil.RLIMIT_AS, (-1, -1))
+        assert lab.gather([60_000], 2, algorithm="padded", heads=1).verified
+        lab.stop()
+
+
+def test_an_agent_that_is_killed_during_the_start_is_named_with_its_signal(
+    runtime_dir: Path,
+) -> None:
+    settings = Launch(name="killed", nproc=1, owner=process_id())
+    here = RuntimeDir("killed")
+    here.create()
+    here.record_end(PostMortem((), "that of the previous workers"))
+    agent = launcher.start(settings)
+    agent.kill()
+    with pytest.raises(cpkit.ControlError, match=r"exit code -9 \(SIGKILL\)\n.*log is empty"):
+        launcher.wait_until_ready(agent, settings)
+
+
 def test_workers_that_cannot_start_raise_with_the_reason(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -181,9 +220,15 @@ def test_the_script_starts_shows_and_stops_workers(runtime_dir: Path) -> None:
     connection_file.chmod(0o644)
     assert "chmod 600" in script("status", "--name", "shell").stderr
     connection_file.chmod(0o600)
+    guest = cpkit.connect("shell")
     stopped = script("stop", "--name", "shell")
     assert stopped.returncode == 0, stopped.stderr
     assert "are stopped" in stopped.stdout
+    with pytest.raises(
+        cpkit.WorkersDied, match=r"stop --name shell`\) stopped them; cpkit\.connect"
+    ):
+        guest.status()
+    guest.close()
     assert script("status", "--name", "shell").returncode == 3
     assert "were not running" in script("stop", "--name", "shell").stdout
 

@@ -110,6 +110,25 @@ def test_workers_with_a_rank_that_stays_stopped_end_without_a_request(runtime_di
 
 
 @pytest.mark.slow("more starts of workers; test_a_stopped_rank_is_named has the usual cases")
+@pytest.mark.parametrize("victims", [(1,), (0,), (0, 1)])
+def test_a_stopped_agent_whose_rank_dies_leaves_no_process(
+    runtime_dir: Path, victims: tuple[int, ...]
+) -> None:
+    """Another rank continues it, although no client asks; after the last one, the next client."""
+    with cpkit.connect("stopped-agent", nproc=2) as lab:
+        agent, ranks = RuntimeDir("stopped-agent").agent().process.pid, pids(lab)
+    os.kill(agent, signal.SIGSTOP)
+    for victim in victims:
+        os.kill(ranks[victim], signal.SIGKILL)
+    until(lambda: all(has_ended(ranks[victim]) for victim in victims), why="the ranks to end")
+    if len(victims) < len(ranks):
+        until(lambda: all(map(has_ended, (agent, *ranks))), SOON_S, "agent and ranks to end")
+    with cpkit.connect("stopped-agent", nproc=2) as lab:
+        assert all(map(has_ended, (agent, *ranks)))
+        lab.stop()
+
+
+@pytest.mark.slow("more starts of workers; test_a_stopped_rank_is_named has the usual cases")
 def test_a_single_rank_that_is_stopped_is_named_by_the_client(runtime_dir: Path) -> None:
     """No other rank can report it."""
     with cpkit.connect("single", nproc=1) as lab:

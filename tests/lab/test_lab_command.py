@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -14,7 +15,7 @@ import pytest
 import cpkit
 from cpkit.__main__ import _parser, _workers_for_lab, main
 from cpkit.control.origin import describe
-from cpkit.control.runtime_dir import Connection
+from cpkit.control.runtime_dir import Connection, RuntimeDir, write_private
 from cpkit.processes import ProcessId, process_id
 from tests.helpers import ROOT
 from tests.helpers.control_server import connection
@@ -50,6 +51,62 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen
         assert left == []
         assert "1 workers 'met' are ready" in text()
         log.close()
+
+
+def move_away(here: RuntimeDir, elsewhere: Path) -> None:
+    here.connection_file.rename(elsewhere)
+
+
+def name_another_agent(here: RuntimeDir, elsewhere: Path) -> None:
+    connection = here.connection()
+    here.connection_file.rename(elsewhere)
+    other = msgspec.structs.replace(connection, agent=process_id(), owner=None)
+    write_private(here.connection_file, other)
+
+
+def name_no_socket(here: RuntimeDir, elsewhere: Path) -> None:
+    connection = here.connection()
+    here.connection_file.rename(elsewhere)
+    other = msgspec.structs.replace(connection, endpoint="ipc:///tmp/cpkit-removed/control")
+    write_private(here.connection_file, other)
+
+
+def forget_rank_0(here: RuntimeDir, elsewhere: Path) -> None:
+    here.connection_file.rename(elsewhere)
+    (here.startup_dir / "rank 0").rename(here.startup_dir / "rank 2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (move_away, "connection.json was removed"),
+        (name_another_agent, "connection.json is of other workers"),
+        (name_no_socket, "socket /tmp/cpkit-removed/control was removed"),
+        (forget_rank_0, "rank 0 serves on another node"),
+    ],
+)
+def test_workers_that_run_but_cannot_be_reached_are_named_soon(
+    first: subprocess.Popen[str],
+    tmp_path: Path,
+    damage: Callable[[RuntimeDir, Path], None],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for limit in ("END_S", "UNREACHABLE_S"):
+        monkeypatch.setattr(f"cpkit.control.readiness.{limit}", 0.3)
+    here, kept = RuntimeDir("met"), tmp_path / "kept"
+    damage(here, kept)
+    try:
+        assert main(["status", "--name", "met"]) == 1
+    finally:
+        kept.replace(here.connection_file)
+        if damage is forget_rank_0:
+            (here.startup_dir / "rank 2").rename(here.startup_dir / "rank 0")
+    error = capsys.readouterr().err
+    assert words in error
+    assert "stop --name met" in error
+    assert main(["status", "--name", "met"]) == 0
 
 
 def test_running_workers_are_described_with_the_command_that_stops_them(

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from cpkit.worker.commands import CommandChannel, End, KeepAlive, StepResult
+from cpkit.worker.scheduler import first_to_fail
 
 
 def channels(size: int) -> list[CommandChannel]:
@@ -26,6 +27,17 @@ def test_every_rank_receives_every_command_and_rank_0_every_answer() -> None:
             channel.answer(StepResult(b"x" * (channel.rank << 20)))
         answers = first.answers(never)
         assert [len(answer.report) for answer in answers] == [0, 1 << 20, 2 << 20]
+
+
+def test_the_rank_that_failed_is_named_and_not_one_that_waited_for_it() -> None:
+    waited, failed, fine = (
+        StepResult(error="waited for rank 1", timed_out=True),
+        StepResult(error="no memory"),
+        StepResult(),
+    )
+    assert first_to_fail([waited, failed, fine]) == 1
+    assert first_to_fail([fine, waited, waited]) == 1
+    assert first_to_fail([failed, waited, failed]) == 0
 
 
 def test_after_a_timeout_the_late_rank_is_reported_within_a_second(

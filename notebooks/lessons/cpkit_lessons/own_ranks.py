@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 
-import cpkit
 from cpkit.control.errors import name_the_limit
 from cpkit.control.tied import tied
 

@@ -1,0 +1,251 @@
+"""`python -m benchmarks.load`: many clients of one set of workers, each with mixed requests.
+
+    python -m benchmarks.load --minutes 10 --record     # writes benchmarks/results/DATE-load.json
+
+Every request must be answered, or refused with a reason. The results of requests that a client
+sends at once must arrive in their order. Prints how long each kind took, how many requests the
+slowest client could make, and how the memory of the ranks grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+import cpkit
+from benchmarks.launch import RESULTS, ROOT, say
+from cpkit.control.client import request_deadline_s
+from cpkit.control.messages import (
+    Gather,
+    Progress,
+    Queued,
+    Reply,
+    Request,
+    Workload,
+    decode,
+    encode,
+)
+from cpkit.processes import run_command
+from cpkit.timing import percentile
+
+COMMAND = "python -m benchmarks.load"
+RANKS, PROCESSES, BURST = 2, 5, 6
+SMALL = {"heads": 1, "head_dim": 16}
+
+
+class Client:
+    """One notebook: a `Lab` of its own, and a thread that sends one request after the other."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.lab = cpkit.connect(name, launch=False)
+        self.lab._client.on_wait = None  # no message per request that waits
+        self.rng = random.Random(seed)
+        self.took_s: defaultdict[str, list[float]] = defaultdict(list)
+        self.refused: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.kinds: dict[str, tuple[Callable[[], object], float]] = {
+            "status": (self.lab.status, 8),
+            "gather": (self.gather, 4),
+            "measure": (self.measure, 2),
+            "burst": (self.burst, 1),
+            "sweep": (self.sweep, 1),
+            "clock": (lambda: self.lab.clock(["direct"], [256], iterations=5), 1),
+            "trace": (lambda: self.lab.trace([256], **SMALL), 1),
+            "explain": (lambda: self.lab.explain([256]), 1),
+            "abandon": (self.abandon, 1),
+            "invalid": (self.invalid, 1),
+        }
+
+    def run(self, end_s: float) -> None:
+        """Send requests until the time is over."""
+        names, weights = list(self.kinds), [weight for _, weight in self.kinds.values()]
+        while time.monotonic() < end_s:
+            kind = self.rng.choices(names, weights)[0]
+            start_s = time.monotonic()
+            try:
+                self.kinds[kind][0]()
+            except (cpkit.WorkersBusy, cpkit.BadRequest) as error:
+                if str(error):
+                    self.refused[f"{kind}: {type(error).__name__}"] += 1
+                    continue
+                self.problems.append(f"{kind} was refused without a reason")
+            except Exception as error:  # noqa: BLE001 - every failure is reported
+                self.problems.append(f"{kind}: {type(error).__name__}: {error!s:.300}")
+            else:
+                self.took_s[kind].append(time.monotonic() - start_s)
+        self.lab.close()
+
+    def gather(self) -> None:
+        """Gather a random batch, and check that every row is right."""
+        lengths = [self.rng.randrange(8, 300) for _ in range(self.rng.randrange(1, 4))]
+        algorithm = self.rng.choice(("padded", "padded_symm", "direct"))
+        if not self.lab.gather(lengths, algorithm=algorithm, **SMALL).verified:
+            raise AssertionError("a row is wrong")
+
+    def measure(self) -> None:
+        """Stream three samples."""
+        samples = list(self.lab.measure([256], samples=3, interval_s=0.02, **SMALL))
+        if len(samples) != 3:
+            raise AssertionError(f"3 samples were requested, and {len(samples)} arrived")
+
+    def sweep(self) -> None:
+        """Measure a small table."""
+        self.lab.sweep(lengths=[[128]], cp_sizes=[RANKS], iterations=2, **SMALL)
+
+    def abandon(self) -> None:
+        """Leave a stream after its first sample, as an interrupted cell does."""
+        samples = self.lab.measure([256], interval_s=0.02, **SMALL)
+        next(samples)
+        samples.close()
+
+    def invalid(self) -> None:
+        """Send what must be refused."""
+        self.lab.gather([-1])
+        raise AssertionError("lengths of -1 were accepted")
+
+    def burst(self) -> None:
+        """Send several requests at once, and check that their results arrive in order."""
+        client = self.lab._client
+        socket = client._take_socket()
+        body = Gather(Workload(RANKS, (64,), heads=1, head_dim=16))
+        sent = [f"{number}-{uuid.uuid4().hex}" for number in range(BURST)]
+        for name in sent:
+            socket.send(encode(Request(name, request_deadline_s(), body)))
+        results: list[str] = []
+        end_s = time.monotonic() + request_deadline_s()
+        while len(results) < BURST and time.monotonic() < end_s:
+            data = socket.receive(100)
+            reply = decode(data, Reply) if data else None
+            if reply and reply.id in sent and not isinstance(reply.body, Queued | Progress):
+                results.append(reply.id)
+        client._keep_socket(socket)
+        if results != sent:
+            numbers = [name.partition("-")[0] for name in results]
+            raise AssertionError(f"the results of {BURST} requests arrived as {numbers}")
+
+
+def clients(name: str, seed: int, number: int, end_s: float) -> None:
+    """Run several clients in this process, and print what they did."""
+    each = [Client(name, seed + index) for index in range(number)]
+    threads = [threading.Thread(target=client.run, args=(end_s,)) for client in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done = [
+        {"took_s": client.took_s, "refused": client.refused, "problems": client.problems}
+        for client in each
+    ]
+    print(json.dumps(done))
+
+
+def watch(ranks: list[int], end_s: float) -> list[int]:
+    """Return the resident memory of all ranks, in bytes, once per second."""
+    processes = [psutil.Process(pid) for pid in ranks]
+    found = []
+    while time.monotonic() < end_s:
+        found.append(sum(process.memory_info().rss for process in processes))
+        time.sleep(1)
+    return found
+
+
+def summary(done: list[dict[str, Any]], memory: list[int]) -> dict[str, Any]:
+    """Return the figures of all clients."""
+    took: defaultdict[str, list[float]] = defaultdict(list)
+    refused: Counter[str] = Counter()
+    for client in done:
+        refused.update(client["refused"])
+        for kind, seconds in client["took_s"].items():
+            took[kind] += seconds
+    answered = [sum(map(len, client["took_s"].values())) for client in done]
+    fifth = max(1, len(memory) // 5)  # the first fifth warms up
+    early, late = memory[fifth : 2 * fifth], memory[-fifth:]
+    return {
+        "clients": len(done),
+        "answered": sum(answered),
+        "refused": dict(sorted(refused.items())),
+        "problems": [problem for client in done for problem in client["problems"]],
+        "fewest_of_a_client": min(answered),
+        "most_of_a_client": max(answered),
+        "seconds": {
+            kind: {
+                "count": len(seconds),
+                "p50": round(percentile(seconds, 50), 4),
+                "p99": round(percentile(seconds, 99), 4),
+                "max": round(max(seconds), 4),
+            }
+            for kind, seconds in sorted(took.items())
+        },
+        "memory_mb": round(statistics.median(late) / 1e6, 1),
+        "memory_growth_mb": round((statistics.median(late) - statistics.median(early)) / 1e6, 1),
+    }
+
+
+def run(count: int, minutes: float, seed: int) -> dict[str, Any]:
+    """Start workers and clients, and return the figures."""
+    name = f"load-{uuid.uuid4().hex[:8]}"
+    with cpkit.connect(name, nproc=RANKS) as lab:
+        ranks = [worker.pid for worker in lab.status().workers]
+        end_s = time.monotonic() + 60 * minutes
+        numbers = [count // PROCESSES + (n < count % PROCESSES) for n in range(PROCESSES)]
+        command = [sys.executable, "-m", "benchmarks.load", "--name", name]
+        processes = [
+            subprocess.Popen(
+                [*command, f"--seed={seed + 100 * n}", f"--clients={number}", f"--end={end_s}"],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for n, number in enumerate(numbers)
+            if number
+        ]
+        memory = watch(ranks, end_s)
+        done = [json.loads(process.communicate(timeout=180)[0]) for process in processes]
+        status = lab.status()
+        figures = summary([client for clients in done for client in clients], memory)
+        if status.state != "idle" or [worker.pid for worker in status.workers] != ranks:
+            figures["problems"].append(f"after the clients have left: {status.state}")
+        lab.stop()
+    return figures
+
+
+def main() -> int:
+    """Run the command, and return its exit code: 1 if a request failed."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Many clients with mixed requests.")
+    parser.add_argument("--clients", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
+    parser.add_argument("--seed", type=int, default=1, help="of the requests (default: 1)")
+    parser.add_argument("--record", action="store_true", help=f"write a file into {RESULTS}")
+    parser.add_argument("--name", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--end", type=float, default=0.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.name:
+        clients(options.name, options.seed, options.clients, options.end)
+        return 0
+    from benchmarks.machine import environment  # imports torch
+
+    command = f"{COMMAND} --clients {options.clients} --minutes {options.minutes:g}"
+    where = environment(f"{command} --seed {options.seed}")
+    done = run(options.clients, options.minutes, options.seed)
+    say(json.dumps(done, indent=1))
+    if options.record:
+        file = RESULTS / f"{where['date']}-load.json"
+        content = {"environment": where | {"minutes": options.minutes, "ranks": RANKS}, **done}
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    return 1 if done["problems"] else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

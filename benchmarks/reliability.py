@@ -1,0 +1,110 @@
+"""`python -m benchmarks.reliability`: write docs/reliability.md from the newest recorded runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.launch import RESULTS, ROOT
+from cpkit.processes import run_command
+
+PAGE = ROOT / "docs" / "reliability.md"
+FRAME = """\
+# Reliability: what was injected, and what was left over
+
+Written by `python -m benchmarks.reliability` from the records in `benchmarks/results`.
+
+## Faults
+
+{chaos}
+## Load
+
+{load}
+## Gathers
+
+{fuzz}"""
+CHAOS = """\
+{survived} of {injected} faults were survived, and {left} processes, sockets or segments were left
+over. After each fault, the error named its cause, and the next `cpkit.connect()` gathered right
+rows. The slowest error came after {slowest_error_s:g} s, with a deadline of {deadline_s:g} s.
+
+| fault | injected | slowest error, s |
+|---|---|---|
+{rows}
+
+0 s: the fault has no error, or one that is not timed.
+{failures}
+{source}
+"""
+LOAD = """\
+{clients} clients sent mixed requests for {minutes:g} minutes: {answered} were answered,
+{n_refused} were refused with a reason (most were invalid on purpose), and {failed} failed. The
+slowest client received {fewest_of_a_client} answers, the fastest one {most_of_a_client}. At the
+end the {ranks} ranks had {memory_mb:g} MB of resident memory, {memory_growth_mb:+g} MB since the
+second fifth of the run.
+
+| request | answered | p50, ms | p99, ms | slowest, ms |
+|---|---|---|---|---|
+{rows}
+
+The clients share the {cores} cores of the machine with the ranks. The results of a `burst`, several
+requests at once, must arrive in their order.
+
+{source}
+"""
+FUZZ = """\
+{gathers} gathers of random batches in {cases} cases were compared bit by bit with a definition, and
+{failed} cases failed. {refused_calls} calls with bad arguments were refused on every rank.
+
+{source}
+"""
+SOURCE = "`{command}`, {date}, commit {commit:.8}, torch {torch}, {cores} cores: [{name}]({link})."
+
+
+def newest(kind: str) -> dict[str, Any]:
+    """Return the newest record of a kind, such as "chaos", with its environment and its source."""
+    file = max(RESULTS.glob(f"*-{kind}.json"))
+    run = json.loads(file.read_text())
+    where = run.pop("environment")
+    link = f"../benchmarks/results/{file.name}"
+    return where | run | {"source": SOURCE.format(name=file.name, link=link, **where)}
+
+
+def page() -> str:
+    """Return the content of the page."""
+    chaos, load, fuzz = newest("chaos"), newest("load"), newest("fuzz")
+    faults = "\n".join(
+        f"| {kind.replace('_', ' ')} | {fault['injected']} | {fault['slowest_error_s']:g} |"
+        for kind, fault in chaos["by_kind"].items()
+    )
+    failures = "".join(
+        f"\n- fault {failure['number']}, {failure['fault'].replace('_', ' ')}: {failure['problem']}"
+        for failure in chaos.pop("failures")
+    )
+    requests = "\n".join(
+        f"| {kind} | {each['count']} | "
+        + " | ".join(f"{1e3 * each[figure]:.0f}" for figure in ("p50", "p99", "max"))
+        + " |"
+        for kind, each in load["seconds"].items()
+    )
+    return FRAME.format(
+        chaos=CHAOS.format(rows=faults, failures=failures, left=len(chaos["left_over"]), **chaos),
+        load=LOAD.format(
+            rows=requests,
+            failed=len(load["problems"]),
+            n_refused=sum(load["refused"].values()),
+            **load,
+        ),
+        fuzz=FUZZ.format(failed=len({each["seed"] for each in fuzz["failures"]}), **fuzz),
+    )
+
+
+def main(path: Path = PAGE) -> int:
+    """Write the page."""
+    path.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
