@@ -39,6 +39,13 @@ def test_shards_in_token_order_are_the_expected_rows(
     assert provenance.explain_mismatch(result, METADATA, round=3, tensor=1) is None
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3,), ()], ids=str)
+def test_a_rank_without_rows_has_none(shape: tuple[int, ...]) -> None:
+    metadata = prepare_context_parallel_metadata([1], 4, "contiguous")
+    rows = provenance.shard_rows(metadata, 3, shape, torch.uint8, round=3)
+    assert rows.shape == (0, *shape)
+
+
 def rows_of(**stamp: int) -> torch.Tensor:
     return provenance.expected_rows(METADATA, (4,), torch.int64, **{"round": 7, **stamp})
 
