@@ -42,7 +42,8 @@ def test_shards_in_token_order_are_the_expected_rows(
 @pytest.mark.parametrize("shape", [(2, 3), (3,), ()], ids=str)
 def test_a_rank_without_rows_has_none(shape: tuple[int, ...]) -> None:
     metadata = prepare_context_parallel_metadata([1], 4, "contiguous")
-    rows = provenance.shard_rows(metadata, 3, shape, torch.uint8, round=3)
+    idle = metadata.per_rank_actual_token.index(0)
+    rows = provenance.shard_rows(metadata, idle, shape, torch.uint8, round=3)
     assert rows.shape == (0, *shape)
 
 

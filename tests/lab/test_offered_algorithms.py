@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cpkit
+from cpkit.control import launcher
 from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.stepper import Stepper
@@ -68,9 +69,16 @@ def start(file: Path, name: str, *options: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_an_own_algorithm_is_offered_wherever_the_others_are(runtime_dir: Path) -> None:
+def test_an_own_algorithm_is_offered_wherever_the_others_are(
+    runtime_dir: Path, tmp_path: Path
+) -> None:
     started = start(RING, "ring")
     assert started.returncode == 0, started.stderr
+    changed = tmp_path / "ring.py"
+    changed.write_text(RING.read_text() + "# changed\n")
+    with pytest.raises(cpkit.OtherWorkers, match=rf"asked for algorithms='{changed}', but"):
+        launcher.attach("ring", algorithms=str(changed))
+    launcher.attach("ring", algorithms=str(RING)).close()
     with cpkit.connect("ring", launch=False) as lab:
         assert lab.status().algorithms == CHOICES
         assert "algorithms of your own: ring;" in lab.status().summary()

@@ -68,6 +68,7 @@ FAULTY: dict[str, tuple[Gather, str]] = {
     "converts": (after(lambda xs: [x.view(torch.int8) for x in xs]), "torch.int8.*must be .*uint8"),
     "flattens": (after(lambda xs: [x.flatten(1) for x in xs]), "returned tensors of .* must be"),
     "forgets a tensor": (after(lambda xs: xs[:1]), "returned tensors of .* must be"),
+    "returns numbers": (after(lambda xs: [0] * len(xs)), r"it must return \(outputs, path\)"),
     "returns a tensor": (after(lambda xs: xs[0]), r"it must return \(outputs, path\)"),
     "returns no path": (lambda *args: padded(*args)[0], r"it must return \(outputs, path\)"),
     "uses memory again": (after(use_the_same_memory), "its next call has overwritten"),
