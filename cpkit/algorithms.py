@@ -53,13 +53,6 @@ TABLE: dict[str, Algorithm] = {
 }
 
 
-def add_own(name: str) -> None:
-    """Add the row of a user's algorithm, about whose passes and buffers nothing is known."""
-    TABLE[name] = Algorithm(
-        name, _ALL_PASSES, symmetric_send=True, symmetric_recv=True, any_memory=True
-    )
-
-
 def all_choices() -> tuple[str, ...]:
     """Return the names that this process accepts: the choices, then the user's own."""
     return (*ALGORITHM_CHOICES, *(name for name in TABLE if name not in ALGORITHMS))

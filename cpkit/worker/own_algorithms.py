@@ -148,11 +148,14 @@ def _checked(function: Gather) -> Gather:
 
 
 def _workloads(name: str, group: CPGroup) -> Iterator[Workload]:
-    """Yield batches in which the ranks have different numbers of rows, or none."""
+    """Yield batches in which the ranks have different numbers of rows, or none.
+
+    Their types have no NaN, which is not equal to itself.
+    """
     cp = group.size
     for symmetric in (False,) if group.spans_hosts else (True, False):
         yield Workload(cp, (2 * cp, 4097), "zigzag", name, symmetric, 2, 8, "uint8", 2)
-        yield Workload(cp, (1, cp + 1), "interleave", name, symmetric, 1, 3, "bfloat16", 1)
+        yield Workload(cp, (1, cp + 1), "interleave", name, symmetric, 1, 3, "int16", 1)
         yield Workload(cp, (1,), "contiguous", name, symmetric, 1, 8, "uint8", 3)
 
 
