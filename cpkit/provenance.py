@@ -149,7 +149,8 @@ def _stamp(
     data = words.flatten().view(torch.uint8).view(len(tokens), 8 * len(lanes))[:, :row_bytes]
     if dtype == torch.bool:
         data = data & 1
-    return data.contiguous().view(dtype).reshape(len(tokens), *trailing_shape)
+    # Flat, because torch refuses to view some strides of a tensor without rows as another type.
+    return data.flatten().view(dtype).reshape(len(tokens), *trailing_shape)
 
 
 def _shifted(name: str, value: torch.Tensor) -> torch.Tensor:

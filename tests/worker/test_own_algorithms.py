@@ -1,4 +1,4 @@
-"""A user's file of algorithms: what is refused before a gather, and what verification finds."""
+"""A user's file of algorithms that is refused before a gather; tests/ranks has the gathers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from cpkit.control.launch_options import Launch
 from cpkit.worker import own_algorithms
-from tests.helpers.launch import assert_passed_together
 
 GOOD = "def mine(tensors, metadata, memory): ...\n"
 
@@ -96,16 +95,3 @@ def test_nodes_with_different_files_are_refused() -> None:
         own_algorithms._check_digests([b"/a/mine.py 01", b"/a/mine.py 01", b"/b/mine.py 02"])
     with pytest.raises(ValueError, match=r"rank\(s\) 1: none"):
         own_algorithms._check_digests([b"/a/mine.py 01", b"none "])
-
-
-@pytest.mark.workers
-@pytest.mark.parametrize(
-    "check",
-    [
-        "check_each_fault_is_named",
-        "check_right_functions_pass",
-        "check_an_algorithm_gets_ordinary_memory_where_symmetric_memory_is_not_possible",
-    ],
-)
-def test_ranks(check: str) -> None:
-    assert_passed_together("own_algorithms", 2, check)
