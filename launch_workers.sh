@@ -13,6 +13,7 @@ Options of start:
   --nproc N               ranks on this machine (default: 4)
   --device DEVICE         auto, cpu or cuda (default: auto, which is cuda where torch sees a GPU)
   --share-gpu             run all ranks on the first GPU (default: use all GPUs, and share them if needed)
+  --algorithms FILE       verify the gather algorithms of a Python file, and offer them to notebooks
   --name NAME             name of this set of workers; several sets can run side by side (default: default)
   --nnodes N --node-rank I --rdzv-endpoint HOST:PORT
                           run one job on N machines: start it on each machine (default: 1 machine)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 from jupyter_core.paths import jupyter_config_dir
 
@@ -54,6 +55,7 @@ def start(options: argparse.Namespace, _: list[str]) -> int:
         max_restarts=options.max_restarts,
         owner=_owner(options.owner),
         share_gpu=options.share_gpu,
+        algorithms=_path(options.algorithms),
     )
     settings.check()
     if options.foreground:
@@ -149,7 +151,8 @@ def _check_home() -> None:
 def _workers_for_lab(options: argparse.Namespace) -> str:
     """Attach to these workers, or start workers that this process owns; return a message."""
     name = options.name
-    client = launcher.attach(name, options.nproc, options.device)
+    algorithms = _path(options.algorithms)
+    client = launcher.attach(name, options.nproc, options.device, algorithms)
     if client is None:
         settings = Launch(
             name=name,
@@ -157,6 +160,7 @@ def _workers_for_lab(options: argparse.Namespace) -> str:
             device=options.device,
             share_gpu=options.share_gpu,
             owner=process_id(),
+            algorithms=algorithms,
         )
         return _start(settings)
     with client:
@@ -208,6 +212,11 @@ def _where(name: str) -> str:
     with launcher.require(name) as client:
         reply = client.call(Status(), StatusResult)
     return f"on {reply.device} ({reply.symmetric_backend})"
+
+
+def _path(file: str) -> str:
+    """Return the absolute path of a file, with links resolved; "" for none."""
+    return str(Path(file).resolve()) if file else ""
 
 
 def _owner(pid: int | None) -> ProcessId | None:
@@ -271,6 +280,12 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
         "--share-gpu",
         action="store_true",
         help="run all ranks on the first GPU (default: use all GPUs, and share them if needed)",
+    )
+    parser.add_argument(
+        "--algorithms",
+        default="",
+        metavar="FILE",
+        help="verify the gather algorithms of a Python file of yours, and offer them to clients",
     )
 
 

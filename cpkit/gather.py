@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
-from cpkit.algorithms import ALGORITHMS
+from cpkit.algorithms import ALGORITHMS, TABLE, Algorithm
 from cpkit.caches import cache_as_rows, check_caches, scatter_into
 from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
@@ -114,7 +114,7 @@ def all_gather_kv(
         if tensors[0].is_cuda:
             check_capture(tensors, metadata, group, algorithm, symmetric, into)
 
-    gather = _GATHERS[algorithm] if symmetric else padded
+    gather = _GATHERS[algorithm] if symmetric or TABLE[algorithm].any_memory else padded
     if is_large and gather is padded:
         gather = padded_large
     inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
@@ -214,6 +214,13 @@ _GATHERS: dict[str, Gather] = {
     "padded_symm": padded_symm,
     "direct": direct,
 }
+
+
+def add_gather(name: str, gather: Gather) -> None:
+    """Accept `name` as an algorithm in this process: a new one, or one to replace. Local."""
+    buffers = {"symmetric_send": True, "symmetric_recv": True}  # at most; nothing is known
+    TABLE[name] = Algorithm(name, TABLE["padded"].passes, **buffers, any_memory=True)
+    _GATHERS[name] = gather
 
 
 def _pad(tensors: Tensors, metadata: ContextParallelMetadata) -> list[torch.Tensor]:

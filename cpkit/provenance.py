@@ -146,10 +146,11 @@ def _stamp(
         words = _mix(words)
     else:
         words[:, whole:] = _mix(words[:, whole:])
-    data = words.contiguous().view(torch.uint8)[:, :row_bytes]
+    data = words.flatten().view(torch.uint8).view(len(tokens), 8 * len(lanes))[:, :row_bytes]
     if dtype == torch.bool:
         data = data & 1
-    return data.contiguous().view(dtype).reshape(len(tokens), *trailing_shape)
+    # Flat, because torch refuses to view some strides of a tensor without rows as another type.
+    return data.flatten().view(dtype).reshape(len(tokens), *trailing_shape)
 
 
 def _shifted(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from cpkit.algorithms import ALGORITHMS
+from cpkit.algorithms import TABLE
 from cpkit.devices import (
     check_no_grad,
     check_readable,
@@ -145,8 +145,8 @@ def _check_call(
     group: CPGroup,
     algorithm: str,
 ) -> None:
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {algorithm!r}; it must be one of {', '.join(ALGORITHMS)}")
+    if not isinstance(algorithm, str) or algorithm not in TABLE:
+        raise ValueError(f"algorithm is {algorithm!r}; it must be one of {', '.join(TABLE)}")
     _check_metadata(metadata)
     if metadata.cp_size != group.size:
         raise ValueError(

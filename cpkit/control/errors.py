@@ -10,8 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import msgspec
 import zmq
 
-from cpkit.algorithms import ALGORITHM_CHOICES
-from cpkit.control.requests import ClockCall, Message, Pool, Strategy, Workload
+from cpkit.control.requests import Message, Pool, Strategy, Workload
 from cpkit.os_errors import describe, lacks_descriptors
 
 M = TypeVar("M", bound=Message)
@@ -93,10 +92,8 @@ class BadRequest(ValueError):
 
 
 _ALLOWED = {
-    "algorithm": ALGORITHM_CHOICES,
     "strategy": get_args(Strategy),
     "action": get_args(get_type_hints(Pool)["action"]),
-    "calls": get_args(ClockCall),
 }
 _WORDS = {
     "int": "a whole number",
@@ -119,8 +116,8 @@ def checked(message: M) -> M:
 def explain_decode_error(error: msgspec.DecodeError, message: object = None) -> str:
     """Return msgspec's message with the value, if `message` has it, and the allowed values.
 
-    "Invalid enum value 'fast' - at `$.algorithm`" becomes "algorithm is 'fast'; it must be one of
-    padded, padded_symm_recv, padded_symm, direct". The value is foreign text of any length, so it
+    "Invalid enum value 'zag' - at `$.strategy`" becomes "strategy is 'zag'; it must be one of
+    zigzag, interleave, contiguous". The value is foreign text of any length, so it
     is split at msgspec's own marks, once each, and cut.
     """
     what, mark, path = str(error).rpartition(" - at `$")  # the last mark is msgspec's

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 import psutil
 
+from cpkit.control.module_file import read_module
 from cpkit.control.requests import Message
 from cpkit.packing import describe_types
 from cpkit.processes import ProcessId
@@ -31,6 +32,7 @@ class Launch(Message, frozen=True):
     max_restarts: int = 0
     share_gpu: bool = False
     owner: ProcessId | None = None
+    algorithms: str = ""  # the absolute path of a Python file
 
     @property
     def runtime_dir_name(self) -> str:
@@ -60,6 +62,8 @@ class Launch(Message, frozen=True):
             )
         if self.share_gpu and self.device == "cpu":
             raise ValueError("--share-gpu and --device cpu contradict each other; leave one out")
+        if self.algorithms:
+            read_module(self.algorithms)
         if self.interface and not (self.node_rank > 0 and self.interface[0].isdigit()):
             address_of(self.interface)
 

@@ -25,6 +25,7 @@ from cpkit.control.errors import (
 from cpkit.control.exit_report import describe_exit, last_lines, quoted
 from cpkit.control.launch_options import Launch
 from cpkit.control.messages import Done, Shutdown, Status, StatusResult
+from cpkit.control.module_file import read_module
 from cpkit.control.origin import describe, describe_holder, describe_process
 from cpkit.control.readiness import StartDeadline, remove_stale_files, running, wait_for
 from cpkit.control.runtime_dir import (
@@ -45,11 +46,13 @@ _PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
 
 
-def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client | None:
+def attach(
+    name: str, nproc: int | None = None, device: str = "auto", algorithms: str = ""
+) -> Client | None:
     """Return a client of the running workers of this name, or None. Waits until they answer.
 
-    Raises OtherWorkers when the workers have another `nproc` or `device` than requested, and
-    RankHangs when one of their ranks does not respond.
+    Raises OtherWorkers when the workers have another `nproc`, `device` or content of the file
+    `algorithms` than requested, and RankHangs when one of their ranks does not respond.
     """
     connection = running(name)
     if connection is None:
@@ -59,7 +62,7 @@ def attach(name: str, nproc: int | None = None, device: str = "auto") -> Client 
         status = client.call(Status(), StatusResult)
         if status.state == "hung":
             raise RankHangs(f"a rank does not respond; the log is {status.workers[0].log}")
-        _check_settings(connection, status, nproc, device)
+        _check_settings(connection, status, nproc, device, algorithms)
     except BaseException:
         client.close()
         raise
@@ -268,14 +271,20 @@ def require(name: str, nproc: int | None = None, device: str = "auto") -> Client
 
 
 def _check_settings(
-    connection: Connection, running: StatusResult, nproc: int | None, device: str
+    connection: Connection,
+    running: StatusResult,
+    nproc: int | None,
+    device: str,
+    algorithms: str,
 ) -> None:
-    """Raise OtherWorkers when the number of ranks or the device differs from the request."""
+    """Raise OtherWorkers when ranks, device or own algorithms differ from the request."""
     different: dict[str, object] = {}
     if nproc is not None and nproc != running.world_size:
         different["nproc"] = nproc
     if device not in ("auto", running.device.partition(":")[0]):
         different["device"] = device
+    if algorithms and read_module(algorithms)[1] != connection.algorithms_digest:
+        different["algorithms"] = algorithms
     if not different:
         return
     name = connection.name

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cpkit.control.requests import ClockCall
 from cpkit.control.results import Array, ShownResult, WorkloadResult, rank_table
 from cpkit.memory.path import PathName
 from cpkit.timing import CALL_TIME, DEVICE_TIME, ClockName, algbw_gbps, busbw_gbps, percentile
@@ -177,7 +176,7 @@ class ClockResult(WorkloadResult, frozen=True, tag="clock_result", tag_field="is
     device_samples_us: Array  # float64 [calls, iterations, ranks]; no iterations without them
 
     @staticmethod
-    def numbered(calls: Iterable[ClockCall]) -> tuple[str, ...]:
+    def numbered(calls: Iterable[str]) -> tuple[str, ...]:
         """Return the names of the calls; the second call of a name ends in #2, and so on."""
         names: list[str] = []
         for call in calls:

@@ -12,10 +12,11 @@ from cpkit.packing import describe_types
 if TYPE_CHECKING:
     from cpkit.layout import ContextParallelMetadata
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 Strategy = Literal["zigzag", "interleave", "contiguous"]
-ClockCall = Literal[AlgorithmChoice, "barrier", "copy", "copy_fresh", "collective", "launch"]
+OtherCall = Literal["barrier", "copy", "copy_fresh", "collective", "launch"]
+ClockCall = Literal[AlgorithmChoice, OtherCall]
 DTYPE_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -49,7 +50,7 @@ class Workload(Message, frozen=True):
     cp_size: int
     lengths: tuple[int, ...]
     strategy: Strategy = "zigzag"
-    algorithm: AlgorithmChoice = "direct"
+    algorithm: str = "direct"
     symmetric: bool = True
     heads: int = 8
     head_dim: int = 128
@@ -163,7 +164,7 @@ class Clock(Message, frozen=True, tag="clock", tag_field="op"):
     """
 
     workload: Workload
-    calls: tuple[ClockCall, ...]
+    calls: tuple[str, ...]
     iterations: int = 20
     warmup: int = 2
     barrier: bool = True

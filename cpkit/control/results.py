@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
+from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.requests import Message, Workload
 from cpkit.memory.nccl_log import Selections
 from cpkit.memory.path import PathName, PathReport
@@ -145,6 +146,7 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
     cores: int = 0  # that rank 0 may use
     gpus: int = 0  # that rank 0 can see, if the ranks use GPUs
     load: float = 0.0  # of rank 0's machine, on average over one minute
+    algorithms: tuple[str, ...] = ALGORITHM_CHOICES  # and the user's own, which follow
 
     @property
     def table(self) -> pd.DataFrame:
@@ -154,9 +156,11 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
     def summary(self) -> str:
         """Return name, size, device, state, versions and logs in one line."""
         owner = f"owned by process {self.owner_pid}" if self.owner_pid else "running until stopped"
+        own = ", ".join(self.algorithms[len(ALGORITHM_CHOICES) :])
         return (
             f"cpkit workers {self.name!r}: {self.world_size} ranks on {self.device} "
             f"({self.symmetric_backend}), {self.state}, up {self.uptime_s:.0f} s, {owner}; "
+            f"{f'algorithms of your own: {own}; ' if own else ''}"
             f"cpkit {self.version}, torch {self.torch_version}; logs in {self.log_dir}"
         )
 

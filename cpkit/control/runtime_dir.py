@@ -112,6 +112,8 @@ class Connection(Message, frozen=True):
     owner: ProcessId | None
     workers: tuple[Worker, ...]
     log_dir: str
+    algorithms: str = ""  # the file with the user's own, and the digest of what was loaded
+    algorithms_digest: str = ""
 
     @property
     def world_size(self) -> int:
@@ -126,7 +128,7 @@ class Connection(Message, frozen=True):
 class Death(Message, frozen=True):
     """One rank that died, with the last lines of its log.
 
-    Of a rank that hung until the workers ended, `exit_code` is None, and `cause` says how it hung.
+    Of a rank that hung, or was refused, `exit_code` is None, and `cause` says why the workers end.
     """
 
     rank: int
@@ -284,7 +286,7 @@ class RuntimeDir:
         return _read(self.post_mortem_file, PostMortem)
 
     def hang(self) -> Death | None:
-        """Return the rank whose silence ended the workers, as another rank reported it, or None."""
+        """Return the rank whose hang or fault ended the workers, as a rank reported it, or None."""
         self.check()
         return _read(self.hang_file, Death)
 

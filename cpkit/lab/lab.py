@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import structs
 
-from cpkit.algorithms import ALGORITHMS, AlgorithmChoice
+from cpkit.algorithms import ALGORITHMS, AnyAlgorithm
 from cpkit.control import launcher
 from cpkit.control.client import Client, request_deadline_s
 from cpkit.control.errors import BadRequest, RankHangs, WorkersDied, checked, name_the_limit
@@ -83,6 +83,8 @@ def connect(
             client = launcher.attach(name, nproc, device)
         except RankHangs as error:
             _log.warning("ending the workers %r, because they hang: %s", name, error)
+            if old := launcher.running(name):
+                settings = structs.replace(settings, algorithms=old.algorithms)
             launcher.stop(name)
             client = None
         except WorkersDied as error:  # while the status was requested
@@ -116,8 +118,8 @@ class Lab:
     `lengths` are tokens per sequence; `cp_size` is a divisor of the world size, by default all
     ranks. A row has `heads` × `head_dim` elements of `dtype`: `torch.bfloat16`, `"bfloat16"` and
     `"bf16"` are the same. `symmetric=False` gathers through ordinary memory. Algorithm "plan" is
-    `direct`, prepared once. All methods raise BadRequest (a ValueError) for bad input, and
-    WorkersDied, WorkersBusy, NoAnswer, Cancelled or RequestFailed.
+    `direct`, prepared once; `status().algorithms` has all names. All methods raise BadRequest (a
+    ValueError) for bad input, and WorkersDied, WorkersBusy, NoAnswer, Cancelled or RequestFailed.
     """
 
     def __init__(self, client: Client) -> None:
@@ -165,7 +167,7 @@ class Lab:
         cp_size: int | None = None,
         *,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithm: AnyAlgorithm = "direct",
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -189,8 +191,8 @@ class Lab:
         cp_size: int | None = None,
         *,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
-        algorithms: Sequence[AlgorithmChoice] | None = None,
+        algorithm: AnyAlgorithm = "direct",
+        algorithms: Sequence[AnyAlgorithm] | None = None,
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -233,7 +235,7 @@ class Lab:
         sizes_bytes: Sequence[int] | None = None,
         lengths: Sequence[Lengths] | None = None,
         cp_sizes: Sequence[int] | None = None,
-        algorithms: Sequence[AlgorithmChoice] | None = None,
+        algorithms: Sequence[AnyAlgorithm] | None = None,
         strategy: Strategy = "zigzag",
         symmetric: bool = True,
         heads: int = 8,
@@ -251,7 +253,7 @@ class Lab:
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
 
-        def workload(cp_size: int, batch: Lengths, algorithm: AlgorithmChoice) -> Workload:
+        def workload(cp_size: int, batch: Lengths, algorithm: AnyAlgorithm) -> Workload:
             return self.workload(
                 batch, cp_size, strategy, algorithm, symmetric, heads, head_dim, dtype, tensors
             )
@@ -273,7 +275,7 @@ class Lab:
 
     def clock(
         self,
-        calls: Sequence[ClockCall],
+        calls: Sequence[ClockCall | str],
         lengths: Lengths,
         cp_size: int | None = None,
         *,
@@ -307,7 +309,7 @@ class Lab:
         cp_size: int | None = None,
         *,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithm: AnyAlgorithm = "direct",
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -326,7 +328,7 @@ class Lab:
         cp_size: int | None = None,
         *,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithm: AnyAlgorithm = "direct",
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -357,7 +359,7 @@ class Lab:
         lengths: Lengths,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithm: AlgorithmChoice = "direct",
+        algorithm: AnyAlgorithm = "direct",
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -388,7 +390,7 @@ class Lab:
         idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithms: Sequence[AlgorithmChoice] = ("direct",),
+        algorithms: Sequence[AnyAlgorithm] = ("direct",),
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,

@@ -10,7 +10,6 @@ import ipywidgets as widgets
 import msgspec
 import traitlets
 
-from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.messages import MAX_SEQUENCES, Workload
 from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
@@ -111,13 +110,19 @@ class Toggles(widgets.HBox):  # type: ignore[misc]
 class Controls:
     """The widgets that select one workload, and the algorithms that are compared on it."""
 
-    def __init__(self, cp_sizes: Sequence[int], start: Workload, algorithms: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cp_sizes: Sequence[int],
+        start: Workload,
+        algorithms: Sequence[str],
+        choices: Sequence[str],
+    ) -> None:
         self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
         self.heads = _slider("heads", HEADS, start.heads, "heads per row")
         self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements per head")
         self.dtype = _choice("dtype", DTYPES, start.dtype)
         self.tensors = _slider("tensors", TENSORS, start.tensors, "tensors per gather: K, V, …")
-        self.algorithms = Toggles(ALGORITHM_CHOICES, algorithms)
+        self.algorithms = Toggles(choices, algorithms)
         self.strategy = _choice("strategy", STRATEGIES, start.strategy)
         self.lengths = widgets.Text(
             value=", ".join(str(length) for length in start.lengths),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
 
-from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
+from cpkit.algorithms import AnyAlgorithm
 from cpkit.control.errors import BadRequest
 from cpkit.control.messages import Sample, Strategy
 from cpkit.lab import Lab
@@ -77,7 +77,7 @@ class Explorer(LivePanel[Setting]):
         idle_after_s: float = 120.0,
         cp_size: int | None = None,
         strategy: Strategy = "zigzag",
-        algorithms: Sequence[AlgorithmChoice] = ("direct",),
+        algorithms: Sequence[AnyAlgorithm] = ("direct",),
         symmetric: bool = True,
         heads: int = 8,
         head_dim: int = 128,
@@ -88,15 +88,15 @@ class Explorer(LivePanel[Setting]):
         for name, value in seconds.items():
             if not (isinstance(value, Real) and value >= 0):
                 raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
-        names = several(algorithms, "algorithms")
-        if not names or not set(names) <= {*ALGORITHM_CHOICES}:
-            allowed = ", ".join(ALGORITHM_CHOICES)
+        names, choices = several(algorithms, "algorithms"), lab.status().algorithms
+        if not names or not set(names) <= {*choices}:
+            allowed = ", ".join(choices)
             raise BadRequest(f"algorithms is {algorithms!r}; it must be one or more of {allowed}")
         first = lab.workload(
             lengths, cp_size, strategy, names[0], symmetric, heads, head_dim, dtype, tensors
         )
-        self.controls = Controls(lab.cp_sizes, first, names)
-        self.panel = Panel()
+        self.controls = Controls(lab.cp_sizes, first, names, choices)
+        self.panel = Panel(choices)
         self._presence = Presence(interval_s, idle_after_s)
         self.panel.plot.on_report(self._presence.report)
         self._lab, self._window_s = lab, window_s

@@ -38,8 +38,8 @@ class Panel:
     One thread updates `figure` and publishes it; other threads read it with `still()`.
     """
 
-    def __init__(self) -> None:
-        self.figure = _empty_figure()
+    def __init__(self, algorithms: Sequence[str] = ALGORITHM_CHOICES) -> None:
+        self.figure = _empty_figure(algorithms)
         self.plot = LivePlot(self.figure)
         self._lock = threading.Lock()
         named = {trace.name: trace for trace in self.figure.data if trace.name}
@@ -48,7 +48,7 @@ class Panel:
         self._to_first, self._to_baseline = named["to the first algorithm"], named["B / A"]
         self._lines: dict[str, _LINES] = {
             name: (named[f"{name} per rank"], named[name], named[f"{name} p95"])
-            for name in ALGORITHM_CHOICES
+            for name in algorithms
         }
         self._history: dict[str, deque[tuple[float, float, float | None]]] = {}
 
@@ -147,7 +147,7 @@ def _short(values: Sequence[float | None], digits: int = 1) -> list[float | None
     return [None if value is None else round(value, digits) for value in values]
 
 
-def _empty_figure() -> go.Figure:
+def _empty_figure(algorithms: Sequence[str]) -> go.Figure:
     figure = make_subplots(
         rows=3,
         cols=2,
@@ -157,7 +157,7 @@ def _empty_figure() -> go.Figure:
         horizontal_spacing=0.2,
     )
     figure.update_annotations(font={"size": 13})
-    _add_traces(figure)
+    _add_traces(figure, algorithms)
     names = (("", "rows"), ("", "time (µs)"), ("time (µs)", ""), ("ratio", ""))
     for place, (x_title, y_title) in enumerate((*names, ("time before now (s)", "time (µs)"))):
         where = {"row": place // 2 + 1, "col": place % 2 + 1}
@@ -182,14 +182,14 @@ def _empty_figure() -> go.Figure:
     return style.finish(figure, title="Not measured yet", alt=alt, height=850)
 
 
-def _add_traces(figure: go.Figure) -> None:
+def _add_traces(figure: go.Figure, algorithms: Sequence[str]) -> None:
     padding: dict[str, Any] = {"color": style.PADDING, "pattern": style.hatch()}
     padding["line"] = {"color": "#8c959f", "width": 1}
     tip = "%{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
     empty: dict[str, Any] = {"x": ["rank 0"], "y": [0], "hovertemplate": tip}
     figure.add_bar(row=1, col=1, name="rows", showlegend=False, **empty)
     figure.add_bar(row=1, col=1, name="padding", marker=padding, **empty)
-    for name in ALGORITHM_CHOICES:
+    for name in algorithms:
         color, dash, symbol = style.algorithm_line(name)
         line = {"color": color, "dash": dash, "width": 1.5}
         marker = {"color": color, "symbol": symbol}

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 
-from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
 from cpkit.lab import Lab
 from cpkit.notebook.grids import stage_grid
 from cpkit.notebook.live import IsNewest, StepPanel
@@ -17,7 +16,7 @@ class Choice(NamedTuple):
     """The settings of one gather."""
 
     cp_size: int
-    algorithm: AlgorithmChoice
+    algorithm: str
 
 
 class Stepper(StepPanel[Choice]):
@@ -30,7 +29,7 @@ class Stepper(StepPanel[Choice]):
             options=lab.cp_sizes, value=cp_size, description="cp_size", continuous_update=False
         )
         self.algorithm = widgets.Dropdown(
-            options=ALGORITHM_CHOICES, value="padded", description="algorithm"
+            options=lab.status().algorithms, value="padded", description="algorithm"
         )
         self.cp_size.add_class("cp-size")
         self._lab, self._lengths = lab, list(lengths)

@@ -59,6 +59,11 @@ ALGORITHM_LINES: dict[str, tuple[str, str, str]] = {  # colour, dash, marker
     "direct": ("#0072b2", "solid", "circle"),
     "plan": ("#cc79a7", "longdash", "triangle-up"),
 }
+OWN_LINES = (  # of algorithms that a user has added to the workers
+    ("#44337a", "dashdot", "star"),
+    ("#56b4e9", "dash", "cross"),
+    ("#e69f00", "dot", "pentagon"),
+)
 
 # The look of every figure. plot.js replaces its colours by those of the page's theme.
 _AXIS = {
@@ -136,8 +141,9 @@ def stage_bar(stage: str, **options: object) -> go.Bar:
 
 
 def algorithm_line(algorithm: str) -> tuple[str, str, str]:
-    """Return the colour, dash and marker of an algorithm's line."""
-    return ALGORITHM_LINES.get(algorithm, (INK, "longdash", "triangle-up"))
+    """Return the colour, dash and marker of an algorithm's line; one of `OWN_LINES` if unknown."""
+    own = OWN_LINES[sum(algorithm.encode()) % len(OWN_LINES)]
+    return ALGORITHM_LINES.get(algorithm, own)
 
 
 def axis(title: str, **options: object) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cpkit.algorithms import ALGORITHM_CHOICES
+from cpkit.algorithms import all_choices
 from cpkit.bench import Call, add_device_times, longest_s
 from cpkit.control.messages import Array, Clock, ClockResult, Progress
 from cpkit.devices import finish
@@ -119,7 +119,7 @@ class _Bench:
 
     def call(self, name: str) -> Call:
         """Return a function that makes the call; on a GPU it does not wait for the work."""
-        if name in ALGORITHM_CHOICES:
+        if name in all_choices():
             run = self._variant(name)
             if name == "plan":
                 run.prepare_plan()
@@ -146,7 +146,7 @@ class _Bench:
     def verify(self, names: tuple[str, ...]) -> None:
         """Compare every timed gather bit by bit. Raises ProvenanceError. Collective."""
         for name in names:
-            if name in ALGORITHM_CHOICES:
+            if name in all_choices():
                 self._variant(name).verified_gather()
 
     def _variant(self, algorithm: str) -> Run:

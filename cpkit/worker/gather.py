@@ -35,7 +35,7 @@ class GatherOperation(Operation[Gather]):
     def only_step(self, group: CPGroup, state: RankState) -> GatherResult:
         """Return this rank's part of a verified gather."""
         run = prepare(self.body.workload, group, self.body.round)
-        _poison_pool(run)
+        poison_pool(run)
         with stages.record(keep_arrays=self._is_shown(run)) as recorder:
             gathered = run.verified_gather()
         finish()
@@ -111,7 +111,7 @@ def _observe(run: Run) -> Selections:
     return Selections(reason="NCCL was not called, because cpkit moved the rows")
 
 
-def _poison_pool(run: Run) -> None:
+def poison_pool(run: Run) -> None:
     """Overwrite free pool memory, so that rows which the gather misses are detected. Collective."""
     if run.workload.symmetric and not run.group.spans_hosts:
         symmetric_pool(run.group, worker_device()).poison_free()

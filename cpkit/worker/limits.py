@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import get_args
 
 import torch
 
 from cpkit import settings
+from cpkit.algorithms import all_choices
 from cpkit.control.messages import (
     MAX_SEQUENCES,
     Body,
@@ -24,7 +26,7 @@ from cpkit.control.messages import (
     Trace,
     Workload,
 )
-from cpkit.control.requests import DTYPE_BYTES
+from cpkit.control.requests import DTYPE_BYTES, OtherCall
 from cpkit.memory.sizing import warm_up_bytes
 from cpkit.settings import worker_device
 from cpkit.sync.free_memory import tightest
@@ -183,6 +185,7 @@ def check_cp_size(cp_size: int, world_size: int) -> None:
 def check_workload(workload: Workload, world_size: int) -> None:
     """Raise ValueError for a workload that `world_size` ranks cannot run."""
     check_cp_size(workload.cp_size, world_size)
+    _check_name("algorithm is", workload.algorithm, all_choices())
     _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
     _in_range("the number of sequences", len(workload.lengths), 1, MAX_SEQUENCES)
     if min(workload.lengths) > 0:  # otherwise the layout raises
@@ -227,6 +230,8 @@ def _check_memory(workload: Workload, more_copies: int = 0) -> None:
 def _check_clock(body: Clock) -> None:
     _check_memory(body.workload, _CLOCK_COPIES)
     _in_range("the number of calls", len(body.calls), 1, _MAX_CALLS)
+    for name in body.calls:
+        _check_name("calls has", name, (*all_choices(), *get_args(OtherCall)))
     most = _MAX_SAMPLES // (len(body.calls) * body.workload.cp_size)
     _in_range("iterations", body.iterations, 1, most)
     _in_range("warmup", body.warmup, 0, 1000)
@@ -253,6 +258,14 @@ def _check_shape(heads: int, head_dim: int, dtype: str, tensors: int) -> None:
     _in_range("tensors", tensors, 1, 16)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPE_BYTES)}")
+
+
+def _check_name(what: str, name: str, allowed: Sequence[str]) -> None:
+    if name not in allowed:
+        raise ValueError(
+            f"{what} {name!r:.80}; it must be one of {', '.join(allowed)}. To add one of your own, "
+            f"start the workers with --algorithms FILE"
+        )
 
 
 def _bytes(count: int) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import zmq
 
 from cpkit import __version__
+from cpkit.algorithms import all_choices
 from cpkit.control.errors import ControlError
 from cpkit.control.launch_options import Launch, address_of
 from cpkit.control.messages import PROTOCOL_VERSION, StatusResult, WorkerInfo
@@ -39,6 +40,7 @@ from cpkit.memory import nccl_log
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
 from cpkit.sync.barrier import cores
+from cpkit.worker import own_algorithms
 from cpkit.worker.commands import CommandChannel, StepResult
 from cpkit.worker.limits import memory_limit_bytes
 from cpkit.worker.liveness import Heartbeat, Monitor
@@ -64,10 +66,11 @@ def main(launch: Launch, runtime_dir: RuntimeDir, agent: Agent) -> None:
     store = dist.distributed_c10d._get_default_store()
     channel = CommandChannel(store, dist.get_rank(), dist.get_world_size())
     workers = _gather_workers(channel, runtime_dir)
+    digest = own_algorithms.load(launch.algorithms, store, runtime_dir)
     runtime_dir.set_startup_phase(name, READY)
     try:
         if channel.rank == 0:
-            _serve(launch, runtime_dir, agent, workers, channel, store)
+            _serve(launch, runtime_dir, agent, workers, channel, store, digest)
         else:
             Heartbeat(store, channel.rank, runtime_dir).start()
             Executor(channel).run()
@@ -85,6 +88,7 @@ def _serve(
     workers: tuple[Worker, ...],
     channel: CommandChannel,
     store: dist.Store,
+    digest: str,
 ) -> None:
     """On rank 0, bind the socket, write the connection file, and run the scheduler."""
     server_public, server_secret = zmq.curve_keypair()
@@ -111,6 +115,8 @@ def _serve(
         owner=launch.owner,
         workers=workers,
         log_dir=str(runtime_dir.log_dir),
+        algorithms=launch.algorithms,
+        algorithms_digest=digest,
     )
     monitor = Monitor(store, channel, workers, server, runtime_dir)
     write_private(runtime_dir.connection_file, connection)
@@ -152,6 +158,7 @@ def _status(
         cores=cores(),
         gpus=torch.cuda.device_count() if worker_device() == "cuda" else 0,
         load=os.getloadavg()[0],
+        algorithms=all_choices(),
     )
 
 

@@ -267,6 +267,7 @@ def test_every_command_has_help(arguments: str) -> None:
         (("--nnodes", "2"), "host:port"),
         (("--owner", "999999999"), "not a running process"),
         (("--speed", "11"), "unrecognized"),
+        (("--algorithms", "missing.py"), "missing.py', which cannot be read"),
     ],
 )
 def test_the_script_rejects_bad_arguments(arguments: tuple[str, ...], words: str) -> None:

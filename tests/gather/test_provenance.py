@@ -39,6 +39,15 @@ def test_shards_in_token_order_are_the_expected_rows(
     assert provenance.explain_mismatch(result, METADATA, round=3, tensor=1) is None
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (3,), ()], ids=str)
+def test_a_rank_without_rows_has_none(shape: tuple[int, ...]) -> None:
+    metadata = prepare_context_parallel_metadata([1], 4, "contiguous")
+    idle = metadata.per_rank_actual_token.index(0)
+    for dtype in DTYPES:
+        rows = provenance.shard_rows(metadata, idle, shape, dtype, round=3)
+        assert (rows.shape, rows.dtype) == ((0, *shape), dtype)
+
+
 def rows_of(**stamp: int) -> torch.Tensor:
     return provenance.expected_rows(METADATA, (4,), torch.int64, **{"round": 7, **stamp})
 

@@ -31,6 +31,7 @@ MODULES = {
         "benchmark",
         "threads",
         "fuzz",
+        "own_algorithms",
     ),
     3: ("gathers", "caches", "signals", "mutants", "plans", "crossed", "fuzz", "fuzz_mutants"),
     4: ("gathers", "groups", "symmetric", "waits", "fuzz", "odd_tensors"),
