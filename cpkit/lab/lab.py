@@ -118,6 +118,10 @@ class Lab:
     """
 
     def __init__(self, client: Client) -> None:
+        self._device: Literal["auto", "cpu", "cuda"] = "auto"
+        self._use(client)
+
+    def _use(self, client: Client) -> None:
         self._client = client
         self._client.on_wait = _log_wait
         self.pool = LabPool(client)
@@ -154,7 +158,19 @@ class Lab:
 
     def status(self) -> StatusResult:
         """Return the workers' processes, device, state and limits, even while they are busy."""
-        return self._client.call(Status(), StatusResult)
+        status = self._client.call(Status(), StatusResult)
+        self._device = "cpu" if status.device.startswith("cpu") else "cuda"
+        return status
+
+    def reconnect(self) -> None:
+        """Connect to the workers of this name again, or start as many if none are running.
+
+        Use it after WorkersDied or RankHangs: this `Lab` and what holds it use the new workers.
+        Raises what `connect` raises.
+        """
+        fresh = connect(self.name, nproc=self.world_size, device=self._device)
+        self.close()
+        self._use(fresh._client)
 
     def gather(
         self,
@@ -214,7 +230,12 @@ class Lab:
         self, workloads: Sequence[Workload], *, samples: int | None = None, interval_s: float = 0.1
     ) -> Generator[Sample, None, None]:
         """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`."""
-        return self._samples(checked(Measure(tuple(workloads), samples, interval_s)))
+        variants = several(workloads, "workloads")
+        if not all(isinstance(variant, Workload) for variant in variants):
+            raise BadRequest(
+                f"workloads is {workloads!r:.100}; it must be a list of what Lab.workload returns"
+            )
+        return self._samples(checked(Measure(variants, samples, interval_s)))
 
     def _samples(self, body: Measure) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.

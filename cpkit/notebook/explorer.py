@@ -10,10 +10,11 @@ at all (`presence`).
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
+import contextlib
 import html
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -22,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ipywidgets as widgets
 
 from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
-from cpkit.control.errors import BadRequest
+from cpkit.control.errors import BadRequest, ControlError, NoAnswer, RankHangs, WorkersDied
 from cpkit.control.messages import Sample, Strategy
 from cpkit.lab import Lab
 from cpkit.lab.arguments import several
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import contention_badge
+from cpkit.notebook.banner import WorkersBanner
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.intervals import Baseline, Intervals, compare
 from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
@@ -43,9 +45,11 @@ if TYPE_CHECKING:
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
 _POLL_S = 0.1  # how soon a hidden panel follows a new setting
+_HANG_POLL_S = 1.0  # how often workers that hang are asked whether they respond again
 _MEASURING, _STOPPED = "● measuring", "○ stopped"
 _IDLE = "◐ measuring once per second: not touched for a while; touch the panel for the full rate"
 _HIDDEN = "○ not measuring: no page shows this panel"
+_NO_WORKERS = "✗ not measuring: see the message about the workers"
 
 
 class Setting(NamedTuple):
@@ -87,11 +91,12 @@ class Explorer(LivePanel[Setting]):
         seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
         for name, value in seconds.items():
             if not (isinstance(value, Real) and value >= 0):
-                raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
+                raise BadRequest(f"{name} is {value!r:.100}; it must be seconds, 0 or more")
         names = several(algorithms, "algorithms")
-        if not names or not set(names) <= {*ALGORITHM_CHOICES}:
+        if not names or not all(name in ALGORITHM_CHOICES for name in names):
             allowed = ", ".join(ALGORITHM_CHOICES)
-            raise BadRequest(f"algorithms is {algorithms!r}; it must be one or more of {allowed}")
+            got = f"{algorithms!r:.100}"
+            raise BadRequest(f"algorithms is {got}; it must be one or more of {allowed}")
         first = lab.workload(
             lengths, cp_size, strategy, names[0], symmetric, heads, head_dim, dtype, tensors
         )
@@ -105,6 +110,7 @@ class Explorer(LivePanel[Setting]):
         )
         self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
+        self._banner = WorkersBanner(self.restart_workers)
         self._is_running = False
         self._newest: Intervals | None = None
         self._baseline: Baseline | None = None
@@ -121,6 +127,21 @@ class Explorer(LivePanel[Setting]):
         """Stop measuring, and keep what was measured. New settings still draw their layout."""
         self._is_running = False
         self._submit()
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop measuring, end the thread, and close the widgets."""
+        with self._changed:
+            self._is_running = False
+            self._changed.notify_all()
+        super().close()
+
+    def restart_workers(self) -> None:
+        """Connect again, start workers if none run, and go on measuring. Returns immediately."""
+        self._worker.cancel()
+        self._banner.show_starting(self._lab.world_size)
+        threading.Thread(target=self._reconnect, name="cpkit-restart", daemon=True).start()
 
     def pin(self) -> None:
         """Keep the present state as the baseline A: from now on the panel shows B against A.
@@ -143,17 +164,20 @@ class Explorer(LivePanel[Setting]):
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until each algorithm has this many samples; return the latest of the first one.
 
-        Raises the measurement's exception, RuntimeError if the panel is stopped, or TimeoutError.
+        Raises the measurement's exception, RuntimeError if the panel is stopped or closed, or
+        TimeoutError.
         """
+        if samples < 1:
+            raise BadRequest(f"samples is {samples!r:.100}; it must be 1 or more")
         with self._presence.awaited(), self._changed:
-            if not self._is_running and self._count() < samples:
-                raise RuntimeError("the panel is stopped: press Start, then run this cell again")
-            done = self._changed.wait_for(
-                lambda: self._error or self._count() >= samples, timeout_s
+            self._changed.wait_for(
+                lambda: self._error or not self._is_running or self._count() >= samples, timeout_s
             )
             if self._error:
                 raise self._error
-            if not done:
+            if self._count() < samples and not self._is_running:
+                raise RuntimeError("the panel is stopped: press Start, then run this cell again")
+            if self._count() < samples:
                 raise TimeoutError(
                     f"{self._count()} of {samples} samples arrived in {timeout_s} s; the panel "
                     f"shows: {self.status_html}"
@@ -218,7 +242,7 @@ class Explorer(LivePanel[Setting]):
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
         numbers = (self._taken, self._contention, self._summary, self._against)
-        return live_box(self.controls.box(), buttons, *numbers, picture)
+        return live_box(self.controls.box(), buttons, self._banner, *numbers, picture)
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
@@ -246,7 +270,27 @@ class Explorer(LivePanel[Setting]):
                 self._status.value = _HIDDEN
                 self._presence.wait(_POLL_S)
             else:
-                self._measure(intervals, is_newest, began_s)
+                try:
+                    self._measure(intervals, is_newest, began_s)
+                except RankHangs as error:
+                    self._fail(error)
+                    self._wait_for_response(is_newest)
+
+    def _wait_for_response(self, is_newest: IsNewest) -> None:
+        """Wait while a rank hangs, and start again when all respond."""
+        while is_newest():
+            with contextlib.suppress(RankHangs):
+                if self._lab.status().state != "hung":
+                    self._submit()
+            self._presence.wait(_HANG_POLL_S)
+
+    def _reconnect(self) -> None:
+        try:
+            self._lab.reconnect()
+        except (ControlError, ValueError) as error:
+            self._banner.show(error)
+        else:
+            self.start()
 
     def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
         """Measure until a newer setting is submitted, or the interval changes."""
@@ -254,12 +298,13 @@ class Explorer(LivePanel[Setting]):
         interval_s, read_at_s = self._presence.interval_s(), 0.0
         self._status.value = _IDLE if self._presence.is_idle else _MEASURING
         stream = self._lab.measure_workloads(intervals.workloads, interval_s=interval_s)
-        with closing(stream) as samples:
+        with contextlib.closing(stream) as samples:
             for sample in samples:
                 if not is_newest():
                     return
                 if not self._keep(intervals, sample):
                     continue
+                self._banner.hide()
                 now_s = time.monotonic()
                 if self.plot.is_due():
                     self._draw(intervals, metadata, now_s - began_s)
@@ -332,6 +377,9 @@ class Explorer(LivePanel[Setting]):
             self._error = error
             self._changed.notify_all()
         super()._fail(error)
+        if isinstance(error, (WorkersDied, NoAnswer)):
+            self._banner.show(error)
+            self._status.value = _NO_WORKERS
 
 
 def _take_button(name: str, icon: str, tip: str, take: Callable[[], None]) -> widgets.Button:

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from cpkit.control.messages import Sample, Workload
@@ -66,8 +67,11 @@ class Intervals:
         self._lock = threading.Lock()
 
     def add(self, sample: Sample, at_s: float | None = None) -> bool:
-        """Add a sample. Return True if it completes an interval."""
-        self._arriving.append(sample)
+        """Add a sample. Return True if it completes an interval.
+
+        It gets the interval's number, because a measurement at another rate numbers from 0 again.
+        """
+        self._arriving.append(msgspec.structs.replace(sample, sequence=self.count))
         if len(self._arriving) < len(self.workloads):
             return False
         with self._lock:

@@ -22,6 +22,7 @@ from cpkit.notebook.plot import LivePlot
 
 Setting = TypeVar("Setting")
 IsNewest = Callable[[], bool]
+_LONGEST_ERROR = 1000  # characters of an error that a panel shows
 
 
 class LatestWins(Generic[Setting]):
@@ -143,7 +144,7 @@ class LivePanel(Generic[Setting]):
 
     def _fail(self, error: Exception) -> None:
         self._box.add_class(STALE)
-        text = html.escape(f"{type(error).__name__}: {error}")
+        text = html.escape(f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
         self._status.value = (
             f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {text}</span>'
         )

@@ -55,8 +55,15 @@ panel.start()""",
 print("widgets", len(ipywidgets.widgets.widget._instances))""",
     ),
     Cell("scratch", "code", ""),
+    Cell("mortal", "code", ""),
 ]
 WIDGETS = ("stepper", "pool", "panel")
+# A panel with workers of its own, which a test stops and kills.
+MORTAL = """import os
+os.environ["CPKIT_DEADLINE_S"] = "2"
+mortal = Explorer(cpkit.connect("mortal", nproc=2), [64])
+record(mortal, "mortal")
+mortal.start()"""
 
 
 @contextmanager

@@ -6,8 +6,10 @@ never by a count of plots or by a screenshot.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import cpkit
 from cpkit.notebook.show import find_browser
 from tests.helpers.lab_server import JupyterLab
-from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.helpers.live_widgets import LIVE_CELLS, MORTAL, WIDGETS, busy_loops
 from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
 from tools import source
 from tools.build import SOURCES
@@ -214,6 +216,41 @@ def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path
         "plan",
     }
     assert (tmp_path / "csv").read_text().startswith("sequence,size_bytes,count,type,algorithm")
+
+
+def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookPage) -> None:
+    live.run("scratch", "panel.stop()")
+    live.run("mortal", MORTAL)
+    panel = live.cell("mortal")
+    status, banner = panel.locator(".cpkit-status"), panel.locator(".cpkit-banner")
+    live.wait_for_plot("mortal", such=lambda plot: any(drawn(plot, "direct")["y"]))
+    with cpkit.connect("mortal", launch=False) as other:
+        pid = other.status().workers[1].pid
+
+    os.kill(pid, signal.SIGSTOP)
+    live.until(lambda: "A rank does not respond" in banner.inner_text(), 20, "the rank is named")
+    assert f"process {pid}" in banner.inner_text()
+    os.kill(pid, signal.SIGCONT)
+    live.until(lambda: "● measuring" in status.inner_text(), 20, "it measures again")
+    live.until(lambda: not banner.inner_text(), 20, "the banner is gone")
+
+    os.kill(pid, signal.SIGKILL)
+    alert = panel.get_by_role("alert")
+    live.until(alert.count, 20, "the banner")
+    assert "Rank 1 has ended, with exit code -9 (SIGKILL)" in alert.inner_text()
+    assert "last lines of its log" in alert.inner_text()
+    assert "not measuring" in status.inner_text()
+    dead = live.wait_for_plot("mortal")
+    banner.get_by_role("button", name="Restart").focus()
+    live.page.keyboard.press("Enter")
+    live.wait_for_plot(
+        "mortal",
+        60,
+        such=lambda p: p["revision"] > dead["revision"] and any(drawn(p, "direct")["y"]),
+    )
+    live.until(lambda: not banner.inner_text(), 10, "the banner is gone")
+    live.run("mortal", "mortal.close(); mortal._lab.stop(); os.environ.pop('CPKIT_DEADLINE_S')")
+    live.run("panel")
 
 
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:

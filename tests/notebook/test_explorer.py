@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,20 @@ def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
     panel.stop()
     with pytest.raises(RuntimeError, match="the panel is stopped: press Start"):
         panel.wait()
+    with pytest.raises(ValueError, match="samples is 0; it must be 1 or more"):
+        panel.wait(0)
+
+
+@pytest.mark.parametrize("end", [Explorer.stop, Explorer.close])
+def test_stop_and_close_end_a_wait(panel: Explorer, end: Callable[[Explorer], None]) -> None:
+    panel.start().wait()
+    timer = threading.Timer(0.3, end, [panel])
+    timer.start()
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="the panel is stopped"):
+        panel.wait(samples=10_000)
+    assert time.monotonic() - start_s < 5
+    timer.join()
 
 
 def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cpkit.Lab) -> None:
@@ -207,6 +222,8 @@ def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cp
     panel.panel.plot.plot_state._handle_custom_msg({"view": "a", "touched": True}, [])
     until(lambda: "● measuring" in panel.status_html)
     assert panel._newest is newest, "a touch keeps what was measured"
+    sequences = [sample.sequence for sample in panel.samples]
+    assert sequences == list(range(len(sequences))), "the rates share one numbering"
     until(lambda: "once per second" in panel.status_html)
     panel.controls.cp_size.value = 4
     assert not panel._presence.is_idle, "a new setting is a touch"
