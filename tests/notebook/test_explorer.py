@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 import cpkit
+from cpkit.notebook import intervals
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.live import STALE
 from cpkit.notebook.stepper import Stepper
@@ -87,11 +88,14 @@ def test_a_button_selects_one_more_algorithm_and_none_is_an_error(panel: Explore
     assert [work.algorithm for work in panel.controls.workloads()] == ["direct"]
 
 
-def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None:
+def test_a_pinned_state_is_the_baseline_of_what_follows(
+    panel: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "BLOCK_S", 0.1)  # otherwise this takes twice 8 s
     points = next(trace for trace in panel.panel.figure.data if trace.name == "B / A")
     with pytest.raises(RuntimeError, match="nothing is measured yet"):
         panel.pin()
-    panel.start().wait(samples=9)
+    panel.start().wait(samples=12)
     panel.pin()
     panel.controls.lengths.value = "8192"
     until(lambda: "▲ B is slower" in panel.comparison_html)
