@@ -12,6 +12,7 @@ at all (`presence`).
 
 import contextlib
 import html
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,10 +33,10 @@ from cpkit.notebook.badges import contention_badge
 from cpkit.notebook.banner import WorkersBanner
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.intervals import Baseline, Intervals, compare
-from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
+from cpkit.notebook.live import SHOWN, SPOKEN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
-from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
+from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table, spoken
 from cpkit.notebook.takeaway import as_csv, as_json, code
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
+_SPOKEN_EVERY_S = 5.0  # how often the text for screen readers changes
 _POLL_S = 0.1  # how soon a hidden panel follows a new setting
 _HANG_POLL_S = 1.0  # how often workers that hang are asked whether they respond again
 _MEASURING, _STOPPED = "● measuring", "○ stopped"
@@ -110,6 +112,7 @@ class Explorer(LivePanel[Setting]):
         )
         self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
+        self._spoken, self._spoke_s = widgets.HTML(_dom_classes=(SPOKEN,)), -math.inf
         self._banner = WorkersBanner(self.restart_workers)
         self._is_running = False
         self._newest: Intervals | None = None
@@ -242,7 +245,8 @@ class Explorer(LivePanel[Setting]):
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
         numbers = (self._taken, self._contention, self._summary, self._against)
-        return live_box(self.controls.box(), buttons, self._banner, *numbers, picture)
+        parts = (self._banner, self._spoken, *numbers, picture)
+        return live_box(self.controls.box(), buttons, *parts)
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
@@ -334,6 +338,9 @@ class Explorer(LivePanel[Setting]):
         self._against.value = shown
         self._summary.value = algorithms_table(summaries)
         self._table.value = ranks_table(summaries, metadata)
+        if time.monotonic() - self._spoke_s >= _SPOKEN_EVERY_S:
+            self._spoke_s = time.monotonic()
+            self._spoken.value = spoken(summaries)
 
     def _toggle_pin(self) -> None:
         if self._baseline:

@@ -201,8 +201,8 @@ def _add_traces(figure: go.Figure) -> None:
         late = {"line": line | {"dash": "dot", "width": 1}, "name": f"{name} p95"}
         figure.add_scatter(row=3, col=1, mode="lines", **late, **_NOTHING)
     for stage in style.STAGE_STYLES:
-        bar = {"name": stage, "marker": style.stage_marker(stage), "legendgroup": "stages"}
-        figure.add_bar(row=2, col=1, orientation="h", y=["direct"], x=[0], **bar)
+        bar = style.stage_bar(stage, y=["direct"], x=[0], text=stage, textangle=0)
+        figure.add_trace(bar.update(legendgroup="stages"), row=2, col=1)
     for title, symbol in (("to the first algorithm", "circle"), ("B / A", "diamond-open")):
         noise: dict[str, Any] = {"type": "data", "symmetric": False, "color": style.INK}
         points = {"marker": {"symbol": symbol, "size": 9, "color": "#8c959f"}, "error_x": noise}

@@ -1,6 +1,10 @@
 // The page's part of plot.py: draws the figure that the kernel published most recently.
 
-const CONFIG = { displaylogo: false };
+// Without the buttons that select points, and the one that sends the chart to a server.
+const CONFIG = {
+  displaylogo: false,
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"],
+};
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
 const TOUCHES = ["pointerdown", "keydown", "wheel"];
@@ -51,6 +55,25 @@ function themed({ data, layout }, element) {
   return { data, layout };
 }
 
+// ipywidgets leave sliders without a name and without the text of their value, and toggle buttons
+// without their state. A live region must exist before its text changes.
+function describeControls(panel) {
+  for (const slider of panel.querySelectorAll(".widget-slider")) {
+    const handle = slider.querySelector("[role=slider]");
+    const readout = slider.querySelector(".widget-readout");
+    handle?.setAttribute("aria-label", slider.querySelector(".widget-label")?.textContent ?? "");
+    handle?.setAttribute("aria-valuetext", readout?.textContent ?? "");
+    readout?.setAttribute("contenteditable", "false"); // the options are not typed
+  }
+  for (const button of panel.querySelectorAll(".widget-toggle-button")) {
+    button.setAttribute("aria-pressed", button.classList.contains("mod-active"));
+  }
+  for (const icon of panel.querySelectorAll("button > i")) icon.setAttribute("aria-hidden", "true");
+  for (const text of panel.querySelectorAll(".cpkit-status, .cpkit-spoken")) {
+    text.setAttribute("role", "status"); // a polite live region
+  }
+}
+
 // Store a text in a file of the user, or in the clipboard; once, however many views there are.
 async function take({ number, name, text }, state) {
   if (!document.hasFocus() || state.cpkitTaken === number) return;
@@ -68,7 +91,7 @@ async function render({ model, el }) {
   const notice = document.createElement("div");
   notice.setAttribute("role", "status");
   const plot = document.createElement("div");
-  plot.setAttribute("role", "img");
+  plot.setAttribute("role", "figure"); // not "img", which hides its buttons
   plot.style.overflow = "hidden"; // otherwise a wide drawing prevents its container from shrinking
   el.style.minWidth = 0;
   el.append(notice, plot);
@@ -94,6 +117,7 @@ async function render({ model, el }) {
     } catch (error) {
       notice.textContent = `The plot could not be drawn: ${error}`;
     }
+    describeControls(el.closest(".cpkit-live") ?? el);
     drawing = false;
     restUntil = 2 * performance.now() - startedAt;
     const newest = JSON.parse(state.get("figure")).revision;

@@ -35,6 +35,17 @@ def algorithms_table(summaries: Sequence[Summary]) -> str:
     return _table("cpkit-algorithms", caption, columns, rows) + paths
 
 
+def spoken(summaries: Sequence[Summary]) -> str:
+    """Return the medians, the ratios to the first algorithm and the paths in two sentences."""
+    first = summaries[0]
+    medians = [f"{summary.algorithm} {summary.median_us:,.0f} µs" for summary in summaries]
+    for place, summary in enumerate(summaries):
+        if summary.ratio:
+            medians[place] += f", {summary.ratio} of {first.algorithm}"
+    paths = [f"{summary.algorithm} {summary.newest.path}" for summary in summaries]
+    return f"Medians: {'; '.join(medians)}. Paths: {', '.join(paths)}."
+
+
 def ranks_table(summaries: Sequence[Summary], metadata: ContextParallelMetadata) -> str:
     """Return one row per rank: its rows and padding, and its median time per algorithm."""
     names = [f"{summary.algorithm} µs" for summary in summaries]

@@ -253,6 +253,60 @@ def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookP
     live.run("panel")
 
 
+CONTROLS = {  # by role
+    "button": {"Start", "Stop", "Pin as A", "Copy code", "CSV", "JSON"},
+    "slider": {"cp_size", "heads", "head_dim", "tensors"},
+    "textbox": {"lengths"},
+    "combobox": {"preset", "strategy", "rows", "dtype"},
+    "checkbox": {"symmetric memory"},
+}
+
+
+def test_every_control_has_a_name_and_is_reached_by_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel").locator(".cpkit-live")
+    live.wait_for_plot("panel")
+    named = live.accessible(panel, {*CONTROLS})
+    assert all(name for _, name in named), named
+    for role, names in CONTROLS.items():
+        assert names <= {name for kind, name in named if kind == role}, role
+    heads = panel.get_by_role("slider", name="heads")
+    assert heads.get_attribute("aria-valuetext") == "8", "not the option's number"
+    direct = panel.get_by_role("button", name="✓ direct", exact=True)
+    assert direct.get_attribute("aria-pressed") == "true"
+
+    panel.get_by_role("button", name="padded", exact=True).focus()
+    reached = []
+    for _ in range(40):
+        name = live.page.evaluate(
+            "document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.innerText"
+            " || document.activeElement.innerText"
+        )
+        reached.append((name or "").strip())
+        live.page.keyboard.press("Tab")
+    assert set().union(*CONTROLS.values()) <= {*reached}, reached
+
+
+def test_a_screen_reader_is_told_the_medians_every_five_seconds(live: NotebookPage) -> None:
+    region = live.cell("panel").locator(".cpkit-spoken")
+    assert region.get_attribute("role") == "status"
+    times_s = region.evaluate(
+        """region => new Promise(done => {
+            const times = [];
+            new MutationObserver(() => times.push(performance.now() / 1000)).observe(
+                region, { subtree: true, childList: true, characterData: true });
+            setTimeout(() => done(times), 11_500);
+        })"""
+    )
+    moments = [time_s for time_s in times_s if time_s - times_s[0] > 1]
+    assert len(moments) >= 1, times_s
+    assert all(time_s - times_s[0] > 4.5 for time_s in moments), times_s
+    text = region.inner_text()
+    assert re.search(r"^Medians: direct [\d,]+ µs; plan [\d,]+ µs, .* of direct\.", text), text
+    assert text.endswith("Paths: direct symmetric, plan symmetric.")
+    width = region.evaluate("region => region.getBoundingClientRect().width")
+    assert width <= 1, "not visible"
+
+
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
     rows = live.cell("panel").locator(".js-plotly-plot .xy .nsewdrag, .nsewdrag[data-subplot=xy]")
     rows.first.scroll_into_view_if_needed()
