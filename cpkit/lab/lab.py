@@ -148,8 +148,7 @@ class Lab:
     @property
     def cp_sizes(self) -> tuple[int, ...]:
         """The allowed values of cp_size: the divisors of the world size."""
-        world_size = self.world_size
-        return tuple(n for n in range(1, world_size + 1) if world_size % n == 0)
+        return tuple(n for n in range(1, self.world_size + 1) if self.world_size % n == 0)
 
     @property
     def owned(self) -> bool:
@@ -165,8 +164,7 @@ class Lab:
     def reconnect(self) -> None:
         """Connect to the workers of this name again, or start as many if none are running.
 
-        Use it after WorkersDied or RankHangs: this `Lab` and what holds it use the new workers.
-        Raises what `connect` raises.
+        All that holds this `Lab` then uses the new workers. Raises what `connect` raises.
         """
         fresh = connect(self.name, nproc=self.world_size, device=self._device)
         self.close()

@@ -22,10 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
+import msgspec
 
 from cpkit.algorithms import ALGORITHM_CHOICES, AlgorithmChoice
-from cpkit.control.errors import BadRequest, ControlError, NoAnswer, RankHangs, WorkersDied
-from cpkit.control.messages import Sample, Strategy
+from cpkit.control.errors import (
+    BadRequest,
+    ControlError,
+    NoAnswer,
+    RankHangs,
+    RequestFailed,
+    WorkersDied,
+)
+from cpkit.control.messages import ClockCall, Sample, Strategy, Workload
 from cpkit.lab import Lab
 from cpkit.lab.arguments import several
 from cpkit.layout import ContextParallelMetadata
@@ -38,6 +46,7 @@ from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
 from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table, spoken
 from cpkit.notebook.takeaway import as_csv, as_json, code
+from cpkit.notebook.views import VIEWS, Model, floor_us
 
 if TYPE_CHECKING:
     from typing import Self
@@ -46,6 +55,7 @@ if TYPE_CHECKING:
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
 _SPOKEN_EVERY_S = 5.0  # how often the text for screen readers changes
+_POOL_EVERY_S = 2.0  # how often the pool is read while its view is shown
 _POLL_S = 0.1  # how soon a hidden panel follows a new setting
 _HANG_POLL_S = 1.0  # how often workers that hang are asked whether they respond again
 _MEASURING, _STOPPED = "● measuring", "○ stopped"
@@ -112,6 +122,11 @@ class Explorer(LivePanel[Setting]):
         )
         self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
+        self.view = widgets.ToggleButtons(
+            options=VIEWS, description="view", style={"button_width": "auto"}
+        )
+        self.view.observe(lambda change: self.panel.choose(change["new"]), "value")
+        self._pool_read_s = -math.inf
         self._spoken, self._spoke_s = widgets.HTML(_dom_classes=(SPOKEN,)), -math.inf
         self._banner = WorkersBanner(self.restart_workers)
         self._is_running = False
@@ -189,6 +204,15 @@ class Explorer(LivePanel[Setting]):
             return self._newest.latest()[0]
 
     @property
+    def model(self) -> Model | None:
+        """The cost model of these workers, if one was fitted: the bandwidth view draws it."""
+        return self.panel.model
+
+    @model.setter
+    def model(self, model: Model | None) -> None:
+        self.panel.model = model
+
+    @property
     def samples(self) -> list[Sample]:
         """The samples of the newest setting: the last 600 per algorithm, oldest first."""
         return self._newest.samples() if self._newest else []
@@ -244,8 +268,9 @@ class Explorer(LivePanel[Setting]):
             layout={"flex_flow": "row wrap"},
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
+        view = controls_box([self.view])
         numbers = (self._taken, self._contention, self._summary, self._against)
-        parts = (self._banner, self._spoken, *numbers, picture)
+        parts = (self._banner, self._spoken, *numbers, view, picture)
         return live_box(self.controls.box(), buttons, *parts)
 
     def _setting(self) -> Setting:
@@ -309,6 +334,7 @@ class Explorer(LivePanel[Setting]):
                 if not self._keep(intervals, sample):
                     continue
                 self._banner.hide()
+                self._probe(intervals.workloads[0])
                 now_s = time.monotonic()
                 if self.plot.is_due():
                     self._draw(intervals, metadata, now_s - began_s)
@@ -317,6 +343,20 @@ class Explorer(LivePanel[Setting]):
                     self._show_contention(metadata.cp_size)
                 if self._presence.is_hidden or self._presence.interval_s() != interval_s:
                     return
+
+    def _probe(self, work: Workload) -> None:
+        """Measure what only the shown view needs: the floor once, the pool periodically."""
+        if self.panel.view == "bandwidth" and self.panel.floor_us is None:
+            shape = msgspec.structs.asdict(work)
+            del shape["algorithm"]
+            calls: list[ClockCall] = ["barrier", "copy"]
+            try:
+                self.panel.floor_us = floor_us(self._lab.clock(calls, **shape, iterations=12))
+            except (BadRequest, RequestFailed) as error:
+                self.panel.floor_us = f"{error!s:.100}"
+        if self.panel.view == "pool" and time.monotonic() - self._pool_read_s >= _POOL_EVERY_S:
+            self._pool_read_s = time.monotonic()
+            self.panel.pool = self._lab.pool.stats(work.cp_size)
 
     def _keep(self, intervals: Intervals, sample: Sample) -> bool:
         """Keep the sample. Return True if it completes an interval."""

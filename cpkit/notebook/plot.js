@@ -49,7 +49,9 @@ function themed({ data, layout }, element) {
   for (const axis of [look.xaxis, look.yaxis]) {
     Object.assign(axis, { gridcolor: faint, linecolor: faint, tickcolor: faint });
   }
-  for (const part of data.flatMap((trace) => [trace.line, trace.error_x, trace.error_y])) {
+  const inked = ({ line, error_x, error_y, marker }) =>
+    [line, error_x, error_y, marker, marker?.line];
+  for (const part of data.flatMap(inked)) {
     if (part?.color === PRINT_INK) part.color = look.font.color;
   }
   return { data, layout };

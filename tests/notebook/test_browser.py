@@ -253,8 +253,21 @@ def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookP
     live.run("panel")
 
 
+def test_views_are_chosen_by_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+    for view, title in (
+        ("tokens", "Padded to one length"),
+        ("bandwidth", "Bandwidth"),
+        ("pool", "Symmetric pool"),
+        ("times", "cp_size 2"),
+    ):
+        panel.get_by_role("button", name=view, exact=True).focus()
+        live.page.keyboard.press("Space")
+        live.wait_for_plot("panel", such=lambda p, words=title: p["title"].startswith(words))
+
+
 CONTROLS = {  # by role
-    "button": {"Start", "Stop", "Pin as A", "Copy code", "CSV", "JSON"},
+    "button": {"Start", "Stop", "Pin as A", "Copy code", "CSV", "JSON", "times", "tokens", "pool"},
     "slider": {"cp_size", "heads", "head_dim", "tensors"},
     "textbox": {"lengths"},
     "combobox": {"preset", "strategy", "rows", "dtype"},

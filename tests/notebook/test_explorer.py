@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 import cpkit
-from cpkit.notebook import intervals
+from cpkit.cost import Host, HostModel
+from cpkit.notebook import intervals, style
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.live import STALE
 from cpkit.notebook.stepper import Stepper
@@ -104,6 +105,46 @@ def test_a_pinned_state_is_the_baseline_of_what_follows(
     panel.unpin()
     until(lambda: points.x == (None,))
     assert panel.comparison_html == ""
+
+
+def test_the_views_show_tokens_bandwidth_and_pool(panel: Explorer) -> None:
+    panel.controls.algorithms.value = ("direct", "plan")
+    panel.start().wait()
+
+    def shown(view: str, words: str) -> dict[str, Any]:
+        panel.view.value = view
+        until(lambda: words in style.text_alternative(panel.panel.still()))
+        # The first trace of each name.
+        return {trace.name: trace for trace in reversed(panel.panel.still().data)}
+
+    panel.controls.lengths.value = "257, 65, 19, 301"
+    bars = shown("tokens", "Rows per rank: 162, 160, 160, 160")[None]
+    assert list(bars.y) == pytest.approx([0, 2 / 162, 2 / 162, 2 / 162])
+    panel.controls.lengths.value = "13, 9"
+    tokens = shown("tokens", "2 of 24 slots are padding")
+    assert tokens["padding"].hovertext[0].endswith("padding: no token")
+    assert "from rank 1, sequence 0, token" in tokens["rank 1"].hovertext[0]
+
+    bandwidth = shown("bandwidth", "floor: ")
+    total_bytes = panel.controls.workloads()[0].total_bytes
+    assert f"({total_bytes:,} bytes)" in panel.panel.still().layout.title.text
+    assert "no cost model is fitted" in panel.panel.still().layout.title.subtitle.text
+    floor = next(trace for name, trace in bandwidth.items() if name.startswith("floor"))
+    assert floor.x[0] > max(bandwidth["achieved (median)"].x)
+    panel.stop()
+    until(lambda: "stopped" in panel.status_html)
+    medians_us = [summary.median_us for summary in panel.panel._summaries]
+    achieved = shown("bandwidth", "floor: ")["achieved (median)"].x
+    assert list(achieved) == pytest.approx([total_bytes / us / 1e3 for us in medians_us])
+    panel.model = HostModel(Host(4, 1 << 25), {"plan": (100, 0, 0, 0, 0)})
+    predicted = shown("bandwidth", "predicted plan")["the model's prediction"]
+    assert list(predicted.y) == ["plan"]
+    assert predicted.x[0] == pytest.approx(total_bytes / 100 / 1e3)
+
+    panel.start()
+    pool = shown("pool", "of an arena of")
+    stats = panel._lab.pool.stats(4)
+    assert list(pool["peak"].x) == pytest.approx(stats["peak_bytes"] / 1e6, abs=1e-3)
 
 
 def test_the_code_measures_the_setting_of_the_controls(
