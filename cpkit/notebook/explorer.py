@@ -11,11 +11,10 @@ at all (`presence`).
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
 import contextlib
-import html
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -44,8 +43,9 @@ from cpkit.notebook.intervals import Baseline, Intervals, compare
 from cpkit.notebook.live import SHOWN, SPOKEN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
+from cpkit.notebook.show import png, svg
 from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table, spoken
-from cpkit.notebook.takeaway import as_csv, as_json, code
+from cpkit.notebook.takeaway import TakeButtons, as_csv, as_json, code
 from cpkit.notebook.views import VIEWS, Model, floor_us
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Explorer(LivePanel[Setting]):
         self._summary, self._against, self._table = (
             widgets.HTML(_dom_classes=(SHOWN,), layout={"max_width": "100%"}) for _ in range(3)
         )
-        self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
+        self._takes = TakeButtons(self.panel.plot, lambda: self.code, lambda: self.samples)
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
         self.view = widgets.ToggleButtons(
             options=VIEWS, description="view", style={"button_width": "auto"}
@@ -230,6 +230,19 @@ class Explorer(LivePanel[Setting]):
         """Write all samples with all their fields; `cpkit.load_samples` reads them."""
         Path(path).write_text(as_json(self.samples))
 
+    def save_png(self, path: str | PathLike[str]) -> None:
+        """Write the figure of the chosen view. Raises NoPicture without Chromium or Chrome."""
+        Path(path).write_bytes(png(self.panel.still()))
+
+    def save_svg(self, path: str | PathLike[str]) -> None:
+        """Write the figure of the chosen view. Raises NoPicture without Chromium or Chrome."""
+        Path(path).write_bytes(svg(self.panel.still()))
+
+    def save_trace(self, path: str | PathLike[str]) -> None:
+        """Run one gather of the first algorithm, and write its timeline for ui.perfetto.dev."""
+        work = msgspec.structs.asdict(self.controls.workloads()[0])
+        self._lab.trace(**work).save_chrome_trace(path)
+
     @property
     def status_html(self) -> str:
         """The status line: measuring, idle, hidden, stopped, or an error."""
@@ -258,18 +271,13 @@ class Explorer(LivePanel[Setting]):
         self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
         self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
         self.unpin()
-        takes = [
-            _take_button("Copy code", "copy", "Python of this setting", self._copy_code),
-            _take_button("CSV", "download", "the samples as a table", self._download_csv),
-            _take_button("JSON", "download", "the samples, to load again", self._download_json),
-        ]
         buttons = widgets.HBox(
-            [controls_box([start, stop, self._pin_button, *takes]), self._status],
+            [controls_box([start, stop, self._pin_button, *self._takes.buttons]), self._status],
             layout={"flex_flow": "row wrap"},
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
         view = controls_box([self.view])
-        numbers = (self._taken, self._contention, self._summary, self._against)
+        numbers = (self._takes.said, self._contention, self._summary, self._against)
         parts = (self._banner, self._spoken, *numbers, view, picture)
         return live_box(self.controls.box(), buttons, *parts)
 
@@ -391,29 +399,6 @@ class Explorer(LivePanel[Setting]):
         except RuntimeError as error:
             self._status.value = f"○ {error}"
 
-    def _copy_code(self) -> None:
-        try:
-            text = self.code
-        except ValueError:  # the status line has the error
-            return
-        self.panel.plot.hand_out(text)
-        self._taken.value = f"In the clipboard:<pre>{html.escape(text)}</pre>"
-
-    def _download_csv(self) -> None:
-        self._download("csv", as_csv)
-
-    def _download_json(self) -> None:
-        self._download("json", as_json)
-
-    def _download(self, kind: str, text_of: Callable[[Sequence[Sample]], str]) -> None:
-        samples = self.samples
-        if not samples:
-            self._taken.value = "Nothing is measured yet."
-            return
-        name = f"cpkit-{time.strftime('%Y-%m-%d-%H%M%S')}.{kind}"
-        self.panel.plot.hand_out(text_of(samples), name)
-        self._taken.value = f"{len(samples)} samples are in {name} of your downloads."
-
     def _show_contention(self, cp_size: int) -> None:
         badge = contention_badge(self._lab.status(), cp_size)
         if badge != self._contention.value:
@@ -427,9 +412,3 @@ class Explorer(LivePanel[Setting]):
         if isinstance(error, (WorkersDied, NoAnswer)):
             self._banner.show(error)
             self._status.value = _NO_WORKERS
-
-
-def _take_button(name: str, icon: str, tip: str, take: Callable[[], None]) -> widgets.Button:
-    button = widgets.Button(description=name, icon=icon, tooltip=tip, layout={"width": "auto"})
-    button.add_class(f"take-{name.rsplit(maxsplit=1)[-1].lower()}").on_click(lambda _: take())
-    return button

@@ -76,10 +76,12 @@ function describeControls(panel) {
   }
 }
 
-// Store a text in a file of the user, or in the clipboard; once, however many views there are.
-async function take({ number, name, text }, state) {
+// Store a text in a file of the user, or in the clipboard, or the figure in a file; once, however
+// many views there are.
+async function take({ number, name, text }, state, savePicture) {
   if (!document.hasFocus() || state.cpkitTaken === number) return;
   state.cpkitTaken = number;
+  if (text === undefined) return savePicture(...name.split("."));
   if (!name) return navigator.clipboard.writeText(text);
   const url = URL.createObjectURL(new Blob([text]));
   Object.assign(document.createElement("a"), { href: url, download: name }).click();
@@ -140,9 +142,14 @@ async function render({ model, el }) {
     touchedAt = performance.now();
     report({ touched: true });
   };
-  const onMessage = (content) => content.take && take(content.take, state).catch((error) => {
-    notice.textContent = `The browser does not take it: ${error}`;
-  });
+  const savePicture = (filename, format) => {
+    const { width, height } = plot.layout;
+    return Plotly.downloadImage(plot, { filename, format, width, height });
+  };
+  const onMessage = (content) => content.take
+    && take(content.take, state, savePicture).catch((error) => {
+      notice.textContent = `The browser does not take it: ${error}`;
+    });
   state.on("msg:custom", onMessage);
   document.addEventListener("visibilitychange", reportVisible);
   globalThis.addEventListener("pagehide", reportGone);

@@ -79,9 +79,15 @@ class LivePlot(anywidget.AnyWidget):
 
         One view does so: the first one in the page that has the focus.
         """
+        self._send_once({"name": name, "text": text})
+
+    def hand_out_picture(self, name: str) -> None:
+        """Store the figure in a file of the browser's user; its name ends in .png or .svg."""
+        self._send_once({"name": name})
+
+    def _send_once(self, what: dict[str, str]) -> None:
         self._handed_out += 1
-        what = {"number": self._handed_out, "name": name, "text": text}
-        self.plot_state.send({"take": what})
+        self.plot_state.send({"take": what | {"number": self._handed_out}})
 
     def is_due(self) -> bool:
         """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""

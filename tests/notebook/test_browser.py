@@ -211,6 +211,13 @@ def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path
             panel.locator(f"button.take-{kind}").click()
         assert taken.value.suggested_filename.endswith(f".{kind}")
         taken.value.save_as(tmp_path / kind)
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<svg")):
+        with page.expect_download() as taken:
+            panel.locator(f"button.take-{kind}").click()
+        assert taken.value.suggested_filename.endswith(f".{kind}")
+        taken.value.save_as(tmp_path / kind)
+        assert (tmp_path / kind).read_bytes().startswith(start)
+    assert "plan" in (tmp_path / "svg").read_text()
     assert {sample.algorithm for sample in cpkit.load_samples(tmp_path / "json")} == {
         "direct",
         "plan",
@@ -267,7 +274,18 @@ def test_views_are_chosen_by_keyboard(live: NotebookPage) -> None:
 
 
 CONTROLS = {  # by role
-    "button": {"Start", "Stop", "Pin as A", "Copy code", "CSV", "JSON", "times", "tokens", "pool"},
+    "button": {
+        "Start",
+        "Stop",
+        "Pin as A",
+        "Copy code",
+        "CSV",
+        "JSON",
+        "PNG",
+        "SVG",
+        "times",
+        "pool",
+    },
     "slider": {"cp_size", "heads", "head_dim", "tensors"},
     "textbox": {"lengths"},
     "combobox": {"preset", "strategy", "rows", "dtype"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from cpkit.cost import Host, HostModel
 from cpkit.notebook import intervals, style
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.live import STALE
+from cpkit.notebook.show import NoPicture, find_browser
 from cpkit.notebook.stepper import Stepper
 from tests.helpers.processes import until
 
@@ -184,6 +186,20 @@ def test_saved_samples_load_again(panel: Explorer, tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             cpkit.load_samples(tmp_path / "other.json")
+
+
+def test_pictures_and_a_trace_are_saved(
+    panel: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["ph"] == "X"} == {0, 1, 2, 3}
+    if find_browser():
+        panel.save_svg(tmp_path / "figure.svg")
+        assert "Rows per rank" in (tmp_path / "figure.svg").read_text()
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
+    with pytest.raises(NoPicture, match="'/nowhere', which is not an executable"):
+        panel.save_png(tmp_path / "figure.png")
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
