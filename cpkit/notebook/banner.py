@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from cpkit.control.errors import RankHangs, WorkersDied
 from cpkit.control.exit_report import describe_exit
 from cpkit.notebook import style
+from cpkit.notebook.live import close_widgets
 
 _LONGEST_LINE = 200  # characters of a log line
 _LOOK = f"border-left: 6px solid {style.WRONG}; padding: 2px 10px"
@@ -52,8 +53,8 @@ class WorkersBanner(widgets.VBox):  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the parts too, also those that are not shown."""
-        self._text.close()
-        self._button.close()
+        close_widgets(self._text)
+        close_widgets(self._button)
         super().close()
 
 

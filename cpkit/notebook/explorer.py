@@ -296,7 +296,8 @@ class Explorer(LivePanel[Setting]):
         """Draw the layout. If running, measure until a newer setting is submitted."""
         intervals = setting.intervals
         if setting.is_running or not intervals.count:
-            self.panel.show_layout(intervals.workloads, intervals.workloads[0].layout())
+            metadata = intervals.workloads[0].layout()
+            self.panel.show_layout(intervals.workloads, metadata, replaced_soon=setting.is_running)
             self._table.value = self._summary.value = ""
         if not setting.is_running:
             self._status.value = _STOPPED
@@ -344,7 +345,7 @@ class Explorer(LivePanel[Setting]):
                 self._banner.hide()
                 self._probe(intervals.workloads[0])
                 now_s = time.monotonic()
-                if self.plot.is_due():
+                if self.plot.is_due() or intervals.count == 1:
                     self._draw(intervals, metadata, now_s - began_s)
                 if now_s >= read_at_s:
                     read_at_s = now_s + _STATUS_EVERY_S

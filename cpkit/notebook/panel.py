@@ -60,7 +60,13 @@ class Panel:
         }
         self._history: dict[str, deque[tuple[float, float, float | None]]] = {}
 
-    def show_layout(self, workloads: Sequence[Workload], metadata: ContextParallelMetadata) -> None:
+    def show_layout(
+        self,
+        workloads: Sequence[Workload],
+        metadata: ContextParallelMetadata,
+        *,
+        replaced_soon: bool = False,
+    ) -> None:
         """Draw the rows per rank, and start a new history."""
         self._metadata, self.floor_us, self.pool = metadata, None, None
         self._history = {w.algorithm: deque(maxlen=HISTORY) for w in workloads}
@@ -82,7 +88,7 @@ class Panel:
                 bar.update(x=[0], y=[workloads[0].algorithm])
             _draw_ratios(self._to_first, [workloads[0].algorithm], [_SAME])
             _draw_ratios(self._to_baseline, [workloads[0].algorithm], [None])
-            self._publish(())
+            self._publish((), replaced_soon=replaced_soon)
 
     def show(
         self,
@@ -127,12 +133,12 @@ class Panel:
         median.update(x=ago_s, y=_short(medians_us))
         p95.update(x=ago_s, y=_short(p95_us))
 
-    def _publish(self, summaries: Sequence[Summary]) -> None:
+    def _publish(self, summaries: Sequence[Summary], *, replaced_soon: bool = False) -> None:
         self._summaries = summaries
         times = ", ".join(f"{s.algorithm} {s.median_us:.0f} µs" for s in summaries)
         alt = "The live panel: rows, time per rank, stages, ratios and history. Median times: "
         self.figure.layout.meta = {"alt": f"{alt}{times or 'nothing measured yet'}."}
-        self.plot.publish(self._shown())
+        self.plot.publish(self._shown(), replaced_soon=replaced_soon)
 
     def _shown(self) -> go.Figure:
         figure = self.figure

@@ -7,6 +7,7 @@ const CONFIG = {
 };
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
+const REPLACED_MS = 200; // how long a figure that will be replaced soon is not drawn
 const TOUCHES = ["pointerdown", "keydown", "wheel"];
 const TOUCH_INTERVAL_MS = 1000; // at most one report of a touch in this time
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
@@ -101,9 +102,13 @@ async function render({ model, el }) {
   el.append(notice, plot);
 
   let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
-  // Draw quick changes once, with the newest figure. Draw at most half of the time, so that the
-  // controls of a slow page still respond.
-  const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
+  // Draw quick changes once, with the newest figure, and one that will be replaced soon only if it
+  // is not. Draw at most two thirds of the time, so that the controls of a slow page still respond.
+  const request = () => {
+    clearTimeout(timer);
+    const patience = JSON.parse(state.get("figure")).replaced_soon ? REPLACED_MS : 0;
+    timer = setTimeout(draw, Math.max(restUntil - performance.now(), patience));
+  };
   async function draw() {
     timer = undefined;
     if (closed || drawing || !Plotly) return;
@@ -123,7 +128,7 @@ async function render({ model, el }) {
     }
     describeControls(el.closest(".cpkit-live") ?? el);
     drawing = false;
-    restUntil = 2 * performance.now() - startedAt;
+    restUntil = performance.now() + (performance.now() - startedAt) / 2;
     const newest = JSON.parse(state.get("figure")).revision;
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }

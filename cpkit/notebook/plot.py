@@ -66,9 +66,12 @@ class LivePlot(anywidget.AnyWidget):
             layout={"width": "100%", "max_width": f"{MAX_WIDTH_PX}px"},
         )
 
-    def publish(self, figure: go.Figure) -> None:
-        """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged."""
-        self.plot_state.figure = self._next_revision(figure)
+    def publish(self, figure: go.Figure, *, replaced_soon: bool = False) -> None:
+        """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged.
+
+        A figure that is `replaced_soon` is drawn only if no other one follows soon.
+        """
+        self.plot_state.figure = self._next_revision(figure, replaced_soon=replaced_soon)
 
     def on_report(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Call `report` with each message of a view; see `cpkit.notebook.presence`."""
@@ -99,12 +102,13 @@ class LivePlot(anywidget.AnyWidget):
             self.plot_state.close()
         super().close()
 
-    def _next_revision(self, figure: go.Figure) -> str:
+    def _next_revision(self, figure: go.Figure, *, replaced_soon: bool = False) -> str:
         self.revision += 1
         self._published_at_s = time.monotonic()
         content: dict[str, Any] = json.loads(figure.to_json())
         content["layout"].setdefault("uirevision", "live")
         content |= {"revision": self.revision, "alt": style.text_alternative(figure)}
+        content["replaced_soon"] = replaced_soon
         return json.dumps(content)
 
 
