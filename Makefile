@@ -25,7 +25,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help lab test test-all test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
+.PHONY: help lab explore test test-all test-gpu lint format bench bench-gpu notebooks rehearse lock hooks clean distclean
 
 help: ## list the targets
 	@echo 'make TARGET [NPROC=4] [NAME=default] [TORCH=cpu|cuda|oldest] [PYTHON=python3] [ARGS=...]'
@@ -34,6 +34,9 @@ help: ## list the targets
 
 lab: $(VENV)/.has-notebooks ## start NPROC workers and open JupyterLab on the first notebook
 	$(PY) -m cpkit lab --name $(NAME) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
+explore: $(VENV)/.has-notebooks ## start NPROC workers and open the live panel alone on a page (for a projector)
+	$(PY) -m cpkit explore --name $(NAME) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: $(VENV)/.has-test ## run the tests, cheapest first, except those marked slow (ARGS goes to pytest)
 	$(PY) -m pytest $(ARGS)

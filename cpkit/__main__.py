@@ -1,4 +1,4 @@
-"""The command line: `python -m cpkit start|status|logs|stop|doctor|lab`."""
+"""The command line: `python -m cpkit start|status|logs|stop|doctor|lab|explore`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 
 from jupyter_core.paths import jupyter_config_dir
@@ -24,6 +25,7 @@ from cpkit.notebook import workspace
 from cpkit.os_errors import describe as describe_error
 from cpkit.processes import ProcessId, process_id, run_command
 
+_EXPLORER = Path(workspace.__file__).with_name("explore.ipynb")
 _FIRST_NOTEBOOK = "01_padding_and_reorg.ipynb"
 _NOT_RUNNING = 3  # exit code of `status`, as in init scripts
 
@@ -31,7 +33,7 @@ _NOT_RUNNING = 3  # exit code of `status`, as in init scripts
 def main(arguments: list[str] | None = None) -> int:
     """Run one command, and return its exit code."""
     options, rest = _parser().parse_known_args(arguments)
-    if rest and options.command != "lab":
+    if rest and options.command not in ("lab", "explore"):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _COMMANDS[options.command](options, rest)
@@ -122,19 +124,34 @@ def lab(options: argparse.Namespace, rest: list[str]) -> int:
     for message in workspace.refresh():
         print(message, flush=True)
     print(_workers_for_lab(options), flush=True)
-    command = [sys.executable, "-m", "jupyterlab", *_lab_options(), *rest]
+    return _run_jupyter(["jupyterlab", *_lab_options(), *rest], options.name)
+
+
+def explore(options: argparse.Namespace, rest: list[str]) -> int:
+    """Start workers if none are running, and open the explorer alone on a page of 127.0.0.1."""
+    _check_home()
+    if find_spec("voila") is None:
+        raise ControlError("the page needs Voilà, which is not installed: pip install voila")
+    print(_workers_for_lab(options), flush=True)
+    serve = ["--Voila.ip=127.0.0.1", "--token"]  # a new token, which the printed address contains
+    return _run_jupyter(["voila", str(_EXPLORER), *serve, *rest], options.name)
+
+
+def _run_jupyter(module: list[str], name: str) -> int:
+    """Run a server of notebooks until it ends; then stop workers that were started here."""
     jupyter = subprocess.Popen(
-        tied(command, signal.SIGTERM),  # JupyterLab stops its kernels on SIGTERM
-        env=_lab_environment(options.name),
+        # These servers stop their kernels on SIGTERM.
+        tied([sys.executable, "-m", *module], signal.SIGTERM),
+        env=_lab_environment(name),
     )
     signal.signal(signal.SIGTERM, lambda *_: jupyter.terminate())
-    # In a terminal JupyterLab receives Ctrl-C too, and asks for confirmation.
+    # In a terminal the server receives Ctrl-C too; JupyterLab asks for confirmation.
     in_terminal = sys.stdin is not None and sys.stdin.isatty()
     signal.signal(signal.SIGINT, signal.SIG_IGN if in_terminal else lambda *_: jupyter.terminate())
     code = jupyter.wait()
-    connection = readiness.running(options.name)
+    connection = readiness.running(name)
     if connection and connection.owner == process_id():
-        launcher.stop(options.name)
+        launcher.stop(name)
     return code
 
 
@@ -168,7 +185,7 @@ def _workers_for_lab(options: argparse.Namespace) -> str:
             f"workers {name!r} are already running and will be used: "
             f"{describe(client.connection)}.\n"
             f"To stop them: ./launch_workers.sh stop --name {name}. "
-            f"To start separate workers: make lab NAME=another-name"
+            f"To start separate workers: make {options.command} NAME=another-name"
         )
 
 
@@ -235,6 +252,7 @@ _COMMANDS = {
     "stop": stop,
     "doctor": doctor,
     "lab": lab,
+    "explore": explore,
 }
 
 
@@ -248,11 +266,11 @@ def _parser() -> argparse.ArgumentParser:
         name: commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         for name, command in _COMMANDS.items()
     }
-    for name in ("start", "status", "logs", "stop", "lab"):
+    for name in ("start", "status", "logs", "stop", "lab", "explore"):
         parsers[name].add_argument(
             "--name", default="default", help="name of the set of workers (default: default)"
         )
-    for name in ("start", "lab"):
+    for name in ("start", "lab", "explore"):
         _add_size(parsers[name])
     parsers["start"].set_defaults(nproc=Launch().nproc)
     _add_start(parsers["start"])
@@ -262,9 +280,11 @@ def _parser() -> argparse.ArgumentParser:
     parsers["logs"].add_argument(
         "--follow", action="store_true", help="show new lines until interrupted"
     )
-    parsers[
-        "lab"
-    ].epilog = "Other arguments are passed to JupyterLab, for example --port 8889 --no-browser."
+    for name, server, example in (
+        ("lab", "JupyterLab", "--port 8889 --no-browser"),
+        ("explore", "Voilà", "--theme=dark --port=8889 --no-browser"),
+    ):
+        parsers[name].epilog = f"Other arguments are passed to {server}, for example {example}."
     return parser
 
 

@@ -61,6 +61,6 @@ def describe_process(owner: ProcessId) -> str:
     if "ipykernel_launcher" in command:
         name = f" {PurePath(notebook).name}" if notebook else ""
         return f"the notebook{name} (kernel: process {owner.pid})"
-    if command[1:4] == ["-m", "cpkit", "lab"]:
-        return f"`make lab` (process {owner.pid})"
+    if command[1:3] == ["-m", "cpkit"] and command[3:4] in (["lab"], ["explore"]):
+        return f"`make {command[3]}` (process {owner.pid})"
     return f"process {owner.pid} (`{shlex.join(command)[:_MAX_COMMAND_CHARS]}`)"

@@ -13,7 +13,7 @@ Lengths = int | Sequence[int]
 def several(values: Any, name: str) -> tuple[Any, ...]:
     """Return one name or several values as a tuple. Raises BadRequest for anything else."""
     if not isinstance(values, Iterable):
-        raise BadRequest(f"{name} is {values!r}; it must be a list")
+        raise BadRequest(f"{name} is {values!r:.100}; it must be a list")
     return (values,) if isinstance(values, str) else tuple(values)
 
 
@@ -26,6 +26,6 @@ def whole(numbers: Lengths, name: str = "lengths") -> tuple[int, ...]:
         if whole:
             return whole
     raise BadRequest(
-        f"{name} is {numbers!r}; it must be a whole number, or a list of at least one: for lengths "
-        f"the tokens of each sequence, for example [4097, 812]"
+        f"{name} is {numbers!r:.100}; it must be a whole number, or a list of at least one: for "
+        f"lengths the tokens of each sequence, for example [4097, 812]"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import structs
 
 from cpkit.algorithms import ALGORITHMS, AnyAlgorithm
-from cpkit.control import launcher
+from cpkit.control import launcher, readiness
 from cpkit.control.client import Client, request_deadline_s
 from cpkit.control.errors import BadRequest, RankHangs, WorkersDied, checked, name_the_limit
 from cpkit.control.launch_options import Launch
@@ -83,7 +83,7 @@ def connect(
             client = launcher.attach(name, nproc, device)
         except RankHangs as error:
             _log.warning("ending the workers %r, because they hang: %s", name, error)
-            if old := launcher.running(name):
+            if old := readiness.running(name):
                 settings = structs.replace(settings, algorithms=old.algorithms)
             launcher.stop(name)
             client = None
@@ -123,6 +123,10 @@ class Lab:
     """
 
     def __init__(self, client: Client) -> None:
+        self._device: Literal["auto", "cpu", "cuda"] = "auto"
+        self._use(client)
+
+    def _use(self, client: Client) -> None:
         self._client = client
         self._client.on_wait = _log_wait
         self.pool = LabPool(client)
@@ -149,8 +153,7 @@ class Lab:
     @property
     def cp_sizes(self) -> tuple[int, ...]:
         """The allowed values of cp_size: the divisors of the world size."""
-        world_size = self.world_size
-        return tuple(n for n in range(1, world_size + 1) if world_size % n == 0)
+        return tuple(n for n in range(1, self.world_size + 1) if self.world_size % n == 0)
 
     @property
     def owned(self) -> bool:
@@ -159,7 +162,18 @@ class Lab:
 
     def status(self) -> StatusResult:
         """Return the workers' processes, device, state and limits, even while they are busy."""
-        return self._client.call(Status(), StatusResult)
+        status = self._client.call(Status(), StatusResult)
+        self._device = "cpu" if status.device.startswith("cpu") else "cuda"
+        return status
+
+    def reconnect(self) -> None:
+        """Connect to the workers of this name again, or start as many if none are running.
+
+        All that holds this `Lab` then uses the new workers. Raises what `connect` raises.
+        """
+        fresh = connect(self.name, nproc=self.world_size, device=self._device)
+        self.close()
+        self._use(fresh._client)
 
     def gather(
         self,
@@ -219,7 +233,12 @@ class Lab:
         self, workloads: Sequence[Workload], *, samples: int | None = None, interval_s: float = 0.1
     ) -> Generator[Sample, None, None]:
         """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`."""
-        return self._samples(checked(Measure(tuple(workloads), samples, interval_s)))
+        variants = several(workloads, "workloads")
+        if not all(isinstance(variant, Workload) for variant in variants):
+            raise BadRequest(
+                f"workloads is {workloads!r:.100}; it must be a list of what Lab.workload returns"
+            )
+        return self._samples(checked(Measure(variants, samples, interval_s)))
 
     def _samples(self, body: Measure) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.

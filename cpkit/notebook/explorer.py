@@ -10,31 +10,43 @@ at all (`presence`).
 
 # Annotations are evaluated here, so that `help()` and Shift-Tab show the allowed values.
 
-import html
+import contextlib
+import math
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
+import msgspec
 
 from cpkit.algorithms import AnyAlgorithm
-from cpkit.control.errors import BadRequest
-from cpkit.control.messages import Sample, Strategy
+from cpkit.control.errors import (
+    BadRequest,
+    ControlError,
+    NoAnswer,
+    RankHangs,
+    RequestFailed,
+    WorkersDied,
+)
+from cpkit.control.messages import ClockCall, Sample, Strategy, Workload
 from cpkit.lab import Lab
 from cpkit.lab.arguments import several
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import contention_badge
+from cpkit.notebook.banner import WorkersBanner
 from cpkit.notebook.controls import Controls
 from cpkit.notebook.intervals import Baseline, Intervals, compare
-from cpkit.notebook.live import SHOWN, IsNewest, LivePanel, controls_box, live_box
+from cpkit.notebook.live import SHOWN, SPOKEN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
-from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table
-from cpkit.notebook.takeaway import as_csv, as_json, code
+from cpkit.notebook.show import png, svg
+from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table, spoken
+from cpkit.notebook.takeaway import TakeButtons, as_csv, as_json, code
+from cpkit.notebook.views import VIEWS, Model, floor_us
 
 if TYPE_CHECKING:
     from typing import Self
@@ -42,10 +54,14 @@ if TYPE_CHECKING:
     import torch
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
+_SPOKEN_EVERY_S = 5.0  # how often the text for screen readers changes
+_POOL_EVERY_S = 2.0  # how often the pool is read while its view is shown
 _POLL_S = 0.1  # how soon a hidden panel follows a new setting
+_HANG_POLL_S = 1.0  # how often workers that hang are asked whether they respond again
 _MEASURING, _STOPPED = "● measuring", "○ stopped"
 _IDLE = "◐ measuring once per second: not touched for a while; touch the panel for the full rate"
 _HIDDEN = "○ not measuring: no page shows this panel"
+_NO_WORKERS = "✗ not measuring: see the message about the workers"
 
 
 class Setting(NamedTuple):
@@ -87,11 +103,11 @@ class Explorer(LivePanel[Setting]):
         seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
         for name, value in seconds.items():
             if not (isinstance(value, Real) and value >= 0):
-                raise BadRequest(f"{name} is {value!r}; it must be seconds, 0 or more")
+                raise BadRequest(f"{name} is {value!r:.100}; it must be seconds, 0 or more")
         names, choices = several(algorithms, "algorithms"), lab.status().algorithms
-        if not names or not set(names) <= {*choices}:
-            allowed = ", ".join(choices)
-            raise BadRequest(f"algorithms is {algorithms!r}; it must be one or more of {allowed}")
+        if not names or not all(name in choices for name in names):
+            allowed, got = ", ".join(choices), f"{algorithms!r:.100}"
+            raise BadRequest(f"algorithms is {got}; it must be one or more of {allowed}")
         first = lab.workload(
             lengths, cp_size, strategy, names[0], symmetric, heads, head_dim, dtype, tensors
         )
@@ -103,8 +119,15 @@ class Explorer(LivePanel[Setting]):
         self._summary, self._against, self._table = (
             widgets.HTML(_dom_classes=(SHOWN,), layout={"max_width": "100%"}) for _ in range(3)
         )
-        self._taken = widgets.HTML(_dom_classes=("cpkit-taken",))
+        self._takes = TakeButtons(self.panel.plot, lambda: self.code, lambda: self.samples)
         self._contention = widgets.HTML(_dom_classes=("cpkit-contention",))
+        self.view = widgets.ToggleButtons(
+            options=VIEWS, description="view", style={"button_width": "auto"}
+        )
+        self.view.observe(lambda change: self.panel.choose(change["new"]), "value")
+        self._pool_read_s = -math.inf
+        self._spoken, self._spoke_s = widgets.HTML(_dom_classes=(SPOKEN,)), -math.inf
+        self._banner = WorkersBanner(self.restart_workers)
         self._is_running = False
         self._newest: Intervals | None = None
         self._baseline: Baseline | None = None
@@ -121,6 +144,21 @@ class Explorer(LivePanel[Setting]):
         """Stop measuring, and keep what was measured. New settings still draw their layout."""
         self._is_running = False
         self._submit()
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop measuring, end the thread, and close the widgets."""
+        with self._changed:
+            self._is_running = False
+            self._changed.notify_all()
+        super().close()
+
+    def restart_workers(self) -> None:
+        """Connect again, start workers if none run, and go on measuring. Returns immediately."""
+        self._worker.cancel()
+        self._banner.show_starting(self._lab.world_size)
+        threading.Thread(target=self._reconnect, name="cpkit-restart", daemon=True).start()
 
     def pin(self) -> None:
         """Keep the present state as the baseline A: from now on the panel shows B against A.
@@ -143,23 +181,35 @@ class Explorer(LivePanel[Setting]):
     def wait(self, samples: int = 1, timeout_s: float = 30.0) -> Sample:
         """Wait until each algorithm has this many samples; return the latest of the first one.
 
-        Raises the measurement's exception, RuntimeError if the panel is stopped, or TimeoutError.
+        Raises the measurement's exception, RuntimeError if the panel is stopped or closed, or
+        TimeoutError.
         """
+        if samples < 1:
+            raise BadRequest(f"samples is {samples!r:.100}; it must be 1 or more")
         with self._presence.awaited(), self._changed:
-            if not self._is_running and self._count() < samples:
-                raise RuntimeError("the panel is stopped: press Start, then run this cell again")
-            done = self._changed.wait_for(
-                lambda: self._error or self._count() >= samples, timeout_s
+            self._changed.wait_for(
+                lambda: self._error or not self._is_running or self._count() >= samples, timeout_s
             )
             if self._error:
                 raise self._error
-            if not done:
+            if self._count() < samples and not self._is_running:
+                raise RuntimeError("the panel is stopped: press Start, then run this cell again")
+            if self._count() < samples:
                 raise TimeoutError(
                     f"{self._count()} of {samples} samples arrived in {timeout_s} s; the panel "
                     f"shows: {self.status_html}"
                 )
             assert self._newest
             return self._newest.latest()[0]
+
+    @property
+    def model(self) -> Model | None:
+        """The cost model of these workers, if one was fitted: the bandwidth view draws it."""
+        return self.panel.model
+
+    @model.setter
+    def model(self, model: Model | None) -> None:
+        self.panel.model = model
 
     @property
     def samples(self) -> list[Sample]:
@@ -178,6 +228,19 @@ class Explorer(LivePanel[Setting]):
     def save_json(self, path: str | PathLike[str]) -> None:
         """Write all samples with all their fields; `cpkit.load_samples` reads them."""
         Path(path).write_text(as_json(self.samples))
+
+    def save_png(self, path: str | PathLike[str]) -> None:
+        """Write the figure of the chosen view. Raises NoPicture without Chromium or Chrome."""
+        Path(path).write_bytes(png(self.panel.still()))
+
+    def save_svg(self, path: str | PathLike[str]) -> None:
+        """Write the figure of the chosen view. Raises NoPicture without Chromium or Chrome."""
+        Path(path).write_bytes(svg(self.panel.still()))
+
+    def save_trace(self, path: str | PathLike[str]) -> None:
+        """Run one gather of the first algorithm, and write its timeline for ui.perfetto.dev."""
+        work = msgspec.structs.asdict(self.controls.workloads()[0])
+        self._lab.trace(**work).save_chrome_trace(path)
 
     @property
     def status_html(self) -> str:
@@ -207,18 +270,15 @@ class Explorer(LivePanel[Setting]):
         self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
         self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
         self.unpin()
-        takes = [
-            _take_button("Copy code", "copy", "Python of this setting", self._copy_code),
-            _take_button("CSV", "download", "the samples as a table", self._download_csv),
-            _take_button("JSON", "download", "the samples, to load again", self._download_json),
-        ]
         buttons = widgets.HBox(
-            [controls_box([start, stop, self._pin_button, *takes]), self._status],
+            [controls_box([start, stop, self._pin_button, *self._takes.buttons]), self._status],
             layout={"flex_flow": "row wrap"},
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
-        numbers = (self._taken, self._contention, self._summary, self._against)
-        return live_box(self.controls.box(), buttons, *numbers, picture)
+        view = controls_box([self.view])
+        numbers = (self._takes.said, self._contention, self._summary, self._against)
+        parts = (self._banner, self._spoken, *numbers, view, picture)
+        return live_box(self.controls.box(), buttons, *parts)
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
@@ -235,7 +295,8 @@ class Explorer(LivePanel[Setting]):
         """Draw the layout. If running, measure until a newer setting is submitted."""
         intervals = setting.intervals
         if setting.is_running or not intervals.count:
-            self.panel.show_layout(intervals.workloads, intervals.workloads[0].layout())
+            metadata = intervals.workloads[0].layout()
+            self.panel.show_layout(intervals.workloads, metadata, replaced_soon=setting.is_running)
             self._table.value = self._summary.value = ""
         if not setting.is_running:
             self._status.value = _STOPPED
@@ -246,7 +307,27 @@ class Explorer(LivePanel[Setting]):
                 self._status.value = _HIDDEN
                 self._presence.wait(_POLL_S)
             else:
-                self._measure(intervals, is_newest, began_s)
+                try:
+                    self._measure(intervals, is_newest, began_s)
+                except RankHangs as error:
+                    self._fail(error)
+                    self._wait_for_response(is_newest)
+
+    def _wait_for_response(self, is_newest: IsNewest) -> None:
+        """Wait while a rank hangs, and start again when all respond."""
+        while is_newest():
+            with contextlib.suppress(RankHangs):
+                if self._lab.status().state != "hung":
+                    self._submit()
+            self._presence.wait(_HANG_POLL_S)
+
+    def _reconnect(self) -> None:
+        try:
+            self._lab.reconnect()
+        except (ControlError, ValueError) as error:
+            self._banner.show(error)
+        else:
+            self.start()
 
     def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
         """Measure until a newer setting is submitted, or the interval changes."""
@@ -254,20 +335,36 @@ class Explorer(LivePanel[Setting]):
         interval_s, read_at_s = self._presence.interval_s(), 0.0
         self._status.value = _IDLE if self._presence.is_idle else _MEASURING
         stream = self._lab.measure_workloads(intervals.workloads, interval_s=interval_s)
-        with closing(stream) as samples:
+        with contextlib.closing(stream) as samples:
             for sample in samples:
                 if not is_newest():
                     return
                 if not self._keep(intervals, sample):
                     continue
+                self._banner.hide()
+                self._probe(intervals.workloads[0])
                 now_s = time.monotonic()
-                if self.plot.is_due():
+                if self.plot.is_due() or intervals.count == 1:
                     self._draw(intervals, metadata, now_s - began_s)
                 if now_s >= read_at_s:
                     read_at_s = now_s + _STATUS_EVERY_S
                     self._show_contention(metadata.cp_size)
                 if self._presence.is_hidden or self._presence.interval_s() != interval_s:
                     return
+
+    def _probe(self, work: Workload) -> None:
+        """Measure what only the shown view needs: the floor once, the pool periodically."""
+        if self.panel.view == "bandwidth" and self.panel.floor_us is None:
+            shape = msgspec.structs.asdict(work)
+            del shape["algorithm"]
+            calls: list[ClockCall] = ["barrier", "copy"]
+            try:
+                self.panel.floor_us = floor_us(self._lab.clock(calls, **shape, iterations=12))
+            except (BadRequest, RequestFailed) as error:
+                self.panel.floor_us = f"{error!s:.100}"
+        if self.panel.view == "pool" and time.monotonic() - self._pool_read_s >= _POOL_EVERY_S:
+            self._pool_read_s = time.monotonic()
+            self.panel.pool = self._lab.pool.stats(work.cp_size)
 
     def _keep(self, intervals: Intervals, sample: Sample) -> bool:
         """Keep the sample. Return True if it completes an interval."""
@@ -289,6 +386,9 @@ class Explorer(LivePanel[Setting]):
         self._against.value = shown
         self._summary.value = algorithms_table(summaries)
         self._table.value = ranks_table(summaries, metadata)
+        if time.monotonic() - self._spoke_s >= _SPOKEN_EVERY_S:
+            self._spoke_s = time.monotonic()
+            self._spoken.value = spoken(summaries)
 
     def _toggle_pin(self) -> None:
         if self._baseline:
@@ -298,29 +398,6 @@ class Explorer(LivePanel[Setting]):
             self.pin()
         except RuntimeError as error:
             self._status.value = f"○ {error}"
-
-    def _copy_code(self) -> None:
-        try:
-            text = self.code
-        except ValueError:  # the status line has the error
-            return
-        self.panel.plot.hand_out(text)
-        self._taken.value = f"In the clipboard:<pre>{html.escape(text)}</pre>"
-
-    def _download_csv(self) -> None:
-        self._download("csv", as_csv)
-
-    def _download_json(self) -> None:
-        self._download("json", as_json)
-
-    def _download(self, kind: str, text_of: Callable[[Sequence[Sample]], str]) -> None:
-        samples = self.samples
-        if not samples:
-            self._taken.value = "Nothing is measured yet."
-            return
-        name = f"cpkit-{time.strftime('%Y-%m-%d-%H%M%S')}.{kind}"
-        self.panel.plot.hand_out(text_of(samples), name)
-        self._taken.value = f"{len(samples)} samples are in {name} of your downloads."
 
     def _show_contention(self, cp_size: int) -> None:
         badge = contention_badge(self._lab.status(), cp_size)
@@ -332,9 +409,6 @@ class Explorer(LivePanel[Setting]):
             self._error = error
             self._changed.notify_all()
         super()._fail(error)
-
-
-def _take_button(name: str, icon: str, tip: str, take: Callable[[], None]) -> widgets.Button:
-    button = widgets.Button(description=name, icon=icon, tooltip=tip, layout={"width": "auto"})
-    button.add_class(f"take-{name.rsplit(maxsplit=1)[-1].lower()}").on_click(lambda _: take())
-    return button
+        if isinstance(error, (WorkersDied, NoAnswer)):
+            self._banner.show(error)
+            self._status.value = _NO_WORKERS

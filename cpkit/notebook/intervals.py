@@ -8,6 +8,9 @@
 The gathers of one interval are interleaved, so load on the machine changes all their times alike,
 and cancels in the ratio of the interval's medians. The medians of different intervals are treated
 as independent, but the gathers inside an interval are not: a busy moment makes many of them slow.
+
+Load does not cancel between a state B and the pinned state A, and a busy moment lasts longer than
+an interval. Therefore B is compared with A by the medians of blocks of BLOCK_S.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from cpkit.control.messages import Sample, Workload
 from cpkit.timing import Ratio, percentile
 
 KEPT = 600  # intervals; 72 s at 0.12 s each
+BLOCK_S = 1.0  # medians of neighbouring intervals are correlated, those of seconds hardly
 FEWEST_FOR_P95 = 5  # gathers; of fewer, the p95 would be the slowest one
 FEWEST_IN_WINDOW = 10  # intervals, enough for a ratio also when they are a second apart
 
@@ -39,7 +44,8 @@ class Summary(NamedTuple):
     p95_us: float | None  # None for fewer than 5 gathers
     per_rank_us: tuple[float, ...]
     stage_us: dict[str, float]  # mean over ranks
-    interval_us: tuple[float, ...]  # the median of each interval
+    intervals: int
+    block_us: tuple[float, ...]  # medians of all kept blocks of BLOCK_S
     ratio: Ratio | None  # to the first algorithm; None for itself, and for too few intervals
 
     @property
@@ -49,10 +55,11 @@ class Summary(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """One sample per algorithm, and when the last of them arrived (`time.monotonic`)."""
+    """One sample per algorithm, their medians, and when the last arrived (`time.monotonic`)."""
 
     at_s: float
     samples: tuple[Sample, ...]
+    medians_us: tuple[float, ...]
 
 
 class Intervals:
@@ -66,13 +73,17 @@ class Intervals:
         self._lock = threading.Lock()
 
     def add(self, sample: Sample, at_s: float | None = None) -> bool:
-        """Add a sample. Return True if it completes an interval."""
-        self._arriving.append(sample)
+        """Add a sample. Return True if it completes an interval.
+
+        It gets the interval's number, because a measurement at another rate numbers from 0 again.
+        """
+        self._arriving.append(msgspec.structs.replace(sample, sequence=self.count))
         if len(self._arriving) < len(self.workloads):
             return False
         with self._lock:
             now_s = time.monotonic() if at_s is None else at_s
-            self._kept.append(Interval(now_s, tuple(self._arriving)))
+            medians_us = tuple(statistics.median(each.gathers_us) for each in self._arriving)
+            self._kept.append(Interval(now_s, tuple(self._arriving), medians_us))
             self._arriving = []
             self.count += 1
         return True
@@ -90,15 +101,28 @@ class Intervals:
     def summaries(self) -> list[Summary]:
         """Return one summary per algorithm; an empty list before the first interval."""
         window = self._window()
-        by_algorithm = list(zip(*(interval.samples for interval in window), strict=True))
-        if not by_algorithm:
+        if not window:
             return []
-        references_us = _medians_us(by_algorithm[0])
-        summaries = [_summary(by_algorithm[0], None)]
-        for samples in by_algorithm[1:]:
-            ratio = Ratio.of_pairs(_medians_us(samples), references_us)
-            summaries.append(_summary(samples, ratio))
+        medians_us = list(zip(*(interval.medians_us for interval in window), strict=True))
+        blocks_us = self._blocks_us()
+        summaries = []
+        for place, _ in enumerate(self.workloads):
+            samples = [interval.samples[place] for interval in window]
+            ratio = Ratio.of_pairs(medians_us[place], medians_us[0]) if place else None
+            summaries.append(_summary(samples, blocks_us[place], ratio))
         return summaries
+
+    def _blocks_us(self) -> list[tuple[float, ...]]:
+        """Return the medians of each algorithm's complete blocks."""
+        with self._lock:
+            kept = list(self._kept)
+        by_block = itertools.groupby(kept, key=lambda interval: interval.at_s // BLOCK_S)
+        medians_us = [[interval.medians_us for interval in block] for _, block in by_block][:-1]
+        places = range(len(self.workloads))
+        return [
+            tuple(statistics.median(each[place] for each in block) for block in medians_us)
+            for place in places
+        ]
 
     def _window(self) -> list[Interval]:
         """Return the intervals of the last `window_s`, but at least FEWEST_IN_WINDOW."""
@@ -135,12 +159,14 @@ def compare(baseline: Baseline, present: Sequence[Summary]) -> list[Comparison]:
     comparisons = []
     for of_b in present:
         of_a = by_name.get(of_b.algorithm, baseline.summaries[0])
-        ratio = Ratio.of_separate(of_b.interval_us, of_a.interval_us)
+        ratio = Ratio.of_separate(of_b.block_us, of_a.block_us)
         comparisons.append(Comparison(of_b, of_a, ratio))
     return comparisons
 
 
-def _summary(samples: Sequence[Sample], ratio: Ratio | None) -> Summary:
+def _summary(
+    samples: Sequence[Sample], block_us: tuple[float, ...], ratio: Ratio | None
+) -> Summary:
     gathers_us = [us for sample in samples for us in sample.gathers_us]
     per_rank = np.median([sample.per_rank_us for sample in samples], axis=0)
     stages = dict.fromkeys(stage for sample in samples for stage in sample.stage_us)
@@ -151,7 +177,8 @@ def _summary(samples: Sequence[Sample], ratio: Ratio | None) -> Summary:
         p95_us=percentile(gathers_us, 95) if len(gathers_us) >= FEWEST_FOR_P95 else None,
         per_rank_us=tuple(per_rank.tolist()),
         stage_us={stage: _stage_us(samples, stage) for stage in stages},
-        interval_us=tuple(_medians_us(samples)),
+        intervals=len(samples),
+        block_us=block_us,
         ratio=ratio,
     )
 
@@ -159,7 +186,3 @@ def _summary(samples: Sequence[Sample], ratio: Ratio | None) -> Summary:
 def _stage_us(samples: Sequence[Sample], stage: str) -> float:
     means = [statistics.fmean(s.stage_us[stage]) for s in samples if stage in s.stage_us]
     return statistics.median(means)
-
-
-def _medians_us(samples: Sequence[Sample]) -> list[float]:
-    return [statistics.median(sample.gathers_us) for sample in samples]

@@ -22,6 +22,7 @@ from cpkit.notebook.plot import LivePlot
 
 Setting = TypeVar("Setting")
 IsNewest = Callable[[], bool]
+_LONGEST_ERROR = 1000  # characters of an error that a panel shows
 
 
 class LatestWins(Generic[Setting]):
@@ -143,7 +144,7 @@ class LivePanel(Generic[Setting]):
 
     def _fail(self, error: Exception) -> None:
         self._box.add_class(STALE)
-        text = html.escape(f"{type(error).__name__}: {error}")
+        text = html.escape(f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
         self._status.value = (
             f'<span style="color: {style.WRONG}; white-space: pre-wrap">✗ {text}</span>'
         )
@@ -199,16 +200,21 @@ def waiting_figure() -> go.Figure:
 # the controls and replaces the status line.
 
 
-STALE, SHOWN = "cpkit-stale", "cpkit-shown"
-_GREYED = f"<style>.{STALE} .{SHOWN} {{ opacity: 0.35 }}</style>"
+STALE, SHOWN, SPOKEN = "cpkit-stale", "cpkit-shown", "cpkit-spoken"
+_STYLE = (
+    f"<style>.{STALE} .{SHOWN} {{ opacity: 0.35 }} "
+    f".{SPOKEN} {{ position: absolute; width: 1px; height: 1px; margin: 0; overflow: hidden; "
+    f"clip-path: inset(50%) }}</style>"
+)
 
 
 def live_box(*children: widgets.Widget) -> widgets.VBox:
     """Return the parts of a live panel, one below the other.
 
-    Parts with the class SHOWN are greyed out while the box has the class STALE.
+    Parts with the class SHOWN are greyed out while the box has the class STALE. A part with the
+    class SPOKEN is not visible: screen readers read its text when it changes.
     """
-    return widgets.VBox((*children, widgets.HTML(_GREYED)), _dom_classes=("cpkit-live",))
+    return widgets.VBox((*children, widgets.HTML(_STYLE)), _dom_classes=("cpkit-live",))
 
 
 def controls_box(controls: Sequence[widgets.Widget], **layout: str) -> widgets.HBox:

@@ -1,4 +1,4 @@
-"""The explorer's figure: five plots whose traces are created once and then updated."""
+"""The explorer's figures: five plots whose traces are created once and updated, and other views."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.messages import Workload
 from cpkit.layout import ContextParallelMetadata
-from cpkit.notebook import style
+from cpkit.notebook import style, views
 from cpkit.notebook.intervals import Comparison, Summary
 from cpkit.notebook.plot import LivePlot
 from cpkit.timing import Ratio
@@ -33,12 +34,19 @@ _LINES = tuple[go.Scatter, go.Scatter, go.Scatter]
 
 
 class Panel:
-    """Five plots of interleaved algorithms: rows, time per rank, stages, ratio, history.
+    """The figure of the chosen view: `times`, five plots of interleaved algorithms, or another one.
 
-    One thread updates `figure` and publishes it; other threads read it with `still()`.
+    One thread updates it and publishes it; other threads choose the view, and read it with
+    `still()`.
     """
 
     def __init__(self, algorithms: Sequence[str] = ALGORITHM_CHOICES) -> None:
+        self.view = "times"
+        self.model: views.Model | None = None
+        self.floor_us: float | str | None = None  # a text says why there is none
+        self.pool: pd.DataFrame | None = None
+        self._metadata: ContextParallelMetadata | None = None
+        self._summaries: Sequence[Summary] = ()
         self.figure = _empty_figure(algorithms)
         self.plot = LivePlot(self.figure)
         self._lock = threading.Lock()
@@ -52,8 +60,15 @@ class Panel:
         }
         self._history: dict[str, deque[tuple[float, float, float | None]]] = {}
 
-    def show_layout(self, workloads: Sequence[Workload], metadata: ContextParallelMetadata) -> None:
+    def show_layout(
+        self,
+        workloads: Sequence[Workload],
+        metadata: ContextParallelMetadata,
+        *,
+        replaced_soon: bool = False,
+    ) -> None:
         """Draw the rows per rank, and start a new history."""
+        self._metadata, self.floor_us, self.pool = metadata, None, None
         self._history = {w.algorithm: deque(maxlen=HISTORY) for w in workloads}
         ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
         rows = metadata.per_rank_actual_token
@@ -73,7 +88,7 @@ class Panel:
                 bar.update(x=[0], y=[workloads[0].algorithm])
             _draw_ratios(self._to_first, [workloads[0].algorithm], [_SAME])
             _draw_ratios(self._to_baseline, [workloads[0].algorithm], [None])
-            self._publish(())
+            self._publish((), replaced_soon=replaced_soon)
 
     def show(
         self,
@@ -97,9 +112,15 @@ class Panel:
             self._publish(summaries)
 
     def still(self) -> go.Figure:
-        """Return the current figure as a plain figure, for pages without JavaScript."""
+        """Return the figure of the chosen view as a plain figure, for pages without JavaScript."""
         with self._lock:
-            return go.Figure(self.figure)
+            return go.Figure(self._shown())
+
+    def choose(self, view: str) -> None:
+        """Show another view of what was measured."""
+        with self._lock:
+            self.view = view
+            self.plot.publish(self._shown())
 
     def _draw_lines(self, summary: Summary, at_s: float) -> None:
         history = self._history[summary.algorithm]
@@ -112,11 +133,23 @@ class Panel:
         median.update(x=ago_s, y=_short(medians_us))
         p95.update(x=ago_s, y=_short(p95_us))
 
-    def _publish(self, summaries: Sequence[Summary]) -> None:
+    def _publish(self, summaries: Sequence[Summary], *, replaced_soon: bool = False) -> None:
+        self._summaries = summaries
         times = ", ".join(f"{s.algorithm} {s.median_us:.0f} µs" for s in summaries)
         alt = "The live panel: rows, time per rank, stages, ratios and history. Median times: "
         self.figure.layout.meta = {"alt": f"{alt}{times or 'nothing measured yet'}."}
-        self.plot.publish(self.figure)
+        self.plot.publish(self._shown(), replaced_soon=replaced_soon)
+
+    def _shown(self) -> go.Figure:
+        figure = self.figure
+        if self.view == "pool":
+            figure = views.pool(self.pool)
+        elif self.view == "tokens" and self._metadata:
+            figure = views.tokens(self._metadata)
+        elif self.view == "bandwidth" and self._summaries:
+            figure = views.bandwidth(self._summaries, self.floor_us, self.model)
+        figure.layout.uirevision = figure.layout.uirevision or self.view  # keeps the zoom
+        return figure
 
 
 def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
@@ -201,8 +234,8 @@ def _add_traces(figure: go.Figure, algorithms: Sequence[str]) -> None:
         late = {"line": line | {"dash": "dot", "width": 1}, "name": f"{name} p95"}
         figure.add_scatter(row=3, col=1, mode="lines", **late, **_NOTHING)
     for stage in style.STAGE_STYLES:
-        bar = {"name": stage, "marker": style.stage_marker(stage), "legendgroup": "stages"}
-        figure.add_bar(row=2, col=1, orientation="h", y=["direct"], x=[0], **bar)
+        bar = style.stage_bar(stage, y=["direct"], x=[0], text=stage, textangle=0)
+        figure.add_trace(bar.update(legendgroup="stages"), row=2, col=1)
     for title, symbol in (("to the first algorithm", "circle"), ("B / A", "diamond-open")):
         noise: dict[str, Any] = {"type": "data", "symmetric": False, "color": style.INK}
         points = {"marker": {"symbol": symbol, "size": 9, "color": "#8c959f"}, "error_x": noise}

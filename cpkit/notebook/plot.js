@@ -1,8 +1,13 @@
 // The page's part of plot.py: draws the figure that the kernel published most recently.
 
-const CONFIG = { displaylogo: false };
+// Without the buttons that select points, and the one that sends the chart to a server.
+const CONFIG = {
+  displaylogo: false,
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"],
+};
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
+const REPLACED_MS = 200; // how long a figure that will be replaced soon is not drawn
 const TOUCHES = ["pointerdown", "keydown", "wheel"];
 const TOUCH_INTERVAL_MS = 1000; // at most one report of a touch in this time
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
@@ -45,16 +50,39 @@ function themed({ data, layout }, element) {
   for (const axis of [look.xaxis, look.yaxis]) {
     Object.assign(axis, { gridcolor: faint, linecolor: faint, tickcolor: faint });
   }
-  for (const part of data.flatMap((trace) => [trace.line, trace.error_x, trace.error_y])) {
+  const inked = ({ line, error_x, error_y, marker }) =>
+    [line, error_x, error_y, marker, marker?.line];
+  for (const part of data.flatMap(inked)) {
     if (part?.color === PRINT_INK) part.color = look.font.color;
   }
   return { data, layout };
 }
 
-// Store a text in a file of the user, or in the clipboard; once, however many views there are.
-async function take({ number, name, text }, state) {
+// ipywidgets leave sliders without a name and without the text of their value, and toggle buttons
+// without their state. A live region must exist before its text changes.
+function describeControls(panel) {
+  for (const slider of panel.querySelectorAll(".widget-slider")) {
+    const handle = slider.querySelector("[role=slider]");
+    const readout = slider.querySelector(".widget-readout");
+    handle?.setAttribute("aria-label", slider.querySelector(".widget-label")?.textContent ?? "");
+    handle?.setAttribute("aria-valuetext", readout?.textContent ?? "");
+    readout?.setAttribute("contenteditable", "false"); // the options are not typed
+  }
+  for (const button of panel.querySelectorAll(".widget-toggle-button")) {
+    button.setAttribute("aria-pressed", button.classList.contains("mod-active"));
+  }
+  for (const icon of panel.querySelectorAll("button > i")) icon.setAttribute("aria-hidden", "true");
+  for (const text of panel.querySelectorAll(".cpkit-status, .cpkit-spoken")) {
+    text.setAttribute("role", "status"); // a polite live region
+  }
+}
+
+// Store a text in a file of the user, or in the clipboard, or the figure in a file; once, however
+// many views there are.
+async function take({ number, name, text }, state, savePicture) {
   if (!document.hasFocus() || state.cpkitTaken === number) return;
   state.cpkitTaken = number;
+  if (text === undefined) return savePicture(...name.split("."));
   if (!name) return navigator.clipboard.writeText(text);
   const url = URL.createObjectURL(new Blob([text]));
   Object.assign(document.createElement("a"), { href: url, download: name }).click();
@@ -68,15 +96,19 @@ async function render({ model, el }) {
   const notice = document.createElement("div");
   notice.setAttribute("role", "status");
   const plot = document.createElement("div");
-  plot.setAttribute("role", "img");
+  plot.setAttribute("role", "figure"); // not "img", which hides its buttons
   plot.style.overflow = "hidden"; // otherwise a wide drawing prevents its container from shrinking
   el.style.minWidth = 0;
   el.append(notice, plot);
 
   let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
-  // Draw quick changes once, with the newest figure. Draw at most half of the time, so that the
-  // controls of a slow page still respond.
-  const request = () => (timer ??= setTimeout(draw, restUntil - performance.now()));
+  // Draw quick changes once, with the newest figure, and one that will be replaced soon only if it
+  // is not. Draw at most two thirds of the time, so that the controls of a slow page still respond.
+  const request = () => {
+    clearTimeout(timer);
+    const patience = JSON.parse(state.get("figure")).replaced_soon ? REPLACED_MS : 0;
+    timer = setTimeout(draw, Math.max(restUntil - performance.now(), patience));
+  };
   async function draw() {
     timer = undefined;
     if (closed || drawing || !Plotly) return;
@@ -94,8 +126,9 @@ async function render({ model, el }) {
     } catch (error) {
       notice.textContent = `The plot could not be drawn: ${error}`;
     }
+    describeControls(el.closest(".cpkit-live") ?? el);
     drawing = false;
-    restUntil = 2 * performance.now() - startedAt;
+    restUntil = performance.now() + (performance.now() - startedAt) / 2;
     const newest = JSON.parse(state.get("figure")).revision;
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }
@@ -114,9 +147,14 @@ async function render({ model, el }) {
     touchedAt = performance.now();
     report({ touched: true });
   };
-  const onMessage = (content) => content.take && take(content.take, state).catch((error) => {
-    notice.textContent = `The browser does not take it: ${error}`;
-  });
+  const savePicture = (filename, format) => {
+    const { width, height } = plot.layout;
+    return Plotly.downloadImage(plot, { filename, format, width, height });
+  };
+  const onMessage = (content) => content.take
+    && take(content.take, state, savePicture).catch((error) => {
+      notice.textContent = `The browser does not take it: ${error}`;
+    });
   state.on("msg:custom", onMessage);
   document.addEventListener("visibilitychange", reportVisible);
   globalThis.addEventListener("pagehide", reportGone);

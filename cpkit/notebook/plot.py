@@ -66,9 +66,12 @@ class LivePlot(anywidget.AnyWidget):
             layout={"width": "100%", "max_width": f"{MAX_WIDTH_PX}px"},
         )
 
-    def publish(self, figure: go.Figure) -> None:
-        """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged."""
-        self.plot_state.figure = self._next_revision(figure)
+    def publish(self, figure: go.Figure, *, replaced_soon: bool = False) -> None:
+        """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged.
+
+        A figure that is `replaced_soon` is drawn only if no other one follows soon.
+        """
+        self.plot_state.figure = self._next_revision(figure, replaced_soon=replaced_soon)
 
     def on_report(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Call `report` with each message of a view; see `cpkit.notebook.presence`."""
@@ -79,9 +82,15 @@ class LivePlot(anywidget.AnyWidget):
 
         One view does so: the first one in the page that has the focus.
         """
+        self._send_once({"name": name, "text": text})
+
+    def hand_out_picture(self, name: str) -> None:
+        """Store the figure in a file of the browser's user; its name ends in .png or .svg."""
+        self._send_once({"name": name})
+
+    def _send_once(self, what: dict[str, str]) -> None:
         self._handed_out += 1
-        what = {"number": self._handed_out, "name": name, "text": text}
-        self.plot_state.send({"take": what})
+        self.plot_state.send({"take": what | {"number": self._handed_out}})
 
     def is_due(self) -> bool:
         """Return True if `UPDATE_INTERVAL_S` has passed since the last figure was published."""
@@ -93,12 +102,13 @@ class LivePlot(anywidget.AnyWidget):
             self.plot_state.close()
         super().close()
 
-    def _next_revision(self, figure: go.Figure) -> str:
+    def _next_revision(self, figure: go.Figure, *, replaced_soon: bool = False) -> str:
         self.revision += 1
         self._published_at_s = time.monotonic()
         content: dict[str, Any] = json.loads(figure.to_json())
         content["layout"].setdefault("uirevision", "live")
         content |= {"revision": self.revision, "alt": style.text_alternative(figure)}
+        content["replaced_soon"] = replaced_soon
         return json.dumps(content)
 
 

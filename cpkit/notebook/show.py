@@ -50,6 +50,15 @@ class NoPicture(RuntimeError):
 
 def png(figure: go.Figure, scale: float = 1.0) -> bytes:
     """Return the figure as PNG bytes. Raises NoPicture."""
+    return _with_palette(_draw(figure, "png", scale))
+
+
+def svg(figure: go.Figure) -> bytes:
+    """Return the figure as SVG bytes. Raises NoPicture."""
+    return _draw(figure, "svg", 1.0)
+
+
+def _draw(figure: go.Figure, kind: str, scale: float) -> bytes:
     browser = find_browser()
     if browser is None:
         named = os.environ.get("BROWSER_PATH")
@@ -61,10 +70,10 @@ def png(figure: go.Figure, scale: float = 1.0) -> bytes:
         # Use one browser per picture: kaleido's shared server waits forever if its browser dies.
         picture: bytes = kaleido.calc_fig_sync(
             figure,
-            opts={"format": "png", "scale": scale},
+            opts={"format": kind, "scale": scale},
             kopts={"path": browser, "mathjax": False, "timeout": 30},
         )
-        return _with_palette(picture)
+        return picture
     except Exception as problem:  # kaleido raises many kinds
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise NoPicture(f"{browser} did not draw the figure: {reason}") from problem

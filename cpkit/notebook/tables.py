@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import path_badge
 from cpkit.notebook.charts import byte_words
-from cpkit.notebook.intervals import Comparison, Summary
-from cpkit.timing import DEVICE_TIME, Ratio, algbw_gbps, busbw_gbps
+from cpkit.notebook.intervals import BLOCK_S, Comparison, Summary
+from cpkit.timing import DEVICE_TIME, FEWEST_VALUES, Ratio, algbw_gbps, busbw_gbps
 
 _NUMBER = 'style="padding: 0 6px; text-align: right; white-space: nowrap"'
 _TEXT = 'style="padding: 0 6px; text-align: left"'
@@ -33,6 +33,17 @@ def algorithms_table(summaries: Sequence[Summary]) -> str:
         f"{byte_words(newest.total_bytes)} gathered"
     )
     return _table("cpkit-algorithms", caption, columns, rows) + paths
+
+
+def spoken(summaries: Sequence[Summary]) -> str:
+    """Return the medians, the ratios to the first algorithm and the paths in two sentences."""
+    first = summaries[0]
+    medians = [f"{summary.algorithm} {summary.median_us:,.0f} µs" for summary in summaries]
+    for place, summary in enumerate(summaries):
+        if summary.ratio:
+            medians[place] += f", {summary.ratio} of {first.algorithm}"
+    paths = [f"{summary.algorithm} {summary.newest.path}" for summary in summaries]
+    return f"Medians: {'; '.join(medians)}. Paths: {', '.join(paths)}."
 
 
 def ranks_table(summaries: Sequence[Summary], metadata: ContextParallelMetadata) -> str:
@@ -60,7 +71,7 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
     for of_b, of_a, ratio in comparisons:
         difference = f"{of_b.median_us - of_a.median_us:+,.0f}"
         times = [f"{of_b.median_us:,.0f}", f"{of_a.median_us:,.0f}", difference]
-        shown = str(ratio) if ratio else _few(min(len(of_b.interval_us), len(of_a.interval_us)))
+        shown = str(ratio) if ratio else _few_blocks(of_b, of_a)
         rows.append([of_b.algorithm, of_a.algorithm, *times, shown, verdict(ratio)])
     caption = f"A: {described}. A and B are measured at different times, so load may differ."
     return _table("cpkit-baseline", caption, [*columns, "verdict"], rows)
@@ -69,7 +80,7 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
 def verdict(ratio: Ratio | None) -> str:
     """Return what a ratio of B to A says."""
     if ratio is None:
-        return "too few intervals"
+        return "not measured for long enough"
     if not ratio.differs:
         return "no difference seen"
     return "▲ B is slower" if ratio.value > 1 else "▼ B is faster"
@@ -77,7 +88,7 @@ def verdict(ratio: Ratio | None) -> str:
 
 def _times(summary: Summary, *, is_first: bool) -> list[str]:
     sample = summary.newest
-    ratio = "1" if is_first else str(summary.ratio or _few(len(summary.interval_us)))
+    ratio = "1" if is_first else str(summary.ratio or _few(summary.intervals))
     times = [
         summary.algorithm,
         f"{summary.gathers}",
@@ -94,7 +105,14 @@ def _times(summary: Summary, *, is_first: bool) -> list[str]:
 
 
 def _few(intervals: int) -> str:
-    return f"after 8 intervals ({intervals} so far)"
+    return f"after {FEWEST_VALUES} intervals ({intervals} so far)"
+
+
+def _few_blocks(of_b: Summary, of_a: Summary) -> str:
+    seconds = {"B": len(of_b.block_us) * BLOCK_S, "A": len(of_a.block_us) * BLOCK_S}
+    most_s = FEWEST_VALUES * BLOCK_S
+    short = [f"{name} has {s:g} s" for name, s in seconds.items() if s < most_s]
+    return f"needs {most_s:g} s of each; {' and '.join(short)}"
 
 
 def _table(name: str, caption: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,7 +15,8 @@ from cpkit.os_errors import describe
 
 ROOT = Path(__file__).parents[2]
 WORKSPACE = ROOT / "workspace"  # beside notebooks/, so that relative links find the same files
-# For JUPYTER_CONFIG_PATH: labconfig/ has defaults for JupyterLab, which a user may override.
+# For JUPYTER_CONFIG_PATH: labconfig/ has defaults for JupyterLab, which a user may override, and
+# voila.json lets the explorer's page load nothing from other servers.
 JUPYTER_DEFAULTS = Path(__file__).parent
 _RECORD = ".originals.json"  # name of each copy -> SHA-256 of its original
 

@@ -18,9 +18,11 @@ LIVE_CELLS = [
         f"""{RECORD}
 import threading
 import cpkit, ipywidgets
+from cpkit.notebook import intervals
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.pool_live import PoolLive
 from cpkit.notebook.stepper import Stepper
+intervals.BLOCK_S = 0.1  # so that B / A takes less than twice 8 s
 lab = globals().get("lab") or cpkit.connect(launch=False)
 idle_s = globals().get("idle_s", 120)""",
     ),
@@ -55,8 +57,15 @@ panel.start()""",
 print("widgets", len(ipywidgets.widgets.widget._instances))""",
     ),
     Cell("scratch", "code", ""),
+    Cell("mortal", "code", ""),
 ]
 WIDGETS = ("stepper", "pool", "panel")
+# A panel with workers of its own, which a test stops and kills.
+MORTAL = """import os
+os.environ["CPKIT_DEADLINE_S"] = "2"
+mortal = Explorer(cpkit.connect("mortal", nproc=2), [64])
+record(mortal, "mortal")
+mortal.start()"""
 
 
 @contextmanager

@@ -153,6 +153,24 @@ class NotebookPage:
         }"""
         self.page.evaluate(start, [name, options])
 
+    def accessible(self, element: Any, roles: set[str]) -> list[tuple[str, str]]:
+        """Return role and name of an element's parts, from the accessibility tree."""
+        element.evaluate("element => { globalThis.inspected = element; }")
+        browser = self.page.context.new_cdp_session(self.page)
+        found = browser.send("Runtime.evaluate", {"expression": "inspected"})
+        object_id = found["result"]["objectId"]
+        nodes = browser.send("Accessibility.queryAXTree", {"objectId": object_id})["nodes"]
+        browser.detach()
+
+        def text(node: dict[str, Any], key: str) -> str:
+            return str(node.get(key, {}).get("value", ""))
+
+        return [
+            (text(node, "role"), text(node, "name").strip())
+            for node in nodes
+            if text(node, "role").lower() in roles
+        ]
+
     def plots(self, id_: str) -> list[dict[str, Any]]:
         """Return what plotly.js has drawn in the output of a cell."""
         plots: list[dict[str, Any]] = self.cell(id_).evaluate(READ_PLOTS)

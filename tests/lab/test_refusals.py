@@ -33,6 +33,9 @@ BAD = [
         lambda lab: next(lab.measure_workloads([lab.workload(64), lab.workload(65)])),
         "differ in more than algorithm and symmetric",
     ),
+    (lambda lab: lab.measure_workloads(3), "workloads is 3; it must be a list"),
+    (lambda lab: lab.measure_workloads(["direct"]), r"workloads is \['direct'\]; .* Lab.workload"),
+    (lambda lab: lab.explore([64], algorithms=[["padded"]]), r"algorithms is \[\['padded'\]\]"),
     (lambda lab: lab.explore([64], interval_s="x"), "interval_s is 'x'; it must be seconds"),
     (lambda lab: lab.explore([64], algorithms=["magic"]), r"algorithms is \['magic'\]; .* padded,"),
     (lambda lab: lab.explore([64], algorithms=[]), r"algorithms is \[\]; it must be one or more"),
@@ -97,6 +100,13 @@ def test_bad_input_is_refused_with_a_message(
 ) -> None:
     with pytest.raises(cpkit.BadRequest, match=words):
         ask(lab)
+
+
+@pytest.mark.parametrize("name", ["lengths", "algorithms", "interval_s", "strategy"])
+def test_the_message_quotes_a_long_value_in_part(lab: Lab, name: str) -> None:
+    with pytest.raises(cpkit.BadRequest, match=f"^{name} is ") as refused:
+        lab.explore(**{"lengths": [64], name: ["x" * 10] * 1000})
+    assert len(str(refused.value)) < 300
 
 
 def test_an_unknown_parameter_is_a_type_error(lab: Lab) -> None:

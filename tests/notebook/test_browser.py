@@ -6,8 +6,10 @@ never by a count of plots or by a screenshot.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import cpkit
 from cpkit.notebook.show import find_browser
 from tests.helpers.lab_server import JupyterLab
-from tests.helpers.live_widgets import LIVE_CELLS, WIDGETS, busy_loops
+from tests.helpers.live_widgets import LIVE_CELLS, MORTAL, WIDGETS, busy_loops
 from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
 from tools import source
 from tools.build import SOURCES
@@ -209,11 +211,133 @@ def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path
             panel.locator(f"button.take-{kind}").click()
         assert taken.value.suggested_filename.endswith(f".{kind}")
         taken.value.save_as(tmp_path / kind)
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<svg")):
+        with page.expect_download() as taken:
+            panel.locator(f"button.take-{kind}").click()
+        assert taken.value.suggested_filename.endswith(f".{kind}")
+        taken.value.save_as(tmp_path / kind)
+        assert (tmp_path / kind).read_bytes().startswith(start)
+    assert "plan" in (tmp_path / "svg").read_text()
     assert {sample.algorithm for sample in cpkit.load_samples(tmp_path / "json")} == {
         "direct",
         "plan",
     }
     assert (tmp_path / "csv").read_text().startswith("sequence,size_bytes,count,type,algorithm")
+
+
+def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookPage) -> None:
+    live.run("scratch", "panel.stop()")
+    live.run("mortal", MORTAL)
+    panel = live.cell("mortal")
+    status, banner = panel.locator(".cpkit-status"), panel.locator(".cpkit-banner")
+    live.wait_for_plot("mortal", such=lambda plot: any(drawn(plot, "direct")["y"]))
+    with cpkit.connect("mortal", launch=False) as other:
+        pid = other.status().workers[1].pid
+
+    os.kill(pid, signal.SIGSTOP)
+    live.until(lambda: "A rank does not respond" in banner.inner_text(), 20, "the rank is named")
+    assert f"process {pid}" in banner.inner_text()
+    os.kill(pid, signal.SIGCONT)
+    live.until(lambda: "● measuring" in status.inner_text(), 20, "it measures again")
+    live.until(lambda: not banner.inner_text(), 20, "the banner is gone")
+
+    os.kill(pid, signal.SIGKILL)
+    alert = panel.get_by_role("alert")
+    live.until(alert.count, 20, "the banner")
+    assert "Rank 1 has ended, with exit code -9 (SIGKILL)" in alert.inner_text()
+    assert "last lines of its log" in alert.inner_text()
+    assert "not measuring" in status.inner_text()
+    dead = live.wait_for_plot("mortal")
+    banner.get_by_role("button", name="Restart").focus()
+    live.page.keyboard.press("Enter")
+    live.wait_for_plot(
+        "mortal",
+        60,
+        such=lambda p: p["revision"] > dead["revision"] and any(drawn(p, "direct")["y"]),
+    )
+    live.until(lambda: not banner.inner_text(), 10, "the banner is gone")
+    live.run("mortal", "mortal.close(); mortal._lab.stop(); del os.environ['CPKIT_DEADLINE_S']")
+    for cell in ("mortal", "scratch"):
+        live.run(cell, "pass")  # a later test runs all cells
+    live.run("panel")
+
+
+def test_views_are_chosen_by_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+    for view, title in (
+        ("tokens", "Padded to one length"),
+        ("bandwidth", "Bandwidth"),
+        ("pool", "Symmetric pool"),
+        ("times", "cp_size 2"),
+    ):
+        panel.get_by_role("button", name=view, exact=True).focus()
+        live.page.keyboard.press("Space")
+        live.wait_for_plot("panel", such=lambda p, words=title: p["title"].startswith(words))
+
+
+CONTROLS = {  # by role
+    "button": {
+        "Start",
+        "Stop",
+        "Pin as A",
+        "Copy code",
+        "CSV",
+        "JSON",
+        "PNG",
+        "SVG",
+        "times",
+        "pool",
+    },
+    "slider": {"cp_size", "heads", "head_dim", "tensors"},
+    "textbox": {"lengths"},
+    "combobox": {"preset", "strategy", "rows", "dtype"},
+    "checkbox": {"symmetric memory"},
+}
+
+
+def test_every_control_has_a_name_and_is_reached_by_keyboard(live: NotebookPage) -> None:
+    panel = live.cell("panel").locator(".cpkit-live")
+    live.wait_for_plot("panel")
+    named = live.accessible(panel, {*CONTROLS})
+    assert all(name for _, name in named), named
+    for role, names in CONTROLS.items():
+        assert names <= {name for kind, name in named if kind == role}, role
+    heads = panel.get_by_role("slider", name="heads")
+    assert heads.get_attribute("aria-valuetext") == "8", "not the option's number"
+    direct = panel.get_by_role("button", name="✓ direct", exact=True)
+    assert direct.get_attribute("aria-pressed") == "true"
+
+    panel.get_by_role("button", name="padded", exact=True).focus()
+    reached = []
+    for _ in range(40):
+        name = live.page.evaluate(
+            "document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.innerText"
+            " || document.activeElement.innerText"
+        )
+        reached.append((name or "").strip())
+        live.page.keyboard.press("Tab")
+    assert set().union(*CONTROLS.values()) <= {*reached}, reached
+
+
+def test_a_screen_reader_is_told_the_medians_every_five_seconds(live: NotebookPage) -> None:
+    region = live.cell("panel").locator(".cpkit-spoken")
+    assert region.get_attribute("role") == "status"
+    times_s = region.evaluate(
+        """region => new Promise(done => {
+            const times = [];
+            new MutationObserver(() => times.push(performance.now() / 1000)).observe(
+                region, { subtree: true, childList: true, characterData: true });
+            setTimeout(() => done(times), 11_500);
+        })"""
+    )
+    moments = [time_s for time_s in times_s if time_s - times_s[0] > 1]
+    assert len(moments) >= 1, times_s
+    assert all(time_s - times_s[0] > 4.5 for time_s in moments), times_s
+    text = region.inner_text()
+    assert re.search(r"^Medians: direct [\d,]+ µs; plan [\d,]+ µs, .* of direct\.", text), text
+    assert text.endswith("Paths: direct symmetric, plan symmetric.")
+    width = region.evaluate("region => region.getBoundingClientRect().width")
+    assert width <= 1, "not visible"
 
 
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:

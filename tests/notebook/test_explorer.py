@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import pandas as pd
 import pytest
 
 import cpkit
+from cpkit.cost import Host, HostModel
+from cpkit.notebook import intervals, style
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.live import STALE
+from cpkit.notebook.show import NoPicture, find_browser
 from cpkit.notebook.stepper import Stepper
 from tests.helpers.processes import until
 
@@ -86,11 +91,14 @@ def test_a_button_selects_one_more_algorithm_and_none_is_an_error(panel: Explore
     assert [work.algorithm for work in panel.controls.workloads()] == ["direct"]
 
 
-def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None:
+def test_a_pinned_state_is_the_baseline_of_what_follows(
+    panel: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "BLOCK_S", 0.1)  # otherwise this takes twice 8 s
     points = next(trace for trace in panel.panel.figure.data if trace.name == "B / A")
     with pytest.raises(RuntimeError, match="nothing is measured yet"):
         panel.pin()
-    panel.start().wait(samples=9)
+    panel.start().wait(samples=12)
     panel.pin()
     panel.controls.lengths.value = "8192"
     until(lambda: "▲ B is slower" in panel.comparison_html)
@@ -99,6 +107,46 @@ def test_a_pinned_state_is_the_baseline_of_what_follows(panel: Explorer) -> None
     panel.unpin()
     until(lambda: points.x == (None,))
     assert panel.comparison_html == ""
+
+
+def test_the_views_show_tokens_bandwidth_and_pool(panel: Explorer) -> None:
+    panel.controls.algorithms.value = ("direct", "plan")
+    panel.start().wait()
+
+    def shown(view: str, words: str) -> dict[str, Any]:
+        panel.view.value = view
+        until(lambda: words in style.text_alternative(panel.panel.still()))
+        # The first trace of each name.
+        return {trace.name: trace for trace in reversed(panel.panel.still().data)}
+
+    panel.controls.lengths.value = "257, 65, 19, 301"
+    bars = shown("tokens", "Rows per rank: 162, 160, 160, 160")[None]
+    assert list(bars.y) == pytest.approx([0, 2 / 162, 2 / 162, 2 / 162])
+    panel.controls.lengths.value = "13, 9"
+    tokens = shown("tokens", "2 of 24 slots are padding")
+    assert tokens["padding"].hovertext[0].endswith("padding: no token")
+    assert "from rank 1, sequence 0, token" in tokens["rank 1"].hovertext[0]
+
+    bandwidth = shown("bandwidth", "floor: ")
+    total_bytes = panel.controls.workloads()[0].total_bytes
+    assert f"({total_bytes:,} bytes)" in panel.panel.still().layout.title.text
+    assert "no cost model is fitted" in panel.panel.still().layout.title.subtitle.text
+    floor = next(trace for name, trace in bandwidth.items() if name.startswith("floor"))
+    assert floor.x[0] > max(bandwidth["achieved (median)"].x)
+    panel.stop()
+    until(lambda: "stopped" in panel.status_html)
+    medians_us = [summary.median_us for summary in panel.panel._summaries]
+    achieved = shown("bandwidth", "floor: ")["achieved (median)"].x
+    assert list(achieved) == pytest.approx([total_bytes / us / 1e3 for us in medians_us])
+    panel.model = HostModel(Host(4, 1 << 25), {"plan": (100, 0, 0, 0, 0)})
+    predicted = shown("bandwidth", "predicted plan")["the model's prediction"]
+    assert list(predicted.y) == ["plan"]
+    assert predicted.x[0] == pytest.approx(total_bytes / 100 / 1e3)
+
+    panel.start()
+    pool = shown("pool", "of an arena of")
+    stats = panel._lab.pool.stats(4)
+    assert list(pool["peak"].x) == pytest.approx(stats["peak_bytes"] / 1e6, abs=1e-3)
 
 
 def test_the_code_measures_the_setting_of_the_controls(
@@ -138,6 +186,20 @@ def test_saved_samples_load_again(panel: Explorer, tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             cpkit.load_samples(tmp_path / "other.json")
+
+
+def test_pictures_and_a_trace_are_saved(
+    panel: Explorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["ph"] == "X"} == {0, 1, 2, 3}
+    if find_browser():
+        panel.save_svg(tmp_path / "figure.svg")
+        assert "Rows per rank" in (tmp_path / "figure.svg").read_text()
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
+    with pytest.raises(NoPicture, match="'/nowhere', which is not an executable"):
+        panel.save_png(tmp_path / "figure.png")
 
 
 def test_explore_shows_the_parameters_of_the_panel() -> None:
@@ -194,6 +256,20 @@ def test_wait_raises_what_the_measurement_raised(panel: Explorer) -> None:
     panel.stop()
     with pytest.raises(RuntimeError, match="the panel is stopped: press Start"):
         panel.wait()
+    with pytest.raises(ValueError, match="samples is 0; it must be 1 or more"):
+        panel.wait(0)
+
+
+@pytest.mark.parametrize("end", [Explorer.stop, Explorer.close])
+def test_stop_and_close_end_a_wait(panel: Explorer, end: Callable[[Explorer], None]) -> None:
+    panel.start().wait()
+    timer = threading.Timer(0.3, end, [panel])
+    timer.start()
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="the panel is stopped"):
+        panel.wait(samples=10_000)
+    assert time.monotonic() - start_s < 5
+    timer.join()
 
 
 def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cpkit.Lab) -> None:
@@ -207,6 +283,8 @@ def test_an_untouched_panel_measures_once_per_second_until_it_is_touched(lab: cp
     panel.panel.plot.plot_state._handle_custom_msg({"view": "a", "touched": True}, [])
     until(lambda: "● measuring" in panel.status_html)
     assert panel._newest is newest, "a touch keeps what was measured"
+    sequences = [sample.sequence for sample in panel.samples]
+    assert sequences == list(range(len(sequences))), "the rates share one numbering"
     until(lambda: "once per second" in panel.status_html)
     panel.controls.cp_size.value = 4
     assert not panel._presence.is_idle, "a new setting is a touch"

@@ -68,12 +68,12 @@ def test_the_window_is_a_time_but_never_too_short_for_a_ratio() -> None:
     assert (intervals.count, len(intervals.samples())) == (200, 200)
 
 
-def measured(algorithm: str, *medians_us: float) -> Summary:
+def measured(algorithm: str, *medians_us: float, interval_s: float = 1.0) -> Summary:
     """Return the summary of intervals with these medians."""
     intervals = Intervals([Workload(4, (13, 9), algorithm=algorithm)], 5.0)
-    for us in medians_us:
+    for number, us in enumerate(medians_us):
         one = sample(algorithm=algorithm, first_us=us - 3)
-        intervals.add(one, 0.0)
+        intervals.add(one, number * interval_s)
     return intervals.summaries()[0]
 
 
@@ -91,7 +91,22 @@ def test_b_is_compared_with_the_same_algorithm_of_a_or_with_its_first() -> None:
     assert "A: cp_size 4 &lt;A&gt;" in table
     assert ">+50</td>" in table
     few = compare(baseline, [measured("direct", 100, 100)])
-    assert "too few intervals" in comparison_table(few, "")
+    assert "needs 8 s of each; B has 1 s<" in comparison_table(few, "")
+
+
+def test_busy_moments_that_outlast_an_interval_are_no_difference_between_b_and_a() -> None:
+    random = np.random.default_rng(5)
+
+    def noisy() -> Summary:
+        load = [0.0]
+        for change in random.normal(size=100):
+            load.append(0.8 * load[-1] + 0.6 * change)
+        times_us = 100 * np.exp(0.05 * np.array(load))
+        return measured("direct", *times_us, interval_s=0.12)
+
+    pairs = [compare(Baseline("", (noisy(),)), [noisy()])[0] for _ in range(60)]
+    assert all(pair.ratio for pair in pairs)
+    assert sum(pair.ratio.differs for pair in pairs if pair.ratio) <= 1
 
 
 def test_a_path_badge_has_a_word_a_symbol_and_what_would_make_it_symmetric() -> None:
