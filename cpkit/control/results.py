@@ -144,7 +144,7 @@ class StatusResult(ShownResult, frozen=True, tag="status_result", tag_field="is"
     memory_limit_bytes: int
     workers: tuple[WorkerInfo, ...]
     cores: int = 0  # that rank 0 may use
-    gpus: int = 0  # that rank 0 can see, if the ranks use GPUs
+    gpus: int = 0  # that the ranks use
     load: float = 0.0  # of rank 0's machine, on average over one minute
     algorithms: tuple[str, ...] = ALGORITHM_CHOICES  # and the user's own, which follow
 

@@ -89,12 +89,13 @@ def continue_agent() -> None:
 
 
 class Worker(Message, frozen=True):
-    """One rank's process and its log file."""
+    """One rank's process, its log file, and its device: "cpu", or the number and id of its GPU."""
 
     rank: int
     host: str
     process: ProcessId
     log: str
+    device: str
 
 
 class Connection(Message, frozen=True):

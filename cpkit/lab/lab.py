@@ -4,8 +4,6 @@
 
 import contextlib
 import logging
-import sys
-import time
 from collections.abc import Generator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -13,10 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import structs
 
 from cpkit.algorithms import ALGORITHMS, AnyAlgorithm
-from cpkit.control import launcher, readiness
+from cpkit.control import launcher
 from cpkit.control.client import Client, request_deadline_s
-from cpkit.control.errors import BadRequest, RankHangs, WorkersDied, checked, name_the_limit
-from cpkit.control.launch_options import Launch
+from cpkit.control.errors import BadRequest, checked, name_the_limit
 from cpkit.control.messages import (
     Clock,
     ClockCall,
@@ -39,11 +36,10 @@ from cpkit.control.messages import (
     Workload,
     dtype_name,
 )
-from cpkit.control.runtime_dir import AlreadyRunning
 from cpkit.lab.arguments import Lengths, several, whole
 from cpkit.lab.pool import LabPool
+from cpkit.lab.start import attach_or_start
 from cpkit.processes import process_id
-from cpkit.settings import workers_name
 
 if TYPE_CHECKING:
     from typing import Self
@@ -53,7 +49,6 @@ if TYPE_CHECKING:
 
     from cpkit import Explorer
 
-_ATTEMPTS = 3  # another process may be starting these workers, and fail
 _log = logging.getLogger("cpkit")
 
 
@@ -73,43 +68,7 @@ def connect(
     from `nproc` or `device`, ControlError if they cannot be reached or started, and ValueError for
     bad arguments.
     """
-    if name == "default":
-        name = workers_name()
-    ranks = Launch().nproc if nproc is None else nproc
-    settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
-    settings.check()
-    for _ in range(_ATTEMPTS if launch else 0):
-        try:
-            client = launcher.attach(name, nproc, device)
-        except RankHangs as error:
-            _log.warning("ending the workers %r, because they hang: %s", name, error)
-            if old := readiness.running(name):
-                settings = structs.replace(settings, algorithms=old.algorithms)
-            launcher.stop(name)
-            client = None
-        except WorkersDied as error:  # while the status was requested
-            _log.warning("the workers %r have just ended: %s", name, error)
-            continue
-        if client is not None:
-            return Lab(client)
-        _launch(settings)
-    return Lab(launcher.require(name, nproc, device))
-
-
-def _launch(settings: Launch) -> None:
-    """Start workers and wait for them, or return when another process is starting them."""
-    began = time.monotonic()
-    with contextlib.suppress(AlreadyRunning):
-        agent = launcher.start(settings)
-        _show_progress(f"starting {settings.nproc} workers {settings.name!r} …")
-        launcher.wait_until_ready(agent, settings)
-        _show_progress(f"ready after {time.monotonic() - began:.1f} s")
-
-
-def _show_progress(text: str) -> None:
-    """Print to stderr, except in a notebook, whose stored outputs must not change."""
-    if "ipykernel" not in sys.modules:
-        sys.stderr.write(f"{text}\n")
+    return Lab(attach_or_start(name, nproc, device, launch=launch))
 
 
 class Lab:
@@ -171,9 +130,9 @@ class Lab:
 
         All that holds this `Lab` then uses the new workers. Raises what `connect` raises.
         """
-        fresh = connect(self.name, nproc=self.world_size, device=self._device)
+        fresh = attach_or_start(self.name, self.world_size, self._device)
         self.close()
-        self._use(fresh._client)
+        self._use(fresh)
 
     def gather(
         self,

@@ -35,7 +35,7 @@ from cpkit.control.runtime_dir import (
 )
 from cpkit.control.server import Server
 from cpkit.control.watchdog import remove_connection
-from cpkit.devices import use_local_gpu
+from cpkit.devices import gpu_id, use_local_gpu
 from cpkit.memory import nccl_log
 from cpkit.processes import process_id
 from cpkit.settings import GPU_NOTE, passed_on, worker_device
@@ -152,11 +152,9 @@ def _status(
         owner_pid=launch.owner.pid if launch.owner else None,
         symmetric_backend=_backend_name(),
         memory_limit_bytes=memory_limit_bytes(),
-        workers=tuple(
-            WorkerInfo(w.rank, w.process.pid, w.host, worker_device(), w.log) for w in workers
-        ),
+        workers=tuple(WorkerInfo(w.rank, w.process.pid, w.host, w.device, w.log) for w in workers),
         cores=cores(),
-        gpus=torch.cuda.device_count() if worker_device() == "cuda" else 0,
+        gpus=len({(w.host, w.device) for w in workers if w.device != "cpu"}),
         load=os.getloadavg()[0],
         algorithms=all_choices(),
     )
@@ -176,7 +174,10 @@ def _backend_name() -> str:
 
 def _gather_workers(channel: CommandChannel, runtime_dir: RuntimeDir) -> tuple[Worker, ...]:
     """On rank 0, return the process of each rank, for the connection file; otherwise ()."""
-    mine = Worker(channel.rank, socket.gethostname(), process_id(), _log_file(runtime_dir))
+    gpu = gpu_id()
+    device = f"cuda:{torch.cuda.current_device()} {gpu}" if gpu else "cpu"
+    log = _log_file(runtime_dir)
+    mine = Worker(channel.rank, socket.gethostname(), process_id(), log, device)
     channel.answer(StepResult(msgspec.msgpack.encode(mine)))
     if channel.rank > 0:
         return ()

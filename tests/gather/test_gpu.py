@@ -193,6 +193,7 @@ def test_a_sweep_orders_the_algorithms_as_their_captures_do(
 def test_workers_on_a_gpu_and_one_that_is_killed_in_a_gather(runtime_dir: Path) -> None:
     with cpkit.connect("gpu-tests", nproc=4, device="cuda") as lab:
         assert "cuda" in str(lab.status())
+        assert lab.status().gpus == min(GPUS, 4)
         for algorithm in ALGORITHM_CHOICES:
             shown = lab.gather([4097, 812], cp_size=4, algorithm=algorithm)
             assert shown is not None

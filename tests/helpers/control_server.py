@@ -39,7 +39,7 @@ def connection() -> Connection:
         host="h",
         agent=me,
         owner=None,
-        workers=(Worker(0, "h", me, "log"),),
+        workers=(Worker(0, "h", me, "log", "cpu"),),
         log_dir="logs",
     )
 

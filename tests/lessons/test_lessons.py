@@ -10,6 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
+from cpkit.control.launch_options import Launch
+from cpkit.control.runtime_dir import Worker
+from cpkit.processes import process_id
+from cpkit.worker.main import _status as rank_0_status
 from cpkit_lessons import capabilities, feedback
 from cpkit_lessons.copy_counter import CopyCounter
 from cpkit_lessons.feedback import Score, WrongAnswer
@@ -220,15 +224,19 @@ def test_the_glossary_expands_its_terms() -> None:
     ("device", "devices", "name"),
     [
         ("cpu", ["cpu", "cpu"], "cpu"),
-        ("cuda", ["cuda:0", "cuda:0"], "one_gpu"),
-        ("cuda", ["cuda:0", "cuda:1"], "gpus"),
+        ("cuda", ["cuda:0 A", "cuda:0 A"], "one_gpu"),
+        ("cuda", ["cuda:0 A", "cuda:1 B"], "gpus"),
+        ("cuda", ["cuda:0 A", "cuda:0 B"], "gpus"),  # each rank sees only its own
     ],
 )
-def test_the_capabilities_follow_from_the_devices_of_the_ranks(device, devices, name) -> None:
-    workers = tuple(SimpleNamespace(host="here", device=d) for d in devices)
-    status = SimpleNamespace(
-        world_size=2, device=device, workers=workers, torch_version="2", symmetric_backend="b"
-    )
+def test_the_capabilities_follow_from_the_devices_of_the_ranks(
+    device, devices, name, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("cpkit.worker.main._describe_device", lambda: device)
+    workers = tuple(Worker(rank, "here", process_id(), "", d) for rank, d in enumerate(devices))
+    runtime_dir = SimpleNamespace(log_dir=tmp_path)
+    status = rank_0_status(Launch(nproc=2), runtime_dir, workers, "ipc://s", 0, 1.0)
+    assert status.gpus == {"cpu": 0, "one_gpu": 1, "gpus": 2}[name]
     found = capabilities.capabilities_of(status)
     assert found.name == name
     text = capabilities.describe(status)
