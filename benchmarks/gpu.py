@@ -85,7 +85,7 @@ def main() -> int:
     record["goals"] = goals_of(record)
     print(gpu_figures.as_text(record))
     if not (options.quick or options.no_record):
-        keep(record, "gpu-shared" if shared else "gpu", gpu_figures.fill_pages)
+        keep(record, gpu_figures.kind_of(record), gpu_figures.fill_pages)
     return 0
 
 

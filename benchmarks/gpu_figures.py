@@ -1,6 +1,6 @@
 """A record of `make bench-gpu` as text, for the terminal and the pages. Pure.
 
-There are two kinds of record: a GPU per rank, and ranks that share one. Each has its own place.
+A record has two GPUs, more GPUs, or ranks that share one. Each kind has its own place in the pages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from benchmarks.goals import times_us
 from benchmarks.gpu_goals import NCCL, best_us
 
 Record = dict[str, Any]
-MARKERS = "<!-- gpu-figures:begin -->", "<!-- gpu-figures:end -->"
-SHARED_MARKERS = "<!-- gpu-shared-figures:begin -->", "<!-- gpu-shared-figures:end -->"
 SEEDS = ("seed", "seed recv", "seed both")
 DEVICE_VARIANTS = (
     *("plan", "direct", "padded", "padded_symm_recv", "padded_symm"),
@@ -148,9 +146,18 @@ def fill_pages(root: Path, record_path: Path) -> None:
     write_pages(root, markers(record), pages(record, record_path.name))
 
 
+def kind_of(record: Record) -> str:
+    """Return the kind of a record: gpu (two GPUs), gpu-4, gpu-8, …, or gpu-shared."""
+    if record["sharing"]:
+        return "gpu-shared"
+    largest = max(row["cp_size"] for row in record["gather"])
+    return "gpu" if largest == 2 else f"gpu-{largest}"
+
+
 def markers(record: Record) -> tuple[str, str]:
     """Return the markers of this kind of record."""
-    return SHARED_MARKERS if record["sharing"] else MARKERS
+    kind = kind_of(record)
+    return f"<!-- {kind}-figures:begin -->", f"<!-- {kind}-figures:end -->"
 
 
 def pages(record: Record, name: str) -> dict[str, str]:

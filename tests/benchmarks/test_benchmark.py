@@ -148,7 +148,7 @@ def test_gpu_figures_have_their_ratios() -> None:
     assert [*shared] == ["docs/performance.md"], "README shows a GPU per rank"
 
 
-@pytest.mark.parametrize("kind", ["gpu", "gpu-shared"])
+@pytest.mark.parametrize("kind", ["gpu", "gpu-4", "gpu-shared"])
 def test_pages_show_the_latest_gpu_record(kind: str) -> None:
     found = sorted((ROOT / "benchmarks" / "results").glob(f"*-{kind}.json"))
     record = json.loads(found[-1].read_text()) if found else {}
