@@ -4,7 +4,7 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -189,21 +189,34 @@ class Lab:
         return self.measure_workloads(variants, samples=samples, interval_s=interval_s)
 
     def measure_workloads(
-        self, workloads: Sequence[Workload], *, samples: int | None = None, interval_s: float = 0.1
+        self,
+        workloads: Sequence[Workload],
+        *,
+        samples: int | None = None,
+        interval_s: float = 0.1,
+        wanted: Callable[[], bool] | None = None,
     ) -> Generator[Sample, None, None]:
-        """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`."""
+        """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`.
+
+        Ends when `wanted()` is false. It is called for each message of the workers, so also between
+        the gathers of a long sample.
+        """
         variants = several(workloads, "workloads")
         if not all(isinstance(variant, Workload) for variant in variants):
             raise BadRequest(
                 f"workloads is {workloads!r:.100}; it must be a list of what Lab.workload returns"
             )
-        return self._samples(checked(Measure(variants, samples, interval_s)))
+        return self._samples(checked(Measure(variants, samples, interval_s)), wanted)
 
-    def _samples(self, body: Measure) -> Generator[Sample, None, None]:
+    def _samples(
+        self, body: Measure, wanted: Callable[[], bool] | None
+    ) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.
         deadline_s = request_deadline_s() + (body.interval_s if 0 < body.interval_s <= 60 else 0)
         with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
             for reply in replies:
+                if wanted and not wanted():
+                    return
                 if isinstance(reply, Sample):
                     yield reply
 

@@ -334,7 +334,9 @@ class Explorer(LivePanel[Setting]):
         metadata = intervals.workloads[0].layout()
         interval_s, read_at_s = self._presence.interval_s(), 0.0
         self._status.value = _IDLE if self._presence.is_idle else _MEASURING
-        stream = self._lab.measure_workloads(intervals.workloads, interval_s=interval_s)
+        stream = self._lab.measure_workloads(
+            intervals.workloads, interval_s=interval_s, wanted=is_newest
+        )
         with contextlib.closing(stream) as samples:
             for sample in samples:
                 if not is_newest():

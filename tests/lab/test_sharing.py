@@ -28,6 +28,13 @@ def test_closing_an_endless_measurement_cancels_it(lab: Lab) -> None:
     until(lambda: lab.status().state == "idle", why="the measurement to end")
 
 
+def test_a_measurement_that_is_no_longer_wanted_ends(lab: Lab) -> None:
+    wanted = iter([True] * 3)
+    measured = lab.measure_workloads([lab.workload([256], 4)], wanted=lambda: next(wanted, False))
+    assert 1 <= len(list(measured)) <= 3
+    until(lambda: lab.status().state == "idle", why="the measurement to end")
+
+
 def test_an_endless_measurement_does_not_block_other_clients(lab: Lab) -> None:
     stream = lab.measure([256], 2)
     next(stream)
