@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
-from tests.helpers.launch import LIMIT_S, MODULES, assert_passed_together
+from tests.helpers.launch import LIMIT_S, MODULES, SLOW_MODULES, assert_passed_together
 
 pytestmark = [pytest.mark.workers, pytest.mark.timeout(LIMIT_S + 120)]
 
@@ -16,17 +17,23 @@ def checks(module: str) -> list[str]:
     return [name for name in found if name.startswith("check_")]
 
 
-@pytest.mark.parametrize(
-    ("nproc", "module", "check"),
-    [
-        pytest.param(nproc, module, check, id=f"{nproc}-{module}-{check.removeprefix('check_')}")
-        for nproc, modules in MODULES.items()
-        for module in modules
-        for check in checks(module)
-    ],
-)
-def test_ranks(nproc: int, module: str, check: str) -> None:
-    assert_passed_together(module, nproc, check)
+def parameters(launches: Mapping[int, Sequence[str]]) -> Iterator[object]:
+    for nproc, modules in launches.items():
+        for module in modules:
+            for check in checks(module):
+                name = f"{nproc}-{module}-{check.removeprefix('check_')}"
+                yield pytest.param(modules, nproc, check, id=name)
+
+
+@pytest.mark.parametrize(("modules", "nproc", "check"), [*parameters(MODULES)])
+def test_ranks(modules: Sequence[str], nproc: int, check: str) -> None:
+    assert_passed_together(modules, nproc, check)
+
+
+@pytest.mark.slow("the same checks with another number of ranks")
+@pytest.mark.parametrize(("modules", "nproc", "check"), [*parameters(SLOW_MODULES)])
+def test_other_ranks(modules: Sequence[str], nproc: int, check: str) -> None:
+    assert_passed_together(modules, nproc, check)
 
 
 @pytest.mark.parametrize("nproc", MODULES)
