@@ -14,7 +14,7 @@ def eager_only(function: F) -> F:
     """Make a function opaque to torch.compile: it interrupts the graph and runs as without it.
 
     With `fullgraph=True` the compiler raises an error that names the function. The compiler would
-    otherwise trace into the function, whose pointers and peers' memory it cannot represent.
+    otherwise trace into the function, and cannot represent peers' memory or cached layouts.
 
     torch.compiler.disable does the same with a wrapper around every call, and imports the compiler:
     seconds and more than 100 MB on every rank. Two marks replace it. The attribute applies when the
@@ -24,8 +24,8 @@ def eager_only(function: F) -> F:
     marked: Any = function
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = (
-        f"{function.__module__}.{function.__qualname__} runs eagerly, because it uses the memory "
-        f"of other processes: compile the parts before and after it, or leave fullgraph off"
+        f"{function.__module__}.{function.__qualname__} runs eagerly, because the compiler "
+        f"cannot trace it: compile the parts before and after it, or leave fullgraph off"
     )
     compiler: Any = torch._C._dynamo.eval_frame
     skip = compiler._FrameAction.SKIP

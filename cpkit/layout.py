@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cpkit.eager import eager_only
+
 STRATEGIES = ("zigzag", "interleave", "contiguous")
 _MAX_TOKENS = 1 << 48  # sizes in bytes still fit 64 bits
 Integers = npt.NDArray[np.int64]
@@ -74,6 +76,7 @@ def can_cp_split(lengths: Sequence[int], cp_size: int, strategy: str = "zigzag")
     return min(sizes) >= (2 * cp_size if strategy == "zigzag" else cp_size)
 
 
+@eager_only
 def prepare_context_parallel_metadata(
     lengths: Sequence[int], cp_size: int, strategy: str = "zigzag"
 ) -> ContextParallelMetadata:
@@ -127,6 +130,7 @@ class ContextParallelMetadata:
         """The padded length, repeated cp_size times as upstream does."""
         return (max(self.per_rank_actual_token),) * self.cp_size
 
+    @eager_only
     def rank_rows(self, rank: int) -> torch.Tensor:
         """Return the token index of each row that `rank` holds, in its order: int64 `[rows]`."""
         row, token, step, length = self.runs(rank)
@@ -134,6 +138,7 @@ class ContextParallelMetadata:
         tokens = np.repeat(token - row * step, length) + rows * np.repeat(step, length)
         return torch.from_numpy(tokens)
 
+    @eager_only
     def runs(self, rank: int) -> Runs:
         """Return `rank_rows` as arithmetic runs: a gather copies one slice per run."""
         _check_rank(rank, self.cp_size)
@@ -159,6 +164,7 @@ class ContextParallelMetadata:
     def _starts(self) -> Integers:
         return np.cumsum(self._lengths) - self._lengths
 
+    @eager_only
     def owners(self) -> torch.Tensor:
         """Return the rank that holds each token: int64 `[total_tokens]`."""
         owner = np.empty(self.total_tokens, dtype=np.int64)

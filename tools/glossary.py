@@ -35,7 +35,7 @@ WORDS: dict[str, str] = {
     "put, get": "write into a peer's memory; read from it",
     "barrier": "a point that no rank passes before all ranks have arrived",
     "signal": "a flag in a peer's memory: set means that the data has arrived",
-    "stale (read after write)": "the reader was early, and read the previous round",
+    "stale (read after write)": "the reader was early, and read an earlier round, or nothing yet",
     "ahead (write after read)": "the writer was early, and overwrote rows that were not read yet",
     "path": "how a gather moved its data: `symmetric`, `staged` or `fallback`, with the reason",
     "staged": "the path on which ranks load rows from the symmetric *send* buffers of their peers",

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _DEADLINE_S = 30.0
 _RANK_0_MARGIN_S = 3.0  # the other ranks end the workers, with a better error, before it has passed
-_POLL_MS = 100
+_POLL_MS, _PAUSED_S = 100, 5.0
 _SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
 _CONNECTED, _DISCONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 _KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -163,7 +163,10 @@ class Client:
         last_reply = time.monotonic()
         while True:
             self._check_open()
+            began_s = time.monotonic()
             data = socket.receive(_POLL_MS)
+            if time.monotonic() - began_s > _PAUSED_S:  # this process was stopped, not the workers
+                last_reply = time.monotonic()
             if data is None:
                 self._check_alive()
                 silence_s = time.monotonic() - last_reply

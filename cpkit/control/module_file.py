@@ -33,11 +33,13 @@ def read_module(path: str) -> tuple[bytes, str]:
 
 def _check_writers(path: str, found: os.stat_result) -> None:
     """Check owner and mode; in a directory with the sticky bit, others cannot replace a file."""
-    is_shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-    if is_shared or found.st_uid not in (os.geteuid(), 0):
+    is_sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    is_foreign = found.st_uid not in (os.geteuid(), 0)
+    if is_foreign or (found.st_mode & 0o022 and not is_sticky):
+        remedy = f"chown {os.geteuid()}" if is_foreign else "chmod go-w"
         raise ValueError(
             f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, so "
             f"another user can decide what the workers run. It must belong to uid {os.geteuid()}, "
             f"and only its owner may write to it: look at it, then run "
-            f"chmod go-w {shlex.quote(path)}"
+            f"{remedy} {shlex.quote(path)}"
         )

@@ -130,7 +130,8 @@ class Lab:
 
         All that holds this `Lab` then uses the new workers. Raises what `connect` raises.
         """
-        fresh = attach_or_start(self.name, self.world_size, self._device)
+        algorithms = self._client.connection.algorithms
+        fresh = attach_or_start(self.name, self.world_size, self._device, algorithms=algorithms)
         self.close()
         self._use(fresh)
 

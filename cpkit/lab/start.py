@@ -28,12 +28,18 @@ def attach_or_start(
     device: Literal["auto", "cpu", "cuda"],
     *,
     launch: bool = True,
+    algorithms: str = "",
 ) -> Client:
-    """Return a client of the running workers, or start workers. See `cpkit.connect`."""
+    """Return a client of the running workers, or start workers. See `cpkit.connect`.
+
+    Workers started here load the file `algorithms`; those that replace hanging ones, their file.
+    """
     if name == "default":
         name = workers_name()
     ranks = Launch().nproc if nproc is None else nproc
-    settings = Launch(name=name, nproc=ranks, device=device, owner=process_id())
+    settings = Launch(
+        name=name, nproc=ranks, device=device, owner=process_id(), algorithms=algorithms
+    )
     settings.check()
     for _ in range(_ATTEMPTS if launch else 0):
         try:
@@ -42,6 +48,7 @@ def attach_or_start(
             _log.warning("ending the workers %r, because they hang: %s", name, error)
             if old := readiness.running(name):
                 settings = structs.replace(settings, algorithms=old.algorithms)
+                settings.check()
             launcher.stop(name)
             client = None
         except WorkersDied as error:  # while the status was requested

@@ -56,12 +56,12 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(?:(\d{1,6})\s*[*×x]\s*)?(\d{1,9})\s*", part)
         if not match:
             raise ValueError(
-                f"lengths {text!r}: cannot read {part.strip()!r}; write the tokens per sequence, "
-                f"for example 4097, 812 or 16*4097"
+                f"lengths {text!r:.100}: cannot read {part.strip()!r:.40}; write the tokens per "
+                f"sequence, for example 4097, 812 or 16*4097"
             )
         count = int(match[1] or 1)
         if len(lengths) + count > MAX_SEQUENCES:
-            raise ValueError(f"lengths {text!r}: write at most {MAX_SEQUENCES} sequences")
+            raise ValueError(f"lengths {text!r:.100}: write at most {MAX_SEQUENCES} sequences")
         lengths += [int(match[2])] * count
     return tuple(lengths)
 

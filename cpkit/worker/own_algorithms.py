@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn, get_args
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -36,7 +37,7 @@ from cpkit.control.runtime_dir import Death, RuntimeDir, write_private
 from cpkit.gather import Gather, Gathered, Memory, Tensors, add_gather
 from cpkit.group import CPGroup, forget_groups, init_context_parallel
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.path import PathReport
+from cpkit.memory.path import PathName, PathReport
 from cpkit.settings import deadline_s
 from cpkit.sync.barrier import RankFailed
 from cpkit.sync.exchange import StoreExchange
@@ -74,7 +75,7 @@ def load(file: str, store: dist.Store, runtime_dir: RuntimeDir) -> str:
         if functions:
             init_context_parallel(1)  # after this exchange, every rank has verified all functions
             forget_groups()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code can raise anything
+    except BaseException as error:  # noqa: BLE001 - the user's code can raise anything
         start.refuse(error)
     return digest
 
@@ -92,6 +93,7 @@ def _check_digests(files: Sequence[bytes]) -> None:
 def _functions(file: str, source: bytes) -> dict[str, Gather]:
     """Run the file; return the functions in `__all__`, or else the public ones it defines."""
     module = ModuleType("cpkit_own_algorithms")
+    module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look for it there
     exec(compile(source, file, "exec"), vars(module))  # noqa: S102 - the user's file, as a script
     defined = [
@@ -136,6 +138,7 @@ def _checked(function: Gather) -> Gather:
             case [[*outputs], PathReport() as path] if all(map(torch.is_tensor, outputs)):
                 got = [(tuple(x.shape), x.dtype, x.device) for x in outputs]
                 if got == wanted:
+                    _check_path(path)
                     return outputs, path
                 raise ValueError(f"it returned tensors of {got}; they must be {wanted}")
             case other:
@@ -145,6 +148,18 @@ def _checked(function: Gather) -> Gather:
                 )
 
     return gather
+
+
+def _check_path(path: PathReport) -> None:
+    """Check the fields of a report that the user made. Raises ValueError."""
+    try:
+        msgspec.convert(msgspec.to_builtins(path), PathReport)
+    except (TypeError, msgspec.ValidationError) as error:
+        paths = ", ".join(map(repr, get_args(PathName)))
+        raise ValueError(
+            f"its PathReport is wrong ({error}): path must be one of {paths}, and the other three "
+            f"fields must be text"
+        ) from None
 
 
 def _workloads(name: str, group: CPGroup) -> Iterator[Workload]:

@@ -211,11 +211,15 @@ class Scheduler:
             task.parts.popleft()
             self._close([job.number])
         over = not task.parts
-        reports = [
-            msgspec.msgpack.decode(result.report, type=task.operation.report)
-            for result in results
-            if result.report
-        ]
+        try:
+            reports = [
+                msgspec.msgpack.decode(result.report, type=task.operation.report)
+                for result in results
+                if result.report
+            ]
+        except msgspec.DecodeError as error:  # a user's algorithm returned something else
+            self._fail(job, "internal", f"a rank's report is invalid: {error}")
+            return
         for reply in task.operation.collect(reports, over=over):
             self._server.reply(job, reply)
         if over:

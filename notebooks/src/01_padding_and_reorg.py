@@ -21,7 +21,7 @@
 #
 # In every figure **a colour is a rank**, **hatching is padding**, and **red is wrong**.
 #
-# Every section follows the same loop: **predict** a number, **run** the cell, and **compare**. To predict, replace
+# Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To predict, replace
 # `...` by your number. A wrong guess costs nothing, and you remember its explanation. Exercises are checked at once,
 # and their hints are folded below them.
 
@@ -1051,7 +1051,8 @@ lesson.progress()
 #
 # - The layout is a permutation, and everything else follows from it.
 # - The padded length is the *maximum over ranks*. `ceil(total / cp)` is too small for some batches.
-# - Pad, wire, strip and reorder are four passes over the data. `direct` needs one.
+# - Pad, wire, strip and reorder move the rows four times: three passes over all rows, and a copy of one shard (pad).
+#   `direct` needs one pass.
 # - A wrong order has the right shape. Check positions, not counts.
 #
 # ### Five questions

@@ -172,7 +172,7 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # The round in the stamp distinguishes two failures:
 #
 # - **stale** (read after write): the reader was early. It read before the writer had written.
-# - **ahead** (write after read): the writer was early. It had already begun the next round.
+# - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
 # Now imagine a test that gathers the same values in every round. It would have passed every one of these wrong reads.
 
@@ -327,7 +327,7 @@ def exchange(me):
 #
 # ---
 # **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
-# write. Every cpkit gather contains both, as an agreement at its start and a barrier at its end. PyTorch's
+# write. Every call of `direct` contains both, as an agreement at its start and a barrier at its end. PyTorch's
 # `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and every rank that has passed the
@@ -631,7 +631,8 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 #
 # A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have freed
 # the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on each
-# rank. In this example, rank 1 still holds block 1 when the next gather buffer is allocated.
+# rank. In this example, rank 1 still holds `old` (block 1 of the figure) when the next gather buffer is
+# allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -651,8 +652,8 @@ assert not same.diverged
 
 # %% diverge-text [markdown]
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
-# not *equal*. The sender stored at the offset that it had computed for itself. So three rows are lost, and three rows
-# of a block in use are overwritten. This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage
+# not *equal*. The sender stored at the offset that it had computed for itself. So each rank misses three
+# rows, and three rows of a block in use are overwritten: nine wrong rows. This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage
 # output, and no error.
 
 # %% e5-task [markdown]

@@ -127,9 +127,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # Take B from the data sheet of the link, or from a plain copy to another GPU. Between two H100s such a copy reaches 384
 # GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56). Do not take B from
-# the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce four times of NCCL's
-# symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It is not a bound: for the
-# same 268 MB it gives 414 µs, and cpkit's `plan` took 377 µs.
+# the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce the four measured
+# times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It is not a
+# bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
 
 
 # %% e2-task [markdown]
@@ -137,8 +137,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
 #
-# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. The fastest
-# form of NCCL's all-gather took 450 µs in the same record.
+# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the
+# same record NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered
+# (section 9).
 #
 # **About** 3 minutes, ★☆☆
 
@@ -295,9 +296,9 @@ print(warm)
 # before, so the kernel first has to find and clear each page. `launch` starts the collective and does not wait for its
 # end.
 #
-# The next cell measures `direct` against *itself*, so the true ratio is 1. First the two runs follow each other, while
-# other threads disturb the first one. Then both are measured in turn (A B A B …), so that each iteration gives one
-# pair of times, and one ratio.
+# The next cell measures `direct` against *itself*, so the true ratio is 1. It measures both in turn (A B A B …),
+# first while other threads disturb the machine, and then without them. The samples are then compared in two ways: the
+# first run with the second one, and each A with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -323,8 +324,7 @@ print("the pairs show", "no difference" if low <= 1 <= high else "a difference t
 # %% mistakes-2-text [markdown]
 # Even in turn, the ratio is seldom exactly 1. Look at the spread: if the middle half of the pairs contains 1, no
 # difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same
-# code, the noise was too strong. Then use more iterations or a quieter machine, and draw no conclusion until the spread
-# contains 1.
+# code, the noise was too strong. Then use a quieter machine, and draw no conclusion until the spread contains 1.
 #
 # For two *different* variants you could not tell noise from a real difference. So measure one variant against itself
 # first, and trust only differences that are larger than that spread.
@@ -362,7 +362,7 @@ lesson.reveal("damage", tuple(order))
 # speed of light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
 # well-known tools: `all_reduce_bench.py` of ml-engineering averages rates.
 #
-# The ninth mistake needs a GPU, and there it is the largest: it is to time *eager* calls, launched one by one from
+# The ninth mistake needs a GPU, and there it is a large one: it is to time *eager* calls, launched one by one from
 # Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time in a
 # CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # Section 9 returns to these two clocks.
@@ -471,11 +471,11 @@ factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 
 # %% sweep-text [markdown]
-# At the left end the lines are flat: there the time is *synchronization*. At the right end they rise in parallel with
-# the speed of light: there the time is *bytes*. A jump in a line has a cause. On CPU ranks, `padded` and `padded_symm`
-# cost far more than 8 times as much at 67 MB as at 8 MB. Their results are ordinary memory, and from 32 MB on the C
-# library requests new pages from the kernel for every call. So every call pays for the first touch. `direct` writes
-# into the pool, whose pages stay.
+# At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end
+# `direct` comes near the speed of light: there the time is *bytes*. On CPU ranks, `padded` and `padded_symm` cost more
+# than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit into the cache, so the bound rises
+# by more than 8 times too. And their results are ordinary memory: from 32 MB on the C library requests new pages from
+# the kernel for every call, and every call pays for the first touch. `direct` writes into the pool, whose pages stay.
 #
 # The distance between the flat part and the speed of light is waiting and agreement. It grows when there are more ranks
 # than cores.
@@ -585,8 +585,8 @@ passes
 # ### Exercise 5 · The price of a gather
 #
 # **Goal** Write `price_us`. `rows` contains the number of rows that a rank wrote in each stage. Writing `total` rows
-# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Every gather has two barriers, at `meet_us`
-# each.
+# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `meet_us`
+# each. (`padded` waits inside its collective instead of at a second barrier.)
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
 #
@@ -696,7 +696,7 @@ on_gpus.round(1)
 # %% look-back [markdown]
 # ### Look back
 #
-# The measured times are larger than the predicted ones. Where is the rest? `lab.measure` splits each gather into its
+# Predicted and measured times differ. What does the prediction leave out? `lab.measure` splits each gather into its
 # stages.
 
 
@@ -711,8 +711,8 @@ figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
 # `agree` and `exit` are synchronization: they contain Python code, and ranks that wait for a core. `strip` and
-# `reorder` sometimes also pay for new memory. The prediction contains none of this. It is good enough to decide if the
-# *order of the gains* is right.
+# `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. The prediction contains two
+# bare barriers and nothing else of this. It is good enough to decide if the *order of the gains* is right.
 
 
 # %% e6-task [markdown]
@@ -821,13 +821,14 @@ lesson.reveal("padding", carried[0] / sum(odd))
 # less than one third more time.
 #
 # Look at `direct` too. It sends no padding, but it makes two copies per sequence and peer, each with an alpha of its
-# own. For many short sequences, these copies can cost more than the padding. Count both.
+# own. For many short sequences, these copies can cost more than the padding (here they do not: `direct`
+# is still faster). Count both.
 
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
 #
-# Should you register buffers for large gathers too? Megatron-LM#5596 published these times for 8 × H100. They were not
-# measured on your machine. They compare the same all-gather by NCCL's ordinary kernels (its *ring*) and by its
+# Should you register buffers for large gathers too? The times below are from Megatron-LM#5596, for 8 × H100. They were
+# not measured on your machine. They compare the same all-gather by NCCL's ordinary kernels (its *ring*) and by its
 # symmetric kernels. Each time is the minimum over the ranks of the kernel's time, so it excludes waiting for a late
 # rank. This notebook reports the slowest rank, which takes at least as long. At 2 MiB, symmetric memory is 1.86 times
 # as fast. SGLang#17756 reports 27.584 → 13.696 µs for the CP gather of a prompt of 16K tokens.
@@ -854,8 +855,8 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # %% stops-text [markdown]
 # The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
 # every size. A higher rate would save more and more time. Neither explains the data. NCCL changes its kernel and
-# protocol with the size, so the gain peaks and then falls. Megatron-LM#5655 reports 1.3 to 2.1 × between 1 and 16 MiB,
-# most near 4 MiB, and no gain at 256 MiB.
+# protocol with the size, so the gain falls from the first size on. Megatron-LM#5655 has smaller sizes too, and shows the
+# peak: 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
 #
 # Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
 # times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
@@ -958,7 +959,7 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # %% clocks-after [markdown]
 # The two clocks rank the variants in different orders. Call time mostly compares the amount of Python. `seed` is four
 # lines of torch, and `padded_symm` also agrees with its peers on the call, and allocates in the pool. On the device the
-# order is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
+# order of these two is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
 # the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (`padded` on a GPU
@@ -991,7 +992,7 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 # (`NCCL_DEBUG=INFO`, `NCCL_DEBUG_SUBSYS=TUNING`). `lab.explain(…, observe=True)` switches this log on for a single
 # gather, and returns what NCCL selected.
 #
-# With one GPU per rank, the next cell observes your own NCCL. Otherwise it shows a record of two H100s with NCCL
+# With one GPU per rank, the next cell observes your own NCCL. Otherwise it shows a record of four H100s with NCCL
 # 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
 # (`padded_symm_recv`), or both (`padded_symm`).
 
@@ -1022,8 +1023,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #   small messages.)
 # - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
 #   its time is not one line.
-# - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 4 to 9 of them, and the ring
-#   21 to 24. So it leaves more of the GPU to other kernels.
+# - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 5 to 9 of them, and the ring
+#   16 to 24. So it leaves more of the GPU to other kernels.
 #
 # To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
 
@@ -1120,8 +1121,8 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
 # Ask which *term* of the model dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and
-# NVLink is the slower transfer: the network alone would need half of that time. Where bytes dominate, cp_size hardly
-# matters, because (n−1)/n of S is almost S.
+# NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on it
+# hardly matters, because (n−1)/n of S is almost S. From 2 to 8 the time grows by three quarters.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
 # curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL does have them for all-gathers
@@ -1131,7 +1132,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # ## 12. Recorded elsewhere, beside yours
 #
 # Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
-# Here are those records, and the newest one is drawn beside your sweep. Open marks are recorded, and filled marks are
+# Here are those records. The newest one of a CPU and the newest one of GPUs are drawn beside your sweep. Open marks are recorded, and filled marks are
 # yours.
 
 # %% recorded tags=["nbval-ignore-output"]

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import zmq
 
+from cpkit.control.client import _Socket
 from cpkit.control.errors import (
     BadRequest,
     Cancelled,
@@ -249,6 +250,25 @@ def test_a_client_that_reads_too_slowly_learns_that_its_request_was_cancelled(
     while isinstance(decode(slow.recv(), Reply).body, Progress | Sample):
         pass
     slow.close()
+
+
+def test_a_pause_of_this_process_is_not_the_workers_silence(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpkit.control.client._PAUSED_S", 0.3)
+    receive, pauses = _Socket.receive, [1.2]
+
+    def paused(socket: _Socket, timeout_ms: int) -> bytes | None:
+        time.sleep(pauses.pop() if pauses else 0)
+        return receive(socket, timeout_ms)
+
+    monkeypatch.setattr(_Socket, "receive", paused)
+    thread, outcome = in_background(control_server.client().call, Put(2), Done, 1.0)
+    job = control_server.server.jobs.take(LIMIT_S)
+    time.sleep(1.5)
+    control_server.server.reply(job, Done("served"))
+    thread.join()
+    assert outcome == [Done("served")]
 
 
 def test_cancelling_a_waiting_and_an_unknown_request(control_server: ControlServer) -> None:

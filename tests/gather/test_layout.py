@@ -281,3 +281,14 @@ def test_a_layout_needs_no_python_work_per_sequence(strategy: str) -> None:
         return made
 
     assert calls(4000) == calls(40)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_layout_is_made_and_used_first_inside_a_compiled_function(strategy: str) -> None:
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        metadata = prepare_context_parallel_metadata([41, 4], 2, strategy)
+        return shard(x, metadata, 1) + metadata.owners()[0]
+
+    x = torch.arange(45.0)
+    compiled = torch.compile(layer, backend="eager")(x)
+    assert torch.equal(compiled, layer(x))

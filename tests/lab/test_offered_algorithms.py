@@ -23,7 +23,15 @@ from tests.helpers.processes import LIMIT_S, until
 
 pytestmark = pytest.mark.workers
 RING = ROOT / "examples" / "ring.py"
-CHOICES = ("padded", "padded_symm_recv", "padded_symm", "direct", "plan", "ring")
+CHOICES = ("padded", "padded_symm_recv", "padded_symm", "direct", "plan", "ring", "late")
+LATE = """
+
+__all__ = ["ring", "late"]
+
+def late(tensors, metadata, memory):
+    outputs, path = ring(tensors, metadata, memory)
+    return outputs, "no report" if metadata.lengths == (31,) else path
+"""
 WRONG_ON_RANK_1 = """
 from cpkit.gather import padded
 
@@ -72,16 +80,17 @@ def start(file: Path, name: str, *options: str) -> subprocess.CompletedProcess[s
 def test_an_own_algorithm_is_offered_wherever_the_others_are(
     runtime_dir: Path, tmp_path: Path
 ) -> None:
-    started = start(RING, "ring")
+    own, changed = tmp_path / "own.py", tmp_path / "changed.py"
+    own.write_text(RING.read_text() + LATE)
+    changed.write_text(RING.read_text())
+    started = start(own, "ring")
     assert started.returncode == 0, started.stderr
-    changed = tmp_path / "ring.py"
-    changed.write_text(RING.read_text() + "# changed\n")
     with pytest.raises(cpkit.OtherWorkers, match=rf"asked for algorithms='{changed}', but"):
         launcher.attach("ring", algorithms=str(changed))
-    launcher.attach("ring", algorithms=str(RING)).close()
+    launcher.attach("ring", algorithms=str(own)).close()
     with cpkit.connect("ring", launch=False) as lab:
         assert lab.status().algorithms == CHOICES
-        assert "algorithms of your own: ring;" in lab.status().summary()
+        assert "algorithms of your own: ring, late;" in lab.status().summary()
         for cp_size in (1, 2):
             assert lab.gather([97, 12], cp_size, algorithm="ring").path == "fallback"
         names = ["padded", "ring"]
@@ -91,8 +100,14 @@ def test_an_own_algorithm_is_offered_wherever_the_others_are(
         assert lab.clock(["ring"], [64], iterations=2).times_us("ring").shape == (2, 2)
         assert "sends and receives" in lab.explain([64], algorithm="ring")["reason"][0]
         assert "wire" in set(lab.trace([64], algorithm="ring").table["stage"])
-        with pytest.raises(cpkit.BadRequest, match=r"'rung'; .* plan, ring\. .*--algorithms"):
+        with pytest.raises(cpkit.BadRequest, match=r"'rung'; .* plan, ring, late\. .*--algorithms"):
             lab.gather([64], algorithm="rung")
+        with pytest.raises(
+            cpkit.RequestFailed,
+            match="a rank's report is invalid",
+        ):
+            lab.explain([31], algorithm="late")
+        assert lab.gather([64], algorithm="ring").verified, "the workers live on"
         panel = lab.explore([64], algorithms=["direct", "ring"])
         until(lambda: "ring" in panel.summary_html, why="the panel to show its figures")
         panel.stop()

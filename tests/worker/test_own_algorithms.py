@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cpkit.control.launch_options import Launch
+from cpkit.memory.path import PathReport
 from cpkit.worker import own_algorithms
 
 GOOD = "def mine(tensors, metadata, memory): ...\n"
@@ -62,6 +63,21 @@ def test_a_file_that_others_can_change_is_refused(file: Path, mode: int, what: s
         Launch(algorithms=str(file)).check()
     path.chmod(0o755)
     Launch(algorithms=str(file)).check()
+
+
+def test_a_sticky_file_protects_nothing(file: Path) -> None:
+    file.chmod(0o1666)
+    with pytest.raises(ValueError, match=r"mode 1666.*chmod go-w"):
+        Launch(algorithms=str(file)).check()
+
+
+@pytest.mark.parametrize("path", [("ring", "why", "a", "b"), ("fallback", None, "a", "b")])
+def test_a_report_with_a_wrong_field_is_refused(path: tuple[object, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"PathReport is wrong .*'staged', 'fallback'"
+    ):
+        own_algorithms._check_path(PathReport(*path))
+    own_algorithms._check_path(PathReport("fallback", "why", "a", "b"))
 
 
 def test_a_sticky_directory_protects_a_file(file: Path) -> None:

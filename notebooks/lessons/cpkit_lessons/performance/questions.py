@@ -102,8 +102,8 @@ def alpha(world: World) -> Prediction:
     """Ask for the fraction of alpha at the smallest size."""
     size = f"{world.sizes()[0] >> 10} KiB"
     return Prediction(
-        f"direct gathers {size}. What fraction of the time is alpha, the part that does not depend "
-        "on the number of bytes?",
+        f"direct gathers {size}. By the fitted line, what fraction of the time is alpha, the part "
+        "that does not depend on the number of bytes?",
         answer=0.9,
         unit="of the time",
         between=(0, 1),
@@ -202,7 +202,7 @@ LESSON.ask(
 )
 LESSON.ask(
     "kernels",
-    "Two H100s gather with NCCL 2.28.9, with no buffer registered, with the receive buffer only, "
+    "Four H100s gather with NCCL 2.28.9, with no buffer registered, with the receive buffer only, "
     "or "
     "with both. For how many of these three does NCCL select a symmetric kernel?",
     answer=1,
