@@ -256,16 +256,16 @@ def test_a_pause_of_this_process_is_not_the_workers_silence(
     control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cpkit.control.client._PAUSED_S", 0.3)
-    receive, pauses = _Socket.receive, [1.2]
+    receive, pauses = _Socket.receive, [0.7]
 
     def paused(socket: _Socket, timeout_ms: int) -> bytes | None:
         time.sleep(pauses.pop() if pauses else 0)
         return receive(socket, timeout_ms)
 
     monkeypatch.setattr(_Socket, "receive", paused)
-    thread, outcome = in_background(control_server.client().call, Put(2), Done, 1.0)
+    thread, outcome = in_background(control_server.client().call, Put(2), Done, 0.5)
     job = control_server.server.jobs.take(LIMIT_S)
-    time.sleep(1.5)
+    time.sleep(0.8)
     control_server.server.reply(job, Done("served"))
     thread.join()
     assert outcome == [Done("served")]
