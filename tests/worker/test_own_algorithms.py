@@ -73,9 +73,7 @@ def test_a_sticky_file_protects_nothing(file: Path) -> None:
 
 @pytest.mark.parametrize("path", [("ring", "why", "a", "b"), ("fallback", None, "a", "b")])
 def test_a_report_with_a_wrong_field_is_refused(path: tuple[object, ...]) -> None:
-    with pytest.raises(
-        ValueError, match=r"PathReport is wrong .*'staged', 'fallback'"
-    ):
+    with pytest.raises(ValueError, match=r"PathReport is wrong .*'staged', 'fallback'"):
         own_algorithms._check_path(PathReport(*path))
     own_algorithms._check_path(PathReport("fallback", "why", "a", "b"))
 
