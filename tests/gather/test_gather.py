@@ -30,7 +30,7 @@ def test_ranks(modules: Sequence[str], nproc: int, check: str) -> None:
     assert_passed_together(modules, nproc, check)
 
 
-@pytest.mark.slow("the same checks with another number of ranks")
+@pytest.mark.slow("mutants, and the same checks with other numbers of ranks")
 @pytest.mark.parametrize(("modules", "nproc", "check"), [*parameters(SLOW_MODULES)])
 def test_other_ranks(modules: Sequence[str], nproc: int, check: str) -> None:
     assert_passed_together(modules, nproc, check)

@@ -36,15 +36,15 @@ def test_a_rank_that_fails_is_named_with_its_error() -> None:
 
 def test_the_record_of_nccls_choices_agrees_with_the_text_of_notebook_3() -> None:
     choices = nccl_choices.recorded()
-    assert choices.source.startswith("Recorded on 2 x NVIDIA H100 80GB HBM3 with NCCL 2.28.9, 2026")
-    assert "commit 71c6d0b" in choices.source
+    assert choices.source.startswith("Recorded on 4 x NVIDIA H100 80GB HBM3 with NCCL 2.28.9, 2026")
+    assert "commit a958ed4" in choices.source
     observed = choices.table["observed"]
     assert (observed.str.split(":").str[0] == choices.table["predicted"]).all()
     assert set(choices.table["size_bytes"]) == set(nccl_choices.SIZES_BYTES)
     channels = observed.str.extract(r"(\d+) channels")[0].astype(int)
     symmetric = observed.str.startswith("symmetric")
-    assert (channels[symmetric].min(), channels[symmetric].max()) == (4, 9)
-    assert (channels[~symmetric].min(), channels[~symmetric].max()) == (21, 24)
+    assert (channels[symmetric].min(), channels[symmetric].max()) == (5, 9)
+    assert (channels[~symmetric].min(), channels[~symmetric].max()) == (16, 24)
     assert set(choices.table[symmetric]["algorithm"]) == {"padded_symm"}
     assert observed[~symmetric].str.contains("RING LL|RING SIMPLE").all()
 
