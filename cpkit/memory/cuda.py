@@ -7,6 +7,7 @@ peer and waits for every peer's signal, so they can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -353,9 +354,7 @@ class CudaBackend:
             return
         key = run, deadline_s()
         if key not in self._graphs:
-            graph = self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run(self)
+            self._graphs[key] = _captured(partial(run, self))
         self.in_order()
         self._graphs[key].replay()
 
@@ -422,9 +421,7 @@ class _PreparedPush:
         self._backend, self._run, self._capture = backend, run, capture
         run(entry=True)
         run(entry=False)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            run(entry=False)
+        self._graph = _captured(partial(run, entry=False))
 
     def __call__(self) -> None:
         """Gather in stream order. Raises what an earlier call reported (`CudaBackend.check`)."""
@@ -440,6 +437,23 @@ class _PreparedPush:
                 self._graph.replay()
         with stage("exit"):
             pass  # inside the kernel
+
+
+def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Return a graph of the kernel that `run` launches.
+
+    Freeing GPU memory would invalidate the capture, so no garbage is collected during it, and other
+    threads may do what they like.
+    """
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    finally:
+        if collects:
+            gc.enable()
+    return graph
 
 
 def _segment_table(pool: Pool, output: torch.Tensor) -> int:
