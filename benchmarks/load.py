@@ -1,10 +1,11 @@
 """`python -m benchmarks.load`: many clients of one set of workers, each with mixed requests.
 
-    python -m benchmarks.load --minutes 10 --record     # writes benchmarks/results/DATE-load.json
+    python -m benchmarks.load --record           # 10 minutes; writes results/DATE-load.json
+    python -m benchmarks.load --soak --record    # an hour; clients pause, leave and come back
 
 Every request must be answered, or refused with a reason. The results of requests that a client
 sends at once must arrive in their order. Prints how long each kind took, how many requests the
-slowest client could make, and how the memory of the ranks grew.
+slowest client could make, and what the ranks held in each minute.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import threading
@@ -20,6 +20,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import psutil
@@ -42,6 +43,7 @@ from cpkit.timing import percentile
 
 COMMAND = "python -m benchmarks.load"
 RANKS, PROCESSES, BURST = 2, 5, 6
+PAUSE_S, VISIT = 2.0, 40  # of a soak: the mean pause, and the requests of a client's visit
 SMALL = {"heads": 1, "head_dim": 16}
 
 
@@ -49,14 +51,13 @@ class Client:
     """One notebook: a `Lab` of its own, and a thread that sends one request after the other."""
 
     def __init__(self, name: str, seed: int) -> None:
-        self.lab = cpkit.connect(name, launch=False)
-        self.lab._client.on_wait = None  # no message per request that waits
-        self.rng = random.Random(seed)
+        self.name, self.rng = name, random.Random(seed)
         self.took_s: defaultdict[str, list[float]] = defaultdict(list)
         self.refused: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.connect()
         self.kinds: dict[str, tuple[Callable[[], object], float]] = {
-            "status": (self.lab.status, 8),
+            "status": (self.status, 8),
             "gather": (self.gather, 4),
             "measure": (self.measure, 2),
             "burst": (self.burst, 1),
@@ -68,10 +69,23 @@ class Client:
             "invalid": (self.invalid, 1),
         }
 
-    def run(self, end_s: float) -> None:
-        """Send requests until the time is over."""
+    def connect(self) -> None:
+        """Become a client of the workers."""
+        self.lab = cpkit.connect(self.name, launch=False)
+        self.lab._client.on_wait = None  # no message per request that waits
+
+    def run(self, end_s: float, soak: bool) -> None:
+        """Send requests until the time is over. In a soak, pause, and now and then come anew."""
         names, weights = list(self.kinds), [weight for _, weight in self.kinds.values()]
-        while time.monotonic() < end_s:
+        for number in count():
+            if soak:
+                left_s = max(0.0, end_s - time.monotonic())
+                time.sleep(min(self.rng.expovariate(1 / PAUSE_S), left_s))
+            if time.monotonic() >= end_s:
+                break
+            if soak and number % VISIT == VISIT - 1:
+                self.lab.close()
+                self.connect()
             kind = self.rng.choices(names, weights)[0]
             start_s = time.monotonic()
             try:
@@ -86,6 +100,10 @@ class Client:
             else:
                 self.took_s[kind].append(time.monotonic() - start_s)
         self.lab.close()
+
+    def status(self) -> None:
+        """Ask for the state of the workers, which is answered at once."""
+        self.lab.status()
 
     def gather(self) -> None:
         """Gather a random batch, and check that every row is right."""
@@ -136,10 +154,10 @@ class Client:
             raise AssertionError(f"the results of {BURST} requests arrived as {numbers}")
 
 
-def clients(name: str, seed: int, number: int, end_s: float) -> None:
+def clients(name: str, seed: int, number: int, end_s: float, soak: bool) -> None:
     """Run several clients in this process, and print what they did."""
     each = [Client(name, seed + index) for index in range(number)]
-    threads = [threading.Thread(target=client.run, args=(end_s,)) for client in each]
+    threads = [threading.Thread(target=client.run, args=(end_s, soak)) for client in each]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -151,17 +169,23 @@ def clients(name: str, seed: int, number: int, end_s: float) -> None:
     print(json.dumps(done))
 
 
-def watch(ranks: list[int], end_s: float) -> list[int]:
-    """Return the resident memory of all ranks, in bytes, once per second."""
+def watch(ranks: list[int], end_s: float) -> list[dict[str, float]]:
+    """Return what all ranks held together, once per minute and at the end."""
     processes = [psutil.Process(pid) for pid in ranks]
     found = []
-    while time.monotonic() < end_s:
-        found.append(sum(process.memory_info().rss for process in processes))
-        time.sleep(1)
+    while (left_s := end_s - time.monotonic()) > 0:
+        time.sleep(min(60.0, left_s))
+        found.append(
+            {
+                "memory_mb": round(sum(p.memory_info().rss for p in processes) / 1e6, 1),
+                "descriptors": sum(p.num_fds() for p in processes),
+                "threads": sum(p.num_threads() for p in processes),
+            }
+        )
     return found
 
 
-def summary(done: list[dict[str, Any]], memory: list[int]) -> dict[str, Any]:
+def summary(done: list[dict[str, Any]], held: list[dict[str, float]]) -> dict[str, Any]:
     """Return the figures of all clients."""
     took: defaultdict[str, list[float]] = defaultdict(list)
     refused: Counter[str] = Counter()
@@ -170,8 +194,6 @@ def summary(done: list[dict[str, Any]], memory: list[int]) -> dict[str, Any]:
         for kind, seconds in client["took_s"].items():
             took[kind] += seconds
     answered = [sum(map(len, client["took_s"].values())) for client in done]
-    fifth = max(1, len(memory) // 5)  # the first fifth warms up
-    early, late = memory[fifth : 2 * fifth], memory[-fifth:]
     return {
         "clients": len(done),
         "answered": sum(answered),
@@ -188,33 +210,37 @@ def summary(done: list[dict[str, Any]], memory: list[int]) -> dict[str, Any]:
             }
             for kind, seconds in sorted(took.items())
         },
-        "memory_mb": round(statistics.median(late) / 1e6, 1),
-        "memory_growth_mb": round((statistics.median(late) - statistics.median(early)) / 1e6, 1),
+        "by_minute": held,
+        "growth": {
+            name: round(held[-1][name] / held[0][name] - 1, 4)  # the first minute warms up
+            for name in held[0]
+        },
     }
 
 
-def run(count: int, minutes: float, seed: int) -> dict[str, Any]:
+def run(number: int, minutes: float, seed: int, soak: bool) -> dict[str, Any]:
     """Start workers and clients, and return the figures."""
     name = f"load-{uuid.uuid4().hex[:8]}"
     with cpkit.connect(name, nproc=RANKS) as lab:
         ranks = [worker.pid for worker in lab.status().workers]
         end_s = time.monotonic() + 60 * minutes
-        numbers = [count // PROCESSES + (n < count % PROCESSES) for n in range(PROCESSES)]
+        numbers = [number // PROCESSES + (n < number % PROCESSES) for n in range(PROCESSES)]
         command = [sys.executable, "-m", "benchmarks.load", "--name", name]
+        command += ["--soak"] if soak else []
         processes = [
             subprocess.Popen(
-                [*command, f"--seed={seed + 100 * n}", f"--clients={number}", f"--end={end_s}"],
+                [*command, f"--seed={seed + 100 * n}", f"--clients={share}", f"--end={end_s}"],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for n, number in enumerate(numbers)
-            if number
+            for n, share in enumerate(numbers)
+            if share
         ]
-        memory = watch(ranks, end_s)
+        held = watch(ranks, end_s)
         done = [json.loads(process.communicate(timeout=180)[0]) for process in processes]
         status = lab.status()
-        figures = summary([client for clients in done for client in clients], memory)
+        figures = summary([client for clients in done for client in clients], held)
         if status.state != "idle" or [worker.pid for worker in status.workers] != ranks:
             figures["problems"].append(f"after the clients have left: {status.state}")
         lab.stop()
@@ -224,25 +250,28 @@ def run(count: int, minutes: float, seed: int) -> dict[str, Any]:
 def main() -> int:
     """Run the command, and return its exit code: 1 if a request failed."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Many clients with mixed requests.")
-    parser.add_argument("--clients", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
+    parser.add_argument("--clients", type=int, help="how many (default: 20; of a soak: 5)")
+    parser.add_argument("--minutes", type=float, help="how long (default: 10; of a soak: 60)")
+    parser.add_argument("--soak", action="store_true", help="clients pause, leave and come back")
     parser.add_argument("--seed", type=int, default=1, help="of the requests (default: 1)")
     parser.add_argument("--record", action="store_true", help=f"write a file into {RESULTS}")
     parser.add_argument("--name", default="", help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    number, soak = options.clients or (5 if options.soak else 20), options.soak
     if options.name:
-        clients(options.name, options.seed, options.clients, options.end)
+        clients(options.name, options.seed, number, options.end, soak)
         return 0
     from benchmarks.machine import environment  # imports torch
 
-    command = f"{COMMAND} --clients {options.clients} --minutes {options.minutes:g}"
+    minutes = options.minutes or (60.0 if soak else 10.0)
+    command = f"{COMMAND} {'--soak ' if soak else ''}--clients {number} --minutes {minutes:g}"
     where = environment(f"{command} --seed {options.seed}")
-    done = run(options.clients, options.minutes, options.seed)
+    done = run(number, minutes, options.seed, soak)
     say(json.dumps(done, indent=1))
     if options.record:
-        file = RESULTS / f"{where['date']}-load.json"
-        content = {"environment": where | {"minutes": options.minutes, "ranks": RANKS}, **done}
+        file = RESULTS / f"{where['date']}-{'soak' if soak else 'load'}.json"
+        content = {"environment": where | {"minutes": minutes, "ranks": RANKS}, **done}
         file.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if done["problems"] else 0
 
