@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -185,6 +186,23 @@ def is_capturing(device: str) -> bool:
     if device != "cuda" or not torch.cuda.is_initialized():  # without CUDA, torch raises below
         return False
     return bool(torch._C._cuda_isCurrentStreamCapturing())
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of what `run` launches.
+
+    Freeing GPU memory would invalidate the capture, so no garbage is collected during it, and other
+    threads may do what they like.
+    """
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    finally:
+        if collects:
+            gc.enable()
+    return graph
 
 
 _replayed: list[object] = []

@@ -7,7 +7,6 @@ peer and waits for every peer's signal, so they can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 
-from cpkit.devices import is_capturing, keep_for_replays, raw_stream
+from cpkit.devices import captured, is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import launch
 from cpkit.kernels.gather_kernel import DIFFERS, MAX_RANKS, PAGE_WORDS, TAG_BITS
@@ -354,7 +353,7 @@ class CudaBackend:
             return
         key = run, deadline_s()
         if key not in self._graphs:
-            self._graphs[key] = _captured(partial(run, self))
+            self._graphs[key] = captured(partial(run, self))
         self.in_order()
         self._graphs[key].replay()
 
@@ -421,7 +420,7 @@ class _PreparedPush:
         self._backend, self._run, self._capture = backend, run, capture
         run(entry=True)
         run(entry=False)
-        self._graph = _captured(partial(run, entry=False))
+        self._graph = captured(partial(run, entry=False))
 
     def __call__(self) -> None:
         """Gather in stream order. Raises what an earlier call reported (`CudaBackend.check`)."""
@@ -437,23 +436,6 @@ class _PreparedPush:
                 self._graph.replay()
         with stage("exit"):
             pass  # inside the kernel
-
-
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Return a graph of the kernel that `run` launches.
-
-    Freeing GPU memory would invalidate the capture, so no garbage is collected during it, and other
-    threads may do what they like.
-    """
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-    finally:
-        if collects:
-            gc.enable()
-    return graph
 
 
 def _segment_table(pool: Pool, output: torch.Tensor) -> int:
