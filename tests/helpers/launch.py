@@ -24,13 +24,13 @@ LIMIT_S = 300.0  # only a launch that hangs takes this long
 MODULES = {
     2: ("caches", "symmetric", "signals", "waits", "benchmark", "threads", "own_algorithms"),
     3: ("gathers", "plans", "crossed", "fuzz"),
-    4: ("gathers", "groups", "odd_tensors"),
+    4: ("groups", "odd_tensors"),
 }
 # Those that break the code to see a check fail, and the same programs with other numbers of ranks.
 SLOW_MODULES = {
     2: ("plans", "crossed", "fuzz"),
     3: ("caches", "signals", "mutants", "fuzz_mutants"),
-    4: ("symmetric", "waits", "fuzz"),
+    4: ("gathers", "symmetric", "waits", "fuzz"),  # gathers in groups of 2 among them
 }
 
 
