@@ -69,7 +69,7 @@ notebooks: $(VENV)/.has-test ## build and run the notebooks of notebooks/src (AR
 rehearse: $(VENV)/.has-test ## run the starter, mutants and solution of each exercise (ARGS=01 for one notebook)
 	$(PY) -m tools.rehearse $(ARGS)
 
-lock: ## resolve all dependencies in an empty environment; write requirements.lock and constraints/
+lock: ## resolve all dependencies in an empty environment; write requirements.* and constraints/
 	@$(check_python)
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	$(PYTHON) -m venv "$$scratch"; \
@@ -106,9 +106,9 @@ $(VENV)/.torch-$(TORCH): | $(PY)
 	@touch $@
 
 # One stamp per extra of pyproject.toml.
-$(VENV)/.has-%: pyproject.toml requirements.lock $(CONSTRAINTS) $(VENV)/.torch-$(TORCH)
+$(VENV)/.has-%: pyproject.toml requirements.hashes $(CONSTRAINTS) $(VENV)/.torch-$(TORCH)
 	@echo 'Installing cpkit[$*] into $(VENV), with $(CONSTRAINTS) (the first time, this takes minutes) ...'
 	@echo 'Ctrl-C is safe: the next make continues.'
 	@index=$$($(if $(CPU_BUILD),$(PY) -m tools.cpu_index $(CONSTRAINTS))); \
-	$(PY) -m pip install --disable-pip-version-check $$index -c $(CONSTRAINTS) -e '.[$*]'
+	$(PY) -m tools.install $* -c $(CONSTRAINTS) $$index
 	@touch $@
