@@ -28,3 +28,10 @@ def test_twenty_clients_are_all_served(runtime_dir: object) -> None:
     command = [sys.executable, "-m", "benchmarks.load", "--minutes", "0.5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow("starts workers; test_messages.py and test_socket.py have such messages")
+def test_damaged_messages_are_rejected_by_the_decoder_and_by_workers(runtime_dir: object) -> None:
+    command = [sys.executable, "-m", "benchmarks.message_fuzz", "--decode=20000", "--send=5000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import reliability
 
 
@@ -11,9 +13,18 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_the_recorded_runs_left_nothing_and_failed_nowhere() -> None:
-    chaos, load, fuzz = map(reliability.newest, ("chaos", "load", "fuzz"))
-    assert chaos["survived"] == chaos["injected"] >= 50
+    chaos, fuzz, messages = map(reliability.newest, ("chaos", "fuzz", "messages"))
+    assert chaos["survived"] == chaos["injected"] >= 300
     assert not chaos["left_over"]
-    assert not load["problems"]
-    assert load["minutes"] >= 3
     assert not fuzz["failures"]
+    assert messages["decoder"]["decoded"] >= 10**6
+    assert messages["workers"]["sent"] >= 10**5
+    assert not messages["decoder"]["failures"] + messages["workers"]["failures"]
+
+
+@pytest.mark.parametrize(("kind", "minutes"), [("load", 10), ("soak", 60)])
+def test_under_load_nothing_failed_and_nothing_grew(kind: str, minutes: float) -> None:
+    run = reliability.newest(kind)
+    assert not run["problems"]
+    assert run["minutes"] >= minutes
+    assert max(run["growth"].values()) < 0.05

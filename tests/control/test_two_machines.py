@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,20 @@ except cpkit.WorkersDied as error:
 cable("up")
 """
 
+GATHER_UNTIL_ERROR = """
+import time
+import cpkit
+lab = cpkit.connect("nodes", launch=False)
+assert lab.gather([64, 33], 4).verified
+print("gathering", flush=True)
+try:
+    while True:
+        last_s = time.monotonic()
+        lab.gather([64, 33], 4)
+except cpkit.ControlError as error:
+    print(f"after {time.monotonic() - last_s:.1f} s: {error}")
+"""
+
 
 class Machine:
     """One machine, until `close`."""
@@ -133,9 +148,8 @@ def _name(machine: Machine) -> str:
     return machine.run("hostname").communicate(timeout=10)[0].strip()
 
 
-def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_long_one(
-    machines: list[Machine],
-) -> None:
+def start(machines: list[Machine]) -> list[str]:
+    """Start two ranks on each machine; return what the commands print."""
     options = "--name nodes --nproc 2 --nnodes 2 --rdzv-endpoint 10.77.0.1:29500 --interface cable"
     starts = [
         machine.run("./launch_workers.sh", *options.split(), "--node-rank", machine.number)
@@ -143,6 +157,20 @@ def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_lo
     ]
     said = [start.communicate(timeout=LIMIT_S)[0] for start in starts]
     assert [start.returncode for start in starts] == [0, 0], said
+    return said
+
+
+def assert_nothing_left(machines: list[Machine]) -> None:
+    for machine in machines:
+        left = left_after(30, lambda: list(processes_with("JUPYTER_RUNTIME_DIR", machine.home)))  # noqa: B023 - called here
+        assert not left
+        assert machine.run("ls", "/dev/shm").communicate(timeout=10)[0] == ""
+
+
+def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_long_one(
+    machines: list[Machine],
+) -> None:
+    said = start(machines)
     assert "4 workers 'nodes' are ready" in said[0]
     assert "node 1 of 2 has started its 2 ranks" in said[1]
 
@@ -161,7 +189,26 @@ def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_lo
     assert "mended" in lines
     for words in ("cut: rank 2 (process ", "ended: rank 2 (process "):
         assert words in lines
-    for machine in machines:
-        left = left_after(30, lambda: list(processes_with("JUPYTER_RUNTIME_DIR", machine.home)))  # noqa: B023 - called here
-        assert not left
-        assert machine.run("ls", "/dev/shm").communicate(timeout=10)[0] == ""
+    assert_nothing_left(machines)
+
+
+def test_a_killed_machine_is_named_and_the_next_start_works(machines: list[Machine]) -> None:
+    start(machines)
+    used = machines[0].run(sys.executable, "-c", GATHER_UNTIL_ERROR)
+    assert used.stdout
+    assert used.stdout.readline() == "gathering\n"
+    for process in processes_with("JUPYTER_RUNTIME_DIR", machines[1].home):
+        process.kill()
+    said, _ = used.communicate(timeout=LIMIT_S)
+    after = re.match(r"after ([\d.]+) s: rank 2 \(process \d+ on machine1\)", said)
+    assert after, said
+    assert float(after[1]) < 2 * DEADLINE_S + 5
+    assert_nothing_left(machines)
+
+    start(machines)
+    used = machines[0].run(sys.executable, "-c", GATHER_UNTIL_ERROR)
+    assert used.stdout
+    assert used.stdout.readline() == "gathering\n"
+    assert machines[0].run("./launch_workers.sh", "stop", "--name", "nodes").wait(60) == 0
+    assert used.wait(60) == 0
+    assert_nothing_left(machines)
