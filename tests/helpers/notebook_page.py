@@ -97,7 +97,7 @@ class NotebookPage:
         """Save the notebook and reload the page. The kernel keeps running."""
         self.page.keyboard.press("Control+s")
         saved = self.page.locator(".jp-mod-dirty")
-        self.until(lambda: saved.count() == 0, 20, "the notebook is saved")
+        self.until(lambda: saved.count() == 0, 60, "the notebook is saved")
         self.page.reload()
         self.wait_for_kernel()
 
@@ -107,7 +107,7 @@ class NotebookPage:
         self.until(
             lambda: status.count() and "| Idle" in status.inner_text(), 90, "the kernel is idle"
         )
-        self.until(lambda: self.cell(self._cells[-1]).count(), 20, "the notebook is shown")
+        self.until(lambda: self.cell(self._cells[-1]).count(), 60, "the notebook is shown")
 
     def cell(self, id_: str) -> Any:
         """Return the locator of a cell."""
@@ -179,7 +179,7 @@ class NotebookPage:
     def wait_for_plot(
         self,
         id_: str,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
         *,
         created_by: str = "",
         such: Callable[[dict[str, Any]], bool] = lambda plot: True,

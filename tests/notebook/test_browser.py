@@ -21,7 +21,7 @@ from cpkit.notebook.show import find_browser
 from tests.helpers.lab_server import JupyterLab
 from tests.helpers.live_widgets import LIVE_CELLS, MORTAL, WIDGETS, busy_loops
 from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
-from tests.helpers.processes import until
+from tests.helpers.processes import LIMIT_S, until
 from tools import source
 from tools.build import SOURCES
 
@@ -98,7 +98,7 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
         live.page.keyboard.press(key)
         live.wait_for_plot(widget, such=such)
     table = live.cell("panel").locator(".cpkit-ranks tr")
-    live.until(lambda: table.count() == 6, 10, "a head, a row per rank, and their skew")
+    live.until(lambda: table.count() == 6, LIMIT_S, "a head, a row per rank, and their skew")
 
 
 def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> None:
@@ -116,13 +116,13 @@ def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> No
     ratios = live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][2])
     assert drawn(ratios, "to the first algorithm")["y"] == ["padded_symm", "direct", "plan"]
     table = panel.locator(".cpkit-algorithms")
-    live.until(lambda: "×" in table.inner_text(), 10, "the ratios are in the table")
+    live.until(lambda: "×" in table.inner_text(), LIMIT_S, "the ratios are in the table")
     assert panel.locator(".cpkit-path", has_text="● symmetric").count() == 3
     assert "core" in panel.locator(".cpkit-contention").inner_text()
     panel.get_by_label("symmetric memory").focus()
     live.page.keyboard.press("Space")
     remedy = panel.locator(".cpkit-path", has_text="○ fallback").filter(has_text="tick")
-    live.until(lambda: remedy.count() == 3, 10, "each path has its reason and its remedy")
+    live.until(lambda: remedy.count() == 3, LIMIT_S, "each path has its reason and its remedy")
     live.page.keyboard.press("Space")
     button.focus()
     live.page.keyboard.press("Space")
@@ -133,14 +133,14 @@ def test_a_pinned_state_is_compared_with_what_follows(live: NotebookPage) -> Non
     panel = live.cell("panel")
     field, pin = panel.locator(".lengths input"), panel.locator("button.pin")
     lengths = field.input_value()
-    live.wait_for_plot("panel", such=lambda p: drawn(p, "to the first algorithm")["x"][-1])
+    live.run("scratch", "panel.wait(samples=20)")  # A needs 8 complete blocks, as B does
     pin.focus()
     live.page.keyboard.press("Enter")
-    live.until(lambda: pin.inner_text() == "Unpin A", 20, "the button unpins")
+    live.until(lambda: pin.inner_text() == "Unpin A", LIMIT_S, "the button unpins")
     field.fill("8192")
     field.press("Enter")
     slower = panel.locator(".cpkit-baseline", has_text="▲ B is slower")
-    live.until(slower.count, 20, "a verdict on B against A")
+    live.until(slower.count, LIMIT_S, "a verdict on B against A")
     live.wait_for_plot("panel", such=lambda p: all(x and x > 1 for x in drawn(p, "B / A")["x"]))
     pin.click()
     live.wait_for_plot("panel", such=lambda p: not any(drawn(p, "B / A")["x"]))
@@ -158,7 +158,7 @@ def test_what_a_panel_shows_is_grey_under_an_error(live: NotebookPage) -> None:
         field.press("Enter")
         live.until(
             lambda wanted=opacity: shown.evaluate("x => getComputedStyle(x).opacity") == wanted,
-            10,
+            LIMIT_S,
             f"opacity {opacity} with lengths {text!r}",
         )
 
@@ -177,7 +177,7 @@ def test_a_hidden_page_stops_the_measurement_and_a_shown_one_resumes_it(
     live: NotebookPage, lab: cpkit.Lab
 ) -> None:
     status = live.cell("panel").locator(".cpkit-status")
-    live.until(lambda: "● measuring" in status.inner_text(), 20, "the panel measures")
+    live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "the panel measures")
     live.show_page(False)
     live.until(lambda: "no page shows" in status.inner_text(), 10, "the status says why")
     live.until(lambda: lab.status().state == "idle", 10, "the workers rest")
@@ -191,19 +191,21 @@ def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -
     live.run("scratch", "idle_s = 3")
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
-    live.until(lambda: "once per second" in status.inner_text(), 20, "the panel is idle")
+    live.until(lambda: "once per second" in status.inner_text(), LIMIT_S, "the panel is idle")
     live.cell("panel").locator(".cpkit-ranks").click()
-    live.until(lambda: "● measuring" in status.inner_text(), 10, "the full rate again")
+    live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "the full rate again")
     live.run("scratch", "idle_s = 120")
     live.run("panel")
 
 
 def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path: Path) -> None:
     panel, page = live.cell("panel"), live.page
-    live.until(panel.locator(".cpkit-path").count, 20, "samples")
+    live.until(panel.locator(".cpkit-path").count, LIMIT_S, "samples")
     panel.locator("button.take-code").focus()
     page.keyboard.press("Enter")
-    live.until(lambda: "import cpkit" in panel.locator(".cpkit-taken").inner_text(), 10, "code")
+    live.until(
+        lambda: "import cpkit" in panel.locator(".cpkit-taken").inner_text(), LIMIT_S, "code"
+    )
     code = page.evaluate("navigator.clipboard.readText()")
     assert "lab.measure(**setting" in code
     assert "lengths=[256, 64]" in code
@@ -236,15 +238,17 @@ def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookP
         pid = other.status().workers[1].pid
 
     os.kill(pid, signal.SIGSTOP)
-    live.until(lambda: "A rank does not respond" in banner.inner_text(), 20, "the rank is named")
+    live.until(
+        lambda: "A rank does not respond" in banner.inner_text(), LIMIT_S, "the rank is named"
+    )
     assert f"process {pid}" in banner.inner_text()
     os.kill(pid, signal.SIGCONT)
-    live.until(lambda: "● measuring" in status.inner_text(), 20, "it measures again")
-    live.until(lambda: not banner.inner_text(), 20, "the banner is gone")
+    live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "it measures again")
+    live.until(lambda: not banner.inner_text(), LIMIT_S, "the banner is gone")
 
     os.kill(pid, signal.SIGKILL)
     alert = panel.get_by_role("alert")
-    live.until(alert.count, 20, "the banner")
+    live.until(alert.count, LIMIT_S, "the banner")
     assert "Rank 1 has ended, with exit code -9 (SIGKILL)" in alert.inner_text()
     assert "last lines of its log" in alert.inner_text()
     assert "not measuring" in status.inner_text()
@@ -256,7 +260,7 @@ def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookP
         60,
         such=lambda p: p["revision"] > dead["revision"] and any(drawn(p, "direct")["y"]),
     )
-    live.until(lambda: not banner.inner_text(), 10, "the banner is gone")
+    live.until(lambda: not banner.inner_text(), LIMIT_S, "the banner is gone")
     live.run("mortal", "mortal.close(); mortal._lab.stop(); del os.environ['CPKIT_DEADLINE_S']")
     for cell in ("mortal", "scratch"):
         live.run(cell, "pass")  # a later test runs all cells
@@ -425,18 +429,18 @@ def test_widgets_report_a_dead_kernel(live: NotebookPage) -> None:
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
     live.wait_for_plot("panel")
-    live.until(lambda: "● measuring" in status.inner_text(), 10, "the panel measures")
+    live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "the panel measures")
     live.command("kernelmenu:restart")
     live.page.locator(".jp-Dialog .jp-mod-accept").click()
     for widget in WIDGETS:
         output = live.cell(widget)
         live.until(
             lambda output=output: "run this cell again" in output.inner_text(),
-            20,
+            LIMIT_S,
             f"{widget} reports that its kernel has ended",
         )
     assert "measuring" not in status.inner_text()
-    live.until(lambda: live.page.evaluate("commandEnded"), 60, "the kernel has restarted")
+    live.until(lambda: live.page.evaluate("commandEnded"), LIMIT_S, "the kernel has restarted")
     live.wait_for_kernel()
     live.runs.clear()
     live.run("setup")
