@@ -9,6 +9,7 @@ Waiting calls check for dead processes ten times per second.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import uuid
 from collections import deque
@@ -97,7 +98,7 @@ class Client:
         self._idle: deque[_Socket] = deque()  # kept, because a CURVE handshake takes milliseconds
         self._waiting: set[str] = set()  # ids of requests without a result
         self._died: WorkersDied | None = None
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -190,6 +191,13 @@ class Client:
                 yield reply.body
             last_reply = time.monotonic()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise NoAnswer(
+                "this client was made in another process, which has forked: its sockets do not "
+                "work here. cpkit.connect() makes one for this process"
+            )
+
     def _check_open(self) -> None:
         if self._died:
             raise self._died
@@ -204,6 +212,7 @@ class Client:
             raise death
 
     def _take_socket(self) -> _Socket:
+        self._check_process()
         try:
             socket = self._idle.pop()
         except IndexError:

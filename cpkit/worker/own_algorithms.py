@@ -46,6 +46,7 @@ from cpkit.worker.workload import prepare
 
 REFUSED_CODE = 72
 _GRACE_S = 1.0
+_MODULE = "cpkit_own_algorithms"
 _log = logging.getLogger("cpkit")
 
 
@@ -68,7 +69,7 @@ def load(file: str, store: dist.Store, runtime_dir: RuntimeDir) -> str:
             for cp_size in [n for n in range(size, 0, -1) if size % n == 0]:
                 runtime_dir.set_startup_phase(f"rank {rank}", f"verifying {name} on {cp_size}")
                 group = init_context_parallel(cp_size)
-                for workload in _workloads(name, group) if group.index == 0 else ():
+                for workload in _workloads(name, group):  # in all groups: none waits idle
                     with start.step(f"{name} ({_describe(workload)})"):
                         _verify(workload, group)
             add_gather(name, function)
@@ -92,7 +93,7 @@ def _check_digests(files: Sequence[bytes]) -> None:
 
 def _functions(file: str, source: bytes) -> dict[str, Gather]:
     """Run the file; return the functions in `__all__`, or else the public ones it defines."""
-    module = ModuleType("cpkit_own_algorithms")
+    module = ModuleType(_MODULE)
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses look for it there
     exec(compile(source, file, "exec"), vars(module))  # noqa: S102 - the user's file, as a script
@@ -102,9 +103,15 @@ def _functions(file: str, source: bytes) -> dict[str, Gather]:
         if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
     ]
     names = getattr(module, "__all__", defined)
+    if not isinstance(names, list | tuple) or not all(map(_is_identifier, names)):
+        raise ValueError(f"__all__ is {names!r:.200}; it must be a list of names of functions")
     if not names:
         raise ValueError("it defines no public function, so there is no algorithm to add")
     return {name: _function(name, getattr(module, name, None)) for name in names}
+
+
+def _is_identifier(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier()
 
 
 def _function(name: str, function: object) -> Gather:
@@ -199,6 +206,19 @@ def _verify(workload: Workload, group: CPGroup) -> None:
             raise ValueError("it returned memory that its next call has overwritten")
 
 
+def raised_at(error: BaseException) -> str:
+    """Return which line of the user's file raised, or called what did, as ", at …"; or ""."""
+    line = _line(traceback.extract_tb(error.__traceback__))
+    return f", at {line}" if line else ""
+
+
+def _line(frames: traceback.StackSummary) -> str:
+    """Return the last line of the user's file among these frames; "" if there is none."""
+    file = getattr(sys.modules.get(_MODULE), "__file__", None)
+    inside = [frame for frame in frames if frame.filename == file]
+    return f"line {inside[-1].lineno} of {inside[-1].name}: {inside[-1].line}" if inside else ""
+
+
 class _Start:
     """The steps of a start on this rank, and the report of the one that fails.
 
@@ -233,23 +253,17 @@ class _Start:
             if isinstance(error, ValueError | provenance.ProvenanceError)
             else f"{type(error).__name__}: "
         )
-        line = self._line(traceback.extract_tb(error.__traceback__))
-        self._end(f"{kind}{error}{line and f', at {line}'}")
+        self._end(f"{kind}{error}{raised_at(error)}")
 
     def _report_hang(self) -> None:
         """Report where each rank is; several may wait for the one that hangs."""
         stack = traceback.extract_stack(sys._current_frames()[self._main])
-        line = self._line(stack) or f"{stack[-1].name} of cpkit"
+        line = _line(stack) or f"{stack[-1].name} of cpkit"
         self._store.set(f"cpkit/algorithms/{self._rank}", f"rank {self._rank} is at {line}")
         time.sleep(_GRACE_S)
         keys = [f"cpkit/algorithms/{rank}" for rank in range(dist.get_world_size())]
         lines = [self._store.get(key).decode() for key in keys if self._store.check([key])]
         self._end(f"it has not returned after {deadline_s():g} s; {'; '.join(lines)}")
-
-    def _line(self, frames: traceback.StackSummary) -> str:
-        """Return the last line of the file among these frames; "" if there is none."""
-        inside = [frame for frame in frames if frame.filename == self._file]
-        return f"line {inside[-1].lineno}: {inside[-1].line}" if inside else ""
 
     def _end(self, what: str) -> NoReturn:
         """Store the cause of the end for this node's agent, and exit; the agent ends the others."""

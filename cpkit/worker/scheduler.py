@@ -51,6 +51,7 @@ from cpkit.worker.limits import (
 )
 from cpkit.worker.liveness import Monitor
 from cpkit.worker.operations import Operation, RankState, operation
+from cpkit.worker.own_algorithms import raised_at
 
 _NO_JOB = 0  # jobs have numbers from 1
 _RETRY_S = 0.05
@@ -106,10 +107,11 @@ def _run_step(steps: Generator[Any, None, Any]) -> StepResult:
         report, last = end.value, True
     except (ValueError, SymmetricMemoryError) as error:
         _log.warning("%s: %s", type(error).__name__, error)
-        return StepResult(error=str(error), agreed=True, bad_request=isinstance(error, ValueError))
+        text = f"{error}{raised_at(error)}"
+        return StepResult(error=text, agreed=True, bad_request=isinstance(error, ValueError))
     except Exception as error:  # noqa: BLE001 - every failure is reported to the client
         _log.exception("a step failed")
-        text = f"{type(error).__name__}: {describe(error)}"
+        text = f"{type(error).__name__}: {describe(error)}{raised_at(error)}"
         timed_out = isinstance(error, TimeoutError | dist.DistStoreError)
         # gloo raises RuntimeError for a timeout.
         return StepResult(error=text, timed_out=timed_out or "timed out" in text.lower())

@@ -303,6 +303,25 @@ def test_closing_is_quick_after_a_rejected_key(control_server: ControlServer) ->
     assert outcome == [None], "close must not wait for an answer"
 
 
+def test_a_client_does_not_work_in_a_forked_process(control_server: ControlServer) -> None:
+    client = control_server.client()
+    assert client.call(Status(), StatusResult).name == "test"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            client.call(Status(), StatusResult)
+        except NoAnswer as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    assert b"made in another process" in os.read(reader, 1000)
+    os.close(reader)
+    assert client.call(Status(), StatusResult).name == "test"
+
+
 def test_threads_share_a_client(control_server: ControlServer) -> None:
     """Each open request has its own socket, also within one thread."""
     client = control_server.client()

@@ -29,6 +29,8 @@ LATE = """
 __all__ = ["ring", "late"]
 
 def late(tensors, metadata, memory):
+    if metadata.lengths == (33,):
+        raise LookupError("late")
     outputs, path = ring(tensors, metadata, memory)
     return outputs, "no report" if metadata.lengths == (31,) else path
 """
@@ -48,6 +50,14 @@ def mine(tensors, metadata, memory):
     if memory.group.rank == 1:
         raise KeyError("no such rank")
     return direct(tensors, metadata, memory)
+"""
+SLOW = """
+import time
+from cpkit.gather import padded
+
+def mine(tensors, metadata, memory):
+    time.sleep(0.4)
+    return padded(tensors, metadata, memory)
 """
 HANGS_ON_RANK_1 = """
 from cpkit.gather import direct
@@ -107,6 +117,10 @@ def test_an_own_algorithm_is_offered_wherever_the_others_are(
             match="a rank's report is invalid",
         ):
             lab.explain([31], algorithm="late")
+        with pytest.raises(
+            cpkit.RequestFailed, match=r"LookupError: late, at line \d+ of late: raise"
+        ):
+            lab.gather([33], algorithm="late")
         assert lab.gather([64], algorithm="ring").verified, "the workers live on"
         panel = lab.explore([64], algorithms=["direct", "ring"])
         until(lambda: "ring" in panel.summary_html, why="the panel to show its figures")
@@ -120,18 +134,31 @@ def test_an_own_algorithm_is_offered_wherever_the_others_are(
         lab.stop()
 
 
+@pytest.mark.slow("one more start of workers")
+def test_a_slow_algorithm_is_verified_for_longer_than_one_deadline(
+    runtime_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks outside the first group of 2 must not wait for it."""
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "4")
+    file = tmp_path / "mine.py"
+    file.write_text(SLOW)
+    started = start(file, "slow", "--nproc", "4")
+    assert started.returncode == 0, started.stderr
+    cpkit.connect("slow", launch=False).stop()
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         (WRONG_ON_RANK_1, "mine.py: mine (cp_size 2, zigzag, .*on rank 1: slot 2 .* wanted round"),
         pytest.param(
             RAISES_ON_RANK_1,
-            "on rank 1: KeyError: 'no such rank', at line 6: raise KeyError",
+            "on rank 1: KeyError: 'no such rank', at line 6 of mine: raise KeyError",
             marks=pytest.mark.slow("one more start of workers"),
         ),
         pytest.param(
             HANGS_ON_RANK_1,
-            "it has not returned after 4 s; rank 0 is at line 7: return.*; rank 1 is at line",
+            "it has not returned after 4 s; rank 0 is at line 7 of mine: .*; rank 1 is at line",
             marks=pytest.mark.slow("one more start of workers"),
         ),
     ],

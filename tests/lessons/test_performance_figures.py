@@ -40,7 +40,9 @@ def sweep(cp_size: int = 4) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def recording(folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-02") -> Path:
+def recording(
+    folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-02", **fields: object
+) -> Path:
     row = {"variant": "direct", "cp_size": cp_size, "size_bytes": SIZES[0], "time_us": 3.0}
     where = {"device": device, "processor": "a processor", "cores": 2, "date": name, "commit": "c"}
     path = folder / f"{name}-{'cpu' if device == 'cpu' else 'gpu'}.json"
@@ -49,6 +51,7 @@ def recording(folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-
             {
                 "environment": where,
                 "gather": [row, {**row, "variant": "plan"}, {"variant": "no time"}],
+                **fields,
             }
         )
     )
@@ -106,6 +109,8 @@ def test_recordings_describe_their_machine_and_what_is_missing(tmp_path: Path) -
         "NVIDIA H200",
     ]
     assert recordings.newest(found, 8) == []
+    recording(tmp_path, "NVIDIA H100", name="2026-01-04", sharing=True)
+    assert recordings.newest(recordings.read(tmp_path), 4)[-1].machine == "NVIDIA H200"
 
 
 def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None:

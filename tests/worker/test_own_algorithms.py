@@ -44,6 +44,8 @@ def test_only_public_functions_of_the_file_are_algorithms() -> None:
         ("def mine(a, b, c, d): ...", r"mine\(tensors, metadata, memory\)"),
         ("def mine(*, tensors, metadata, memory): ...", "wrong signature"),
         ("__all__ = ['mine']", "__all__ has 'mine', which is None and no function"),
+        (GOOD + "__all__ = 'mine'", "__all__ is 'mine'; it must be a list of names"),
+        (GOOD + "__all__ = ['my ring']", "it must be a list of names"),
         ("mine = 5\n__all__ = ['mine']", "__all__ has 'mine', which is 5 and no function"),
         ("from cpkit.gather import padded", "no public function"),
         ("def _mine(tensors, metadata, memory): ...", "no public function"),
