@@ -229,6 +229,7 @@ def two_processes_start_the_same_name(scene: Scene) -> None:
 
 def descriptors_run_out(scene: Scene) -> None:
     """The server has its clients, so it goes on; a new segment and a new client are refused."""
+    scene.goes_on()  # the first gather of new workers needs descriptors itself
     rank = scene.rank()
     pid = scene.ranks[rank]
     limit = psutil.Process(pid).num_fds() + scene.rng.randrange(12)
