@@ -982,8 +982,9 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # {glossary: plan}
 #
-# `all_gather_kv` synchronizes twice per call: an agreement before any row is stored, and a barrier when all rows have
-# arrived. The next cell calls a plan on two ranks of its own.
+# `lab.gather` makes each rank call `all_gather_kv`, which synchronizes twice: the ranks agree before any row is stored,
+# and they wait at a barrier until all rows have arrived. The next cell starts two ranks of its own, makes a plan there,
+# and lists the stages of one call.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1011,16 +1012,16 @@ def layers(group):
 from cpkit_lessons.own_ranks import in_ranks
 
 stages = in_ranks(layers, 2)[0]
-print("stages of a call:", " → ".join(stages), "(exit is the barrier)")
+print("stages of a call:", " → ".join(stages), "(wire stores the rows, exit is the barrier)")
 
 # %% plan-reveal
 lesson.reveal("plan", sum(stage in ("agree", "exit") for stage in stages))
 
 # %% plan-after [markdown]
-# The plan has two outputs and uses them in turn, as in exercise 2 of notebook 2. That is why it needs no agreement
-# before it stores. The price: a result is valid only until the next call. MPI calls the same idea a persistent
-# collective (`MPI_Allgatherv_init`). Notebook 3 shows what a plan gains on GPUs, where a call replays a CUDA graph of
-# one kernel.
+# How can a rank store its rows without asking whether the output is free? The plan has two outputs and uses them in
+# turn. The barrier at the end of a call shows that all ranks have begun it, so they no longer need the output of the
+# call before. The price: a result is valid only until the next call. MPI calls the same idea a persistent collective
+# (`MPI_Allgatherv_init`). On GPUs a call replays one recorded kernel; notebook 3 shows what that gains.
 
 # %% s9 [markdown]
 # ## 9. Try it

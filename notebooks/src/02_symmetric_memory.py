@@ -11,7 +11,7 @@
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
 # 2. place barriers or signals so that no order of events breaks a loop, and prove it;
 # 3. store rows straight in the paged cache of a peer;
-# 4. size a pool so that nothing is registered at run time;
+# 4. size a pool so that it never has to grow while an engine serves requests;
 # 5. say whether a gather takes the fast path, from four facts and a version number;
 # 6. find the cause of a failure from what the ranks observed.
 #
@@ -59,8 +59,10 @@ assert same_offset, "otherwise the memory is not symmetric"
 # %% address-text [markdown]
 # Did your addresses happen to be equal? They can be: on one GPU, four processes all received the same address. That is
 # an accident. So never send a pointer to a peer. Send an offset: the peer knows where *it* has mapped each segment.
-# PyTorch's handle holds exactly this list (`buffer_ptrs`): the address of every rank's buffer, *as this process has
-# mapped it*.
+#
+# In PyTorch the ranks exchange their buffers in a *rendezvous*. Each rank receives a *handle*, which holds exactly this
+# list (`buffer_ptrs`): the address of every rank's buffer, *as this process has mapped it*. After that the buffer is
+# *registered*: every rank can compute its address in the memory of every other.
 
 # %% e1-task [markdown]
 # ### Exercise 1 · A peer's pointer
@@ -114,7 +116,7 @@ def peer_pointer(pointer, me, peer, bases):
 #
 # ---
 # **Why** This line is the core of symmetric memory. Every kernel that stores to a peer computes it, once per peer, from
-# a table of bases that was made when the segment was registered.
+# a table of bases that was made in the rendezvous.
 #
 # **Another way** Store one difference per peer, `bases[peer] - bases[me]`, and add it. The device code of NVSHMEM loads
 # the base of the peer from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other
@@ -396,7 +398,7 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #   cleared it.
 # - `yield me.wait(peer)` waits until the word of that peer is set here, and clears it.
 #
-# These are the rules of `put_signal` and `wait_signal` on a PyTorch *handle*, the object that `rendezvous` returns.
+# These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1).
 # (The module-level functions of the same names also move data, and exist for the NCCL backend only.) A second argument,
 # the *channel*, selects one of several words.
 
@@ -617,7 +619,7 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # makes room for them once. It counts the peak allocation of the most demanding algorithm.
 
 # %% warm
-largest = world.of(8192)
+largest = world.of(8192)  # tokens, or fewer where memory is short
 lab.pool.configure(world.of(8_000_000), cp)
 warm = lab.pool.warm_up(max_tokens=largest, cp_size=cp)
 for tokens in (largest, largest // 8, largest // 2 + 1):
@@ -735,7 +737,7 @@ def may_free(dropped, me):
 # | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error | pytorch#178138 |
 # | all GPUs of the group reach each other over *NVLink* | silent fallback | `ncclSymkAvailable` in NCCL's `sym_kernels.cc` |
 #
-# {glossary: window; symmetric kernel; fallback; staged}
+# {glossary: window; symmetric kernel; fallback}
 #
 # The send buffer may be at any offset, because each rank reads its own shard through its own pointer. Only stores go to
 # peers. For example, a rank may send its shard from inside the receive buffer (`recv + rank · shard`). That offset
@@ -761,8 +763,9 @@ lesson.version_table()
 # this notebook push rows themselves. They need a symmetric receive buffer, and a symmetric send buffer only saves them
 # the copy that pads.
 #
-# The last column is the race of section 4: from 2.28.0 to 2.30.4, symmetric kernels do not wait for the previous kernel
-# on the same GPU (sglang#37768). Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
+# The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 to 2.30.4 it
+# does not (sglang#37768), so it may read rows that this kernel is still writing: the stale read of section 3. Other
+# kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
 # *loaded* library (`ncclGetVersion`), not the one with which torch was compiled.
@@ -1170,9 +1173,9 @@ def cause(ranks):
 # ### Exercise 8 · A pull gather
 #
 # **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` is the whole result in
-# token order, filled with poison. `tokens[r]` lists the tokens of rank r, in the order in which it stores them. `yield
-# me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)` returns the first `count` rows
-# of a peer's buffer. The next round uses the same buffers.
+# token order, filled with *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of rank r, in the order in
+# which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)`
+# returns the first `count` rows of a peer's buffer. The next round uses the same buffers.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.

@@ -969,7 +969,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # ### Beside other work
 #
 # Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
-# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product.
+# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product. `NCCL` is
+# the collective alone with ordinary buffers, and `NCCL both` the same with both buffers registered.
 #
 # {glossary: copy engine; low-contention}
 
@@ -1132,8 +1133,8 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # ## 12. Recorded elsewhere, beside yours
 #
 # Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
-# Here are those records. The newest one of a CPU and the newest one of GPUs are drawn beside your sweep. Open marks are recorded, and filled marks are
-# yours.
+# Here are those records. The newest one of a CPU and the newest one of GPUs, with a GPU per rank if there is one, are
+# drawn beside your sweep. Open marks are recorded, and filled marks are yours.
 
 # %% recorded tags=["nbval-ignore-output"]
 known = recordings.read()

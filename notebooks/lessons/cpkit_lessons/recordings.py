@@ -80,8 +80,12 @@ def describe(found: list[Recording]) -> str:
 
 
 def newest(found: list[Recording], cp_size: int) -> list[Recording]:
-    """Return the newest recording with this cp_size on CPUs, and the newest on GPUs."""
+    """Return the newest recording with this cp_size on CPUs, and the newest on GPUs.
+
+    One with a GPU per rank comes before one whose ranks shared a GPU.
+    """
     fitting = [each for each in found if cp_size in set(each.table["cp_size"])]
+    fitting.sort(key=lambda each: not each.shared)
     kinds = {each.is_gpu: each for each in fitting}  # the last one of each kind remains
     return [kinds[kind] for kind in sorted(kinds)]
 
