@@ -5,7 +5,7 @@
 
 Every request must be answered, or refused with a reason. The results of requests that a client
 sends at once must arrive in their order. Prints how long each kind took, how many requests the
-slowest client could make, and what the ranks held in each minute.
+slowest client could make, and what the ranks, their agent and the clients held in each minute.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -43,6 +44,7 @@ from cpkit.timing import percentile
 
 COMMAND = "python -m benchmarks.load"
 RANKS, PROCESSES, BURST = 2, 5, 6
+GROWS = ("memory_mb", "agent_memory_mb", "clients_memory_mb", "descriptors", "threads", "segments")
 PAUSE_S, VISIT = 2.0, 40  # of a soak: the mean pause, and the requests of a client's visit
 SMALL = {"heads": 1, "head_dim": 16}
 
@@ -169,23 +171,38 @@ def clients(name: str, seed: int, number: int, end_s: float, soak: bool) -> None
     print(json.dumps(done))
 
 
-def watch(ranks: list[int], end_s: float) -> list[dict[str, float]]:
-    """Return what all ranks held together, once per minute and at the end."""
+def held(processes: list[psutil.Process], prefix: str = "") -> dict[str, float]:
+    """Return what these processes hold together. Memory that they share counts once."""
+    proportional_kb, segments = 0, set[str]()
+    for process in processes:
+        proc = Path(f"/proc/{process.pid}")
+        for line in (proc / "smaps_rollup").read_text().splitlines():
+            if line.startswith(("Pss_Anon:", "Pss_Shmem:")):  # not files: others map them too
+                proportional_kb += int(line.split()[1])
+        maps = (proc / "maps").read_text().splitlines()
+        segments.update(line.split()[5] for line in maps if "/dev/shm/cpkit-" in line)
+    return {
+        f"{prefix}memory_mb": round(proportional_kb * 1024 / 1e6, 1),
+        f"{prefix}descriptors": sum(process.num_fds() for process in processes),
+        f"{prefix}threads": sum(process.num_threads() for process in processes),
+        f"{prefix}segments": len(segments),
+    }
+
+
+def watch(ranks: list[int], clients: list[int], end_s: float) -> list[dict[str, float]]:
+    """Return what the ranks, their agent and the clients hold, once per minute until they end."""
     processes = [psutil.Process(pid) for pid in ranks]
-    found = []
-    while (left_s := end_s - time.monotonic()) > 0:
-        time.sleep(min(60.0, left_s))
-        found.append(
-            {
-                "memory_mb": round(sum(p.memory_info().rss for p in processes) / 1e6, 1),
-                "descriptors": sum(p.num_fds() for p in processes),
-                "threads": sum(p.num_threads() for p in processes),
-            }
-        )
+    agent, found = processes[0].parent(), list[dict[str, float]]()
+    while (left_s := end_s - time.monotonic()) > 1:
+        time.sleep(min(60.0, left_s - 1))
+        by_clients = held([psutil.Process(pid) for pid in clients], "clients_")
+        by_agent = held([agent] if agent else [], "agent_")
+        found.append(held(processes) | by_agent | by_clients)
+        say(f"minute {len(found)}: {found[-1]}")
     return found
 
 
-def summary(done: list[dict[str, Any]], held: list[dict[str, float]]) -> dict[str, Any]:
+def summary(done: list[dict[str, Any]], by_minute: list[dict[str, float]]) -> dict[str, Any]:
     """Return the figures of all clients."""
     took: defaultdict[str, list[float]] = defaultdict(list)
     refused: Counter[str] = Counter()
@@ -210,10 +227,12 @@ def summary(done: list[dict[str, Any]], held: list[dict[str, float]]) -> dict[st
             }
             for kind, seconds in sorted(took.items())
         },
-        "by_minute": held,
+        "by_minute": by_minute,
         "growth": {
-            name: round(held[-1][name] / held[0][name] - 1, 4)  # the first minute warms up
-            for name in held[0]
+            name: round(
+                by_minute[-1][name] / by_minute[0][name] - 1, 4
+            )  # the first minute warms up
+            for name in GROWS
         },
     }
 
@@ -237,10 +256,10 @@ def run(number: int, minutes: float, seed: int, soak: bool) -> dict[str, Any]:
             for n, share in enumerate(numbers)
             if share
         ]
-        held = watch(ranks, end_s)
+        by_minute = watch(ranks, [process.pid for process in processes], end_s)
         done = [json.loads(process.communicate(timeout=180)[0]) for process in processes]
         status = lab.status()
-        figures = summary([client for clients in done for client in clients], held)
+        figures = summary([client for clients in done for client in clients], by_minute)
         if status.state != "idle" or [worker.pid for worker in status.workers] != ranks:
             figures["problems"].append(f"after the clients have left: {status.state}")
         lab.stop()
