@@ -103,6 +103,8 @@ class Client:
                 self.problems.append(f"{kind} was refused without a reason")
             except Exception as error:  # noqa: BLE001 - every failure is reported
                 self.problems.append(f"{kind}: {type(error).__name__}: {error!s:.300}")
+                if isinstance(error, cpkit.WorkersDied):
+                    break
             else:
                 self.took_s[kind].append(time.monotonic() - start_s)
         self.lab.close()
@@ -260,8 +262,12 @@ def run(number: int, minutes: float, seed: int, soak: bool) -> dict[str, Any]:
             for n, share in enumerate(numbers)
             if share
         ]
-        by_minute = watch(ranks, [process.pid for process in processes], end_s)
-        done = [json.loads(process.communicate(timeout=180)[0]) for process in processes]
+        try:
+            by_minute = watch(ranks, [process.pid for process in processes], end_s)
+            done = [json.loads(process.communicate(timeout=180)[0]) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         status = lab.status()
         figures = summary([client for clients in done for client in clients], by_minute)
         if status.state != "idle" or [worker.pid for worker in status.workers] != ranks:
