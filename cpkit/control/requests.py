@@ -10,6 +10,7 @@ from cpkit.algorithms import AlgorithmChoice
 from cpkit.packing import describe_types
 
 if TYPE_CHECKING:
+    from cpkit.batch import Batch
     from cpkit.layout import ContextParallelMetadata
 
 PROTOCOL_VERSION = 5
@@ -74,6 +75,12 @@ class Workload(Message, frozen=True):
     def without_variant(self) -> Workload:
         """Return the workload with the default algorithm and memory, to compare all else."""
         return msgspec.structs.replace(self, algorithm="direct", symmetric=True)
+
+    def batch(self) -> Batch:
+        """Return how many rows each rank holds. Raises ValueError for lengths that do not fit."""
+        from cpkit.batch import Batch, checked_batch
+
+        return Batch(*checked_batch(self.lengths, self.cp_size, self.strategy))
 
     def layout(self) -> ContextParallelMetadata:
         """Return which rank owns which token. Raises ValueError for lengths that do not fit."""

@@ -6,14 +6,17 @@ Each figure draws all values of a result of `Lab`, without smoothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.control.messages import Sample
 from cpkit.notebook import style
+from cpkit.notebook.style import byte_words
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def stage_split(samples: Sequence[Sample]) -> go.Figure:
@@ -65,14 +68,6 @@ def timeline(table: pd.DataFrame, label: str) -> go.Figure:
     )
 
 
-def byte_words(count: float) -> str:
-    """Return a byte count with a decimal unit: `33.6 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 def size_axis(sizes_bytes: Sequence[int], **options: object) -> dict[str, Any]:
     """Return a logarithmic axis of sizes, with a tick per size."""
     words = [byte_words(size) for size in sizes_bytes]
@@ -95,7 +90,7 @@ def _ordered(stages: set[str]) -> list[str]:
     return known + sorted(stages - set(known))
 
 
-def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go.Bar:
+def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> dict[str, Any]:
     values = [split.get(stage, 0.0) for _, split in splits]
     meaning = style.STAGE_MEANINGS.get(stage, "")
     return style.stage_bar(
@@ -108,7 +103,7 @@ def _stage_bar(stage: str, splits: Sequence[tuple[str, dict[str, float]]]) -> go
     )
 
 
-def _timeline_bars(stage: str, rows: pd.DataFrame) -> go.Bar:
+def _timeline_bars(stage: str, rows: pd.DataFrame) -> dict[str, Any]:
     return style.stage_bar(
         stage,
         y=rows["rank"].tolist(),

@@ -10,8 +10,8 @@ import ipywidgets as widgets
 import msgspec
 import traitlets
 
+from cpkit.batch import STRATEGIES
 from cpkit.control.messages import MAX_SEQUENCES, Workload
-from cpkit.layout import STRATEGIES
 from cpkit.notebook.live import controls_box
 
 Values = dict[str, Any]  # of controls, by their names

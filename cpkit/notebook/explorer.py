@@ -35,7 +35,6 @@ from cpkit.control.errors import (
 from cpkit.control.messages import ClockCall, Sample, Strategy, Workload
 from cpkit.lab import Lab
 from cpkit.lab.arguments import several
-from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import contention_badge
 from cpkit.notebook.banner import WorkersBanner
 from cpkit.notebook.controls import Controls
@@ -295,8 +294,7 @@ class Explorer(LivePanel[Setting]):
         """Draw the layout. If running, measure until a newer setting is submitted."""
         intervals = setting.intervals
         if setting.is_running or not intervals.count:
-            metadata = intervals.workloads[0].layout()
-            self.panel.show_layout(intervals.workloads, metadata, replaced_soon=setting.is_running)
+            self.panel.show_layout(intervals.workloads, replaced_soon=setting.is_running)
             self._table.value = self._summary.value = ""
         if not setting.is_running:
             self._status.value = _STOPPED
@@ -331,7 +329,6 @@ class Explorer(LivePanel[Setting]):
 
     def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
         """Measure until a newer setting is submitted, or the interval changes."""
-        metadata = intervals.workloads[0].layout()
         interval_s, read_at_s = self._presence.interval_s(), 0.0
         self._status.value = _IDLE if self._presence.is_idle else _MEASURING
         stream = self._lab.measure_workloads(
@@ -347,10 +344,10 @@ class Explorer(LivePanel[Setting]):
                 self._probe(intervals.workloads[0])
                 now_s = time.monotonic()
                 if self.plot.is_due() or intervals.count == 1:
-                    self._draw(intervals, metadata, now_s - began_s)
+                    self._draw(intervals, now_s - began_s)
                 if now_s >= read_at_s:
                     read_at_s = now_s + _STATUS_EVERY_S
-                    self._show_contention(metadata.cp_size)
+                    self._show_contention(intervals.workloads[0].cp_size)
                 if self._presence.is_hidden or self._presence.interval_s() != interval_s:
                     return
 
@@ -379,7 +376,7 @@ class Explorer(LivePanel[Setting]):
     def _count(self) -> int:
         return self._newest.count if self._newest else 0
 
-    def _draw(self, intervals: Intervals, metadata: ContextParallelMetadata, at_s: float) -> None:
+    def _draw(self, intervals: Intervals, at_s: float) -> None:
         summaries = intervals.summaries()
         baseline = self._baseline  # another thread may unpin it
         comparisons = compare(baseline, summaries) if baseline else []
@@ -387,7 +384,7 @@ class Explorer(LivePanel[Setting]):
         shown = comparison_table(comparisons, baseline.described) if baseline else ""
         self._against.value = shown
         self._summary.value = algorithms_table(summaries)
-        self._table.value = ranks_table(summaries, metadata)
+        self._table.value = ranks_table(summaries, intervals.workloads[0].batch())
         if time.monotonic() - self._spoke_s >= _SPOKEN_EVERY_S:
             self._spoke_s = time.monotonic()
             self._spoken.value = spoken(summaries)

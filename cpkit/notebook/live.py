@@ -12,13 +12,15 @@ import atexit
 import html
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import ipywidgets as widgets
-import plotly.graph_objects as go
 
 from cpkit.notebook import cells, style
 from cpkit.notebook.plot import LivePlot
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Setting = TypeVar("Setting")
 IsNewest = Callable[[], bool]
@@ -158,7 +160,7 @@ class StepPanel(LivePanel[Setting]):
     """A live panel whose work on a setting ends. `figure` is the figure that the page shows."""
 
     def __init__(self, controls: Sequence[Any], figure: go.Figure | None = None) -> None:
-        self.figure = figure or waiting_figure()
+        self.figure: Any = figure or waiting_figure()
         self.done = 0  # number of settings whose work is complete
         super().__init__(controls, LivePlot(self.figure))
 
@@ -189,11 +191,11 @@ class StepPanel(LivePanel[Setting]):
             self._changed.notify_all()
 
 
-def waiting_figure() -> go.Figure:
+def waiting_figure() -> style.PlainFigure:
     """Return the figure of a panel that has no result yet."""
     text = "Waiting for the workers"
-    figure = go.Figure(layout={"xaxis": {"visible": False}, "yaxis": {"visible": False}})
-    return style.finish(figure, title=text, alt=f"{text}.", height=490)
+    layout = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
+    return style.finish({"data": [], "layout": layout}, title=text, alt=f"{text}.", height=490)
 
 
 # When the kernel is lost, plot.js finds the parts by these classes and cpkit-status. It disables

@@ -1,40 +1,34 @@
-"""The explorer's figures: five plots whose traces are created once and updated, and other views."""
+"""The explorer's figure: a plain dictionary of the chosen view, built anew for each redraw."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
-
-import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from typing import TYPE_CHECKING, Any
 
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control.messages import Workload
-from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook import style, views
 from cpkit.notebook.intervals import Comparison, Summary
 from cpkit.notebook.plot import LivePlot
 from cpkit.timing import Ratio
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from cpkit.batch import Batch
+
 HISTORY = 120  # points per line of the history
-_TITLES = (
-    "Rows per rank",
-    "Time per rank",
-    "Stages (mean over ranks)",
-    "Ratio, with its noise",
-    "Time of a gather: rolling median, and p95 (dotted)",
-)
-# Not empty lists, because plotly.js removes the axes of a trace without points.
-_NOTHING: dict[str, Any] = {"x": [0], "y": [None], "showlegend": False}
+_GREY = "#8c959f"
 _SAME = Ratio(1.0, 1.0, 1.0)  # of the first algorithm to itself
-_LINES = tuple[go.Scatter, go.Scatter, go.Scatter]
+_UNMEASURED = ((0.0, None, None),)  # plotly.js removes the axes of a trace without points
+Points = Sequence[tuple[float, float | None, float | None]]  # time, rolling median, p95
 
 
 class Panel:
-    """The figure of the chosen view: `times`, five plots of interleaved algorithms, or another one.
+    """The plot of the chosen view: `times`, or one of `views`.
 
     One thread updates it and publishes it; other threads choose the view, and read it with
     `still()`.
@@ -45,74 +39,45 @@ class Panel:
         self.model: views.Model | None = None
         self.floor_us: float | str | None = None  # a text says why there is none
         self.pool: pd.DataFrame | None = None
-        self._metadata: ContextParallelMetadata | None = None
-        self._summaries: Sequence[Summary] = ()
-        self.figure = _empty_figure(algorithms)
-        self.plot = LivePlot(self.figure)
+        self.summaries: Sequence[Summary] = ()
+        self._algorithms = algorithms
+        self._workloads: Sequence[Workload] = ()
+        self._batch: Batch | None = None
+        self._comparisons: Sequence[Comparison] = ()
+        self._history: dict[str, deque[tuple[float, float | None, float | None]]] = {}
         self._lock = threading.Lock()
-        named = {trace.name: trace for trace in self.figure.data if trace.name}
-        self._rows, self._padding = named["rows"], named["padding"]
-        self._stages = {stage: named[stage] for stage in style.STAGE_STYLES}
-        self._to_first, self._to_baseline = named["to the first algorithm"], named["B / A"]
-        self._lines: dict[str, _LINES] = {
-            name: (named[f"{name} per rank"], named[name], named[f"{name} p95"])
-            for name in algorithms
-        }
-        self._history: dict[str, deque[tuple[float, float, float | None]]] = {}
+        self._published = self._shown()
+        self.plot = LivePlot(self._published)
 
     def show_layout(
         self,
         workloads: Sequence[Workload],
-        metadata: ContextParallelMetadata,
         *,
         replaced_soon: bool = False,
     ) -> None:
-        """Draw the rows per rank, and start a new history."""
-        self._metadata, self.floor_us, self.pool = metadata, None, None
-        self._history = {w.algorithm: deque(maxlen=HISTORY) for w in workloads}
-        ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
-        rows = metadata.per_rank_actual_token
-        padding = [metadata.max_rank_len[0] - count for count in rows]
-        colors = [style.rank_color(rank) for rank in range(metadata.cp_size)]
+        """Draw the rows per rank, and start a new history. Raises ValueError if there are none."""
+        batch = workloads[0].batch()
         with self._lock:
-            title, subtitle = describe(workloads)
-            self.figure.layout.title.text = title
-            self.figure.layout.title.subtitle.text = subtitle
-            self._rows.update(x=ranks, y=rows, marker={"color": colors})
-            self._padding.update(x=ranks, y=padding)
-            for name, (per_rank, median, p95) in self._lines.items():
-                per_rank.update(**_NOTHING | {"x": ranks[:1]})
-                median.update(**_NOTHING | {"showlegend": name in self._history})
-                p95.update(**_NOTHING)
-            for bar in self._stages.values():
-                bar.update(x=[0], y=[workloads[0].algorithm])
-            _draw_ratios(self._to_first, [workloads[0].algorithm], [_SAME])
-            _draw_ratios(self._to_baseline, [workloads[0].algorithm], [None])
-            self._publish((), replaced_soon=replaced_soon)
+            self._workloads, self._batch = workloads, batch
+            self.floor_us, self.pool, self.summaries, self._comparisons = None, None, (), ()
+            self._history = {work.algorithm: deque(maxlen=HISTORY) for work in workloads}
+            self._publish(replaced_soon=replaced_soon)
 
     def show(
-        self,
-        summaries: Sequence[Summary],
-        comparisons: Sequence[Comparison],
-        at_s: float,
+        self, summaries: Sequence[Summary], comparisons: Sequence[Comparison], at_s: float
     ) -> None:
         """Draw the summaries, `at_s` seconds after the measurement began."""
-        names = [summary.algorithm for summary in summaries]
         with self._lock:
+            self.summaries, self._comparisons = summaries, comparisons
             for summary in summaries:
-                self._draw_lines(summary, at_s)
-            for stage, bar in self._stages.items():
-                times_us = [summary.stage_us.get(stage, 0.0) for summary in summaries]
-                bar.update(x=_short(times_us), y=names)
-            ratios = [_SAME, *(summary.ratio for summary in summaries[1:])]
-            _draw_ratios(self._to_first, names, ratios)
-            to_baseline = [each.ratio for each in comparisons] or [None] * len(names)
-            _draw_ratios(self._to_baseline, names, to_baseline)
-            self._to_first.showlegend = self._to_baseline.showlegend = bool(comparisons)
-            self._publish(summaries)
+                point = (at_s, summary.median_us, summary.p95_us)
+                self._history[summary.algorithm].append(point)
+            self._publish()
 
     def still(self) -> go.Figure:
-        """Return the figure of the chosen view as a plain figure, for pages without JavaScript."""
+        """Return the figure of the chosen view as a plotly figure, which is checked by plotly."""
+        import plotly.graph_objects as go
+
         with self._lock:
             return go.Figure(self._shown())
 
@@ -120,36 +85,58 @@ class Panel:
         """Show another view of what was measured."""
         with self._lock:
             self.view = view
-            self.plot.publish(self._shown())
+            self._publish()
 
-    def _draw_lines(self, summary: Summary, at_s: float) -> None:
-        history = self._history[summary.algorithm]
-        history.append((at_s, summary.median_us, summary.p95_us))
-        times_s, medians_us, p95_us = map(list, zip(*history, strict=True))
-        per_rank, median, p95 = self._lines[summary.algorithm]
-        per_rank.x = [f"rank {rank}" for rank in range(len(summary.per_rank_us))]
-        per_rank.y = _short(summary.per_rank_us)
-        ago_s = _short([time_s - at_s for time_s in times_s], 2)
-        median.update(x=ago_s, y=_short(medians_us))
-        p95.update(x=ago_s, y=_short(p95_us))
+    def _publish(self, *, replaced_soon: bool = False) -> None:
+        figure = self._shown()
+        if figure != self._published:  # the tokens and the pool stay the same for many samples
+            self._published = figure
+            self.plot.publish(figure, replaced_soon=replaced_soon)
 
-    def _publish(self, summaries: Sequence[Summary], *, replaced_soon: bool = False) -> None:
-        self._summaries = summaries
-        times = ", ".join(f"{s.algorithm} {s.median_us:.0f} µs" for s in summaries)
-        alt = "The live panel: rows, time per rank, stages, ratios and history. Median times: "
-        self.figure.layout.meta = {"alt": f"{alt}{times or 'nothing measured yet'}."}
-        self.plot.publish(self._shown(), replaced_soon=replaced_soon)
-
-    def _shown(self) -> go.Figure:
-        figure = self.figure
+    def _shown(self) -> style.PlainFigure:
+        """Return the figure of the chosen view, and build no other one."""
         if self.view == "pool":
             figure = views.pool(self.pool)
-        elif self.view == "tokens" and self._metadata:
-            figure = views.tokens(self._metadata)
-        elif self.view == "bandwidth" and self._summaries:
-            figure = views.bandwidth(self._summaries, self.floor_us, self.model)
-        figure.layout.uirevision = figure.layout.uirevision or self.view  # keeps the zoom
+        elif self.view == "tokens" and self._workloads:
+            figure = views.tokens(self._workloads[0].layout())
+        elif self.view == "bandwidth" and self.summaries:
+            figure = views.bandwidth(self.summaries, self.floor_us, self.model)
+        else:
+            figure = self._times()
+        figure["layout"].setdefault("uirevision", self.view)  # keeps the zoom
         return figure
+
+    def _times(self) -> style.PlainFigure:
+        """Draw rows, time per rank, stages, ratios and the history; all algorithms have traces."""
+        summaries, measured = self.summaries, {each.algorithm: each for each in self.summaries}
+        ranks = [f"rank {rank}" for rank in range(self._batch.cp_size if self._batch else 1)]
+        rows = self._batch.per_rank_actual_token if self._batch else (0,)
+        names = [work.algorithm for work in self._workloads[: len(summaries) or 1]] or [""]
+        traces = [*_rows(ranks, rows)]
+        for name in self._algorithms:
+            times_us = measured[name].per_rank_us if name in measured else ()
+            history = self._history.get(name)
+            traces += _lines(name, ranks, times_us, history or _UNMEASURED, history is not None)
+        for stage in style.STAGE_STYLES:
+            stage_us = [each.stage_us.get(stage, 0.0) for each in summaries] or [0.0]
+            bar = style.stage_bar(stage, x=_short(stage_us), y=names, text=stage, textangle=0)
+            traces.append(bar | {"legendgroup": "stages", "xaxis": "x3", "yaxis": "y3"})
+        to_first = [_SAME, *(each.ratio for each in summaries[1:])]
+        to_baseline = [each.ratio for each in self._comparisons]
+        is_compared = bool(to_baseline)
+        first = _ratios("to the first algorithm", "circle", names, to_first, is_compared)
+        pinned = to_baseline or [None] * len(names)
+        compared = _ratios("B / A", "diamond-open", names, pinned, is_compared)
+        title, subtitle = describe(self._workloads) if self._workloads else ("Not measured yet", "")
+        times = ", ".join(f"{each.algorithm} {each.median_us:.0f} µs" for each in summaries)
+        return style.finish(
+            {"data": [*traces, first, compared], "layout": dict(_LAYOUT)},
+            title=title,
+            subtitle=subtitle,
+            alt="The live panel: rows, time per rank, stages, ratios and history. Median times: "
+            f"{times or 'nothing measured yet'}.",
+            height=850,
+        )
 
 
 def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
@@ -166,13 +153,75 @@ def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
     )
 
 
-def _draw_ratios(points: go.Scatter, names: Sequence[str], ratios: Sequence[Ratio | None]) -> None:
+_TIP = "%{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
+
+
+def _rows(ranks: Sequence[str], rows: Sequence[int]) -> list[dict[str, Any]]:
+    padding = [max(rows) - count for count in rows]
+    hatched = {"color": style.PADDING, "pattern": style.hatch(), "line": {"color": _GREY}}
+    colors = {"color": [style.rank_color(rank) for rank in range(len(ranks))]}
+    bar = {"type": "bar", "x": ranks, "hovertemplate": _TIP}
+    return [
+        {**bar, "name": "rows", "showlegend": False, "y": rows, "marker": colors},
+        {**bar, "name": "padding", "y": padding, "marker": hatched},
+    ]
+
+
+def _lines(
+    name: str, ranks: Sequence[str], times_us: Sequence[float], history: Points, is_shown: bool
+) -> list[dict[str, Any]]:
+    """Return the time per rank, the rolling median and the p95 of an algorithm."""
+    color, dash, symbol = style.algorithm_line(name)
+    times_s, medians_us, p95_us = zip(*history, strict=True)
+    line = {"type": "scatter", "line": {"color": color, "dash": dash, "width": 1.5}}
+    # Without markers, which would take most of the time to draw.
+    ago_s = _short([time_s - times_s[-1] for time_s in times_s], 2)
+    rolling = line | {"mode": "lines", "x": ago_s, "xaxis": "x5", "yaxis": "y5"}
+    thick, thin = (
+        {"color": color, "dash": dash, "width": 2},
+        {"color": color, "dash": "dot", "width": 1},
+    )
+    return [
+        line
+        | {
+            "name": f"{name} per rank",
+            "mode": "lines+markers",
+            "marker": {"color": color, "symbol": symbol, "size": 8},
+            "x": ranks if times_us else ranks[:1],
+            "y": _short(times_us) or [None],
+            "xaxis": "x2",
+            "yaxis": "y2",
+            "showlegend": False,
+        },
+        rolling | {"name": name, "y": _short(medians_us), "line": thick, "showlegend": is_shown},
+        rolling | {"name": f"{name} p95", "y": _short(p95_us), "line": thin, "showlegend": False},
+    ]
+
+
+def _ratios(
+    title: str,
+    symbol: str,
+    names: Sequence[str],
+    ratios: Sequence[Ratio | None],
+    is_shown: bool,
+) -> dict[str, Any]:
     values = [ratio.value if ratio else None for ratio in ratios]
     # No error bar is 0, because plotly would draw NaN there.
     after = [ratio.high - ratio.value if ratio else 0.0 for ratio in ratios]
     before = [ratio.value - ratio.low if ratio else 0.0 for ratio in ratios]
-    noise = {"array": _short(after, 3), "arrayminus": _short(before, 3)}
-    points.update(x=_short(values, 3), y=list(names), error_x=noise)
+    noise = {"type": "data", "symmetric": False, "color": style.INK}
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": title,
+        "x": _short(values, 3),
+        "y": names,
+        "error_x": noise | {"array": _short(after, 3), "arrayminus": _short(before, 3)},
+        "marker": {"symbol": symbol, "size": 9, "color": _GREY},
+        "xaxis": "x4",
+        "yaxis": "y4",
+        "showlegend": is_shown,
+    }
 
 
 def _short(values: Sequence[float | None], digits: int = 1) -> list[float | None]:
@@ -180,63 +229,43 @@ def _short(values: Sequence[float | None], digits: int = 1) -> list[float | None
     return [None if value is None else round(value, digits) for value in values]
 
 
-def _empty_figure(algorithms: Sequence[str]) -> go.Figure:
-    figure = make_subplots(
-        rows=3,
-        cols=2,
-        specs=[[{}, {}], [{}, {}], [{"colspan": 2}, None]],
-        subplot_titles=_TITLES,
-        vertical_spacing=0.13,
-        horizontal_spacing=0.2,
-    )
-    figure.update_annotations(font={"size": 13})
-    _add_traces(figure, algorithms)
-    names = (("", "rows"), ("", "time (µs)"), ("time (µs)", ""), ("ratio", ""))
-    for place, (x_title, y_title) in enumerate((*names, ("time before now (s)", "time (µs)"))):
-        where = {"row": place // 2 + 1, "col": place % 2 + 1}
-        figure.update_xaxes(style.axis(x_title), **where)
-        figure.update_yaxes(style.axis(y_title, rangemode="tozero"), **where)
-    for col in (1, 2):
-        figure.update_xaxes(rangemode="tozero", row=2, col=col)
-        figure.update_yaxes(style.names_axis(rangemode="normal"), row=2, col=col)
-    line = {"color": "#8c959f", "width": 1, "dash": "dot"}
-    figure.add_vline(x=1, line=line, row=2, col=2)
+def _plots() -> list[style.Plot]:
+    left, right, both = (0.0, 0.4), (0.6, 1.0), (0.0, 1.0)
+    upper, middle, lower = (0.753, 1.0), (0.377, 0.623), (0.0, 0.247)
+
     # Margins that follow the labels would lay out all plots several times per figure.
-    figure.update_xaxes(automargin=False)
-    figure.update_yaxes(automargin=False)
-    figure.update_layout(
-        barmode="stack",
-        margin_l=120,  # room for the names of the algorithms
-        margin_t=84,  # and for the titles of the plots
-        margin_b=160,  # and for the legend
-        uirevision="live",  # zooming by hand survives the next sample
-    )
-    alt = "Live: rows per rank, time per rank, stages, ratios, history."
-    return style.finish(figure, title="Not measured yet", alt=alt, height=850)
+    def axis(title: str = "", **options: object) -> dict[str, Any]:
+        return style.axis(title, automargin=False, **options)
+
+    def from_0(title: str) -> dict[str, Any]:
+        return axis(title, rangemode="tozero")
+
+    names = style.names_axis(automargin=False)
+    history = "Time of a gather: rolling median, and p95 (dotted)"
+    return [
+        style.Plot(left, upper, "Rows per rank", axis(), from_0("rows")),
+        style.Plot(right, upper, "Time per rank", axis(), from_0("time (µs)")),
+        style.Plot(left, middle, "Stages (mean over ranks)", from_0("time (µs)"), names),
+        style.Plot(right, middle, "Ratio, with its noise", from_0("ratio"), names),
+        style.Plot(both, lower, history, axis("time before now (s)"), from_0("time (µs)")),
+    ]
 
 
-def _add_traces(figure: go.Figure, algorithms: Sequence[str]) -> None:
-    padding: dict[str, Any] = {"color": style.PADDING, "pattern": style.hatch()}
-    padding["line"] = {"color": "#8c959f", "width": 1}
-    tip = "%{x}: %{y:.4g}<extra>%{fullData.name}</extra>"
-    empty: dict[str, Any] = {"x": ["rank 0"], "y": [0], "hovertemplate": tip}
-    figure.add_bar(row=1, col=1, name="rows", showlegend=False, **empty)
-    figure.add_bar(row=1, col=1, name="padding", marker=padding, **empty)
-    for name in algorithms:
-        color, dash, symbol = style.algorithm_line(name)
-        line = {"color": color, "dash": dash, "width": 1.5}
-        marker = {"color": color, "symbol": symbol}
-        per_rank = {"line": line, "marker": marker | {"size": 8}, "name": f"{name} per rank"}
-        figure.add_scatter(row=1, col=2, mode="lines+markers", **per_rank, **_NOTHING)
-        # Without markers, which would take most of the time to draw.
-        rolling = {"line": line | {"width": 2}, "name": name}
-        figure.add_scatter(row=3, col=1, mode="lines", **rolling, **_NOTHING)
-        late = {"line": line | {"dash": "dot", "width": 1}, "name": f"{name} p95"}
-        figure.add_scatter(row=3, col=1, mode="lines", **late, **_NOTHING)
-    for stage in style.STAGE_STYLES:
-        bar = style.stage_bar(stage, y=["direct"], x=[0], text=stage, textangle=0)
-        figure.add_trace(bar.update(legendgroup="stages"), row=2, col=1)
-    for title, symbol in (("to the first algorithm", "circle"), ("B / A", "diamond-open")):
-        noise: dict[str, Any] = {"type": "data", "symmetric": False, "color": style.INK}
-        points = {"marker": {"symbol": symbol, "size": 9, "color": "#8c959f"}, "error_x": noise}
-        figure.add_scatter(row=2, col=2, mode="markers", name=title, **points, **_NOTHING)
+_LAYOUT: dict[str, Any] = {
+    **style.several_plots(_plots()),
+    "barmode": "stack",
+    # Room for the names of the algorithms, the headings of the plots, and the legend.
+    "margin": {"l": 120, "r": 16, "t": 84, "b": 160},
+    "shapes": [
+        {
+            "type": "line",
+            "x0": 1,
+            "x1": 1,
+            "xref": "x4",
+            "y0": 0,
+            "y1": 1,
+            "yref": "y4 domain",
+            "line": {"color": _GREY, "width": 1, "dash": "dot"},
+        }
+    ],
+}

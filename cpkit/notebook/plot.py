@@ -16,20 +16,23 @@ the panel around it is touched.
 from __future__ import annotations
 
 import gzip
-import json
 import time
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import ipywidgets as widgets
-import plotly
-import plotly.graph_objects as go
+import msgspec
 import traitlets
 
 from cpkit.notebook import style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 UPDATE_INTERVAL_S = 0.1  # 5 to 10 figures per second look continuous
 MAX_WIDTH_PX = 860
@@ -38,7 +41,7 @@ MAX_WIDTH_PX = 860
 class PlotlyLibrary(widgets.Widget):  # type: ignore[misc]
     """The plotly.js of the installed plotly, compressed. All plots of a kernel share one."""
 
-    version = traitlets.Unicode(plotly.__version__).tag(sync=True)
+    version = traitlets.Unicode(version("plotly")).tag(sync=True)
     gzip = traitlets.Bytes().tag(sync=True)
 
 
@@ -57,7 +60,7 @@ class LivePlot(anywidget.AnyWidget):
     )
     plot_state = traitlets.Instance(PlotState).tag(sync=True, **widgets.widget_serialization)
 
-    def __init__(self, figure: go.Figure) -> None:
+    def __init__(self, figure: go.Figure | style.PlainFigure) -> None:
         self.revision = self._handed_out = 0
         self._published_at_s = 0.0
         super().__init__(
@@ -66,7 +69,9 @@ class LivePlot(anywidget.AnyWidget):
             layout={"width": "100%", "max_width": f"{MAX_WIDTH_PX}px"},
         )
 
-    def publish(self, figure: go.Figure, *, replaced_soon: bool = False) -> None:
+    def publish(
+        self, figure: go.Figure | style.PlainFigure, *, replaced_soon: bool = False
+    ) -> None:
         """Replace the figure in every view. The zoom is kept while `uirevision` is unchanged.
 
         A figure that is `replaced_soon` is drawn only if no other one follows soon.
@@ -102,14 +107,22 @@ class LivePlot(anywidget.AnyWidget):
             self.plot_state.close()
         super().close()
 
-    def _next_revision(self, figure: go.Figure, *, replaced_soon: bool = False) -> str:
+    def _next_revision(
+        self, figure: go.Figure | style.PlainFigure, *, replaced_soon: bool = False
+    ) -> str:
         self.revision += 1
         self._published_at_s = time.monotonic()
-        content: dict[str, Any] = json.loads(figure.to_json())
-        content["layout"].setdefault("uirevision", "live")
-        content |= {"revision": self.revision, "alt": style.text_alternative(figure)}
-        content["replaced_soon"] = replaced_soon
-        return json.dumps(content)
+        plain = figure if isinstance(figure, dict) else style.plain(figure)
+        # Without `meta`, because plotly.js lays out all plots again when it changes.
+        layout = {name: value for name, value in plain["layout"].items() if name != "meta"}
+        content = {
+            "data": plain["data"],
+            "layout": {"uirevision": "live", **layout},
+            "revision": self.revision,
+            "alt": style.text_alternative(plain),
+            "replaced_soon": replaced_soon,
+        }
+        return msgspec.json.encode(content).decode()
 
 
 def _library() -> PlotlyLibrary:
@@ -123,5 +136,8 @@ def _library() -> PlotlyLibrary:
 
 @cache
 def _open_library() -> PlotlyLibrary:
-    script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    return PlotlyLibrary(gzip=gzip.compress(script.read_bytes(), compresslevel=6))
+    plotly = find_spec("plotly")  # not imported, which would take a while
+    assert plotly
+    assert plotly.origin
+    script = Path(plotly.origin).parent / "package_data" / "plotly.min.js"
+    return PlotlyLibrary(gzip=gzip.compress(script.read_bytes(), compresslevel=1))

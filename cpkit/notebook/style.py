@@ -11,10 +11,15 @@ figure has a title, units on its axes, and a text alternative.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import plotly.graph_objects as go
-import plotly.io as pio
+if TYPE_CHECKING:  # a live figure is a plain dictionary, and needs no plotly in the kernel
+    import plotly.graph_objects as go
+
+PlainFigure = dict[str, Any]  # {"data": [traces], "layout": {…}}, as plotly.js reads it
+AnyFigure = TypeVar("AnyFigure", "go.Figure", PlainFigure)
 
 # The palettes of Okabe and Ito and of Tol, without reds. Adjacent colours also differ in lightness.
 RANK_COLORS = (
@@ -75,8 +80,8 @@ _AXIS = {
     "ticks": "outside",
     "zeroline": False,
 }
-pio.templates["cpkit"] = go.layout.Template(
-    layout={
+TEMPLATE: dict[str, Any] = {
+    "layout": {
         "font": {"family": "DejaVu Sans, Verdana, sans-serif", "size": 12, "color": INK},
         "paper_bgcolor": PAPER,
         "plot_bgcolor": PAPER,
@@ -101,7 +106,7 @@ pio.templates["cpkit"] = go.layout.Template(
         },
         "margin": {"l": 60, "r": 16, "t": 66, "b": 84},
     }
-)
+}
 
 
 def rank_color(rank: int) -> str:
@@ -127,23 +132,32 @@ def stage_marker(stage: str) -> dict[str, Any]:
     return {"color": color, "line": line, "pattern": hatch(shape)}
 
 
-def stage_bar(stage: str, **options: object) -> go.Bar:
-    """Return a horizontal bar of a stage, with its text inside."""
-    return go.Bar(
-        name=stage,
-        orientation="h",
-        textposition="inside",
-        insidetextanchor="middle",
-        textfont={"color": text_color(stage_style(stage)[0])},
-        marker=stage_marker(stage),
+def stage_bar(stage: str, **options: object) -> dict[str, Any]:
+    """Return the trace of a stage: horizontal bars, with their text inside."""
+    return {
+        "type": "bar",
+        "name": stage,
+        "orientation": "h",
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textfont": {"color": text_color(stage_style(stage)[0])},
+        "marker": stage_marker(stage),
         **options,
-    )
+    }
 
 
 def algorithm_line(algorithm: str) -> tuple[str, str, str]:
     """Return the colour, dash and marker of an algorithm's line; one of `OWN_LINES` if unknown."""
     own = OWN_LINES[sum(algorithm.encode()) % len(OWN_LINES)]
     return ALGORITHM_LINES.get(algorithm, own)
+
+
+def byte_words(count: float) -> str:
+    """Return a byte count with a decimal unit: `33.6 MB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def axis(title: str, **options: object) -> dict[str, Any]:
@@ -161,22 +175,49 @@ def hatch(shape: str = "/") -> dict[str, Any]:
     return {"shape": shape, "fgcolor": "#8c959f", "size": 6, "solidity": 0.2}
 
 
+class Plot(NamedTuple):
+    """One of several plots of a figure: its place, from 0 to 1, its heading, and its axes."""
+
+    across: tuple[float, float]
+    up: tuple[float, float]
+    heading: str
+    x: Mapping[str, object]
+    y: Mapping[str, object]
+
+
+def several_plots(plots: Sequence[Plot]) -> dict[str, Any]:
+    """Return a layout of several plots. The axes of the second one are `x2` and `y2`, and so on."""
+    layout: dict[str, Any] = {"annotations": []}
+    for number, plot in enumerate(plots, 1):
+        n = "" if number == 1 else number
+        layout[f"xaxis{n}"] = {**plot.x, "domain": plot.across, "anchor": f"y{n}"}
+        layout[f"yaxis{n}"] = {**plot.y, "domain": plot.up, "anchor": f"x{n}"}
+        place = {"x": sum(plot.across) / 2, "y": plot.up[1], "xref": "paper", "yref": "paper"}
+        look = {"showarrow": False, "yanchor": "bottom", "font": {"size": 13}}
+        layout["annotations"].append({"text": plot.heading, **place, **look})
+    return layout
+
+
 def finish(
-    figure: go.Figure, *, title: str, subtitle: str = "", alt: str, height: int, width: int = 860
-) -> go.Figure:
+    figure: AnyFigure, *, title: str, subtitle: str = "", alt: str, height: int, width: int = 860
+) -> AnyFigure:
     """Apply the common style, the title and the text alternative `alt` to a figure.
 
     Raises ValueError without a title or a text alternative, which a screen reader needs.
     """
     if not title or not alt:
         raise ValueError(f"a figure needs a title and a text alternative; got {title!r}, {alt!r}")
-    figure.update_layout(
-        template="cpkit",
-        title={"text": title, "subtitle": {"text": subtitle}, "y": 1 - 14 / height},
-        width=width,
-        height=height,
-        meta={"alt": " ".join(alt.split())},
-    )
+    look = {
+        "template": TEMPLATE,
+        "title": {"text": title, "subtitle": {"text": subtitle}, "y": 1 - 14 / height},
+        "width": width,
+        "height": height,
+        "meta": {"alt": " ".join(alt.split())},
+    }
+    if isinstance(figure, dict):
+        figure["layout"] |= look
+    else:
+        figure.update_layout(look, overwrite=True)
     return figure
 
 
@@ -196,8 +237,13 @@ def recorded(figure: go.Figure, *, machine: str, date: str, source: str) -> go.F
     return figure
 
 
-def text_alternative(figure: go.Figure) -> str:
+def plain(figure: go.Figure) -> PlainFigure:
+    """Return a plotly figure as a plain one."""
+    content: PlainFigure = json.loads(figure.to_json())
+    return content
+
+
+def text_alternative(figure: go.Figure | PlainFigure) -> str:
     """Return the figure as text: its title and its text alternative."""
-    meta = figure.layout.meta or {}
-    title = figure.layout.title.text or "untitled"
-    return f"Figure: {title}. {meta.get('alt', '')}".rstrip()
+    layout = figure["layout"]
+    return f"Figure: {layout['title']['text']}. {layout['meta']['alt']}"

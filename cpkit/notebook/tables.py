@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from cpkit.layout import ContextParallelMetadata
 from cpkit.notebook.badges import path_badge
-from cpkit.notebook.charts import byte_words
 from cpkit.notebook.intervals import BLOCK_S, Comparison, Summary
+from cpkit.notebook.style import byte_words
 from cpkit.timing import DEVICE_TIME, FEWEST_VALUES, Ratio, algbw_gbps, busbw_gbps
+
+if TYPE_CHECKING:
+    from cpkit.batch import Batch
 
 _NUMBER = 'style="padding: 0 6px; text-align: right; white-space: nowrap"'
 _TEXT = 'style="padding: 0 6px; text-align: left"'
@@ -46,12 +49,12 @@ def spoken(summaries: Sequence[Summary]) -> str:
     return f"Medians: {'; '.join(medians)}. Paths: {', '.join(paths)}."
 
 
-def ranks_table(summaries: Sequence[Summary], metadata: ContextParallelMetadata) -> str:
+def ranks_table(summaries: Sequence[Summary], batch: Batch) -> str:
     """Return one row per rank: its rows and padding, and its median time per algorithm."""
     names = [f"{summary.algorithm} µs" for summary in summaries]
     rows = []
-    for rank, count in enumerate(metadata.per_rank_actual_token):
-        padding = metadata.max_rank_len[0] - count
+    for rank, count in enumerate(batch.per_rank_actual_token):
+        padding = batch.max_rank_len[0] - count
         times = [f"{summary.per_rank_us[rank]:,.0f}" for summary in summaries]
         rows.append([f"rank {rank}", f"{count}", f"{padding}", *times])
     skews = [f"{skew(summary):.0%}" for summary in summaries]

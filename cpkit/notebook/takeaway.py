@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import msgspec
-import pandas as pd
 
 from cpkit import __version__
 from cpkit.control.messages import Message, Sample, Workload
@@ -50,6 +49,8 @@ def code(name: str, workloads: Sequence[Workload]) -> str:
 
 def as_csv(samples: Sequence[Sample]) -> str:
     """Return one line per sample: its number, and the columns of a sweep."""
+    import pandas as pd
+
     rows = [{"sequence": sample.sequence} | sample.row() for sample in samples]
     return str(pd.DataFrame(rows).to_csv(index=False))
 

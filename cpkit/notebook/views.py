@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cpkit.control.messages import ClockResult
-from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words
-from cpkit.notebook.grids import MAX_LABELLED, padding_grid
 from cpkit.notebook.intervals import Summary
+from cpkit.notebook.style import byte_words
 from cpkit.timing import DEVICE_TIME, algbw_gbps
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cpkit.layout import ContextParallelMetadata
 
 VIEWS = ("times", "tokens", "bandwidth", "pool")
 _GREY = "#8f9ba8"
@@ -29,36 +28,42 @@ class Model(Protocol):
         """Return the time in µs. Raises KeyError for an unknown algorithm."""
 
 
-def tokens(metadata: ContextParallelMetadata) -> go.Figure:
+@lru_cache(maxsize=1)  # drawn again for each interval
+def tokens(metadata: ContextParallelMetadata) -> style.PlainFigure:
     """Draw each slot of a small batch, and the fractions of padding of a larger one."""
+    from cpkit.notebook.grids import MAX_LABELLED, padding_grid  # imports plotly
+
     if metadata.max_rank_len[0] <= MAX_LABELLED:
-        return padding_grid(metadata)
+        return style.plain(padding_grid(metadata))
     length = metadata.max_rank_len[0]
     rows = metadata.per_rank_actual_token
     by_rank = [(length - count) / length for count in rows]
     by_sequence = [_padding_alone(n, metadata) for n in metadata.lengths]
     total = sum(by_rank) / metadata.cp_size
-    figure = make_subplots(
-        rows=2,
-        cols=1,
-        vertical_spacing=0.3,
-        subplot_titles=("Per rank, in this batch", "Per sequence, if it were gathered alone"),
-    )
     ranks = [f"rank {rank}" for rank in range(metadata.cp_size)]
-    marker = {"color": style.PADDING, "pattern": style.hatch(), "line": {"color": _GREY}}
-    tip = "%{customdata}: %{y:.2%} of its slots is padding<extra></extra>"
-    figure.add_bar(x=ranks, y=by_rank, customdata=ranks, row=1, col=1, marker=marker)
     named = [f"sequence {i}, {n} tokens" for i, n in enumerate(metadata.lengths)]
+    bar = {
+        "type": "bar",
+        "hovertemplate": "%{customdata}: %{y:.2%} of its slots is padding<extra></extra>",
+        "marker": {"color": style.PADDING, "pattern": style.hatch(), "line": {"color": _GREY}},
+        "showlegend": False,
+    }
     places = list(range(len(named)))
-    figure.add_bar(x=places, y=by_sequence, customdata=named, row=2, col=1, marker=marker)
-    figure.update_traces(hovertemplate=tip, showlegend=False)
-    figure.update_yaxes(style.axis("padding", tickformat=".2~%", rangemode="tozero"))
-    figure.update_xaxes(title_text="sequence", row=2, col=1)
-    figure.update_annotations(font={"size": 13})
-    figure.update_layout(margin_t=100, margin_b=60, uirevision="padding")
+    data = [
+        bar | {"x": ranks, "y": by_rank, "customdata": ranks},
+        bar | {"x": places, "y": by_sequence, "customdata": named, "xaxis": "x2", "yaxis": "y2"},
+    ]
+    per_rank, alone = "Per rank, in this batch", "Per sequence, if it were gathered alone"
+    y = style.axis("padding", tickformat=".2~%", rangemode="tozero")
+    plots = [
+        style.Plot((0, 1), (0.65, 1), per_rank, {}, y),
+        style.Plot((0, 1), (0, 0.35), alone, style.axis("sequence"), y),
+    ]
+    layout = style.several_plots(plots)
+    layout["margin"] = {"l": 60, "r": 16, "t": 100, "b": 60}
     words = f"{total:.2%} of {length * metadata.cp_size:,} slots is padding"
     return style.finish(
-        figure,
+        {"data": data, "layout": layout | {"uirevision": "padding"}},
         title=f"Padded to one length: {words}",
         subtitle=f"{metadata.strategy}, {len(named)} sequences, {metadata.total_tokens:,} tokens, "
         f"max_rank_len {length:,} rows",
@@ -69,6 +74,8 @@ def tokens(metadata: ContextParallelMetadata) -> go.Figure:
 
 
 def _padding_alone(tokens: int, metadata: ContextParallelMetadata) -> float:
+    from cpkit.layout import prepare_context_parallel_metadata  # imports torch
+
     alone = prepare_context_parallel_metadata((tokens,), metadata.cp_size, metadata.strategy)
     return 1 - tokens / sum(alone.max_rank_len)
 
@@ -90,53 +97,51 @@ def floor_us(probe: ClockResult) -> float:
 
 def bandwidth(
     summaries: Sequence[Summary], floor: float | str | None, model: Model | None
-) -> go.Figure:
+) -> style.PlainFigure:
     """Draw algbw per algorithm, its bound, and what the model predicts. `floor` is µs or a text."""
     newest = summaries[0].newest
     total, cp_size = newest.total_bytes, newest.cp_size
     names = [summary.algorithm for summary in summaries]
     achieved = [algbw_gbps(total, summary.median_us) for summary in summaries]
-    text = [f"{gbps:.2f}" for gbps in achieved]
-    figure = go.Figure()
-    figure.add_bar(
-        name="achieved (median)",
-        orientation="h",
-        y=names,
-        x=achieved,
-        text=text,
-        textposition="outside",
-        cliponaxis=False,
-        marker={"color": _GREY},
-    )
+    bars: dict[str, Any] = {
+        "type": "bar",
+        "name": "achieved (median)",
+        "orientation": "h",
+        "y": names,
+        "x": achieved,
+        "text": [f"{gbps:.2f}" for gbps in achieved],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "marker": {"color": _GREY},
+    }
+    data = [bars]
     words = [f"{name} {gbps:.2f} GB/s" for name, gbps in zip(names, achieved, strict=True)]
     if isinstance(floor, float):
         bound = algbw_gbps(total, floor)
         line = {"color": style.INK, "dash": "dash", "width": 1.5}
         where = {"x": [bound] * len(names), "y": names, "mode": "lines+markers"}
         name = f"floor: {bound:.2f} GB/s, {floor:,.0f} µs"
-        figure.add_scatter(name=name, line=line, marker={"symbol": "line-ns-open"}, **where)
+        look = {"line": line, "marker": {"symbol": "line-ns-open"}}
+        data.append({"type": "scatter", "name": name, **where, **look})
         words.append(name)
     predicted = _predictions(names, total, cp_size, model)
     if predicted:
-        figure.add_scatter(
-            name="the model's prediction",
-            x=list(predicted.values()),
-            y=list(predicted),
-            mode="markers",
-            marker={"symbol": "diamond-open", "size": 12, "color": style.rank_color(1)},
-        )
+        marker = {"symbol": "diamond-open", "size": 12, "color": style.rank_color(1)}
+        where = {"x": list(predicted.values()), "y": list(predicted), "mode": "markers"}
+        name = "the model's prediction"
+        data.append({"type": "scatter", "name": name, **where, "marker": marker})
         words += [f"predicted {name} {gbps:.2f} GB/s" for name, gbps in predicted.items()]
     else:
         words.append("no cost model is fitted for these workers (panel.model)")
-    figure.update_layout(
-        xaxis=style.axis("algbw (GB/s): gathered bytes per second", rangemode="tozero"),
-        yaxis=style.names_axis(categoryorder="array", categoryarray=names),
-        margin_l=130,
-    )
+    layout = {
+        "xaxis": style.axis("algbw (GB/s): gathered bytes per second", rangemode="tozero"),
+        "yaxis": style.names_axis(categoryorder="array", categoryarray=names),
+        "margin": {"l": 130, "r": 16, "t": 66, "b": 84},
+    }
     kind = "memory alone" if newest.clock == DEVICE_TIME else "one barrier and memory alone"
     bound_words = f"floor: {kind}" if isinstance(floor, float) else f"floor: {floor or 'not yet'}"
     return style.finish(
-        figure,
+        {"data": data, "layout": layout},
         title=f"Bandwidth: {byte_words(total)} ({total:,} bytes) gathered, {newest.clock}",
         subtitle=f"{bound_words}; {words[-1] if not predicted else 'with the panel’s cost model'}",
         alt="; ".join(words) + ".",
@@ -158,32 +163,30 @@ def _predictions(
     return found
 
 
-def pool(stats: pd.DataFrame | None) -> go.Figure:
+def pool(stats: pd.DataFrame | None) -> style.PlainFigure:
     """Draw what `lab.pool.stats` says: memory per rank, its peak and the spilled segments."""
-    figure = go.Figure()
-    figure.update_layout(
-        barmode="overlay",
-        xaxis=style.axis("memory (MB)", rangemode="tozero"),
-        yaxis=style.names_axis(),
-    )
+    layout: dict[str, Any] = {
+        "barmode": "overlay",
+        "xaxis": style.axis("memory (MB)", rangemode="tozero"),
+        "yaxis": style.names_axis(),
+    }
+    figure: style.PlainFigure = {"data": [], "layout": layout}
     if stats is None:
         words = "not read yet: the pool is read while the panel measures"
         return style.finish(figure, title="Symmetric pool", subtitle=words, alt=words, height=300)
     ranks = [f"rank {rank}" for rank in stats["rank"]]
     held = stats["arena_bytes"] + stats["spill_bytes"]
-    outline: dict[str, object] = {
-        "color": "rgba(0, 0, 0, 0)",
-        "line": {"color": _GREY, "width": 1.5},
-    }
-    for name, values, look in (
-        ("arena and spilled segments", held, outline),
-        ("used now", stats["used_bytes"], {"color": _GREY}),
+    outline = {"color": "rgba(0, 0, 0, 0)", "line": {"color": _GREY, "width": 1.5}}
+    peak = {"symbol": "line-ns-open", "size": 26, "color": style.INK}
+    peak["line"] = {"color": style.INK, "width": 3}
+    bar = {"type": "bar", "orientation": "h"}
+    for name, values, kind, look in (
+        ("arena and spilled segments", held, bar, outline),
+        ("used now", stats["used_bytes"], bar, {"color": _GREY}),
+        ("peak", stats["peak_bytes"], {"type": "scatter", "mode": "markers"}, peak),
     ):
-        figure.add_bar(name=name, orientation="h", y=ranks, x=_mb(values), marker=look)
-    marker: dict[str, Any] = {"symbol": "line-ns-open", "size": 26, "color": style.INK}
-    marker["line"] = {"color": style.INK, "width": 3}
-    peak = _mb(stats["peak_bytes"])
-    figure.add_scatter(name="peak", y=ranks, x=peak, mode="markers", marker=marker)
+        megabytes = [round(value, 3) for value in (values / 1e6).tolist()]
+        figure["data"].append({**kind, "name": name, "y": ranks, "x": megabytes, "marker": look})
     most = stats[["used_bytes", "peak_bytes", "arena_bytes"]].max()
     spills = int(stats["spills"].max())
     title = (
@@ -195,7 +198,3 @@ def pool(stats: pd.DataFrame | None) -> go.Figure:
     return style.finish(
         figure, title=title, subtitle=said, alt=f"{title}; {said}.", height=200 + 44 * len(ranks)
     )
-
-
-def _mb(values: pd.Series) -> list[float]:
-    return [round(float(value), 3) for value in np.asarray(values) / 1e6]

@@ -24,6 +24,7 @@ LAYERS = (
         "cpkit.devices",
         "cpkit.timing",
         "cpkit.stages",
+        "cpkit.batch",
     ),
     ("cpkit.layout", "cpkit.provenance", "cpkit.cost"),
     ("cpkit.sync",),
@@ -84,8 +85,8 @@ def test_only_the_workers_import_the_worker(module: str) -> None:
     assert not any(name.startswith("cpkit.worker") for name in imports(module))
 
 
-def test_layout_imports_no_module_but_eager() -> None:
-    assert reaches("cpkit.layout") == {"cpkit.layout", "cpkit.eager"}
+def test_layout_imports_no_module_but_its_arithmetic_and_eager() -> None:
+    assert reaches("cpkit.layout") == {"cpkit.layout", "cpkit.batch", "cpkit.eager"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(CLIENT_SIDE)])

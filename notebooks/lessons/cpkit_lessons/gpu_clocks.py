@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words
+from cpkit.notebook.style import byte_words
 from cpkit_lessons.recordings import Recording
 
 _CLOCKS = {"call time": "call_us", "device time": "time_us"}

@@ -16,7 +16,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words, size_axis, time_axis
+from cpkit.notebook.charts import size_axis, time_axis
+from cpkit.notebook.style import byte_words
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")

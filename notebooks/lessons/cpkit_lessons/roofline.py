@@ -12,7 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import byte_words, size_axis, time_axis
+from cpkit.notebook.charts import size_axis, time_axis
+from cpkit.notebook.style import byte_words
 
 Curve = Mapping[int, float]  # bytes to µs
 _MEASURED, _OUTLINE = "#8f9ba8", "#24292f"
