@@ -12,16 +12,17 @@ import plotly.graph_objects as go
 import pytest
 
 from cpkit.control.messages import Workload
-from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.notebook import show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.intervals import Intervals
-from cpkit.notebook.live import LatestWins
+from cpkit.notebook.live import LatestWins, waiting_figure
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.plot import LivePlot
 from cpkit_lessons import figures
 from tests.helpers.drawn import LAYOUT, Padded, sample
 from tests.helpers.processes import until
+
+BLANK = waiting_figure()
 
 
 @pytest.mark.parametrize(
@@ -40,19 +41,19 @@ def test_other_lengths_are_refused_with_an_example(text: str) -> None:
 
 def test_the_panel_shows_layout_and_samples() -> None:
     panel = Panel()
-    four, two = (prepare_context_parallel_metadata([13, 9], cp) for cp in (4, 2))
-    traces = {trace.name: trace for trace in panel.figure.data}
     names = ("padded", "direct")
     workloads = [Workload(cp_size=4, lengths=(13, 9), algorithm=name) for name in names]
-    panel.show_layout(workloads, four)
-    assert tuple(traces["rows"].y) == four.per_rank_actual_token
+    panel.show_layout(workloads)
+    rows = drawn(panel)["rows"].y
+    assert tuple(rows) == workloads[0].layout().per_rank_actual_token
     intervals = Intervals(workloads, 5.0)
     for number in range(20):
         first_us, at_s = 10 if number < 10 else 20, number / 2
         assert not intervals.add(sample(first_us=first_us), at_s)
         assert intervals.add(sample(algorithm="direct", first_us=first_us / 2 - 1.5), at_s)
         panel.show(intervals.summaries(), [], number)
-    assert list(traces["padded per rank"].y) == [20, 21, 22, 23] != list(traces["rows"].y)
+    traces = drawn(panel)
+    assert list(traces["padded per rank"].y) == [20, 21, 22, 23] != list(rows)
     assert list(traces["padded"].y) == [13] * 15 + [23] * 5, "rolling, of the slowest rank"
     assert list(traces["padded"].x) == [float(number - 19) for number in range(20)]
     assert list(traces["padded p95"].y) == [13] * 10 + [23] * 10
@@ -60,12 +61,18 @@ def test_the_panel_shows_layout_and_samples() -> None:
     assert list(traces["wire"].x) == [21.5, 10]
     assert list(traces["to the first algorithm"].x) == [1, 0.5]
     assert list(traces["plan"].y) == [None], "not selected"
-    panel.show_layout([Workload(cp_size=2, lengths=(13, 9))], two)
+    panel.show_layout([Workload(cp_size=2, lengths=(13, 9))])
+    traces = drawn(panel)
     assert list(traces["padded"].y) == [None], "a new history"
     assert list(traces["to the first algorithm"].x) == [1]
     assert "cp_size 2" in panel.still().layout.title.text
     assert "uid" not in json.dumps(show.bundle(panel.still())), "a uid would differ between runs"
     panel.plot.close()
+
+
+def drawn(panel: Panel) -> dict[str, Any]:
+    """Return the traces of what is shown, by name. Plotly has checked them."""
+    return {trace.name: trace for trace in panel.still().data}
 
 
 def test_a_published_figure_is_the_state_of_the_plot() -> None:
@@ -82,21 +89,21 @@ def test_a_published_figure_is_the_state_of_the_plot() -> None:
 
 
 def test_figures_that_arrive_too_fast_are_skipped() -> None:
-    plot = LivePlot(go.Figure())
-    plot.publish(go.Figure())
+    plot = LivePlot(BLANK)
+    plot.publish(BLANK)
     assert not plot.is_due()
     until(plot.is_due, timeout_s=1)
     plot.close()
 
 
 def test_one_library_serves_all_plots_even_after_all_widgets_were_closed() -> None:
-    first, second = LivePlot(go.Figure()), LivePlot(go.Figure())
+    first, second = LivePlot(BLANK), LivePlot(BLANK)
     assert first.plotly_library is second.plotly_library
     script = gzip.decompress(first.plotly_library.gzip)
     assert script.startswith(b"/**\n* plotly.js"), "of the installed package, not of a CDN"
     assert len(first.plotly_library.gzip) < 2_000_000
     ipywidgets.Widget.close_all()
-    assert LivePlot(go.Figure()).plotly_library.comm is not None
+    assert LivePlot(BLANK).plotly_library.comm is not None
     ipywidgets.Widget.close_all()
 
 

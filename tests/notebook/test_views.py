@@ -32,5 +32,5 @@ def test_the_pool_names_its_peak_and_its_spills() -> None:
     figure = views.pool(stats)
     text = text_alternative(figure)
     assert "1 MB used, peak 18 MB, of an arena of 16 MB; 2 spills (3 ms" in text
-    assert [list(trace.x) for trace in figure.data] == [[20, 20], [1, 1], [18, 18]]
+    assert [trace["x"] for trace in figure["data"]] == [[20, 20], [1, 1], [18, 18]]
     assert "not read yet" in text_alternative(views.pool(None))
