@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 _DEADLINE_S = 30.0
 _RANK_0_MARGIN_S = 3.0  # the other ranks end the workers, with a better error, before it has passed
 _POLL_MS, _PAUSED_S = 100, 5.0
+_WANTED_MS = 10  # how soon a stream ends that is not wanted any more
 _SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
 _CONNECTED, _DISCONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 _KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -122,11 +123,14 @@ class Client:
         raise NoAnswer(f"the workers ended {body!r} without a result")
 
     def stream(
-        self, body: Body, deadline_s: float | None = None
+        self,
+        body: Body,
+        deadline_s: float | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[ReplyBody, None, None]:
         """Send a request and yield its replies; the last one is the result.
 
-        Closing the generator early cancels the request. Every reply renews the deadline. Raises
+        Closing the generator early cancels the request, and so does `wanted()` when it is false. Every reply renews the deadline. Raises
         BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
         """
         limit_s = request_deadline_s() if deadline_s is None else deadline_s
@@ -141,7 +145,7 @@ class Client:
         self._waiting.add(request.id)
         try:
             socket.send(data)
-            for reply in self._replies(socket, request):
+            for reply in self._replies(socket, request, wanted):
                 ended = not isinstance(reply, Progress | Sample)
                 yield _result(reply)
                 if ended:
@@ -158,14 +162,21 @@ class Client:
             else:
                 socket.close()
 
-    def _replies(self, socket: _Socket, request: Request) -> Generator[ReplyBody, None, None]:
-        """Yield the replies to `request` as they arrive, except Queued."""
+    def _replies(
+        self, socket: _Socket, request: Request, wanted: Callable[[], bool]
+    ) -> Generator[ReplyBody, None, None]:
+        """Yield the replies to `request` as they arrive, except Queued, while they are wanted."""
         ahead, reported = 0, True
         last_reply = time.monotonic()
         while True:
             self._check_open()
             began_s = time.monotonic()
-            data = socket.receive(_POLL_MS)
+            for _ in range(_POLL_MS // _WANTED_MS):
+                data = socket.receive(_WANTED_MS)
+                if not wanted():
+                    return
+                if data is not None:
+                    break
             if time.monotonic() - began_s > _PAUSED_S:  # this process was stopped, not the workers
                 last_reply = time.monotonic()
             if data is None:

@@ -195,12 +195,11 @@ class Lab:
         *,
         samples: int | None = None,
         interval_s: float = 0.1,
-        wanted: Callable[[], bool] | None = None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[Sample, None, None]:
         """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`.
 
-        Ends when `wanted()` is false. It is called for each message of the workers, so also between
-        the gathers of a long sample.
+        Ends soon after `wanted()` is false; it is called every few milliseconds.
         """
         variants = several(workloads, "workloads")
         if not all(isinstance(variant, Workload) for variant in variants):
@@ -210,14 +209,12 @@ class Lab:
         return self._samples(checked(Measure(variants, samples, interval_s)), wanted)
 
     def _samples(
-        self, body: Measure, wanted: Callable[[], bool] | None
+        self, body: Measure, wanted: Callable[[], bool] = lambda: True
     ) -> Generator[Sample, None, None]:
         # The workers refuse longer intervals.
         deadline_s = request_deadline_s() + (body.interval_s if 0 < body.interval_s <= 60 else 0)
-        with contextlib.closing(self._client.stream(body, deadline_s)) as replies:
+        with contextlib.closing(self._client.stream(body, deadline_s, wanted)) as replies:
             for reply in replies:
-                if wanted and not wanted():
-                    return
                 if isinstance(reply, Sample):
                     yield reply
 

@@ -34,7 +34,7 @@ from cpkit.notebook import style
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-UPDATE_INTERVAL_S = 0.1  # 5 to 10 figures per second look continuous
+UPDATE_INTERVAL_S = 0.08  # 5 to 10 figures per second look continuous
 MAX_WIDTH_PX = 860
 
 

@@ -32,9 +32,9 @@ _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first have few iterations, to arrive early; later ones fill a step.
+    """Stream samples. The first have few iterations, or one if there is no last, to arrive early.
 
-    A step of long gathers is one gather, so that other clients need not wait for all workloads.
+    Later ones fill a step. A step of long gathers is one gather, so that other clients need not wait for all workloads.
     """
 
     def cp_size(self) -> int:
@@ -46,7 +46,10 @@ class MeasureOperation(Operation[Measure]):
         runs = _variants(self.body.workloads, group, state)
         paths = yield from _verified(runs, group)
         calls = _calls(runs)
-        timings = yield from _first_times(calls, group)
+        timings = yield from _once_each(calls, group)
+        is_quick = _round_s(timings, group) * _FIRST_ITERATIONS < CHUNK_S
+        if self.body.samples is not None and is_quick:
+            timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
@@ -159,16 +162,6 @@ def _once_each(
     if not all(timing.device_us for timing in timings.values()):
         for timing in timings.values():  # all are compared by the same clock
             timing.device_us.clear()
-    return timings
-
-
-def _first_times(
-    calls: Mapping[str, Call], group: CPGroup
-) -> Generator[ReplyBody, None, dict[str, Timing]]:
-    """Time each call a few times, or once if that is long already."""
-    timings = yield from _once_each(calls, group)
-    if _round_s(timings, group) * _FIRST_ITERATIONS < CHUNK_S:
-        return time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
     return timings
 
 
