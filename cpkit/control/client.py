@@ -130,8 +130,9 @@ class Client:
     ) -> Generator[ReplyBody, None, None]:
         """Send a request and yield its replies; the last one is the result.
 
-        Closing the generator early cancels the request, and so does `wanted()` when it is false. Every reply renews the deadline. Raises
-        BadRequest, Cancelled, RequestFailed, WorkersBusy, NoAnswer or WorkersDied.
+        The request is cancelled if the generator is closed early, and soon after `wanted()` is
+        false. Every reply renews the deadline. Raises BadRequest, Cancelled, RequestFailed,
+        WorkersBusy, NoAnswer or WorkersDied.
         """
         limit_s = request_deadline_s() if deadline_s is None else deadline_s
         request = Request(uuid.uuid4().hex, limit_s, checked(body))
@@ -168,15 +169,10 @@ class Client:
         """Yield the replies to `request` as they arrive, except Queued, while they are wanted."""
         ahead, reported = 0, True
         last_reply = time.monotonic()
-        while True:
+        while wanted():
             self._check_open()
             began_s = time.monotonic()
-            for _ in range(_POLL_MS // _WANTED_MS):
-                data = socket.receive(_WANTED_MS)
-                if not wanted():
-                    return
-                if data is not None:
-                    break
+            data = _receive(socket, wanted)
             if time.monotonic() - began_s > _PAUSED_S:  # this process was stopped, not the workers
                 last_reply = time.monotonic()
             if data is None:
@@ -333,6 +329,15 @@ class _Socket:
         self._dealer.disable_monitor()
         self._monitor.close(linger=0)
         self._dealer.close()
+
+
+def _receive(socket: _Socket, wanted: Callable[[], bool]) -> bytes | None:
+    """Return the next message, or None after `_POLL_MS`, or soon after none is wanted."""
+    for _ in range(_POLL_MS // _WANTED_MS):
+        data = socket.receive(_WANTED_MS)
+        if data is not None or not wanted():
+            return data
+    return None
 
 
 def _decoded(data: bytes) -> Reply:

@@ -32,9 +32,10 @@ _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first have few iterations, or one if there is no last, to arrive early.
+    """Stream samples. The first have few iterations, to arrive early; later ones fill a step.
 
-    Later ones fill a step. A step of long gathers is one gather, so that other clients need not wait for all workloads.
+    If there is no last sample, the first ones have one iteration. A step of long gathers is one
+    gather, so that other clients need not wait for all workloads.
     """
 
     def cp_size(self) -> int:
