@@ -101,8 +101,11 @@ class Explorer(LivePanel[Setting]):
     ) -> None:
         seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
         for name, value in seconds.items():
-            if not (isinstance(value, Real) and value >= 0):
-                raise BadRequest(f"{name} is {value!r:.100}; it must be seconds, 0 or more")
+            if not (isinstance(value, Real) and value > 0):
+                raise BadRequest(f"{name} is {value!r:.100}; it must be seconds, more than 0")
+        if cp_size not in (None, *lab.cp_sizes):
+            allowed = ", ".join(map(str, lab.cp_sizes))
+            raise BadRequest(f"cp_size is {cp_size!r:.100}; these workers can form {allowed}")
         names, choices = several(algorithms, "algorithms"), lab.status().algorithms
         if not names or not all(name in choices for name in names):
             allowed, got = ", ".join(choices), f"{algorithms!r:.100}"

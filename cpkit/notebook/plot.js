@@ -1,10 +1,5 @@
 // The page's part of plot.py: draws the figure that the kernel published most recently.
 
-// Without the buttons that select points, and the one that sends the chart to a server.
-const CONFIG = {
-  displaylogo: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"],
-};
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
 const REPLACED_MS = 200; // how long a figure that will be replaced soon is not drawn
@@ -119,7 +114,7 @@ async function render({ model, el }) {
     drawnWidth = el.clientWidth;
     layout.width = drawnWidth || layout.width;
     try {
-      await Plotly.react(plot, data, layout, CONFIG);
+      await Plotly.react(plot, data, layout, figure.config);
       plot.setAttribute("aria-label", figure.alt);
       plot.dataset.revision = figure.revision;
       if (!isLost) notice.textContent = "";

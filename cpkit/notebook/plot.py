@@ -118,6 +118,7 @@ class LivePlot(anywidget.AnyWidget):
         content = {
             "data": plain["data"],
             "layout": {"uirevision": "live", **layout},
+            "config": style.CONFIG,
             "revision": self.revision,
             "alt": style.text_alternative(plain),
             "replaced_soon": replaced_soon,

@@ -18,7 +18,7 @@ from typing import Any
 import plotly.graph_objects as go
 from IPython.display import display
 
-from cpkit.notebook.style import text_alternative
+from cpkit.notebook.style import CONFIG, text_alternative
 from cpkit.settings import figures_are_static
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -37,7 +37,7 @@ def show(figure: go.Figure) -> None:
 def bundle(figure: go.Figure) -> dict[str, Any]:
     """Return the figure's content per MIME type. All but the PNG depend on the figure alone."""
     data: dict[str, Any] = {"text/plain": text_alternative(figure)}
-    data[PLOTLY_MIME] = json.loads(figure.to_json()) | {"config": {"displaylogo": False}}
+    data[PLOTLY_MIME] = json.loads(figure.to_json()) | {"config": CONFIG}
     if figures_are_static():
         with contextlib.suppress(NoPicture):
             data["image/png"] = b64encode(png(figure)).decode()

@@ -70,6 +70,11 @@ OWN_LINES = (  # of algorithms that a user has added to the workers
     ("#e69f00", "dot", "pentagon"),
 )
 
+# Of plotly.js, for every figure: no button that sends the chart to a server, or selects points.
+CONFIG = {
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "sendChartToCloud"],
+}
 # The look of every figure. plot.js replaces its colours by those of the page's theme.
 _AXIS = {
     "title": {"font": {"size": 12}},

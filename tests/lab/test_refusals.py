@@ -37,6 +37,8 @@ BAD = [
     (lambda lab: lab.measure_workloads(["direct"]), r"workloads is \['direct'\]; .* Lab.workload"),
     (lambda lab: lab.explore([64], algorithms=[["padded"]]), r"algorithms is \[\['padded'\]\]"),
     (lambda lab: lab.explore([64], interval_s="x"), "interval_s is 'x'; it must be seconds"),
+    (lambda lab: lab.explore([64], interval_s=0), "interval_s is 0; it must be seconds, more than"),
+    (lambda lab: lab.explore([64], cp_size=3), "cp_size is 3; these workers can form 1, 2"),
     (lambda lab: lab.explore([64], algorithms=["magic"]), r"algorithms is \['magic'\]; .* padded,"),
     (lambda lab: lab.explore([64], algorithms=[]), r"algorithms is \[\]; it must be one or more"),
     (lambda lab: lab.explore([64], idle_after_s=float("nan")), "idle_after_s is nan"),
