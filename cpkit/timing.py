@@ -22,6 +22,7 @@ ClockName = Literal["device time", "call time"]
 DEVICE_TIME: Final = "device time"
 CALL_TIME: Final = "call time"
 _OUTSIDE = 0.01  # probability that an interval misses the median
+FEWEST_FOR_P95 = 5  # of fewer, the p95 would be the slowest one
 FEWEST_VALUES = 8  # of fewer, the smallest and the largest are not far enough apart
 
 

@@ -8,7 +8,15 @@ import msgspec
 
 from cpkit.control.results import Array, ShownResult, WorkloadResult, rank_table
 from cpkit.memory.path import PathName
-from cpkit.timing import CALL_TIME, DEVICE_TIME, ClockName, algbw_gbps, busbw_gbps, percentile
+from cpkit.timing import (
+    CALL_TIME,
+    DEVICE_TIME,
+    FEWEST_FOR_P95,
+    ClockName,
+    algbw_gbps,
+    busbw_gbps,
+    percentile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -127,13 +135,15 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
 
     def summary(self) -> str:
         """Return the times with their clocks, bandwidths and path in one line."""
+        has_p95 = self.iterations >= FEWEST_FOR_P95
+        spread = f", p95 {self.p95_us:.0f} µs" if has_p95 else ""
         call = ""
         if self.clock == DEVICE_TIME:
             bound = ", most of it on the host" if self.host_bound else ""
             call = f", {CALL_TIME} {self.call_us:.0f} µs{bound}"
         return (
             f"{self.algorithm}, cp_size {self.cp_size}, {self.total_bytes} bytes: {self.clock} "
-            f"{self.time_us:.0f} µs, p95 {self.p95_us:.0f} µs, algbw {self.algbw_gbps:.2f} GB/s, "
+            f"{self.time_us:.0f} µs{spread}, algbw {self.algbw_gbps:.2f} GB/s, "
             f"busbw {self.busbw_gbps:.2f} GB/s, path {self.path}{call}"
         )
 

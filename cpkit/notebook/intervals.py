@@ -27,11 +27,10 @@ import msgspec
 import numpy as np
 
 from cpkit.control.messages import Sample, Workload
-from cpkit.timing import Ratio, percentile
+from cpkit.timing import FEWEST_FOR_P95, Ratio, percentile
 
 KEPT = 600  # intervals; 72 s at 0.12 s each
 BLOCK_S = 1.0  # medians of neighbouring intervals are correlated, those of seconds hardly
-FEWEST_FOR_P95 = 5  # gathers; of fewer, the p95 would be the slowest one
 FEWEST_IN_WINDOW = 10  # intervals, enough for a ratio also when they are a second apart
 
 

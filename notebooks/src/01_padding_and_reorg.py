@@ -35,8 +35,8 @@ world = lesson.begin(lab)
 
 # %% connect-text [markdown]
 # The cell above connected to worker processes that were already running, or started four with `torchrun`. These workers
-# are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that it
-# started end together with its kernel.
+# are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that the
+# notebook started end together with its kernel.
 #
 # `cp` below is the number of ranks in each gather. It follows the workers. To use 2 or 8 ranks, stop the workers
 # (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The outputs
@@ -386,7 +386,8 @@ def padded_len(lengths, cp_size):
 #
 # What does a serving engine actually do with these shards in each layer? Now the workers run it for you.
 # `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the gather), rank,
-# sequence and token. The workers compare every byte of the result with the stamp that belongs there.
+# sequence and token. The workers compare every byte of the result with the stamp that belongs there. They also return
+# what each buffer holds along the way, beginning with the shards.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -395,8 +396,7 @@ lesson.predict("passes", ...)
 gathered = lab.gather(batch, cp_size=cp, algorithm="padded", round=7)
 assert gathered.verified
 assert gathered.checked_rows >= sum(batch)
-print("algorithm:", gathered.algorithm, "| path:", gathered.path)
-print("stages:   ", " → ".join(gathered.stages))
+print("buffers of padded:", " → ".join(gathered.stages))
 
 # %% passes-reveal
 copies = [stage for stage in gathered.stages if stage != "shard"]
@@ -745,8 +745,8 @@ def cp_attention(q, k, v, tokens):
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that detects every fault
 #
-# How would you notice a broken gather in production? Wrong rows do not crash: they produce slightly worse answers. So
-# the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one rank's rows of
+# How would you notice a broken gather in production? Wrong rows raise no error: the answers of the model only get worse.
+# So the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one rank's rows of
 # the previous round, padding in place of a row, one row twice, two neighbouring rows exchanged, a row written by a rank
 # that is not its owner, the last row lost, extra slots after the end of the batch, and a wrong sequence number. The
 # table below applies four common checks to each of them.
@@ -872,7 +872,7 @@ def accepts(got, lengths, owners, round_):
 # %% direct
 direct = lab.gather(batch, cp_size=cp, algorithm="direct", round=7)
 last = direct.stages[-1]
-print("stages of direct:", " → ".join(direct.stages))
+print("buffers of direct:", " → ".join(direct.stages))
 assert (direct.stage(last, 0) == reorder).all(), "the same bytes, from one pass"
 figures.show(figures.stage_grid(direct))
 
@@ -945,8 +945,8 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 # large. The reads of the wire happen partly in the memory of other ranks.
 
 # %% models-text [markdown]
-# How much is that for a real model? Here are three models, with the bytes of one token's K and V in one layer
-# (bfloat16), and one prompt of 32767 tokens over your ranks.
+# How much is that for a real model? Here are three models, with the bytes of one token's K and V in one layer (bfloat16;
+# the sizes are those of each model's `config.json`), and one prompt of 32767 tokens over your ranks.
 
 # %% bill-predict
 lesson.predict("bill", ...)
@@ -983,8 +983,9 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # {glossary: plan}
 #
 # `lab.gather` makes each rank call `all_gather_kv`, which synchronizes twice: the ranks agree before any row is stored,
-# and they wait at a barrier until all rows have arrived. The next cell starts two ranks of its own, makes a plan there,
-# and lists the stages of one call.
+# and they wait at a barrier until all rows have arrived. The next cells start two other ranks, make a plan there, and
+# list the *steps* of one call. Besides the steps that fill a buffer, such as `wire`, these are the synchronizations:
+# `agree` is the agreement, and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1011,17 +1012,17 @@ def layers(group):
 # %% plan-run
 from cpkit_lessons.own_ranks import in_ranks
 
-stages = in_ranks(layers, 2)[0]
-print("stages of a call:", " → ".join(stages), "(wire stores the rows, exit is the barrier)")
+steps = in_ranks(layers, 2)[0]
+print("steps of a call:", " → ".join(steps))
 
 # %% plan-reveal
-lesson.reveal("plan", sum(stage in ("agree", "exit") for stage in stages))
+lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
 # How can a rank store its rows without asking whether the output is free? The plan has two outputs and uses them in
 # turn. The barrier at the end of a call shows that all ranks have begun it, so they no longer need the output of the
-# call before. The price: a result is valid only until the next call. MPI calls the same idea a persistent collective
-# (`MPI_Allgatherv_init`). On GPUs a call replays one recorded kernel; notebook 3 shows what that gains.
+# previous call. The price: a result is valid only until the next call. MPI calls the same idea a persistent collective
+# (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it

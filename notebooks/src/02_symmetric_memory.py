@@ -593,7 +593,7 @@ lesson.predict("spills", ...)
 # %% live
 from cpkit.notebook.pool_live import PoolLive
 
-arena_mb, requests_mb = world.requests_mb()
+arena_mb, requests_mb = world.requests_mb()  # smaller where memory is short
 live = PoolLive(lab, requests_mb, cp, arena_mb=arena_mb)
 live
 
@@ -946,7 +946,8 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: every remaining rank raises an error immediately;
 # - `error after the deadline`: a rank waits until its timeout, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but at least one transport falls back;
+# - `fast path missed`: no error, and every row is right, but the ranks, or NCCL 2.28.9 or 2.29.7 with the same buffers,
+#   fall back;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -993,8 +994,9 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # %% receive-text [markdown]
 # ### Receive-only registration
 #
-# This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. Our own
-# ranks run this gather. For two versions of NCCL, the rule of section 8 is applied to the same buffers.
+# This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The output
+# of the cell lists three *transports*: `posix` is the path that the two ranks took, and for two versions of NCCL the rule
+# of section 8 is applied to the same buffers.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)
@@ -1023,7 +1025,8 @@ lesson.reveal("wrong_group", cards["wrong_group"].symptom)
 # ### Divergent free lists
 #
 # This is section 7 on real shared memory: the allocator has no agreement, and rank 1 has kept a block that rank 0 has
-# freed.
+# freed. Before the gather, the outputs are filled with *poison*, a pattern that no row contains. Rows are compared in
+# *lanes* of 8 bytes.
 
 # %% lists-predict
 lesson.predict("divergent_free_lists", ...)
@@ -1356,8 +1359,8 @@ lesson.progress()
 # - A signal waits for one peer, and a barrier for all ranks.
 # - A spill is a collective at run time. Warm up with the largest batch that you expect.
 # - A block is free when *all* ranks have released it. Different free lists give wrong rows, not errors.
-# - The fast path requires buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on the
-#   version, and some versions have a race. So always look at the path and at the version.
+# - The fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on
+#   the version of NCCL, and some versions have a race. So always look at the path and at the version.
 # - The rank that reports an error is seldom the one that caused it.
 #
 # **You can now read**

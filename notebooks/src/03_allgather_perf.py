@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from cpkit_lessons import figures
 
-cp = world.cp_size
+cp = world.cp_size  # and world.of(n) is n, or less where memory is short
 pd.set_option("display.max_colwidth", None)
 MB = 1_000_000
 one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per token
@@ -869,8 +869,8 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # ### Exercise 7 · Where a gain ends
 #
 # **Goal** Two algorithms are described by lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size
-# above which `slow` takes no more than `gain` times as long as `fast`. Return `math.inf` if the ratio is above `gain`
-# at all sizes, and 0 if it never exceeds `gain`.
+# above which `slow` takes no more than `gain` times as long as `fast`. Return `math.inf` if there is no such size, because
+# the ratio is above `gain` for all large sizes. Return 0 if it never exceeds `gain`.
 #
 # **Example** `slow` takes 20 µs + 3·10⁻⁶ µs per byte, and `fast` takes 10 µs + 3·10⁻⁶ µs per byte.
 # `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes: at that size, the times are 50 and 40 µs.
@@ -919,7 +919,8 @@ def break_even_bytes(slow, fast, gain):
 # a₁ + b₁S = g·a₂ + g·b₂S, so S = (a₁ − g·a₂) / (g·b₂ − b₁). Both differences can be negative.
 #
 # ---
-# If g·b₂ − b₁ is not positive, the gain remains at all sizes: `math.inf`. Otherwise the answer is `max(0.0, …)`.
+# If g·b₂ − b₁ is not positive, the ratio stays above `gain` for large sizes: `math.inf`. Otherwise the answer is
+# `max(0.0, …)`.
 #
 # ---
 # **Why** A gain in alpha fades as 1/S, and a gain in beta remains. Ask which of the two a speedup is. Also ask whether
@@ -969,8 +970,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # ### Beside other work
 #
 # Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
-# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product. `NCCL` is
-# the collective alone with ordinary buffers, and `NCCL both` the same with both buffers registered.
+# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product. `NCCL
+# alone` is the collective without pad, strip and reorder.
 #
 # {glossary: copy engine; low-contention}
 
@@ -1133,8 +1134,8 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # ## 12. Recorded elsewhere, beside yours
 #
 # Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
-# Here are those records. The newest one of a CPU and the newest one of GPUs, with a GPU per rank if there is one, are
-# drawn beside your sweep. Open marks are recorded, and filled marks are yours.
+# Here are those records. The newest one of a CPU, and one of GPUs (with a GPU per rank if there is one), are drawn beside
+# your sweep. Open marks are recorded, and filled marks are yours. The subtitle of each figure names its record.
 
 # %% recorded tags=["nbval-ignore-output"]
 known = recordings.read()
@@ -1199,7 +1200,7 @@ lesson.progress()
 #   there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times as long as its
 #   collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Call time compares Python, and device time compares algorithms.
-# - NCCL does not tell you which kernel it uses. Its log does.
+# - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.
 #
 # **Five questions** (answers below)

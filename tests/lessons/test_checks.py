@@ -95,10 +95,11 @@ def test_sending_in_place_takes_the_fast_path_and_receiving_at_other_offsets_doe
 # ------------------------------------------------------------------------- odd and endless code
 
 ODD = (
-    None, "x", float("nan"), -1, 10**30, object(), [], {}, (1, 2), [[1], [2]], {object()},
+    "x", float("nan"), -1, 10**30, object(), [], {}, (1, 2), [[1], [2]], {object()},
     (object(), object()), (torch.tensor([1.0, 2.0]), 1.0), {"pad": torch.tensor([1, 2])},
     torch.tensor([1, 2]), np.array([1, 2]), torch.zeros(2, 2, 8, dtype=torch.bfloat16),
 )  # fmt: skip
+PROGRAMS = ("check_exchange", "check_signals", "check_pull_gather")
 NEED_MORE = ("check_price", "check_cause", "check_order")  # workers, post-mortems, a list
 CHECKS = [
     pytest.param(getattr(lesson, name), id=name)
@@ -135,6 +136,23 @@ def test_another_number_of_arguments_is_a_wrong_answer(check) -> None:
     assert "takes 0 positional arguments" in shown(check, lambda: 0)
 
 
+@each_check
+def test_a_name_that_holds_no_function_is_a_wrong_answer(check) -> None:
+    assert "is 3; it must be a function (`def " in shown(check, 3)
+
+
+@each_check
+def test_a_missing_return_is_named(check) -> None:
+    is_program = check.__name__ in PROGRAMS
+    wanted = "has no `yield`" if is_program else "returned None. Is a `return` missing?"
+    assert wanted in shown(check, lambda *_: None)
+
+
+@pytest.mark.parametrize("verdict", ["seven", [], 2, torch.tensor([True, True])])
+def test_a_verdict_of_another_kind_is_not_taken_for_true_or_false(verdict: object) -> None:
+    assert "accepts returned" in shown(padding.check_accepts, lambda *_: verdict)
+
+
 @pytest.mark.timeout(20)
 @each_check
 def test_an_endless_loop_is_a_wrong_answer_that_names_the_case(
@@ -154,7 +172,7 @@ def test_an_endless_loop_is_a_wrong_answer_that_names_the_case(
         endless()
         yield
 
-    is_program = check.__name__ in ("check_exchange", "check_signals", "check_pull_gather")
+    is_program = check.__name__ in PROGRAMS
     attempt = endless_program if is_program else endless
     text = shown(check, attempt)
     assert f"{attempt.__name__}(" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -52,6 +53,7 @@ def test_typical_wrong_answers_are_wrong_and_explained(asked: Prediction) -> Non
         guess = asked.parse(wrong)
         assert not asked.is_close(guess, asked.parse(asked.answer)), wrong
         assert len(asked.oversight(guess)) > 15, wrong
+        asked.check_range(guess)  # a guess that is refused is never explained
 
 
 @pytest.fixture
@@ -119,8 +121,9 @@ def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
 
 @pytest.mark.parametrize("guess", ["a lot", True, ["a"], float("nan")])
 def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
-    assert "is not" in shown(lesson.predict, "share", guess)
-    assert "is not an order of b, a" in shown(lesson.predict, "order", guess)
+    assert "is not a number: write a number" in shown(lesson.predict, "share", guess)
+    refused = "is not possible: write an order of ['b', 'a']"
+    assert refused in shown(lesson.predict, "order", guess)
 
 
 def test_the_answer_key_replaces_a_learner(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +221,9 @@ def test_the_glossary_expands_its_terms() -> None:
     assert table.endswith("|\nafter")
     with pytest.raises(ValueError, match="has no \\['warp'\\]"):
         glossary.expand("{glossary: warp}")
+    text = "".join(path.read_text() for path in SOURCES.glob("*.py"))
+    used = {word for line in re.findall(r"{glossary: (.+)}", text) for word in line.split("; ")}
+    assert used == glossary.WORDS.keys()
 
 
 @pytest.mark.parametrize(

@@ -41,17 +41,17 @@ def sweep(cp_size: int = 4) -> pd.DataFrame:
 
 
 def recording(
-    folder: Path, device: str, cp_size: int = 4, name: str = "2026-01-02", **fields: object
+    folder: Path, device: str, name: str = "2026-01-02", cp_size: int = 4, gpus: int = 0
 ) -> Path:
     row = {"variant": "direct", "cp_size": cp_size, "size_bytes": SIZES[0], "time_us": 3.0}
     where = {"device": device, "processor": "a processor", "cores": 2, "date": name, "commit": "c"}
+    where["gpus"] = [device] * gpus
     path = folder / f"{name}-{'cpu' if device == 'cpu' else 'gpu'}.json"
     path.write_text(
         json.dumps(
             {
                 "environment": where,
                 "gather": [row, {**row, "variant": "plan"}, {"variant": "no time"}],
-                **fields,
             }
         )
     )
@@ -109,8 +109,14 @@ def test_recordings_describe_their_machine_and_what_is_missing(tmp_path: Path) -
         "NVIDIA H200",
     ]
     assert recordings.newest(found, 8) == []
-    recording(tmp_path, "NVIDIA H100", name="2026-01-04", sharing=True)
-    assert recordings.newest(recordings.read(tmp_path), 4)[-1].machine == "NVIDIA H200"
+
+
+def test_the_record_beside_yours_has_a_gpu_per_rank_or_the_most_gpus(tmp_path: Path) -> None:
+    chosen = []
+    for day, gpus in enumerate((2, 1, 8, 4, 1)):
+        recording(tmp_path, "NVIDIA H200", name=f"2026-01-0{day + 3}", gpus=gpus)
+        chosen.append(recordings.newest(recordings.read(tmp_path), 4)[-1].gpus)
+    assert chosen == [2, 2, 8, 4, 4]
 
 
 def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None:
@@ -118,7 +124,10 @@ def test_recorded_times_are_never_shown_as_measured_here(tmp_path: Path) -> None
     (found,) = recordings.read(tmp_path)
     figure = recordings.beside(sweep(), found, 4)
     assert figure.layout.title.text == "Recorded: times with cp_size 4, beside yours"
-    assert "Recorded on NVIDIA H200, 2026-01-02" in figure.layout.title.subtitle.text
+    assert (
+        "Recorded on NVIDIA H200, 2026-01-02 (2026-01-02-gpu.json)"
+        in figure.layout.title.subtitle.text
+    )
     marks = {trace.name: trace.marker.symbol for trace in figure.data}
     assert len(marks) == len(figure.data), "each line once"
     assert marks["direct, recorded"] == "circle-open"

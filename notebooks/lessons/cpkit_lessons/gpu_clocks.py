@@ -12,6 +12,11 @@ from cpkit.notebook.style import byte_words
 from cpkit_lessons.recordings import Recording
 
 _CLOCKS = {"call time": "call_us", "device time": "time_us"}
+_LABELS = {
+    "NCCL": "NCCL alone",
+    "NCCL both": "NCCL alone, both buffers registered",
+    "seed both": "seed, both buffers registered",
+}
 
 
 def two_clocks(recording: Recording, size_bytes: int, variants: Sequence[str]) -> go.Figure:
@@ -20,8 +25,8 @@ def two_clocks(recording: Recording, size_bytes: int, variants: Sequence[str]) -
     Call time is what a Python loop sees that waits for each call. Device time is that of a CUDA
     graph with several calls, divided by their number.
     """
-    table = recording.table[recording.table["size_bytes"] == size_bytes].set_index("variant")
-    clocks = {clock: table.loc[list(variants), column] for clock, column in _CLOCKS.items()}
+    table = _labelled(recording.table[recording.table["size_bytes"] == size_bytes], variants)
+    clocks = {clock: table[column] for clock, column in _CLOCKS.items()}
     figure = _bars(clocks)
     orders = {clock: ", ".join(us.sort_values().index) for clock, us in clocks.items()}
     style.finish(
@@ -35,7 +40,7 @@ def two_clocks(recording: Recording, size_bytes: int, variants: Sequence[str]) -
 
 def beside_product(recording: Recording, variants: Sequence[str]) -> go.Figure:
     """Draw what a gather and a matrix product on another stream cost each other."""
-    table = recording.beside.set_index("variant").loc[list(variants)]
+    table = _labelled(recording.beside, variants)
     clocks = {
         "gather alone": table["time_us"],
         "gather beside a product": table["beside_us"],
@@ -55,6 +60,11 @@ def beside_product(recording: Recording, variants: Sequence[str]) -> go.Figure:
         height=200 + 64 * len(variants),
     )
     return _recorded(figure, recording)
+
+
+def _labelled(table: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of these variants, named as in the figures."""
+    return table.set_index("variant").loc[list(variants)].rename(index=_LABELS)
 
 
 def _bars(groups: Mapping[str, pd.Series[float]]) -> go.Figure:

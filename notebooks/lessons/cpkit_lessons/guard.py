@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import linecache
 import math
 import reprlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from cpkit_lessons.feedback import WrongAnswer
 
@@ -78,10 +79,17 @@ def equals(got: object, wanted: object) -> bool:
 
 def truth(call: str, got: object) -> bool:
     """Return a verdict as a bool. Raises WrongAnswer for what is neither true nor false."""
-    try:
-        return bool(got)
-    except Exception:  # noqa: BLE001 - several numbers, as in a tensor, are not one verdict
-        raise WrongAnswer(f"{call} returned {_short(got)}; wanted True or False") from None
+    verdict = equals(got, True)
+    if not verdict and not equals(got, False):
+        raise WrongAnswer(f"{call} returned {_short(got)}; wanted True or False")
+    return verdict
+
+
+def check_functions(check: Callable[..., Any], attempt: Sequence[object]) -> None:
+    """Raise WrongAnswer if a check expects a function and gets another value."""
+    for (name, hint), value in zip(get_type_hints(check).items(), attempt, strict=False):
+        if get_origin(hint) is Callable and not callable(value):
+            raise WrongAnswer(f"{name} is {_short(value)}; it must be a function (`def {name}`)")
 
 
 def guarded(attempt: object) -> object:
@@ -91,13 +99,16 @@ def guarded(attempt: object) -> object:
 
     @functools.wraps(attempt)
     def call(*arguments: Any, **named: Any) -> Any:
+        text = ", ".join(map(_short, arguments))
         try:
-            return _timed(attempt, *arguments, **named)
+            got = _timed(attempt, *arguments, **named)
         except WrongAnswer:
             raise
         except (Exception, TakesTooLong) as problem:  # noqa: BLE001 - a learner's code may raise anything
-            text = ", ".join(map(_short, arguments))
             raise _as_wrong_answer(attempt, text, problem) from None
+        if got is None:
+            raise WrongAnswer(f"{_name(attempt)}({text}) returned None. Is a `return` missing?")
+        return got
 
     return call
 
@@ -108,7 +119,7 @@ def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, A
     @functools.wraps(attempt)
     def steps(*arguments: Any) -> Generator[Any, Any, None]:
         try:
-            made = attempt(*arguments)
+            made = _timed(inspect.unwrap(attempt), *arguments)
             if not isinstance(made, Generator):
                 raise WrongAnswer(f"{_name(attempt)} has no `yield`: a program yields its steps")
             answer = None

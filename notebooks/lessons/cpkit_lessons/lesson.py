@@ -138,6 +138,7 @@ class Lesson:
             @functools.wraps(check)
             def run(*attempt: object) -> None:
                 try:
+                    guard.check_functions(check, attempt)
                     with guard.time_limit():
                         score = check(*map(guard.guarded, attempt))
                 except WrongAnswer as fault:

@@ -37,14 +37,14 @@ class Prediction:
         if self.choices and isinstance(self.answer, tuple):
             names = tuple(guess) if isinstance(guess, list | tuple) else ()
             if sorted(names) != sorted(self.choices):
-                raise ValueError(f"{guess!r} is not an order of {', '.join(self.choices)}")
+                raise ValueError(f"{guess!r:.60} is not possible: write {self._form()}")
             return names
         if self.choices:
             if guess not in self.choices:
-                raise ValueError(f"{guess!r} is not one of {', '.join(self.choices)}")
+                raise ValueError(f"{guess!r:.60} is not possible: write {self._form()}")
             return str(guess)
         if not isinstance(guess, Real) or isinstance(guess, bool) or not math.isfinite(guess):
-            raise ValueError(f"{guess!r} is not a number")
+            raise ValueError(f"{guess!r:.60} is not a number: write {self._form()}")
         return float(guess)
 
     def check_range(self, guess: Answer) -> None:
@@ -52,11 +52,7 @@ class Prediction:
         if self.between and isinstance(guess, float):
             least, most = self.between
             if not least <= guess <= most:
-                raise ValueError(f"{guess:g} is not possible: write a number from {self._range()}")
-
-    def _range(self) -> str:
-        assert self.between
-        return f"{self.between[0]:g} to {self.between[1]:g}"
+                raise ValueError(f"{guess:g} is not possible: write {self._form()}")
 
     def is_close(self, guess: Answer, reference: Answer) -> bool:
         """Whether a guess equals the reference, within the tolerance for numbers."""
@@ -70,14 +66,16 @@ class Prediction:
 
     def invitation(self) -> str:
         """Return the question and the form of its answer."""
+        return f"{self.question} Replace `...` by {self._form()}, and run this cell."
+
+    def _form(self) -> str:
+        """Return what a learner may write."""
         if isinstance(self.answer, tuple):
-            how = f"an order of [{', '.join(map(repr, self.choices))}]"
-        elif self.choices:
-            how = f"one of {', '.join(map(repr, self.choices))}"
-        else:
-            limits = f" from {self._range()}" if self.between else ""
-            how = f"a number{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
-        return f"{self.question} Replace `...` by {how}, and run this cell."
+            return f"an order of [{', '.join(map(repr, self.choices))}]"
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        limits = f" from {self.between[0]:g} to {self.between[1]:g}" if self.between else ""
+        return f"a number{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
 
     def format(self, answer: Answer) -> str:
         """Return an answer with its unit."""

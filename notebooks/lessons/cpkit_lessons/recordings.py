@@ -42,6 +42,11 @@ class Recording:
         return bool(self.environment.get("device", "cpu") != "cpu")
 
     @property
+    def gpus(self) -> int:
+        """The number of GPUs."""
+        return len(self.environment.get("gpus", ()))
+
+    @property
     def machine(self) -> str:
         """The name of the GPU, or of the processor with its cores."""
         if self.is_gpu:
@@ -81,12 +86,12 @@ def describe(found: list[Recording]) -> str:
 
 
 def newest(found: list[Recording], cp_size: int) -> list[Recording]:
-    """Return the newest recording with this cp_size on CPUs, and the newest on GPUs.
+    """Return the newest recording with this cp_size on CPUs, and one on GPUs.
 
-    One with a GPU per rank comes before one whose ranks shared a GPU.
+    As many GPUs as ranks come first, then the most GPUs, then the newest.
     """
     fitting = [each for each in found if cp_size in set(each.table["cp_size"])]
-    fitting.sort(key=lambda each: not each.shared)
+    fitting.sort(key=lambda each: (each.gpus == cp_size, each.gpus))
     kinds = {each.is_gpu: each for each in fitting}  # the last one of each kind remains
     return [kinds[kind] for kind in sorted(kinds)]
 

@@ -46,7 +46,7 @@ def check_owner(owner: Owner) -> Score:
                     raise WrongAnswer(
                         f"owner(token={token}, length={length}, cp_size={cp_size}) is "
                         f"{reprlib.repr(got)}; with blocks of {list(layout.split_list)} tokens, "
-                        f"{token} belongs to rank {wanted}"
+                        f"token {token} belongs to rank {wanted}"
                     )
                 cases += 1
     return Score(cases)
@@ -343,13 +343,16 @@ def check_bill(bill: Bill) -> Score:
             held = layout.per_rank_actual_token[rank]
             arguments = (held, layout.max_rank_len[0], layout.total_tokens, cp_size, ROW_BYTES)
             got = bill(*arguments)
+            if not isinstance(got, Mapping) or set(got) != set(measured):
+                raise WrongAnswer(
+                    f"bill returned {reprlib.repr(got)}; wanted a dict of {', '.join(measured)}"
+                )
             for stage, wanted in measured.items():
-                if not isinstance(got, Mapping) or not guard.equals(got.get(stage), wanted):
+                if not guard.equals(got[stage], wanted):
                     names = "rows, max_rank_len, total, cp_size, row_bytes"
-                    found = got.get(stage, "missing") if isinstance(got, Mapping) else got
                     raise WrongAnswer(
                         f"bill({names} = {', '.join(map(str, arguments))}): {stage} is "
-                        f"{reprlib.repr(found)}; "
+                        f"{reprlib.repr(got[stage])}; "
                         f"torch wrote {wanted} bytes on rank {rank} of {cp_size}, lengths {lengths}"
                     )
             cases, padded = cases + 1, padded + sum(measured.values())

@@ -23,17 +23,12 @@ def owner(world: World) -> Prediction:
         answer=last - block,
         between=(0, cp - 1),
         wrong={
-            token
-            % cp: f"That is {token} mod {cp}, the rule of interleave. Zigzag cuts the sequence "
-            f"into {2 * cp} blocks.",
-            1: f"{block} mod {cp} is 1, and token {token} is in block {block}. But zigzag "
-            "reverses at the "
-            "last rank.",
-            block: f"{block} is the block of the token. Blocks {cp} to {last} are assigned in "
-            "reverse "
-            f"order: block {block} belongs to rank {last} − {block}.",
-            cp - 1: "The last rank owns "
-            f"block {cp}, where the order reverses. Token {token} is in block {block}.",
+            token % cp: f"That is {token} mod {cp}, the rule of interleave. Zigzag cuts the "
+            f"sequence into {2 * cp} blocks.",
+            1: f"Token {token} is in block {block}, and {block} mod {cp} is 1. But zigzag reverses "
+            f"at the last rank: blocks {cp} to {last} are assigned in descending order of ranks.",
+            cp - 1: f"The last rank owns block {cp}, where the order reverses. Token {token} is in "
+            f"block {block}.",
         },
         why=f"Blocks have 3 tokens, so token {token} is in block {block}, the mirror image of "
         "block "
@@ -47,8 +42,8 @@ def work(world: World) -> Prediction:
     cp = world.cp_size
     first, last = 21, 6 * 6 * cp - 15  # 1 + … + 6, and the last six of 1 … 6·cp
     return Prediction(
-        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. How many times as many "
-        f"keys as rank 0 does rank {cp - 1} attend to?",
+        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. Rank {cp - 1} attends to "
+        "how many times as many keys as rank 0?",
         answer=last / first,
         unit="times",
         tolerance=0.08,
@@ -143,9 +138,8 @@ def slot(world: World) -> Prediction:
 
 LESSON.ask(
     "passes",
-    "A rank pads its shard, and the algorithm is padded. How many times is each of its rows "
-    "written "
-    "before the attention of another rank reads it?",
+    "With the algorithm `padded`, a rank has to pad its shard. How many times is each of its rows "
+    "written before another rank's attention reads it?",
     answer=4,
     unit="times",
     tolerance=0.01,
@@ -214,8 +208,8 @@ def bill(world: World) -> Prediction:
     """Ask for the bytes that padded writes, in units of those that direct writes."""
     cp = world.cp_size
     return Prediction(
-        f"One prompt has 32767 tokens, over {cp} ranks. How many times as many bytes does a rank "
-        "that pads write with padded as with direct?",
+        f"One prompt has 32767 tokens, over {cp} ranks. A rank that pads writes how many times as "
+        "many bytes with `padded` as with `direct`?",
         answer=3 + 1 / cp,
         unit="times",
         tolerance=0.02,

@@ -338,12 +338,12 @@ def check_break_even(break_even_bytes: BreakEven) -> Score:
 
 
 def _break_even(slow: Line, fast: Line, gain: float) -> tuple[float, str]:
-    """Return the size up to which `slow` takes `gain` times as long as `fast`, and the reason."""
+    """Return the size above which `slow` takes at most `gain` times as long, and the reason."""
     alpha_left, beta_lost = slow[0] - gain * fast[0], gain * fast[1] - slow[1]
     if alpha_left <= 0 and beta_lost >= 0:
-        return 0.0, "no size has this gain: the answer is 0"
+        return 0.0, "the ratio never exceeds the gain: 0"
     if beta_lost <= 0:
-        return math.inf, "every size has this gain: the answer is math.inf"
+        return math.inf, "the ratio stays above the gain for all large sizes: math.inf"
     size = alpha_left / beta_lost
     times = [alpha + beta * size for alpha, beta in (slow, fast)]
     return size, f"there the times are {times[0]:.4g} and {times[1]:.4g} µs, {gain} to 1"

@@ -109,9 +109,9 @@ def check_order(order: Sequence[int]) -> Score:
 
 
 @LESSON.exercise("e4", "signals instead of barriers")
-def check_signals(exchange: Program) -> Score:
+def check_signals(exchange_signals: Program) -> Score:
     """Check as in exercise 2, without a barrier and without a deadlock."""
-    program = guard.guarded_steps(exchange)
+    program = guard.guarded_steps(exchange_signals)
     cases = _check_orders(program, with_itself=False)
     if _count(program, "barrier"):
         raise WrongAnswer("the program still has a barrier; use me.signal and me.wait")
