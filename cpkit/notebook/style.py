@@ -172,7 +172,7 @@ def axis(title: str, **options: object) -> dict[str, Any]:
 
 def names_axis(title: str = "", **options: object) -> dict[str, Any]:
     """Return the layout of a vertical axis of names, the first at the top."""
-    return axis(title, autorange="reversed", ticks="", **options)
+    return axis(title, autorange="reversed", ticks="", ticklabelstandoff=6, **options)
 
 
 def hatch(shape: str = "/") -> dict[str, Any]:

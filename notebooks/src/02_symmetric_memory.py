@@ -384,7 +384,8 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 # that. In SGLang with CUDA graphs, one request at a time, the fraction of right answers fell from 0.575 to 0.100
 # (sglang#37768).
 #
-# **Another way** Let rank 1 be the fast one. The check accepts both.
+# **Another way** Let rank 1 be the fast one. Rank 0 then reads its own slot first, which is right, so the order needs one
+# step more: `[0, 0, 0, 1, 1, 1]`, rank 1 four times, and rank 0 twice.
 
 # %% s5 [markdown]
 # ## 5. Signals instead of barriers

@@ -208,3 +208,7 @@ def test_another_timer_of_the_process_still_rings(inside_s: float) -> None:
 @pytest.mark.parametrize("order", [None, "x", [True, "x"], [object()], [torch.tensor([1, 2])], [2]])
 def test_an_order_of_other_things_is_a_wrong_answer(order: object) -> None:
     assert shown(symmetric.check_order, order).startswith("✗")
+
+
+def test_rank_1_may_be_the_fast_one_as_the_help_says() -> None:
+    assert shown(symmetric.check_order, (0, 0, 0, 1, 1, 1, *[1] * 4, 0, 0)).startswith("✓")

@@ -109,7 +109,7 @@ def waste_map(
     return style.finish(
         figure,
         title="Fraction of the gathered slots that is padding",
-        subtitle=f"{strategy}; each line is a batch: the tokens of its sequences",
+        subtitle=f"{strategy}; each line is a batch: 8 × 17 is eight sequences of 17 tokens",
         alt=f"Padding between {min(known):.1%} and {max(known):.1%} over {len(names)} batches.",
         height=130 + 34 * len(names),
     )
@@ -124,6 +124,6 @@ def _waste(lengths: Sequence[int], cp_size: int, strategy: str) -> float | None:
 
 
 def _short(lengths: Sequence[int]) -> str:
-    if len(lengths) > 4 and len(set(lengths)) == 1:
+    if len(lengths) > 1 and len(set(lengths)) == 1:
         return f"{len(lengths)} × {lengths[0]}"
     return ", ".join(str(n) for n in lengths[:6]) + (", …" if len(lengths) > 6 else "")

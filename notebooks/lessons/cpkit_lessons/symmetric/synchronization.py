@@ -85,7 +85,7 @@ def check_exchange(exchange: Program) -> Score:
 @LESSON.exercise("e3", "make it fail")
 def check_order(order: Sequence[int]) -> Score:
     """Check that an order of two ranks is possible for `one_barrier` and makes a read wrong."""
-    if not isinstance(order, list) or not all(
+    if not isinstance(order, list | tuple) or not all(
         isinstance(rank, int) and rank in (0, 1) for rank in order
     ):
         raise WrongAnswer(
