@@ -250,7 +250,9 @@ class Run:
         if step in not_yielded:
             not_yielded.remove(step)
         if step.kind not in ("barrier", "store") and step.peer not in range(self.size):
-            raise InvalidProgram(f"rank {rank} names rank {step.peer!r}; there are {self.size} ranks")
+            raise InvalidProgram(
+                f"rank {rank} names rank {step.peer!r}; there are {self.size} ranks"
+            )
         if self.taken[rank] >= MAX_STEPS:
             raise InvalidProgram(f"rank {rank} has taken {MAX_STEPS} steps and does not end")
         self.next[rank] = step
