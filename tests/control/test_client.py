@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import psutil
 import pytest
 import zmq
@@ -65,6 +68,36 @@ def test_a_client_without_descriptors_names_the_limit_and_recovers(
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert psutil.Process().num_fds() == used
     assert client.call(Status(), StatusResult).name == "test"
+
+
+FIRST_CALL_WITH_FEW_DESCRIPTORS = """
+import os, resource, sys
+import msgspec
+from cpkit.control.client import Client
+from cpkit.control.errors import ControlError
+from cpkit.control.messages import Status, StatusResult
+from cpkit.control.runtime_dir import Connection
+
+client = Client(msgspec.json.decode(sys.argv[1], type=Connection))
+few = len(os.listdir("/proc/self/fd")) + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+try:
+    print(client.call(Status(), StatusResult).name)
+except ControlError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("free", [4, 10, 40])
+def test_the_first_call_of_a_process_with_few_descriptors_ends_with_an_error(
+    control_server: ControlServer, free: int
+) -> None:
+    """Without a reserve, ZeroMQ ends the process when it starts its threads."""
+    connection = msgspec.json.encode(control_server.connection()).decode()
+    command = [sys.executable, "-c", FIRST_CALL_WITH_FEW_DESCRIPTORS, connection, str(free)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("test" if free == 40 else "too many open files") in done.stdout
 
 
 def test_a_server_with_few_descriptors_rejects_new_clients_and_recovers(
