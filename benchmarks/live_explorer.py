@@ -156,7 +156,8 @@ def streaming(notebook: NotebookPage, minutes: int) -> dict[str, Any]:
     inspector.send("Performance.enable")
     rows = []
     for _ in range(minutes):
-        notebook.cell("panel").locator(".cpkit-ranks").click()  # otherwise it slows down
+        notebook.cell("panel").locator(".cp-size .noUi-handle").focus()
+        notebook.page.keyboard.press("Shift")  # a touch, without which it slows down
         notebook.page.wait_for_timeout(60_000)
         inspector.send("HeapProfiler.collectGarbage")
         metrics = inspector.send("Performance.getMetrics")["metrics"]

@@ -6,6 +6,8 @@
     another form, another source, too large                                  build.problems
     a cell over its budget when the notebook is built                                   build
     another result, a run that hangs, something left behind                      rerun_faults
+    widget state, an error, a long cell, a starter that passes, a task without example
+                                                                          test_notebooks.py
 
 tests/tools/test_source.py has the faults of a source, test_figures.py those of a figure's code.
 """
@@ -13,15 +15,18 @@ tests/tools/test_source.py has the faults of a source, test_figures.py those of 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.helpers.notebook_gates import figure_faults, region_faults, rerun_faults
+from tests.lessons import test_notebooks as conditions
 from tools import source
-from tools.build import MAX_BYTES, NOTEBOOKS, build, canonical, check, problems
+from tools.build import MAX_BYTES, NOTEBOOKS, SOURCES, build, canonical, check, problems
 from tools.rehearse import main, rehearse
 
 COMMITTED = min(NOTEBOOKS.glob("*.ipynb"))
@@ -212,6 +217,58 @@ def test_a_notebook_that_is_too_large_is_neither_made_nor_accepted(tmp_path: Pat
     nbformat.write(notebook, copy)
     (problem,) = problems(copy)
     assert problem.startswith(f"{copy.name}: the notebook has {MAX_BYTES + 1} bytes")
+
+
+def _pass_the_starter(cells: dict[str, Any]) -> None:
+    cells["e1-check"].outputs[0].data["text/plain"] = "✓ Exercise 1: solved\n4 cases"
+
+
+def _cut_pictures(cells: dict[str, Any]) -> None:
+    for output in (o for cell in cells.values() for o in cell.get("outputs", []) if "data" in o):
+        output.data.pop("image/png", None)
+
+
+@pytest.mark.parametrize(
+    ("condition", "plant"),
+    [
+        (conditions.test_every_figure_has_a_picture_a_title_units_and_a_text_alternative,
+         _cut_pictures),
+        (conditions.test_starter_and_solution_differ_only_inside_the_region,
+         lambda cells: cells["e1"].update(source=cells["e1"].source + "\n# more")),
+        (conditions.test_the_starter_fails_politely_in_the_committed_file, _pass_the_starter),
+        (conditions.test_it_ran_in_order_without_error,
+         lambda cells: cells["setup"].update(execution_count=7)),
+        (conditions.test_it_ran_in_order_without_error,
+         lambda cells: cells["setup"].outputs.append(nbformat.v4.new_output("error"))),
+        (conditions.test_its_cells_are_short,
+         lambda cells: cells["setup"].update(source="x = 1\n" * 16)),
+        (conditions.test_its_cells_are_short,
+         lambda cells: cells["setup"].update(source="Explorer(lab)")),
+        (conditions.test_it_holds_no_widget_state_and_no_machine_path,
+         lambda cells: cells["setup"].update(source=f"open({str(NOTEBOOKS)!r})")),
+    ],
+)  # fmt: skip
+def test_a_condition_of_the_committed_file_finds_its_fault(
+    tmp_path: Path, condition: Callable[[Path], None], plant: Callable[[dict[str, Any]], None]
+) -> None:
+    notebook = nbformat.read(COMMITTED, as_version=4)
+    condition(COMMITTED)
+    plant({cell.id: cell for cell in notebook.cells})
+    copy = tmp_path / COMMITTED.name
+    nbformat.write(notebook, copy)
+    with pytest.raises(AssertionError):
+        condition(copy)
+
+
+@pytest.mark.parametrize("part", ["**Example** ", "**About** ", "**Why** ", "### Exercise 1 · "])
+def test_an_exercise_without_one_of_its_parts_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    name = f"{COMMITTED.stem}.py"
+    (tmp_path / name).write_text((SOURCES / name).read_text().replace(part, "", 1))
+    monkeypatch.setattr(conditions, "SOURCES", tmp_path)
+    with pytest.raises(AssertionError):
+        conditions.test_every_exercise_has_all_its_parts(COMMITTED)
 
 
 # ----------------------------------------------------------------------------------- run again
