@@ -24,6 +24,7 @@ from tests.helpers.notebook_page import CHROMIUM_FLAGS, NotebookPage, drawn
 from tests.helpers.processes import LIMIT_S, until
 from tools import source
 from tools.build import SOURCES
+from tools.source import Cell
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = find_browser()
@@ -137,7 +138,7 @@ def test_a_pinned_state_is_compared_with_what_follows(live: NotebookPage) -> Non
     pin.focus()
     live.page.keyboard.press("Enter")
     live.until(lambda: pin.inner_text() == "Unpin A", LIMIT_S, "the button unpins")
-    field.fill("8192")
+    field.fill("32768")  # a hundred times the rows: no noise hides the difference
     field.press("Enter")
     slower = panel.locator(".cpkit-baseline", has_text="▲ B is slower")
     live.until(slower.count, LIMIT_S, "a verdict on B against A")
@@ -192,7 +193,7 @@ def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -
     live.run("panel")
     status = live.cell("panel").locator(".cpkit-status")
     live.until(lambda: "once per second" in status.inner_text(), LIMIT_S, "the panel is idle")
-    live.cell("panel").locator(".cpkit-ranks").click()
+    status.click()
     live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "the full rate again")
     live.run("scratch", "idle_s = 120")
     live.run("panel")
@@ -367,6 +368,17 @@ def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
     assert later["range"] == zoomed["range"]
 
 
+def test_plots_are_zoomed_by_keyboard(live: NotebookPage) -> None:
+    before = live.wait_for_plot("panel")
+    for name, is_zoomed in (("Zoom in", True), ("Reset axes", False)):
+        live.cell("panel").get_by_role("button", name=name, exact=True).focus()
+        live.page.keyboard.press("Enter")
+        live.wait_for_plot(
+            "panel",
+            such=lambda plot, wanted=is_zoomed: (plot["range"] != before["range"]) is wanted,
+        )
+
+
 def test_plots_follow_the_theme_of_the_page(live: NotebookPage) -> None:
     named = "theme => document.body.dataset.jpThemeName === theme"
     paper = "getComputedStyle(document.body).getPropertyValue('--jp-layout-color0').trim()"
@@ -409,6 +421,27 @@ def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage)
         live.run(widget)
         live.wait_for_plot(widget)
     live.page.evaluate("AbortSignal.timeout = AbortSignal.limit")
+
+
+@pytest.mark.slow("a second browser; tests/lab/test_sharing.py has several clients")
+def test_two_browsers_share_the_workers(live: NotebookPage) -> None:
+    other_cell = """other = Explorer(lab, [128], cp_size=4, algorithms=["padded"])
+record(other, "other")
+other.start()"""
+    setup = next(cell for cell in LIVE_CELLS if cell.id == "setup")
+    context = live.page.context.browser.new_context(viewport={"width": 1400, "height": 1000})
+    other = NotebookPage(context.new_page(), live.lab)
+    with other.without_errors():
+        other.open("other", [setup, Cell("other", "code", other_cell)])
+        for cell in ("setup", "other"):
+            other.run(cell)
+        for _ in range(2):  # both go on, each with its own setting
+            shown = [live.wait_for_plot("panel"), other.wait_for_plot("other")]
+            for page, cell, plot in ((live, "panel", shown[0]), (other, "other", shown[1])):
+                newer = lambda p, old=plot: p["revision"] > old["revision"] + 2  # noqa: E731
+                page.wait_for_plot(cell, such=newer)
+            assert [len(drawn(plot, "rows")["y"]) for plot in shown] == [2, 4]
+    context.close()
 
 
 @pytest.mark.slow("twelve displays beside busy loops; test_each_live_widget has one of each")
