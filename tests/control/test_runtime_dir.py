@@ -75,6 +75,16 @@ def test_a_link_is_not_followed(
         here.connection()
 
 
+def test_a_new_file_replaces_nothing(here: RuntimeDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link is planted under the name of the new file, just before it is made."""
+    victim = here.directory / "victim"
+    here.directory.joinpath(f".connection.json.{os.getpid()}").symlink_to(victim)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(ControlError, match="File exists"):
+        write_private(here.connection_file, connection())
+    assert not victim.exists()
+
+
 def test_only_an_agent_is_stopped(here: RuntimeDir, tmp_path: Path) -> None:
     """The lock names a process of this user that is no agent."""
     with subprocess.Popen(["sleep", "60"]) as process:
