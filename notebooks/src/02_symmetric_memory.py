@@ -1070,7 +1070,8 @@ lesson.reveal("a_rank_dies", cards["a_rank_dies"].symptom)
 # ### All post-mortems side by side
 #
 # There are seven causes, but only four symptoms. So the symptom alone does not identify the cause. What else do the
-# ranks report?
+# ranks report? Look at the end of each process, and at the post-mortems above: the type of an error, its message, and
+# the reason of a fallback.
 
 # %% cards
 assert list(cards) == list(CASES)

@@ -81,6 +81,9 @@ def test_the_path_of_a_receive_buffer_alone_depends_on_the_version() -> None:
             "nccl 2.28.9": "fallback",
             "nccl 2.29.7": "symmetric",
         }
+        assert "needs both buffers registered" in rank.observed
+    for rank in card_of("wrong_group").ranks:
+        assert "in the pool of another group" in rank.observed
 
 
 def test_a_rank_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,8 +71,14 @@ class RankReport(Message, frozen=True):
             return f"wrong rows: {self.wrong}" + (f" ({self.reason})" if self.reason else "")
         if self.paths:
             paths = ", ".join(f"{name}: {path}" for name, path in self.paths.items())
-            return f"every row right; {paths}"
+            return f"every row right; {paths}. {self._why_fallback()}".strip()
         return self.message or "every row right"
+
+    def _why_fallback(self) -> str:
+        """Return the beginning of the reason of the last transport that falls back."""
+        reasons = zip(self.paths.values(), self.reason.split("\n"), strict=False)
+        fallbacks = [reason for path, reason in reasons if path == "fallback"]
+        return fallbacks[-1].split(";")[0] if fallbacks else ""
 
 
 @dataclass(frozen=True)
