@@ -2,8 +2,7 @@
 
 These modules use the layout and the control client, and never import `torch.distributed`.
 
-    figures        grids (arrays), charts (times), style (colours and text), show (display)
-    live panels    explorer, stepper, pool_live
+    figures        grids (arrays), style (colours and text), show (display)
     the explorer   controls, panel (figure), intervals (statistics), tables, badges,
                    presence (idle and hidden pages), takeaway (code, CSV, JSON)
     their parts    live (thread and widgets), plot (with plot.js), cells (a cell that runs again)

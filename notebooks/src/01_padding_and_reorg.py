@@ -1031,7 +1031,7 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 # change runs a new gather on the workers, checks every byte, and redraws the figure.
 
 # %% stepper
-from cpkit.notebook.stepper import Stepper
+from cpkit_lessons.stepper import Stepper
 
 stepper = Stepper(lab, batch, cp_size=cp)
 stepper

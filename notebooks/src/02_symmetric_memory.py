@@ -592,7 +592,7 @@ print("each of 2 ranks read 1000 numbers, all of them right")
 lesson.predict("spills", ...)
 
 # %% live
-from cpkit.notebook.pool_live import PoolLive
+from cpkit_lessons.pool_live import PoolLive
 
 arena_mb, requests_mb = world.requests_mb()  # smaller where memory is short
 live = PoolLive(lab, requests_mb, cp, arena_mb=arena_mb)

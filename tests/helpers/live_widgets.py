@@ -20,8 +20,8 @@ import threading
 import cpkit, ipywidgets
 from cpkit.notebook import intervals
 from cpkit.notebook.explorer import Explorer
-from cpkit.notebook.pool_live import PoolLive
-from cpkit.notebook.stepper import Stepper
+from cpkit_lessons.pool_live import PoolLive
+from cpkit_lessons.stepper import Stepper
 intervals.BLOCK_S = 0.1  # so that B / A takes less than twice 8 s
 lab = globals().get("lab") or cpkit.connect(launch=False)
 idle_s = globals().get("idle_s", 120)""",

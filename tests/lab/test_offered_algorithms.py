@@ -16,7 +16,7 @@ import cpkit
 from cpkit.control import launcher
 from cpkit.control.runtime_dir import RuntimeDir
 from cpkit.notebook.explorer import Explorer
-from cpkit.notebook.stepper import Stepper
+from cpkit_lessons.stepper import Stepper
 from tests.helpers import ROOT
 from tests.helpers.leftovers import check_nothing_is_left, pids
 from tests.helpers.processes import LIMIT_S, until

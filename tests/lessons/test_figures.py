@@ -13,11 +13,11 @@ import pytest
 
 from cpkit.layout import STRATEGIES, prepare_context_parallel_metadata
 from cpkit.notebook import show, style
-from cpkit.notebook.pool_live import Served
 from cpkit_lessons import figures
 from cpkit_lessons.divergence import simulate_push
 from cpkit_lessons.mistakes import Mistake
 from cpkit_lessons.padding.exercises import written_bytes
+from cpkit_lessons.pool_live import Served
 from cpkit_lessons.rows import ROW_BYTES
 from cpkit_lessons.simulate import smallest_failure
 from cpkit_lessons.symmetric.synchronization import no_barrier

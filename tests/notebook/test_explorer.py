@@ -20,7 +20,7 @@ from cpkit.notebook import intervals, style
 from cpkit.notebook.explorer import Explorer
 from cpkit.notebook.live import STALE
 from cpkit.notebook.show import NoPicture, find_browser
-from cpkit.notebook.stepper import Stepper
+from cpkit_lessons.stepper import Stepper
 from tests.helpers.processes import until
 
 pytestmark = pytest.mark.workers

@@ -15,10 +15,11 @@ from cpkit.control.messages import Workload
 from cpkit.notebook import show, style
 from cpkit.notebook.controls import parse_lengths
 from cpkit.notebook.intervals import Intervals
-from cpkit.notebook.live import LatestWins, waiting_figure
+from cpkit.notebook.live import LatestWins
 from cpkit.notebook.panel import Panel
 from cpkit.notebook.plot import LivePlot
 from cpkit_lessons import figures
+from cpkit_lessons.step_panel import waiting_figure
 from tests.helpers.drawn import LAYOUT, Padded, sample
 from tests.helpers.processes import until
 

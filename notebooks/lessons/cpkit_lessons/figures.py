@@ -1,6 +1,5 @@
 """All figures for notebooks in one module: `from cpkit_lessons import figures`."""
 
-from cpkit.notebook.charts import stage_split, timeline
 from cpkit.notebook.grids import (
     Line,
     draw_lines,
@@ -12,12 +11,13 @@ from cpkit.notebook.grids import (
     stage_grid,
     token_line,
 )
-from cpkit.notebook.pool_live import pool_requests
 from cpkit.notebook.show import show
 from cpkit.notebook.style import recorded, text_alternative
 from cpkit_lessons.bars import bill, byte_bars, work_bars
+from cpkit_lessons.charts import stage_split, timeline
 from cpkit_lessons.maps import memory_map, waste_map, who_wrote_where
 from cpkit_lessons.mistakes import damage
+from cpkit_lessons.pool_live import pool_requests
 from cpkit_lessons.roofline import gain, roof, scale_out, steps
 from cpkit_lessons.timelines import schedule_timeline
 

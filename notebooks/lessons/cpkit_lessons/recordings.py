@@ -16,8 +16,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import size_axis, time_axis
 from cpkit.notebook.style import byte_words
+from cpkit_lessons.charts import size_axis, time_axis
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 _COLUMNS = ("variant", "cp_size", "size_bytes", "time_us")

@@ -12,8 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from cpkit.notebook import style
-from cpkit.notebook.charts import size_axis, time_axis
 from cpkit.notebook.style import byte_words
+from cpkit_lessons.charts import size_axis, time_axis
 
 Curve = Mapping[int, float]  # bytes to µs
 _MEASURED, _OUTLINE = "#8f9ba8", "#24292f"

@@ -9,7 +9,8 @@ import ipywidgets as widgets
 
 from cpkit.lab import Lab
 from cpkit.notebook.grids import stage_grid
-from cpkit.notebook.live import IsNewest, StepPanel
+from cpkit.notebook.live import IsNewest
+from cpkit_lessons.step_panel import StepPanel
 
 
 class Choice(NamedTuple):

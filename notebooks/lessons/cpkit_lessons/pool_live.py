@@ -17,7 +17,8 @@ from plotly.subplots import make_subplots
 from cpkit.lab import Lab
 from cpkit.lab.pool import LabPool
 from cpkit.notebook import style
-from cpkit.notebook.live import IsNewest, StepPanel
+from cpkit.notebook.live import IsNewest
+from cpkit_lessons.step_panel import StepPanel
 
 ARENAS = (1 / 8, 1 / 2, 1, 2, 4)  # choices, in units of the first arena
 MB = 1_000_000
