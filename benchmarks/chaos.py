@@ -169,7 +169,8 @@ def a_rank_is_stopped_and_continued(scene: Scene) -> None:
     try:
         scene.fails(cpkit.NoAnswer, words, lambda: os.kill(stopped, signal.SIGSTOP))
     finally:
-        os.kill(stopped, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGCONT)
     wait_until(lambda: scene.lab.status().state == "idle", "the ranks to recover")
     scene.goes_on()
 

@@ -146,9 +146,12 @@ class StartDeadline:
 
 
 def _is_ending(connection: Connection) -> bool:
-    """Return True while the remaining workers shut down: the owner or a rank has ended."""
+    """Return True while the remaining workers shut down: owner, agent or a rank has ended.
+
+    An agent that was killed may hold its lock for a moment, and its ranks run until they notice.
+    """
     owner_has_ended = connection.owner is not None and not connection.owner.is_alive()
-    return owner_has_ended or bool(dead_workers(connection))
+    return owner_has_ended or not connection.agent.is_alive() or bool(dead_workers(connection))
 
 
 def remove_stale_files(runtime_dir: RuntimeDir, connection: Connection) -> None:

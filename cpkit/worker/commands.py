@@ -10,7 +10,7 @@ keep commands and results below it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 
 import msgspec
@@ -23,7 +23,7 @@ from cpkit.settings import deadline_s
 _TIMEOUT = timedelta(minutes=10)  # between two commands
 _LONGEST_PAUSE_S = 0.05
 _PREFIX, _TIMED_OUT = "cpkit/commands", "timed_out"
-_AFTER_TIMEOUT_S = 1.0  # for the ranks that waited for the same rank
+_MARGIN_S = 1.0  # between the answers of ranks that waited for the same rank
 KEEP_ALIVE_S = 60.0  # interval of KeepAlive on an idle rank 0; far shorter than the timeout
 
 
@@ -116,20 +116,20 @@ class CommandChannel:
         When no answer has arrived for `deadline_s()`, call `report_late` repeatedly with the
         late ranks and the seconds since the command was sent. Late answers are returned too. After
         an answer that says that its rank waited in vain, only a second is left to the other ranks.
+        After another failure they have a second more, because they may wait for that rank until
+        their own deadline.
         """
         results: dict[int, StepResult] = {}
-        progress_s, patience_s = time.monotonic(), deadline_s()
+        progress_s = time.monotonic()
         while late := [rank for rank in range(self.size) if rank not in results]:
             arrived = [rank for rank in late if self._store.check([self._key(rank)])]
             for rank in arrived:
                 answer = self._store.get(self._key(rank))
                 results[rank] = msgspec.msgpack.decode(answer, type=StepResult)
-                if results[rank].timed_out:
-                    patience_s = min(patience_s, _AFTER_TIMEOUT_S)
             now_s = time.monotonic()
             if arrived:
                 progress_s = now_s
-            elif now_s - progress_s >= patience_s:
+            elif now_s - progress_s >= _patience_s(results.values()):
                 report_late(late, now_s - self._sent_s)
             # Poll, because a wait that times out writes two lines to the log.
             time.sleep(min((now_s - progress_s) / 10, _LONGEST_PAUSE_S))
@@ -144,6 +144,14 @@ class CommandChannel:
 
     def _set(self, key: str, message: Message) -> None:
         self._store.set(key, msgspec.msgpack.encode(message))  # type: ignore[arg-type] # bytes are fine
+
+
+def _patience_s(answered: Collection[StepResult]) -> float:
+    """Return how long the next answer may take."""
+    if any(result.timed_out for result in answered):
+        return min(deadline_s(), _MARGIN_S)
+    has_failed = any(result.error and not result.agreed for result in answered)
+    return deadline_s() + (_MARGIN_S if has_failed else 0.0)
 
 
 describe_types(Command, StepResult)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cpkit.control import launcher, readiness
 from cpkit.control.errors import ControlError
 from cpkit.control.exit_report import exit_report
-from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.control.runtime_dir import Agent, RuntimeDir, Worker, write_private
 from cpkit.processes import process_id
 from cpkit.sync.shm import _create, reap_dead_files
 from tests.helpers import ROOT
+from tests.helpers.control_server import connection
 from tests.helpers.processes import new_pid_namespace, until
 
 # What an agent and rank 0 leave in the runtime directory, without torchrun.
@@ -99,6 +103,41 @@ def test_workers_in_another_container_are_neither_dead_nor_signalled(
     until(lambda: exit_report(here, connection), why="the agent's lock to be free")
     assert readiness.running("here") is None
     assert not here.connection_file.exists()
+
+
+def test_workers_whose_agent_was_killed_are_not_used_while_its_lock_is_still_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process frees its lock with its last thread, and the ranks end after it."""
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    here = RuntimeDir("here")
+    with (
+        subprocess.Popen(["sleep", "60"]) as agent,
+        subprocess.Popen(["sleep", "60"]) as rank,
+    ):
+        lock = here.acquire_lock()
+        killed = Agent(process_id(agent.pid), "")
+        os.pwrite(lock, msgspec.json.encode(killed), 0)
+        host = socket.gethostname()
+        worker = Worker(0, host, process_id(rank.pid), "", "cpu")
+        mine = msgspec.structs.replace(
+            connection(),
+            endpoint="tcp://127.0.0.1:1",
+            host=host,
+            agent=killed.process,
+            workers=(worker,),
+        )
+        write_private(here.connection_file, mine)
+        assert readiness.running("here") == mine
+        agent.kill()
+        agent.wait()
+        timers = [threading.Timer(0.3, os.close, (lock,)), threading.Timer(0.4, rank.kill)]
+        for timer in timers:
+            timer.start()
+        assert readiness.running("here") is None
+        rank.wait()
+        for timer in timers:
+            timer.join()
 
 
 def test_segments_of_another_container_are_not_reaped(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch.distributed as dist
 
@@ -45,7 +47,7 @@ def test_after_a_timeout_the_late_rank_is_reported_within_a_second(
 ) -> None:
     """A rank that waited for the late one has waited for the deadline already."""
     monkeypatch.setenv("CPKIT_DEADLINE_S", "60")
-    monkeypatch.setattr("cpkit.worker.commands._AFTER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("cpkit.worker.commands._MARGIN_S", 0.1)
     first, second, third = channels(3)
     other_connection = first._store.underlying_store.clone()
     first.send(KeepAlive())
@@ -64,6 +66,22 @@ def test_after_a_timeout_the_late_rank_is_reported_within_a_second(
     assert [answer.timed_out for answer in first.answers(report_late)] == [False, True, False]
 
 
+def test_a_rank_that_waits_for_one_that_failed_is_not_reported_at_its_own_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise it, and not the failure, would be the error of the request."""
+    monkeypatch.setenv("CPKIT_DEADLINE_S", "0.2")
+    first, second = channels(2)
+    first.send(KeepAlive())
+    first.answer(StepResult(error="no memory"))
+    waits = StepResult(error="waited for rank 0", timed_out=True)
+    second.receive()
+    timer = threading.Timer(0.5, second.answer, (waits,))
+    timer.start()
+    assert first_to_fail(first.answers(never)) == 0
+    timer.join()
+
+
 def test_late_ranks_are_reported_after_the_deadline_and_their_answers_arrive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -71,7 +89,7 @@ def test_late_ranks_are_reported_after_the_deadline_and_their_answers_arrive(
     monkeypatch.setenv("CPKIT_DEADLINE_S", "0.5")
     first, second, third = channels(3)
     first.send(KeepAlive())
-    first.answer(StepResult(error="first"))
+    first.answer(StepResult(b"first"))
     reported = []
 
     def report_late(ranks: list[int], waited_s: float) -> None:
@@ -79,10 +97,10 @@ def test_late_ranks_are_reported_after_the_deadline_and_their_answers_arrive(
         assert waited_s >= 0.5 * len(reported)
         late = {1: second, 2: third}[ranks[0]]
         assert late.receive() == KeepAlive()
-        late.answer(StepResult(error=f"late {ranks[0]}"))
+        late.answer(StepResult(b"late %d" % ranks[0]))
 
     answers = first.answers(report_late)
     assert reported == [[1, 2], [2]]
-    assert [answer.error for answer in answers] == ["first", "late 1", "late 2"]
+    assert [answer.report for answer in answers] == [b"first", b"late 1", b"late 2"]
     first.send(End((7,)))
     assert (second.receive(), third.receive()) == (End((7,)), End((7,)))
