@@ -13,13 +13,15 @@ import json
 import os
 import shutil
 from base64 import b64encode
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
 from IPython.display import display
 
 from cpkit.notebook.style import CONFIG, text_alternative
 from cpkit.settings import figures_are_static
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 NO_BROWSER = (

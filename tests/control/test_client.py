@@ -165,6 +165,23 @@ def test_replies_renew_the_deadline(control_server: ControlServer) -> None:
     thread.join()
 
 
+def test_a_stream_that_is_not_wanted_ends_without_another_reply(
+    control_server: ControlServer,
+) -> None:
+    client, wanted = control_server.client(), [True]
+
+    def work() -> None:
+        control_server.server.reply(control_server.server.jobs.take(LIMIT_S), SAMPLE)
+
+    thread, _ = in_background(work)
+    stream = client.stream(Measure((WORKLOAD,)), wanted=lambda: bool(wanted))
+    assert isinstance(next(stream), Sample)
+    wanted.clear()
+    assert list(stream) == []
+    assert not client._waiting, "it is cancelled"
+    thread.join()
+
+
 @pytest.mark.parametrize(
     ("failure", "error", "words"),
     [

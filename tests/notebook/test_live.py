@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -69,6 +71,30 @@ def test_the_panel_shows_layout_and_samples() -> None:
     assert "cp_size 2" in panel.still().layout.title.text
     assert "uid" not in json.dumps(show.bundle(panel.still())), "a uid would differ between runs"
     panel.plot.close()
+
+
+def test_a_view_that_stays_the_same_is_not_published_again() -> None:
+    panel, work = Panel(), Workload(cp_size=4, lengths=(13, 9), algorithm="padded")
+    panel.show_layout([work])
+    intervals = Intervals([work], 5.0)
+    changes = {}
+    for view in ("times", "tokens", "pool", "bandwidth"):
+        panel.choose(view)
+        before = panel.plot.revision
+        for first_us in (10, 20):
+            intervals.add(sample(first_us=first_us), first_us)
+            panel.show(intervals.summaries(), [], first_us)
+        changes[view] = panel.plot.revision - before
+    assert changes == {"times": 2, "tokens": 0, "pool": 0, "bandwidth": 2}
+    panel.plot.close()
+
+
+def test_a_panel_is_drawn_without_torch_pandas_and_plotly_in_the_kernel() -> None:
+    code = """import sys, cpkit.notebook.explorer as e
+e.Panel().show_layout([e.Workload(cp_size=2, lengths=(64,))])
+print({"torch", "pandas", "plotly"} & {*sys.modules})"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n", "importing one of them takes a second or more"
 
 
 def drawn(panel: Panel) -> dict[str, Any]:
