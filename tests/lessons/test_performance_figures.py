@@ -147,6 +147,16 @@ def test_a_gpu_record_includes_its_floor(tmp_path: Path) -> None:
     assert {"direct, recorded", "floor, recorded"} <= names
 
 
+def test_copies_to_all_peers_are_no_bound_on_four_gpus() -> None:
+    record = next(each for each in recordings.read() if each.name == "2026-11-26-gpu-4.json")
+    names = {trace.name for trace in recordings.beside(sweep(), record, 4).data}
+    assert "copies to all peers, recorded" in names
+    assert "floor, recorded" not in names
+    direct = record.table[record.table["variant"] == "direct"].set_index("size_bytes")
+    large = direct.loc[[67_102_720, 268_429_312]]
+    assert (large["time_us"] < large["floor_us"]).all(), "as the text of notebook 3 says"
+
+
 def test_the_committed_records_can_be_read() -> None:
     found = recordings.read()
     assert found, "benchmarks/results holds at least one run"
