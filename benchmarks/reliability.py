@@ -21,6 +21,12 @@ Written by `python -m benchmarks.reliability` from the records in `benchmarks/re
 ## Load
 
 {load}
+## Soak
+
+{soak}
+## Messages
+
+{messages}
 ## Gathers
 
 {fuzz}"""
@@ -40,9 +46,7 @@ rows. The slowest error came after {slowest_error_s:g} s, with a deadline of {de
 LOAD = """\
 {clients} clients sent mixed requests for {minutes:g} minutes: {answered} were answered,
 {n_refused} were refused with a reason (most were invalid on purpose), and {failed} failed. The
-slowest client received {fewest_of_a_client} answers, the fastest one {most_of_a_client}. At the
-end the {ranks} ranks had {memory_mb:g} MB of resident memory, {memory_growth_mb:+g} MB since the
-second fifth of the run.
+slowest client received {fewest_of_a_client} answers, the fastest one {most_of_a_client}. {growth}
 
 | request | answered | p50, ms | p99, ms | slowest, ms |
 |---|---|---|---|---|
@@ -50,6 +54,26 @@ second fifth of the run.
 
 The clients share the {cores} cores of the machine with the ranks. The results of a `burst`, several
 requests at once, must arrive in their order.
+
+{source}
+"""
+SOAK = """\
+{clients} clients sent such requests for {minutes:g} minutes, with pauses, and came anew after every
+40 requests: {answered} were answered, {n_refused} were refused with a reason, and {failed} failed.
+A status took {status_p50_ms:.0f} ms (p50) and {status_p99_ms:.0f} ms (p99). {growth}
+
+{source}
+"""
+GROWTH = """\
+After the first minute the {ranks} ranks had {first[memory_mb]:g} MB of resident memory,
+{first[descriptors]} descriptors and {first[threads]} threads; at the end {last[memory_mb]:g} MB
+({growth[memory_mb]:+.1%}), {last[descriptors]} and {last[threads]}."""
+MESSAGES = """\
+{decoder[decoded]} random, nested, oversized and damaged messages were decoded: each was a request,
+or was rejected with an explanation, the slowest within {decoder[slowest_ms]:g} ms. {workers[sent]}
+more were sent to two workers, which answered a status request after every 500 of them within
+{workers[slowest_answer_ms]:g} ms, and grew by {workers[memory_growth_mb]:g} MB. {failed} messages
+had another effect.
 
 {source}
 """
@@ -82,22 +106,41 @@ def page() -> str:
         f"\n- fault {failure['number']}, {failure['fault'].replace('_', ' ')}: {failure['problem']}"
         for failure in chaos.pop("failures")
     )
-    requests = "\n".join(
+    soak, messages = newest("soak"), newest("messages")
+    return FRAME.format(
+        chaos=CHAOS.format(rows=faults, failures=failures, left=len(chaos["left_over"]), **chaos),
+        load=LOAD.format(rows=requests(load), **counts(load)),
+        soak=SOAK.format(
+            status_p50_ms=1e3 * soak["seconds"]["status"]["p50"],
+            status_p99_ms=1e3 * soak["seconds"]["status"]["p99"],
+            **counts(soak),
+        ),
+        messages=MESSAGES.format(
+            failed=len(messages["decoder"]["failures"] + messages["workers"]["failures"]),
+            **messages,
+        ),
+        fuzz=FUZZ.format(failed=len({each["seed"] for each in fuzz["failures"]}), **fuzz),
+    )
+
+
+def requests(load: dict[str, Any]) -> str:
+    """Return a row per kind of request."""
+    return "\n".join(
         f"| {kind} | {each['count']} | "
         + " | ".join(f"{1e3 * each[figure]:.0f}" for figure in ("p50", "p99", "max"))
         + " |"
         for kind, each in load["seconds"].items()
     )
-    return FRAME.format(
-        chaos=CHAOS.format(rows=faults, failures=failures, left=len(chaos["left_over"]), **chaos),
-        load=LOAD.format(
-            rows=requests,
-            failed=len(load["problems"]),
-            n_refused=sum(load["refused"].values()),
-            **load,
-        ),
-        fuzz=FUZZ.format(failed=len({each["seed"] for each in fuzz["failures"]}), **fuzz),
-    )
+
+
+def counts(load: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record of the load command, as its paragraph uses them."""
+    first, *_, last = load["by_minute"]
+    return load | {
+        "failed": len(load["problems"]),
+        "n_refused": sum(load["refused"].values()),
+        "growth": GROWTH.format(first=first, last=last, **load),
+    }
 
 
 def main(path: Path = PAGE) -> int:
