@@ -154,7 +154,7 @@ def test_bandwidths_follow_nccl_tests_definitions() -> None:
     sample = Sample(
         workload=WORKLOAD,
         sequence=0,
-        iterations=3,
+        iterations=5,
         clock=CALL_TIME,
         per_rank_us=(900.0, 1000.0, 950.0, 800.0),
         per_rank_min_us=(1.0,) * 4,
