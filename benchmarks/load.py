@@ -79,7 +79,7 @@ class Client:
     def run(self, end_s: float, soak: bool) -> None:
         """Send each kind of request, then random ones until the time is over.
 
-        In a soak, pause between requests, and now and then come anew.
+        In a soak, pause between requests, and reconnect now and then.
         """
         names, weights = list(self.kinds), [weight for _, weight in self.kinds.values()]
         for number in count():

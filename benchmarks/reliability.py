@@ -58,9 +58,9 @@ requests at once, must arrive in their order.
 {source}
 """
 SOAK = """\
-{clients} clients sent such requests for {minutes:g} minutes, with pauses, and came anew after every
-40 requests: {answered} were answered, {n_refused} were refused with a reason, and {failed} failed.
-A status took {status_p50_ms:.0f} ms (p50) and {status_p99_ms:.0f} ms (p99). {growth}
+{clients} clients sent such requests for {minutes:g} minutes, with pauses, and reconnected after
+every 40 requests: {answered} were answered, {n_refused} were refused with a reason, and {failed}
+failed. A status took {status_p50_ms:.0f} ms (p50) and {status_p99_ms:.0f} ms (p99). {growth}
 
 {source}
 """
