@@ -33,6 +33,16 @@ async function unpack(compressed) {
   return loaded;
 }
 
+// All views of a page together draw at most two thirds of the time, so that the controls of a slow
+// page still respond.
+function rest(ms) {
+  globalThis.cpkitRestUntil = performance.now() + ms;
+}
+
+function restMs() {
+  return (globalThis.cpkitRestUntil ?? 0) - performance.now();
+}
+
 // The figure in the colours of the page's theme: its template is the only place that has others.
 function themed({ data, layout }, element) {
   const css = getComputedStyle(element);
@@ -96,18 +106,26 @@ async function render({ model, el }) {
   el.style.minWidth = 0;
   el.append(notice, plot);
 
-  let Plotly, timer, drawnWidth, restUntil = 0, drawing = false, closed = false, isLost = false;
+  let Plotly, timer, drawnWidth, drawing = false, closed = false, isLost = false;
+  let inView = true, stale = true;
   // Draw quick changes once, with the newest figure, and one that will be replaced soon only if it
-  // is not. Draw at most two thirds of the time, so that the controls of a slow page still respond.
+  // is not. A view that is scrolled away keeps its last drawing; it is never without one.
   const request = () => {
+    stale = true;
     clearTimeout(timer);
+    if (!inView && plot.dataset.revision) return;
     const patience = JSON.parse(state.get("figure")).replaced_soon ? REPLACED_MS : 0;
-    timer = setTimeout(draw, Math.max(restUntil - performance.now(), patience));
+    timer = setTimeout(drawInTurn, Math.max(restMs(), patience));
+  };
+  const drawInTurn = () => {
+    if (restMs() > 0) request(); // another view has drawn meanwhile
+    else draw();
   };
   async function draw() {
     timer = undefined;
     if (closed || drawing || !Plotly) return;
     drawing = true;
+    stale = false;
     const startedAt = performance.now();
     const figure = JSON.parse(state.get("figure"));
     const { data, layout } = themed(figure, el);
@@ -123,7 +141,7 @@ async function render({ model, el }) {
     }
     describeControls(el.closest(".cpkit-live") ?? el);
     drawing = false;
-    restUntil = performance.now() + (performance.now() - startedAt) / 2;
+    rest((performance.now() - startedAt) / 2);
     const newest = JSON.parse(state.get("figure")).revision;
     if (newest !== figure.revision || el.clientWidth !== drawnWidth) request();
   }
@@ -142,7 +160,8 @@ async function render({ model, el }) {
     touchedAt = performance.now();
     report({ touched: true });
   };
-  const savePicture = (filename, format) => {
+  const savePicture = async (filename, format) => {
+    if (stale) await draw();
     const { width, height } = plot.layout;
     return Plotly.downloadImage(plot, { filename, format, width, height });
   };
@@ -173,6 +192,11 @@ async function render({ model, el }) {
   onComm();
   const resized = new ResizeObserver(() => el.clientWidth !== drawnWidth && request());
   resized.observe(el);
+  const scrolled = new IntersectionObserver(([{ isIntersecting }]) => {
+    inView = isIntersecting;
+    if (inView && stale) request();
+  });
+  scrolled.observe(el);
   const theme = new MutationObserver(request);
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name"] });
   loadPlotly(library).then(
@@ -191,6 +215,7 @@ async function render({ model, el }) {
     state.off("msg:custom", onMessage);
     kernel?.statusChanged.disconnect(onKernel);
     resized.disconnect();
+    scrolled.disconnect();
     theme.disconnect();
     Plotly?.purge(plot);
   };

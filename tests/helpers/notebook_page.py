@@ -199,6 +199,7 @@ class NotebookPage:
         def found() -> str:
             return "; ".join(self.difference(name, plot) for plot in self.plots(id_)) or "no plot"
 
+        self.cell(id_).scroll_into_view_if_needed(timeout=timeout_s * 1000)  # else it waits
         return self.until(right, timeout_s, f"{id_} shows the points that were sent", found)
 
     def difference(self, name: str, plot: dict[str, Any]) -> str:

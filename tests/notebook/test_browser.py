@@ -411,6 +411,20 @@ def test_a_reloaded_page_shows_the_widgets_of_the_running_kernel(live: NotebookP
     live.wait_for_plot("panel", such=lambda plot: plot["revision"] > first["revision"])
 
 
+def test_a_view_that_is_scrolled_away_rests(live: NotebookPage) -> None:
+    live.run("scratch", "idle_s = 120")
+    live.run("panel")
+    live.wait_for_plot("panel")
+    live.page.set_viewport_size({"width": 1400, "height": 500})
+    live.cell("stepper").scroll_into_view_if_needed()
+    live.page.wait_for_timeout(500)  # a drawing that has begun may end
+    (away,) = live.plots("panel")
+    live.page.wait_for_timeout(1500)
+    assert live.plots("panel") == [away], "the panel measures on, and its view is as it was"
+    live.wait_for_plot("panel", such=lambda plot: plot["revision"] > away["revision"] + 3)
+    live.page.set_viewport_size({"width": 1400, "height": 1000})
+
+
 def test_plots_do_not_need_the_messages_that_anywidget_drops(live: NotebookPage) -> None:
     """anywidget drops the messages of a model after two seconds; here at once."""
     live.page.evaluate("AbortSignal.limit = AbortSignal.timeout")
@@ -449,7 +463,7 @@ def test_twelve_displays_beside_busy_loops(live: NotebookPage) -> None:
     live.run("scratch", "idle_s = 1")  # the panels shown so far should not compete for the cores
     for _ in range(2):
         live.reload()
-        with busy_loops(4):
+        with busy_loops(12):
             for _ in range(2):
                 live.run_all(*WIDGETS)
                 for widget in WIDGETS:
