@@ -124,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in named(options.notebooks):
         results, late = rehearse(path, options.nproc)
         faults = [result.fault for result in results if result.fault] + late
-        checks = [] if options.quiet else [r for r in results if r.variant]
-        lines = [f"{r.cell} {r.variant} ({r.took_s:.1f} s)\n    {r.text}" for r in checks]
+        checks = [r for r in results if r.variant]
+        shown = [] if options.quiet else [r for r in results if r.variant or r.cell == "progress"]
+        lines = [f"{r.cell} {r.variant} ({r.took_s:.1f} s)\n    {r.text}" for r in shown]
         lines += [f"FAULT {fault}" for fault in faults]
         total_s = sum(result.took_s for result in results)
         lines.append(f"{path.stem}: {len(checks)} checks, {len(faults)} faults, {total_s:.0f} s")
