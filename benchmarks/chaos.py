@@ -1,7 +1,7 @@
 """`python -m benchmarks.chaos`: inject random faults, and check that each one is survived.
 
-    python -m benchmarks.chaos --faults 100 --record    # writes benchmarks/results/DATE-chaos.json
-    python -m benchmarks.chaos --seed 1234567           # the same faults again
+    python -m benchmarks.chaos --record          # writes benchmarks/results/DATE-chaos-SEED.json
+    python -m benchmarks.chaos --seed 1234567    # the same faults again
 
 After each fault: the error arrives within its deadline and names the cause, the next
 `cpkit.connect()` gathers right rows, and no process, socket or segment is left. The runtime
@@ -458,7 +458,7 @@ def main() -> int:
         f"{done['survived']} of {done['injected']} faults survived; left over {done['left_over']}"
     )
     if options.record:
-        file = RESULTS / f"{where['date']}-chaos.json"
+        file = RESULTS / f"{where['date']}-chaos-{seed}.json"
         limits = {"deadline_s": DEADLINE_S, "ranks": RANKS}
         file.write_text(json.dumps({"environment": where | limits, **done}, indent=1) + "\n")
     return 0 if done["survived"] == done["injected"] and not done["left_over"] else 1

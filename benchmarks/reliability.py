@@ -1,4 +1,7 @@
-"""`python -m benchmarks.reliability`: write docs/reliability.md from the newest recorded runs."""
+"""`python -m benchmarks.reliability`: write docs/reliability.md from the recorded runs.
+
+Of each kind the newest run, and of the injected faults all runs, which have different seeds.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,10 @@ Written by `python -m benchmarks.reliability` from the records in `benchmarks/re
 
 {fuzz}"""
 CHAOS = """\
-{survived} of {injected} faults were survived, and {left} processes, sockets or segments were left
-over. After each fault, the error named its cause, and the next `cpkit.connect()` gathered right
-rows. The slowest error came after {slowest_error_s:g} s, with a deadline of {deadline_s:g} s.
+In {runs} runs with different seeds, {survived} of {injected} faults were survived, and {left}
+processes, sockets or segments were left over. After each fault, the error named its cause, and
+the next `cpkit.connect()` gathered right rows. The slowest error came after {slowest_error_s:g} s,
+with a deadline of {deadline_s:g} s.
 
 | fault | injected | slowest error, s |
 |---|---|---|
@@ -88,16 +92,45 @@ SOURCE = "`{command}`, {date}, commit {commit:.8}, torch {torch}, {cores} cores:
 
 def newest(kind: str) -> dict[str, Any]:
     """Return the newest record of a kind, such as "chaos", with its environment and its source."""
-    file = max(RESULTS.glob(f"*-{kind}.json"))
+    return read(max(RESULTS.glob(f"*-{kind}.json")))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return a record, with its environment and its source."""
     run = json.loads(file.read_text())
     where = run.pop("environment")
     link = f"../benchmarks/results/{file.name}"
     return where | run | {"source": SOURCE.format(name=file.name, link=link, **where)}
 
 
+def faults_of_all_runs() -> dict[str, Any]:
+    """Return the sums of all records of chaos, and the slowest error of each kind of fault."""
+    runs = [read(file) for file in sorted(RESULTS.glob("*-chaos-*.json"))]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        for kind, fault in run["by_kind"].items():
+            kinds.setdefault(kind, []).append(fault)
+    return {
+        "runs": len(runs),
+        "deadline_s": runs[-1]["deadline_s"],
+        "source": "\n".join(f"- {run['source']}" for run in runs),
+        "slowest_error_s": max(run["slowest_error_s"] for run in runs),
+        **{name: sum(run[name] for run in runs) for name in ("injected", "survived")},
+        "failures": [failure for run in runs for failure in run["failures"]],
+        "left_over": [what for run in runs for what in run["left_over"]],
+        "by_kind": {
+            kind: {
+                "injected": sum(fault["injected"] for fault in found),
+                "slowest_error_s": max(fault["slowest_error_s"] for fault in found),
+            }
+            for kind, found in sorted(kinds.items())
+        },
+    }
+
+
 def page() -> str:
     """Return the content of the page."""
-    chaos, load, fuzz = newest("chaos"), newest("load"), newest("fuzz")
+    chaos, load, fuzz = faults_of_all_runs(), newest("load"), newest("fuzz")
     faults = "\n".join(
         f"| {kind.replace('_', ' ')} | {fault['injected']} | {fault['slowest_error_s']:g} |"
         for kind, fault in chaos["by_kind"].items()
