@@ -67,6 +67,8 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 TENSORS = (1, 2, 3, 4)
+MOST_SLIDERS = 8  # sequences that have a slider each
+LONGEST_SLIDER = 8192  # tokens; a longer length extends its slider
 
 
 class Toggles(widgets.HBox):  # type: ignore[misc]
@@ -107,6 +109,49 @@ class Toggles(widgets.HBox):  # type: ignore[misc]
             self.value = on
 
 
+class LengthSliders(widgets.VBox):  # type: ignore[misc]
+    """One slider per sequence of a batch of up to eight; they and the text follow each other."""
+
+    def __init__(self, text: widgets.Text) -> None:
+        super().__init__()
+        self._text, self._sliders = text, list[widgets.IntSlider]()
+        self._is_following = False
+        text.observe(self._follow, "value")
+        self._follow()
+
+    def _follow(self, _: object = None) -> None:
+        """Show the text's lengths; no slider if there are too many, or the text has an error."""
+        try:
+            lengths = parse_lengths(self._text.value)
+        except ValueError:
+            lengths = ()
+        shown = lengths if len(lengths) <= MOST_SLIDERS else ()
+        while len(self._sliders) < len(shown):
+            self._sliders.append(self._slider(len(self._sliders)))
+        self._is_following = True
+        for slider, length in zip(self._sliders, shown, strict=False):
+            slider.max = max(slider.max, length)
+            slider.value = length
+        self._is_following = False
+        self.children = self._sliders[: len(shown)]
+
+    def _slider(self, sequence: int) -> widgets.IntSlider:
+        slider = widgets.IntSlider(
+            value=1,
+            min=1,
+            max=LONGEST_SLIDER,
+            description=f"sequence {sequence}",
+            tooltip="tokens of this sequence",
+            continuous_update=False,
+        )
+        slider.observe(self._write, "value")
+        return slider
+
+    def _write(self, _: object) -> None:
+        if not self._is_following:  # a person moved it
+            self._text.value = ", ".join(str(slider.value) for slider in self.children)
+
+
 class Controls:
     """The widgets that select one workload, and the algorithms that are compared on it."""
 
@@ -130,6 +175,7 @@ class Controls:
             tooltip="tokens per sequence: 4097, 812 or 16*4097",
             continuous_update=False,
         )
+        self.each_length = LengthSliders(self.lengths)
         self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
         self.preset = self._presets("preset", PRESETS, "own lengths")
         self.rows = self._presets("rows", ROWS, "own rows")
@@ -166,7 +212,7 @@ class Controls:
         """Return all controls: the algorithms above three columns."""
         columns = (
             (self.cp_size, self.symmetric),
-            (self.lengths, self.preset, self.strategy),
+            (self.lengths, self.each_length, self.preset, self.strategy),
             (self.rows, self.heads, self.head_dim, self.dtype, self.tensors),
         )
         boxes = widgets.HBox(

@@ -14,6 +14,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from numbers import Real
 from os import PathLike
@@ -29,23 +30,29 @@ from cpkit.control.errors import (
     ControlError,
     NoAnswer,
     RankHangs,
-    RequestFailed,
     WorkersDied,
 )
-from cpkit.control.messages import ClockCall, Sample, Strategy, Workload
+from cpkit.control.messages import Sample, Strategy
 from cpkit.lab import Lab
 from cpkit.lab.arguments import several
 from cpkit.notebook.badges import contention_badge
 from cpkit.notebook.banner import WorkersBanner
 from cpkit.notebook.controls import Controls
-from cpkit.notebook.intervals import Baseline, Intervals, compare
+from cpkit.notebook.intervals import Intervals, Measured, Summary, compare
 from cpkit.notebook.live import SHOWN, SPOKEN, IsNewest, LivePanel, controls_box, live_box
 from cpkit.notebook.panel import Panel, describe
 from cpkit.notebook.presence import Presence
+from cpkit.notebook.probes import Probes
 from cpkit.notebook.show import png, svg
-from cpkit.notebook.tables import algorithms_table, comparison_table, ranks_table, spoken
+from cpkit.notebook.tables import (
+    algorithms_table,
+    comparison_table,
+    log_table,
+    ranks_table,
+    spoken,
+)
 from cpkit.notebook.takeaway import TakeButtons, as_csv, as_json, code
-from cpkit.notebook.views import VIEWS, Model, floor_us
+from cpkit.notebook.views import VIEWS, Model
 
 if TYPE_CHECKING:
     from typing import Self
@@ -54,8 +61,8 @@ if TYPE_CHECKING:
 
 _STATUS_EVERY_S = 5.0  # how often the load of the machine is read
 _SPOKEN_EVERY_S = 5.0  # how often the text for screen readers changes
-_POOL_EVERY_S = 2.0  # how often the pool is read while its view is shown
 _POLL_S = 0.1  # how soon a hidden panel follows a new setting
+_LOGGED = 20  # settings that the log keeps
 _HANG_POLL_S = 1.0  # how often workers that hang are asked whether they respond again
 _MEASURING, _STOPPED = "● measuring", "○ stopped"
 _IDLE = "◐ measuring once per second: not touched for a while; touch the panel for the full rate"
@@ -68,6 +75,7 @@ class Setting(NamedTuple):
 
     intervals: Intervals
     is_running: bool
+    is_step: bool  # it runs for one interval
 
 
 class Explorer(LivePanel[Setting]):
@@ -115,6 +123,7 @@ class Explorer(LivePanel[Setting]):
         )
         self.controls = Controls(lab.cp_sizes, first, names, choices)
         self.panel = Panel(choices)
+        self._probes = Probes(lab, self.panel)
         self._presence = Presence(interval_s, idle_after_s)
         self.panel.plot.on_report(self._presence.report)
         self._lab, self._window_s = lab, window_s
@@ -127,24 +136,36 @@ class Explorer(LivePanel[Setting]):
             options=VIEWS, description="view", style={"button_width": "auto"}
         )
         self.view.observe(lambda change: self.panel.choose(change["new"]), "value")
-        self._pool_read_s = -math.inf
         self._spoken, self._spoke_s = widgets.HTML(_dom_classes=(SPOKEN,)), -math.inf
         self._banner = WorkersBanner(self.restart_workers)
-        self._is_running = False
+        self._log_shown = widgets.HTML()
+        self._is_running = self._is_step = False
         self._newest: Intervals | None = None
-        self._baseline: Baseline | None = None
+        self._baseline: Measured | None = None
+        self._log: deque[Measured] = deque(maxlen=_LOGGED)
         self._error: Exception | None = None
         super().__init__(self.controls.observed(), self.panel.plot)
 
     def start(self) -> "Self":
         """Measure the selected algorithms until `stop`; return the panel."""
-        self._is_running = True
-        self._submit()
+        self._run(True)
         return self
 
     def stop(self) -> None:
         """Stop measuring, and keep what was measured. New settings still draw their layout."""
-        self._is_running = False
+        self._run(False)
+
+    def step(self) -> None:
+        """Stop, and measure one more interval: one sample of each algorithm."""
+        self._run(True, is_step=True)
+
+    def reset(self) -> None:
+        """Forget what was measured with this setting, and go on as before: running or stopped."""
+        self._newest = None
+        self._submit()
+
+    def _run(self, is_running: bool, *, is_step: bool = False) -> None:
+        self._is_running, self._is_step = is_running, is_step
         self._submit()
         with self._changed:
             self._changed.notify_all()
@@ -170,8 +191,7 @@ class Explorer(LivePanel[Setting]):
         summaries = self._newest.summaries() if self._newest else []
         if not summaries:
             raise RuntimeError("nothing is measured yet: press Start, wait, then pin")
-        described = "; ".join(describe([summary.newest.workload for summary in summaries]))
-        self._baseline = Baseline(described, tuple(summaries))
+        self._baseline = _measured(summaries)
         self._pin_button.description, self._pin_button.icon = "Unpin A", "times"
 
     def unpin(self) -> None:
@@ -217,6 +237,11 @@ class Explorer(LivePanel[Setting]):
     def samples(self) -> list[Sample]:
         """The samples of the newest setting: the last 600 per algorithm, oldest first."""
         return self._newest.samples() if self._newest else []
+
+    @property
+    def log(self) -> tuple[Measured, ...]:
+        """The settings that were measured before the present one: the last 20, oldest first."""
+        return tuple(self._log)
 
     @property
     def code(self) -> str:
@@ -267,49 +292,61 @@ class Explorer(LivePanel[Setting]):
     def _build(self, controls: Sequence[Any]) -> widgets.Widget:
         start = widgets.Button(description="Start", icon="play", tooltip="measure")
         stop = widgets.Button(description="Stop", icon="stop", tooltip="the workers keep running")
+        step = widgets.Button(description="Step", icon="step-forward", tooltip="measure once")
+        reset = widgets.Button(description="Reset", icon="undo", tooltip="forget the samples")
         start.add_class("start").on_click(lambda _: self.start())
         stop.add_class("stop").on_click(lambda _: self.stop())
+        step.add_class("step").on_click(lambda _: self.step())
+        reset.add_class("reset").on_click(lambda _: self.reset())
+        run = (start, stop, step, reset)
         self._pin_button = widgets.Button(tooltip="compare what follows with the present state")
         self._pin_button.add_class("pin").on_click(lambda _: self._toggle_pin())
         self.unpin()
         buttons = widgets.HBox(
-            [controls_box([start, stop, self._pin_button, *self._takes.buttons]), self._status],
+            [controls_box([*run, self._pin_button, *self._takes.buttons]), self._status],
             layout={"flex_flow": "row wrap"},
         )
         picture = widgets.HBox([self.plot, self._table], layout={"flex_flow": "row wrap"})
         view = controls_box([self.view])
         numbers = (self._takes.said, self._contention, self._summary, self._against)
         parts = (self._banner, self._spoken, *numbers, view, picture)
-        return live_box(self.controls.box(), buttons, *parts)
+        return live_box(self.controls.box(), buttons, *parts, self._log_shown)
 
     def _setting(self) -> Setting:
         workloads = self.controls.workloads()
         self._presence.touch()
         with self._changed:
             self._error = None
-            is_kept = not self._is_running and self._newest and self._newest.workloads == workloads
-            if not is_kept:
+            is_same = self._newest and self._newest.workloads == workloads
+            if not is_same:
+                self._write_log()
+            if not is_same or (self._is_running and not self._is_step):
                 self._newest = Intervals(workloads, self._window_s)
             assert self._newest
-            return Setting(self._newest, self._is_running)
+            return Setting(self._newest, self._is_running, self._is_step)
+
+    def _write_log(self) -> None:
+        summaries = self._newest.summaries() if self._newest else []
+        if summaries:
+            self._log.append(_measured(summaries))
+            self._log_shown.value = log_table(self._log)
 
     def _work(self, setting: Setting, is_newest: IsNewest) -> None:
         """Draw the layout. If running, measure until a newer setting is submitted."""
         intervals = setting.intervals
-        if setting.is_running or not intervals.count:
+        if not intervals.count:
             self.panel.show_layout(intervals.workloads, replaced_soon=setting.is_running)
             self._table.value = self._summary.value = ""
         if not setting.is_running:
             self._status.value = _STOPPED
             return
-        began_s = time.monotonic()
         while is_newest():
             if self._presence.is_hidden:
                 self._status.value = _HIDDEN
                 self._presence.wait(_POLL_S)
             else:
                 try:
-                    self._measure(intervals, is_newest, began_s)
+                    self._measure(setting, is_newest)
                 except RankHangs as error:
                     self._fail(error)
                     self._wait_for_response(is_newest)
@@ -330,8 +367,9 @@ class Explorer(LivePanel[Setting]):
         else:
             self.start()
 
-    def _measure(self, intervals: Intervals, is_newest: IsNewest, began_s: float) -> None:
-        """Measure until a newer setting is submitted, or the interval changes."""
+    def _measure(self, setting: Setting, is_newest: IsNewest) -> None:
+        """Measure until a newer setting is submitted, the interval changes, or a step has ended."""
+        intervals = setting.intervals
         interval_s, read_at_s = self._presence.interval_s(), 0.0
         self._status.value = _IDLE if self._presence.is_idle else _MEASURING
         stream = self._lab.measure_workloads(
@@ -344,29 +382,19 @@ class Explorer(LivePanel[Setting]):
                 if not self._keep(intervals, sample):
                     continue
                 self._banner.hide()
-                self._probe(intervals.workloads[0])
+                self._probes.measure(intervals.workloads)
                 now_s = time.monotonic()
-                if self.plot.is_due() or intervals.count == 1:
-                    self._draw(intervals, now_s - began_s)
+                if self.plot.is_due() or intervals.count == 1 or setting.is_step:
+                    self._draw(intervals, now_s)
+                if setting.is_step:
+                    if is_newest():
+                        self._run(False)
+                    return
                 if now_s >= read_at_s:
                     read_at_s = now_s + _STATUS_EVERY_S
                     self._show_contention(intervals.workloads[0].cp_size)
                 if self._presence.is_hidden or self._presence.interval_s() != interval_s:
                     return
-
-    def _probe(self, work: Workload) -> None:
-        """Measure what only the shown view needs: the floor once, the pool periodically."""
-        if self.panel.view == "bandwidth" and self.panel.floor_us is None:
-            shape = msgspec.structs.asdict(work)
-            del shape["algorithm"]
-            calls: list[ClockCall] = ["barrier", "copy"]
-            try:
-                self.panel.floor_us = floor_us(self._lab.clock(calls, **shape, iterations=12))
-            except (BadRequest, RequestFailed) as error:
-                self.panel.floor_us = f"{error!s:.100}"
-        if self.panel.view == "pool" and time.monotonic() - self._pool_read_s >= _POOL_EVERY_S:
-            self._pool_read_s = time.monotonic()
-            self.panel.pool = self._lab.pool.stats(work.cp_size)
 
     def _keep(self, intervals: Intervals, sample: Sample) -> bool:
         """Keep the sample. Return True if it completes an interval."""
@@ -414,3 +442,8 @@ class Explorer(LivePanel[Setting]):
         if isinstance(error, (WorkersDied, NoAnswer)):
             self._banner.show(error)
             self._status.value = _NO_WORKERS
+
+
+def _measured(summaries: Sequence[Summary]) -> Measured:
+    described = "; ".join(describe([summary.newest.workload for summary in summaries]))
+    return Measured(described, tuple(summaries))

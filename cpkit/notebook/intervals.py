@@ -134,8 +134,8 @@ class Intervals:
         return kept[-max(recent, FEWEST_IN_WINDOW) :]
 
 
-class Baseline(NamedTuple):
-    """A state that is kept for comparison: what was measured, and its description."""
+class Measured(NamedTuple):
+    """A setting that was measured: its description, and the results of its algorithms."""
 
     described: str
     summaries: tuple[Summary, ...]
@@ -149,7 +149,7 @@ class Comparison(NamedTuple):
     ratio: Ratio | None
 
 
-def compare(baseline: Baseline, present: Sequence[Summary]) -> list[Comparison]:
+def compare(baseline: Measured, present: Sequence[Summary]) -> list[Comparison]:
     """Compare each algorithm with the same one of the baseline, or else with its first one.
 
     The two were measured at different times, so their ratio is `Ratio.of_separate`.

@@ -39,6 +39,7 @@ class Panel:
         self.model: views.Model | None = None
         self.floor_us: float | str | None = None  # a text says why there is none
         self.pool: pd.DataFrame | None = None
+        self.sweeps: dict[str, pd.DataFrame | str] = {}  # by view; a text says why there is none
         self.summaries: Sequence[Summary] = ()
         self._algorithms = algorithms
         self._workloads: Sequence[Workload] = ()
@@ -60,13 +61,14 @@ class Panel:
         with self._lock:
             self._workloads, self._batch = workloads, batch
             self.floor_us, self.pool, self.summaries, self._comparisons = None, None, (), ()
+            self.sweeps.clear()
             self._history = {work.algorithm: deque(maxlen=HISTORY) for work in workloads}
             self._publish(replaced_soon=replaced_soon)
 
     def show(
         self, summaries: Sequence[Summary], comparisons: Sequence[Comparison], at_s: float
     ) -> None:
-        """Draw the summaries, `at_s` seconds after the measurement began."""
+        """Draw the summaries, measured at `at_s` of `time.monotonic`."""
         with self._lock:
             self.summaries, self._comparisons = summaries, comparisons
             for summary in summaries:
@@ -97,6 +99,8 @@ class Panel:
         """Return the figure of the chosen view, and build no other one."""
         if self.view == "pool":
             figure = views.pool(self.pool)
+        elif self.view in views.SWEEPS:
+            figure = views.sweep(self.sweeps.get(self.view), self.view)
         elif self.view == "tokens" and self._workloads:
             figure = views.tokens(self._workloads[0].layout())
         elif self.view == "bandwidth" and self.summaries:
@@ -146,7 +150,8 @@ def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
     lengths = ", ".join(str(length) for length in first.lengths[:4])
     more = f", … ({len(first.lengths)} sequences)" if len(first.lengths) > 4 else ""
     memory = "symmetric memory" if first.symmetric else "ordinary memory"
-    rows = f"rows of {first.heads}×{first.head_dim} {first.dtype}"
+    tensors = "1 tensor" if first.tensors == 1 else f"{first.tensors} tensors"
+    rows = f"{tensors} of {first.heads}×{first.head_dim} {first.dtype}"
     return (
         f"cp_size {first.cp_size} · {names}",
         f"{first.strategy}, {memory}, lengths {lengths}{more} tokens; {rows}",

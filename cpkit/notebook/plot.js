@@ -64,7 +64,8 @@ function themed({ data, layout }, element) {
 }
 
 // ipywidgets leave sliders without a name and without the text of their value, and toggle buttons
-// without their state. A live region must exist before its text changes.
+// without their state. JupyterLab takes the arrow keys of a dropdown for a move to the next cell.
+// A live region must exist before its text changes.
 function describeControls(panel) {
   for (const slider of panel.querySelectorAll(".widget-slider")) {
     const handle = slider.querySelector("[role=slider]");
@@ -72,6 +73,9 @@ function describeControls(panel) {
     handle?.setAttribute("aria-label", slider.querySelector(".widget-label")?.textContent ?? "");
     handle?.setAttribute("aria-valuetext", readout?.textContent ?? "");
     readout?.setAttribute("contenteditable", "false"); // the options are not typed
+  }
+  for (const choice of panel.querySelectorAll("select")) {
+    choice.setAttribute("data-lm-suppress-shortcuts", "true");
   }
   for (const button of panel.querySelectorAll(".widget-toggle-button")) {
     button.setAttribute("aria-pressed", button.classList.contains("mod-active"));

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from cpkit.notebook.badges import path_badge
-from cpkit.notebook.intervals import BLOCK_S, Comparison, Summary
+from cpkit.notebook.intervals import BLOCK_S, Comparison, Measured, Summary
 from cpkit.notebook.style import byte_words
 from cpkit.timing import DEVICE_TIME, FEWEST_VALUES, Ratio, algbw_gbps, busbw_gbps
 
@@ -78,6 +78,18 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
         rows.append([of_b.algorithm, of_a.algorithm, *times, shown, verdict(ratio)])
     caption = f"A: {described}. A and B are measured at different times, so load may differ."
     return _table("cpkit-baseline", caption, [*columns, "verdict"], rows)
+
+
+def log_table(log: Sequence[Measured]) -> str:
+    """Return one row per setting that was measured, newest first; folded until it is opened."""
+    if not log:
+        return ""
+    rows = []
+    for described, summaries in reversed(log):
+        medians = [f"{each.algorithm} {each.median_us:,.0f} ({each.gathers})" for each in summaries]
+        rows.append([html.escape(described), ", ".join(medians)])
+    table = _table("cpkit-log", "newest first", ["setting", "median µs (gathers)"], rows)
+    return f"<details><summary>Settings measured before: {len(log)}</summary>{table}</details>"
 
 
 def verdict(ratio: Ratio | None) -> str:

@@ -1,4 +1,4 @@
-"""The explorer's other views: who owns which token, bandwidth against its bounds, the pool."""
+"""The explorer's other views: who owns which token, bandwidth and its bounds, the pool, sweeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from cpkit.layout import ContextParallelMetadata
 
-VIEWS = ("times", "tokens", "bandwidth", "pool")
+SWEEPS = ("sizes", "cp sizes")  # from the present setting
+VIEWS = ("times", "tokens", "bandwidth", "pool", *SWEEPS)
+SWEEP_FACTORS = (0.0625, 0.25, 1, 4)  # of each length
 _GREY = "#8f9ba8"
 
 
@@ -197,4 +199,44 @@ def pool(stats: pd.DataFrame | None) -> style.PlainFigure:
     said = spilled if spills else "no spill: every allocation fitted the arena"
     return style.finish(
         figure, title=title, subtitle=said, alt=f"{title}; {said}.", height=200 + 44 * len(ranks)
+    )
+
+
+def sweep_lengths(lengths: Sequence[int], cp_size: int) -> list[list[int]]:
+    """Return the batch at each of `SWEEP_FACTORS`, each sequence with at least 2·cp tokens."""
+    return [
+        [max(2 * cp_size, round(length * factor)) for length in lengths] for factor in SWEEP_FACTORS
+    ]
+
+
+def sweep(table: pd.DataFrame | str | None, view: str) -> style.PlainFigure:
+    """Draw a table of `lab.sweep`: time against bytes or cp_size. A text says why there is none."""
+    if view == "sizes":
+        title, column = "The batch at 1/16, 1/4, 1 and 4 times its lengths", "size_bytes"
+        x = style.axis("gathered bytes", type="log")
+    else:
+        title, column = "The same batch in each cp_size of these workers", "cp_size"
+        x = style.axis("cp_size", type="category")
+    figure: style.PlainFigure = {"data": [], "layout": {"xaxis": x}}
+    if table is None or isinstance(table, str):
+        reason = table or "not measured yet: it is measured once, while the panel measures"
+        return style.finish(figure, title=title, subtitle=reason, alt=reason, height=300)
+    figure["layout"]["yaxis"] = style.axis("time (µs)", type="log")
+    said = []
+    for algorithm, rows in table.groupby("algorithm", sort=False):
+        color, dash, symbol = style.algorithm_line(str(algorithm))
+        places = rows[column].tolist()
+        times_us = [round(us, 1) for us in rows["time_us"].tolist()]
+        line = {"type": "scatter", "mode": "lines+markers", "name": algorithm}
+        look = {"line": {"color": color, "dash": dash}, "marker": {"symbol": symbol, "size": 8}}
+        figure["data"].append({**line, **look, "x": places, "y": times_us})
+        times = [f"{place:,}: {us:,.0f} µs" for place, us in zip(places, times_us, strict=True)]
+        said.append(f"{algorithm} {'; '.join(times)}")
+    first = table.iloc[0]
+    return style.finish(
+        figure,
+        title=title,
+        subtitle=f"{first['clock']}, median of {first['iterations']} gathers each",
+        alt=f"{'. '.join(said)}.",
+        height=480,
     )

@@ -44,7 +44,7 @@ pool""",
         "panel",
         "code",
         """panel = Explorer(
-    lab, [256, 64], cp_size=2, algorithms=["direct", "plan"], idle_after_s=idle_s
+    lab, [256, 64], cp_size=2, algorithms=["direct", "plan"], idle_after_s=idle_s, interval_s=0.25
 )
 record(panel, "panel")
 panel.start()""",

@@ -58,6 +58,7 @@ READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot =
     label: plot.getAttribute('aria-label'),
     width: plot.clientWidth,
     paper: plot._fullLayout.paper_bgcolor,
+    subtitle: plot._fullLayout.title.subtitle?.text ?? '',
     range: plot._fullLayout.xaxis?.range,
     names: (plot._fullData ?? []).map(trace => trace.name),
     traces: (plot._fullData ?? []).map(trace => Object.fromEntries(

@@ -13,6 +13,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,14 +93,96 @@ def test_a_control_changes_the_plot(live: NotebookPage) -> None:
     for widget, slider, key, such in (
         ("stepper", ".cp-size", "Home", lambda plot: "rank 3" not in plot["label"]),
         ("pool", ".arena-mb", "End", lambda plot: plot["title"] == "0 of 4 requests spill"),
-        ("panel", ".cp-size", "End", lambda plot: len(drawn(plot, "plan per rank")["y"]) == 4),
     ):
         handle = live.cell(widget).locator(f"{slider} .noUi-handle")
         handle.focus()
         live.page.keyboard.press(key)
         live.wait_for_plot(widget, such=such)
-    table = live.cell("panel").locator(".cpkit-ranks tr")
-    live.until(lambda: table.count() == 6, LIMIT_S, "a head, a row per rank, and their skew")
+
+
+SLIDERS = {  # what the figure says after the key →, after a click at the left end, and after n keys
+    "cp_size": ("cp_size 4", "cp_size 1", 1, "cp_size 2"),
+    "heads": ("16×128", "1×128", 3, "8×128"),
+    "head_dim": ("8×192", "8×64", 1, "8×128"),
+    "tensors": ("3 tensors", "1 tensor of", 1, "2 tensors"),
+}
+CHOICES = {  # what the figure says after the key ↓, and after the choice of an option
+    "strategy": ("interleave", "contiguous", "contiguous"),
+    "dtype": ("8×128 float16", "float32", "float32"),
+    "preset": ("lengths 4096 tokens", "small: 64 tokens", "lengths 64 tokens"),
+    "rows": ("8×128 bfloat16", "index keys of 128 bytes", "1 tensor of 1×128 float8_e4m3fn"),
+}
+
+
+def test_each_control_changes_the_figure_by_keyboard_and_by_mouse(live: NotebookPage) -> None:
+    panel, keys = live.cell("panel"), live.page.keyboard
+
+    def shows(words: str) -> None:
+        def such(plot: dict[str, Any]) -> bool:
+            is_measured = any(drawn(plot, "plan per rank")["y"])
+            return is_measured and words in f"{plot['title']}; {plot['subtitle']}"
+
+        live.wait_for_plot("panel", such=such)
+
+    def click(handle: Any, fraction: float) -> None:
+        track = handle.locator("xpath=ancestor::*[contains(@class, 'noUi-base')]").bounding_box()
+        x = track["x"] + fraction * track["width"]
+        live.page.mouse.click(x, track["y"] + track["height"] / 2)
+
+    for name, (by_key, by_mouse, count, again) in SLIDERS.items():
+        handle = panel.get_by_role("slider", name=name)
+        handle.focus()
+        keys.press("ArrowRight")
+        shows(by_key)
+        click(handle, 0)
+        shows(by_mouse)
+        handle.focus()
+        for _ in range(count):
+            keys.press("ArrowRight")
+        shows(again)
+    handle = panel.get_by_role("slider", name="sequence 1")
+    handle.focus()
+    keys.press("ArrowRight")
+    shows("lengths 256, 65 tokens")
+    click(handle, 0.5)
+    live.until(lambda: handle.get_attribute("aria-valuetext") != "65", LIMIT_S, "it moves")
+    shows(f"lengths 256, {handle.get_attribute('aria-valuetext')} tokens")
+    for name, (by_key, option, by_mouse) in CHOICES.items():
+        choice = panel.get_by_role("combobox", name=name)
+        choice.focus()
+        keys.press("ArrowDown")
+        shows(by_key)
+        choice.select_option(option)
+        shows(by_mouse)
+    panel.get_by_label("symmetric memory").click()
+    shows("ordinary memory")
+    table = panel.locator(".cpkit-ranks tr")
+    live.until(lambda: table.count() == 4, LIMIT_S, "a head, a row per rank, and their skew")
+    live.run("panel")
+
+
+def test_the_buttons_start_stop_step_and_reset(live: NotebookPage) -> None:
+    panel = live.cell("panel")
+    status, table = panel.locator(".cpkit-status"), panel.locator(".cpkit-algorithms")
+
+    def press(name: str, *, mouse: bool) -> None:
+        button = panel.get_by_role("button", name=name, exact=True)
+        if mouse:
+            button.click()
+        else:
+            button.focus()
+            live.page.keyboard.press("Enter")
+
+    for mouse in (False, True):
+        press("Stop", mouse=mouse)
+        live.until(lambda: "stopped" in status.inner_text(), LIMIT_S, "it stops")
+        press("Reset", mouse=mouse)
+        live.until(lambda: not table.count(), LIMIT_S, "the samples are forgotten")
+        press("Step", mouse=mouse)
+        live.until(table.count, LIMIT_S, "a step has samples")
+        live.until(lambda: "stopped" in status.inner_text(), LIMIT_S, "the step has ended")
+        press("Start", mouse=mouse)
+        live.until(lambda: "● measuring" in status.inner_text(), LIMIT_S, "it measures")
 
 
 def test_algorithms_are_selected_by_mouse_and_keyboard(live: NotebookPage) -> None:
@@ -134,7 +217,7 @@ def test_a_pinned_state_is_compared_with_what_follows(live: NotebookPage) -> Non
     panel = live.cell("panel")
     field, pin = panel.locator(".lengths input"), panel.locator("button.pin")
     lengths = field.input_value()
-    live.run("scratch", "panel.wait(samples=20)")  # A needs 8 complete blocks, as B does
+    live.run("scratch", "panel.wait(samples=12)")  # A needs 8 complete blocks, as B does
     pin.focus()
     live.page.keyboard.press("Enter")
     live.until(lambda: pin.inner_text() == "Unpin A", LIMIT_S, "the button unpins")
@@ -274,6 +357,7 @@ def test_views_are_chosen_by_keyboard(live: NotebookPage) -> None:
         ("tokens", "Padded to one length"),
         ("bandwidth", "Bandwidth"),
         ("pool", "Symmetric pool"),
+        ("sizes", "The batch at 1/16"),
         ("times", "cp_size 2"),
     ):
         panel.get_by_role("button", name=view, exact=True).focus()
@@ -285,6 +369,8 @@ CONTROLS = {  # by role
     "button": {
         "Start",
         "Stop",
+        "Step",
+        "Reset",
         "Pin as A",
         "Copy code",
         "CSV",
@@ -293,8 +379,9 @@ CONTROLS = {  # by role
         "SVG",
         "times",
         "pool",
+        "sizes",
     },
-    "slider": {"cp_size", "heads", "head_dim", "tensors"},
+    "slider": {"cp_size", "heads", "head_dim", "tensors", "sequence 0", "sequence 1"},
     "textbox": {"lengths"},
     "combobox": {"preset", "strategy", "rows", "dtype"},
     "checkbox": {"symmetric memory"},
@@ -315,7 +402,7 @@ def test_every_control_has_a_name_and_is_reached_by_keyboard(live: NotebookPage)
 
     panel.get_by_role("button", name="padded", exact=True).focus()
     reached = []
-    for _ in range(40):
+    for _ in range(50):
         name = live.page.evaluate(
             "document.activeElement.ariaLabel || document.activeElement.labels?.[0]?.innerText"
             " || document.activeElement.innerText"

@@ -113,6 +113,87 @@ def test_a_pinned_state_is_the_baseline_of_what_follows(
     assert panel.comparison_html == ""
 
 
+def test_steps_add_to_what_was_measured_and_a_reset_forgets_it(
+    panel: Explorer, lab: cpkit.Lab
+) -> None:
+    for count in (1, 2):
+        panel.step()
+        panel.wait(samples=count)
+        until(lambda: "stopped" in panel.status_html, why="the step to end")
+    until(lambda: lab.status().state == "idle", why="the workers to rest")
+    assert [sample.sequence for sample in panel.samples] == [0, 1]
+    assert f">{2 * panel.samples[0].iterations}</td>" in panel.summary_html, "gathers"
+    panel.reset()
+    assert panel.samples == []
+    until(lambda: not panel.summary_html, why="an empty table")
+    panel.start().wait(samples=2)
+    panel.step()
+    until(lambda: "stopped" in panel.status_html, why="the step to end")
+    assert len(panel.samples) >= 3, "a step after a run adds to it"
+
+
+def test_the_settings_measured_before_are_in_the_log(panel: Explorer) -> None:
+    assert panel.log == ()
+    panel.start().wait()
+    panel.controls.cp_size.value = 2
+    panel.wait()
+    panel.start().wait()
+    panel.controls.tensors.value = 1
+    panel.wait()
+    first, second = (measured.described for measured in panel.log)
+    assert first.startswith("cp_size 4 · direct; zigzag, symmetric memory, lengths 256, 64 tokens")
+    assert second.startswith("cp_size 2 · direct")
+    assert second.endswith("2 tensors of 8×128 bfloat16")
+    shown = panel._log_shown.value
+    assert "Settings measured before: 2" in shown
+    assert shown.index("cp_size 2") < shown.index("cp_size 4"), "newest first"
+
+
+def test_each_sequence_of_a_small_batch_has_a_slider(panel: Explorer) -> None:
+    lengths, sliders = panel.controls.lengths, panel.controls.each_length
+    assert [slider.value for slider in sliders.children] == [256, 64]
+    sliders.children[1].value = 100
+    assert lengths.value == "256, 100"
+    assert panel.controls.workloads()[0].lengths == (256, 100)
+    lengths.value = "3*20000"
+    assert [slider.value for slider in sliders.children] == [20000] * 3
+    assert lengths.value == "3*20000", "it stays as it was written"
+    for text in ("9*64", "64, x"):
+        lengths.value = text
+        assert sliders.children == ()
+    lengths.value = "8*64"
+    assert len(sliders.children) == 8
+
+
+@pytest.mark.parametrize("view", ["sizes", "cp sizes"])
+def test_a_sweep_starts_from_the_present_setting(
+    panel: Explorer, lab: cpkit.Lab, view: str
+) -> None:
+    panel.view.value = view
+    assert "not measured yet" in panel.panel.still().layout.title.subtitle.text
+    panel.controls.algorithms.value = ("padded", "direct")
+    panel.controls.tensors.value = 1
+    panel.start().wait(samples=2)
+    lines = drawn(panel)
+    assert {*lines} == {"padded", "direct"}
+    row = panel.controls.workloads()[0].row_bytes
+    sizes = [row * (16 + 8), row * (64 + 16), row * (256 + 64), row * (1024 + 256)]
+    assert list(lines["direct"].x) == (sizes if view == "sizes" else list(lab.cp_sizes))
+    assert all(us > 0 for line in lines.values() for us in line.y)
+    panel.controls.lengths.value = "17"
+    panel.controls.strategy.value = "interleave"
+    least = row * 8 if view == "sizes" else 1
+    until(lambda: "direct" in drawn(panel) and min(drawn(panel)["direct"].x) == least)
+
+
+def test_a_sweep_that_is_refused_says_why(panel: Explorer) -> None:
+    panel.view.value = "cp sizes"
+    panel.controls.lengths.value = "7"  # too short for 4 ranks, not for 2
+    panel.controls.cp_size.value = 2
+    panel.start().wait(samples=2)
+    assert "the shortest sequence has 7 tokens" in panel.panel.still().layout.title.subtitle.text
+
+
 def test_the_views_show_tokens_bandwidth_and_pool(panel: Explorer) -> None:
     panel.controls.algorithms.value = ("direct", "plan")
     panel.start().wait()

@@ -8,7 +8,7 @@ import pytest
 
 from cpkit.control.messages import StatusResult, WorkerInfo, Workload
 from cpkit.notebook.badges import contention_badge, path_badge, to_symmetric
-from cpkit.notebook.intervals import Baseline, Intervals, Summary, compare
+from cpkit.notebook.intervals import Intervals, Measured, Summary, compare
 from cpkit.notebook.tables import comparison_table
 from cpkit.timing import Ratio, median_interval
 from tests.helpers.drawn import sample
@@ -80,7 +80,7 @@ def measured(algorithm: str, *medians_us: float, interval_s: float = 1.0) -> Sum
 def test_b_is_compared_with_the_same_algorithm_of_a_or_with_its_first() -> None:
     steady = np.linspace(99, 101, 20)
     padded, direct = measured("padded", *4 * steady), measured("direct", *steady)
-    baseline = Baseline("cp_size 4 <A>", (padded, direct))
+    baseline = Measured("cp_size 4 <A>", (padded, direct))
     later = [measured("direct", *steady * 1.5), measured("plan", *steady), padded]
     compared = compare(baseline, later)
     assert [each.of_a.algorithm for each in compared] == ["direct", "padded", "padded"]
@@ -104,7 +104,7 @@ def test_busy_moments_that_outlast_an_interval_are_no_difference_between_b_and_a
         times_us = 100 * np.exp(0.05 * np.array(load))
         return measured("direct", *times_us, interval_s=0.12)
 
-    pairs = [compare(Baseline("", (noisy(),)), [noisy()])[0] for _ in range(60)]
+    pairs = [compare(Measured("", (noisy(),)), [noisy()])[0] for _ in range(60)]
     assert all(pair.ratio for pair in pairs)
     assert sum(pair.ratio.differs for pair in pairs if pair.ratio) <= 1
 

@@ -1,0 +1,69 @@
+"""What single views of the explorer need besides the stream of samples: floor, sweep and pool."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cpkit.control.errors import BadRequest, RequestFailed, WorkersBusy
+from cpkit.control.messages import ClockCall, Workload
+from cpkit.lab import Lab
+from cpkit.notebook.panel import Panel
+from cpkit.notebook.views import SWEEPS, floor_us, sweep_lengths
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_POOL_EVERY_S = 2.0
+_SWEEP_ITERATIONS = 10  # gathers per size and algorithm: a sweep takes about a second
+_REFUSALS = (BadRequest, RequestFailed, WorkersBusy)
+_LONGEST_REASON = 150  # characters of a refusal that a figure shows
+
+
+class Probes:
+    """Measures for a panel what only its shown view needs."""
+
+    def __init__(self, lab: Lab, panel: Panel) -> None:
+        self._lab, self._panel = lab, panel
+        self._pool_read_s = -math.inf
+
+    def measure(self, workloads: Sequence[Workload]) -> None:
+        """Measure floor and sweep once per setting, and read the pool periodically."""
+        view = self._panel.view
+        if view == "bandwidth" and self._panel.floor_us is None:
+            self._panel.floor_us = self._floor_us(workloads[0])
+        if view in SWEEPS and view not in self._panel.sweeps:
+            self._panel.sweeps[view] = self._sweep(workloads, by_size=view == "sizes")
+        if view == "pool" and time.monotonic() - self._pool_read_s >= _POOL_EVERY_S:
+            self._pool_read_s = time.monotonic()
+            self._panel.pool = self._lab.pool.stats(workloads[0].cp_size)
+
+    def _floor_us(self, work: Workload) -> float | str:
+        """Return the least time of a gather; or the reason, if it cannot be measured."""
+        shape = msgspec.structs.asdict(work)
+        del shape["algorithm"]
+        calls: list[ClockCall] = ["barrier", "copy"]
+        try:
+            return floor_us(self._lab.clock(calls, **shape, iterations=12))
+        except _REFUSALS as error:
+            return f"{error!s:.{_LONGEST_REASON}}"
+
+    def _sweep(self, workloads: Sequence[Workload], *, by_size: bool) -> pd.DataFrame | str:
+        """Measure other sizes, or other cp sizes; return the reason, if that is refused."""
+        shared = msgspec.structs.asdict(workloads[0])
+        lengths, cp_size = shared.pop("lengths"), shared.pop("cp_size")
+        del shared["algorithm"]
+        try:
+            return self._lab.sweep(
+                lengths=sweep_lengths(lengths, cp_size) if by_size else [lengths],
+                cp_sizes=[cp_size] if by_size else self._lab.cp_sizes,
+                algorithms=[work.algorithm for work in workloads],
+                iterations=_SWEEP_ITERATIONS,
+                **shared,
+            )
+        except _REFUSALS as error:
+            return f"{error!s:.{_LONGEST_REASON}}"
