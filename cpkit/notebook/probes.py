@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _POOL_EVERY_S = 2.0
-_SWEEP_ITERATIONS = 10  # gathers per size and algorithm: a sweep takes about a second
+_SWEEP_ITERATIONS = 5  # gathers per size and algorithm; the stream waits meanwhile
 _REFUSALS = (BadRequest, RequestFailed, WorkersBusy)
 _LONGEST_REASON = 150  # characters of a refusal that a figure shows
 

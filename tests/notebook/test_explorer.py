@@ -170,7 +170,7 @@ def test_a_sweep_starts_from_the_present_setting(
     panel: Explorer, lab: cpkit.Lab, view: str
 ) -> None:
     panel.view.value = view
-    assert "not measured yet" in panel.panel.still().layout.title.subtitle.text
+    assert "measured once per setting" in panel.panel.still().layout.title.subtitle.text
     panel.controls.algorithms.value = ("padded", "direct")
     panel.controls.tensors.value = 1
     panel.start().wait(samples=2)
