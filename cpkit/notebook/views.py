@@ -219,9 +219,7 @@ def sweep(table: pd.DataFrame | str | None, view: str) -> style.PlainFigure:
         x = style.axis("cp_size", type="category")
     figure: style.PlainFigure = {"data": [], "layout": {"xaxis": x}}
     if table is None or isinstance(table, str):
-        reason = (
-            table or "measured once per setting, in some seconds, while the panel runs"
-        )
+        reason = table or "measured once per setting, in some seconds, while the panel runs"
         figure["layout"] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
         return style.finish(figure, title=title, subtitle=reason, alt=reason, height=300)
     figure["layout"]["yaxis"] = style.axis("time (µs)", type="log")
