@@ -32,7 +32,13 @@ runpy.run_path(path, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("page", "nproc"), [("README.md", 2), ("docs/training.md", 3)])
+@pytest.mark.parametrize(
+    ("page", "nproc"),
+    [
+        ("README.md", 2),
+        pytest.param("docs/training.md", 3, marks=pytest.mark.slow("the same with 3 ranks")),
+    ],
+)
 def test_the_script_on_a_page_runs(page: str, nproc: int, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (source,) = (block for block in blocks if "init_process_group" in block)
@@ -59,6 +65,7 @@ def test_example_is_bit_exact(nproc: int) -> None:
     assert f"on each of {nproc} ranks: all bit-exact" in done.stdout
 
 
+@pytest.mark.slow("one more launch; tests/ranks/mutants.py has more faults")
 def test_example_detects_one_flipped_bit(tmp_path: Path) -> None:
     script = tmp_path / "sabotaged.py"
     script.write_text(SABOTAGED)

@@ -271,6 +271,7 @@ def test_a_hidden_page_stops_the_measurement_and_a_shown_one_resumes_it(
     assert "● measuring" in status.inner_text()
 
 
+@pytest.mark.slow("waits; test_explorer.py has the rates")
 def test_an_untouched_panel_slows_down_until_it_is_touched(live: NotebookPage) -> None:
     live.run("scratch", "idle_s = 3")
     live.run("panel")
@@ -583,6 +584,7 @@ def test_widgets_report_a_dead_kernel(live: NotebookPage) -> None:
     live.cell("panel").locator(".stop").click()
 
 
+@pytest.mark.slow("opens a second notebook; tests/lessons has its parts")
 def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> None:
     made = source.read(SOURCES / "01_padding_and_reorg.py")
     needed = ("connect", "setup", "waste-predict", "padding", "waste-reveal")

@@ -75,6 +75,7 @@ def test_every_algorithm_has_a_line_style() -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow("starts a browser, as test_pictures_and_a_trace_are_saved does")
 def test_a_picture_is_drawn_if_there_is_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
     if show.find_browser() is None:
         pytest.skip("no Chromium or Chrome on this machine: apt-get install chromium")
