@@ -158,6 +158,8 @@ def test_each_control_changes_the_figure_by_keyboard_and_by_mouse(live: Notebook
     shows("ordinary memory")
     table = panel.locator(".cpkit-ranks tr")
     live.until(lambda: table.count() == 4, LIMIT_S, "a head, a row per rank, and their skew")
+    first = table.nth(1).inner_text()
+    live.until(lambda: table.nth(1).inner_text() != first, LIMIT_S, "the table follows the times")
     live.run("panel")
 
 
