@@ -74,13 +74,17 @@ def main(arguments: list[str]) -> int:
         _write_agent(lock, agent)
         with name_the_limit(), _device(launch, Path(agent.socket_dir)):
             report = _run(launch, runtime_dir)
-        if launch.owner and not launch.owner.is_alive():
-            report = PostMortem((), f"{owner}, which started them, has ended")
     except (ControlError, ValueError) as error:
         report = PostMortem((), str(error))
         _log.error("%s", error)
         return BAD_SETTINGS_CODE
     finally:
+        # The owner's end reaches this process twice: its ranks exit, so torchrun returns, and
+        # `_watch_owner` sends SIGTERM, which may interrupt any line above, but none of these.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        if launch.owner and not launch.owner.is_alive():
+            report = PostMortem((), f"{owner}, which started them, has ended")
         remove_socket_dir(agent)
         _leave_report(runtime_dir, report)
         _reap_segments()

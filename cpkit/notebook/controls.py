@@ -12,7 +12,7 @@ import traitlets
 
 from cpkit.batch import STRATEGIES
 from cpkit.control.messages import MAX_SEQUENCES, Workload
-from cpkit.notebook.live import controls_box
+from cpkit.notebook.live import close_widgets, controls_box
 
 Values = dict[str, Any]  # of controls, by their names
 PRESETS: dict[str, Values] = {
@@ -134,6 +134,12 @@ class LengthSliders(widgets.VBox):  # type: ignore[misc]
             slider.value = length
         self._is_following = False
         self.children = self._sliders[: len(shown)]
+
+    def close(self) -> None:
+        """Close the sliders too, also those that are not shown."""
+        for slider in self._sliders:
+            close_widgets(slider)
+        super().close()
 
     def _slider(self, sequence: int) -> widgets.IntSlider:
         slider = widgets.IntSlider(

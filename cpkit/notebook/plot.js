@@ -196,8 +196,8 @@ async function render({ model, el }) {
   onComm();
   const resized = new ResizeObserver(() => el.clientWidth !== drawnWidth && request());
   resized.observe(el);
-  const scrolled = new IntersectionObserver(([{ isIntersecting }]) => {
-    inView = isIntersecting;
+  const scrolled = new IntersectionObserver((entries) => {
+    inView = entries.at(-1).isIntersecting; // the newest of those that arrive together
     if (inView && stale) request();
   });
   scrolled.observe(el);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -197,3 +198,46 @@ def test_an_output_without_room_is_one_line_and_an_error(tmp_path: Path) -> None
         done = run_without(tmp_path, full.fileno(), "status")
     assert done.returncode == 1
     assert done.stderr == "the output could not be written: No space left on device\n"
+
+
+LATE_SIGNAL = """
+import contextlib, os, signal, subprocess
+from cpkit.control import agent
+from cpkit.control.launch_options import Launch
+from cpkit.control.runtime_dir import RuntimeDir
+from cpkit.processes import process_id
+
+owner = subprocess.Popen(["sleep", "60"])
+launch = Launch(name="late", nproc=1, device="cpu", owner=process_id(owner.pid))
+
+def run(*_):
+    owner.kill()
+    owner.wait()
+    return agent.PostMortem((), "they were stopped")
+
+@contextlib.contextmanager
+def device(*_):
+    yield
+    os.kill(os.getpid(), signal.SIGTERM)
+
+agent._run, agent._device, agent._watch_owner = run, device, lambda owner: None
+RuntimeDir("late").create()
+try:
+    agent.main([launch.to_json()])
+finally:
+    print(owner.pid, RuntimeDir("late").post_mortem().text)
+"""
+
+
+def test_the_end_of_the_owner_is_reported_also_if_its_signal_arrives_late(tmp_path: Path) -> None:
+    """The ranks have exited, torchrun has returned, and then the agent receives SIGTERM."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_SIGNAL],
+        cwd=ROOT,
+        env={**os.environ, "JUPYTER_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    pid, text = done.stdout.split(maxsplit=1)
+    assert re.search(rf"process {pid} .*which started them, has ended", text), done

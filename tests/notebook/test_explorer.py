@@ -163,6 +163,10 @@ def test_each_sequence_of_a_small_batch_has_a_slider(panel: Explorer) -> None:
         assert sliders.children == ()
     lengths.value = "8*64"
     assert len(sliders.children) == 8
+    shown = sliders.children
+    lengths.value = "64"
+    panel.close()
+    assert all(slider.comm is None for slider in shown), "also those that were not shown"
 
 
 @pytest.mark.parametrize("view", ["sizes", "cp sizes"])
