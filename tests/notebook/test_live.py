@@ -90,8 +90,10 @@ def test_a_view_that_stays_the_same_is_not_published_again() -> None:
 
 
 def test_a_panel_is_drawn_without_torch_pandas_and_plotly_in_the_kernel() -> None:
-    code = """import sys, cpkit.notebook.explorer as e
-e.Panel().show_layout([e.Workload(cp_size=2, lengths=(64,))])
+    code = """import sys
+from cpkit.control.messages import Workload
+from cpkit.notebook.explorer import Panel
+Panel().show_layout([Workload(cp_size=2, lengths=(64,))])
 print({"torch", "pandas", "plotly"} & {*sys.modules})"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n", "importing one of them takes a second or more"
