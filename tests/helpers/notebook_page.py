@@ -71,10 +71,15 @@ PROMPT = "cell => cell.querySelector('.jp-InputPrompt').innerText"
 
 
 class NotebookPage:
-    """One page that shows one notebook at a time."""
+    """One page that shows one notebook at a time.
 
-    def __init__(self, page: Any, lab: JupyterLab) -> None:
+    JupyterLab stores the open notebooks of a workspace, and a reload opens them all: two pages of
+    one server need two workspaces.
+    """
+
+    def __init__(self, page: Any, lab: JupyterLab, workspace: str = "") -> None:
         self.page, self.lab = page, lab
+        self._path = f"lab/workspaces/{workspace}/tree" if workspace else "lab/tree"
         self.errors: list[str] = []
         self.console: list[str] = []
         self.runs: dict[str, int] = {}  # how often each cell was run
@@ -91,7 +96,7 @@ class NotebookPage:
         for figure in self.lab.notebooks.glob("sent/*.json"):
             figure.unlink()
         self._cells, self.runs = [cell.id for cell in cells], {}
-        self.page.goto(self.lab.url(f"lab/tree/{name}.ipynb") + "&reset")
+        self.page.goto(self.lab.url(f"{self._path}/{name}.ipynb") + "&reset")
         self.wait_for_kernel()
 
     def reload(self) -> None:

@@ -532,7 +532,7 @@ record(other, "other")
 other.start()"""
     setup = next(cell for cell in LIVE_CELLS if cell.id == "setup")
     context = live.page.context.browser.new_context(viewport={"width": 1400, "height": 1000})
-    other = NotebookPage(context.new_page(), live.lab)
+    other = NotebookPage(context.new_page(), live.lab, workspace="other")
     with other.without_errors():
         other.open("other", [setup, Cell("other", "code", other_cell)])
         for cell in ("setup", "other"):
