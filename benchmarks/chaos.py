@@ -390,7 +390,7 @@ def run_fault(inject: Callable[[Scene], None], rng: random.Random) -> tuple[floa
                 raise NotSurvived("a gather after the fault is wrong")
         wait_until(lambda: not left_over(), "no process, socket or segment to be left")
     except NotSurvived as failure:
-        return 0.0, f"{failure} {left_over() or ''}"
+        return scene.error_s if scene else 0.0, f"{failure} {left_over() or ''}"
     except Exception as error:  # noqa: BLE001 - every failure is reported
         return 0.0, f"{type(error).__name__}: {error}"
     return scene.error_s, ""

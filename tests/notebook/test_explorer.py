@@ -186,8 +186,13 @@ def test_a_sweep_starts_from_the_present_setting(
     assert all(us > 0 for line in lines.values() for us in line.y)
     panel.controls.lengths.value = "17"
     panel.controls.strategy.value = "interleave"
-    least = row * 8 if view == "sizes" else 1
-    until(lambda: "direct" in drawn(panel) and min(drawn(panel)["direct"].x) == least)
+
+    def swept() -> list[list[int]]:
+        table = panel.panel.sweeps.get(view)
+        return [] if table is None else table["lengths"].tolist()
+
+    until(lambda: [17] in swept(), why="a sweep of the new setting")
+    assert min(drawn(panel)["direct"].x) == (row * 8 if view == "sizes" else 1)
 
 
 def test_a_sweep_that_is_refused_says_why(panel: Explorer) -> None:
