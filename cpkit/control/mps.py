@@ -12,12 +12,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from cpkit.os_errors import describe
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES, _LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _CONTROL_TIMEOUT_S = 5.0  # shorter than the timeout for stopping an agent
 
 
@@ -44,6 +46,7 @@ def serve(directory: Path) -> Iterator[str]:
         yield f"MPS: {_CONTROL} is not installed; {_COST}"
         return
     variables = {_PIPES: str(directory / "mps"), _LOGS: str(directory / "mps-log")}
+    visible = os.environ.get(_VISIBLE)
     environment = {**os.environ, **variables}
     try:
         failed = _make_directories(variables.values()) or _control(["-d"], environment)
@@ -51,11 +54,28 @@ def serve(directory: Path) -> Iterator[str]:
             yield f"MPS: {failed}; {_COST}"
             return
         os.environ.update(variables)
+        if visible is not None:
+            os.environ[_VISIBLE] = visible_to_clients(visible)
         yield f"MPS: own daemon at {variables[_PIPES]}"
     finally:  # also after an interrupted start, which may leave a running daemon
         for name in variables:
             os.environ.pop(name, None)
+        if visible is not None:
+            os.environ[_VISIBLE] = visible
         _control([], environment, "quit\n")
+
+
+def visible_to_clients(visible: str) -> str:
+    """Return CUDA_VISIBLE_DEVICES for the clients of a daemon that was started with `visible`.
+
+    The daemon numbers the GPUs that it sees from 0, and its clients count in these numbers; a UUID
+    means the same GPU to both (NVIDIA's MPS guide, "CUDA_VISIBLE_DEVICES").
+
+    >>> visible_to_clients("2,3"), visible_to_clients("5,-1,6"), visible_to_clients("GPU-5a")
+    ('0,1', '0', 'GPU-5a')
+    """
+    indices = list(takewhile(str.isdigit, map(str.strip, visible.split(","))))
+    return ",".join(str(i) for i in range(len(indices))) or visible
 
 
 def quit_daemon(directory: Path) -> None:

@@ -51,21 +51,24 @@ def test_the_daemon_is_started_in_a_private_directory_and_stopped(
     """A stand-in for the control program records its calls; the real one needs a GPU."""
     program, calls = tmp_path / "nvidia-cuda-mps-control", tmp_path / "calls"
     program.write_text(
-        f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $* $(cat)" >> {calls}\n'
+        f'#!/bin/sh\necho "$CUDA_MPS_PIPE_DIRECTORY $CUDA_VISIBLE_DEVICES $* $(cat)" >> {calls}\n'
         f"echo no driver\nexit {code}\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with mps.serve(tmp_path) as words:
         assert said in words
         assert mps.is_configured() == (code == 0)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0,1" if code == 0 else "2,3")
     assert not mps.is_configured()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
     with mps.serve(program) as words:  # its directories cannot be made below a file
         assert "Not a directory" in words
         assert "milliseconds" in words
     pipes = f"{tmp_path}/mps"
     assert calls.read_text().splitlines() == [
-        f"{pipes} -d ",
-        f"{pipes}  quit",
-        f"{program}/mps  quit",
+        f"{pipes} 2,3 -d ",
+        f"{pipes} 2,3  quit",
+        f"{program}/mps 2,3  quit",
     ]

@@ -34,7 +34,6 @@ RANKS = [int(n) for n in os.environ.get("CPKIT_TEST_GPU_RANKS", "2,4,8").split("
 # Without MPS the GPU switches between the ranks every few milliseconds, so there are fewer rounds.
 ROUNDS = {"mps": "1000", "turns": "60", "own": "1000"}
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-ONE_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 # One launch runs all of them in this order; after the last check of `cuda` its ranks disagree.
@@ -77,7 +76,12 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
         ("CPKIT_TEST_SHARING", sharing),
         ("CPKIT_SYMM_PREALLOC_GB", "0.25"),
     )
-    return chosen if sharing == "own" else (*chosen, ("CUDA_VISIBLE_DEVICES", ONE_GPU))
+    return chosen if sharing == "own" else (*chosen, ("CUDA_VISIBLE_DEVICES", one_gpu()))
+
+
+def one_gpu() -> str:
+    """Return the first visible GPU; a daemon, which must run already, numbers them anew."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +126,7 @@ def test_nccl(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
         "CPKIT_NCCL": "1",
         "CPKIT_SYMM_PREALLOC_GB": "0.25",
         "CPKIT_TEST_DEVICE": "cuda",
-        "CUDA_VISIBLE_DEVICES": ONE_GPU,
+        "CUDA_VISIBLE_DEVICES": one_gpu(),
     }
     assert_passed("tests.ranks.nccl", 2, check, tuple(settings.items()), 300)
 
