@@ -7,7 +7,9 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -188,34 +190,62 @@ def is_capturing(device: str) -> bool:
     return bool(torch._C._cuda_isCurrentStreamCapturing())
 
 
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of what `run` launches.
+_T = TypeVar("_T")
 
-    Freeing GPU memory would invalidate the capture, so no garbage is collected during it, and other
-    threads may do what they like.
+
+class Replay(Generic[_T]):
+    """A captured call: it launches the same work again, into the same result.
+
+    It keeps what its graph uses, and releases it when it is dropped; until then, its rows and
+    buffers stay in use.
     """
-    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-    finally:
-        if collects:
-            gc.enable()
-    return graph
+
+    def __init__(self, call: Callable[[], _T]) -> None:
+        """Capture `call`, which has run before. Collective if the call is.
+
+        Freeing GPU memory would invalidate the capture, so no garbage is collected during it, and
+        other threads may do what they like.
+        """
+        self._kept: list[object] = []
+        self._graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()
+        try:
+            with (
+                _keeping_in(self._kept),
+                torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+            ):
+                self.result = call()
+        finally:
+            if collects:
+                gc.enable()
+
+    def __call__(self) -> _T:
+        """Launch the work on the current stream, and return the result."""
+        self._graph.replay()
+        return self.result
 
 
 _replayed: list[object] = []
+_keeper: ContextVar[list[object]] = ContextVar("keeper", default=_replayed)
+
+
+@contextmanager
+def _keeping_in(kept: list[object]) -> Iterator[None]:
+    token = _keeper.set(kept)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
 
 
 def keep_for_replays(device: str, *objects: object) -> None:
-    """Keep objects that a captured CUDA graph uses alive until the process ends.
+    """Keep objects that a captured CUDA graph uses alive: with its Replay, or to the process's end.
 
     Replays use them again, even after the pool, cache or plan that holds them now is gone. There is
-    no notification when a graph is dropped, so the objects are never released.
+    no notification when a graph of a caller is dropped, so its objects are never released.
     """
     if is_capturing(device):
-        _replayed.extend(objects)
+        _keeper.get().extend(objects)
 
 
 def raw_stream() -> int:

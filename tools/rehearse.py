@@ -13,17 +13,12 @@ and the solution, each followed by the check:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import cpkit
 from cpkit.processes import run_command
 from cpkit_lessons.lesson import KEY_VARIABLE
 from tools import run
@@ -63,28 +58,10 @@ def rehearse(path: Path, nproc: int | None = None) -> tuple[list[CellResult], li
     The notebook starts its workers, or finds `nproc` of them.
     """
     notebook = run.notebook_of(list(_cells(read(path))))
-    with _workers(nproc) as environment:
+    with run.workers(nproc) as environment:
         run.execute(notebook, NOTEBOOKS, {KEY_VARIABLE: "1", **environment}, allow_errors=True)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [_result(cell) for cell in code], run.over_budget(notebook)
-
-
-@contextmanager
-def _workers(nproc: int | None) -> Iterator[dict[str, str]]:
-    """Start workers in a runtime directory of their own; yield the environment that finds them."""
-    if nproc is None:
-        yield {}
-        return
-    name = f"rehearse-{nproc}"
-    with (
-        tempfile.TemporaryDirectory(prefix="cpkit-rehearse-") as runtime,
-        patch.dict(os.environ, JUPYTER_RUNTIME_DIR=runtime),
-        cpkit.connect(name, nproc=nproc) as lab,
-    ):
-        try:
-            yield {"JUPYTER_RUNTIME_DIR": runtime, "CPKIT_NAME": name}
-        finally:
-            lab.stop()
 
 
 def _cells(source: Source) -> Iterator[Cell]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 from nbclient import NotebookClient
 
+import cpkit
 from tools.source import BUDGET_S, Cell
 
 CELL_TIMEOUT_S = 120
@@ -35,6 +38,27 @@ def notebook_of(cells: list[Cell]) -> Any:
         made.append(node)
     whole = {"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     return nbformat.from_dict(whole)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def workers(nproc: int | None) -> Iterator[dict[str, str]]:
+    """Start `nproc` workers; yield the environment in which a notebook finds them.
+
+    With None, the notebook starts its own.
+    """
+    if nproc is None:
+        yield {}
+        return
+    name = f"run-{nproc}"
+    with (
+        tempfile.TemporaryDirectory(prefix="cpkit-run-") as runtime,
+        patch.dict(os.environ, JUPYTER_RUNTIME_DIR=runtime),
+        cpkit.connect(name, nproc=nproc) as lab,
+    ):
+        try:
+            yield {"JUPYTER_RUNTIME_DIR": runtime, "CPKIT_NAME": name}
+        finally:
+            lab.stop()
 
 
 def execute(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -57,6 +57,7 @@ class Workload(Message, frozen=True):
     head_dim: int = 128
     dtype: str = "bfloat16"
     tensors: int = 2
+    captured: bool = False  # measure replays of a CUDA graph of the gather
 
     @property
     def row_bytes(self) -> int:
@@ -73,8 +74,14 @@ class Workload(Message, frozen=True):
         return sum(self.lengths) * self.row_bytes * self.tensors
 
     def without_variant(self) -> Workload:
-        """Return the workload with the default algorithm and memory, to compare all else."""
-        return msgspec.structs.replace(self, algorithm="direct", symmetric=True)
+        """Return the workload with default algorithm, memory and launch, to compare all else."""
+        return msgspec.structs.replace(self, algorithm="direct", symmetric=True, captured=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the fields as arguments of `Lab.gather`, `sweep`, and the other methods."""
+        fields = msgspec.structs.asdict(self)
+        del fields["captured"]
+        return fields
 
     def batch(self) -> Batch:
         """Return how many rows each rank holds. Raises ValueError for lengths that do not fit."""
@@ -104,7 +111,7 @@ class Gather(Message, frozen=True, tag="gather", tag_field="op"):
 class Measure(Message, frozen=True, tag="measure", tag_field="op"):
     """Time workloads until `samples` of each are sent or the request is cancelled.
 
-    They differ only in algorithm and memory, and their gathers are interleaved.
+    They differ only in algorithm, memory and launch, and their gathers are interleaved.
     """
 
     workloads: tuple[Workload, ...]

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -247,7 +248,7 @@ _Key = tuple[ContextParallelMetadata, Cut]
 class TileTables:
     """A rank's tile tables on its GPU: one per layout and cut, the latest MAX_TABLES of them.
 
-    A table that a CUDA graph captured is kept forever, here and in `devices.keep_for_replays`.
+    A table that a CUDA graph captured is kept for its replays, by `devices.keep_for_replays`.
     """
 
     MAX_TABLES = 64
@@ -256,7 +257,7 @@ class TileTables:
         self._rank, self._device = rank, device
         self._tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
         self._readers: dict[_Key, set[int]] = {}  # the streams that may still read a table
-        self._captured: dict[_Key, torch.Tensor] = {}
+        self._captured = WeakValueDictionary[_Key, torch.Tensor]()
 
     def has(self, metadata: ContextParallelMetadata, cut: Cut) -> bool:
         """Return True when the table of this gather is already on the GPU."""

@@ -172,19 +172,30 @@ class Lab:
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
+        captured: bool = False,
         samples: int | None = None,
         interval_s: float = 0.1,
     ) -> Generator[Sample, None, None]:
         """Yield one sample every `interval_s`: `samples` of them, or endlessly if that is None.
 
         `algorithms` are interleaved in one measurement: each of them gets a sample per interval.
+        With `captured`, each gather is captured in a CUDA graph, and its replays are measured.
         Closing the iterator cancels the measurement.
         """
         if algorithms is not None and algorithm != "direct":
             raise BadRequest("pass either algorithm or algorithms, to say what to measure")
         names = several((algorithm,) if algorithms is None else algorithms, "algorithms")
         workload = self.workload(
-            lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
+            lengths,
+            cp_size,
+            strategy,
+            "direct",
+            symmetric,
+            heads,
+            head_dim,
+            dtype,
+            tensors,
+            captured,
         )
         variants = [structs.replace(workload, algorithm=name) for name in names]
         return self.measure_workloads(variants, samples=samples, interval_s=interval_s)
@@ -197,7 +208,7 @@ class Lab:
         interval_s: float = 0.1,
         wanted: Callable[[], bool] = lambda: True,
     ) -> Generator[Sample, None, None]:
-        """Measure as `measure` does; the workloads differ only in `algorithm` and `symmetric`.
+        """Measure as `measure` does; the workloads differ only in algorithm, memory and launch.
 
         Ends soon after `wanted()` is false; it is called every few milliseconds.
         """
@@ -354,6 +365,7 @@ class Lab:
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
+        captured: bool = False,
     ) -> Workload:
         """Return the workload that the other methods build from these arguments."""
         return checked(
@@ -367,6 +379,7 @@ class Lab:
                 head_dim,
                 dtype_name(dtype),
                 tensors,
+                captured,
             )
         )
 
@@ -385,6 +398,7 @@ class Lab:
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
+        captured: bool = False,
     ) -> "Explorer":
         """Start the live panel and return it. Display it as the last line of a cell.
 
@@ -408,6 +422,7 @@ class Lab:
             head_dim=head_dim,
             dtype=dtype,
             tensors=tensors,
+            captured=captured,
         ).start()
 
     def close(self) -> None:

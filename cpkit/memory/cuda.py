@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 
-from cpkit.devices import captured, is_capturing, keep_for_replays, raw_stream
+from cpkit.devices import Replay, is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import launch
 from cpkit.kernels.gather_kernel import DIFFERS, MAX_RANKS, PAGE_WORDS, TAG_BITS
@@ -135,7 +135,7 @@ class CudaBackend:
         self.tables = TileTables(group.rank, self.device)
         self.kernels: dict[object, Any] = {}
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
-        self._graphs: dict[tuple[_Launch, float], torch.cuda.CUDAGraph] = {}
+        self._replays: dict[tuple[_Launch, float], Replay[None]] = {}
         launch_entry(self)  # compiles both now, not while a peer waits or a graph is captured
         launch_exit(self)
 
@@ -352,10 +352,10 @@ class CudaBackend:
             run(self)
             return
         key = run, deadline_s()
-        if key not in self._graphs:
-            self._graphs[key] = captured(partial(run, self))
+        if key not in self._replays:
+            self._replays[key] = Replay(partial(run, self))
         self.in_order()
-        self._graphs[key].replay()
+        self._replays[key]()
 
     def put_signal(self, peer: int) -> None:
         """Signal on the stream, by torch's own kernel, which traps after the deadline."""
@@ -420,7 +420,7 @@ class _PreparedPush:
         self._backend, self._run, self._capture = backend, run, capture
         run(entry=True)
         run(entry=False)
-        self._graph = captured(partial(run, entry=False))
+        self._replay = Replay(partial(run, entry=False))
 
     def __call__(self) -> None:
         """Gather in stream order. Raises what an earlier call reported (`CudaBackend.check`)."""
@@ -433,7 +433,7 @@ class _PreparedPush:
                 self._run(entry=True)
             else:
                 self._backend.in_order()
-                self._graph.replay()
+                self._replay()
         with stage("exit"):
             pass  # inside the kernel
 

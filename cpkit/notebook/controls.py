@@ -167,6 +167,8 @@ class Controls:
         start: Workload,
         algorithms: Sequence[str],
         choices: Sequence[str],
+        *,
+        on_gpu: bool,
     ) -> None:
         self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
         self.heads = _slider("heads", HEADS, start.heads, "heads per row")
@@ -183,6 +185,12 @@ class Controls:
         )
         self.each_length = LengthSliders(self.lengths)
         self.symmetric = widgets.Checkbox(value=start.symmetric, description="symmetric memory")
+        self.captured = widgets.Checkbox(
+            value=start.captured,
+            description="captured in a CUDA graph",
+            tooltip="measure replays, which skip the work of the host",
+        )
+        self._launch = (self.captured,) if on_gpu else ()
         self.preset = self._presets("preset", PRESETS, "own lengths")
         self.rows = self._presets("rows", ROWS, "own rows")
         for name in ("cp_size", "heads", "head_dim", "dtype", "algorithms", "strategy", "lengths"):
@@ -204,6 +212,7 @@ class Controls:
             head_dim=self.head_dim.value,
             dtype=self.dtype.value,
             tensors=self.tensors.value,
+            captured=self.captured.value,
         )
         return tuple(
             msgspec.structs.replace(workload, algorithm=name) for name in self.algorithms.value
@@ -212,12 +221,12 @@ class Controls:
     def observed(self) -> tuple[Any, ...]:
         """Return the widgets whose values define the workload."""
         shape = (self.cp_size, self.heads, self.head_dim, self.dtype, self.tensors)
-        return (*shape, self.algorithms, self.strategy, self.lengths, self.symmetric)
+        return (*shape, self.algorithms, self.strategy, self.lengths, self.symmetric, self.captured)
 
     def box(self) -> widgets.Widget:
         """Return all controls: the algorithms above three columns."""
         columns = (
-            (self.cp_size, self.symmetric),
+            (self.cp_size, self.symmetric, *self._launch),
             (self.lengths, self.each_length, self.preset, self.strategy),
             (self.rows, self.heads, self.head_dim, self.dtype, self.tensors),
         )

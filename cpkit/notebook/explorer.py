@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ipywidgets as widgets
-import msgspec
 
 from cpkit.algorithms import AnyAlgorithm
 from cpkit.control.errors import (
@@ -106,6 +105,7 @@ class Explorer(LivePanel[Setting]):
         head_dim: int = 128,
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
+        captured: bool = False,
     ) -> None:
         seconds = {"interval_s": interval_s, "window_s": window_s, "idle_after_s": idle_after_s}
         for name, value in seconds.items():
@@ -114,14 +114,30 @@ class Explorer(LivePanel[Setting]):
         if cp_size not in (None, *lab.cp_sizes):
             allowed = ", ".join(map(str, lab.cp_sizes))
             raise BadRequest(f"cp_size is {cp_size!r:.100}; these workers can form {allowed}")
-        names, choices = several(algorithms, "algorithms"), lab.status().algorithms
+        status = lab.status()
+        on_gpu = status.device != "cpu"
+        if captured and not on_gpu:
+            raise BadRequest(
+                "captured is True, and these workers run on the CPU, which has no CUDA graphs: "
+                "leave it out"
+            )
+        names, choices = several(algorithms, "algorithms"), status.algorithms
         if not names or not all(name in choices for name in names):
             allowed, got = ", ".join(choices), f"{algorithms!r:.100}"
             raise BadRequest(f"algorithms is {got}; it must be one or more of {allowed}")
         first = lab.workload(
-            lengths, cp_size, strategy, names[0], symmetric, heads, head_dim, dtype, tensors
+            lengths,
+            cp_size,
+            strategy,
+            names[0],
+            symmetric,
+            heads,
+            head_dim,
+            dtype,
+            tensors,
+            captured,
         )
-        self.controls = Controls(lab.cp_sizes, first, names, choices)
+        self.controls = Controls(lab.cp_sizes, first, names, choices, on_gpu=on_gpu)
         self.panel = Panel(choices)
         self._probes = Probes(lab, self.panel)
         self._presence = Presence(interval_s, idle_after_s)
@@ -266,8 +282,8 @@ class Explorer(LivePanel[Setting]):
 
     def save_trace(self, path: str | PathLike[str]) -> None:
         """Run one gather of the first algorithm, and write its timeline for ui.perfetto.dev."""
-        work = msgspec.structs.asdict(self.controls.workloads()[0])
-        self._lab.trace(**work).save_chrome_trace(path)
+        work = self.controls.workloads()[0]
+        self._lab.trace(**work.arguments()).save_chrome_trace(path)
 
     @property
     def status_html(self) -> str:

@@ -150,11 +150,12 @@ def describe(workloads: Sequence[Workload]) -> tuple[str, str]:
     lengths = ", ".join(str(length) for length in first.lengths[:4])
     more = f", … ({len(first.lengths)} sequences)" if len(first.lengths) > 4 else ""
     memory = "symmetric memory" if first.symmetric else "ordinary memory"
+    captured = ", captured" if first.captured else ""
     tensors = "1 tensor" if first.tensors == 1 else f"{first.tensors} tensors"
     rows = f"{tensors} of {first.heads}×{first.head_dim} {first.dtype}"
     return (
         f"cp_size {first.cp_size} · {names}",
-        f"{first.strategy}, {memory}, lengths {lengths}{more} tokens; {rows}",
+        f"{first.strategy}, {memory}{captured}, lengths {lengths}{more} tokens; {rows}",
     )
 
 

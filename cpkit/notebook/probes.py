@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from cpkit.control.errors import BadRequest, RequestFailed, WorkersBusy
 from cpkit.control.messages import ClockCall, Workload
 from cpkit.lab import Lab
@@ -44,7 +42,7 @@ class Probes:
 
     def _floor_us(self, work: Workload) -> float | str:
         """Return the least time of a gather; or the reason, if it cannot be measured."""
-        shape = msgspec.structs.asdict(work)
+        shape = work.arguments()
         del shape["algorithm"]
         calls: list[ClockCall] = ["barrier", "copy"]
         try:
@@ -54,7 +52,7 @@ class Probes:
 
     def _sweep(self, workloads: Sequence[Workload], *, by_size: bool) -> pd.DataFrame | str:
         """Measure other sizes, or other cp sizes; return the reason, if that is refused."""
-        shared = msgspec.structs.asdict(workloads[0])
+        shared = workloads[0].arguments()
         lengths, cp_size = shared.pop("lengths"), shared.pop("cp_size")
         del shared["algorithm"]
         try:

@@ -48,10 +48,13 @@ def code(name: str, workloads: Sequence[Workload]) -> str:
 
 
 def as_csv(samples: Sequence[Sample]) -> str:
-    """Return one line per sample: its number, and the columns of a sweep."""
+    """Return one line per sample: its number, its launch, and the columns of a sweep."""
     import pandas as pd
 
-    rows = [{"sequence": sample.sequence} | sample.row() for sample in samples]
+    rows = [
+        {"sequence": sample.sequence, "captured": sample.workload.captured} | sample.row()
+        for sample in samples
+    ]
     return str(pd.DataFrame(rows).to_csv(index=False))
 
 

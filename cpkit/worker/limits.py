@@ -73,10 +73,10 @@ def check(body: Body, world_size: int) -> None:
     """Raise ValueError if `world_size` ranks cannot run this request."""
     match body:
         case Gather(workload, round_number):
-            check_workload(workload, world_size)
+            _check_called(workload, world_size)
             _in_range("round", round_number, 0, _MAX_ROUND)
         case Trace(workload) | Explain(workload):
-            check_workload(workload, world_size)
+            _check_called(workload, world_size)
         case Measure(workloads, samples, interval_s):
             _check_interleaved(workloads, world_size)
             if samples is not None:
@@ -88,7 +88,7 @@ def check(body: Body, world_size: int) -> None:
             for workload in workloads:
                 check_workload(workload, world_size)
         case Clock(workload):
-            check_workload(workload, world_size)
+            _check_called(workload, world_size)
             _check_clock(body)
         case Pool():
             _check_pool(body, world_size)
@@ -107,17 +107,21 @@ def needed(body: Body) -> int:
             copies = _CLOCK_COPIES + _PLAN_OUTPUTS * plans
             return needed_bytes(workload) + workload.cp_size * copies * workload.total_bytes
         case Measure(workloads) | Sweep(workloads):
-            return max(map(needed_bytes, workloads)) + _kept_by_further_plans(workloads)
+            return max(map(needed_bytes, workloads)) + _kept_by_further_ones(workloads)
     return 0
 
 
-def _kept_by_further_plans(workloads: Sequence[Workload]) -> int:
-    """Return the bytes of the outputs that all plans but the first keep while the request is open.
+def _kept_by_further_ones(workloads: Sequence[Workload]) -> int:
+    """Return the bytes that all plans and captures but the first keep while the request is open.
 
     Workloads that are measured in turn use the same memory, one after another, except for these.
     """
-    plans = [each for each in workloads if each.algorithm == "plan"]
-    return sum(each.cp_size * _PLAN_OUTPUTS * each.total_bytes for each in plans[1:])
+    kept = [
+        needed_bytes(each) if each.captured else each.cp_size * _PLAN_OUTPUTS * each.total_bytes
+        for each in workloads
+        if each.captured or each.algorithm == "plan"
+    ]
+    return sum(kept[1:])
 
 
 def check_share(body: Pool, client: bytes, held: Held) -> None:
@@ -186,6 +190,11 @@ def check_workload(workload: Workload, world_size: int) -> None:
     """Raise ValueError for a workload that `world_size` ranks cannot run."""
     check_cp_size(workload.cp_size, world_size)
     _check_name("algorithm is", workload.algorithm, all_choices())
+    if workload.captured and worker_device() == "cpu":
+        raise ValueError(
+            "captured is True, and these workers run on the CPU, which has no CUDA graphs: leave "
+            'it out, or start the workers with device="cuda"'
+        )
     _check_shape(workload.heads, workload.head_dim, workload.dtype, workload.tensors)
     _in_range("the number of sequences", len(workload.lengths), 1, MAX_SEQUENCES)
     if min(workload.lengths) > 0:  # otherwise the layout raises
@@ -194,14 +203,21 @@ def check_workload(workload: Workload, world_size: int) -> None:
     workload.layout()
 
 
+def _check_called(workload: Workload, world_size: int) -> None:
+    """Raise ValueError for a workload whose call itself is looked at, and that is captured."""
+    if workload.captured:
+        raise ValueError("captured is True; only measure and sweep replay captures: leave it out")
+    check_workload(workload, world_size)
+
+
 def _check_interleaved(workloads: tuple[Workload, ...], world_size: int) -> None:
-    """Raise ValueError unless these workloads differ only in algorithm and memory."""
+    """Raise ValueError unless these workloads differ only in algorithm, memory and launch."""
     _in_range("the number of workloads", len(workloads), 1, _MAX_INTERLEAVED)
     for workload in workloads:
         if workload.without_variant() != workloads[0].without_variant():
             raise ValueError(
-                f"the workloads {workloads[0]} and {workload} differ in more than algorithm and "
-                f"symmetric: measure them one after the other, or use a sweep"
+                f"the workloads {workloads[0]} and {workload} differ in more than algorithm, "
+                f"symmetric and captured: measure them one after the other, or use a sweep"
             )
         check_workload(workload, world_size)
 

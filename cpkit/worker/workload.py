@@ -9,6 +9,7 @@ import torch
 from cpkit import provenance
 from cpkit.control.messages import Workload
 from cpkit.control.requests import DTYPE_BYTES
+from cpkit.devices import Replay, finish
 from cpkit.gather import all_gather_kv, last_path
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -32,9 +33,31 @@ class Run:
     round: int
     tensors: list[torch.Tensor]
     _plan: GatherPlan | None = field(default=None, init=False, repr=False)
+    _replay: Replay[list[torch.Tensor]] | None = field(default=None, init=False, repr=False)
+    _captured_path: PathReport | None = field(default=None, init=False, repr=False)
 
     def gather(self) -> list[torch.Tensor]:
         """Return all tensors in token order. Collective."""
+        return self._captured()() if self.workload.captured else self._call()
+
+    def _captured(self) -> Replay[list[torch.Tensor]]:
+        """Return the captured gather, made in the first call. Collective.
+
+        The gather runs once before, because pools, kernels and tables cannot be made in a capture.
+        """
+        if self._replay is None:
+            self._call()
+            self._captured_path = self._latest_path()
+            if self._captured_path.path == "fallback" and not self.group.has_nccl:
+                raise ValueError(
+                    "captured is True, and without symmetric memory the rows of ranks that share a "
+                    "GPU go through the host, which cannot be captured: use symmetric memory, or "
+                    "measure without captured"
+                )
+            self._replay = Replay(self._call)
+        return self._replay
+
+    def _call(self) -> list[torch.Tensor]:
         with batch_symmetry(self.workload.symmetric):
             if self.workload.algorithm == "plan":
                 return self._call_plan()
@@ -57,6 +80,11 @@ class Run:
 
     def verified_gather(self) -> list[torch.Tensor]:
         """Gather, and compare every bit. Raises ProvenanceError. Collective."""
+        if self.workload.captured:
+            for tensor in self._captured().result:  # which the eager gather may have filled
+                provenance.poison_(tensor)
+            finish()
+            self.group.barrier()  # otherwise a peer could store rows before they are poisoned
         gathered = self.gather()
         for number, tensor in enumerate(gathered):
             if not self._is_expected(tensor, number):
@@ -72,7 +100,10 @@ class Run:
         return got_rows.dtype == want_rows.dtype and torch.equal(got_rows, want_rows)
 
     def path(self) -> PathReport:
-        """Return the path of the latest gather on this rank."""
+        """Return the path of the latest gather on this rank, or of the captured one."""
+        return self._captured_path or self._latest_path()
+
+    def _latest_path(self) -> PathReport:
         report = last_path(self.group)
         if report is None:
             raise RuntimeError("there is no path before the first gather")

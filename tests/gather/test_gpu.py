@@ -18,9 +18,11 @@ import torch
 import cpkit
 from cpkit.algorithms import ALGORITHM_CHOICES
 from cpkit.control import mps
+from cpkit.control.messages import Sample
 from cpkit.timing import DEVICE_TIME
 from tests.helpers import ROOT
 from tests.helpers.launch import assert_passed
+from tests.helpers.processes import until
 from tests.ranks.device_time import contradictions
 
 pytestmark = [
@@ -191,6 +193,51 @@ def test_a_sweep_orders_the_algorithms_as_their_captures_do(
             assert table["clock"].unique().tolist() == [DEVICE_TIME]
             swept_us = dict(zip(table["algorithm"], table["time_us"], strict=True))
             assert not contradictions(swept_us, captured_us), (swept_us, captured_us)
+        lab.stop()
+
+
+def test_captured_gathers_are_verified_measured_and_released(runtime_dir: Path) -> None:
+    names = (*ALGORITHM_CHOICES,)
+    with cpkit.connect("gpu-captured", nproc=2, device="cuda") as lab:
+
+        def median_of(captured: bool, tokens: int) -> dict[str, Sample]:
+            stream = lab.measure([tokens], algorithms=names, captured=captured, samples=4)
+            return {sample.algorithm: sample for sample in stream}
+
+        eager, captured = median_of(False, 512), median_of(True, 512)
+        for name, sample in captured.items():
+            assert sample.workload.captured
+            assert sample.path == eager[name].path, name
+            assert sample.clock == DEVICE_TIME
+            print(f"{name}: call {eager[name].call_us:.0f} us, captured {sample.call_us:.0f} us")
+        assert captured["padded"].call_us < eager["padded"].call_us  # one launch, no Python
+        lab.gather([64], cp_size=2)
+        before = lab.pool.stats(2)["used_bytes"].tolist()
+        free_bytes = torch.cuda.mem_get_info()[0]
+        for tokens in range(1000, 9000, 400):
+            median_of(True, tokens)
+        lab.gather([64], cp_size=2)  # an agreement, which returns what was dropped
+        assert lab.pool.stats(2)["used_bytes"].tolist() == before
+        assert free_bytes - torch.cuda.mem_get_info()[0] < 2**30
+        if GPUS < 2:
+            with pytest.raises(cpkit.RequestFailed, match="go through the host"):
+                next(lab.measure([64], cp_size=2, symmetric=False, captured=True))
+        assert lab.gather([4097], cp_size=2).checked_rows
+        lab.stop()
+
+
+def test_the_explorer_on_a_gpu(runtime_dir: Path) -> None:
+    with cpkit.connect("gpu-explorer", nproc=2, device="cuda") as lab:
+        panel = lab.explore([512], algorithms=["padded", "direct", "plan"])
+        eager = panel.wait(samples=4)
+        until(lambda: "device time" in panel.summary_html and "call time" in panel.summary_html)
+        panel.controls.captured.value = True
+        captured = panel.wait(samples=4)
+        assert (eager.workload.captured, captured.workload.captured) == (False, True)
+        assert captured.call_us < eager.call_us
+        assert "captured=True" in panel.code
+        until(lambda: "captured" in panel.panel.still().layout.title.subtitle.text)
+        panel.close()
         lab.stop()
 
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from cpkit.control.messages import Clock, Gather, Measure, Pool, Sweep, Workload
+from cpkit.control.messages import (
+    Clock,
+    Explain,
+    Gather,
+    Measure,
+    Pool,
+    Sweep,
+    Trace,
+    Workload,
+)
 from cpkit.worker import limits
-from cpkit.worker.limits import MemoryInUse, check_room, check_share, needed, needed_bytes
+from cpkit.worker.limits import MemoryInUse, check, check_room, check_share, needed, needed_bytes
 
 A, B, C = b"a", b"b", b"c"
 SMALL, LARGE = Workload(2, (64,)), Workload(2, (4096,))
@@ -70,4 +79,20 @@ def test_a_request_needs_the_memory_of_its_largest_workload() -> None:
         lambda n: Clock(SMALL, ("plan",) * n),
     ):
         assert needed(of_plans(16)) == needed(of_plans(1)) + 15 * kept_bytes
+    captured = msgspec.structs.replace(SMALL, captured=True)
+    assert needed(Measure((captured,) * 3)) == 3 * needed_bytes(SMALL), "each keeps its rows"
+    assert needed(Measure((SMALL,) * 3)) == needed_bytes(SMALL)
     assert needed(allocate(100)) == 0, "check_share counts it"
+
+
+@pytest.mark.parametrize("request_type", [Gather, Trace, Explain, Clock])
+def test_only_measurements_are_captured(
+    request_type: type[Gather | Trace | Explain | Clock],
+) -> None:
+    captured = msgspec.structs.replace(SMALL, captured=True)
+    body = Clock(captured, ("copy",)) if request_type is Clock else request_type(captured)
+    with pytest.raises(ValueError, match="only measure and sweep replay captures"):
+        check(body, 2)
+    for measured in (Measure((captured,)), Sweep((captured,))):
+        with pytest.raises(ValueError, match=r"run on the CPU.*device=\"cuda\""):
+            check(measured, 2)
