@@ -196,8 +196,9 @@ _T = TypeVar("_T")
 class Replay(Generic[_T]):
     """A captured call: it launches the same work again, into the same result.
 
-    It keeps what its graph uses, and releases it when it is dropped; until then, its rows and
-    buffers stay in use.
+    It keeps what its graph uses, and releases it when it is dropped. All replays share memory for
+    what they compute in between, so a result is valid until another Replay is launched, and they
+    must be launched in one stream order.
     """
 
     def __init__(self, call: Callable[[], _T]) -> None:
@@ -212,7 +213,9 @@ class Replay(Generic[_T]):
         try:
             with (
                 _keeping_in(self._kept),
-                torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    self._graph, pool=_memory_owner().pool(), capture_error_mode="thread_local"
+                ),
             ):
                 self.result = call()
         finally:
@@ -223,6 +226,18 @@ class Replay(Generic[_T]):
         """Launch the work on the current stream, and return the result."""
         self._graph.replay()
         return self.result
+
+
+@cache
+def _memory_owner() -> torch.cuda.CUDAGraph:
+    """Return a graph that is never dropped, and owns the memory in which all others allocate.
+
+    With memory of its own, each dropped graph would leave some behind, until torch runs out of it.
+    """
+    owner = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(owner, capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
+    return owner
 
 
 _replayed: list[object] = []

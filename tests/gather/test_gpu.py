@@ -217,10 +217,12 @@ def test_captured_gathers_are_verified_measured_and_released(runtime_dir: Path) 
         for tokens in range(1000, 9000, 400):
             median_of(True, tokens)
         lab.gather([64], cp_size=2)  # an agreement, which returns what was dropped
-        assert lab.pool.stats(2)["used_bytes"].tolist() == before
-        assert free_bytes - torch.cuda.mem_get_info()[0] < 2**30
+        left = lab.pool.stats(2)["used_bytes"].tolist(), free_bytes - torch.cuda.mem_get_info()[0]
+        print(f"used before {before}, now {left[0]}; {left[1]} bytes of the GPU are not free again")
+        assert left[0] == before
+        assert left[1] < 2**30
         if GPUS < 2:
-            with pytest.raises(cpkit.RequestFailed, match="go through the host"):
+            with pytest.raises(cpkit.BadRequest, match="go through the host"):
                 next(lab.measure([64], cp_size=2, symmetric=False, captured=True))
         assert lab.gather([4097], cp_size=2).checked_rows
         lab.stop()
