@@ -213,14 +213,15 @@ def test_captured_gathers_are_verified_measured_and_released(runtime_dir: Path) 
         assert captured["padded"].call_us < eager["padded"].call_us  # one launch, no Python
         lab.gather([64], cp_size=2)
         before = lab.pool.stats(2)["used_bytes"].tolist()
-        free_bytes = torch.cuda.mem_get_info()[0]
-        for tokens in range(1000, 9000, 400):
-            median_of(True, tokens)
-        lab.gather([64], cp_size=2)  # an agreement, which returns what was dropped
-        left = lab.pool.stats(2)["used_bytes"].tolist(), free_bytes - torch.cuda.mem_get_info()[0]
-        print(f"used before {before}, now {left[0]}; {left[1]} bytes of the GPU are not free again")
-        assert left[0] == before
-        assert left[1] < 2**30
+        free_bytes = []
+        for first in (1000, 1100, 1200):  # the first round also fills torch's cache
+            for tokens in range(first, first + 8000, 400):
+                median_of(True, tokens)
+            lab.gather([64], cp_size=2)  # an agreement, which returns what was dropped
+            free_bytes.append(torch.cuda.mem_get_info()[0])
+        print(f"free after each round: {free_bytes}")
+        assert lab.pool.stats(2)["used_bytes"].tolist() == before
+        assert free_bytes[0] - free_bytes[-1] < 2**26
         if GPUS < 2:
             with pytest.raises(cpkit.BadRequest, match="go through the host"):
                 next(lab.measure([64], cp_size=2, symmetric=False, captured=True))
