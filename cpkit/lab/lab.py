@@ -185,18 +185,8 @@ class Lab:
         if algorithms is not None and algorithm != "direct":
             raise BadRequest("pass either algorithm or algorithms, to say what to measure")
         names = several((algorithm,) if algorithms is None else algorithms, "algorithms")
-        workload = self.workload(
-            lengths,
-            cp_size,
-            strategy,
-            "direct",
-            symmetric,
-            heads,
-            head_dim,
-            dtype,
-            tensors,
-            captured,
-        )
+        rows = (heads, head_dim, dtype, tensors, captured)
+        workload = self.workload(lengths, cp_size, strategy, "direct", symmetric, *rows)
         variants = [structs.replace(workload, algorithm=name) for name in names]
         return self.measure_workloads(variants, samples=samples, interval_s=interval_s)
 

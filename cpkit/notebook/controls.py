@@ -11,6 +11,7 @@ import msgspec
 import traitlets
 
 from cpkit.batch import STRATEGIES
+from cpkit.control.errors import BadRequest
 from cpkit.control.messages import MAX_SEQUENCES, Workload
 from cpkit.notebook.live import close_widgets, controls_box
 
@@ -170,6 +171,8 @@ class Controls:
         *,
         on_gpu: bool,
     ) -> None:
+        if start.captured and not on_gpu:
+            raise BadRequest("captured is True, but these workers run on the CPU: leave it out")
         self.cp_size = _slider("cp_size", cp_sizes, start.cp_size, "ranks that share the sequences")
         self.heads = _slider("heads", HEADS, start.heads, "heads per row")
         self.head_dim = _slider("head_dim", HEAD_DIMS, start.head_dim, "elements per head")

@@ -114,29 +114,13 @@ class Explorer(LivePanel[Setting]):
         if cp_size not in (None, *lab.cp_sizes):
             allowed = ", ".join(map(str, lab.cp_sizes))
             raise BadRequest(f"cp_size is {cp_size!r:.100}; these workers can form {allowed}")
-        status = lab.status()
-        on_gpu = status.device != "cpu"
-        if captured and not on_gpu:
-            raise BadRequest(
-                "captured is True, and these workers run on the CPU, which has no CUDA graphs: "
-                "leave it out"
-            )
-        names, choices = several(algorithms, "algorithms"), status.algorithms
+        names, status = several(algorithms, "algorithms"), lab.status()
+        choices, on_gpu = status.algorithms, status.device != "cpu"
         if not names or not all(name in choices for name in names):
             allowed, got = ", ".join(choices), f"{algorithms!r:.100}"
             raise BadRequest(f"algorithms is {got}; it must be one or more of {allowed}")
-        first = lab.workload(
-            lengths,
-            cp_size,
-            strategy,
-            names[0],
-            symmetric,
-            heads,
-            head_dim,
-            dtype,
-            tensors,
-            captured,
-        )
+        rows = (heads, head_dim, dtype, tensors, captured)
+        first = lab.workload(lengths, cp_size, strategy, names[0], symmetric, *rows)
         self.controls = Controls(lab.cp_sizes, first, names, choices, on_gpu=on_gpu)
         self.panel = Panel(choices)
         self._probes = Probes(lab, self.panel)

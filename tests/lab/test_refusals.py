@@ -31,7 +31,7 @@ BAD = [
     (lambda lab: next(lab.measure(64, algorithms=[])), "number of workloads is 0"),
     (
         lambda lab: next(lab.measure_workloads([lab.workload(64), lab.workload(65)])),
-        "differ in more than algorithm and symmetric",
+        "differ in more than algorithm, symmetric and captured",
     ),
     (lambda lab: lab.measure_workloads(3), "workloads is 3; it must be a list"),
     (lambda lab: lab.measure_workloads(["direct"]), r"workloads is \['direct'\]; .* Lab.workload"),
@@ -40,6 +40,9 @@ BAD = [
     (lambda lab: lab.explore([64], interval_s=0), "interval_s is 0; it must be seconds, more than"),
     (lambda lab: lab.explore([64], cp_size=3), "cp_size is 3; these workers can form 1, 2"),
     (lambda lab: lab.explore([64], algorithms=["magic"]), r"algorithms is \['magic'\]; .* padded,"),
+    (lambda lab: lab.explore([64], captured=True), "captured is True, but these workers run on"),
+    (lambda lab: next(lab.measure([64], captured=True)), "captured is True, .* no CUDA graphs"),
+    (lambda lab: lab.measure([64], captured=1), "captured is 1; it must be True or False"),
     (lambda lab: lab.explore([64], algorithms=[]), r"algorithms is \[\]; it must be one or more"),
     (lambda lab: lab.explore([64], idle_after_s=float("nan")), "idle_after_s is nan"),
     (lambda lab: lab.gather([64], "4"), "cp_size is '4'; it must be a whole number"),
