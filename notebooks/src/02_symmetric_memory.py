@@ -9,7 +9,7 @@
 #
 # After this notebook you can
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
-# 2. place barriers or signals so that no order of events breaks a loop, and prove it;
+# 2. place barriers or signals so that a loop is right in every order of events, and prove it;
 # 3. store rows straight in the paged cache of a peer;
 # 4. size a pool so that it never has to grow while an engine serves requests;
 # 5. say whether a gather takes the fast path, from four facts and a version number;
@@ -38,7 +38,8 @@ pd.set_option("display.max_colwidth", None)
 #
 # A kernel that writes into a peer's memory needs an address. Which address? Every rank allocates the same buffer: here,
 # each rank creates one file in shared memory. Every rank then maps *all* of these files. So cp ranks hold cp² mappings
-# (4 ranks hold 16), and each of them can be written like ordinary memory.
+# (4 ranks hold 16), and each of them can be written like ordinary memory. The *offset* of a buffer is its distance in
+# bytes from the start of its file.
 
 # %% same-predict
 lesson.predict("same", ...)
@@ -58,11 +59,12 @@ assert same_offset, "otherwise the memory is not symmetric"
 
 # %% address-text [markdown]
 # Did your addresses happen to be equal? They can be: on one GPU, four processes all received the same address. That is
-# an accident. So never send a pointer to a peer. Send an offset: the peer knows where *it* has mapped each segment.
+# an accident. So never send a pointer to a peer. Send an offset: the peer adds it to the address at which *it* has
+# mapped the segment.
 #
-# In PyTorch the ranks exchange their buffers in a *rendezvous*. Each rank receives a *handle*, which holds exactly this
-# list (`buffer_ptrs`): the address of every rank's buffer, *as this process has mapped it*. After that the buffer is
-# *registered*: every rank can compute its address in the memory of every other.
+# In PyTorch the ranks exchange their buffers in a *rendezvous*. Each rank receives a *handle* with the list
+# `buffer_ptrs`: for every rank, the address at which *this process* has mapped that rank's buffer. After that the
+# buffer is *registered*: every rank can compute the address of each peer's buffer.
 
 # %% e1-task [markdown]
 # ### Exercise 1 · A peer's pointer
@@ -126,8 +128,8 @@ def peer_pointer(pointer, me, peer, bases):
 # ## 2. Put and get
 #
 # Now that a rank can address its peers, it can move rows in two directions. Which of them should an engine use, and
-# what has to be waited for? In the round above, each rank *put* a stamp into its own slot of every peer's memory, and
-# then read its own memory. A stamp contains the rank that wrote it, and the round.
+# what has to be waited for? In section 1, `lab.put(cp, rounds=1)` ran one round: each rank *put* a stamp into its own
+# slot of every peer's memory, and then read its own memory. A stamp contains the rank that wrote it, and the round.
 
 # %% who
 assert (put.writers == range(cp)).all(), "slot w of every rank was written by rank w"
@@ -137,18 +139,18 @@ figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 # %% get-text [markdown]
 # A *put* writes into the memory of a peer, and a *get* reads from it. They differ in which rank has to wait:
 #
-# | | data moves | the rank that owns the memory must know | the other rank must know |
+# | | data moves | the rank that owns the memory waits until | the other rank waits until |
 # |---|---|---|---|
-# | put (push) | from me to the peer | when the data has arrived | when it may write *again* |
-# | get (pull) | from the peer to me | when it may write *again* | when the data is there |
+# | put (push) | from me to the peer | the data has arrived | it may write *again* |
+# | get (pull) | from the peer to me | it may write *again* | the data is there |
 #
 # Both directions need two waits: one before the data is read, and one before the memory is used again.
 
 # %% s3 [markdown]
 # ## 3. Remove the barriers
 #
-# How bad is it to forget a wait? First the correct loop, for 1000 rounds on the real ranks. In each round, all ranks
-# put, wait at a barrier, read, and wait at a second barrier.
+# How bad is it to forget a wait? First run the correct loop, for 1000 rounds on the real ranks. In each round, all
+# ranks put, wait at a barrier, read, and wait at a second barrier.
 
 # %% with-barrier
 safe = lab.put(cp, rounds=1000, barrier=True)
@@ -176,7 +178,7 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **stale** (read after write): the reader was early. It read before the writer had written.
 # - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
-# Now imagine a test that gathers the same values in every round. It would have passed every one of these wrong reads.
+# Now imagine a test that gathers the same values in every round. It would have accepted every one of these wrong reads.
 
 # %% s4 [markdown]
 # ## 4. Every possible order
@@ -333,8 +335,8 @@ def exchange(me):
 # `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and every rank that has passed the
-# barrier of round n+1 has read it. So one barrier per round is enough, at the price of twice the memory. cpkit's own
-# barrier (`sync/barrier.py`) and its plans do this.
+# barrier of round n+1 has read it. So one barrier per round is enough, at the price of twice the memory. cpkit's plans
+# do this with two outputs, and its barrier (`sync/barrier.py`) with two message slots.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
@@ -381,8 +383,8 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #
 # Not every race is between ranks. In NCCL 2.28.0 to 2.30.4, a symmetric kernel can read its input before the previous
 # kernel on the *same* GPU has written it, because a wait between the two is missing. No barrier between ranks prevents
-# that. In SGLang with CUDA graphs, one request at a time, the fraction of right answers fell from 0.575 to 0.100
-# (sglang#37768).
+# that. In SGLang, which served one request at a time from CUDA graphs (kernels that are recorded once and then launched
+# together), the race reduced the fraction of right answers from 0.575 to 0.100 (sglang#37768).
 #
 # **Another way** Let rank 1 be the fast one. Rank 0 then reads its own slot first, which is right, so the order needs one
 # step more: `[0, 0, 0, 1, 1, 1]`, rank 1 four times, and rank 0 twice.
@@ -532,9 +534,9 @@ def exchange_signals(me):
 # for `full`, read, signal `free`.
 #
 # ---
-# **Why** Each rank waits only for the peers whose data it reads and whose memory it overwrites. On a GPU, the signal
-# must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system scope*,
-# because the other rank is another GPU.
+# **Why** Each rank waits only for the peers whose data it reads and whose memory it overwrites. On a GPU, the
+# signal must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system
+# scope*, because the other rank runs on another GPU.
 #
 # **Another way** Use a counter instead of a word: a signal writes the round, and a wait looks for "at least this
 # round". No word has to be cleared, and no signal can be lost. DeepEP and NCCL's symmetric kernels count in this way.
@@ -542,7 +544,7 @@ def exchange_signals(me):
 # %% handover-text [markdown]
 # ### The same signals on real ranks
 #
-# The simulator has shown that your program is right in every order. What does it look like in a real engine?
+# The simulator has searched the orders of a few ranks over a few rounds. How does such a program look on real ranks?
 # `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
 # is one word per pair of ranks and direction. In this program it means `full` and `free` in turn.
 #
@@ -662,9 +664,10 @@ assert not same.diverged
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
-# **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of rank
-# r. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must always be equal on
-# all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than necessary.
+# **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of blocks that
+# rank r has dropped. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must
+# always be equal on all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than
+# necessary.
 #
 # **Example** Rank 0 has released {1, 2}, and rank 1 has released {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2,
 # 3}], 0)` is {2}, and rank 1 gets the same answer.
@@ -720,16 +723,16 @@ def may_free(dropped, me):
 # bit per block in the exchange that every gather needs anyway, together with a digest of its history. A mismatch raises
 # an error that lists each rank's allocations.
 #
-# **Another way** Never free: allocate all buffers once, by name, and reuse them. Kernels in a captured CUDA graph do
-# that. It is not enough to order the free blocks in the same way while ranks free them at different times.
+# **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
+# does that. It is not enough to order the free blocks in the same way while ranks free them at different times.
 # pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address, and #190977 (wrong
 # rows after reuse) is still open.
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
-# You have allocated a symmetric buffer. Does NCCL use its fast path? The path depends on four facts, which must hold
-# **on all ranks**:
+# You have allocated a symmetric buffer. Does NCCL gather with a symmetric kernel? That is its *fast path* (`symmetric`
+# in results). It depends on four facts, which must hold **on all ranks**:
 #
 # | fact | if it does not hold | reported in |
 # |---|---|---|
@@ -759,14 +762,15 @@ lesson.version_table()
 # torch 2.12.1.
 #
 # A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
-# And for small messages, NCCL may still fall back. Its kernel for small messages (LL) copies through NCCL's own memory,
-# so it can also be selected with only the *send* buffer registered (seen with 2.30.7 at 64 KiB per rank). The ranks of
-# this notebook push rows themselves. They need a symmetric receive buffer, and a symmetric send buffer only saves them
-# the copy that pads.
+# For small messages, there are exceptions in both directions: NCCL may fall back although the receive buffer is
+# registered, and it may select its symmetric kernel for small messages (LL) although only the *send* buffer is
+# registered, because that kernel copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6
+# leaves these exceptions out. The ranks of this notebook push rows themselves. They need a symmetric receive buffer,
+# and a symmetric send buffer only saves them the copy that pads.
 #
-# The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 to 2.30.4 it
-# does not (sglang#37768), so it may read rows that this kernel is still writing: the stale read of section 3. Other
-# kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
+# The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 to 2.30.4
+# it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: the stale read of section
+# 3. Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
 # *loaded* library (`ncclGetVersion`), not the one with which torch was compiled.
@@ -779,9 +783,10 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 # %% e6-task [markdown]
 # ### Exercise 6 · The rule of the fast path
 #
-# **Goal** Write `fast_path`: what NCCL does with this all-gather.
+# **Goal** Write `fast_path`: whether this all-gather may take NCCL's fast path, and whether that path is safe.
 #
-# - `"fallback"`: NCCL uses no symmetric kernel, or one that would store rows at a wrong offset.
+# - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or one that would
+#   store rows at a wrong offset.
 # - `"racy"`: NCCL uses a right symmetric kernel, but of a version that does not wait for the previous kernel.
 # - `"sound"`: NCCL uses a right symmetric kernel, of a version that waits.
 #
@@ -924,8 +929,8 @@ def fast_path(version, group, send, recv):
 # **Why** NCCL does *not* compare the offsets of the ranks. On two H100s with NCCL 2.28.9, and a receive buffer at a
 # different offset on each rank, shards of 64 KiB were right, because the kernel for small messages uses a staging
 # buffer. Shards of 2 MiB were wrong on every rank, without an error. So cpkit's ranks exchange the locations of their
-# buffers before every gather (`locate.py`, `path.py`). They give NCCL an ordinary copy of such a buffer: the path is
-# then `fallback`, with the reason.
+# buffers before every gather (`locate.py`, `path.py`). If the receive offsets differ, they give NCCL an ordinary copy
+# of the buffer, and the path is `fallback`, with the reason.
 #
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
 # version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
@@ -942,13 +947,13 @@ lesson.reveal("recv", path)
 # ## 9. Failure lab
 #
 # What do these mistakes look like when they happen at night, in production? Now you cause them on purpose. Each case
-# starts two ranks of its own, lets rank 1 make one mistake, and ends both. The ranks wait at most 1.5 s for each other,
-# and your workers above are not involved. Before each run, predict: **what will the ranks observe?**
+# starts two ranks of its own, makes one mistake on one or both of them, and ends both. The ranks wait at most 1.5 s for
+# each other, and your workers above are not involved. Before each run, predict: **what will the ranks observe?**
 #
-# - `error at once`: every remaining rank raises an error immediately;
-# - `error after the deadline`: a rank waits until its timeout, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but the ranks, or NCCL 2.28.9 or 2.29.7 with the same buffers,
-#   fall back;
+# - `error at once`: every rank that is still running raises an error immediately;
+# - `error after the deadline`: a rank waits until the deadline, and then raises an error;
+# - `fast path missed`: no error, and every row is right, but the gather falls back, on the two ranks or, with the same
+#   buffers, in NCCL 2.28.9 or 2.29.7;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -1055,7 +1060,7 @@ lesson.reveal("shared_memory_is_full", cards["shared_memory_is_full"].symptom)
 # %% dies-text [markdown]
 # ### A rank dies
 #
-# Rank 1 is killed before it arrives at the gather, as the kernel does when memory runs out.
+# Rank 1 is killed before it arrives at the gather, as Linux kills a process when memory runs out.
 
 # %% dies-predict
 lesson.predict("a_rank_dies", ...)
@@ -1070,7 +1075,7 @@ lesson.reveal("a_rank_dies", cards["a_rank_dies"].symptom)
 # ### All post-mortems side by side
 #
 # There are seven causes, but only four symptoms. So the symptom alone does not identify the cause. What else do the
-# ranks report? Look at the end of each process, and at the post-mortems above: the type of an error, its message, and
+# ranks report? Look at how each process ended, and at the post-mortems above: the type of an error, its message, and
 # the reason of a fallback.
 
 # %% cards
@@ -1082,10 +1087,11 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # %% e7-task [markdown]
 # ### Exercise 7 · From post-mortem to cause
 #
-# **Goal** Write `cause`: the name of the mistake, one of `CASES`, from what the ranks observed. Each entry has `rank`,
-# `exit_code` (negative: killed by that signal), `error` (the name of the exception's type, or ""), `message`,
-# `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a description of the
-# first wrong row, or ""). The entries are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
+# **Goal** Write `cause`: the name of the mistake, one of `CASES`, from what the ranks observed. `ranks` is a list with
+# one report per rank. Each report has `rank`, `exit_code` (negative: killed by that signal), `error` (the name of the
+# exception's type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken),
+# and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one, run
+# `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1154,8 +1160,9 @@ def cause(ranks):
 # Sort by evidence: first an exit code that only a killed process leaves, then errors, then wrong rows, then paths.
 #
 # ---
-# A timeout has two causes, and the exit code of the *other* rank tells them apart. An error at once has two causes, and
-# the message tells them apart. Without an error there are three causes: wrong rows, or one of two reasons for the path.
+# A timeout has two causes, and the exit code of the *other* rank tells them apart. An error at once has two causes,
+# and the message tells them apart. Without an error, three causes remain: one leaves wrong rows, and the reason for the
+# path tells the other two apart.
 #
 # ---
 # `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `"is full" in said`; `any(r.wrong …)`; `"another
@@ -1270,17 +1277,18 @@ def pull_gather(me, shard, out, tokens):
 # what the rotation gains.
 #
 # ---
-# **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the rotation,
-# each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
-# `_low_contention_all_gather` avoids a different contention, with *computation* that runs at the same time: it copies
-# with copy engines instead of multiprocessors (pytorch#130583).
+# **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the
+# rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
+# `_low_contention_all_gather` avoids a different contention. It copies with copy engines, so that it takes no
+# multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #
 # **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out` must be symmetric
 # instead of the shard, and the barrier at the end says when it is complete. That is `algorithm="direct"`, which
 # notebook 3 measures.
 
 # %% real-text [markdown]
-# Now the real one, on your workers, with symmetric memory and without. Every byte is checked.
+# Now your workers run a real gather twice: `direct`, the variant that pushes, with symmetric memory and without it.
+# Every byte is checked.
 
 # %% real
 tokens = world.of(4096) + 1
@@ -1301,9 +1309,10 @@ print("symmetric memory off:", off.path, "|", off.path_reason)
 #
 # {glossary: paged cache}
 #
-# It can, if the cache is in symmetric memory. Every rank knows the pages of the request, so it knows the slot of each
-# token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache], slots=slots)` stores
-# each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 0 and 3.
+# It can, if the cache is in symmetric memory. Every rank has the list of the request's pages, so it can compute the
+# slot of each token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache],
+# slots=slots)` stores each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 0 and
+# 3.
 
 # %% slot-predict
 lesson.predict("slot", ...)
@@ -1358,7 +1367,7 @@ lesson.progress()
 # - Symmetric means: the same offset on every rank. Pointers differ.
 # - There are two waits: before a rank reads what its peers wrote, and before any rank writes there again. A test of one
 #   round never detects a missing second wait.
-# - A signal waits for one peer, and a barrier for all ranks.
+# - With signals, a rank waits for one peer. At a barrier, it waits for all ranks.
 # - A spill is a collective at run time. Warm up with the largest batch that you expect.
 # - A block is free when *all* ranks have released it. Different free lists give wrong rows, not errors.
 # - The fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on

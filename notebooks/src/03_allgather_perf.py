@@ -1,7 +1,7 @@
 # %% title [markdown]
 # # 3 · All-gather performance
 #
-# Four algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
+# Several algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
 # every layer, so a wrong answer costs time in each of them. In this notebook you compute what the hardware allows,
 # measure what happens, and explain the difference. The loop is again: predict, run, explain.
 #
@@ -188,23 +188,23 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 #
 # Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
 # and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured, not looked up: when every
-# rank copies S bytes, 2 · cp · S bytes move. Of all samples the fastest counts, because a bound is not an average.
+# rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an average.
 #
-# (With one GPU per rank, the bound is that of the links above. The line below then shows the bound of each GPU's
-# memory.)
+# (With one GPU per rank, the links set a tighter bound, the formula above. The line below shows only the bound of each
+# GPU's memory.)
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
 least = (cp + 1) / (2 * cp)  # bytes of a gather / bytes that the copies move
-meet_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
-light = {n: meet_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
+barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
+light = {n: barrier_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
 # %% light-after [markdown]
-# This line is drawn *before* any gather has run, and it does not change. If a measured time lies below it, the
-# measurement is wrong.
+# This line is drawn *before* any gather has run, and it does not change. If a measured time lies below it, either the
+# measurement or the bound is wrong.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -217,7 +217,7 @@ figures.show(figures.roof(light))
 # | `padded_symm` | copies into symmetric memory, pushes to all peers (with one GPU per rank, NCCL does this), strips, reorders |
 # | `direct` | pushes every row to its final position in all peers |
 #
-# All ranks read the same clock, so you can compare their stages in one figure. First the classic pipeline.
+# All ranks read the same clock, so you can compare their stages in one figure. First trace the classic pipeline.
 
 # %% trace-padded tags=["nbval-ignore-output"]
 traced = world.of(4096)  # tokens
@@ -272,7 +272,10 @@ lesson.reveal("late", unfair.median_us("direct") / 1000)
 # %% wrong-text [markdown]
 # ### Eight mistakes
 #
-# Next you see eight wrong times of real gathers, each beside the right one.
+# The figure below shows eight mistakes, the missing barrier among them: each wrong time of a real gather is beside the
+# right one. Some need a word. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the time of
+# the rank that was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the times.
+# *First touch*: a copy into memory that was never written.
 
 # %% damage-predict
 lesson.predict("damage", ...)
@@ -293,12 +296,13 @@ print(warm)
 
 # %% mistakes-1-text [markdown]
 # `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
-# before, so the kernel first has to find and clear each page. `launch` starts the collective and does not wait for its
-# end.
+# before, so the operating system first has to find and clear each page. `launch` starts the collective and does not
+# wait for its end.
 #
-# The next cell measures `direct` against *itself*, so the true ratio is 1. It measures both in turn (A B A B …),
-# first while other threads disturb the machine, and then without them. The samples are then compared in two ways: the
-# first run with the second one, and each A with the B that follows it.
+# The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
+# threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
+# …). The samples are then compared in two ways: the A samples of the first run with those of the second, and each A
+# with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -326,8 +330,8 @@ print("the pairs show", "no difference" if low <= 1 <= high else "a difference t
 # difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same
 # code, the noise was too strong. Then use a quieter machine, and draw no conclusion until the spread contains 1.
 #
-# For two *different* variants you could not tell noise from a real difference. So measure one variant against itself
-# first, and trust only differences that are larger than that spread.
+# With two *different* variants, such a result would not show whether its cause is noise or a real difference. So
+# measure one variant against itself first, and trust only differences that are larger than that spread.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
@@ -362,10 +366,10 @@ lesson.reveal("damage", tuple(order))
 # speed of light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
 # well-known tools: `all_reduce_bench.py` of ml-engineering averages rates.
 #
-# The ninth mistake needs a GPU, and there it is a large one: it is to time *eager* calls, launched one by one from
-# Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time in a
-# CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
-# Section 9 returns to these two clocks.
+# A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
+# from Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time
+# in a CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit
+# 9d290d7bab56). Section 9 returns to these two clocks.
 #
 # {glossary: eager; CUDA graph}
 
@@ -436,8 +440,8 @@ def gather_us(times_us, warmup):
 # rank changes from one gather to the next. `lab.sweep` reports that number as `time_us`, because it needs one time per
 # rank. It is never larger than yours. The live panel uses your order.
 #
-# **Another way** From `begin_us`, take the end of the last rank minus the start of the first. This also includes the
-# skew that the barrier itself leaves.
+# **Another way** `fair.begin_us("direct")` returns when each rank started. Add `times_us` to get each end, and take the
+# last end minus the first start. This also includes the skew that the barrier itself leaves.
 
 # %% s5 [markdown]
 # ## 5. A sweep
@@ -474,8 +478,9 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 # At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end
 # `direct` comes near the speed of light: there the time is *bytes*. On CPU ranks, `padded` and `padded_symm` cost more
 # than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit into the cache, so the bound rises
-# by more than 8 times too. And their results are ordinary memory: from 32 MB on the C library requests new pages from
-# the kernel for every call, and every call pays for the first touch. `direct` writes into the pool, whose pages stay.
+# by more than 8 times too. And their results are ordinary memory: from 32 MB on, the C library requests new pages from
+# the operating system for every call, and every call pays for the first touch. `direct` writes into the pool, whose
+# pages stay.
 #
 # The distance between the flat part and the speed of light is waiting and agreement. It grows when there are more ranks
 # than cores.
@@ -509,8 +514,8 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 # %% e4-task [markdown]
 # ### Exercise 4 · Fit alpha and beta
 #
-# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. The check compares your line at other
-# sizes, including small ones.
+# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. The check compares your line with the
+# true one at other sizes, including small ones.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -568,10 +573,10 @@ def fit(sizes_bytes, times_us):
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
 #
-# Can you price a gather before you run it? A *pass* writes all gathered rows once (`pad` writes only one shard). You
-# can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed has a price
-# of its own. The price of a gather is then the rows that each stage writes, times the price of a pass, plus two
-# barriers.
+# Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
+# shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
+# has a price of its own. The price of a stage is then the number of rows that it writes, divided by the number of
+# gathered rows, times the price of a pass. The price of a gather is the sum over its stages, plus two barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -585,7 +590,7 @@ passes
 # ### Exercise 5 · The price of a gather
 #
 # **Goal** Write `price_us`. `rows` contains the number of rows that a rank wrote in each stage. Writing `total` rows
-# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `meet_us`
+# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `barrier_us`
 # each. (`padded` waits inside its collective instead of at a second barrier.)
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
@@ -594,14 +599,14 @@ passes
 
 
 # %% e5
-def price_us(rows, total, copy_us, wire_us, meet_us):
+def price_us(rows, total, copy_us, wire_us, barrier_us):
     """Return the price of a gather of `total` rows, in µs."""
     # >>> your code
-    #: return 2 * meet_us + wire_us
+    #: return 2 * barrier_us + wire_us
     passes_us = 0.0
     for stage, written in rows.items():
         passes_us += written / total * (wire_us if stage == "wire" else copy_us)
-    return 2 * meet_us + passes_us
+    return 2 * barrier_us + passes_us
     # <<<
 
 
@@ -610,18 +615,18 @@ lesson.check_price(lab, price_us)
 
 
 # %% e5-mutant-padding-is-free
-def price_us(rows, total, copy_us, wire_us, meet_us):
+def price_us(rows, total, copy_us, wire_us, barrier_us):
     copies = sum(stage != "wire" and written / total for stage, written in rows.items())
-    return 2 * meet_us + wire_us + copies * copy_us
+    return 2 * barrier_us + wire_us + copies * copy_us
 
 
 # %% e5-mutant-whole-passes
-def price_us(rows, total, copy_us, wire_us, meet_us):
-    return 2 * meet_us + wire_us + (len(rows) - 1) * copy_us
+def price_us(rows, total, copy_us, wire_us, barrier_us):
+    return 2 * barrier_us + wire_us + (len(rows) - 1) * copy_us
 
 
 # %% e5-mutant-no-meeting
-def price_us(rows, total, copy_us, wire_us, meet_us):
+def price_us(rows, total, copy_us, wire_us, barrier_us):
     return sum(n / total * (wire_us if stage == "wire" else copy_us) for stage, n in rows.items())
 
 
@@ -633,7 +638,7 @@ def price_us(rows, total, copy_us, wire_us, meet_us):
 # more than `total` rows.
 #
 # ---
-# `2 * meet_us + sum(…)` over `rows.items()`.
+# `2 * barrier_us + sum(…)` over `rows.items()`.
 #
 # ---
 # **Why** In one shared memory, all stages move bytes at about the same rate, so counting comes before tuning. Over
@@ -644,8 +649,8 @@ def price_us(rows, total, copy_us, wire_us, meet_us):
 # than it writes.
 
 # %% passes-text [markdown]
-# Now predict the times of the three algorithms at a quarter of the largest size, and measure them in the same run.
-# Write down your number first.
+# The cells below predict and measure the times of the three algorithms at a quarter of the largest size. First predict
+# one ratio yourself.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -710,9 +715,10 @@ assert not {"pad", "strip", "reorder"} & set(split[-1].stage_us), "direct has no
 figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
-# `agree` and `exit` are synchronization: they contain Python code, and ranks that wait for a core. `strip` and
-# `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. The prediction contains two
-# bare barriers and nothing else of this. It is good enough to decide if the *order of the gains* is right.
+# `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
+# `strip` and `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. The
+# prediction contains two bare barriers and nothing else of this. It is good enough for a decision as long as it ranks
+# the gains correctly.
 
 
 # %% e6-task [markdown]
@@ -794,8 +800,8 @@ def copies(tokens):
 # ## 8. The price of padding
 #
 # Is padding worth optimizing? For one long sequence, padding costs almost nothing. For many short sequences it costs
-# much more. Compare two batches with the same number of tokens: 64 sequences of 2·cp + 1 tokens (9 tokens on 4 ranks),
-# and a few more sequences of exactly 2·cp tokens.
+# much more. Compare two batches with the same number of tokens. The first has 64 sequences of 2·cp + 1 tokens, the
+# second has more sequences, each of exactly 2·cp tokens (on 4 ranks: 64 sequences of 9, and 72 of 8).
 
 # %% padding-predict
 lesson.predict("padding", ...)
@@ -817,8 +823,8 @@ lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
 # The bytes are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
-# reorder move real rows. So the time grows by a smaller fraction than the slots: on 4 ranks, one third more slots cost
-# less than one third more time.
+# reorder move real rows. So, by the count of passes, the time grows by a smaller fraction than the slots. If your times
+# grow by more, the difference is noise: run the cell again.
 #
 # Look at `direct` too. It sends no padding, but it makes two copies per sequence and peer, each with an alpha of its
 # own. For many short sequences, these copies can cost more than the padding (here they do not: `direct`
@@ -855,14 +861,14 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # %% stops-text [markdown]
 # The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
 # every size. A higher rate would save more and more time. Neither explains the data. NCCL changes its kernel and
-# protocol with the size, so the gain falls from the first size on. Megatron-LM#5655 has smaller sizes too, and shows the
-# peak: 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
+# protocol with the size, so neither time is one line. The speedup falls at each of these sizes. Megatron-LM#5655 has
+# smaller sizes too, and shows the peak: 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
 #
 # Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
 # times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
 # ring, and still gains 1.24 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-26-gpu.json`, commit
-# 9d290d7bab56). Two GPUs cannot use the multicast kernels, which need more than two ranks. So do not fit one alpha and
-# one beta to NCCL's ring.
+# 9d290d7bab56). Multicast plays no part in this, because its kernels need more than two ranks. NCCL changes the
+# protocol of its ring with the size, so do not fit one alpha and one beta to it.
 
 
 # %% e7-task [markdown]
@@ -1026,7 +1032,7 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 # - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
 #   its time is not one line.
 # - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 5 to 9 of them, and the ring
-#   16 to 24. So it leaves more of the GPU to other kernels.
+#   16 to 24. So the symmetric kernel leaves more of the GPU to other kernels.
 #
 # To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
 
@@ -1066,7 +1072,7 @@ assert sample.workload.cp_size == len(sample.per_rank_us) == cp // 2
 panel.controls.cp_size.value = cp
 
 # %% still-text [markdown]
-# The panel needs a running kernel. This picture shows what it displays:
+# The panel needs a running Jupyter kernel. This picture shows what it displays:
 
 # %% still tags=["nbval-ignore-output"]
 panel.wait(samples=8)
@@ -1078,9 +1084,9 @@ for sample in panel.samples[-2:]:
 # ## 11. Beyond one machine, by the model
 #
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
-# such machines as models: time = start + bytes that each GPU receives / rate. Between nodes, the network card of every
-# GPU receives a part of the other node's rows, while NVLink distributes them inside the node. The slower of the two
-# transfers counts.
+# such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
+# Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
+# inside the node. The slower of the two transfers counts.
 #
 # **All numbers of this section are modelled. None was measured here.** The next cell prints each of them with its
 # source, or with the word "assumed".
@@ -1123,7 +1129,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
 # Ask which *term* of the model dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and
-# NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on it
+# NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on, the number of ranks
 # hardly matters, because (n−1)/n of S is almost S. From 2 to 8 the time grows by three quarters.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
@@ -1134,8 +1140,9 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # ## 12. Recorded elsewhere, beside yours
 #
 # Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
-# Here are those records. The newest one of a CPU, and one of GPUs (with a GPU per rank if there is one), are drawn beside
-# your sweep. Open marks are recorded, and filled marks are yours. The subtitle of each figure names its record.
+# Here are those records. Two of them are drawn beside your sweep: the newest CPU record, and a GPU record, if possible
+# with one GPU per rank. Open marks are recorded, and filled marks are yours. The subtitle of each figure names its
+# record.
 
 # %% recorded tags=["nbval-ignore-output"]
 known = recordings.read()
@@ -1147,8 +1154,8 @@ for recording in recordings.newest(known, cp):
 # Compare shapes, not heights: where does each machine leave the flat part, and what is the order of the algorithms?
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
-# was measured, and it is no bound: on four GPUs, `direct` is faster at 67 and at 268 MB. In a record with one GPU, all
-# ranks share it. No byte crosses a link, and the floor is the time of that GPU's memory.
+# was measured, and it is not a bound: on four GPUs, `direct` is faster at every size except 1 MB. In a record with one
+# GPU, all ranks share it. No byte crosses a link, and the floor is the time of that GPU's memory.
 #
 # On GPUs, the flat part contains not only synchronization but also the *launch* of kernels. `plan` is `direct`, prepared
 # once and called many times (`plan_gather_kv`). On a GPU it replays a captured graph. It moves the same bytes: how much
@@ -1196,12 +1203,13 @@ lesson.progress()
 # %% end [markdown]
 # ## What to remember
 #
-# - Compute the speed of light first. A time below it is a wrong time.
-# - Barrier before the clock, warm-up, slowest rank, median, in turn. Leave one out, and the result is wrong.
+# - Compute the speed of light first. A time below it means that the clock or the bound is wrong.
+# - Put a barrier before the clock, warm up, take the slowest rank and the median, and measure variants in turn. Leave
+#   one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
-#   buffers registered, the gain is largest near 4 MB, and absent at 0.26 and 268 MB. `plan` is 2.0 to 2.8 times as fast
-#   there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times as long as its
-#   collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+#   buffers registered, the gain is largest near 4 MB, absent at 67 MB, and a loss at 0.26 and 268 MB. `plan` is 2.0 to
+#   2.8 times as fast there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times
+#   as long as its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Call time compares Python, and device time compares algorithms.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.
@@ -1226,6 +1234,7 @@ lesson.progress()
 # **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables
 # of Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
 #
-# **An open problem** No serving engine that we read gathers ragged KV straight to its final position yet: vLLM#49517, #52863
-# and #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache (notebook 2). What would it take
-# to *quantize* on the way, so that FP8 crosses the wire and no byte is copied twice? Count the passes first.
+# **An open problem** No serving engine whose source we have read gathers ragged KV straight to its final position yet:
+# vLLM#49517, #52863 and #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache
+# (notebook 2). What would it take to *quantize* on the way, so that FP8 crosses the wire and no byte is copied twice?
+# Count the passes first.

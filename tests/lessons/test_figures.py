@@ -75,7 +75,7 @@ UNITS = {
     "scale": "modelled time (µs)",
     "damage": "reported time / right time",
     "bytes": "bytes written on each rank (MB, one layer)",
-    "requests": "until the answer (ms)",
+    "requests": "response time (ms)",
     "memory": "row of the rank's arena",
     "schedule": "step (order of all ranks' steps)",
 }

@@ -312,7 +312,11 @@ def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path
         "direct",
         "plan",
     }
-    assert (tmp_path / "csv").read_text().startswith("sequence,size_bytes,count,type,algorithm")
+    assert (
+        (tmp_path / "csv")
+        .read_text()
+        .startswith("sequence,captured,size_bytes,count,type,algorithm")
+    )
 
 
 def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookPage) -> None:

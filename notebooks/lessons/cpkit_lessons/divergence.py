@@ -48,7 +48,7 @@ class Divergence:
         """Describe the offsets, and the first lost and the first overwritten row of each rank."""
         if not self.diverged:
             return f"recv is at row {self.recv[0]} on all ranks; every row is right"
-        offsets = ", ".join(f"rank {rank}: row {row}" for rank, row in enumerate(self.recv))
+        offsets = ", ".join(f"row {row} on rank {rank}" for rank, row in enumerate(self.recv))
         parts = [f"recv is at {offsets}"]
         for rank, rows in enumerate(self.lost):
             if len(rows):

@@ -48,7 +48,7 @@ def who_wrote_where(matrix: npt.NDArray[np.int64], rounds: int) -> go.Figure:
         yaxis=style.names_axis("memory of"),
     )
     cells = f"{int(wrong.sum())} of {size * size}" if wrong.any() else f"all {size * size}"
-    words = f"{cells} cells hold {'another round than' if wrong.any() else 'round'} {rounds}"
+    words = f"{cells} cells hold {'a round other than' if wrong.any() else 'round'} {rounds}"
     return style.finish(
         figure,
         title="Writer and round of each slot",

@@ -45,7 +45,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
         )
     figure.data[0].update(name="samples, measured correctly", showlegend=True)
     figure.add_scatter(
-        name="reported by the mistake",
+        name="reported with the mistake",
         x=[found[name].factor for name in names],
         y=names,
         mode="markers+text",
@@ -64,7 +64,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     )
     return style.finish(
         figure,
-        title="Time reported by each timing mistake",
+        title="Reported time with each timing mistake",
         subtitle="the line is the right time: median over iterations of the slowest rank",
         alt=words + ".",
         height=170 + 46 * len(names),

@@ -98,7 +98,7 @@ def pool_requests(served: Sequence[Served], expected: int = 0) -> go.Figure:
     )
     figure.update_xaxes(title_text="request", row=2, col=1)
     figure.update_yaxes(style.axis("memory per rank (MB)", rangemode="tozero"), row=1, col=1)
-    figure.update_yaxes(style.axis("until the answer (ms)", rangemode="tozero"), row=2, col=1)
+    figure.update_yaxes(style.axis("response time (ms)", rangemode="tozero"), row=2, col=1)
     figure.update_layout(barmode="stack")
     spills = [request for request in served if request.spill_ms]
     return style.finish(

@@ -42,8 +42,8 @@ def late(world: World) -> Prediction:
     """Ask for the time of a gather whose rank r starts r · 5 ms late."""
     steps = world.cp_size - 1
     return Prediction(
-        "Rank r arrives r · 5 ms late, and no barrier runs before the clock starts. What time, in "
-        "ms, does the slowest rank report for a small gather?",
+        "Rank r arrives r · 5 ms late, and no barrier runs before the clock starts. What is the "
+        "longest time, in ms, that any rank measures for a small gather?",
         answer=5.0 * steps + 1,
         unit="ms",
         tolerance=0.5,
@@ -128,9 +128,8 @@ def passes(world: World) -> Prediction:
         tolerance=0.7,
         wrong={
             1.0: "A copy of all bytes costs about as much as the push. Count the passes.",
-            20.0: "Even padded, whose collective is slow as well, does not take that much longer "
-            "than "
-            "direct.",
+            20.0: "At this size, even padded, whose collective is slow too, takes less than 20 "
+            "times as long as direct.",
         },
         why="padded_symm pushes, strips and reorders, and needs "
         f"1/{world.cp_size} of a pass to fill the symmetric shard. direct only pushes. The ratio "
@@ -166,8 +165,8 @@ def padding(world: World) -> Prediction:
 
 LESSON.ask(
     "stops",
-    "On 8 × H100, symmetric memory makes a gather of 2 MiB 1.86 times as fast. How many times as "
-    "fast is a gather of 128 MiB?",
+    "On 8 × H100, symmetric memory makes a gather of 2 MiB 1.86 times as fast as without it. By "
+    "what factor does it speed up a gather of 128 MiB?",
     answer=1.06,
     unit="times",
     tolerance=0.04,
@@ -235,6 +234,6 @@ LESSON.ask(
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
     why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "
-    "receives 240 MB over NVLink: 667 µs, against 333 µs in the NVL72. NVLink limits large "
-    "gathers, not the network.",
+    "receives 240 MB over NVLink: 667 µs, against 333 µs in the NVL72. With their starts, 30 and "
+    "5.3 µs, these are 697 and 339 µs. NVLink, not the network, limits large gathers.",
 )

@@ -177,7 +177,7 @@ def version_table() -> pd.DataFrame:
             "NCCL": ".".join(map(str, version)),
             "comes with torch": torch,
             "must be registered": needs[nccl_rule(version)],
-            "waits for the kernel before": "no" if nccl_is_racy(version) else "yes",
+            "waits for the preceding kernel": "no" if nccl_is_racy(version) else "yes",
         }
         for version, torch in _TORCH.items()
     ]

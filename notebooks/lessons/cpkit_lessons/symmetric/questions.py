@@ -45,7 +45,7 @@ def stale(world: World) -> Prediction:
             "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
         },
         why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
-        "reads can be wrong. A missing barrier is not a rare event. But a test with the same "
+        "reads can be wrong. Without a barrier, wrong reads are not rare. But a test with the same "
         "data in every round cannot detect it.",
     )
 
@@ -62,14 +62,13 @@ LESSON.ask(
         40320: "8! would also reorder the steps of one rank; these stay in program order.",
     },
     why="Choose the 4 positions of rank 0 among 8: 8!/(4!·4!) = 70. With 3 ranks there are 34,650. "
-    "Random runs rarely hit the wrong one; a search finds it, because many orders lead to the same "
-    "state.",
+    "Random runs can miss an order that fails. A search finds every one, and it is fast, because "
+    "many orders lead to the same state.",
 )
 LESSON.ask(
     "smallest",
-    "Two ranks run without a barrier. How many steps does the shortest schedule have in which a "
-    "read "
-    "is wrong?",
+    "Two ranks run without a barrier. How many steps does the shortest schedule with a wrong read "
+    "have?",
     answer=3,
     between=(1, 8),
     unit="steps",
@@ -110,8 +109,8 @@ LESSON.ask(
         2: "Rank 2 writes to rank 3, and waits for nothing from it in round 1.",
         0: "Rank 4 needs the row that rank 3 has not written.",
     },
-    why="A signal waits for the rank whose data you need. A barrier waits for all ranks, so its "
-    "cost grows with their number.",
+    why="With signals, a rank waits only for the rank whose data it needs. At a barrier it waits "
+    "for all ranks, so the cost grows with their number.",
 )
 
 
@@ -136,7 +135,8 @@ def spills(world: World) -> Prediction:
             "segment that an earlier one registered.",
             0: f"A request of {large} MB does not fit an arena of {arena} MB.",
         },
-        why="Each request that is larger than all earlier ones spills once. So the cost appears "
+        why="Among the requests that do not fit the arena, each new largest one spills once. So "
+        "the cost appears "
         "with the "
         "longest prompt so far. A benchmark that repeats one size shows it only in its first "
         "iteration.",
@@ -154,7 +154,8 @@ LESSON.ask(
         "an error": "NCCL selects another kernel without a message.",
     },
     why="Up to 2.28, an all-gather needs both buffers in symmetric windows. Since 2.29, the "
-    "receive buffer is enough. sglang#37337 counted 0 symmetric calls and 499 over the ring.",
+    "receive buffer is enough. sglang#37337 counted 0 calls of symmetric kernels and 499 of "
+    "ordinary ones.",
 )
 
 LESSON.ask(
@@ -221,8 +222,8 @@ _ask_symptom(
     answer="fast path missed",
     why="No rank raises an error, every row is right, and only the path differs: NCCL 2.28.9 "
     "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
-    "2.28.9, the ring into a registered receive buffer was the fastest form of 268 MB (450 µs; "
-    "596 µs with both buffers registered, 554 µs with none; "
+    "2.28.9, the fastest of NCCL's three variants at 268 MB was its ordinary kernel into a "
+    "registered receive buffer (450 µs; 596 µs with both buffers registered, 554 µs with none; "
     "benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
@@ -232,8 +233,8 @@ _ask_symptom(
     "wrong_group",
     "Both buffers are in the pool of another group",
     answer="fast path missed",
-    why="A buffer registered with another group is not symmetric for this one. sglang#19329 had "
-    "this error, while its own records said 'registered'.",
+    why="A buffer registered with another group is not symmetric for this one. sglang#19329 is "
+    "this bug: SGLang's own records said 'registered'.",
     wrong={
         "silently wrong": "The fallback is the ordinary collective, whose result is right.",
     },
