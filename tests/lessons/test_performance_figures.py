@@ -77,7 +77,7 @@ def test_damage_shows_each_factor_and_its_samples() -> None:
         "slanders": Mistake(10.0, 30.0, [10.0]),
     }
     figure = figures.damage(found)
-    reported = next(trace for trace in figure.data if trace.name == "reported by the mistake")
+    reported = next(trace for trace in figure.data if trace.name == "reported with the mistake")
     assert list(reported.x) == [0.5, 3.0]
     assert list(figure.data[0].x) == [0.9, 1.1], "samples by the right time"
 
