@@ -27,7 +27,8 @@ WORDS: dict[str, str] = {
     "segment": "memory that one rank creates and all ranks map; an allocation creates one segment "
     "per rank",
     "arena, pool": "the large segment allocated at startup; the allocator that divides it",
-    "spill": "an allocation that did not fit the arena, so that all ranks made a new segment",
+    "spill": "an allocation that fits no segment that the pool has, so that all ranks make a new "
+    "one",
     "window": "NCCL's name for a buffer that is registered with one group for symmetric kernels",
     "put, get": "write into a peer's memory; read from it",
     "barrier": "a point that no rank passes before all ranks have arrived",

@@ -161,7 +161,10 @@ STALE, SHOWN, SPOKEN = "cpkit-stale", "cpkit-shown", "cpkit-spoken"
 _STYLE = (
     f"<style>.{STALE} .{SHOWN} {{ opacity: 0.35 }} "
     f".{SPOKEN} {{ position: absolute; width: 1px; height: 1px; margin: 0; overflow: hidden; "
-    f"clip-path: inset(50%) }}</style>"
+    f"clip-path: inset(50%) }} "
+    # Buttons wrap to the next line instead of losing the end of their names.
+    ".cpkit-controls { flex-wrap: wrap } "
+    ".cpkit-controls > .jupyter-button { flex: none; width: auto }</style>"
 )
 
 

@@ -5,6 +5,8 @@
 # peer as if that memory were its own. That is fast, and serving engines use it for that reason. But the safety of the
 # collective is gone: no rank waits unless you tell it to, and no error reports a missing wait.
 #
+# Run a cell with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
+#
 # **Time** 90 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
 #
 # After this notebook you can
@@ -546,7 +548,8 @@ def exchange_signals(me):
 #
 # The simulator has searched the orders of a few ranks over a few rounds. How does such a program look on real ranks?
 # `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
-# is one word per pair of ranks and direction. In this program it means `full` and `free` in turn.
+# is one word per pair of ranks and direction. In this program the word means `full` and `free` in turn, instead of the
+# channels above.
 #
 # Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
 # pipeline, or to fetch the KV cache of a request from the rank that computed it.
@@ -634,10 +637,10 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # %% s7 [markdown]
 # ## 7. When is a block free?
 #
-# A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have freed
-# the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on each
-# rank. In this example, rank 1 still holds `old` (block 1 of the figure) when the next gather buffer is
-# allocated.
+# A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have
+# freed the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on
+# each rank. In this example, rank 1 still holds `old` when the next buffers are allocated. (In the figure below, `old`
+# is block 1.)
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -768,8 +771,9 @@ lesson.version_table()
 # leaves these exceptions out. The ranks of this notebook push rows themselves. They need a symmetric receive buffer,
 # and a symmetric send buffer only saves them the copy that pads.
 #
-# The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 to 2.30.4
-# it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: the stale read of section
+# The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
+# including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: the stale
+# read of section
 # 3. Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
@@ -1088,10 +1092,10 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of the mistake, one of `CASES`, from what the ranks observed. `ranks` is a list with
-# one report per rank. Each report has `rank`, `exit_code` (negative: killed by that signal), `error` (the name of the
-# exception's type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken),
-# and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one, run
-# `cards["wrong_group"].ranks[0]`.
+# one report per rank. Each report has the attributes `rank`, `exit_code` (negative: killed by that signal), `error`
+# (the name of the exception's type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this
+# path was taken), and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one,
+# run `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1169,8 +1173,8 @@ def cause(ranks):
 # group" in reason`.
 #
 # ---
-# **Why** The rank that reports an error is seldom the one that caused it. A post-mortem needs *all* ranks: which rank
-# waited for which, and how each of them ended.
+# **Why** The rank that reports an error is often not the one that caused it. A post-mortem needs *all* ranks: which
+# rank waited for which, and how each of them ended.
 #
 # **Another way** A table from (symptom, detail) to cause. It is shorter. It also shows the requirement: if two causes
 # share a symptom, some detail must differ. If none differs, your logs contain too little.
@@ -1187,7 +1191,8 @@ def cause(ranks):
 # **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` is the whole result in
 # token order, filled with *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of rank r, in the order in
 # which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)`
-# returns the first `count` rows of a peer's buffer. The next round uses the same buffers.
+# returns the first `count` rows of a peer's buffer. The next round uses the same buffers. As few ranks as possible
+# should load from the same peer at the same time.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.
@@ -1372,7 +1377,7 @@ lesson.progress()
 # - A block is free when *all* ranks have released it. Different free lists give wrong rows, not errors.
 # - The fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on
 #   the version of NCCL, and some versions have a race. So always look at the path and at the version.
-# - The rank that reports an error is seldom the one that caused it.
+# - The rank that reports an error is often not the one that caused it.
 #
 # **You can now read**
 #

@@ -3,7 +3,8 @@
 #
 # Several algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
 # every layer, so a wrong answer costs time in each of them. In this notebook you compute what the hardware allows,
-# measure what happens, and explain the difference. The loop is again: predict, run, explain.
+# measure what happens, and explain the difference. The loop is again: predict, run, explain. Run a cell with
+# `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
 # **Time** 75 minutes. **Needs** any laptop: the times are those of *this* machine. **Know before** notebooks 1 and 2.
 #
@@ -39,9 +40,9 @@ one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per
 # ## 1. Units first
 #
 # A colleague reports "900 GB/s". Is that good? It depends on which bytes were counted. Let S be the size of the *whole*
-# result, n the number of ranks, and t the time of the slowest rank. **algbw** is S / t. But each rank already holds 1/n
-# of the result, so a link carries only (n−1)/n of S. **busbw** is algbw · (n−1)/n, and it is the number to compare with
-# the rate of the hardware. One GB is 10⁹ bytes.
+# result, cp the number of ranks, and t the time of the slowest rank. **algbw** is S / t. But each rank already holds
+# 1/cp of the result, so a link carries only (cp−1)/cp of S. **busbw** is algbw · (cp−1)/cp, and it is the number to
+# compare with the rate of the hardware. One GB is 10⁹ bytes.
 #
 # These are the definitions of nccl-tests, except for t: nccl-tests reports the average over the ranks by default (`-a
 # 1`), and the slowest rank with `-a 3`. Note that NCCL's own log lines count the bytes of *one rank*.
@@ -121,9 +122,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # %% s2 [markdown]
 # ## 2. The speed of light
 #
-# Before you optimize, ask what is possible. Each rank must receive the (n−1)/n of S that it does not hold yet, and the
-# ranks must synchronize. So the least time is alpha + S · (n−1)/n / B, where alpha is the cost of synchronization, and
-# B the bandwidth of the link. We call this bound the *speed of light*.
+# Before you optimize, ask what is possible. Each rank must receive the (cp−1)/cp of S that it does not hold yet, and
+# the ranks must synchronize. So the least time is alpha + S · (cp−1)/cp / B, where alpha is the cost of
+# synchronization, and B the bandwidth of the link. We call this bound the *speed of light*.
 #
 # Take B from the data sheet of the link, or from a plain copy to another GPU. Between two H100s such a copy reaches 384
 # GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56). Do not take B from
@@ -217,7 +218,9 @@ figures.show(figures.roof(light))
 # | `padded_symm` | copies into symmetric memory, pushes to all peers (with one GPU per rank, NCCL does this), strips, reorders |
 # | `direct` | pushes every row to its final position in all peers |
 #
-# All ranks read the same clock, so you can compare their stages in one figure. First trace the classic pipeline.
+# All ranks read the same clock, so you can compare their stages in one figure: `agree` (all ranks check that they make
+# the same call), `allocate` (outputs in the pool), `wire` (rows move), `exit` (a barrier: all rows have arrived), and
+# the passes `pad`, `strip` and `reorder`. First trace the classic pipeline.
 
 # %% trace-padded tags=["nbval-ignore-output"]
 traced = world.of(4096)  # tokens
@@ -239,7 +242,7 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# The timeline shows which rank waits for which. `reports/direct_trace.json` contains the same data for
+# In the stages `agree` and `exit`, ranks wait for each other. `reports/direct_trace.json` contains the same data for
 # https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
 
 # %% s4 [markdown]
@@ -270,12 +273,12 @@ assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits while 
 lesson.reveal("late", unfair.median_us("direct") / 1000)
 
 # %% wrong-text [markdown]
-# ### Eight mistakes
+# ### Nine mistakes
 #
-# The figure below shows eight mistakes, the missing barrier among them: each wrong time of a real gather is beside the
-# right one. Some need a word. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the time of
-# the rank that was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the times.
-# *First touch*: a copy into memory that was never written.
+# The figure below shows eight mistakes, the missing barrier among them: each wrong time is beside the right one. Some
+# need a word. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the time of the rank that
+# was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the times. *First touch*: a
+# copy into memory that was never written.
 
 # %% damage-predict
 lesson.predict("damage", ...)
@@ -475,15 +478,15 @@ factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 
 # %% sweep-text [markdown]
-# At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end
-# `direct` comes near the speed of light: there the time is *bytes*. On CPU ranks, `padded` and `padded_symm` cost more
-# than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit into the cache, so the bound rises
-# by more than 8 times too. And their results are ordinary memory: from 32 MB on, the C library requests new pages from
-# the operating system for every call, and every call pays for the first touch. `direct` writes into the pool, whose
-# pages stay.
+# At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end,
+# on a machine that nobody else uses, `direct` comes near the speed of light: there the time is *bytes*. On CPU ranks,
+# `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit
+# into the cache, so the bound rises by more than 8 times too. And their results are ordinary memory: from 32 MB on, the
+# C library requests new pages from the operating system for every call, and every call pays for the first touch.
+# `direct` writes into the pool, whose pages stay.
 #
-# The distance between the flat part and the speed of light is waiting and agreement. It grows when there are more ranks
-# than cores.
+# What the flat part lies above the speed of light is time in which ranks wait and agree. It grows when there are more
+# ranks than cores.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -590,8 +593,8 @@ passes
 # ### Exercise 5 · The price of a gather
 #
 # **Goal** Write `price_us`. `rows` contains the number of rows that a rank wrote in each stage. Writing `total` rows
-# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `barrier_us`
-# each. (`padded` waits inside its collective instead of at a second barrier.)
+# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `barrier_us` each. (This
+# holds for `padded` too: it waits inside its collective instead of at a second barrier.)
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
 #
@@ -1051,7 +1054,7 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # A slider moves with the arrow keys, and the space bar switches an algorithm. The tables show the plotted values. *Copy
 # code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel measures, other cells
-# compete for the same cores, so press **Stop** at the end of this section.
+# compete for the same cores, so the last cell of this section stops it (**Start** continues).
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
@@ -1079,6 +1082,7 @@ panel.wait(samples=8)
 figures.show(panel.panel.still())
 for sample in panel.samples[-2:]:
     print(sample)
+panel.stop()
 
 # %% s11 [markdown]
 # ## 11. Beyond one machine, by the model
@@ -1130,7 +1134,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # %% nodes-text [markdown]
 # Ask which *term* of the model dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and
 # NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on, the number of ranks
-# hardly matters, because (n−1)/n of S is almost S. From 2 to 8 the time grows by three quarters.
+# hardly matters, because (cp−1)/cp of S is almost S. From 2 to 8 the time grows by three quarters.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
 # curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL does have them for all-gathers
@@ -1207,9 +1211,9 @@ lesson.progress()
 # - Put a barrier before the clock, warm up, take the slowest rank and the median, and measure variants in turn. Leave
 #   one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
-#   buffers registered, the gain is largest near 4 MB, absent at 67 MB, and a loss at 0.26 and 268 MB. `plan` is 2.0 to
-#   2.8 times as fast there as SGLang's pipeline at all sizes. The passes alone make that pipeline take 1.2 to 1.9 times
-#   as long as its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+#   buffers registered, the gain is largest near 4 MB, absent at 67 MB, and a loss at 0.26 and 268 MB. `plan` is 1.9 to
+#   2.8 times as fast there as SGLang's pipeline. The passes alone make that pipeline take 1.2 to 1.9 times as long as
+#   its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Call time compares Python, and device time compares algorithms.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.

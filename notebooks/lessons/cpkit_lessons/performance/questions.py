@@ -176,7 +176,8 @@ LESSON.ask(
         1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
-    why="Measured in Megatron-LM#5596, as the minimum over the ranks of the kernel's time: 20.2 → "
+    why="Measured in Megatron-LM#5596 (times rounded here), as the minimum over the ranks of the "
+    "kernel's time: 20.2 → "
     "10.9 µs, and 385.3 → 363.2 µs. The saved time grows from 9.3 to about 22 µs, and the total "
     "time "
     "grows far more.",
@@ -190,7 +191,7 @@ LESSON.ask(
     "the device work on `padded_symm` as on `seed`?",
     answer=0.85,
     unit="times",
-    tolerance=0.05,
+    tolerance=0.08,
     wrong={
         2.6: "That is the ratio of the loop, and most of its time is Python.",
         1.0: "Both pad, gather, strip and reorder. But NCCL gathers with another kernel here.",

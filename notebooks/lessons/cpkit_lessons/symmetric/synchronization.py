@@ -250,5 +250,5 @@ def _costs(gather: PullGather, layout: ContextParallelMetadata) -> dict[str, int
     return {
         "barriers": sum(step.kind == "barrier" for step in steps) // layout.cp_size,
         "rows loaded": sum(step.data for step in steps if step.kind == "load"),
-        "loads from one rank at a time": max(at_once, default=0),
+        "ranks that load from one rank at once": max(at_once, default=0),
     }
