@@ -192,8 +192,10 @@ class Controls:
             value=start.captured,
             description="captured in a CUDA graph",
             tooltip="measure replays, which skip the work of the host",
-            layout={} if on_gpu else {"display": "none"},
         )
+        self._launch = (self.captured,) if on_gpu else ()
+        if not on_gpu:
+            close_widgets(self.captured)  # it is not shown
         self.preset = self._presets("preset", PRESETS, "own lengths")
         self.rows = self._presets("rows", ROWS, "own rows")
         for name in ("cp_size", "heads", "head_dim", "dtype", "algorithms", "strategy", "lengths"):
@@ -229,7 +231,7 @@ class Controls:
     def box(self) -> widgets.Widget:
         """Return all controls: the algorithms above three columns."""
         columns = (
-            (self.cp_size, self.symmetric, self.captured),
+            (self.cp_size, self.symmetric, *self._launch),
             (self.lengths, self.each_length, self.preset, self.strategy),
             (self.rows, self.heads, self.head_dim, self.dtype, self.tensors),
         )

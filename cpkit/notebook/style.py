@@ -172,7 +172,9 @@ def axis(title: str, **options: object) -> dict[str, Any]:
 
 def names_axis(title: str = "", **options: object) -> dict[str, Any]:
     """Return the layout of a vertical axis of names, the first at the top."""
-    return axis(title, autorange="reversed", ticks="", ticklabelstandoff=6, **options)
+    looks = {"autorange": "reversed", "ticks": "", "ticklabelstandoff": 6, **options}
+    # Names are longer than numbers, so their axis has its title further away.
+    return {"title": {"text": title, "standoff": 12}, **looks}
 
 
 def hatch(shape: str = "/") -> dict[str, Any]:

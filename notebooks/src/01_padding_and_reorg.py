@@ -21,9 +21,9 @@
 #
 # In every figure **a colour is a rank**, **hatching is padding**, and **red is wrong**.
 #
-# Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To predict, replace
-# `...` by your number. A wrong guess costs nothing, and you remember its explanation. Exercises are checked at once,
-# and their hints are folded below them.
+# Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. Run a cell with
+# `lesson.predict` as it is to see its question. Then put your number in place of `...`, and run it again. A wrong guess
+# costs nothing, and you remember its explanation. Exercises are checked at once, and their hints are folded below them.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
@@ -184,14 +184,14 @@ figures.show(figures.work_bars(work))
 lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 
 # %% work-text [markdown]
-# All ranks wait for the slowest one. Zigzag pairs each early block with a late one, so all ranks finish at the same
-# time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
+# All ranks wait for the slowest one. Zigzag pairs each early block with a late one, so all ranks finish at almost the
+# same time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
 #
-# Zigzag is the usual default because its rows are contiguous in long runs. A rank holds two runs per sequence, so two
-# copies move them and two attention calls read them. With interleave, each token is a run of its own. PyTorch's context
-# parallelism calls the same idea the head-tail balancer, and requires a length that is divisible by 2·world.
-# `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced work (sglang#34059 discusses it and is
-# still open).
+# Zigzag is the usual default because its rows are contiguous in long runs. A rank holds at most two runs per sequence
+# (the two blocks of the last rank touch), so two copies move them and two attention calls read them. With interleave,
+# each token is a run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer, and requires
+# a length that is divisible by 2·world. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced
+# work (sglang#34059 discusses it and is still open).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
@@ -297,7 +297,8 @@ figures.show(figures.waste_map(batches, cp_sizes=[1, 2, 4, 8]))
 # ### The formula that comes to mind first
 #
 # `ceil(total / cp)` looks like the right padded length: spread the tokens evenly, and round up. SGLang used exactly
-# this formula, up to version 0.5.12, in the function that this kit is about. Now take 16 sequences of 4097 tokens each.
+# this formula, up to version 0.5.12, in `cp_all_gather_reorganized_into_tensor_kv_cache`, the function that this kit is
+# about. Now take 16 sequences of 4097 tokens each.
 
 # %% cut-predict
 lesson.predict("cut", ...)
@@ -973,7 +974,7 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # ### A plan in two lines
 #
 # A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check and agree each time?
-# No. A *plan* does this once, and each call then only moves rows:
+# No. A *plan* does this once, and each call then only moves rows, each to its final place (the algorithm `direct`):
 #
 # ```python
 # plan = plan_gather_kv([k], layout, group)  # once per batch

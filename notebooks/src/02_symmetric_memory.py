@@ -388,8 +388,8 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 # that. In SGLang, which served one request at a time from CUDA graphs (kernels that are recorded once and then launched
 # together), the race reduced the fraction of right answers from 0.575 to 0.100 (sglang#37768).
 #
-# **Another way** Let rank 1 be the fast one. Rank 0 then reads its own slot first, which is right, so the order needs one
-# step more: `[0, 0, 0, 1, 1, 1]`, rank 1 four times, and rank 0 twice.
+# **Another way** Let rank 1 be the fast one: `[0, 0, 0, 1, 1, 1]`, then rank 1 three times (two reads and its put to
+# rank 0), then rank 0 twice. Its first read is of its own slot, which is right.
 
 # %% s5 [markdown]
 # ## 5. Signals instead of barriers
@@ -639,8 +639,7 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 #
 # A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have
 # freed the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on
-# each rank. In this example, rank 1 still holds `old` when the next buffers are allocated. (In the figure below, `old`
-# is block 1.)
+# each rank. In this example, rank 1 still holds `old` when the next buffers are allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -1091,11 +1090,11 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # %% e7-task [markdown]
 # ### Exercise 7 · From post-mortem to cause
 #
-# **Goal** Write `cause`: the name of the mistake, one of `CASES`, from what the ranks observed. `ranks` is a list with
-# one report per rank. Each report has the attributes `rank`, `exit_code` (negative: killed by that signal), `error`
-# (the name of the exception's type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this
-# path was taken), and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one,
-# run `cards["wrong_group"].ranks[0]`.
+# **Goal** Write `cause`: the name of the mistake, one of `CASES` (the names in the table above), from what the ranks
+# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (negative:
+# killed by that signal), `error` (the name of the exception's type, or ""), `message`, `waited_s`, `paths` (from
+# transport to path), `reason` (why this path was taken), and `wrong` (a description of the first wrong row, or ""). The
+# reports are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1191,8 +1190,8 @@ def cause(ranks):
 # **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` is the whole result in
 # token order, filled with *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of rank r, in the order in
 # which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)`
-# returns the first `count` rows of a peer's buffer. The next round uses the same buffers. As few ranks as possible
-# should load from the same peer at the same time.
+# returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. The next round uses the
+# same buffers. As few ranks as possible should load from the same peer at the same time.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.

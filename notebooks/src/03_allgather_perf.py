@@ -652,8 +652,9 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # than it writes.
 
 # %% passes-text [markdown]
-# The cells below predict and measure the times of the three algorithms at a quarter of the largest size. First predict
-# one ratio yourself.
+# The table before exercise 5 counts the stages of rank 0. `padded` copies nothing in `pad` where rank 0 already holds
+# the longest shard, and `padded_symm` always copies its shard into symmetric memory. The cells below predict and
+# measure the times of the three algorithms at a quarter of the largest size. First predict one ratio yourself.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -675,8 +676,8 @@ lesson.reveal("passes", measured["padded_symm"] / measured["direct"])
 
 # %% priced-text [markdown]
 # There are two steps, with two causes. From `padded` to `padded_symm`, a push into the memory of the peers replaces the
-# collective. From `padded_symm` to `direct`, three copies disappear: strip, reorder, and the copy into the symmetric
-# shard. Only the push remains.
+# collective. From `padded_symm` to `direct`, two copies of the result disappear, strip and reorder, and so does the
+# small copy into the symmetric shard. Only the push remains.
 #
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
@@ -793,8 +794,8 @@ def copies(tokens):
 # Keep a list. Compare with `tokens[row - 1]`. Either make the last entry one row longer, or append `(row, token, 1)`.
 #
 # ---
-# **Why** Each copy has an alpha of its own: a call, a kernel, a descriptor. Zigzag needs two copies per sequence,
-# however long it is. Interleave needs one copy per token, unless a copy can have a stride.
+# **Why** Each copy has an alpha of its own: a call, a kernel, a descriptor. Zigzag needs at most two copies per
+# sequence, however long it is. Interleave needs one copy per token, unless a copy can have a stride.
 #
 # **Another way** `np.flatnonzero(np.diff(tokens) != 1) + 1` are the positions of the cuts, and `np.split` does the
 # rest.
@@ -829,9 +830,9 @@ lesson.reveal("padding", carried[0] / sum(odd))
 # reorder move real rows. So, by the count of passes, the time grows by a smaller fraction than the slots. If your times
 # grow by more, the difference is noise: run the cell again.
 #
-# Look at `direct` too. It sends no padding, but it makes two copies per sequence and peer, each with an alpha of its
-# own. For many short sequences, these copies can cost more than the padding (here they do not: `direct`
-# is still faster). Count both.
+# Look at `direct` too. It sends no padding, but it makes up to two copies per sequence and peer, each with an alpha of
+# its own. For many short sequences, these copies can cost more than the padding (here they do not: `direct` is still
+# faster). Count both.
 
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying

@@ -13,8 +13,8 @@ from cpkit_lessons.recordings import Recording
 
 _CLOCKS = {"call time": "call_us", "device time": "time_us"}
 _LABELS = {
-    "NCCL": "NCCL alone",
-    "NCCL both": "NCCL alone, both buffers registered",
+    "NCCL": "NCCL only",
+    "NCCL both": "NCCL only, both buffers registered",
     "seed both": "seed, both buffers registered",
 }
 
