@@ -29,10 +29,14 @@ def choose_device(launch: Launch, gpus: int) -> tuple[Literal["cpu", "cuda"], st
             raise ValueError("--share-gpu needs a GPU, but torch sees none here; leave it out")
         return "cpu", "ranks run on the CPU: torch sees no GPU here"
     if is_shared(launch, gpus):
-        used = 1 if launch.share_gpu else gpus
+        if launch.share_gpu or gpus == 1:
+            return "cuda", (
+                f"{launch.nproc} ranks share 1 GPU: timings measure one shared memory, not a link "
+                f"between GPUs"
+            )
         return "cuda", (
-            f"{launch.nproc} ranks share {used} GPU(s): timings measure one shared memory, "
-            f"not a link between GPUs"
+            f"{launch.nproc} ranks share {gpus} GPUs: ranks of one GPU exchange rows inside its "
+            f"memory; with --nproc {gpus}, each rank has a GPU of its own"
         )
     return "cuda", f"{launch.nproc} ranks, one GPU per rank"
 

@@ -51,7 +51,7 @@ CPU = Capabilities(
 )
 ONE_GPU = Capabilities(
     "one_gpu",
-    "all ranks on one GPU: real kernels and barriers, but every byte stays in one memory",
+    "ranks share a GPU: real kernels and barriers, but their bytes stay in one memory",
     (
         _NO_LINKS,
         Limitation(
