@@ -18,25 +18,28 @@ WORDS: dict[str, str] = {
     "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks",
     "rank order": "all rows of rank 0, then all rows of rank 1, …, without padding",
     "token order": "token 0, 1, 2, …, sequence by sequence: the order that attention needs",
-    "provenance": "the origin that each row contains: its round, rank, sequence and token",
-    "mutant": "a deliberately wrong solution; a good check rejects all of them",
+    "provenance": "the origin of a row, stored in the row as a *stamp*: round (the number of the "
+    "gather), rank, sequence and token",
+    "mutant": "a deliberately wrong solution or result; a good check rejects all of them",
     "pass": "reading and writing all gathered data once",
     "plan": "a gather that is prepared once and then called many times (`plan_gather_kv`)",
     "seed": "SGLang's pipeline in plain torch: pad, NCCL's all-gather, strip, reorder",
-    "symmetric memory": "buffers that all ranks allocate alike, and that all peers can address",
-    "segment": "memory that one rank creates and all ranks map; an allocation creates one segment "
-    "per rank",
+    "symmetric memory": "buffers that all ranks allocate with the same sizes in the same order, "
+    "and that all peers can address",
+    "segment": "memory that one rank creates and all ranks map; the arena and each spill have one "
+    "segment per rank",
     "arena, pool": "the large segment allocated at startup; the allocator that divides it",
-    "spill": "an allocation that fits no segment that the pool has, so that all ranks make a new "
-    "one",
+    "spill": "an allocation that fits into no existing segment of the pool, so each rank creates "
+    "a new segment",
     "window": "NCCL's name for a buffer that is registered with one group for symmetric kernels",
     "put, get": "write into a peer's memory; read from it",
     "barrier": "a point that no rank passes before all ranks have arrived",
     "signal": "a flag in a peer's memory: one rank sets it, the peer waits for it and clears it",
-    "stale (read after write)": "the reader was early, and read an earlier round, or nothing yet",
+    "stale (read after write)": "the reader was early, and read rows of an earlier round, or "
+    "memory that was not written yet",
     "ahead (write after read)": "the writer was early, and overwrote rows that were not read yet",
-    "fallback": "the path of the ordinary collective, without symmetric kernels: right, and "
-    "usually slower",
+    "fallback": "the ordinary collective instead of symmetric kernels: its result is correct, but "
+    "it is usually slower",
     "ring": "NCCL's ordinary all-gather: each rank passes rows on to its neighbour",
     "symmetric kernel": "a kernel of NCCL that stores straight into the windows of all peers",
     "multicast": "one store that the NVLink switch copies to all GPUs; more than 2 ranks needed",
@@ -53,11 +56,11 @@ WORDS: dict[str, str] = {
     "clears pages",
     "skew": "the difference between the times at which ranks arrive or finish",
     "modelled": "computed from alpha and beta, not measured; figures say so in their title",
-    "slowest rank": "the rank with the longest time between its start and its end: the time of "
+    "slowest rank": "the rank with the longest time from start to end; this time is the time of "
     "the gather",
     "eager": "called from Python one operation after the other, without a CUDA graph",
     "CUDA graph": "kernels that were recorded once and are then launched together",
-    "call time": "from the start of a call to the end of its kernels, as a Python loop sees it",
+    "call time": "from the start of a call to the end of its kernels, measured in a Python loop",
     "host time": "from the start of a call to its return; its kernels may still run",
     "device time": "the time of the kernels alone, measured in a CUDA graph",
 }

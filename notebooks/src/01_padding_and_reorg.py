@@ -7,23 +7,25 @@
 # strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of each long request. In
 # this notebook real processes run it, and you write each step.
 #
-# **Time** 70 minutes. **Needs** any laptop: the ranks are CPU processes. **Know before** tensors, and what a KV cache
-# is.
+# **Time** 70 minutes. **Needs** Linux on x86-64, and no GPU: the ranks are CPU processes. **Prerequisites** tensors,
+# and what a KV cache is.
 #
 # After this notebook you can
 # 1. say which rank owns token *t*, and what that choice costs in causal attention;
-# 2. compute how many rows are padding, and name the formula that gets it wrong;
+# 2. compute how many slots are padding, and name the formula that gets the padded length wrong;
 # 3. write strip and reorder as one index;
-# 4. show why attention needs token order;
+# 4. show when attention needs token order;
 # 5. write a check that rejects every broken gather.
 #
 # {glossary: rank, collective; token, row; shard; slot; cp_size, cp_rank; block; per_rank_actual_token; max_rank_len; rank order; token order; provenance; mutant}
 #
-# In every figure **a colour is a rank**, **hatching is padding**, and **red is wrong**.
+# In figures of rows and ranks, **a colour is a rank**, **hatching is padding**, and **red is wrong**. Other figures
+# have a legend.
 #
 # Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. Run a cell with
 # `lesson.predict` as it is to see its question. Then put your number in place of `...`, and run it again. A wrong guess
-# costs nothing, and you remember its explanation. Exercises are checked at once, and their hints are folded below them.
+# costs nothing, and you remember its explanation. Exercises are checked immediately, and their hints are folded below
+# them.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
@@ -38,9 +40,9 @@ world = lesson.begin(lab)
 # are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that the
 # notebook started end together with its kernel.
 #
-# `cp` below is the number of ranks in each gather. It follows the workers. To use 2 or 8 ranks, stop the workers
-# (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The outputs
-# that are saved in this file come from 4 ranks.
+# `cp` below is the number of ranks in each gather. It equals the number of workers. To use 2 or 8 ranks, stop the
+# workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The
+# outputs that are saved in this file come from 4 ranks.
 
 # %% setup
 import torch
@@ -52,14 +54,14 @@ cp = world.cp_size
 # %% s1 [markdown]
 # ## 1. Who owns token t?
 #
-# Before a rank can gather anything, it must know which rows are where. The scheduler of a serving engine decides that
-# for each batch, and every rank derives the same answer from the lengths alone, without a message.
+# A gather requires the location of every row on every rank. The scheduler of a serving engine selects the sequences of
+# each batch, and every rank derives the place of each row from their lengths alone, without a message.
 #
 # Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
 #
 # - **zigzag** cuts the sequence into 2·cp blocks. Rank r owns blocks r and 2·cp−1−r.
 # - **interleave** assigns token t to rank t mod cp.
-# - **contiguous** assigns one block to each rank.
+# - **contiguous** cuts the sequence into cp runs of consecutive tokens, and assigns one run to each rank.
 
 # %% owner-predict
 lesson.predict("owner", ...)
@@ -88,8 +90,8 @@ for name, layout in layouts.items():
 # %% e1-task [markdown]
 # ### Exercise 1 · Who owns token t?
 #
-# **Goal** Write `owner`: the rank that owns a token of one zigzag sequence. The sequence has at least 2·cp tokens, and
-# its length need not be divisible by 2·cp.
+# **Goal** Write `owner`, which returns the rank that owns a token of one zigzag sequence. The sequence has at least
+# 2·cp tokens, and its length need not be divisible by 2·cp.
 #
 # **Example** 9 tokens over 2 ranks form blocks of 3, 2, 2 and 2 tokens: the first `9 % 4` blocks have one token more.
 # Tokens 0, 1 and 2 are in block 0, so `owner(2, 9, 2)` is 0. Token 3 is in block 1, so `owner(3, 9, 2)` is 1. Token 8
@@ -148,19 +150,20 @@ def owner(token, length, cp_size):
 # Answer two questions, one after the other. Which block contains the token? Which rank owns that block?
 #
 # ---
-# `divmod(length, 2 * cp_size)` returns the size of a block, and how many blocks have one token more. The longer blocks
-# come first. The last of them ends at token `longer * (size + 1)`.
+# `divmod(length, 2 * cp_size)` returns the size of a block, and how many blocks have one token more. The longer
+# blocks come first. The first token after them is `longer * (size + 1)`, the edge.
 #
 # ---
-# Before that edge the block is `token // (size + 1)`. After it, the block is `longer` plus the number of whole blocks
-# of `size` tokens since the edge. The owner is the smaller of `block` and its mirror image `2 * cp_size - 1 - block`.
+# Before that edge the block is `token // (size + 1)`. From the edge on, the block is `longer` plus the number of
+# whole blocks of `size` tokens between the edge and the token. The owner is the smaller of `block` and its mirror image
+# `2 * cp_size - 1 - block`.
 #
 # ---
 # **Why** Block b and its mirror image 2·cp−1−b belong to the same rank, and the smaller of the two numbers is that
 # rank.
 #
-# **Another way** List the owner of each token once: repeat the entries of `[0, 1, …, cp−1, cp−1, …, 1, 0]` by the block
-# sizes, and look the token up. Real systems do this: SGLang stores the block sizes as `split_list`.
+# **Another way** List the owner of each token once: repeat each entry of `[0, 1, …, cp−1, cp−1, …, 1, 0]` once per
+# token of its block, and look the token up. Real systems do this: SGLang stores the block sizes as `split_list`.
 
 # %% s2 [markdown]
 # ## 2. Why zigzag?
@@ -190,7 +193,7 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # Zigzag is the usual default because its rows are contiguous in long runs. A rank holds at most two runs per sequence
 # (the two blocks of the last rank touch), so two copies move them and two attention calls read them. With interleave,
 # each token is a run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer, and requires
-# a length that is divisible by 2·world. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced
+# a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced
 # work (sglang#34059 discusses it and is still open).
 
 # %% e2-task [markdown]
@@ -255,8 +258,8 @@ def keys_seen(tokens, lengths):
 # ---
 # **Why** `right=True` matters: a token whose index equals an end is the *first* token of the next sequence.
 #
-# **Another way** `torch.cat([torch.arange(1, n + 1) for n in lengths])[tokens].sum()` lists the keys of every token
-# once, and selects those of the rank. It is shorter, but it needs memory for the whole batch.
+# **Another way** `torch.cat([torch.arange(1, n + 1) for n in lengths])[tokens].sum()` lists the number of keys of every
+# token, selects the tokens of the rank, and adds up. It is shorter, but it needs memory for the whole batch.
 
 # %% s3 [markdown]
 # ## 3. Why pad?
@@ -316,9 +319,9 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 # %% e3-task [markdown]
 # ### Exercise 3 · The padded length
 #
-# **Goal** Write `padded_len`: the number of rows in each rank's padded shard, for zigzag. It must be large enough for
-# the rank with the most rows, and not larger. Every rank must compute the same answer, so the function may use only
-# what all ranks know: the lengths and `cp_size`.
+# **Goal** Write `padded_len`, which returns the number of rows in each rank's padded shard, for zigzag. It must be
+# large enough for the rank with the most rows, and not larger. Every rank must compute the same answer, so the function
+# may use only what is available on all ranks: the lengths and `cp_size`.
 #
 # **Example** `padded_len([9], 2)` is 5. The blocks have 3, 2, 2 and 2 tokens, so rank 0 holds 3 + 2 rows, and rank 1
 # holds 2 + 2. `padded_len([4097] * 16, 4)` is 16400.
@@ -328,7 +331,7 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 
 # %% e3
 def padded_len(lengths, cp_size):
-    """Return the rows of every rank's padded shard: the maximum over ranks."""
+    """Return the number of rows of every rank's padded shard: the maximum over ranks."""
     # >>> your code
     #: return -(-sum(lengths) // cp_size)
     held = [0] * cp_size
@@ -364,8 +367,8 @@ def padded_len(lengths, cp_size):
 # `ceil` is right for one sequence. What goes wrong when *every* sequence has one token too many?
 #
 # ---
-# The extra tokens do not spread evenly, because each sequence assigns them to the same ranks. So first add up the rows
-# of each rank, and take the maximum at the end.
+# The extra tokens do not spread evenly, because each sequence assigns them from its first block on. So first add up
+# the rows of each rank, and take the maximum at the end.
 #
 # ---
 # Start with a list of `cp_size` zeros. For each sequence, add the size of each of its 2·cp blocks to the owner of that
@@ -380,15 +383,16 @@ def padded_len(lengths, cp_size):
 # maximum over ranks since version 0.5.13.
 #
 # **When to pad even more** NCCL's ordinary all-gather is slower when the bytes per rank are not a multiple of 16
-# (pytorch#195450). If a row has such a size, round `max_rank_len` up further.
+# (pytorch#195450). If the bytes of one row are not a multiple of 16, round `max_rank_len` up until the bytes per rank
+# are.
 
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
 #
-# What does a serving engine actually do with these shards in each layer? Now the workers run it for you.
-# `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the gather), rank,
-# sequence and token. The workers compare every byte of the result with the stamp that belongs there. They also return
-# what each buffer holds along the way, beginning with the shards.
+# What does a serving engine actually do with these shards in each layer? In the next cell, the workers run such a
+# gather. `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the
+# gather), rank, sequence and token. The workers compare every byte of the result with the stamp that belongs there.
+# They also return what each buffer holds along the way, beginning with the shards.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -406,8 +410,8 @@ lesson.reveal("passes", len(copies))
 # %% shard-text [markdown]
 # ### Before the gather: the shards
 #
-# Each rank holds its own rows and no others. A cell shows `sequence:token`. Look at rank 0: it stores its first block
-# of every sequence, and then its second block of every sequence.
+# Each rank holds its own rows and no others. Each box of the figure is one row, labelled `sequence:token`. Look at rank
+# 0: it stores its first block of every sequence, and then its second block of every sequence.
 
 # %% shard
 figures.show(figures.stage_grid(gathered, ["shard"]))
@@ -415,8 +419,8 @@ figures.show(figures.stage_grid(gathered, ["shard"]))
 # %% pad-text [markdown]
 # ### Stage 1: pad
 #
-# Each rank copies its rows into a buffer of `max_rank_len` rows. The rank that already holds that many rows does not
-# need to copy.
+# Each rank copies its rows into a buffer of `max_rank_len` rows. A rank that already holds that many rows does not need
+# to copy.
 
 # %% pad
 figures.show(figures.stage_grid(gathered, ["pad"]))
@@ -470,7 +474,8 @@ assert (reorder[:, 0] == 7).all(), "all rows are of round 7"
 #
 # **Goal** Write `strip`, which turns the buffer of the wire into rank order. `wire` is `[cp · max_rank_len, heads,
 # head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first `per_rank_actual_token[r]` of them are
-# real. The padding contains arbitrary bytes and not zeros, so you cannot recognize it by its contents.
+# real. Assume that the padding contains arbitrary bytes, so that you cannot recognize it by its contents: `padded`
+# fills it with zeros, but `padded_symm` leaves it uninitialized.
 #
 # **Example** Let `wire` hold the rows a b · c d e, where · is padding. With `per_rank_actual_token` [2, 3] and
 # `max_rank_len` 3, the result is a b c d e.
@@ -551,8 +556,8 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 
 # %% permutation-text [markdown]
 # SGLang keeps several lists for this purpose (`split_list`, `cp_reverse_index`, `reverse_split_len`). All of them
-# follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So one test,
-# that `rank_rows` of all ranks is a permutation, covers all three strategies.
+# follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So one test
+# covers all three strategies: the lists `rank_rows` of all ranks, joined, must be a permutation.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · One index for strip and reorder
@@ -621,8 +626,8 @@ def gather_index(rank_rows, max_rank_len):
 # depends only on the lengths, so all layers share it.
 #
 # **Another way** Scatter instead of sorting: `index = torch.empty(total, dtype=torch.int64); index[tokens] = slots`.
-# This asks where each slot *goes*, instead of where each token *comes from*. The algorithm `direct` does the same
-# across ranks.
+# This index states the *destination* of each row, instead of the *source* of each token. The algorithm `direct` of
+# section 8 does the same across ranks.
 
 # %% s6 [markdown]
 # ## 6. Does the order matter?
@@ -735,9 +740,9 @@ def cp_attention(q, k, v, tokens):
 # `torch.arange(total) <= tokens[:, None]` is the mask, `[rows, total]`.
 #
 # ---
-# **Why** The gathered K and V equal those of a single device, so each output does too. Only the mask has to account for
-# the fact that the rank's rows are not the first rows of the sequence. Kernels without a general mask make two calls
-# instead, one for each block of the rank. SGLang's zigzag does this with `kv_len_prev` and `kv_len_next`.
+# **Why** The gathered K and V equal those of a single device, so each output does too. Only the mask has to account
+# for the fact that the rank's rows are not the first rows of the sequence. A kernel without a general mask is called
+# twice instead, once per block of the rank. SGLang's zigzag does this with `kv_len_prev` and `kv_len_next`.
 #
 # **Another way** Leave K and V in rank order, and permute the *mask*: `order <= tokens[:, None]`. PyTorch's
 # FlexAttention path does this: it rewrites the indices of the mask and moves no rows. It requires a kernel that accepts
@@ -746,11 +751,12 @@ def cp_attention(q, k, v, tokens):
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that detects every fault
 #
-# How would you notice a broken gather in production? Wrong rows raise no error: the answers of the model only get worse.
-# So the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one rank's rows of
-# the previous round, padding in place of a row, one row twice, two neighbouring rows exchanged, a row written by a rank
-# that is not its owner, the last row lost, extra slots after the end of the batch, and a wrong sequence number. The
-# table below applies four common checks to each of them.
+# How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
+# worse. So the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one
+# rank's rows of the previous round, padding in place of a row, one row twice, two neighbouring rows exchanged, a row
+# written by a rank that is not its owner, the last row lost, extra slots after the end of the batch, and a wrong
+# sequence number. The table below applies four common checks to each of these *mutants*: `✓ killed` means that the
+# check rejects the mutant, and `alive` that it accepts it.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -866,8 +872,8 @@ def accepts(got, lengths, owners, round_):
 # %% s8 [markdown]
 # ## 8. Count the bytes
 #
-# The padded gather writes each row several times. Does it have to? Every rank knows the permutation *before* any row
-# moves. So it can store each of its rows straight at its final position in the output of every peer. That needs no
+# The padded gather writes each row several times. Does it have to? Every rank can compute the permutation *before* any
+# row moves. So it can store each of its rows straight at its final position in the output of every peer. That needs no
 # padding, no strip and no reorder. The algorithm is called `direct`.
 
 # %% direct
@@ -880,9 +886,9 @@ figures.show(figures.stage_grid(direct))
 # %% e8-task [markdown]
 # ### Exercise 8 · The bytes of a padded gather
 #
-# **Goal** Write `bill`: the bytes that *one rank* writes in each stage of the padded gather. The rank holds `rows`
-# rows, every rank's buffer has `max_rank_len` rows, and the batch has `total` tokens. A rank that needs no padding does
-# not copy in the stage `pad`.
+# **Goal** Write `bill`, which returns the bytes that are written into the buffers of *one rank* in each stage of the
+# padded gather. The rank holds `rows` rows, every rank's buffer has `max_rank_len` rows, and the batch has `total`
+# tokens. A rank that needs no padding does not copy in the stage `pad`.
 #
 # **Example** Rank 0 holds 2 rows, rank 1 holds 3, and a row has 10 bytes. Rank 0 pads (3 rows, 30 bytes), receives 2 ·
 # 3 slots (60 bytes), and strips and reorders 5 rows (50 bytes each). So `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire":
@@ -928,26 +934,26 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 
 
 # %% e8-help [markdown]
-# Go through the four figures of section 4, and count the slots in each.
+# Go through the figures of stages 1 to 4 in section 4, and count the slots that one rank writes in each.
 #
 # ---
-# The wire carries padding. Strip and reorder write real rows only. The pad copies the *whole* shard into a longer
-# buffer, not only the missing rows.
+# The wire carries padding. Strip and reorder write real rows only. The pad writes the *whole* new buffer of
+# `max_rank_len` slots: the rows of the shard, and zeros after them.
 #
 # ---
 # There are `cp_size * max_rank_len` slots on the wire, `total` rows in strip and in reorder, and `max_rank_len` or 0
 # rows in pad. Multiply each by `row_bytes`.
 #
 # ---
-# **Why** After the wire, two more full passes are written, and each of them is also read. `direct` writes `total` rows
-# once. So count before you tune: a faster kernel for a pass that is not needed gains nothing.
+# **Why** After the wire, two more passes each read and write all rows. `direct` writes `total` rows once. So count
+# before you tune: a faster kernel for a pass that is not needed gains nothing.
 #
-# **Another way** Count what is *read* too. Every pass reads as many bytes as it writes, so the traffic is twice as
-# large. The reads of the wire happen partly in the memory of other ranks.
+# **Another way** Count what is *read* too. Each stage reads about as many bytes as it writes, so the traffic is about
+# twice as large. The reads of the wire happen partly in the memory of other ranks.
 
 # %% models-text [markdown]
-# How much is that for a real model? Here are three models, with the bytes of one token's K and V in one layer (bfloat16;
-# the sizes are those of each model's `config.json`), and one prompt of 32767 tokens over your ranks.
+# How much is that for a real model? Here are three models, with the bytes that one token adds to the KV cache of one
+# layer (bfloat16; the sizes are those of each model's `config.json`), and one prompt of 32767 tokens over your ranks.
 
 # %% bill-predict
 lesson.predict("bill", ...)
@@ -967,8 +973,8 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 
 # %% models-text-after [markdown]
 # MLA, the attention of DeepSeek, gathers one latent vector of 576 elements instead of K and V. Its total is smaller,
-# but the proportions are the same. Notebook 3 measures the time of these bytes. To write into the memory of a peer, a
-# rank needs *symmetric memory*. That is the subject of notebook 2.
+# but the proportions are the same. Notebook 3 measures how long it takes to move these bytes. To write into the memory
+# of a peer, a rank needs *symmetric memory*. That is the subject of notebook 2.
 
 # %% plan-text [markdown]
 # ### A plan in two lines
@@ -985,8 +991,8 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # `lab.gather` makes each rank call `all_gather_kv`, which synchronizes twice: the ranks agree before any row is stored,
 # and they wait at a barrier until all rows have arrived. The next cells start two other ranks, make a plan there, and
-# list the *steps* of one call. Besides the steps that fill a buffer, such as `wire`, these are the synchronizations:
-# `agree` is the agreement, and `exit` is the barrier at the end.
+# list the *steps* of one call. Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the
+# agreement, and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1021,9 +1027,9 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
 # How can a rank store its rows without asking whether the output is free? The plan has two outputs and uses them in
-# turn. The barrier at the end of a call shows that all ranks have begun it, so they no longer need the output of the
-# previous call. The price: a result is valid only until the next call. MPI calls the same idea a persistent collective
-# (`MPI_Allgatherv_init`).
+# turn. A rank leaves the barrier at the end of a call only after all ranks have started that call, and a rank that has
+# started a call no longer needs the output of the previous one. The price: a result is valid only until the next call.
+# MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it
@@ -1068,9 +1074,10 @@ lesson.progress()
 # </details>
 # <details><summary>2. When is ceil(total / cp) right?</summary>
 #
-# For one sequence. Several sequences may assign their extra tokens to the same rank.
+# Always for one sequence, but only sometimes for several. Several sequences may assign their extra tokens to the same
+# rank.
 # </details>
-# <details><summary>3. Why may the padding stay uninitialized here, and where may it not?</summary>
+# <details><summary>3. Why may a gather leave the padding uninitialized, as `padded_symm` does, and where may it not stay so?</summary>
 #
 # A gather only copies it and drops it later. Where padded rows enter a sum, a softmax or the dispatch to experts, they
 # must be masked.
@@ -1081,8 +1088,8 @@ lesson.progress()
 # </details>
 # <details><summary>5. A test compares a new gather with NCCL's on the data torch.arange(n) + rank. Which faults does it miss?</summary>
 #
-# A stale round, because the data are the same every time. Rows that are equal on two ranks. And every fault that both
-# gathers share.
+# A stale round, because the data are the same every time. It also misses an exchange of rows that have the same value
+# on two ranks. It misses every fault that both gathers share.
 # </details>
 #
 # ### You can now read
@@ -1097,8 +1104,8 @@ lesson.progress()
 #
 # ### An open problem
 #
-# In vllm#49517, #52863 and #57115 (all open), every rank stores its rows straight into the *paged* cache of each peer.
-# What is the permutation then, and which ranks must agree before a page is reused? Notebook 2 shows the first half of
-# an answer.
+# In vllm#49517, #52863 and #57115 (all open), every rank stores its rows straight into the *paged* cache of each peer:
+# a KV cache in pages that are assigned to requests. What is the permutation then, and which ranks must agree before a
+# page is reused? Notebook 2 shows the first half of an answer.
 #
 # Next: `02_symmetric_memory.ipynb`.

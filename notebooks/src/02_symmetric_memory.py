@@ -7,7 +7,7 @@
 #
 # Run a cell with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
-# **Time** 90 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Know before** notebook 1.
+# **Time** 90 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Prerequisites** notebook 1.
 #
 # After this notebook you can
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
@@ -180,7 +180,8 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **stale** (read after write): the reader was early. It read before the writer had written.
 # - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
-# Now imagine a test that gathers the same values in every round. It would have accepted every one of these wrong reads.
+# Now imagine a test that gathers the same values in every round. After the first round, it would have accepted every
+# one of these wrong reads.
 
 # %% s4 [markdown]
 # ## 4. Every possible order
@@ -381,12 +382,13 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #
 # ---
 # **Why** You have just played the role of a scheduler, a slow core or a page fault. In GPU kernels the same happens
-# when one block starts late.
+# when one thread block starts late.
 #
-# Not every race is between ranks. In NCCL 2.28.0 to 2.30.4, a symmetric kernel can read its input before the previous
-# kernel on the *same* GPU has written it, because a wait between the two is missing. No barrier between ranks prevents
-# that. In SGLang, which served one request at a time from CUDA graphs (kernels that are recorded once and then launched
-# together), the race reduced the fraction of right answers from 0.575 to 0.100 (sglang#37768).
+# Not every race is between ranks. In NCCL 2.28.0 to 2.30.4, a *symmetric kernel* (one that stores straight into the
+# memory of the peers, section 8) can read its input before the previous kernel on the *same* GPU has written it,
+# because a wait between the two is missing. No barrier between ranks prevents that. In a test of SGLang that served one
+# request at a time from CUDA graphs (kernels that are recorded once and then launched together), the race reduced the
+# fraction of right answers from 0.575 to 0.100 (sglang#37768).
 #
 # **Another way** Let rank 1 be the fast one: `[0, 0, 0, 1, 1, 1]`, then rank 1 three times (two reads and its put to
 # rank 0), then rank 0 twice. Its first read is of its own slot, which is right.
@@ -403,8 +405,8 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #   cleared it.
 # - `yield me.wait(peer)` waits until the word of that peer is set here, and clears it.
 #
-# These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1).
-# (The module-level functions of the same names also move data, and exist for the NCCL backend only.) A second argument,
+# These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1). (The module-level functions of
+# the same names also move data, and exist for the NCCL backend only.) A second argument of `me.signal` and `me.wait`,
 # the *channel*, selects one of several words.
 
 # %% held-predict
@@ -440,7 +442,7 @@ figures.show(figures.schedule_timeline(overrun.failure))
 # ### Exercise 4 · Signals instead of barriers
 #
 # **Goal** Write the loop of exercise 2 without a barrier. Every rank puts to every **other** rank (`me.peers`), and
-# reads what they put here. No read may be wrong in any order, and no rank may wait forever.
+# reads what each of them has put into its own memory. No read may be wrong in any order, and no rank may wait forever.
 #
 # **Example** Two channels are enough: `full` (my data has arrived at your rank) and `free` (I have read your data, you
 # may write again).
@@ -546,10 +548,10 @@ def exchange_signals(me):
 # %% handover-text [markdown]
 # ### The same signals on real ranks
 #
-# The simulator has searched the orders of a few ranks over a few rounds. How does such a program look on real ranks?
-# `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle. There
-# is one word per pair of ranks and direction. In this program the word means `full` and `free` in turn, instead of the
-# channels above.
+# The simulator has searched the orders of a few ranks over a few rounds. What does such a program look like on real
+# ranks? `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle.
+# There is one word per pair of ranks and direction. In this program the word means `full` and `free` in turn, instead
+# of the channels above.
 #
 # Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
 # pipeline, or to fetch the KV cache of a request from the rank that computed it.
@@ -589,8 +591,8 @@ print("each of 2 ranks read 1000 numbers, all of them right")
 # {glossary: arena, pool; spill}
 #
 # The review of sglang#24040, the change that this kit is about, asked this question: token counts vary, so is memory
-# allocated at run time when a buffer is larger than the pool? The author confirmed that it can happen, and that 4 GB
-# are reserved at startup to make it rare. The reviewer also asked whether the engine should warm up with the largest
+# allocated at run time when a buffer is larger than the pool? The author confirmed that this can happen, and that 4 GB
+# is reserved at startup to make it rare. The reviewer also asked whether the engine should warm up with the largest
 # request.
 
 # %% spills-predict
@@ -637,9 +639,10 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # %% s7 [markdown]
 # ## 7. When is a block free?
 #
-# A pool places each new block at the lowest free offset. That offset is equal on all ranks, as long as all ranks have
-# freed the same blocks. But Python releases a tensor when its last reference ends, which happens at a different time on
-# each rank. In this example, rank 1 still holds `old` when the next buffers are allocated.
+# A pool places each new *block* (here: the memory of one buffer) at the lowest free offset. That offset is equal on all
+# ranks, as long as all ranks have freed the same blocks. But Python releases a tensor when its last reference ends,
+# which happens at a different time on each rank. In this example, rank 1 still holds `old` when the next buffers are
+# allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -659,15 +662,15 @@ assert not same.diverged
 
 # %% diverge-text [markdown]
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
-# not *equal*. The sender stored at the offset that it had computed for itself. So each rank misses three
-# rows, and three rows of a block in use are overwritten: nine wrong rows. This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage
-# output, and no error.
+# not *equal*. The sender stored at the offset that it had computed for itself. So the two ranks miss three rows each,
+# and three rows of a block in use are overwritten: nine wrong rows in total. This is pytorch#178138. With a captured
+# CUDA graph it is sglang#34230: garbage output, and no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
 # **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of blocks that
-# rank r has dropped. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must
+# rank r has released. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must
 # always be equal on all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than
 # necessary.
 #
@@ -726,15 +729,16 @@ def may_free(dropped, me):
 # an error that lists each rank's allocations.
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
-# does that. It is not enough to order the free blocks in the same way while ranks free them at different times.
-# pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address, and #190977 (wrong
-# rows after reuse) is still open.
+# does that. To sort the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
+# different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address,
+# and #190977 (wrong rows after reuse) is still open.
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
-# You have allocated a symmetric buffer. Does NCCL gather with a symmetric kernel? That is its *fast path* (`symmetric`
-# in results). It depends on four facts, which must hold **on all ranks**:
+# You have allocated a symmetric buffer. Does NCCL take its *fast path*, a gather with a symmetric kernel that stores
+# straight into the memory of the peers (`symmetric` in results)? That depends on four facts, which must hold **on all
+# ranks**:
 #
 # | fact | if it does not hold | reported in |
 # |---|---|---|
@@ -764,11 +768,11 @@ lesson.version_table()
 # torch 2.12.1.
 #
 # A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
-# For small messages, there are exceptions in both directions: NCCL may fall back although the receive buffer is
-# registered, and it may select its symmetric kernel for small messages (LL) although only the *send* buffer is
-# registered, because that kernel copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6
-# leaves these exceptions out. The ranks of this notebook push rows themselves. They need a symmetric receive buffer,
-# and a symmetric send buffer only saves them the copy that pads.
+# For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
+# NCCL may still select its symmetric kernel for small messages (LL), because that kernel copies through NCCL's own
+# memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6 leaves these exceptions out. The ranks of this notebook push
+# rows themselves. They need a symmetric receive buffer. A symmetric send buffer only saves them the copy in stage
+# `pad`.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: the stale
@@ -776,7 +780,9 @@ lesson.version_table()
 # 3. Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
-# *loaded* library (`ncclGetVersion`), not the one with which torch was compiled.
+# *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. What does each algorithm do on your
+# ranks? `padded_symm_recv` is `padded` with the receive buffer in symmetric memory, and `padded_symm` with both buffers
+# there.
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -790,8 +796,8 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 #
 # - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or one that would
 #   store rows at a wrong offset.
-# - `"racy"`: NCCL uses a right symmetric kernel, but of a version that does not wait for the previous kernel.
-# - `"sound"`: NCCL uses a right symmetric kernel, of a version that waits.
+# - `"racy"`: it may take the fast path, but the symmetric kernel of this version does not wait for the previous kernel.
+# - `"sound"`: it may take the fast path, and the symmetric kernel of this version waits.
 #
 # `version` is a tuple, `group` is the name of the gather's group, and all GPUs reach each other over NVLink. `send[r]`
 # and `recv[r]` describe the buffers of rank r: `None` (ordinary memory) or `(group, offset)`.
@@ -916,8 +922,9 @@ def fast_path(version, group, send, recv):
 
 
 # %% e6-help [markdown]
-# First write down what "registered" means for *one* buffer over all ranks. Then ask which buffers need it, and which of
-# them need one offset. Test for the race at the end, because it concerns only calls that do not fall back.
+# First write down what "registered" means for *one* buffer over all ranks. Then ask which buffers must be registered,
+# and which must have the same offset on all ranks. Test for the race at the end, because it concerns only calls that do
+# not fall back.
 #
 # ---
 # A buffer is registered if no rank has `None` and all ranks name the gather's group. Only `recv` also needs one offset.
@@ -955,8 +962,8 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: every rank that is still running raises an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but the gather falls back, on the two ranks or, with the same
-#   buffers, in NCCL 2.28.9 or 2.29.7;
+# - `fast path missed`: no error, and every row is right, but the gather falls back on the two ranks, or would fall back
+#   with the same buffers under NCCL 2.28.9 or 2.29.7;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -1004,8 +1011,8 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # ### Receive-only registration
 #
 # This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The output
-# of the cell lists three *transports*: `posix` is the path that the two ranks took, and for two versions of NCCL the rule
-# of section 8 is applied to the same buffers.
+# lists one path for each of three *transports*. The two ranks used `posix`. For the other two, both versions of NCCL,
+# the path is computed from the same buffers by the rule of section 8.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)
@@ -1091,10 +1098,11 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of the mistake, one of `CASES` (the names in the table above), from what the ranks
-# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (negative:
-# killed by that signal), `error` (the name of the exception's type, or ""), `message`, `waited_s`, `paths` (from
-# transport to path), `reason` (why this path was taken), and `wrong` (a description of the first wrong row, or ""). The
-# reports are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
+# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (if a Unix
+# signal killed the process, minus the number of that signal), `error` (the name of the exception's type, or ""),
+# `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a
+# description of the first wrong row, or ""). The reports are in any order. To see one, run
+# `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1175,8 +1183,8 @@ def cause(ranks):
 # **Why** The rank that reports an error is often not the one that caused it. A post-mortem needs *all* ranks: which
 # rank waited for which, and how each of them ended.
 #
-# **Another way** A table from (symptom, detail) to cause. It is shorter. It also shows the requirement: if two causes
-# share a symptom, some detail must differ. If none differs, your logs contain too little.
+# **Another way** Use a table from (symptom, detail) to cause. It is shorter. It also shows the requirement: if two
+# causes share a symptom, some detail must differ. If none differs, your logs contain too little.
 
 # %% s10 [markdown]
 # ## 10. Your own pull gather
@@ -1283,11 +1291,11 @@ def pull_gather(me, shard, out, tokens):
 # ---
 # **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the
 # rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
-# `_low_contention_all_gather` avoids a different contention. It copies with copy engines, so that it takes no
-# multiprocessors from *computation* that runs at the same time (pytorch#130583).
+# `_low_contention_all_gather` avoids a different contention. It uses copy engines, the GPU's hardware for copies, so
+# that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #
-# **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out` must be symmetric
-# instead of the shard, and the barrier at the end says when it is complete. That is `algorithm="direct"`, which
+# **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out`, not the shard, must
+# be in symmetric memory, and `out` is complete after the barrier at the end. That is `algorithm="direct"`, which
 # notebook 3 measures.
 
 # %% real-text [markdown]
@@ -1359,8 +1367,9 @@ lesson.reveal("slot", caches[0].index(6))
 # vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final rows in the cache of
 # every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
 #
-# Which ranks must agree before a page is reused? All of them: a peer may still read the page. `all_gather_kv` starts
-# with an agreement for this reason. A signal per peer would wait for fewer ranks.
+# Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page.
+# `all_gather_kv` starts with an agreement for this reason. With one signal per peer instead, a rank would wait only for
+# the peers that still read the page.
 
 # %% progress
 lesson.progress()
@@ -1368,14 +1377,15 @@ lesson.progress()
 # %% end [markdown]
 # ## What to remember
 #
-# - Symmetric means: the same offset on every rank. Pointers differ.
+# - Symmetric means: the same offset on every rank. Pointers may differ.
 # - There are two waits: before a rank reads what its peers wrote, and before any rank writes there again. A test of one
 #   round never detects a missing second wait.
 # - With signals, a rank waits for one peer. At a barrier, it waits for all ranks.
 # - A spill is a collective at run time. Warm up with the largest batch that you expect.
-# - A block is free when *all* ranks have released it. Different free lists give wrong rows, not errors.
-# - The fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers count depends on
-#   the version of NCCL, and some versions have a race. So always look at the path and at the version.
+# - A block is free when *all* ranks have released it. Unless the ranks compare their free lists, a difference gives
+#   wrong rows, not errors.
+# - Within a node, the fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers
+#   count depends on the version of NCCL, and some versions have a race. So always look at the path and at the version.
 # - The rank that reports an error is often not the one that caused it.
 #
 # **You can now read**

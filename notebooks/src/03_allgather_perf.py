@@ -3,10 +3,10 @@
 #
 # Several algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
 # every layer, so a wrong answer costs time in each of them. In this notebook you compute what the hardware allows,
-# measure what happens, and explain the difference. The loop is again: predict, run, explain. Run a cell with
-# `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
+# measure what happens, and explain the difference. The loop is the same as before: predict, run, compare. Run a cell
+# with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
-# **Time** 75 minutes. **Needs** any laptop: the times are those of *this* machine. **Know before** notebooks 1 and 2.
+# **Time** 75 minutes. **Needs** any laptop: the times are those of *this* machine. **Prerequisites** notebooks 1 and 2.
 #
 # After this notebook you can
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
@@ -114,7 +114,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # Two lines are enough: `algbw = … / time_us / 1e3`, then return it together with `algbw * (cp_size - 1) / cp_size`.
 #
 # ---
-# **Why** On a perfect machine, busbw does not depend on n. So you can compare runs with different numbers of ranks.
+# **Why** On a perfect machine, busbw does not depend on cp. So you can compare runs with different numbers of
+# ranks.
 #
 # **Another way** Compute busbw directly from the bytes that a rank receives: `rank_bytes * (cp_size - 1) / time_us /
 # 1e3`.
@@ -126,11 +127,11 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # the ranks must synchronize. So the least time is alpha + S · (cp−1)/cp / B, where alpha is the cost of
 # synchronization, and B the bandwidth of the link. We call this bound the *speed of light*.
 #
-# Take B from the data sheet of the link, or from a plain copy to another GPU. Between two H100s such a copy reaches 384
-# GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56). Do not take B from
-# the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce the four measured
-# times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It is not a
-# bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
+# Take B from the data sheet of the link, or, with two GPUs, from a plain copy to the other GPU. Between two H100s such
+# a copy reaches 384 GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# Do not take B from the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce the four
+# measured times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It
+# is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
 
 
 # %% e2-task [markdown]
@@ -138,8 +139,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
 #
-# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the
-# same record NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered
+# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the record
+# of the two H100s, NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered
 # (section 9).
 #
 # **About** 3 minutes, ★☆☆
@@ -173,7 +174,7 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # Which bytes must cross the link, and which are already there?
 #
 # ---
-# A rank receives total · (n−1)/n bytes. And 1 GB/s is 10³ bytes per µs.
+# A rank receives total · (cp−1)/cp bytes. And 1 GB/s is 10³ bytes per µs.
 #
 # ---
 # `alpha_us + received_bytes / (link_gbps * 1e3)`.
@@ -181,8 +182,8 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # ---
 # **Why** The line has two parameters. alpha dominates while S is small, and B while S is large.
 #
-# **Another way** Find the size at which both terms are equal: S = alpha · B · n/(n−1). For 5.3 µs, 328 GB/s and 8 ranks
-# it is 2 MB.
+# **Another way** Find the size at which both terms are equal: S = alpha · B · cp/(cp−1). For 5.3 µs, 328 GB/s and 8
+# ranks it is 2 MB.
 
 # %% light-text [markdown]
 # ### And on this machine?
@@ -229,7 +230,7 @@ assert set(padded.table["rank"]) == set(range(cp))
 figures.show(figures.timeline(padded.table, "padded"))
 
 # %% trace-direct-text [markdown]
-# Now `direct`: every rank writes each row once, at its final position. Note that the time axis has another scale.
+# Now `direct`: every rank writes each row once, at its final position. Note that the time axis has a different scale.
 
 # %% trace-direct tags=["nbval-ignore-output"]
 direct = lab.trace(traced, cp, algorithm="direct")
@@ -276,9 +277,9 @@ lesson.reveal("late", unfair.median_us("direct") / 1000)
 # ### Nine mistakes
 #
 # The figure below shows eight mistakes, the missing barrier among them: each wrong time is beside the right one. Some
-# need a word. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the time of the rank that
-# was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the times. *First touch*: a
-# copy into memory that was never written.
+# of the names need an explanation. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the
+# time of the rank that was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the
+# times. *First touch*: a copy into memory that was never written.
 
 # %% damage-predict
 lesson.predict("damage", ...)
@@ -479,14 +480,14 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 
 # %% sweep-text [markdown]
 # At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end,
-# on a machine that nobody else uses, `direct` comes near the speed of light: there the time is *bytes*. On CPU ranks,
+# on an otherwise idle machine, `direct` approaches the speed of light: there the time is *bytes*. On CPU ranks,
 # `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit
 # into the cache, so the bound rises by more than 8 times too. And their results are ordinary memory: from 32 MB on, the
 # C library requests new pages from the operating system for every call, and every call pays for the first touch.
 # `direct` writes into the pool, whose pages stay.
 #
-# What the flat part lies above the speed of light is time in which ranks wait and agree. It grows when there are more
-# ranks than cores.
+# The gap between the flat part and the speed of light is the time in which ranks wait and agree. It grows when there
+# are more ranks than cores.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -563,7 +564,8 @@ def fit(sizes_bytes, times_us):
 # `np.polyfit` has an argument `w`. It multiplies the residuals, not their squares.
 #
 # ---
-# **Why** Least squares minimizes µs, but you care about per cent. With w = 1/t, each residual is a relative error.
+# **Why** Least squares minimizes errors in µs, but you care about errors in per cent. With w = 1/t, each residual
+# is a relative error.
 #
 # **Another way** Take alpha from the smallest size, and beta from the two largest. This is quick, but it depends on
 # very few samples.
@@ -579,7 +581,8 @@ def fit(sizes_bytes, times_us):
 # Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
 # shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
 # has a price of its own. The price of a stage is then the number of rows that it writes, divided by the number of
-# gathered rows, times the price of a pass. The price of a gather is the sum over its stages, plus two barriers.
+# gathered rows, times the price of a pass (of the collective, for the wire of `padded`). The price of a gather is the
+# sum over its stages, plus two barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -593,8 +596,8 @@ passes
 # ### Exercise 5 · The price of a gather
 #
 # **Goal** Write `price_us`. `rows` contains the number of rows that a rank wrote in each stage. Writing `total` rows
-# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `barrier_us` each. (This
-# holds for `padded` too: it waits inside its collective instead of at a second barrier.)
+# costs `wire_us` in the stage `wire`, and `copy_us` in any other stage. Count two barriers, at `barrier_us` each.
+# (Count two for `padded` as well, although its second wait is inside the collective.)
 #
 # **Example** `price_us({"pad": 3, "wire": 12}, 10, 5.0, 20.0, 1.0)` is 2 · 1 + 3/10 · 5 + 12/10 · 20 = 27.5.
 #
@@ -720,9 +723,9 @@ figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
 # `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
-# `strip` and `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. The
-# prediction contains two bare barriers and nothing else of this. It is good enough for a decision as long as it ranks
-# the gains correctly.
+# `strip` and `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. Of all this,
+# the prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains
+# correctly.
 
 
 # %% e6-task [markdown]
@@ -864,9 +867,10 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 
 # %% stops-text [markdown]
 # The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
-# every size. A higher rate would save more and more time. Neither explains the data. NCCL changes its kernel and
-# protocol with the size, so neither time is one line. The speedup falls at each of these sizes. Megatron-LM#5655 has
-# smaller sizes too, and shows the peak: 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
+# every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of its
+# ring with the size, so the ring's time is not one line, although that of the symmetric kernels nearly is (section 2).
+# The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows the peak:
+# 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
 #
 # Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
 # times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
@@ -981,7 +985,7 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 #
 # Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
 # Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product. `NCCL
-# alone` is the collective without pad, strip and reorder.
+# only` is the collective without pad, strip and reorder.
 #
 # {glossary: copy engine; low-contention}
 
@@ -990,11 +994,11 @@ neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# `plan` delays the product by more than the 104 µs that it takes alone, because its blocks occupy multiprocessors while
-# they wait for the link. The copy engine uses no multiprocessors for its transfer. But its strip and reorder do need
-# them, and wait for the product, so that pipeline takes three times as long as alone. Of these six variants, `seed`
-# delays the product most, and it also moves the most bytes. So measure both sides: the delay of the product is not the
-# time of the gather.
+# `plan` takes 104 µs alone, but delays the product by more than that, because its thread blocks occupy multiprocessors
+# while they wait for the link. The copy engine uses no multiprocessors for its transfer. But the strip and reorder of
+# this pipeline do need them, and wait for the product. So the pipeline takes three times as long as it does alone. Of
+# these six variants, `seed` delays the product most, and it also moves the most bytes. So measure both sides: the delay
+# of the product is not the time of the gather.
 
 # %% kernels-text [markdown]
 # ### What NCCL really did
@@ -1035,8 +1039,9 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #   small messages.)
 # - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
 #   its time is not one line.
-# - A *channel* is one block on a multiprocessor. In this record the symmetric kernel needs 5 to 9 of them, and the ring
-#   16 to 24. So the symmetric kernel leaves more of the GPU to other kernels.
+# - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In this record the
+#   symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the GPU to
+#   other kernels.
 #
 # To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
 
@@ -1133,9 +1138,10 @@ curves = [
 figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
-# Ask which *term* of the model dominates. At 1 MB it is the start over the network. At 256 MB it is the bytes, and
-# NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on, the number of ranks
-# hardly matters, because (cp−1)/cp of S is almost S. From 2 to 8 the time grows by three quarters.
+# Ask which *term* of the model dominates. At 1 MB it is alpha, the fixed cost of the network. At 256 MB it is the
+# bytes, and NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on, the
+# number of ranks hardly matters, because (cp−1)/cp of S is almost S. At 256 MB, the time grows by three quarters from 2
+# to 8 ranks.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
 # curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL does have them for all-gathers
@@ -1160,7 +1166,8 @@ for recording in recordings.newest(known, cp):
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
 # was measured, and it is not a bound: on four GPUs, `direct` is faster at every size except 1 MB. In a record with one
-# GPU, all ranks share it. No byte crosses a link, and the floor is the time of that GPU's memory.
+# GPU, all ranks share it. No byte crosses a link, and the thin black line is the time that the memory of that GPU
+# needs.
 #
 # On GPUs, the flat part contains not only synchronization but also the *launch* of kernels. `plan` is `direct`, prepared
 # once and called many times (`plan_gather_kv`). On a GPU it replays a captured graph. It moves the same bytes: how much

@@ -187,8 +187,8 @@ def test_two_machines_gather_outlast_a_short_cut_of_the_cable_and_end_after_a_lo
     assert "inside: symmetric" in lines
     assert "across: fallback the group spans machines (ranks [0, 1, 2, 3])" in lines
     assert "mended" in lines
-    for words in ("cut: rank 2 (process ", "ended: rank 2 (process "):
-        assert words in lines
+    for words in ("cut", "ended"):  # either rank of that machine may have been silent for longer
+        assert re.search(rf"{words}: rank [23] \(process ", lines), lines
     assert_nothing_left(machines)
 
 
@@ -200,7 +200,7 @@ def test_a_killed_machine_is_named_and_the_next_start_works(machines: list[Machi
     for process in processes_with("JUPYTER_RUNTIME_DIR", machines[1].home):
         process.kill()
     said, _ = used.communicate(timeout=LIMIT_S)
-    after = re.match(r"after ([\d.]+) s: rank 2 \(process \d+ on machine1\)", said)
+    after = re.match(r"after ([\d.]+) s: rank [23] \(process \d+ on machine1\)", said)
     assert after, said
     assert float(after[1]) < 2 * DEADLINE_S + 5
     assert_nothing_left(machines)

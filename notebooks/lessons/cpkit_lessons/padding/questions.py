@@ -42,8 +42,8 @@ def work(world: World) -> Prediction:
     cp = world.cp_size
     first, last = 21, 6 * 6 * cp - 15  # 1 + … + 6, and the last six of 1 … 6·cp
     return Prediction(
-        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. Rank {cp - 1} attends to "
-        "how many times as many keys as rank 0?",
+        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. By what factor "
+        f"does rank {cp - 1} attend to more keys than rank 0?",
         answer=last / first,
         unit="times",
         tolerance=0.08,
@@ -79,7 +79,8 @@ def waste(world: World) -> Prediction:
             (slots - total) / total: f"That is padding / tokens. The question asks for "
             f"padding / slots, and {cp} ranks send {longest} slots each.",
         },
-        why=f"Every rank pads to the longest, {longest} rows: {cp} · {longest} = {slots} slots for "
+        why=f"Every rank pads its shard to the longest one, {longest} rows: {cp} · {longest} = "
+        f"{slots} slots for "
         f"{total} tokens.",
     )
 
@@ -97,16 +98,18 @@ def cut(world: World) -> Prediction:
         unit="rows",
         tolerance=0.01,
         wrong={
-            0: "That is right for one sequence. Here each of 16 sequences adds its odd token to "
-            "rank 0.",
+            0: "That is right for one sequence. Here each of the 16 sequences adds its extra "
+            "token to rank 0.",
             16: f"Rank 0 does hold 16 tokens more than the others. But the formula has room for "
             f"{16 // cp} of them on every rank.",
-            16 // cp: f"The formula has room for {16 // cp} more rows than the other ranks hold, "
-            f"{rows[1]}. Rank 0 needs 16 more.",
+            16 // cp: f"The other ranks hold {rows[1]} rows, and the formula has room for "
+            f"{16 // cp} more. Rank 0 needs room for 16 more.",
         },
-        why=f"Each sequence has one odd token, and zigzag adds it to the first block: rank 0 holds "
+        why=f"Each sequence has one extra token, and zigzag adds it to the first block: rank 0 "
+        "holds "
         f"{rows[0]} rows, the others {rows[1]}. The formula gives {formula}. SGLang up to 0.5.12 "
-        "used it, and allowed only one sequence; from 0.5.13 on it takes the maximum over ranks.",
+        "used it, which was right there, because it allowed only one sequence; from 0.5.13 on it "
+        "takes the maximum over ranks.",
     )
 
 
@@ -124,31 +127,33 @@ def slot(world: World) -> Prediction:
         between=(0, sum(layout.max_rank_len) - 1),
         tolerance=0.01,
         wrong={
-            lengths[0]: "That is its position in token order. After the wire, rows are in rank "
-            "order, padded.",
+            lengths[0]: "That is its position in token order. After the wire, the buffer holds "
+            "the padded shard of rank 0, then that of rank 1, and so on.",
             layout.max_rank_len[0]: f"Slot {layout.max_rank_len[0]} is the first slot of rank 1. "
             "Token 0 of a sequence is in block 0, on rank 0.",
             of_first: f"Rank 0 holds {of_first} rows of sequence 0. But its second block of "
             "sequence 0 comes after the first block of sequence 1.",
         },
-        why="Rank 0 holds all its first blocks, sequence by sequence, then all its second blocks: "
-        f"{first_block} tokens of sequence 0, then sequence 1 begins.",
+        why="Rank 0 stores its first block of every sequence, then its second block of every one. "
+        f"Its first block of sequence 0 has {first_block} tokens; then sequence 1 begins.",
     )
 
 
 LESSON.ask(
     "passes",
-    "With the algorithm `padded`, a rank has to pad its shard. How many times is each of its rows "
+    "Suppose that a rank has to pad its shard for the algorithm `padded`. How many times is each "
+    "of its rows "
     "written before another rank's attention reads it?",
     answer=4,
     unit="times",
     tolerance=0.01,
     wrong={
-        1: "That is the wire alone. Count the copies before and after it too.",
+        1: "That counts only the exchange between the ranks. Count the copies before and after it "
+        "too.",
         2: "Count the copies after the wire again: strip and reorder are two. And the pad copies "
         "the "
         "row before the wire.",
-        3: "That is right for the rank that holds the most rows, because it does not pad. The "
+        3: "That is right for a rank that holds the most rows, because it does not pad. The "
         "others "
         "copy their rows once more.",
     },
@@ -208,8 +213,8 @@ def bill(world: World) -> Prediction:
     """Ask for the bytes that padded writes, in units of those that direct writes."""
     cp = world.cp_size
     return Prediction(
-        f"One prompt has 32767 tokens, over {cp} ranks. A rank that pads writes how many times as "
-        "many bytes with `padded` as with `direct`?",
+        f"One prompt has 32767 tokens, over {cp} ranks. On a rank that pads, what is the ratio of "
+        "the bytes that `padded` writes to those that `direct` writes?",
         answer=3 + 1 / cp,
         unit="times",
         tolerance=0.02,
@@ -219,7 +224,8 @@ def bill(world: World) -> Prediction:
             f"which is 1/{cp} of the rows.",
             1: "Both gather the same rows, but padded writes most of them three times.",
         },
-        why=f"In units of all rows, the pad writes 1/{cp}, and wire, strip and reorder write 1 "
+        why=f"If one copy of all rows counts as 1, the pad writes 1/{cp}, and wire, strip and "
+        "reorder write 1 "
         "each. "
         "direct writes each row once, at its final position.",
     )
@@ -232,9 +238,9 @@ LESSON.ask(
     between=(0, 2),
     tolerance=0.01,
     wrong={
-        0: "Without any barrier, a rank would not know when the rows of its peers have arrived.",
-        2: "The first of the two is the agreement, and the ranks have agreed when they made the "
-        "plan.",
+        0: "Without any barrier, a rank could not detect that the rows of its peers have arrived.",
+        2: "The first of the two is the agreement, and the ranks already agreed when they made "
+        "the plan.",
     },
     why="Only the barrier after the stores remains. The agreement happens once, when the plan is "
     "made.",

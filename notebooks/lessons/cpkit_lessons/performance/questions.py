@@ -48,7 +48,8 @@ def late(world: World) -> Prediction:
         unit="ms",
         tolerance=0.5,
         wrong={
-            0.5: "That is about the gather alone. But rank 0 waits for others while its clock "
+            0.5: "That is roughly the time of the gather alone. But rank 0 waits for others while "
+            "its clock "
             "runs.",
             5.0: f"That is the delay of rank 1. Rank 0 waits for the last rank, which is {steps} "
             "· 5 "

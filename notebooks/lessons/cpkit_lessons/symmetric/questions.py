@@ -45,8 +45,8 @@ def stale(world: World) -> Prediction:
             "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
         },
         why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
-        "reads can be wrong. Without a barrier, wrong reads are not rare. But a test with the same "
-        "data in every round cannot detect it.",
+        "reads can be wrong. Without a barrier, wrong reads are not rare. But a test with the "
+        "same data in every round cannot detect them after the first round.",
     )
 
 
@@ -198,7 +198,7 @@ _ask_symptom(
     answer="error after the deadline",
     why="Allocating symmetric memory is a collective, and the other ranks wait for the missing "
     "one. The deadline turns a hang into an error that names the rank. NCCL's registration has no "
-    "deadline: sglang#36943 hung while /health returned 200.",
+    "deadline: in sglang#36943, the server hung while /health returned 200.",
     wrong={
         "error at once": "A rank that is late and a rank that never arrives look the same until "
         "the deadline.",
