@@ -82,7 +82,7 @@ def variables(sharing: str) -> tuple[tuple[str, str], ...]:
 
 
 def one_gpu() -> str:
-    """Return the first visible GPU; a daemon, which must run already, numbers them anew."""
+    """Return the first visible GPU. Call it after an MPS daemon starts, which counts from 0."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
