@@ -121,7 +121,7 @@ def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> Path
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
             reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
-        elif recv_fault and not send_fault and nccl_rule(version) == "recv":
+        if recv_fault and not send_fault and nccl_rule(version) == "recv":
             reason += "; for small messages this NCCL may select its staging kernel AllGather_LL"
     mine = pairs[rank]
     return PathReport(path, reason, str(mine.send), str(mine.recv))

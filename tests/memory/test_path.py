@@ -114,6 +114,9 @@ def test_a_registered_send_buffer_alone_may_select_the_staging_kernel() -> None:
     for version, may in (("2.28.9", False), ("2.29.7", True), ("2.30.7", True)):
         report = decide([BufferPair(A, ORDINARY)] * 2, 0, f"nccl {version}")
         assert (report.path, "AllGather_LL" in report.reason) == ("fallback", may), report
+        # Of a recv buffer at different offsets NCCL receives a copy: it is ordinary memory too.
+        report = decide([BufferPair(A, A), BufferPair(A, B)], 0, f"nccl {version}")
+        assert (report.path, "AllGather_LL" in report.reason) == ("fallback", may), report
     report = decide([BufferPair(A, ORDINARY), BufferPair(B, ORDINARY)], 0, "nccl 2.30.7")
     assert "AllGather_LL" not in report.reason, "NCCL receives copies of these, and has no choice"
 
