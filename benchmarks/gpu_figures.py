@@ -73,18 +73,34 @@ def conditions(record: Record) -> str:
         if record["sharing"]
         else "copies of each rank's shard to every peer, by the copy engine in the same run"
     )
+    opponents = (
+        "NCCL refuses two ranks on one GPU, so `seed` is copies into the peers' symmetric buffers, "
+        "strip and reorder in plain torch."
+        if record["sharing"]
+        else "`seed` is pad, collective, strip and reorder in plain torch, with no symmetric "
+        "buffer, the receive buffer (`recv`) or `both`; `NCCL` is the collective alone."
+    )
     return (
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
         f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`; clocks "
-        f"(now, highest) {where['clocks_before']} before and {where['clocks_after']} after. "
+        f"of a GPU's multiprocessors {_clocks(where)}. "
         f"One zigzag sequence of bfloat16 rows [8, 128], each size 3 tokens short of a round "
-        f"number. Device time is that of a CUDA graph of several calls, divided by their number: "
-        f"the slowest rank's median, of {record['plan']['rounds']} rounds the median. Each call "
-        f"reads the same rows, so what fits into the L2 cache is read from there. `plan` is the "
-        f"prepared call of `direct`. `seed` is pad, collective, strip and reorder in plain torch, "
-        f"with no symmetric buffer, the receive buffer (`recv`) or `both`; `NCCL` is the "
-        f"collective alone. The floor is {floor}."
+        f"number. Device time is that of a CUDA graph of several calls, divided by their number; "
+        f"each figure is the slowest rank's median in a round, and then the median of "
+        f"{record['plan']['rounds']} rounds. Each call reads the same rows, so what fits into the "
+        f"L2 cache is read from there. `plan` is the prepared call of `direct`. {opponents} "
+        f"`copy engine` copies each shard into the peers' symmetric buffers, then strips and "
+        f"reorders; `low-contention` does so with torch's `_low_contention_all_gather`. The floor "
+        f"is {floor}."
     )
+
+
+def _clocks(environment: Record) -> str:
+    """Describe the clocks, recorded as "now, highest" of each GPU, before and after."""
+    before, after = environment["clocks_before"], environment["clocks_after"]
+    highest = before.split("; ")[0].split(", ")[-1]
+    now = [", ".join(each.split(", ")[0] for each in text.split("; ")) for text in (before, after)]
+    return f"{now[0]} before and {now[1]} after, of at most {highest}"
 
 
 def as_summary(record: Record) -> str:
@@ -120,7 +136,10 @@ def as_details(record: Record) -> str:
         beside = [each for each in record["beside"] if each["variant"] not in NOT_BESIDE]
         parts += ["Beside a matrix product on another stream:", table_of(beside, BESIDE_COLUMNS)]
     headline = measured(all_times(record, "headline"), DEVICE_VARIANTS)
-    parts += ["The seed's batch, 16,384 index keys of 128 bytes:", time_table(*headline, ratios)]
+    parts += [
+        "The batch of SGLang #17756, 16,384 rows (index keys) of 128 bytes:",
+        time_table(*headline, ratios),
+    ]
     return "\n\n".join([*parts, table_of(record["goals"], GOAL_COLUMNS)])
 
 

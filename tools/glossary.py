@@ -13,9 +13,11 @@ WORDS: dict[str, str] = {
     "shard": "the rows that one rank holds before the gather",
     "slot": "room for one row in a buffer; a slot without a row is padding",
     "cp_size, cp_rank": "the number of ranks that share the batch; the index of this rank",
-    "block": "one of 2·cp parts of a sequence (zigzag); rank r owns blocks r and 2·cp−1−r",
+    "block": "one of the 2·cp_size parts into which the strategy zigzag (section 1) cuts a "
+    "sequence; rank r owns blocks r and 2·cp_size−1−r",
     "per_rank_actual_token": "the number of rows that each rank holds, without padding",
-    "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks",
+    "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks (a "
+    "layout repeats it, once per rank)",
     "rank order": "all rows of rank 0, then all rows of rank 1, …, without padding",
     "token order": "token 0, 1, 2, …, sequence by sequence: the order that attention needs",
     "provenance": "the origin of a row, stored in the row as a *stamp*: round (the number of the "
@@ -26,8 +28,7 @@ WORDS: dict[str, str] = {
     "seed": "SGLang's pipeline in plain torch: pad, NCCL's all-gather, strip, reorder",
     "symmetric memory": "buffers that all ranks allocate with the same sizes in the same order, "
     "and that all peers can address",
-    "segment": "memory that one rank creates and all ranks map; the arena and each spill have one "
-    "segment per rank",
+    "segment": "memory that one rank creates and all ranks map",
     "arena, pool": "the large segment allocated at startup; the allocator that divides it",
     "spill": "an allocation that fits into no existing segment of the pool, so each rank creates "
     "a new segment",
@@ -36,12 +37,14 @@ WORDS: dict[str, str] = {
     "barrier": "a point that no rank passes before all ranks have arrived",
     "signal": "a flag in a peer's memory: one rank sets it, the peer waits for it and clears it",
     "stale (read after write)": "the reader was early, and read rows of an earlier round, or "
-    "memory that was not written yet",
-    "ahead (write after read)": "the writer was early, and overwrote rows that were not read yet",
+    "memory that had not been written yet",
+    "ahead (write after read)": "the writer was early, and overwrote rows that had not been read "
+    "yet",
     "fallback": "the ordinary collective instead of symmetric kernels: its result is correct, but "
     "it is usually slower",
     "ring": "NCCL's ordinary all-gather: each rank passes rows on to its neighbour",
-    "symmetric kernel": "a kernel of NCCL that stores straight into the windows of all peers",
+    "symmetric kernel": "a kernel of NCCL that stores straight into the windows of all peers "
+    "(small messages: into a staging buffer)",
     "multicast": "one store that the NVLink switch copies to all GPUs; more than 2 ranks needed",
     "copy engine": "the hardware of a GPU that copies memory without its multiprocessors",
     "low-contention": "PyTorch's gather by copy engine, so that other kernels keep running",

@@ -199,7 +199,8 @@ class ShmBarrier:
             f"{', '.join(late)} at barrier {round}."
         )
         return BarrierTimeout(
-            f"{self._broken} They died, hang, or took another path through the program: read "
+            f"{self._broken} They have died, are hanging, or have taken another path through the "
+            "program: read "
             f"their logs. To go on, call cpkit.group.forget_groups() on every rank, and make new "
             f"groups; if they are only slow, raise CPKIT_DEADLINE_S."
         )

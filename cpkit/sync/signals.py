@@ -58,7 +58,8 @@ class ShmSignals:
             if waited_s > deadline_s():
                 raise BarrierTimeout(
                     f"{self._name}: rank {self._rank} waited {deadline_s():g} s for rank {peer} to "
-                    f"{what}; it died, hangs, or took another path through the program"
+                    f"{what}; it has died, is hanging, or has taken another path through the "
+                    "program"
                 )
             if waited_s < _SHORT_WAIT_S:
                 yield_core()

@@ -3,9 +3,9 @@
 #
 # A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
 # over several GPUs. Each GPU has one process, called a *rank*. But attention on every rank needs the keys and values of
-# **all** tokens. So the ranks gather the KV cache in every layer: they pad their rows to one length, exchange them,
-# strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of each long request. In
-# this notebook real processes run it, and you write each step.
+# **all** tokens. So the ranks gather the KV cache in every layer: they pad their parts to the same number of rows,
+# exchange them, strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of each
+# long request. In this notebook real processes run it, and you write each step.
 #
 # **Time** 70 minutes. **Needs** Linux on x86-64, and no GPU: the ranks are CPU processes. **Prerequisites** tensors,
 # and what a KV cache is.
@@ -38,7 +38,7 @@ world = lesson.begin(lab)
 # %% connect-text [markdown]
 # The cell above connected to worker processes that were already running, or started four with `torchrun`. These workers
 # are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that the
-# notebook started end together with its kernel.
+# notebook started stop when its kernel stops.
 #
 # `cp` below is the number of ranks in each gather. It equals the number of workers. To use 2 or 8 ranks, stop the
 # workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The
@@ -54,8 +54,8 @@ cp = world.cp_size
 # %% s1 [markdown]
 # ## 1. Who owns token t?
 #
-# A gather requires the location of every row on every rank. The scheduler of a serving engine selects the sequences of
-# each batch, and every rank derives the place of each row from their lengths alone, without a message.
+# For a gather, every rank must know where each row is. The scheduler of a serving engine selects the sequences of each
+# batch, and every rank derives the place of each row from their lengths alone, without communication.
 #
 # Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
 #
@@ -300,8 +300,8 @@ figures.show(figures.waste_map(batches, cp_sizes=[1, 2, 4, 8]))
 # ### The formula that comes to mind first
 #
 # `ceil(total / cp)` looks like the right padded length: spread the tokens evenly, and round up. SGLang used exactly
-# this formula, up to version 0.5.12, in `cp_all_gather_reorganized_into_tensor_kv_cache`, the function that this kit is
-# about. Now take 16 sequences of 4097 tokens each.
+# this formula, up to version 0.5.12, in `cp_all_gather_reorganized_into_tensor_kv_cache`, the function that `cpkit`,
+# the library of these notebooks, is about. Now take 16 sequences of 4097 tokens each.
 
 # %% cut-predict
 lesson.predict("cut", ...)
@@ -375,8 +375,9 @@ def padded_len(lengths, cp_size):
 # block. Return the maximum.
 #
 # ---
-# **Why** "The maximum of sums" and "the sum of rounded means" are different numbers. And rank 0 does not always hold
-# the most rows: with 5 extra tokens over 8 blocks, the *last* rank owns two long blocks.
+# **Why** `ceil(total / cp)` is the mean over the ranks, rounded up, and the rank with the most rows can hold more
+# than that. And rank 0 does not always hold the most rows: with 5 extra tokens over 8 blocks, the *last* rank owns two
+# long blocks.
 #
 # **Another way** Round each sequence up separately: `sum(ceil(n / cp))`. That is always large enough and quick to
 # compute, but it wastes slots when two sequences have their extra tokens on different ranks. SGLang has taken the
@@ -475,7 +476,7 @@ assert (reorder[:, 0] == 7).all(), "all rows are of round 7"
 # **Goal** Write `strip`, which turns the buffer of the wire into rank order. `wire` is `[cp · max_rank_len, heads,
 # head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first `per_rank_actual_token[r]` of them are
 # real. Assume that the padding contains arbitrary bytes, so that you cannot recognize it by its contents: `padded`
-# fills it with zeros, but `padded_symm` leaves it uninitialized.
+# fills it with zeros, but `padded_symm` (notebook 2) leaves it uninitialized.
 #
 # **Example** Let `wire` hold the rows a b · c d e, where · is padding. With `per_rank_actual_token` [2, 3] and
 # `max_rank_len` 3, the result is a b c d e.
@@ -626,14 +627,14 @@ def gather_index(rank_rows, max_rank_len):
 # depends only on the lengths, so all layers share it.
 #
 # **Another way** Scatter instead of sorting: `index = torch.empty(total, dtype=torch.int64); index[tokens] = slots`.
-# This index states the *destination* of each row, instead of the *source* of each token. The algorithm `direct` of
-# section 8 does the same across ranks.
+# The index is the same: here `tokens` is used as the *destination* of each slot, and is not sorted into the *source* of
+# each token. The algorithm `direct` of section 8 does the same across ranks.
 
 # %% s6 [markdown]
 # ## 6. Does the order matter?
 #
-# The reorder costs a full pass. Can an engine skip it, and let attention read rank order? A softmax is a sum over keys,
-# and a sum does not depend on the order of its terms.
+# The reorder costs a full pass. Can an engine skip it, and let attention read rank order? Attention is a weighted sum
+# over keys, and a sum does not depend on the order of its terms.
 
 # %% order-predict
 lesson.predict("order", ...)
@@ -753,10 +754,10 @@ def cp_attention(q, k, v, tokens):
 #
 # How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
 # worse. So the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one
-# rank's rows of the previous round, padding in place of a row, one row twice, two neighbouring rows exchanged, a row
-# written by a rank that is not its owner, the last row lost, extra slots after the end of the batch, and a wrong
-# sequence number. The table below applies four common checks to each of these *mutants*: `✓ killed` means that the
-# check rejects the mutant, and `alive` that it accepts it.
+# rank's rows of the previous round, padding in place of a row, one row twice (the second time in place of its
+# neighbour), two neighbouring rows exchanged, a row written by a rank that is not its owner, the last row lost, extra
+# slots after the end of the batch, and a wrong sequence number. The table below applies four common checks to each of
+# these *mutants*: `✓ killed` means that the check rejects the mutant, and `alive` that it accepts it.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -771,9 +772,9 @@ table
 lesson.reveal("survivors", int(alive["lengths only"]))
 
 # %% survivors-text [markdown]
-# NCCL's own example of symmetric memory, and several tests in PyTorch, use `one constant per rank`. This check does not
-# detect a stale round, or two exchanged rows of one rank. Read each column of the table: every check accepts some of
-# the faults.
+# NCCL's own example of symmetric memory, and several tests in PyTorch, use `one constant per rank`: every row holds
+# only the number of its rank. This check does not detect a stale round, or two exchanged rows of one rank. Read each
+# column of the table: every check accepts some of the faults.
 
 # %% e7-task [markdown]
 # ### Exercise 7 · Write the check that rejects all mutants
@@ -873,7 +874,7 @@ def accepts(got, lengths, owners, round_):
 # ## 8. Count the bytes
 #
 # The padded gather writes each row several times. Does it have to? Every rank can compute the permutation *before* any
-# row moves. So it can store each of its rows straight at its final position in the output of every peer. That needs no
+# row moves. So it can store each of its rows directly at its final position in the output of every peer. That needs no
 # padding, no strip and no reorder. The algorithm is called `direct`.
 
 # %% direct
@@ -979,8 +980,9 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # %% plan-text [markdown]
 # ### A plan in two lines
 #
-# A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check and agree each time?
-# No. A *plan* does this once, and each call then only moves rows, each to its final place (the algorithm `direct`):
+# A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check their arguments, and
+# agree that they match, each time? No. A *plan* does this once, and each call then moves every row straight to its
+# final place (the algorithm `direct`):
 #
 # ```python
 # plan = plan_gather_kv([k], layout, group)  # once per batch
@@ -1077,7 +1079,7 @@ lesson.progress()
 # Always for one sequence, but only sometimes for several. Several sequences may assign their extra tokens to the same
 # rank.
 # </details>
-# <details><summary>3. Why may a gather leave the padding uninitialized, as `padded_symm` does, and where may it not stay so?</summary>
+# <details><summary>3. Why may a gather leave the padding uninitialized, and where must the padding be masked?</summary>
 #
 # A gather only copies it and drops it later. Where padded rows enter a sum, a softmax or the dispatch to experts, they
 # must be masked.

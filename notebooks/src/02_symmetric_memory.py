@@ -7,14 +7,15 @@
 #
 # Run a cell with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
-# **Time** 90 minutes. **Needs** any laptop: the ranks share POSIX shared memory. **Prerequisites** notebook 1.
+# **Time** 90 minutes. **Needs** Linux on x86-64, and no GPU: the ranks use POSIX shared memory. **Prerequisites**
+# notebook 1.
 #
 # After this notebook you can
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
 # 2. place barriers or signals so that a loop is right in every order of events, and prove it;
 # 3. store rows straight in the paged cache of a peer;
-# 4. size a pool so that it never has to grow while an engine serves requests;
-# 5. say whether a gather takes the fast path, from four facts and a version number;
+# 4. size a pool so that it never has to grow while an engine serves requests; 5. say from four facts and a version
+#    number whether a gather takes the fast path, and whether that is safe;
 # 6. find the cause of a failure from what the ranks observed.
 #
 # {glossary: symmetric memory; segment; put, get; barrier; stale (read after write); ahead (write after read)}
@@ -119,8 +120,8 @@ def peer_pointer(pointer, me, peer, bases):
 # One line is enough: the base of the peer, plus my pointer, minus my base.
 #
 # ---
-# **Why** This line is the core of symmetric memory. Every kernel that stores to a peer computes it, once per peer, from
-# a table of bases that was made in the rendezvous.
+# **Why** This line is the core of symmetric memory. Every kernel that stores to a peer does this calculation once
+# per peer, often from a table of bases that was made in the rendezvous.
 #
 # **Another way** Store one difference per peer, `bases[peer] - bases[me]`, and add it. The device code of NVSHMEM loads
 # the base of the peer from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other
@@ -337,9 +338,9 @@ def exchange(me):
 # write. Every call of `direct` contains both, as an agreement at its start and a barrier at its end. PyTorch's
 # `_low_contention_all_gather` has them too.
 #
-# **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and every rank that has passed the
-# barrier of round n+1 has read it. So one barrier per round is enough, at the price of twice the memory. cpkit's plans
-# do this with two outputs, and its barrier (`sync/barrier.py`) with two message slots.
+# **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
+# round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
+# cpkit's plans do this with two outputs, and its barrier (`sync/barrier.py`) with two message slots.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
@@ -442,7 +443,8 @@ figures.show(figures.schedule_timeline(overrun.failure))
 # ### Exercise 4 · Signals instead of barriers
 #
 # **Goal** Write the loop of exercise 2 without a barrier. Every rank puts to every **other** rank (`me.peers`), and
-# reads what each of them has put into its own memory. No read may be wrong in any order, and no rank may wait forever.
+# then reads, in its own memory, what the others have put there. No read may be wrong in any order, and no rank may wait
+# forever.
 #
 # **Example** Two channels are enough: `full` (my data has arrived at your rank) and `free` (I have read your data, you
 # may write again).
@@ -527,7 +529,7 @@ def exchange_signals(me):
 
 
 # %% e4-help [markdown]
-# Two orders need protection: a write before its read, and a read before the next write. Use one channel for each.
+# Two things must happen in order: a write before its read, and a read before the next write. Use one channel for each.
 #
 # ---
 # After the put, signal `full`. Before the read, wait for `full`. After the read, signal `free`. Before the put, wait
@@ -542,8 +544,9 @@ def exchange_signals(me):
 # signal must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system
 # scope*, because the other rank runs on another GPU.
 #
-# **Another way** Use a counter instead of a word: a signal writes the round, and a wait looks for "at least this
-# round". No word has to be cleared, and no signal can be lost. DeepEP and NCCL's symmetric kernels count in this way.
+# **Another way** Use a counter instead of a flag: a signal writes the round, and a wait looks for "at least this
+# round". No word has to be cleared, so no signal has to wait for that. DeepEP and NCCL's symmetric kernels count in
+# this way.
 
 # %% handover-text [markdown]
 # ### The same signals on real ranks
@@ -624,7 +627,8 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # ### Warm up
 #
 # How do you prevent spills? Tell the pool before the first request how many tokens a batch can have. `warm_up` then
-# makes room for them once. It counts the peak allocation of the most demanding algorithm.
+# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm, because blocks return
+# to the pool only at the next call.
 
 # %% warm
 largest = world.of(8192)  # tokens, or fewer where memory is short
@@ -729,7 +733,7 @@ def may_free(dropped, me):
 # an error that lists each rank's allocations.
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
-# does that. To sort the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
+# does that. Sorting the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
 # different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address,
 # and #190977 (wrong rows after reuse) is still open.
 
@@ -737,8 +741,8 @@ def may_free(dropped, me):
 # ## 8. Registered: buffer, group, offset
 #
 # You have allocated a symmetric buffer. Does NCCL take its *fast path*, a gather with a symmetric kernel that stores
-# straight into the memory of the peers (`symmetric` in results)? That depends on four facts, which must hold **on all
-# ranks**:
+# straight into the memory of the peers (`symmetric` in results)? Whether it does, and whether the rows are then right,
+# depends on four facts, which must hold **on all ranks**:
 #
 # | fact | if it does not hold | reported in |
 # |---|---|---|
@@ -762,10 +766,10 @@ lesson.predict("recv", ...)
 lesson.version_table()
 
 # %% versions-text [markdown]
-# The table comes from `cpkit.memory.path`, which follows NCCL's sources at these tags (`symmetric_sched.cc`,
-# `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2) only the receive buffer
-# counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and out of date for
-# torch 2.12.1.
+# The table comes from `cpkit.memory.path`, which follows NCCL's sources at the tags 2.27.7, 2.28.9, 2.29.2 and 2.30.7
+# (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2)
+# only the receive buffer counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch
+# 2.11, and out of date for torch 2.12.1.
 #
 # A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
 # For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
@@ -794,8 +798,8 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 #
 # **Goal** Write `fast_path`: whether this all-gather may take NCCL's fast path, and whether that path is safe.
 #
-# - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or one that would
-#   store rows at a wrong offset.
+# - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or its symmetric
+#   kernel would store rows at a wrong offset.
 # - `"racy"`: it may take the fast path, but the symmetric kernel of this version does not wait for the previous kernel.
 # - `"sound"`: it may take the fast path, and the symmetric kernel of this version waits.
 #
@@ -1010,9 +1014,9 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # %% receive-text [markdown]
 # ### Receive-only registration
 #
-# This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The output
-# lists one path for each of three *transports*. The two ranks used `posix`. For the other two, both versions of NCCL,
-# the path is computed from the same buffers by the rule of section 8.
+# This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The cell
+# below prints one path for each of three *transports* (what moves the rows). The ranks used `posix`. For the other
+# transports, two versions of NCCL, the path is computed from the same buffers by the rule of section 8.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)
@@ -1040,9 +1044,9 @@ lesson.reveal("wrong_group", cards["wrong_group"].symptom)
 # %% lists-text [markdown]
 # ### Divergent free lists
 #
-# This is section 7 on real shared memory: the allocator has no agreement, and rank 1 has kept a block that rank 0 has
-# freed. Before the gather, the outputs are filled with *poison*, a pattern that no row contains. Rows are compared in
-# *lanes* of 8 bytes.
+# This is section 7 on real shared memory: the ranks do not compare their free lists, and rank 1 has kept a block that
+# rank 0 has freed. Before the gather, the outputs are filled with *poison*, a pattern that no row contains. Rows are
+# compared in *lanes* of 8 bytes.
 
 # %% lists-predict
 lesson.predict("divergent_free_lists", ...)
@@ -1086,7 +1090,7 @@ lesson.reveal("a_rank_dies", cards["a_rank_dies"].symptom)
 #
 # There are seven causes, but only four symptoms. So the symptom alone does not identify the cause. What else do the
 # ranks report? Look at how each process ended, and at the post-mortems above: the type of an error, its message, and
-# the reason of a fallback.
+# the reason for a fallback.
 
 # %% cards
 assert list(cards) == list(CASES)
@@ -1098,11 +1102,10 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # ### Exercise 7 · From post-mortem to cause
 #
 # **Goal** Write `cause`: the name of the mistake, one of `CASES` (the names in the table above), from what the ranks
-# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (if a Unix
-# signal killed the process, minus the number of that signal), `error` (the name of the exception's type, or ""),
-# `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a
-# description of the first wrong row, or ""). The reports are in any order. To see one, run
-# `cards["wrong_group"].ranks[0]`.
+# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (the negative
+# signal number if a Unix signal killed the process), `error` (the name of the exception's type, or ""), `message`,
+# `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a description of the
+# first wrong row, or ""). The reports are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1277,8 +1280,8 @@ def pull_gather(me, shard, out, tokens):
 
 
 # %% e8-help [markdown]
-# The two orders again: a store before its loads, and a load before the next store. Then ask: where in `out` does row i
-# of a peer belong?
+# Again, two things must happen in order: a store before its loads, and a load before the next store. Then ask: where in
+# `out` does row i of a peer belong?
 #
 # ---
 # Store, barrier, loads, barrier. `out[tokens[peer]] = rows` puts each row at its token. No padding, no strip and no
@@ -1291,8 +1294,8 @@ def pull_gather(me, shard, out, tokens):
 # ---
 # **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the
 # rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
-# `_low_contention_all_gather` avoids a different contention. It uses copy engines, the GPU's hardware for copies, so
-# that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
+# `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware for
+# copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #
 # **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out`, not the shard, must
 # be in symmetric memory, and `out` is complete after the barrier at the end. That is `algorithm="direct"`, which
@@ -1369,7 +1372,7 @@ lesson.reveal("slot", caches[0].index(6))
 #
 # Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page.
 # `all_gather_kv` starts with an agreement for this reason. With one signal per peer instead, a rank would wait only for
-# the peers that still read the page.
+# the peers that are still reading the page.
 
 # %% progress
 lesson.progress()

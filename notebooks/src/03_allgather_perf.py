@@ -6,13 +6,14 @@
 # measure what happens, and explain the difference. The loop is the same as before: predict, run, compare. Run a cell
 # with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
-# **Time** 75 minutes. **Needs** any laptop: the times are those of *this* machine. **Prerequisites** notebooks 1 and 2.
+# **Time** 75 minutes. **Needs** Linux on x86-64, and no GPU: the times are those of *this* machine. **Prerequisites**
+# notebooks 1 and 2.
 #
 # After this notebook you can
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
 # 2. recognize nine mistakes that make a measured time wrong;
-# 3. split a sweep into alpha and beta, and say which of them a change affects;
-# 4. predict from the number of passes what the removal of one gains, and verify it;
+# 3. split a sweep into alpha and beta, and say which of them a change affects; 4. predict, from the number of passes,
+#    what removing one gains, and verify it;
 # 5. predict which kernel NCCL selects, and verify it in NCCL's own log.
 #
 # {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; skew; modelled}
@@ -325,7 +326,8 @@ pairs = np.concatenate(
 )
 low, high = np.percentile(pairs, [25, 75])
 print(
-    f"in turn: {in_turn[0] / in_turn[1]:.2f}; half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
+    f"in turn: {in_turn[0] / in_turn[1]:.2f}; half of the {len(pairs)} pairs: {low:.2f} to "
+    f"{high:.2f}"
 )
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
@@ -368,7 +370,7 @@ lesson.reveal("damage", tuple(order))
 # %% mistakes-text [markdown]
 # Left of the line the gather seems faster than it is, and right of it slower. "Not waited for" is often *below the
 # speed of light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
-# well-known tools: `all_reduce_bench.py` of ml-engineering averages rates.
+# well-known tools: `all_reduce_bench.py` in the repository stas00/ml-engineering averages rates.
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
 # from Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time
@@ -484,7 +486,7 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 # `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit
 # into the cache, so the bound rises by more than 8 times too. And their results are ordinary memory: from 32 MB on, the
 # C library requests new pages from the operating system for every call, and every call pays for the first touch.
-# `direct` writes into the pool, whose pages stay.
+# `direct` writes into the pool, whose pages stay mapped.
 #
 # The gap between the flat part and the speed of light is the time in which ranks wait and agree. It grows when there
 # are more ranks than cores.
@@ -581,8 +583,8 @@ def fit(sizes_bytes, times_us):
 # Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
 # shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
 # has a price of its own. The price of a stage is then the number of rows that it writes, divided by the number of
-# gathered rows, times the price of a pass (of the collective, for the wire of `padded`). The price of a gather is the
-# sum over its stages, plus two barriers.
+# gathered rows, times the price of a pass. (For the wire of `padded`, take the price of the collective.) The price of a
+# gather is the sum over its stages, plus two barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -647,9 +649,9 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # `2 * barrier_us + sum(…)` over `rows.items()`.
 #
 # ---
-# **Why** In one shared memory, all stages move bytes at about the same rate, so counting comes before tuning. Over
-# links there are two rates: 384 GB/s from one H100 to another (section 2), and up to 3.35 TB/s within its own memory
-# (data sheet).
+# **Why** In one shared memory, all stages except the collective move bytes at about the same rate, so counting
+# comes before tuning. Over links there are two rates: 384 GB/s from one H100 to another (section 2), and up to 3.35
+# TB/s within its own memory (data sheet).
 #
 # **Another way** Use two prices per stage, one for reading and one for writing. You need this where a stage reads more
 # than it writes.
@@ -829,7 +831,7 @@ for lengths in (odd, even):
 lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
-# The bytes are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
+# The slots are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
 # reorder move real rows. So, by the count of passes, the time grows by a smaller fraction than the slots. If your times
 # grow by more, the difference is noise: run the cell again.
 #
@@ -841,10 +843,10 @@ lesson.reveal("padding", carried[0] / sum(odd))
 # ## 9. When symmetric memory stops paying
 #
 # Should you register buffers for large gathers too? The times below are from Megatron-LM#5596, for 8 × H100. They were
-# not measured on your machine. They compare the same all-gather by NCCL's ordinary kernels (its *ring*) and by its
-# symmetric kernels. Each time is the minimum over the ranks of the kernel's time, so it excludes waiting for a late
-# rank. This notebook reports the slowest rank, which takes at least as long. At 2 MiB, symmetric memory is 1.86 times
-# as fast. SGLang#17756 reports 27.584 → 13.696 µs for the CP gather of a prompt of 16K tokens.
+# not measured on your machine. They compare NCCL's ordinary kernels (its *ring*) with its symmetric kernels on the same
+# all-gather. Each time is the minimum over the ranks of the kernel's time, so it excludes waiting for a late rank. This
+# notebook reports the slowest rank, which takes at least as long. At 2 MiB, symmetric memory is 1.86 times as fast.
+# SGLang#17756 reports 27.584 → 13.696 µs for the CP gather of a prompt of 16K tokens.
 #
 # {glossary: ring; symmetric kernel; multicast}
 
@@ -870,7 +872,7 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of its
 # ring with the size, so the ring's time is not one line, although that of the symmetric kernels nearly is (section 2).
 # The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows the peak:
-# 1.3 to 2.1 × between 1 and 16 MiB, most near 4 MiB, and no gain at 256 MiB.
+# 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
 # Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
 # times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
@@ -933,8 +935,8 @@ def break_even_bytes(slow, fast, gain):
 # a₁ + b₁S = g·a₂ + g·b₂S, so S = (a₁ − g·a₂) / (g·b₂ − b₁). Both differences can be negative.
 #
 # ---
-# If g·b₂ − b₁ is not positive, the ratio stays above `gain` for large sizes: `math.inf`. Otherwise the answer is
-# `max(0.0, …)`.
+# If g·b₂ − b₁ is negative, the ratio stays above `gain` for large sizes: `math.inf`. If it is 0, the sign of a₁ −
+# g·a₂ decides between 0 and `math.inf`. Otherwise the answer is `max(0.0, …)`.
 #
 # ---
 # **Why** A gain in alpha fades as 1/S, and a gain in beta remains. Ask which of the two a speedup is. Also ask whether
@@ -1008,8 +1010,8 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 # (`NCCL_DEBUG=INFO`, `NCCL_DEBUG_SUBSYS=TUNING`). `lab.explain(…, observe=True)` switches this log on for a single
 # gather, and returns what NCCL selected.
 #
-# With one GPU per rank, the next cell observes your own NCCL. Otherwise it shows a record of four H100s with NCCL
-# 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
+# With one GPU per rank, the cell after the question observes your own NCCL. Otherwise it shows a record of four H100s
+# with NCCL 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
 # (`padded_symm_recv`), or both (`padded_symm`).
 
 # %% kernels-predict
@@ -1053,14 +1055,14 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # 1. Move **cp_size**. The total number of bytes stays the same. Does the time?
 # 2. Switch on more **algorithms**. They are measured in turn, so load on the machine largely cancels in the ratio to
-#    the first one. Which of them differ, and where does the panel say "no difference seen"?
-# 3. Clear **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
+#    the first one. Which of them differ, and where does the panel say "no difference seen"? 3. Untick **symmetric
+#    memory**. Which paths does the panel show now, and what would make them symmetric?
 # 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
 # 5. Press **Pin as A**, change one setting, and read the verdict on B.
 #
-# A slider moves with the arrow keys, and the space bar switches an algorithm. The tables show the plotted values. *Copy
-# code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel measures, other cells
-# compete for the same cores, so the last cell of this section stops it (**Start** continues).
+# A slider moves with the arrow keys, and the space bar switches an algorithm on or off. The tables show the plotted
+# values. *Copy code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel
+# measures, other cells compete for the same cores, so the last cell of this section stops it (**Start** continues).
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
@@ -1098,8 +1100,8 @@ panel.stop()
 # Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
 # inside the node. The slower of the two transfers counts.
 #
-# **All numbers of this section are modelled. None was measured here.** The next cell prints each of them with its
-# source, or with the word "assumed".
+# **All numbers of this section are modelled. None was measured here.** The cell after the question prints each of them
+# with its source, or with the word "assumed".
 
 # %% nodes-predict
 lesson.predict("nodes", ...)
@@ -1127,7 +1129,7 @@ lesson.reveal("nodes", ratios[256 * MB])
 
 # %% nodes-figure
 spans = {name: range(1, 4) for name in PRESETS} | {"NVL72 GB200": range(1, 7)}
-spans["2 nodes of 8 H100"] = range(4, 5)  # 16 GPUs; 2 to 8 of them fit one node
+spans["2 nodes of 8 H100"] = range(4, 5)  # 16 GPUs; 2 to 8 of them would fit in one node
 curves = [
     {"machine": name, "cp_size": 1 << power, "size_bytes": size}
     | {"time_us": PRESETS[name].predict_us("direct", size, 1 << power)}
@@ -1144,8 +1146,8 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # to 8 ranks.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
-# curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL does have them for all-gathers
-# since 2.29.2 (GIN; RailRing since 2.29.7: `sym_kernels.cc`).
+# curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL has had them for all-gathers
+# since 2.29.2 (GIN), and a second kind, RailRing, since 2.29.7 (`sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours
@@ -1169,9 +1171,9 @@ for recording in recordings.newest(known, cp):
 # GPU, all ranks share it. No byte crosses a link, and the thin black line is the time that the memory of that GPU
 # needs.
 #
-# On GPUs, the flat part contains not only synchronization but also the *launch* of kernels. `plan` is `direct`, prepared
-# once and called many times (`plan_gather_kv`). On a GPU it replays a captured graph. It moves the same bytes: how much
-# of alpha is left?
+# On GPUs, the flat part of the *call time* also contains the launch of kernels. A record with a GPU per rank shows
+# device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a
+# GPU it replays a captured graph. So the two have the same device time, and differ only in call time.
 
 # %% s13 [markdown]
 # ## 13. A report that others can repeat
@@ -1243,8 +1245,9 @@ lesson.progress()
 #
 # </details>
 #
-# **You can now read** nccl-tests' `doc/PERFORMANCE.md`; kraken's `benchmark/benchmark_all_gather_matmul.py`; the tables
-# of Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's `_inductor/comm_analysis.py`.
+# **You can now read** nccl-tests' `doc/PERFORMANCE.md`; `benchmark/benchmark_all_gather_matmul.py` in
+# meta-pytorch/kraken; the tables of Megatron-LM#5596 and SGLang#17756; NCCL's cost model in `sym_kernels.cc`; torch's
+# `_inductor/comm_analysis.py`.
 #
 # **An open problem** No serving engine whose source we have read gathers ragged KV straight to its final position yet:
 # vLLM#49517, #52863 and #57115 are open. In cpkit, `all_gather_kv(…, into=, slots=)` writes into a paged cache

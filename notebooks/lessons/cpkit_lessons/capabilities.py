@@ -41,11 +41,13 @@ _NO_LINKS = Limitation(
 )
 CPU = Capabilities(
     "cpu",
-    "CPU ranks that share POSIX memory: all results are real, times are those of this memory",
+    "CPU ranks that share POSIX memory: all results are real, but the times measure this memory",
     (
         _NO_LINKS,
         Limitation(
-            "kernels and streams", "nothing runs on a GPU", "CPU copies with the same passes"
+            "kernels and streams",
+            "nothing runs on a GPU",
+            "CPU copies that read and write the data as many times",
         ),
     ),
 )

@@ -98,12 +98,14 @@ def ring_factor(total_bytes: int) -> float:
 
 
 _START = (
-    "start and wire: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 to 128 "
+    "start and NVLink rate: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, "
+    "2 to 128 "
     "MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
 )
-_GAIN = "ring / symmetric: the same table, measured there"
-_ASSUMED = "start and ring / symmetric: as on 8 H100, assumed"
-_NVLINK = "NVLink bus bandwidth that NCCL reaches: NCCL 2.30.7, sym_kernels.cc, nvlinkBws"
+_GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
+_ASSUMED = "start and gain of symmetric memory: as on 8 H100, assumed"
+_NVLINK = "NVLink bus bandwidth that NCCL's cost model assumes: NCCL 2.30.7, sym_kernels.cc, "
+"nvlinkBws"
 _SHEET = "memory rate, read plus written: 0.9 of the data sheet's {}, assumed"
 
 PRESETS = {

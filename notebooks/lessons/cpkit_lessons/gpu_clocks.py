@@ -28,7 +28,7 @@ def two_clocks(recording: Recording, size_bytes: int, variants: Sequence[str]) -
     table = _labelled(recording.table[recording.table["size_bytes"] == size_bytes], variants)
     clocks = {clock: table[column] for clock, column in _CLOCKS.items()}
     figure = _bars(clocks)
-    orders = {clock: ", ".join(us.sort_values().index) for clock, us in clocks.items()}
+    orders = {clock: "; ".join(us.sort_values().index) for clock, us in clocks.items()}
     style.finish(
         figure,
         title=f"Call time and device time of a gather of {byte_words(size_bytes)}",

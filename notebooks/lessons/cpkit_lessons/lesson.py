@@ -117,7 +117,8 @@ class Lesson:
         asked, record = self._prediction(key)
         if record.guess is None:
             feedback.show_open(
-                "No prediction yet. Replace `...` by one above, run that cell, and then this one."
+                "No prediction yet. Put your answer in place of `...` above, run that cell, and "
+                "then this one."
             )
             return
         record.measured = asked.parse(measured)

@@ -215,7 +215,7 @@ def _check_output(
         token = int(layout.rank_rows(rank)[row])
         keys = f"keys 0 to {token}" if token else "key 0"
         raise WrongAnswer(
-            f"{where}: row {row} is token {token}, which attends to {keys} only; its "
+            f"{where}: row {row} is token {token}, which must attend to exactly {keys}; its "
             f"output is off by {float(errors[row]):.2f} ({len(wrong)} of {len(errors)} rows are "
             "wrong)"
         )

@@ -42,8 +42,9 @@ def work(world: World) -> Prediction:
     cp = world.cp_size
     first, last = 21, 6 * 6 * cp - 15  # 1 + … + 6, and the last six of 1 … 6·cp
     return Prediction(
-        f"The strategy contiguous splits {6 * cp} tokens over {cp} ranks. By what factor "
-        f"does rank {cp - 1} attend to more keys than rank 0?",
+        f"The contiguous strategy splits {6 * cp} tokens over {cp} ranks. Add up the keys that "
+        f"each token attends to: how many times as large is the sum of rank {cp - 1} as that of "
+        "rank 0?",
         answer=last / first,
         unit="times",
         tolerance=0.08,
@@ -92,8 +93,8 @@ def cut(world: World) -> Prediction:
     rows = prepare_context_parallel_metadata([4097] * 16, cp).per_rank_actual_token
     formula = -(-16 * 4097 // cp)
     return Prediction(
-        f"Zigzag spreads 16 sequences of 4097 tokens over {cp} ranks. How many rows of rank 0 does "
-        "a shard of ceil(total / cp) rows cut off?",
+        f"Zigzag spreads 16 sequences of 4097 tokens over {cp} ranks. If every shard has room for "
+        "ceil(total / cp) rows, how many rows of rank 0 are cut off?",
         answer=16 - 16 // cp,
         unit="rows",
         tolerance=0.01,
@@ -150,15 +151,14 @@ LESSON.ask(
     wrong={
         1: "That counts only the exchange between the ranks. Count the copies before and after it "
         "too.",
-        2: "Count the copies after the wire again: strip and reorder are two. And the pad copies "
-        "the "
-        "row before the wire.",
+        2: "Count the copies after the exchange again: strip and reorder are two. And the pad "
+        "copies the row before it.",
         3: "That is right for a rank that holds the most rows, because it does not pad. The "
         "others "
         "copy their rows once more.",
     },
-    why="Pad, wire, strip and reorder each write it once. On two H100s, pad, strip and reorder of "
-    "268 MB took 487 µs, and the collective between them 554 µs "
+    why="Pad, wire (the exchange), strip and reorder each write every row once. On two H100s, "
+    "pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
     "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
 )
 

@@ -140,17 +140,15 @@ def _mistake(times: np.ndarray, warmup: int, got: float) -> str:
     """Name the typical mistake that yields exactly this number."""
     kept = times[warmup:]
     mistakes = {
-        "That is the mean of all samples.": times.mean(),
-        "That is the mean: one slow iteration moved it.": kept.max(axis=1).mean(),
-        "That is rank 0 alone.": np.median(kept[:, 0]),
-        "That is the fastest rank.": np.median(kept.min(axis=1)),
-        "That includes the warm-up.": np.median(times.max(axis=1)),
-        "That is the median of all samples: a gather takes as long as its slowest rank.": np.median(
-            kept
-        ),
-        "That is the largest of the ranks' medians: the slowest rank changes from one "
+        "Yours is the mean of all samples.": times.mean(),
+        "Yours is the mean: one slow iteration moved it.": kept.max(axis=1).mean(),
+        "Yours is the median of rank 0 alone.": np.median(kept[:, 0]),
+        "Yours is the fastest rank.": np.median(kept.min(axis=1)),
+        "Yours includes the warm-up.": np.median(times.max(axis=1)),
+        "Yours is the median of all samples, but the slowest rank sets the time.": np.median(kept),
+        "Yours is the largest of the ranks' medians: the slowest rank changes from one "
         "iteration to the next.": np.median(kept, axis=0).max(),
-        "That is the best sample.": kept.max(axis=1).min(),
+        "Yours is the best sample.": kept.max(axis=1).min(),
     }
     return next((text for text, value in mistakes.items() if math.isclose(got, value)), "")
 
@@ -175,9 +173,9 @@ def check_fit(fit: Fit) -> Score:
         reference = max(reference, _largest_error(fit_line(_SIZES, noisy), (alpha, beta))[0])
         if error > 0.25:
             raise WrongAnswer(
-                f"samples of {alpha:.1f} µs + {beta:.2e} µs/B with 5 % of noise: you found "
+                f"samples of {alpha:.1f} µs + {beta:.2e} µs/B with 5 % noise: you found "
                 f"{found[0]:.1f} µs + {found[1]:.2e} µs/B, which is {error:.0%} off at {size:,} "
-                f"bytes (25 % are allowed)"
+                f"bytes (up to 25 % is allowed)"
             )
         cases += 1
     published = fit(SYMMETRIC.sizes_bytes, list(SYMMETRIC.symmetric_us))
@@ -341,9 +339,9 @@ def _break_even(slow: Line, fast: Line, gain: float) -> tuple[float, str]:
     """Return the size above which `slow` takes at most `gain` times as long, and the reason."""
     alpha_left, beta_lost = slow[0] - gain * fast[0], gain * fast[1] - slow[1]
     if alpha_left <= 0 and beta_lost >= 0:
-        return 0.0, "the ratio never exceeds the gain: 0"
+        return 0.0, "the ratio never exceeds the gain"
     if beta_lost <= 0:
-        return math.inf, "the ratio stays above the gain for all large sizes: math.inf"
+        return math.inf, "the ratio stays above the gain for all large sizes"
     size = alpha_left / beta_lost
     times = [alpha + beta * size for alpha, beta in (slow, fast)]
     return size, f"there the times are {times[0]:.4g} and {times[1]:.4g} µs, {gain} to 1"

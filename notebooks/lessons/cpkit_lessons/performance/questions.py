@@ -27,7 +27,7 @@ def busbw(world: World) -> Prediction:
             0.42: f"That is one rank's 8.4 MB / t. S is the whole result: {total:.1f} MB.",
             0.42 * (n - 1) / n: f"The factor is right. But S is the whole result, {n} · 8.4 MB, "
             "not one rank's 8.4 MB.",
-            algbw * n / (n - 1): "The factor is (n−1)/n, not its inverse: less crosses the links "
+            algbw * n / (n - 1): "The factor is (cp−1)/cp, not its inverse: less crosses the links "
             "than is gathered.",
             answer * 1e9 / 2**30: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
         },
@@ -122,8 +122,8 @@ def passes(world: World) -> Prediction:
     """Ask how much faster direct is than padded_symm at a medium size; by less if it is small."""
     is_small = world.shrink > 2
     return Prediction(
-        "padded_symm makes two more copies of the result than direct. How many times as fast as "
-        f"padded_symm is direct at {16 / world.shrink:g} MiB?",
+        "padded_symm makes two more copies of the result than direct. By what factor is direct "
+        f"faster at {16 / world.shrink:g} MiB?",
         answer=2.0 if is_small else 4.0,
         unit="times",
         tolerance=0.7,
@@ -141,12 +141,12 @@ def passes(world: World) -> Prediction:
 
 @LESSON.asks
 def padding(world: World) -> Prediction:
-    """Ask how many times the bytes the wire carries, for sequences of 2·cp + 1 tokens."""
+    """Ask for the ratio of slots to tokens on the padded wire, for sequences of 2·cp + 1."""
     cp = world.cp_size
     tokens = 2 * cp + 1
     return Prediction(
-        f"Zigzag spreads 64 sequences of {tokens} tokens over {cp} ranks. How many times as many "
-        "slots as tokens does the padded wire carry?",
+        f"Zigzag spreads 64 sequences of {tokens} tokens over {cp} ranks. What is the ratio of "
+        "slots to tokens on the padded wire?",
         answer=3 * cp / tokens,
         unit="times",
         tolerance=0.02,
@@ -154,12 +154,13 @@ def padding(world: World) -> Prediction:
             1.0: f"{tokens} tokens form {2 * cp} blocks, and one of them is longer. Its owner is "
             "the "
             "same rank in every sequence.",
-            tokens / (2 * cp): f"That is {tokens} tokens against {2 * cp}. Each rank pads to the "
-            "longest: 3 rows where the others have 2.",
-            1.5: "Rank 0 holds 3 rows where the others hold 2. On average they hold "
+            tokens / (2 * cp): f"That is {tokens} tokens against {2 * cp}. Every rank pads to the "
+            "longest shard: 3 rows per sequence, though all but rank 0 hold only 2.",
+            1.5: "Rank 0 holds 3 rows where the others hold 2. The average over all ranks is "
             f"{tokens}/{cp}.",
         },
-        why=f"Rank 0 gets the odd token of every sequence: 3 rows, the others 2. All pad to 3: "
+        why=f"Rank 0 gets the extra token of every sequence, so it holds 3 rows and the others 2. "
+        "All pad to 3: "
         f"{3 * cp} slots for {tokens} tokens. `direct` sends no padding.",
     )
 
@@ -172,7 +173,7 @@ LESSON.ask(
     unit="times",
     tolerance=0.04,
     wrong={
-        1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need more than 360 µs.",
+        1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need almost 360 µs.",
         1.0: "That is close: a gain of 6 % remains.",
         1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
@@ -221,7 +222,8 @@ LESSON.ask(
 LESSON.ask(
     "nodes",
     "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
-    "per GPU), or a part of one NVL72 (NVLink 720 GB/s). By the model, how many times as long do "
+    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). By the model, "
+    "how many times as long do "
     "the "
     "two nodes take?",
     answer=2.06,

@@ -83,22 +83,25 @@ LESSON.ask(
 )
 LESSON.ask(
     "round",
-    "Now each round has one barrier, between the puts and the reads, and rounds count from 1. In "
+    "Now each round has one barrier, between the puts and the reads, and rounds are numbered from "
+    "1. In "
     "the shortest schedule that fails, which round does the first wrong read expect?",
     answer=1,
     tolerance=0.01,
     wrong={
         2: "The write is of round 2. The read that it breaks still expects round 1.",
-        0: "Rounds count from 1. And with a barrier before the reads, no read is stale.",
+        0: "Rounds are numbered from 1. And with a barrier before the reads, no read is stale.",
     },
     why="The reader is still in round 1. The writer continues with round 2, and overwrites a slot "
-    "that was not read yet. So the error appears only when a buffer is used again, and a test of "
+    "that has not been read yet. So the error appears only when a buffer is used again, and a "
+    "test of "
     "one "
     "round passes.",
 )
 LESSON.ask(
     "held",
-    "Eight ranks form a ring, and each reads only from its left neighbour. Rank 3 has not started. "
+    "Eight ranks form a ring, and each puts its row only to its right neighbour. Rank 3 has not "
+    "started. "
     "With signals instead of barriers, how many of the 7 other ranks cannot finish round 1?",
     answer=1,
     unit="of 7",
@@ -130,12 +133,11 @@ def spills(world: World) -> Prediction:
         wrong={
             5: "Five are larger than the arena. But a spilled segment stays in the pool, and "
             "serves the second request of its size.",
-            3: f"The first requests of {large} and of {largest} MB spill. A third large request "
-            "fits a "
-            "segment that an earlier one registered.",
+            3: f"The first requests of {large} and of {largest} MB spill. The other three large "
+            "requests fit a segment that an earlier one registered.",
             0: f"A request of {large} MB does not fit an arena of {arena} MB.",
         },
-        why="Among the requests that do not fit the arena, each new largest one spills once. So "
+        why="A request spills if it is larger than the arena and than every request before it. So "
         "the cost appears "
         "with the "
         "longest prompt so far. A benchmark that repeats one size shows it only in its first "
@@ -173,7 +175,8 @@ LESSON.ask(
         "page.",
         14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
         "page.",
-        1: "Page 0 is right. But tokens and slots count from 0: token 4 is in slot 0 of that page.",
+        1: "Page 0 is right. But tokens and slots are numbered from 0: token 4 is in slot 0 of "
+        "that page.",
     },
     why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
     "slot 2 "
