@@ -2,7 +2,7 @@
 
 const KERNEL_LOST = ["restarting", "autorestarting", "terminating", "dead"];
 const LOST_TEXT = "The kernel was restarted or has ended: run this cell again.";
-const REPLACED_MS = 200; // how long a figure that will be replaced soon is not drawn
+const REPLACED_MS = 200; // how long a figure that will probably be replaced soon is not drawn
 const TOUCHES = ["pointerdown", "keydown", "wheel"];
 const TOUCH_INTERVAL_MS = 1000; // at most one report of a touch in this time
 const PRINT_INK = "#24292f"; // style.INK: lines and text of a figure on white paper
@@ -117,6 +117,7 @@ async function render({ model, el }) {
   const request = () => {
     stale = true;
     clearTimeout(timer);
+    timer = undefined;
     if (!inView && plot.dataset.revision) return;
     const patience = JSON.parse(state.get("figure")).replaced_soon ? REPLACED_MS : 0;
     timer = setTimeout(drawInTurn, Math.max(restMs(), patience));
@@ -124,6 +125,14 @@ async function render({ model, el }) {
   const drawInTurn = () => {
     if (restMs() > 0) request(); // another view has drawn meanwhile
     else draw();
+  };
+  // A touch changes the setting: figures that wait show the old one, and drawing them would delay
+  // the new one.
+  const postpone = () => {
+    rest(0);
+    if (timer === undefined) return;
+    clearTimeout(timer);
+    timer = setTimeout(drawInTurn, REPLACED_MS);
   };
   async function draw() {
     timer = undefined;
@@ -158,8 +167,9 @@ async function render({ model, el }) {
   const reportVisible = () => report({ visible: document.visibilityState === "visible" });
   const reportGone = () => report({ visible: false });
   let touchedAt = -Infinity;
-  const onTouch = ({ target }) => {
+  const onTouch = ({ target, type }) => {
     if (!el.closest(".cpkit-live")?.contains(target)) return;
+    if (type !== "wheel") postpone();
     if (performance.now() - touchedAt < TOUCH_INTERVAL_MS) return;
     touchedAt = performance.now();
     report({ touched: true });

@@ -87,6 +87,10 @@ class Operation(Generic[B]):
         """Return the report of an operation that has one step."""
         raise NotImplementedError
 
+    def interval_s(self, report: ReplyBody) -> float:
+        """Return the seconds from the start of the step with this report to that of the next."""
+        return 0.0
+
     def collect(self, reports: list[Any], *, over: bool) -> Iterator[ReplyBody]:
         """On rank 0, yield the replies for one report per rank; if `over`, also the result."""
         first = reports[0]

@@ -20,9 +20,7 @@ from cpkit.control.messages import (
     Done,
     Failed,
     FailureKind,
-    Measure,
     Pool,
-    Progress,
     Shutdown,
 )
 from cpkit.control.queue import Job
@@ -229,16 +227,9 @@ class Scheduler:
         elif job.is_overdue():
             self._fail(job, "cancelled", f"its deadline of {job.request.deadline_s:g} s has passed")
         else:
-            self._put_back(job, began_s, is_sample=not isinstance(reports[0], Progress))
-
-    def _put_back(self, job: Job, began_s: float, *, is_sample: bool) -> None:
-        """Continue the job next; but a measurement, after a sample, when its interval has passed.
-
-        Other jobs run until then.
-        """
-        interval_s = job.body.interval_s if is_sample and isinstance(job.body, Measure) else 0.0
-        job.not_before = began_s + interval_s
-        self._jobs.put_back(job, front=not interval_s)
+            interval_s = task.operation.interval_s(reports[0])  # other jobs run until it has passed
+            job.not_before = began_s + interval_s
+            self._jobs.put_back(job, front=not interval_s)
 
     def _report_errors(self, job: Job, results: list[StepResult]) -> None:
         """Report one rank's error. Reset all ranks unless they agreed on the error."""

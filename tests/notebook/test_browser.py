@@ -505,6 +505,26 @@ def test_a_reloaded_page_shows_the_widgets_of_the_running_kernel(live: NotebookP
     live.wait_for_plot("panel", such=lambda plot: plot["revision"] > first["revision"])
 
 
+TOUCH = """plot => new Promise(done => {
+  const touchedAt = performance.now();
+  const drawn = () => done(performance.now() - touchedAt);
+  new MutationObserver(drawn).observe(plot, { attributeFilter: ["data-revision"] });
+  plot.dispatchEvent(new KeyboardEvent("keydown", { bubbles: true }));
+})"""
+
+
+def test_a_touch_postpones_what_waits_and_ends_the_rest_of_the_page(live: NotebookPage) -> None:
+    """The figure that waits shows the old setting, and that of the new one is drawn at once."""
+    live.run("panel")
+    live.wait_for_plot("panel")
+    live.run("scratch", "panel.stop()")
+    live.page.wait_for_timeout(500)
+    live.page.evaluate("globalThis.cpkitRestUntil = performance.now() + 20_000")
+    live.run("scratch", "panel.view.value = 'tokens'")
+    drawn_ms = live.cell("panel").locator(".js-plotly-plot").evaluate(TOUCH)
+    assert 190 < drawn_ms < 5_000, "after a short wait, and not after the 20 s"
+
+
 def test_a_view_that_is_scrolled_away_rests(live: NotebookPage) -> None:
     live.run("scratch", "idle_s = 120")
     live.run("panel")

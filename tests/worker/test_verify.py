@@ -6,12 +6,14 @@ import time
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cpkit import provenance
-from cpkit.control.messages import Measure, Progress, Workload
+from cpkit.control.messages import Measure, Progress, SweepResult, Workload
 from cpkit.worker import measure
 from cpkit.worker.operation import CHUNK_S, RankState
 from cpkit.worker.workload import DTYPES, Run
+from tests.helpers.drawn import sample
 
 WORKLOAD = Workload(2, (9, 6), heads=2, head_dim=5, tensors=2)
 
@@ -83,6 +85,16 @@ def test_a_measurement_verifies_every_algorithm_before_it_times_any(
     assert next(steps) == Progress(1, 3, "direct is verified")
     with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
         next(steps)
+
+
+def test_a_stream_waits_longer_after_its_first_sample() -> None:
+    """The page draws a new setting then, and needs the cores. Nobody waits for it in a request."""
+    lab = measure.MeasureOperation(Measure((WORKLOAD,), samples=3, interval_s=0.1))
+    stream = measure.MeasureOperation(Measure((WORKLOAD,), interval_s=0.1))
+    reports = [SweepResult((replace(sample(), sequence=number),)) for number in range(2)]
+    assert [stream.interval_s(each) for each in reports] == [0.2, 0.1]
+    assert [lab.interval_s(each) for each in reports] == [0.1, 0.1]
+    assert stream.interval_s(Progress(1, 2, "direct is verified")) == 0
 
 
 def test_a_step_of_long_gathers_is_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
