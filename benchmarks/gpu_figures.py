@@ -74,8 +74,7 @@ def conditions(record: Record) -> str:
         else "copies of each rank's shard to every peer, by the copy engine in the same run"
     )
     opponents = (
-        "NCCL refuses two ranks on one GPU, so `seed` is copies into the peers' symmetric buffers, "
-        "strip and reorder in plain torch."
+        "NCCL refuses two ranks on one GPU, so `seed` makes the same calls as `copy engine`."
         if record["sharing"]
         else "`seed` is pad, collective, strip and reorder in plain torch, with no symmetric "
         "buffer, the receive buffer (`recv`) or `both`; `NCCL` is the collective alone."

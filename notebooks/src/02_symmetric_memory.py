@@ -14,8 +14,8 @@
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
 # 2. place barriers or signals so that a loop is right in every order of events, and prove it;
 # 3. store rows straight in the paged cache of a peer;
-# 4. size a pool so that it never has to grow while an engine serves requests; 5. say from four facts and a version
-#    number whether a gather takes the fast path, and whether that is safe;
+# 4. size a pool so that it never has to grow while an engine serves requests;
+# 5. say from four facts and a version number whether a gather takes the fast path, and whether that is safe;
 # 6. find the cause of a failure from what the ranks observed.
 #
 # {glossary: symmetric memory; segment; put, get; barrier; stale (read after write); ahead (write after read)}
@@ -593,7 +593,7 @@ print("each of 2 ranks read 1000 numbers, all of them right")
 #
 # {glossary: arena, pool; spill}
 #
-# The review of sglang#24040, the change that this kit is about, asked this question: token counts vary, so is memory
+# The review of sglang#24040, the change that `cpkit` is about, asked this question: token counts vary, so is memory
 # allocated at run time when a buffer is larger than the pool? The author confirmed that this can happen, and that 4 GB
 # is reserved at startup to make it rare. The reviewer also asked whether the engine should warm up with the largest
 # request.
@@ -779,9 +779,8 @@ lesson.version_table()
 # `pad`.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
-# including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: the stale
-# read of section
-# 3. Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
+# including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
+# read (section 3). Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
 # *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. What does each algorithm do on your
@@ -1179,8 +1178,8 @@ def cause(ranks):
 # path tells the other two apart.
 #
 # ---
-# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `"is full" in said`; `any(r.wrong …)`; `"another
-# group" in reason`.
+# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `any("is full" in r.message …)`;
+# `any(r.wrong …)`; `any("another group" in r.reason …)`.
 #
 # ---
 # **Why** The rank that reports an error is often not the one that caused it. A post-mortem needs *all* ranks: which

@@ -12,8 +12,8 @@
 # After this notebook you can
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
 # 2. recognize nine mistakes that make a measured time wrong;
-# 3. split a sweep into alpha and beta, and say which of them a change affects; 4. predict, from the number of passes,
-#    what removing one gains, and verify it;
+# 3. split a sweep into alpha and beta, and say which of them a change affects;
+# 4. predict, from the number of passes, what removing one gains, and verify it;
 # 5. predict which kernel NCCL selects, and verify it in NCCL's own log.
 #
 # {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; skew; modelled}
@@ -1055,8 +1055,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # 1. Move **cp_size**. The total number of bytes stays the same. Does the time?
 # 2. Switch on more **algorithms**. They are measured in turn, so load on the machine largely cancels in the ratio to
-#    the first one. Which of them differ, and where does the panel say "no difference seen"? 3. Untick **symmetric
-#    memory**. Which paths does the panel show now, and what would make them symmetric?
+#    the first one. Which of them differ, and where does the panel say "no difference seen"?
+# 3. Untick **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
 # 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
 # 5. Press **Pin as A**, change one setting, and read the verdict on B.
 #

@@ -47,7 +47,7 @@ CPU = Capabilities(
         Limitation(
             "kernels and streams",
             "nothing runs on a GPU",
-            "CPU copies that read and write the data as many times",
+            "CPU copies that read and write the data as often as the kernels would",
         ),
     ),
 )

@@ -104,8 +104,9 @@ _START = (
 )
 _GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
 _ASSUMED = "start and gain of symmetric memory: as on 8 H100, assumed"
-_NVLINK = "NVLink bus bandwidth that NCCL's cost model assumes: NCCL 2.30.7, sym_kernels.cc, "
-"nvlinkBws"
+_NVLINK = (
+    "NVLink bus bandwidth that NCCL's cost model assumes: NCCL 2.30.7, sym_kernels.cc, nvlinkBws"
+)
 _SHEET = "memory rate, read plus written: 0.9 of the data sheet's {}, assumed"
 
 PRESETS = {

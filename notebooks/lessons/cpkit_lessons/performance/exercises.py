@@ -143,7 +143,7 @@ def _mistake(times: np.ndarray, warmup: int, got: float) -> str:
         "Yours is the mean of all samples.": times.mean(),
         "Yours is the mean: one slow iteration moved it.": kept.max(axis=1).mean(),
         "Yours is the median of rank 0 alone.": np.median(kept[:, 0]),
-        "Yours is the fastest rank.": np.median(kept.min(axis=1)),
+        "Yours takes the fastest rank of each iteration.": np.median(kept.min(axis=1)),
         "Yours includes the warm-up.": np.median(times.max(axis=1)),
         "Yours is the median of all samples, but the slowest rank sets the time.": np.median(kept),
         "Yours is the largest of the ranks' medians: the slowest rank changes from one "
