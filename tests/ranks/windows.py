@@ -185,10 +185,9 @@ def check_nccls_log_agrees_with_the_path() -> None:
                 new = Counter(count_file(log).calls) - Counter(before.calls)
                 (selected,) = new.elements()
                 paths = {path}
-                # Of a shifted recv NCCL gets a copy, so it sees the send buffer only.
-                sends_only = name in ("send only", "recv shifted")
-                if sends_only and path_by_table("padded_symm_recv") == "symmetric":
-                    paths |= {"symmetric"} if rows == SHARD_ROWS[0] else set()  # see NCCL_RULES
+                report = last_path(group)
+                if rows == SHARD_ROWS[0] and report and "AllGather_LL" in report.reason:
+                    paths |= {"symmetric"}  # a registered send buffer alone: see NCCL_RULES
                 assert selected.kind in paths, (name, selected)
                 assert selected.nbytes == rows * ROW_BYTES, (name, selected)
                 assert selected.kernel in kernels(selected.kind, rows, group), (name, selected)
