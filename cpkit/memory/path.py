@@ -104,9 +104,12 @@ class PathReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recv: str
 
 
-def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> PathReport:
+def decide(
+    pairs: list[BufferPair], rank: int, transport: str = "posix", *, has_windows: bool = True
+) -> PathReport:
     """Return the path for buffers at these locations, as `rank` reports it; equal on all ranks.
 
+    `has_windows=False` means that NCCL knows no memory of the pool (see `without_windows`).
     Raises ValueError for an unknown transport.
     """
     recv_fault = _fault("recv", [pair.recv for pair in pairs])
@@ -121,7 +124,8 @@ def decide(pairs: list[BufferPair], rank: int, transport: str = "posix") -> Path
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
             reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
-        if recv_fault and not send_fault and nccl_rule(version) == "recv":
+        has_windows = has_windows and not (policy_is_zero and copy_engine_fails(version))
+        if has_windows and recv_fault and not send_fault and nccl_rule(version) == "recv":
             reason += "; for small messages this NCCL may select its staging kernel AllGather_LL"
     mine = pairs[rank]
     return PathReport(path, reason, str(mine.send), str(mine.recv))
@@ -166,7 +170,8 @@ def decide_from(
 ) -> Decision:
     """Decide from encoded BufferPairs, one per rank; cached, because buffers are reused."""
     pairs = [msgspec.msgpack.decode(each, type=BufferPair) for each in locations]
-    path = without_windows(decide(pairs, rank, transport), window_problem)
+    report = decide(pairs, rank, transport, has_windows=not window_problem)
+    path = without_windows(report, window_problem)
     return Decision(path, *unsafe_for_nccl(pairs))
 
 

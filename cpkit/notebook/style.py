@@ -79,7 +79,6 @@ CONFIG = {
 _AXIS = {
     "title": {"font": {"size": 12}},
     "automargin": True,
-    "ticklabeloverflow": "allow",  # automargin makes room; measuring each label takes time
     "gridcolor": "#eaeef2",
     "linecolor": FAINT,
     "tickcolor": FAINT,

@@ -28,12 +28,14 @@ from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
 
 _FIRST_ITERATIONS = 3
-_BUSY = 0.25  # of an interval: the ranks leave the cores to the page that draws
+_BUSY = 0.25  # of a stream's interval: the ranks leave the cores to the page that draws
+_DRAWN_S = 0.15  # in which a page draws the first sample of a setting
 _MAX_ITERATIONS = 1000
 
 
 class MeasureOperation(Operation[Measure]):
-    """Stream samples. The first have few iterations, to arrive early; later ones fill a step.
+    """Stream samples. The first have few iterations, to arrive early; later ones fill a step, or
+    less of a stream's interval.
 
     If there is no last sample, the first ones have one iteration. A step of long gathers is one
     gather, so that other clients need not wait for all workloads.
@@ -54,20 +56,22 @@ class MeasureOperation(Operation[Measure]):
             timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
-            budget_s = min(CHUNK_S, self.body.interval_s * _BUSY)
+            budget_s = min(CHUNK_S, self.body.interval_s)
             if _round_s(timings, group) > budget_s:
                 timings = yield from _once_each(calls, group)
                 continue
             paths = [_path(run) for run in runs]  # the first gather after a pause is slow
+            if self.body.samples is None:
+                budget_s = min(budget_s, self.body.interval_s * _BUSY)
             timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
     def interval_s(self, report: ReplyBody) -> float:
-        """Return the interval after a sample: two of them while a page draws a new setting."""
+        """Return the interval after a sample, longer while a page draws a new setting."""
         if not isinstance(report, SweepResult):
             return 0.0
         is_new = self.body.samples is None and report.rows[0].sequence == 0
-        return self.body.interval_s * (2 if is_new else 1)
+        return self.body.interval_s + (min(self.body.interval_s, _DRAWN_S) if is_new else 0)
 
     def collect(
         self, reports: list[Progress] | list[SweepResult], *, over: bool

@@ -117,6 +117,10 @@ def test_a_registered_send_buffer_alone_may_select_the_staging_kernel() -> None:
         # Of a recv buffer at different offsets NCCL receives a copy: it is ordinary memory too.
         report = decide([BufferPair(A, A), BufferPair(A, B)], 0, f"nccl {version}")
         assert (report.path, "AllGather_LL" in report.reason) == ("fallback", may), report
+    alone = [BufferPair(A, ORDINARY)] * 2
+    for transport, has_windows in (("nccl 2.29.2 NCCL_CTA_POLICY=2", True), ("nccl 2.30.7", False)):
+        report = decide(alone, 0, transport, has_windows=has_windows)
+        assert "AllGather_LL" not in report.reason, "without a window NCCL sees no such buffer"
     report = decide([BufferPair(A, ORDINARY), BufferPair(B, ORDINARY)], 0, "nccl 2.30.7")
     assert "AllGather_LL" not in report.reason, "NCCL receives copies of these, and has no choice"
 

@@ -93,6 +93,8 @@ def test_a_stream_waits_longer_after_its_first_sample() -> None:
     stream = measure.MeasureOperation(Measure((WORKLOAD,), interval_s=0.1))
     reports = [SweepResult((replace(sample(), sequence=number),)) for number in range(2)]
     assert [stream.interval_s(each) for each in reports] == [0.2, 0.1]
+    rare = measure.MeasureOperation(Measure((WORKLOAD,), interval_s=60.0))
+    assert rare.interval_s(reports[0]) < 61, "a client waits 33 s longer than the interval"
     assert [lab.interval_s(each) for each in reports] == [0.1, 0.1]
     assert stream.interval_s(Progress(1, 2, "direct is verified")) == 0
 
