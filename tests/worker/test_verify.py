@@ -88,7 +88,7 @@ def test_a_measurement_verifies_every_algorithm_before_it_times_any(
 
 
 def test_a_stream_waits_longer_after_its_first_sample() -> None:
-    """The page draws a new setting then, and needs the cores. Nobody waits for it in a request."""
+    """A page then draws the new setting and needs the cores. A request has no page to wait for."""
     lab = measure.MeasureOperation(Measure((WORKLOAD,), samples=3, interval_s=0.1))
     stream = measure.MeasureOperation(Measure((WORKLOAD,), interval_s=0.1))
     reports = [SweepResult((replace(sample(), sequence=number),)) for number in range(2)]
