@@ -13,7 +13,7 @@ from html import escape
 from IPython.display import display
 
 from cpkit.notebook import style
-from cpkit_lessons.prediction import Answer, Prediction
+from cpkit_lessons.prediction import Answer, Measured, Prediction
 
 _MARKS = {True: "✓", False: "✗", None: "○"}
 _LEFT = "text-align: left"
@@ -48,7 +48,7 @@ def show_noted(text: str) -> None:
     _show_card("✎", text, bold_head=False)
 
 
-def show_reveal(asked: Prediction, guess: Answer, measured: Answer, *, passed: bool) -> None:
+def show_reveal(asked: Prediction, guess: Answer, measured: Measured, *, passed: bool) -> None:
     """Show the guess, the measured value and how far apart they are, and explain the answer."""
     verdict = asked.verdict(guess, measured)
     head = f"You said {asked.format(guess)}, it is {asked.format(measured)}"

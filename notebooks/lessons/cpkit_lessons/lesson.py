@@ -20,9 +20,11 @@ from types import EllipsisType
 from typing import Any
 
 from cpkit.lab import Lab
+from cpkit.timing import Ratio
 from cpkit_lessons import capabilities, feedback, guard, missing_names
 from cpkit_lessons.feedback import Score, WrongAnswer
-from cpkit_lessons.prediction import Answer, Prediction
+from cpkit_lessons.measured import Order
+from cpkit_lessons.prediction import Answer, Measured, Prediction
 from cpkit_lessons.world import World, world_of
 
 KEY_VARIABLE = "CPKIT_ANSWER_KEY"
@@ -36,7 +38,7 @@ class Record:
 
     title: str
     guess: Answer | None = None
-    measured: Answer | None = None
+    measured: Measured | None = None
     changed_after_reveal: bool = False
     passed: bool | None = None  # None: not tried
     score: str = ""
@@ -112,7 +114,7 @@ class Lesson:
         record.guess = answer
         feedback.show_noted(f"Written down: {asked.format(answer)}.")
 
-    def reveal(self, key: str, measured: Answer) -> None:
+    def reveal(self, key: str, measured: Measured) -> None:
         """Show the guess beside the measured value and explain; without a guess, ask for one."""
         asked, record = self._prediction(key)
         if record.guess is None:
@@ -121,7 +123,8 @@ class Lesson:
                 "then this one."
             )
             return
-        record.measured = asked.parse(measured)
+        is_noisy = isinstance(measured, Ratio | Order)
+        record.measured = measured if is_noisy else asked.parse(measured)
         record.passed = asked.is_close(record.guess, record.measured)
         feedback.show_reveal(asked, record.guess, record.measured, passed=record.passed)
 

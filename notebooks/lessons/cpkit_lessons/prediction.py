@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
+from cpkit.timing import Ratio
+from cpkit_lessons.measured import Order
+
 Answer = float | str | tuple[str, ...]
+Measured = Answer | Ratio | Order  # the last two say how large the noise was
 _EXACT = 0.005  # the relative error of a guess that was rounded to three digits
 _PHYSICAL = ("GB/s", "ms")  # units that a learner has to know before writing a number
 
@@ -54,8 +58,12 @@ class Prediction:
             if not least <= guess <= most:
                 raise ValueError(f"{guess:g} is not possible: write {self._form()}")
 
-    def is_close(self, guess: Answer, reference: Answer) -> bool:
-        """Whether a guess equals the reference, within the tolerance for numbers."""
+    def is_close(self, guess: Answer, reference: Measured) -> bool:
+        """Whether a guess equals the reference, within the noise and the tolerance for numbers."""
+        if isinstance(reference, Order):
+            return isinstance(guess, tuple) and reference.allows(guess)
+        if isinstance(reference, Ratio):
+            return isinstance(guess, float) and self.is_close(guess, _nearest(guess, reference))
         if isinstance(guess, float) and isinstance(reference, float | int):
             return abs(guess - reference) <= self.tolerance * abs(reference)
         return guess == reference
@@ -77,19 +85,23 @@ class Prediction:
         limits = f" from {self.between[0]:g} to {self.between[1]:g}" if self.between else ""
         return f"a number{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
 
-    def format(self, answer: Answer) -> str:
-        """Return an answer with its unit."""
-        if isinstance(answer, tuple):
-            return " < ".join(answer)
-        if isinstance(answer, str):
-            return answer
-        return f"{answer:,.4g}" + (f" {self.unit}" if self.unit else "")
+    def format(self, answer: Measured) -> str:
+        """Return an answer with its unit, and a ratio with its noise."""
+        if isinstance(answer, Ratio):
+            return f"{self.format(answer.value)} (noise: {answer.low:,.3g} to {answer.high:,.3g})"
+        if isinstance(answer, str | Order):
+            return str(answer)
+        if isinstance(answer, float | int):
+            return f"{answer:,.4g}" + (f" {self.unit}" if self.unit else "")
+        return " < ".join(answer)
 
-    def verdict(self, guess: Answer, measured: Answer) -> str:
+    def verdict(self, guess: Answer, measured: Measured) -> str:
         """Compare a guess with the measured value: "exact", or how far it is off.
 
         Empty for a wrong answer that has no size: a name, an order, or a number without a unit.
         """
+        if isinstance(measured, Order | Ratio):
+            return self._verdict_within_noise(guess, measured)
         if guess == measured:
             return "exact"
         if not (self.unit and isinstance(guess, float) and isinstance(measured, float)):
@@ -102,3 +114,18 @@ class Prediction:
         high = guess > measured
         times = guess / measured if high else measured / guess
         return f"{times:,.2g} times too {'high' if high else 'low'}"
+
+    def _verdict_within_noise(self, guess: Answer, measured: Order | Ratio) -> str:
+        if isinstance(measured, Order):
+            return measured.verdict(guess) if isinstance(guess, tuple) else ""
+        assert isinstance(guess, float)
+        nearest = _nearest(guess, measured)
+        if nearest == guess:
+            return "within the noise"
+        is_close = self.is_close(guess, nearest)
+        return self.verdict(guess, nearest if is_close else measured.value)
+
+
+def _nearest(guess: float, measured: Ratio) -> float:
+    """Return the value within the noise that is nearest to a guess."""
+    return min(max(guess, measured.low), measured.high)

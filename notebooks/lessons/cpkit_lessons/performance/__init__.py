@@ -1,5 +1,6 @@
 """Notebook 3, all-gather performance: its predictions and the checks of its exercises."""
 
+from cpkit_lessons.measured import call_ratio, order
 from cpkit_lessons.performance.exercises import (
     check_bandwidths,
     check_break_even,
@@ -25,6 +26,7 @@ from cpkit_lessons.rows import ragged
 __all__ = [
     "LESSON",
     "begin",
+    "call_ratio",
     "check_bandwidths",
     "check_break_even",
     "check_copies",
@@ -34,6 +36,7 @@ __all__ = [
     "check_price",
     "explain_missing_names",
     "fit_line",
+    "order",
     "predict",
     "price",
     "progress",

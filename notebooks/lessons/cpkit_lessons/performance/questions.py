@@ -81,9 +81,9 @@ LESSON.ask(
 
 @LESSON.asks
 def ranking(world: World) -> Prediction:
-    """Ask for the order of three algorithms at the largest size."""
+    """Ask for the order of three algorithms at a medium size."""
     return Prediction(
-        f"A gather has {64 / world.shrink:g} MiB, over {world.cp_size} ranks. What is the order of "
+        f"A gather has {16 / world.shrink:g} MiB, over {world.cp_size} ranks. What is the order of "
         "the three algorithms, the fastest first?",
         choices=("padded", "padded_symm", "direct"),
         answer=("direct", "padded_symm", "padded"),
