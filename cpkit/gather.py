@@ -369,14 +369,15 @@ def pad_rows(rows: torch.Tensor, max_len: int) -> torch.Tensor:
 
 def strip_padding(gathered: torch.Tensor, rows_per_rank: Sequence[int]) -> torch.Tensor:
     """Remove the padding after each rank's rows; the rows stay in rank order."""
-    chunks = gathered.chunk(len(rows_per_rank))
-    return torch.cat([chunk[:rows] for chunk, rows in zip(chunks, rows_per_rank, strict=True)])
+    max_len = gathered.shape[0] // len(rows_per_rank)
+    rows_and_padding = [size for rows in rows_per_rank for size in (rows, max_len - rows)]
+    return torch.cat(gathered.split_with_sizes(rows_and_padding)[::2])
 
 
 def reorder_tokens(rank_order: torch.Tensor, metadata: ContextParallelMetadata) -> torch.Tensor:
     """Reorder rows from rank order to token order: zigzag by blocks as in SGLang, others by row."""
     if metadata.strategy == "zigzag":
-        blocks = rank_order.split(metadata.reverse_split_len)
+        blocks = rank_order.split_with_sizes(metadata.reverse_split_len)
         return torch.cat([blocks[position] for position in metadata.cp_reverse_index])
     order = _token_order_on(metadata, rank_order.device)
     keep_for_replays(order.device.type, order)

@@ -12,7 +12,7 @@ from cpkit.control.messages import Array
 from cpkit.timing import Ratio
 from cpkit.worker.workload import Workload
 from cpkit_lessons.lesson import Lesson
-from cpkit_lessons.measured import Order, call_ratio, order
+from cpkit_lessons.measured import Order, call_ratio, order, order_of
 from tests.lessons.test_lessons import shown
 
 NOISE = np.array([1.0, 1.3, 0.8, 1.1, 0.9, 1.2, 0.7, 1.0, 1.4, 0.95])
@@ -56,6 +56,13 @@ def test_on_a_gpu_the_order_is_that_of_device_time() -> None:
     run = clocked({"host": 10, "gpu": 40}, host=300, gpu=200)
     assert order(run, ("host", "gpu")).names == ("host", "gpu")
     assert call_ratio(run, "host", "gpu").value == pytest.approx(1.5)
+
+
+def test_ratios_whose_intervals_overlap_have_no_order() -> None:
+    ratios = {"most": Ratio(3, 2.5, 3.5), "less": Ratio(1, 0.8, 1.2), "least": Ratio(0.9, 0.7, 1.1)}
+    seen = order_of(ratios)
+    assert str(seen) == "least ≈ less < most"
+    assert seen.clear == {("least", "most"), ("less", "most")}
 
 
 def test_fewer_than_8_iterations_are_refused() -> None:

@@ -25,6 +25,7 @@ from tools.source import read
 
 LESSONS = [padding.LESSON, symmetric.LESSON, performance.LESSON]
 WORLDS = [World(cp_size, shrink) for cp_size in CP_SIZES for shrink in (1, 8, 64)]
+WORLDS += [World(cp_size, on_gpu=True) for cp_size in CP_SIZES]
 FIRST, _, THIRD = sorted(SOURCES.glob("*.py"))
 # The second would run its failure lab, which needs no workers, and takes half a minute.
 FAILING = [pytest.param(FIRST, marks=pytest.mark.slow("the third shows the same")), THIRD]
@@ -145,7 +146,7 @@ def status(*cp_sizes: int):
                          ((1, 2, 4, 8, 16), 8)]
 )  # fmt: skip
 def test_cp_is_the_largest_of_2_4_and_8_that_the_workers_can_form(cp_sizes, cp: int) -> None:
-    assert world_of(status(*cp_sizes)) == World(cp)
+    assert world_of(status(*cp_sizes)) == World(cp, on_gpu=True)
 
 
 @pytest.mark.parametrize("cp_sizes", [(1,), (1, 3)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cpkit.timing import Ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -51,6 +51,12 @@ def order(run: ClockResult, calls: Sequence[str]) -> Order:
 
     clear = frozenset(pair for pair in permutations(calls, 2) if ratio(*pair).high < 1)
     return Order(tuple(sorted(calls, key=lambda call: ratio(call, calls[0]).value)), clear)
+
+
+def order_of(ratios: Mapping[str, Ratio]) -> Order:
+    """Return the order of ratios. A difference is clear if their 99 % intervals do not overlap."""
+    clear = {pair for pair in permutations(ratios, 2) if ratios[pair[0]].high < ratios[pair[1]].low}
+    return Order(tuple(sorted(ratios, key=lambda name: ratios[name].value)), frozenset(clear))
 
 
 def call_ratio(run: ClockResult, slow: str, fast: str) -> Ratio:

@@ -15,10 +15,11 @@ _MOST_SHRINK = 64
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of each gather, and the power of two by which the usual sizes are divided."""
+    """The ranks of each gather, their device, and the power of two that divides the usual sizes."""
 
     cp_size: int = 4
     shrink: int = 1
+    on_gpu: bool = False
 
     def of(self, usual: int) -> int:
         """Return the size that this world uses in place of a usual one."""
@@ -62,9 +63,10 @@ def world_of(status: StatusResult) -> World:
             f"`./launch_workers.sh stop --name {status.name}`, and start others with "
             f"`./launch_workers.sh --name {status.name} --nproc 4`"
         )
-    cp_size = fitting[-1]
-    limits = [limit.free_bytes for limit in segment_limits()] if status.device == "cpu" else []
-    return World(cp_size, shrink_to(cp_size, min(limits, default=None), status.memory_limit_bytes))
+    cp_size, on_gpu = fitting[-1], status.device != "cpu"
+    limits = [] if on_gpu else [limit.free_bytes for limit in segment_limits()]
+    shrink = shrink_to(cp_size, min(limits, default=None), status.memory_limit_bytes)
+    return World(cp_size, shrink, on_gpu)
 
 
 def shrink_to(cp_size: int, shared_bytes: int | None, request_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """Notebook 3, all-gather performance: its predictions and the checks of its exercises."""
 
-from cpkit_lessons.measured import call_ratio, order
+from cpkit_lessons.measured import call_ratio, order, order_of
 from cpkit_lessons.performance.exercises import (
     check_bandwidths,
     check_break_even,
@@ -37,6 +37,7 @@ __all__ = [
     "explain_missing_names",
     "fit_line",
     "order",
+    "order_of",
     "predict",
     "price",
     "progress",
