@@ -81,16 +81,15 @@ def conditions(record: Record) -> str:
     )
     return (
         f"{where['date']}, {where['device']}, driver {where['driver']}, CUDA {where['cuda']}, "
-        f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`; clocks "
-        f"of a GPU's multiprocessors {_clocks(where)}. "
-        f"One zigzag sequence of bfloat16 rows [8, 128], each size 3 tokens short of a round "
-        f"number. Device time is that of a CUDA graph of several calls, divided by their number; "
-        f"each figure is the slowest rank's median in a round, and then the median of "
-        f"{record['plan']['rounds']} rounds. Each call reads the same rows, so what fits into the "
-        f"L2 cache is read from there. `plan` is the prepared call of `direct`. {opponents} "
-        f"`copy engine` copies each shard into the peers' symmetric buffers, then strips and "
-        f"reorders; `low-contention` does so with torch's `_low_contention_all_gather`. The floor "
-        f"is {floor}."
+        f"{nccl}torch {where['torch']}, commit {where['commit']}, `{where['command']}`; clocks of "
+        f"a GPU's multiprocessors {_clocks(where)}. One zigzag sequence of bfloat16 rows [8, 128], "
+        "each size 3 tokens short of a round number. Device time is that of a CUDA graph of "
+        "several calls, divided by their number; each figure is the slowest rank's median in a "
+        f"round, and then the median of {record['plan']['rounds']} rounds. Each call reads the "
+        "same rows, so what fits into the L2 cache is read from there. `plan` is the prepared call "
+        f"of `direct`. {opponents} `copy engine` copies each shard into the peers' symmetric "
+        "buffers, then strips and reorders; `low-contention` does so with torch's "
+        f"`_low_contention_all_gather`. The floor is {floor}."
     )
 
 

@@ -151,8 +151,8 @@ def check_shm_dir() -> None:
             raise ValueError(describe(error)) from None
         chosen = os.environ.get("CPKIT_SHM_DIR") or "/dev/shm"
         raise ValueError(
-            f"CPKIT_SHM_DIR is {chosen!r}, where no file can be created "
-            f"({error.strerror}); it must be a writable directory, preferably a tmpfs"
+            f"CPKIT_SHM_DIR is {chosen!r}, where no file can be created ({error.strerror}); it "
+            "must be a writable directory, preferably a tmpfs"
         ) from None
 
 

@@ -173,8 +173,8 @@ def _check_call(
 def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, ContextParallelMetadata):
         raise ValueError(
-            f"the metadata is {metadata!r}; pass what "
-            f"prepare_context_parallel_metadata(lengths, cp_size) returned"
+            f"the metadata is {metadata!r}; pass what prepare_context_parallel_metadata(lengths, "
+            "cp_size) returned"
         )
 
 

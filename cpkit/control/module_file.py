@@ -40,6 +40,5 @@ def _check_writers(path: str, found: os.stat_result) -> None:
         raise ValueError(
             f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, so "
             f"another user can decide what the workers run. It must belong to uid {os.geteuid()}, "
-            f"and only its owner may write to it: look at it, then run "
-            f"{remedy} {shlex.quote(path)}"
+            f"and only its owner may write to it: look at it, then run {remedy} {shlex.quote(path)}"
         )

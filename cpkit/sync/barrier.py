@@ -200,9 +200,8 @@ class ShmBarrier:
         )
         return BarrierTimeout(
             f"{self._broken} They have died, are hanging, or have taken another path through the "
-            "program: read "
-            f"their logs. To go on, call cpkit.group.forget_groups() on every rank, and make new "
-            f"groups; if they are only slow, raise CPKIT_DEADLINE_S."
+            "program: read their logs. To go on, call cpkit.group.forget_groups() on every rank, "
+            "and make new groups; if they are only slow, raise CPKIT_DEADLINE_S."
         )
 
     def _difference(self, calls: list[int]) -> CallsDiffer | RankFailed:
@@ -222,10 +221,9 @@ class ShmBarrier:
         listed = ", ".join(f"rank {rank} at {_describe(call)}" for rank, call in enumerate(calls))
         return CallsDiffer(
             f"{self._name}: the ranks arrived at barrier {self._round} from different calls: "
-            f"{listed}. "
-            f"The result of this call is incomplete. Every rank has to make the same calls in the "
-            f"same order; after an interrupt inside one, start again with "
-            f"cpkit.group.forget_groups() on every rank"
+            f"{listed}. The result of this call is incomplete. Every rank has to make the same "
+            "calls in the same order; after an interrupt inside one, start again with "
+            "cpkit.group.forget_groups() on every rank"
         )
 
 

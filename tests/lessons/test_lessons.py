@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -54,6 +55,13 @@ def test_typical_wrong_answers_are_wrong_and_explained(asked: Prediction) -> Non
         assert not asked.is_close(guess, asked.parse(asked.answer)), wrong
         assert len(asked.oversight(guess)) > 15, wrong
         asked.check_range(guess)  # a guess that is refused is never explained
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_prediction_is_asked_and_revealed_once_in_the_order_of_progress(path: Path) -> None:
+    for call in ("predict", "reveal"):
+        asked = re.findall(rf'^lesson\.{call}\("(\w+)"', path.read_text(), re.MULTILINE)
+        assert asked == list(LESSONS[path.stem].predictions), call
 
 
 @pytest.fixture

@@ -98,9 +98,8 @@ def ring_factor(total_bytes: int) -> float:
 
 
 _START = (
-    "start and NVLink rate: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, "
-    "2 to 128 "
-    "MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
+    "start and NVLink rate: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 "
+    "to 128 MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
 )
 _GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
 _ASSUMED = "start and gain of symmetric memory: as on 8 H100, assumed"

@@ -352,8 +352,8 @@ def check_bill(bill: Bill) -> Score:
                     names = "rows, max_rank_len, total, cp_size, row_bytes"
                     raise WrongAnswer(
                         f"bill({names} = {', '.join(map(str, arguments))}): {stage} is "
-                        f"{reprlib.repr(got[stage])}; "
-                        f"torch wrote {wanted} bytes on rank {rank} of {cp_size}, lengths {lengths}"
+                        f"{reprlib.repr(got[stage])}; torch wrote {wanted} bytes on rank {rank} of "
+                        f"{cp_size}, lengths {lengths}"
                     )
             cases, padded = cases + 1, padded + sum(measured.values())
             direct += layout.total_tokens * ROW_BYTES

@@ -31,8 +31,7 @@ def owner(world: World) -> Prediction:
             f"block {block}.",
         },
         why=f"Blocks have 3 tokens, so token {token} is in block {block}, the mirror image of "
-        "block "
-        f"{last - block}.",
+        f"block {last - block}.",
     )
 
 
@@ -81,8 +80,7 @@ def waste(world: World) -> Prediction:
             f"padding / slots, and {cp} ranks send {longest} slots each.",
         },
         why=f"Every rank pads its shard to the longest one, {longest} rows: {cp} · {longest} = "
-        f"{slots} slots for "
-        f"{total} tokens.",
+        f"{slots} slots for {total} tokens.",
     )
 
 
@@ -106,12 +104,32 @@ def cut(world: World) -> Prediction:
             16 // cp: f"The other ranks hold {rows[1]} rows, and the formula has room for "
             f"{16 // cp} more. Rank 0 needs room for 16 more.",
         },
-        why=f"Each sequence has one extra token, and zigzag adds it to the first block: rank 0 "
-        "holds "
-        f"{rows[0]} rows, the others {rows[1]}. The formula gives {formula}. SGLang up to 0.5.12 "
-        "used it, which was right there, because it allowed only one sequence; from 0.5.13 on it "
-        "takes the maximum over ranks.",
+        why="Each sequence has one extra token, and zigzag adds it to the first block: rank 0 "
+        f"holds {rows[0]} rows, the others {rows[1]}. The formula gives {formula}. SGLang up to "
+        "0.5.12 used it, which was right there, because it allowed only one sequence; from 0.5.13 "
+        "on it takes the maximum over ranks.",
     )
+
+
+LESSON.ask(
+    "passes",
+    "Suppose that a rank has to pad its shard for the algorithm `padded`. How many times is each "
+    "of its rows written before another rank's attention reads it?",
+    answer=4,
+    unit="times",
+    tolerance=0.01,
+    wrong={
+        1: "That counts only the exchange between the ranks. Count the copies before and after it "
+        "too.",
+        2: "Count the copies after the exchange again: strip and reorder are two. And the pad "
+        "copies the row before it.",
+        3: "That is right for a rank that holds the most rows, because it does not pad. The others "
+        "copy their rows once more.",
+    },
+    why="Pad, wire (the exchange), strip and reorder each write every row once. On two H100s, "
+    "pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
+    "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
+)
 
 
 @LESSON.asks
@@ -138,29 +156,6 @@ def slot(world: World) -> Prediction:
         why="Rank 0 stores its first block of every sequence, then its second block of every one. "
         f"Its first block of sequence 0 has {first_block} tokens; then sequence 1 begins.",
     )
-
-
-LESSON.ask(
-    "passes",
-    "Suppose that a rank has to pad its shard for the algorithm `padded`. How many times is each "
-    "of its rows "
-    "written before another rank's attention reads it?",
-    answer=4,
-    unit="times",
-    tolerance=0.01,
-    wrong={
-        1: "That counts only the exchange between the ranks. Count the copies before and after it "
-        "too.",
-        2: "Count the copies after the exchange again: strip and reorder are two. And the pad "
-        "copies the row before it.",
-        3: "That is right for a rank that holds the most rows, because it does not pad. The "
-        "others "
-        "copy their rows once more.",
-    },
-    why="Pad, wire (the exchange), strip and reorder each write every row once. On two H100s, "
-    "pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
-    "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
-)
 
 
 @LESSON.asks
@@ -225,9 +220,7 @@ def bill(world: World) -> Prediction:
             1: "Both gather the same rows, but padded writes most of them three times.",
         },
         why=f"If one copy of all rows counts as 1, the pad writes 1/{cp}, and wire, strip and "
-        "reorder write 1 "
-        "each. "
-        "direct writes each row once, at its final position.",
+        "reorder write 1 each. direct writes each row once, at its final position.",
     )
 
 

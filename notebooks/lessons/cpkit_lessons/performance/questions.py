@@ -49,11 +49,9 @@ def late(world: World) -> Prediction:
         tolerance=0.5,
         wrong={
             0.5: "That is roughly the time of the gather alone. But rank 0 waits for others while "
-            "its clock "
-            "runs.",
-            5.0: f"That is the delay of rank 1. Rank 0 waits for the last rank, which is {steps} "
-            "· 5 "
-            "ms late.",
+            "its clock runs.",
+            5.0: f"That is the delay of rank 1. Rank 0 waits for the last rank, which is {steps} · "
+            "5 ms late.",
             2.5 * steps * (steps + 1): "Rank 0 waits for the latest rank; the delays of the ranks "
             "do not add up.",
         },
@@ -139,9 +137,9 @@ def passes(world: World) -> Prediction:
             20.0: "At this size, even padded, whose collective is slow too, takes less than 20 "
             "times as long as direct.",
         },
-        why="padded_symm pushes, strips and reorders, and needs "
-        f"1/{world.cp_size} of a pass to fill the symmetric shard. direct only pushes. The ratio "
-        f"holds while memory bandwidth is the limit{limit}",
+        why=f"padded_symm pushes, strips and reorders, and needs 1/{world.cp_size} of a pass to "
+        "fill the symmetric shard. direct only pushes. The ratio holds while memory bandwidth is "
+        f"the limit{limit}",
     )
 
 
@@ -158,16 +156,14 @@ def padding(world: World) -> Prediction:
         tolerance=0.02,
         wrong={
             1.0: f"{tokens} tokens form {2 * cp} blocks, and one of them is longer. Its owner is "
-            "the "
-            "same rank in every sequence.",
+            "the same rank in every sequence.",
             tokens / (2 * cp): f"That is {tokens} tokens against {2 * cp}. Every rank pads to the "
             "longest shard: 3 rows per sequence, though all but rank 0 hold only 2.",
             1.5: "Rank 0 holds 3 rows where the others hold 2. The average over all ranks is "
             f"{tokens}/{cp}.",
         },
-        why=f"Rank 0 gets the extra token of every sequence, so it holds 3 rows and the others 2. "
-        "All pad to 3: "
-        f"{3 * cp} slots for {tokens} tokens. `direct` sends no padding.",
+        why="Rank 0 gets the extra token of every sequence, so it holds 3 rows and the others 2. "
+        f"All pad to 3: {3 * cp} slots for {tokens} tokens. `direct` sends no padding.",
     )
 
 
@@ -185,18 +181,14 @@ LESSON.ask(
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
     why="Measured in Megatron-LM#5596 (times rounded here), as the minimum over the ranks of the "
-    "kernel's time: 20.2 → "
-    "10.9 µs, and 385.3 → 363.2 µs. The saved time grows from 9.3 to about 22 µs, and the total "
-    "time "
-    "grows far more.",
+    "kernel's time: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. The saved time grows from 9.3 to about "
+    "22 µs, and the total time grows far more.",
 )
 LESSON.ask(
     "clocks",
-    "Two H100s gather 2.1 MB. In a Python loop, a call of `padded_symm` takes 2.6 times as long "
-    "as a "
-    "call of `seed`, the same pipeline in plain torch over NCCL's ring. How many times as long "
-    "does "
-    "the device work on `padded_symm` as on `seed`?",
+    "Two H100s gather 2.1 MB. In a Python loop, a call of `padded_symm` takes 2.6 times as long as "
+    "a call of `seed`, the same pipeline in plain torch over NCCL's ring. How many times as long "
+    "does the device work on `padded_symm` as on `seed`?",
     answer=0.85,
     unit="times",
     tolerance=0.08,
@@ -211,8 +203,7 @@ LESSON.ask(
 LESSON.ask(
     "kernels",
     "Four H100s gather with NCCL 2.28.9, with no buffer registered, with the receive buffer only, "
-    "or "
-    "with both. For how many of these three does NCCL select a symmetric kernel?",
+    "or with both. For how many of these three does NCCL select a symmetric kernel?",
     answer=1,
     between=(0, 3),
     tolerance=0.01,
@@ -222,25 +213,21 @@ LESSON.ask(
         3: "Without a registered buffer, a kernel has no window of its peers to store into.",
     },
     why="2.28.9 requires both buffers. With the receive buffer alone it keeps its ring, and "
-    "reports "
-    "nothing: this was the state of sglang#24040 when it was merged.",
+    "reports nothing: this was the state of sglang#24040 when it was merged.",
 )
 LESSON.ask(
     "nodes",
     "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
     "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). By the model, "
-    "how many times as long do "
-    "the "
-    "two nodes take?",
+    "how many times as long do the two nodes take?",
     answer=2.06,
     unit="times",
     tolerance=0.12,
     wrong={
         16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
         "and 8 network adapters share it.",
-        3.1: "That adds the times of network and NVLink. They work at the same time, so the "
-        "slower one "
-        "counts.",
+        3.1: "That adds the times of network and NVLink. They work at the same time, so the slower "
+        "one counts.",
         1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
     },
     why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "

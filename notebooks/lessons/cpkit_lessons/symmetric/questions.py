@@ -84,8 +84,7 @@ LESSON.ask(
 LESSON.ask(
     "round",
     "Now each round has one barrier, between the puts and the reads, and rounds are numbered from "
-    "1. In "
-    "the shortest schedule that fails, which round does the first wrong read expect?",
+    "1. In the shortest schedule that fails, which round does the first wrong read expect?",
     answer=1,
     tolerance=0.01,
     wrong={
@@ -93,16 +92,14 @@ LESSON.ask(
         0: "Rounds are numbered from 1. And with a barrier before the reads, no read is stale.",
     },
     why="The reader is still in round 1. The writer continues with round 2, and overwrites a slot "
-    "that has not been read yet. So the error appears only when a buffer is used again, and a "
-    "test of "
-    "one "
-    "round passes.",
+    "that has not been read yet. So the error appears only when a buffer is used again, and a test "
+    "of one round passes.",
 )
 LESSON.ask(
     "held",
     "Eight ranks form a ring, and each puts its row only to its right neighbour. Rank 3 has not "
-    "started. "
-    "With signals instead of barriers, how many of the 7 other ranks cannot finish round 1?",
+    "started. With signals instead of barriers, how many of the 7 other ranks cannot finish round "
+    "1?",
     answer=1,
     unit="of 7",
     between=(0, 7),
@@ -138,10 +135,8 @@ def spills(world: World) -> Prediction:
             0: f"A request of {large} MB does not fit an arena of {arena} MB.",
         },
         why="A request spills if it is larger than the arena and than every request before it. So "
-        "the cost appears "
-        "with the "
-        "longest prompt so far. A benchmark that repeats one size shows it only in its first "
-        "iteration.",
+        "the cost appears with the longest prompt so far. A benchmark that repeats one size shows "
+        "it only in its first iteration.",
     )
 
 
@@ -158,29 +153,6 @@ LESSON.ask(
     why="Up to 2.28, an all-gather needs both buffers in symmetric windows. Since 2.29, the "
     "receive buffer is enough. sglang#37337 counted 0 calls of symmetric kernels and 499 of "
     "ordinary ones.",
-)
-
-LESSON.ask(
-    "slot",
-    "Pages have 4 slots, and the request has the pages 5, 0 and 3, in this order. Which slot of "
-    "the "
-    "cache holds token 6?",
-    answer=2,
-    between=(0, 23),
-    tolerance=0.01,
-    wrong={
-        6: "That is its position in token order. The cache stores it in one of the request's "
-        "pages.",
-        22: "That is slot 2 of page 5, the first page of the request. Token 6 is in the second "
-        "page.",
-        14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
-        "page.",
-        1: "Page 0 is right. But tokens and slots are numbered from 0: token 4 is in slot 0 of "
-        "that page.",
-    },
-    why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
-    "slot 2 "
-    "of that page: 0 · 4 + 2.",
 )
 
 
@@ -215,8 +187,7 @@ _ask_symptom(
     "there the caller has to guarantee equal offsets, and the same mistake raises no error.",
     wrong={
         "silently wrong": "That is right for an allocator that does not compare allocations: the "
-        "next "
-        "block has a different offset on each rank.",
+        "next block has a different offset on each rank.",
     },
 )
 _ask_symptom(
@@ -246,9 +217,8 @@ _ask_symptom(
     "divergent_free_lists",
     "Rank 1 has kept a block that rank 0 has freed, and the free lists are not compared",
     answer="silently wrong",
-    why="No rank raises an error. The rows are written to the wrong place, over memory that may "
-    "be in "
-    "use. pytorch#178138 is this bug, and sglang#34230 is the same under a captured graph.",
+    why="No rank raises an error. The rows are written to the wrong place, over memory that may be "
+    "in use. pytorch#178138 is this bug, and sglang#34230 is the same under a captured graph.",
     wrong={
         "error at once": "Each rank's own free list is consistent. Only a comparison between ranks "
         "shows the difference.",
@@ -276,4 +246,25 @@ _ask_symptom(
         "error at once": "The mapping of a peer's memory stays valid when its process dies, so "
         "nothing shows that it is dead.",
     },
+)
+
+LESSON.ask(
+    "slot",
+    "Pages have 4 slots, and the request has the pages 5, 0 and 3, in this order. Which slot of "
+    "the cache holds token 6?",
+    answer=2,
+    between=(0, 23),
+    tolerance=0.01,
+    wrong={
+        6: "That is its position in token order. The cache stores it in one of the request's "
+        "pages.",
+        22: "That is slot 2 of page 5, the first page of the request. Token 6 is in the second "
+        "page.",
+        14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
+        "page.",
+        1: "Page 0 is right. But tokens and slots are numbered from 0: token 4 is in slot 0 of "
+        "that page.",
+    },
+    why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
+    "slot 2 of that page: 0 · 4 + 2.",
 )
