@@ -67,6 +67,9 @@ READ_PLOTS = """cell => [...cell.querySelectorAll('.js-plotly-plot')].map(plot =
         .filter(mark => mark.tagName !== 'path' || (mark.getAttribute('d') ?? 'M0,0Z') !== 'M0,0Z')
         .length,
 }))"""
+# A plot that is scrolled away keeps its last drawing, and outputs above it may still grow.
+SHOW_PLOT = """cell =>
+    cell.querySelector('.js-plotly-plot')?.scrollIntoView({ block: 'nearest' })"""
 PROMPT = "cell => cell.querySelector('.jp-InputPrompt').innerText"
 
 
@@ -197,6 +200,7 @@ class NotebookPage:
         name = created_by or id_
 
         def right() -> dict[str, Any] | None:
+            self.cell(id_).evaluate(SHOW_PLOT)
             plots = self.plots(id_)
             if len(plots) != 1 or self.difference(name, plots[0]) or not such(plots[0]):
                 return None

@@ -125,7 +125,9 @@ def test_each_control_changes_the_figure_by_keyboard_and_by_mouse(live: Notebook
         live.wait_for_plot("panel", such=such)
 
     def click(handle: Any, fraction: float) -> None:
-        track = handle.locator("xpath=ancestor::*[contains(@class, 'noUi-base')]").bounding_box()
+        rail = handle.locator("xpath=ancestor::*[contains(@class, 'noUi-base')]")
+        rail.scroll_into_view_if_needed()
+        track = rail.bounding_box()
         x = track["x"] + fraction * track["width"]
         live.page.mouse.click(x, track["y"] + track["height"] / 2)
 
@@ -450,9 +452,9 @@ def test_a_screen_reader_is_told_the_medians_every_five_seconds(live: NotebookPa
 
 def test_zoom_by_hand_survives_updates(live: NotebookPage) -> None:
     rows = live.cell("panel").locator(".js-plotly-plot .xy .nsewdrag, .nsewdrag[data-subplot=xy]")
+    before = live.wait_for_plot("panel")
     rows.first.scroll_into_view_if_needed()
     box = rows.first.bounding_box()
-    before = live.wait_for_plot("panel")
     live.page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
     live.page.mouse.down()
     live.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.8, steps=4)
