@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Order:
-    """Names by their median times, and the pairs (faster, slower) whose difference is clear."""
+    """Names, the smallest time first, and the pairs (smaller, larger) that clearly differ."""
 
     names: tuple[str, ...]
     clear: frozenset[tuple[str, str]]
