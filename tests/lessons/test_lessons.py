@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +15,12 @@ from cpkit.control.launch_options import Launch
 from cpkit.control.runtime_dir import Worker
 from cpkit.processes import process_id
 from cpkit.worker.main import _status as rank_0_status
-from cpkit_lessons import capabilities, feedback
+from cpkit_lessons import capabilities
 from cpkit_lessons.copy_counter import CopyCounter
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.lesson import KEY_VARIABLE, Lesson
 from cpkit_lessons.prediction import Prediction
+from tests.helpers.cards import shown
 from tools import glossary
 from tools.build import NOTEBOOKS, SOURCES
 
@@ -74,17 +74,6 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> Lesson:
         why="A is first.",
     )  # fmt: skip
     return made
-
-
-def shown(call, *arguments: object) -> str:
-    """Return the text that a call displayed."""
-    with mock.patch.object(feedback, "display") as display:
-        call(*arguments)
-    ((data,), options) = display.call_args
-    assert display.call_count == 1
-    assert options == {"raw": True}
-    assert data["text/html"].startswith(("<div", "<p>"))
-    return data["text/plain"]
 
 
 def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Lesson) -> None:
