@@ -78,8 +78,9 @@ class Gate:
         with contextlib.closing(self._loop), self._listener:
             with contextlib.suppress(asyncio.CancelledError):
                 self._loop.run_until_complete(self._accepting)
-            if self._connections:
-                self._loop.run_until_complete(asyncio.wait(self._connections, timeout=1))
+            remaining = [*self._connections]  # a copy: those that end now leave the set first
+            if remaining:
+                self._loop.run_until_complete(asyncio.wait(remaining, timeout=1))
         self._reserve.close()
 
     async def _accept(self) -> None:

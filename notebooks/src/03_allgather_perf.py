@@ -301,8 +301,8 @@ print(warm)
 
 # %% mistakes-1-text [markdown]
 # `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
-# before, so the operating system first has to find and clear each page. `launch` starts the collective and does not
-# wait for its end.
+# before, so the operating system first has to find and clear each page. `launch` starts the collective (on a GPU,
+# `direct`) and does not wait for its end.
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
@@ -314,10 +314,6 @@ with noisy_neighbour():  # other threads use the machine for the first half of t
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
-in_turn = [
-    np.median([*disturbed.slowest_us(name), *quiet.slowest_us(name)])
-    for name in ("direct", "direct#2")
-]
 print(f"one after the other: {after_another[0] / after_another[1]:.2f}")
 
 # %% mistakes-2-spread tags=["nbval-ignore-output"]
@@ -325,10 +321,7 @@ pairs = np.concatenate(
     [run.slowest_us("direct") / run.slowest_us("direct#2") for run in (disturbed, quiet)]
 )
 low, high = np.percentile(pairs, [25, 75])
-print(
-    f"in turn: {in_turn[0] / in_turn[1]:.2f}; half of the {len(pairs)} pairs: {low:.2f} to "
-    f"{high:.2f}"
-)
+print(f"in turn: {np.median(pairs):.2f}; half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}")
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
 # %% mistakes-2-text [markdown]
@@ -341,9 +334,10 @@ print("the pairs show", "no difference" if low <= 1 <= high else "a difference t
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
+started = "direct" if world.on_gpu else "collective"  # by `launch`
 typical = {name: np.median(values) for name, values in samples.items()}
 found = {
-    "not waited for": Mistake(typical["collective"], typical["launch"], samples["collective"]),
+    "not waited for": Mistake(typical[started], typical["launch"], samples[started]),
     "fastest rank": Mistake(right, np.median(times.min(axis=1)), slowest),
     "rates averaged": Mistake(slowest.mean(), 1 / (1 / slowest).mean(), slowest),
 }
@@ -362,15 +356,15 @@ found |= {
 figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
-# You predicted an order. Are the measured differences larger than the noise? The next cell shows each factor with the
-# interval that contains it with 99 % confidence. Where two intervals overlap, no difference was seen: the order is then
-# written with `≈` instead of `<`, and either order of the two is right.
+# You predicted an order. Are the measured differences larger than the noise? The next cell prints each ratio, reported
+# time / right time, with its 99 % interval. The reveal then writes the order: `<` where two intervals do not overlap,
+# `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
 
 factors = {
-    "not waited for": Ratio.of_pairs(samples["launch"], samples["collective"]),
+    "not waited for": Ratio.of_pairs(samples["launch"], samples[started]),
     "fastest rank": Ratio.of_pairs(times.min(axis=1), slowest),
     "no barrier": Ratio.of_separate(unfair.slowest_us("direct"), fair_us),
 }
@@ -465,8 +459,8 @@ def gather_us(times_us, warmup):
 # %% s5 [markdown]
 # ## 5. A sweep
 #
-# A production batch can be small or large. Does the same algorithm win at every size? Here are five sizes and three
-# algorithms, measured in turn, so that noise affects all of them equally.
+# A production batch can be small or large. Does the same algorithm win at every size? Here are five sizes. At each
+# size, the three algorithms alternate, so that noise affects all three alike.
 
 # %% ranking-predict
 lesson.predict("ranking", ...)
@@ -484,8 +478,9 @@ expected = row["size_bytes"] / row["time_us"] / 1e3 * (cp - 1) / cp
 assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the units of section 1"
 
 # %% ranking-text [markdown]
-# Five gathers per row are too few to tell a small difference from noise. So the next cell measures a quarter of the
-# largest size, in more gathers, and compares pairs, as in section 4. Again `≈` means that no difference was seen.
+# Five gathers per row are too few to tell a small difference from noise. So the next cell times more gathers at a
+# quarter of the largest size, and in each iteration it divides the times of two algorithms. `<` means that the first
+# is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1.
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens

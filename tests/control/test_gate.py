@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import socket
 import subprocess
@@ -187,3 +188,18 @@ def test_large_replies_arrive_over_tcp_also_when_the_server_closes(tmp_path: Pat
         assert outcome == [Done(text)]
     assert not [thread for thread in threading.enumerate() if thread.name == "cpkit gate"]
     client.close()
+
+
+def test_a_connection_that_ends_while_the_gate_closes_is_no_error(tmp_path: Path) -> None:
+    """It leaves the set of connections after `_run` has looked at it."""
+    gate = Gate("127.0.0.1", f"{tmp_path}/s")
+
+    async def ends_with_the_listener() -> None:
+        await asyncio.sleep(0)
+
+    task = gate._loop.create_task(ends_with_the_listener())
+    gate._connections.add(task)
+    task.add_done_callback(gate._forget)
+    gate._accepting.cancel()
+    gate._run()
+    assert gate._reserve.closed

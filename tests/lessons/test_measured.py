@@ -85,9 +85,9 @@ def lesson() -> Lesson:
 @pytest.mark.parametrize(
     ("guess", "head"),
     [
-        ("abc", "✓ You said a < b < c, it is a ≈ b < c: no clear difference contradicts it."),
-        ("bac", "✓ You said b < a < c, it is a ≈ b < c: no clear difference contradicts it."),
-        ("acb", "≠ You said a < c < b, it is a ≈ b < c."),
+        ("abc", "✓ You said a < b < c, it is a ≈ b < c: consistent with all clear differences."),
+        ("bac", "✓ You said b < a < c, it is a ≈ b < c: consistent with all clear differences."),
+        ("acb", "≠ You said a < c < b, it is a ≈ b < c: b < c is clear."),
     ],
 )
 def test_a_reveal_of_an_order_says_what_was_clear(lesson: Lesson, guess: str, head: str) -> None:
@@ -108,7 +108,7 @@ def test_an_order_that_is_clear_throughout_is_exact(lesson: Lesson) -> None:
     ("guess", "verdict"),
     [
         (2.0, "✓ within the noise"),
-        (4.0, "✓ close enough, 33% off"),
+        (4.0, "✓ close enough, 60% off"),
         (20.0, "≠ 8 times too high"),
         (0.5, "≠ 5 times too low"),
     ],
@@ -120,5 +120,5 @@ def test_a_guess_within_the_noise_of_a_ratio_is_right(
     text = shown(lesson.reveal, "factor", Ratio(2.5, 1.5, 3.0))
     mark, words = verdict.split(" ", 1)
     assert text.split("\n")[0] == (
-        f"{mark} You said {guess:g} times, it is 2.5 times (noise: 1.5 to 3): {words}."
+        f"{mark} You said {guess:g} times, it is 2.5 times (99 % interval: 1.5 to 3): {words}."
     )

@@ -1,9 +1,9 @@
-"""What a reveal compares a guess with, if noise is part of it: an order, or a ratio."""
+"""Measured results with their noise: an order, and a ratio. A reveal compares a guess with them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise, permutations, product
 from typing import TYPE_CHECKING
 
 from cpkit.timing import Ratio
@@ -18,25 +18,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Order:
-    """Names, the smallest time first, and the pairs (smaller, larger) that clearly differ."""
+    """Names, the smallest value first, and the pairs (smaller, larger) that clearly differ."""
 
     names: tuple[str, ...]
     clear: frozenset[tuple[str, str]]
 
     def allows(self, guess: Sequence[str]) -> bool:
         """Whether no pair of a guess contradicts a clear difference."""
-        return not any((slow, fast) in self.clear for fast, slow in combinations(guess, 2))
+        return not self._contradicted(guess)
 
     def verdict(self, guess: tuple[str, ...]) -> str:
-        """Compare a guess with this order; empty if it contradicts a clear difference."""
-        if not self.allows(guess):
-            return ""
+        """Compare a guess with this order: what it contradicts, or that it agrees."""
+        if wrong := self._contradicted(guess):
+            return f"{wrong[0][0]} < {wrong[0][1]} is clear"
         is_exact = guess == self.names and self.clear.issuperset(pairwise(guess))
-        return "exact" if is_exact else "no clear difference contradicts it"
+        return "exact" if is_exact else "consistent with all clear differences"
+
+    def _contradicted(self, guess: Sequence[str]) -> list[tuple[str, str]]:
+        reversed_pairs = ((second, first) for first, second in combinations(guess, 2))
+        return [pair for pair in reversed_pairs if pair in self.clear]
 
     def __str__(self) -> str:
-        signs = [" < " if pair in self.clear else " ≈ " for pair in pairwise(self.names)]
-        return "".join(map("".join, zip(self.names, [*signs, ""], strict=True)))
+        text = self.names[0]
+        for pair in pairwise(self.names):
+            text += (" < " if pair in self.clear else " ≈ ") + pair[1]
+        return text
 
 
 def order(run: ClockResult, calls: Sequence[str]) -> Order:
@@ -45,12 +51,10 @@ def order(run: ClockResult, calls: Sequence[str]) -> Order:
     A difference is clear if the ratio of the two has its 99 % interval on one side of 1. Raises
     ValueError for fewer than 8 iterations, which have no such interval.
     """
-
-    def ratio(mine: str, other: str) -> Ratio:
-        return _ratio(_slowest_us(run, mine), _slowest_us(run, other))
-
-    clear = frozenset(pair for pair in permutations(calls, 2) if ratio(*pair).high < 1)
-    return Order(tuple(sorted(calls, key=lambda call: ratio(call, calls[0]).value)), clear)
+    times_us = {call: _slowest_us(run, call) for call in calls}
+    ratios = {(a, b): _ratio(times_us[a], times_us[b]) for a, b in product(calls, repeat=2)}
+    clear = frozenset(pair for pair, ratio in ratios.items() if ratio.high < 1)
+    return Order(tuple(sorted(calls, key=lambda call: ratios[call, calls[0]].value)), clear)
 
 
 def order_of(ratios: Mapping[str, Ratio]) -> Order:
@@ -60,7 +64,7 @@ def order_of(ratios: Mapping[str, Ratio]) -> Order:
 
 
 def call_ratio(run: ClockResult, slow: str, fast: str) -> Ratio:
-    """Return by which factor one call takes longer than another, in call time, with its noise.
+    """Return slow / fast in call time, with its 99 % interval.
 
     Raises ValueError for fewer than 8 iterations.
     """

@@ -88,7 +88,8 @@ class Prediction:
     def format(self, answer: Measured) -> str:
         """Return an answer with its unit, and a ratio with its noise."""
         if isinstance(answer, Ratio):
-            return f"{self.format(answer.value)} (noise: {answer.low:,.3g} to {answer.high:,.3g})"
+            value = self.format(float(f"{answer.value:.3g}"))
+            return f"{value} (99 % interval: {answer.low:,.3g} to {answer.high:,.3g})"
         if isinstance(answer, str | Order):
             return str(answer)
         if isinstance(answer, float | int):
@@ -119,11 +120,11 @@ class Prediction:
         if isinstance(measured, Order):
             return measured.verdict(guess) if isinstance(guess, tuple) else ""
         assert isinstance(guess, float)
-        nearest = _nearest(guess, measured)
-        if nearest == guess:
+        if _nearest(guess, measured) == guess:
             return "within the noise"
-        is_close = self.is_close(guess, nearest)
-        return self.verdict(guess, nearest if is_close else measured.value)
+        if self.is_close(guess, measured):
+            return f"close enough, {abs(guess / measured.value - 1):.0%} off"
+        return self.verdict(guess, measured.value)
 
 
 def _nearest(guess: float, measured: Ratio) -> float:
