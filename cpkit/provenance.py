@@ -87,11 +87,11 @@ def explain_mismatch(
     """Return None when `got` (token order) is bit-exact, otherwise its first wrong byte, decoded.
 
     slot 37 (of 64) byte 0 holds round 6, rank 2, sequence 1, token 5, lane 0, tensor 0;
-    wanted round 7, rank 3, … (19 of 64 rows differ)
+    expected round 7, rank 3, … (19 of 64 rows differ)
     """
     want = expected_rows(metadata, got.shape[1:], got.dtype, round=round, tensor=tensor)
     if got.shape != want.shape:
-        return f"the result has shape {list(got.shape)}; wanted {list(want.shape)}"
+        return f"the result has shape {list(got.shape)}; expected {list(want.shape)}"
     got_bytes, want_bytes = _row_bytes(got.cpu()), _row_bytes(want)
     wrong = (got_bytes != want_bytes).any(1).nonzero().flatten()
     if not len(wrong):
@@ -100,7 +100,7 @@ def explain_mismatch(
     byte = int((got_bytes[slot] != want_bytes[slot]).nonzero()[0])
     return (
         f"slot {slot} (of {len(want)}) byte {byte} holds {_describe(got_bytes[slot], byte)}; "
-        f"wanted {_describe(want_bytes[slot], byte)} ({len(wrong)} of {len(want)} rows differ)"
+        f"expected {_describe(want_bytes[slot], byte)} ({len(wrong)} of {len(want)} rows differ)"
     )
 
 

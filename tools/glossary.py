@@ -13,11 +13,11 @@ WORDS: dict[str, str] = {
     "shard": "the rows that one rank holds before the gather",
     "slot": "room for one row in a buffer; a slot without a row is padding",
     "cp_size, cp_rank": "the number of ranks that share the batch; the index of this rank",
-    "block": "one of the 2·cp_size parts into which the strategy zigzag (section 1) cuts a "
+    "block": "one of the 2·cp_size parts into which the zigzag strategy (section 1) cuts a "
     "sequence; rank r owns blocks r and 2·cp_size−1−r",
     "per_rank_actual_token": "the number of rows that each rank holds, without padding",
     "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks (a "
-    "layout repeats it, once per rank)",
+    "layout stores it once per rank)",
     "rank order": "all rows of rank 0, then all rows of rank 1, …, without padding",
     "token order": "token 0, 1, 2, …, sequence by sequence: the order that attention needs",
     "provenance": "the origin of a row, stored in the row as a *stamp*: round (the number of the "
@@ -47,7 +47,7 @@ WORDS: dict[str, str] = {
     "(small messages: into a staging buffer)",
     "multicast": "one store that the NVLink switch copies to all GPUs; more than 2 ranks needed",
     "copy engine": "the hardware of a GPU that copies memory without its multiprocessors",
-    "low-contention": "PyTorch's gather by copy engine, so that other kernels keep running",
+    "low-contention": "PyTorch's gather that uses copy engines, so that other kernels keep running",
     "paged cache": "a KV cache in pages that are assigned to requests; a token's slot can be in "
     "any page",
     "algbw": "S / t: all gathered bytes divided by the time",

@@ -179,7 +179,7 @@ class RankCase:
             into = self.case.call == "into"
             want = (self.oracle.cache if into else self.oracle.result)(gather, number)
             if x.dtype != kind.dtype or tuple(x.shape) != (len(want), *kind.trailing):
-                problem = f"{list(x.shape)} {x.dtype}; wanted {len(want)} rows"
+                problem = f"{list(x.shape)} {x.dtype}; expected {len(want)} rows"
             else:
                 problem = self.oracle.difference(bytes_of(x), want, number)
             if problem and not self.problem:
@@ -192,10 +192,10 @@ class RankCase:
         held = self.oracle.held
         got = [self.metadata.rank_rows(rank).tolist() for rank in range(self.case.cp_size)]
         if got != held:
-            raise Wrong(f"the layout is {got}; wanted {held}")
+            raise Wrong(f"the layout is {got}; expected {held}")
         most = (max(map(len, held)),) * self.case.cp_size
         if self.metadata.max_rank_len != most:
-            raise Wrong(f"max_rank_len is {self.metadata.max_rank_len}; wanted {most}")
+            raise Wrong(f"max_rank_len is {self.metadata.max_rank_len}; expected {most}")
 
     def _check_refused(self) -> None:
         """Check that every rank raises ValueError when one rank passes bad arguments."""

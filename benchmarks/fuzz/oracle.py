@@ -122,7 +122,7 @@ class Oracle:
     def difference(self, got: Bytes, want: Bytes, number: int) -> str:
         """Return "" or the first wrong element, and which row is there instead."""
         if got.shape != want.shape:
-            return f"{list(got.shape)} bytes; wanted {list(want.shape)}"
+            return f"{list(got.shape)} bytes; expected {list(want.shape)}"
         if np.array_equal(got, want):
             return ""
         wrong = np.flatnonzero((got != want).any(axis=1))
@@ -131,7 +131,7 @@ class Oracle:
         element = int(np.flatnonzero(got[row] != want[row])[0]) // size
         part = slice(element * size, (element + 1) * size)
         return (
-            f"row {row} element {element} is {got[row, part].tobytes().hex()}; wanted "
+            f"row {row} element {element} is {got[row, part].tobytes().hex()}; expected "
             f"{want[row, part].tobytes().hex()}; the row is {self.origin(got[row])} "
             f"({len(wrong)} of {len(want)} rows differ)"
         )

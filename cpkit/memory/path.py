@@ -66,8 +66,8 @@ COPY_ENGINE_FAILS = (
 
 _REMEDY = {
     "unregistered": "make it inside `with use_symmetric_memory(group)` (SGLang #37337)",
-    "foreign": "make it in this group's own pool: a window belongs to one communicator (SGLang "
-    "#19329)",
+    "foreign": "make it in this group's own pool, because a window belongs to one communicator "
+    "(SGLang #19329)",
     "offset": "make the same tensors in the same order on all ranks (pytorch#178138)",
 }
 
@@ -263,7 +263,7 @@ def _fault(name: str, locations: list[BufferLocation]) -> str:
     if fault or len(set(offsets)) == 1:
         return fault
     listed = ", ".join(f"rank {r}: {s}/{o}" for r, (s, o) in enumerate(offsets))
-    return f"{name} is at different segments/offsets on the ranks ({listed}): {_REMEDY['offset']}"
+    return f"{name} is at different segments/offsets on the ranks ({listed}); {_REMEDY['offset']}"
 
 
 def _registration_fault(name: str, locations: list[BufferLocation]) -> str:
@@ -271,7 +271,7 @@ def _registration_fault(name: str, locations: list[BufferLocation]) -> str:
     for rank, location in enumerate(locations):
         if location.other:
             remedy = _REMEDY.get(location.fault)
-            return f"{name} of rank {rank} is {location.other}" + (f": {remedy}" if remedy else "")
+            return f"{name} of rank {rank} is {location.other}" + (f"; {remedy}" if remedy else "")
     return ""
 
 

@@ -200,8 +200,8 @@ class ShmBarrier:
         )
         return BarrierTimeout(
             f"{self._broken} They have died, are hanging, or have taken another path through the "
-            "program: read their logs. To go on, call cpkit.group.forget_groups() on every rank, "
-            "and make new groups; if they are only slow, raise CPKIT_DEADLINE_S."
+            "program: read their logs. To continue, call cpkit.group.forget_groups() on every "
+            "rank, and make new groups. If the ranks are only slow, raise CPKIT_DEADLINE_S."
         )
 
     def _difference(self, calls: list[int]) -> CallsDiffer | RankFailed:

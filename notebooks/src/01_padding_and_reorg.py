@@ -11,7 +11,7 @@
 # and what a KV cache is.
 #
 # After this notebook you can
-# 1. say which rank owns token *t*, and what that choice costs in causal attention;
+# 1. say which rank owns token *t*, and what the choice of strategy costs in causal attention;
 # 2. compute how many slots are padding, and name the formula that gets the padded length wrong;
 # 3. write strip and reorder as one index;
 # 4. show when attention needs token order;
@@ -22,16 +22,16 @@
 # In figures of rows and ranks, **a colour is a rank**, **hatching is padding**, and **red is wrong**. Other figures
 # have a legend.
 #
-# Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. Run a cell with
-# `lesson.predict` as it is to see its question. Then put your number in place of `...`, and run it again. A wrong guess
-# costs nothing, and you remember its explanation. Exercises are checked immediately, and their hints are folded below
-# them.
+# Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To see a question, run
+# its `lesson.predict` cell unchanged. Then put your number in place of `...`, and run it again. A wrong guess costs
+# nothing, and makes the explanation easier to remember. Exercises are checked immediately, and their hints are folded
+# below them.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
 from cpkit_lessons import padding as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
+lesson.explain_missing_names()  # an undefined name then says which cell to run first
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -54,8 +54,8 @@ cp = world.cp_size
 # %% s1 [markdown]
 # ## 1. Who owns token t?
 #
-# For a gather, every rank must know where each row is. The scheduler of a serving engine selects the sequences of each
-# batch, and every rank derives the place of each row from their lengths alone, without communication.
+# For a gather, every rank must be able to compute where each row is. The scheduler of a serving engine selects the
+# sequences of each batch, and every rank derives the place of each row from their lengths alone, without communication.
 #
 # Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
 #
@@ -162,8 +162,8 @@ def owner(token, length, cp_size):
 # **Why** Block b and its mirror image 2·cp−1−b belong to the same rank, and the smaller of the two numbers is that
 # rank.
 #
-# **Another way** List the owner of each token once: repeat each entry of `[0, 1, …, cp−1, cp−1, …, 1, 0]` once per
-# token of its block, and look the token up. Real systems do this: SGLang stores the block sizes as `split_list`.
+# **Another way** Build a table of owners: repeat each entry of `[0, 1, …, cp−1, cp−1, …, 1, 0]` once per token of its
+# block. Then look the token up in the table. Real systems do this: SGLang stores the block sizes as `split_list`.
 
 # %% s2 [markdown]
 # ## 2. Why zigzag?
@@ -190,17 +190,17 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # All ranks wait for the slowest one. Zigzag pairs each early block with a late one, so all ranks finish at almost the
 # same time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
 #
-# Zigzag is the usual default because its rows are contiguous in long runs. A rank holds at most two runs per sequence
-# (the two blocks of the last rank touch), so two copies move them and two attention calls read them. With interleave,
-# each token is a run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer, and requires
-# a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced
-# work (sglang#34059 discusses it and is still open).
+# Zigzag is the usual default because each rank's rows form long contiguous runs. A rank holds at most two runs per
+# sequence (the last rank holds one, because its two blocks are adjacent). So two copies move them, and two attention
+# calls read them. With interleave, each token is a run of its own. PyTorch's context parallelism calls the same idea
+# the head-tail balancer, and requires a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one
+# rank, at the price of unbalanced work (sglang#34059 discusses it and is still open).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
 #
 # **Goal** Write `keys_seen` for a batch. `tokens` are the rows of one rank, as indices into the flattened batch.
-# `lengths` are the numbers of tokens in each sequence. Each token attends to itself and to all earlier tokens **of its
+# `lengths[i]` is the number of tokens in sequence i. Each token attends to itself and to all earlier tokens **of its
 # own sequence**.
 #
 # **Example** With `lengths` [3, 2], tokens 0, 1, 2 are one sequence, and tokens 3, 4 another. A rank that holds tokens
@@ -290,7 +290,7 @@ lesson.reveal("waste", (slots - sum(batch)) / slots)
 
 # %% waste-text [markdown]
 # The wasted fraction depends on the batch. A few long sequences waste almost nothing, and many short ones waste a lot.
-# Zigzag cannot split a sequence of fewer than 2·cp tokens. SGLang does not split such a batch at all.
+# Zigzag cannot split a sequence of fewer than 2·cp tokens. SGLang does not split a batch that contains such a sequence.
 
 # %% waste
 batches = [[32768], [4097], [4097, 812, 95], [17] * 8, [9] * 4]
@@ -299,9 +299,9 @@ figures.show(figures.waste_map(batches, cp_sizes=[1, 2, 4, 8]))
 # %% trap-text [markdown]
 # ### The formula that comes to mind first
 #
-# `ceil(total / cp)` looks like the right padded length: spread the tokens evenly, and round up. SGLang used exactly
-# this formula, up to version 0.5.12, in `cp_all_gather_reorganized_into_tensor_kv_cache`, the function that `cpkit`,
-# the library of these notebooks, is about. Now take 16 sequences of 4097 tokens each.
+# `ceil(total / cp)` looks like the right padded length: spread the tokens evenly, and round up. Up to version 0.5.12,
+# SGLang used exactly this formula in `cp_all_gather_reorganized_into_tensor_kv_cache`. That is the function that
+# `cpkit`, the library of these notebooks, rebuilds. Now take 16 sequences of 4097 tokens each.
 
 # %% cut-predict
 lesson.predict("cut", ...)
@@ -367,8 +367,8 @@ def padded_len(lengths, cp_size):
 # `ceil` is right for one sequence. What goes wrong when *every* sequence has one token too many?
 #
 # ---
-# The extra tokens do not spread evenly, because each sequence assigns them from its first block on. So first add up
-# the rows of each rank, and take the maximum at the end.
+# The extra tokens do not spread evenly, because in every sequence they go to the first blocks. So first add up the
+# rows of each rank, and take the maximum at the end.
 #
 # ---
 # Start with a list of `cp_size` zeros. For each sequence, add the size of each of its 2·cp blocks to the owner of that
@@ -385,7 +385,7 @@ def padded_len(lengths, cp_size):
 #
 # **When to pad even more** NCCL's ordinary all-gather is slower when the bytes per rank are not a multiple of 16
 # (pytorch#195450). If the bytes of one row are not a multiple of 16, round `max_rank_len` up until the bytes per rank
-# are.
+# are a multiple of 16.
 
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
@@ -468,15 +468,15 @@ figures.show(figures.stage_grid(gathered, ["reorder"], rank=0))
 reorder = gathered.stage("reorder", 0)
 wanted = [(sequence, token) for sequence, n in enumerate(batch) for token in range(n)]
 assert reorder[:, 2:].tolist() == [list(place) for place in wanted]
-assert (reorder[:, 0] == 7).all(), "all rows are of round 7"
+assert (reorder[:, 0] == 7).all(), "all rows belong to round 7"
 
 # %% e4-task [markdown]
 # ### Exercise 4 · Strip the padding
 #
-# **Goal** Write `strip`, which turns the buffer of the wire into rank order. `wire` is `[cp · max_rank_len, heads,
-# head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first `per_rank_actual_token[r]` of them are
-# real. Assume that the padding contains arbitrary bytes, so that you cannot recognize it by its contents: `padded`
-# fills it with zeros, but `padded_symm` (notebook 2) leaves it uninitialized.
+# **Goal** Write `strip`, which removes the padding from the wire buffer and returns the rows in rank order. `wire` is
+# `[cp · max_rank_len, heads, head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first
+# `per_rank_actual_token[r]` of them are real. Assume that the padding contains arbitrary bytes, so that you cannot
+# recognize it by its contents: `padded` fills it with zeros, but `padded_symm` (notebook 2) leaves it uninitialized.
 #
 # **Example** Let `wire` hold the rows a b · c d e, where · is padding. With `per_rank_actual_token` [2, 3] and
 # `max_rank_len` 3, the result is a b c d e.
@@ -537,9 +537,9 @@ def strip(wire, per_rank_actual_token, max_rank_len, kept={}):
 # **Why** Views cost nothing, so all the slicing is free, and the single `cat` is one kernel and one pass over the data.
 # A loop that copies rank by rank writes the same bytes with cp kernels.
 #
-# **Another way** `wire[mask]`, where `mask[r * max_rank_len + i]` is `i < per_rank_actual_token[r]`. It moves the same
-# bytes. But a boolean index makes the CPU wait for the GPU, because the size of the result is unknown until the mask
-# has been counted.
+# **Another way** Use `wire[mask]`, where `mask[r * max_rank_len + i]` is `i < per_rank_actual_token[r]`. It moves the
+# same bytes. But a boolean index makes the CPU wait for the GPU, because the size of the result is unknown until the
+# mask has been counted.
 
 # %% s5 [markdown]
 # ## 5. Strip and reorder are one permutation
@@ -627,7 +627,7 @@ def gather_index(rank_rows, max_rank_len):
 # depends only on the lengths, so all layers share it.
 #
 # **Another way** Scatter instead of sorting: `index = torch.empty(total, dtype=torch.int64); index[tokens] = slots`.
-# The index is the same: here `tokens` is used as the *destination* of each slot, and is not sorted into the *source* of
+# The index is the same. Here `tokens` gives the *destination* of each slot. The sort above computes the *source* of
 # each token. The algorithm `direct` of section 8 does the same across ranks.
 
 # %% s6 [markdown]
@@ -656,7 +656,7 @@ def outputs_right(**mask):
 
 # %% attention-figure
 right = outputs_right(is_causal=True)
-assert outputs_right().all(), "without a mask the order is free"
+assert outputs_right().all(), "without a mask, the order does not matter"
 tokens = figures.token_line(layouts["zigzag"])
 line = figures.Line("output of token", tokens, wrong=~right.numpy())
 figures.show(
@@ -674,10 +674,10 @@ figures.show(
 lesson.reveal("order", int(right.sum()))
 
 # %% order-text [markdown]
-# Nothing crashed, and every shape was right. That is the danger of wrong order: no error reports it. Without a mask, as
-# when one token is decoded, the order does not matter. With a causal mask or a sliding window it does. The positions of
-# the tokens are usually no obstacle: the rotary embedding (RoPE) is applied before the keys are cached, so each key already
-# contains its position.
+# Nothing crashed, and every shape was right. That is the danger of a wrong order: no error reports it. Without a mask,
+# for example when a single token is decoded, the order does not matter. With a causal mask or a sliding window it does.
+# Rank order usually leaves the positions of the tokens right: the rotary embedding (RoPE) is applied before the keys
+# are cached, so each key already contains its position.
 
 # %% e6-task [markdown]
 # ### Exercise 6 · Context-parallel attention
@@ -753,11 +753,16 @@ def cp_attention(q, k, v, tokens):
 # ## 7. Bug hunt: a check that detects every fault
 #
 # How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
-# worse. So the test has to find them. Here are ten broken gathers: two ranks exchanged, the reorder forgotten, one
-# rank's rows of the previous round, padding in place of a row, one row twice (the second time in place of its
-# neighbour), two neighbouring rows exchanged, a row written by a rank that is not its owner, the last row lost, extra
-# slots after the end of the batch, and a wrong sequence number. The table below applies four common checks to each of
-# these *mutants*: `✓ killed` means that the check rejects the mutant, and `alive` that it accepts it.
+# worse. So the test has to find them. Here are ten broken gathers, or *mutants*:
+# - two ranks are exchanged, or two neighbouring rows;
+# - the reorder is forgotten;
+# - the rows of one rank are left over from the previous round;
+# - padding stands in place of a row, or a copy of its neighbour does;
+# - a row was written by a rank that is not its owner, or has a wrong sequence number;
+# - the last row is lost, or extra slots follow the end of the batch.
+#
+# The table below applies four common checks to each of them: `✓ killed` means that the check rejects the mutant, and
+# `alive` that it accepts it.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -889,7 +894,7 @@ figures.show(figures.stage_grid(direct))
 #
 # **Goal** Write `bill`, which returns the bytes that are written into the buffers of *one rank* in each stage of the
 # padded gather. The rank holds `rows` rows, every rank's buffer has `max_rank_len` rows, and the batch has `total`
-# tokens. A rank that needs no padding does not copy in the stage `pad`.
+# tokens. A rank that needs no padding does not copy in the `pad` stage.
 #
 # **Example** Rank 0 holds 2 rows, rank 1 holds 3, and a row has 10 bytes. Rank 0 pads (3 rows, 30 bytes), receives 2 ·
 # 3 slots (60 bytes), and strips and reorders 5 rows (50 bytes each). So `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire":
@@ -953,8 +958,9 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 # twice as large. The reads of the wire happen partly in the memory of other ranks.
 
 # %% models-text [markdown]
-# How much is that for a real model? Here are three models, with the bytes that one token adds to the KV cache of one
-# layer (bfloat16; the sizes are those of each model's `config.json`), and one prompt of 32767 tokens over your ranks.
+# How much is that for a real model? Take three models, and one prompt of 32767 tokens over your ranks. The next cell
+# computes the bytes that one token adds to the KV cache of one layer (bfloat16; the sizes are those of each model's
+# `config.json`), and the bytes that the gather moves.
 
 # %% bill-predict
 lesson.predict("bill", ...)
@@ -1028,7 +1034,7 @@ print("steps of a call:", " → ".join(steps))
 lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
-# How can a rank store its rows without asking whether the output is free? The plan has two outputs and uses them in
+# How can a rank store its rows without checking that the output is free? The plan has two outputs and uses them in
 # turn. A rank leaves the barrier at the end of a call only after all ranks have started that call, and a rank that has
 # started a call no longer needs the output of the previous one. The price: a result is valid only until the next call.
 # MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
@@ -1070,7 +1076,7 @@ lesson.progress()
 #
 # Answer each question aloud before you open it.
 #
-# <details><summary>1. Which rank has the most work under contiguous, and why not under zigzag?</summary>
+# <details><summary>1. Which rank has the most work under contiguous, and why do all ranks have about the same under zigzag?</summary>
 #
 # The last rank, because late tokens attend to more keys. Zigzag assigns one early and one late block to each rank.
 # </details>

@@ -15,7 +15,7 @@
 # 2. place barriers or signals so that a loop is right in every order of events, and prove it;
 # 3. store rows straight in the paged cache of a peer;
 # 4. size a pool so that it never has to grow while an engine serves requests;
-# 5. say from four facts and a version number whether a gather takes the fast path, and whether that is safe;
+# 5. decide, from four facts and a version number, whether a gather takes the fast path, and whether that path is safe;
 # 6. find the cause of a failure from what the ranks observed.
 #
 # {glossary: symmetric memory; segment; put, get; barrier; stale (read after write); ahead (write after read)}
@@ -24,7 +24,7 @@
 import cpkit
 from cpkit_lessons import symmetric as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
+lesson.explain_missing_names()  # an undefined name then says which cell to run first
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -131,8 +131,8 @@ def peer_pointer(pointer, me, peer, bases):
 # ## 2. Put and get
 #
 # Now that a rank can address its peers, it can move rows in two directions. Which of them should an engine use, and
-# what has to be waited for? In section 1, `lab.put(cp, rounds=1)` ran one round: each rank *put* a stamp into its own
-# slot of every peer's memory, and then read its own memory. A stamp contains the rank that wrote it, and the round.
+# what must each rank wait for? In section 1, `lab.put(cp, rounds=1)` ran one round: each rank *put* a stamp into its
+# own slot of every peer's memory, and then read its own memory. A stamp contains the rank that wrote it, and the round.
 
 # %% who
 assert (put.writers == range(cp)).all(), "slot w of every rank was written by rank w"
@@ -140,7 +140,7 @@ assert (put.matrix == 1).all(), "and all of it in round 1"
 figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 
 # %% get-text [markdown]
-# A *put* writes into the memory of a peer, and a *get* reads from it. They differ in which rank has to wait:
+# A *put* writes into the memory of a peer, and a *get* reads from it. They differ in what each rank waits for:
 #
 # | | data moves | the rank that owns the memory waits until | the other rank waits until |
 # |---|---|---|---|
@@ -425,8 +425,8 @@ def ring(me):
 
 
 held = lesson.blocked_by(ring, size=8, slow=3)
-print("with signals: ", held, "of 7 ranks wait for rank 3")
-print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7 ranks")
+print("with signals: ", held, "of 7 other ranks cannot finish before rank 3")
+print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7")
 
 # %% held-reveal
 lesson.reveal("held", held)
@@ -545,7 +545,7 @@ def exchange_signals(me):
 # scope*, because the other rank runs on another GPU.
 #
 # **Another way** Use a counter instead of a flag: a signal writes the round, and a wait looks for "at least this
-# round". No word has to be cleared, so no signal has to wait for that. DeepEP and NCCL's symmetric kernels count in
+# round". No word has to be cleared, so a signal never waits for the peer. DeepEP and NCCL's symmetric kernels count in
 # this way.
 
 # %% handover-text [markdown]
@@ -593,10 +593,10 @@ print("each of 2 ranks read 1000 numbers, all of them right")
 #
 # {glossary: arena, pool; spill}
 #
-# The review of sglang#24040, the change that `cpkit` is about, asked this question: token counts vary, so is memory
-# allocated at run time when a buffer is larger than the pool? The author confirmed that this can happen, and that 4 GB
-# is reserved at startup to make it rare. The reviewer also asked whether the engine should warm up with the largest
-# request.
+# In the review of sglang#24040, the change that moved the receive buffer into symmetric memory, a reviewer noted that
+# token counts vary. Is memory allocated at run time, then, when a buffer is larger than the pool? The author confirmed
+# that this can happen, and that 4 GB is reserved at startup to make it rare. The reviewer also asked whether the engine
+# should warm up with the largest request.
 
 # %% spills-predict
 lesson.predict("spills", ...)
@@ -618,7 +618,7 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 
 # %% live-text [markdown]
 # Move the slider. For every size of the arena, the real ranks serve the same nine requests again. With the largest
-# arena, no request spills. With the smallest, almost every new size does.
+# arena, no request spills. With the smallest, almost every new size spills.
 #
 # Here a spill creates a file, its pages and its mappings. On GPUs it is an `ncclMemAlloc` and a registration on all
 # ranks.
@@ -775,8 +775,7 @@ lesson.version_table()
 # For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
 # NCCL may still select its symmetric kernel for small messages (LL), because that kernel copies through NCCL's own
 # memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6 leaves these exceptions out. The ranks of this notebook push
-# rows themselves. They need a symmetric receive buffer. A symmetric send buffer only saves them the copy in stage
-# `pad`.
+# rows themselves. They need a symmetric receive buffer. A symmetric send buffer only saves the copy in the `pad` stage.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
@@ -795,7 +794,8 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 # %% e6-task [markdown]
 # ### Exercise 6 · The rule of the fast path
 #
-# **Goal** Write `fast_path`: whether this all-gather may take NCCL's fast path, and whether that path is safe.
+# **Goal** Write `fast_path`, which says whether this all-gather may take NCCL's fast path, and whether that path is
+# safe. It returns one of three words:
 #
 # - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or its symmetric
 #   kernel would store rows at a wrong offset.
@@ -930,8 +930,8 @@ def fast_path(version, group, send, recv):
 # not fall back.
 #
 # ---
-# A buffer is registered if no rank has `None` and all ranks name the gather's group. Only `recv` also needs one offset.
-# Tuples compare as you need them: `(2, 28, 9) < (2, 29)`.
+# A buffer is registered if no rank has `None` and all ranks name the gather's group. Only `recv` must also have the
+# same offset on all ranks. Python compares tuples element by element: `(2, 28, 9) < (2, 29)`.
 #
 # ---
 # `all(b is not None and b[0] == group for b in buffers)`. For `recv`, also require `len(set(recv)) == 1`. Since 2.29,
@@ -965,8 +965,8 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: every rank that is still running raises an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but the gather falls back on the two ranks, or would fall back
-#   with the same buffers under NCCL 2.28.9 or 2.29.7;
+# - `fast path missed`: no error, and every row is right, but the gather takes the fallback path on these two ranks,
+#   or would take it with the same buffers under NCCL 2.28.9 or 2.29.7;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -1100,11 +1100,12 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # %% e7-task [markdown]
 # ### Exercise 7 · From post-mortem to cause
 #
-# **Goal** Write `cause`: the name of the mistake, one of `CASES` (the names in the table above), from what the ranks
-# observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`, `exit_code` (the negative
-# signal number if a Unix signal killed the process), `error` (the name of the exception's type, or ""), `message`,
-# `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong` (a description of the
-# first wrong row, or ""). The reports are in any order. To see one, run `cards["wrong_group"].ranks[0]`.
+# **Goal** Write `cause`, which returns the name of the mistake (one of `CASES`, the names in the table above), given
+# what the ranks observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`,
+# `exit_code` (the negative signal number if a Unix signal killed the process), `error` (the name of the exception's
+# type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong`
+# (a description of the first wrong row, or ""). The reports are in any order. To see one, run
+# `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #
@@ -1291,10 +1292,10 @@ def pull_gather(me, shard, out, tokens):
 # what the rotation gains.
 #
 # ---
-# **Why** If all ranks begin with rank 0, one memory serves all of them while the others are idle. With the
-# rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. PyTorch's
-# `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware for
-# copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
+# **Why** If all ranks read from rank 0 first, its memory serves all of them while the memories of the other ranks
+# are idle. With the rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`.
+# PyTorch's `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware
+# for copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #
 # **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out`, not the shard, must
 # be in symmetric memory, and `out` is complete after the barrier at the end. That is `algorithm="direct"`, which

@@ -13,7 +13,7 @@
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
 # 2. recognize nine mistakes that make a measured time wrong;
 # 3. split a sweep into alpha and beta, and say which of them a change affects;
-# 4. predict, from the number of passes, what removing one gains, and verify it;
+# 4. predict the gain of removing a pass from the number of passes, and verify the prediction;
 # 5. predict which kernel NCCL selects, and verify it in NCCL's own log.
 #
 # {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; skew; modelled}
@@ -22,7 +22,7 @@
 import cpkit
 from cpkit_lessons import performance as lesson
 
-lesson.explain_missing_names()  # a cell that needs an earlier cell will name it
+lesson.explain_missing_names()  # an undefined name then says which cell to run first
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -65,7 +65,8 @@ lesson.reveal("busbw", busbw)
 # %% e1-task [markdown]
 # ### Exercise 1 · algbw and busbw
 #
-# **Goal** Write `bandwidths`: (algbw, busbw) in GB/s, from the size that NCCL logs, the bytes of *one* rank.
+# **Goal** Write `bandwidths`, which returns (algbw, busbw) in GB/s. Its first argument is the size that NCCL logs, the
+# bytes of *one* rank.
 #
 # **Example** For 8 400 000 bytes per rank, 4 ranks and 20 000 µs, `bandwidths(8_400_000, 20_000.0, 4)` is `(1.68,
 # 1.26)`.
@@ -138,7 +139,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # %% e2-task [markdown]
 # ### Exercise 2 · Speed of light of a link
 #
-# **Goal** Write `light_us`: the least time in µs, from alpha in µs and the bandwidth of a rank's link in GB/s.
+# **Goal** Write `light_us`, which returns the least time in µs, given alpha in µs and the bandwidth of a rank's link in
+# GB/s.
 #
 # **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the record
 # of the two H100s, NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered
@@ -190,8 +192,9 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # ### And on this machine?
 #
 # Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
-# and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured, not looked up: when every
-# rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an average.
+# and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured here, not looked up. When
+# every rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an
+# average.
 #
 # (With one GPU per rank, the links set a tighter bound, the formula above. The line below shows only the bound of each
 # GPU's memory.)
@@ -278,9 +281,9 @@ lesson.reveal("late", unfair.median_us("direct") / 1000)
 # ### Nine mistakes
 #
 # The figure below shows eight mistakes, the missing barrier among them: each wrong time is beside the right one. Some
-# of the names need an explanation. *Not waited for*: the clock stops before the call has ended. *Fastest rank*: the
-# time of the rank that was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the
-# times. *First touch*: a copy into memory that was never written.
+# of the names need an explanation. *No wait*: the clock stops before the call has ended. *Fastest rank*: the time of
+# the rank that was fastest. *Rates averaged*: the mean of the rates, instead of the rate at the mean of the times.
+# *First touch*: a copy into memory that was never written.
 
 # %% damage-predict
 lesson.predict("damage", ...)
@@ -321,23 +324,26 @@ pairs = np.concatenate(
     [run.slowest_us("direct") / run.slowest_us("direct#2") for run in (disturbed, quiet)]
 )
 low, high = np.percentile(pairs, [25, 75])
-print(f"in turn: {np.median(pairs):.2f}; half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}")
+print(
+    f"in turn: {np.median(pairs):.2f}; middle half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
+)
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
 # %% mistakes-2-text [markdown]
-# Even in turn, the ratio is seldom exactly 1. Look at the spread: if the middle half of the pairs contains 1, no
-# difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both are the same
-# code, the noise was too strong. Then use a quieter machine, and draw no conclusion until the spread contains 1.
+# Even when the samples alternate, the ratio is seldom exactly 1. Look at the spread: if the middle half of the pairs
+# contains 1, no difference was shown, however far from 1 the ratio itself is. If it does not contain 1 here, where both
+# are the same code, the noise was too strong. Then use a quieter machine, and draw no conclusion until the spread
+# contains 1.
 #
 # With two *different* variants, such a result would not show whether its cause is noise or a real difference. So
 # measure one variant against itself first, and trust only differences that are larger than that spread.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
-started = "direct" if world.on_gpu else "collective"  # by `launch`
+started = "direct" if world.on_gpu else "collective"  # the call that `launch` starts
 typical = {name: np.median(values) for name, values in samples.items()}
 found = {
-    "not waited for": Mistake(typical[started], typical["launch"], samples[started]),
+    "no wait": Mistake(typical[started], typical["launch"], samples[started]),
     "fastest rank": Mistake(right, np.median(times.min(axis=1)), slowest),
     "rates averaged": Mistake(slowest.mean(), 1 / (1 / slowest).mean(), slowest),
 }
@@ -364,7 +370,7 @@ figures.show(figures.damage(found))
 from cpkit.timing import Ratio
 
 factors = {
-    "not waited for": Ratio.of_pairs(samples["launch"], samples[started]),
+    "no wait": Ratio.of_pairs(samples["launch"], samples[started]),
     "fastest rank": Ratio.of_pairs(times.min(axis=1), slowest),
     "no barrier": Ratio.of_separate(unfair.slowest_us("direct"), fair_us),
 }
@@ -375,8 +381,8 @@ for name, factor in factors.items():
 lesson.reveal("damage", lesson.order_of(factors))
 
 # %% mistakes-text [markdown]
-# Left of the line the gather seems faster than it is, and right of it slower. "Not waited for" is often *below the
-# speed of light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
+# Left of the line the gather seems faster than it is, and right of it slower. "No wait" is often *below the speed of
+# light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
 # well-known tools: `all_reduce_bench.py` in the repository stas00/ml-engineering averages rates.
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
@@ -390,9 +396,9 @@ lesson.reveal("damage", lesson.order_of(factors))
 # %% e3-task [markdown]
 # ### Exercise 3 · The time of a gather
 #
-# **Goal** Write `gather_us`: the typical time of a gather from `times_us`, an array `[iterations, ranks]`. The first
-# `warmup` iterations do not count. A gather ends when its slowest rank ends. One extreme iteration must not change the
-# result much.
+# **Goal** Write `gather_us`, which returns the typical time of a gather, given `times_us`, an array `[iterations,
+# ranks]`. The first `warmup` iterations do not count. A gather ends when its slowest rank ends. One extreme iteration
+# must not change the result much.
 #
 # **Example** Let `times_us` be `[[90, 80], [10, 12], [30, 11], [9, 13]]`, with `warmup=1`. The gathers took 12, 30 and
 # 13 µs, so the answer is 13.
@@ -449,9 +455,9 @@ def gather_us(times_us, warmup):
 # `times_us[warmup:]`, then `.max(axis=1)`, then `np.median`.
 #
 # ---
-# **Why** In the other order the result is a different number. The largest of the ranks' medians misses that the slowest
-# rank changes from one gather to the next. `lab.sweep` reports that number as `time_us`, because it needs one time per
-# rank. It is never larger than yours. The live panel uses your order.
+# **Why** In the other order the result is a different number. The slowest rank changes from one gather to the next,
+# and the largest of the ranks' medians does not show that. `lab.sweep` reports that number as `time_us`, because it
+# needs one time per rank. It is never larger than yours. The live panel uses your order.
 #
 # **Another way** `fair.begin_us("direct")` returns when each rank started. Add `times_us` to get each end, and take the
 # last end minus the first start. This also includes the skew that the barrier itself leaves.
@@ -497,12 +503,12 @@ factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 
 # %% sweep-text [markdown]
-# At the left end the lines rise much less than the bytes: there the time is mostly *synchronization*. At the right end,
-# on an otherwise idle machine, `direct` approaches the speed of light: there the time is *bytes*. On CPU ranks,
-# `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no longer fit
-# into the cache, so the bound rises by more than 8 times too. And their results are ordinary memory: from 32 MB on, the
-# C library requests new pages from the operating system for every call, and every call pays for the first touch.
-# `direct` writes into the pool, whose pages stay mapped.
+# At the left end, the times grow much more slowly than the bytes: most of the time is *synchronization*. At the right
+# end, on an otherwise idle machine, `direct` approaches the speed of light: most of the time is spent on *bytes*. On
+# CPU ranks, `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no
+# longer fit into the cache, so the bound rises by more than 8 times too. Also, their results are in ordinary memory:
+# from 32 MB on, the C library requests new pages from the operating system for every call, and every call pays for the
+# first touch. `direct` writes into the pool, whose pages stay mapped.
 #
 # The gap between the flat part and the speed of light is the time in which ranks wait and agree. It grows when there
 # are more ranks than cores.
@@ -521,7 +527,7 @@ lesson.predict("alpha", ...)
 # %% fit tags=["nbval-ignore-output"]
 mine = table[table["algorithm"] == "direct"]
 alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
-if us_per_byte <= 0:  # on a GPU, the launch can take longer than all of these bytes
+if us_per_byte <= 0:  # on a GPU, the launch can take longer than moving these bytes
     print("the times do not grow with the size, so beta is that of the bound")
     us_per_byte = (light[sizes[-1]] - light[sizes[0]]) / (sizes[-1] - sizes[0])
 print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
@@ -536,8 +542,8 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 # %% e4-task [markdown]
 # ### Exercise 4 · Fit alpha and beta
 #
-# **Goal** Write `fit`: (alpha in µs, beta in µs per byte) from sizes and times. The check compares your line with the
-# true one at other sizes, including small ones.
+# **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. The check compares
+# your line with the true one at other sizes, including small ones.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -665,9 +671,9 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # `2 * barrier_us + sum(…)` over `rows.items()`.
 #
 # ---
-# **Why** In one shared memory, all stages except the collective move bytes at about the same rate, so counting
-# comes before tuning. Over links there are two rates: 384 GB/s from one H100 to another (section 2), and up to 3.35
-# TB/s within its own memory (data sheet).
+# **Why** In one shared memory, all stages except the collective move bytes at about the same rate, so their number
+# decides the time: count passes before you tune. Over links there are two rates: 384 GB/s from one H100 to another
+# (section 2), and up to 3.35 TB/s within its own memory (data sheet).
 #
 # **Another way** Use two prices per stage, one for reading and one for writing. You need this where a stage reads more
 # than it writes.
@@ -696,8 +702,8 @@ lesson.reveal("passes", lesson.call_ratio(run, "padded_symm", "direct"))
 
 # %% priced-text [markdown]
 # There are two steps, with two causes. From `padded` to `padded_symm`, a push into the memory of the peers replaces the
-# collective. From `padded_symm` to `direct`, two copies of the result disappear, strip and reorder, and so does the
-# small copy into the symmetric shard. Only the push remains.
+# collective. From `padded_symm` to `direct`, two copies of the result (strip and reorder) disappear. So does the small
+# copy into the symmetric shard. Only the push remains.
 #
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
@@ -711,7 +717,7 @@ record = next(each for each in recordings.read() if each.name == "2026-11-26-gpu
 on_gpus = record.table.pivot_table(index="size_bytes", columns="variant", values="time_us")
 on_gpus = on_gpus[["NCCL", "seed", "plan"]]
 on_gpus["pad, strip, reorder"] = on_gpus["seed"] - on_gpus["NCCL"]
-on_gpus["of the collective (%)"] = 100 * on_gpus["pad, strip, reorder"] / on_gpus["NCCL"]
+on_gpus["passes / NCCL (%)"] = 100 * on_gpus["pad, strip, reorder"] / on_gpus["NCCL"]
 environment = record.environment
 print(f"{record.name}, commit {environment['commit']}, {environment['date']}: {record.machine}")
 print(f"NCCL {environment['nccl']}; times in µs, size of the result in bytes")
@@ -807,8 +813,8 @@ def copies(tokens):
 # When do two neighbouring rows go to neighbouring positions?
 #
 # ---
-# When the second token is the first token plus one. Then the current copy grows by one row. Otherwise a new copy
-# begins.
+# They do when the second token is the first token plus one. Then the current copy grows by one row. Otherwise a new
+# copy begins.
 #
 # ---
 # Keep a list. Compare with `tokens[row - 1]`. Either make the last entry one row longer, or append `(row, token, 1)`.
@@ -824,7 +830,7 @@ def copies(tokens):
 # ## 8. The price of padding
 #
 # Is padding worth optimizing? For one long sequence, padding costs almost nothing. For many short sequences it costs
-# much more. Compare two batches with the same number of tokens. The first has 64 sequences of 2·cp + 1 tokens, the
+# much more. Compare two batches with the same number of tokens. The first has 64 sequences of 2·cp + 1 tokens. The
 # second has more sequences, each of exactly 2·cp tokens (on 4 ranks: 64 sequences of 9, and 72 of 8).
 
 # %% padding-predict
@@ -847,8 +853,8 @@ lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
 # The slots are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
-# reorder move real rows. So, by the count of passes, the time grows by a smaller fraction than the slots. If your times
-# grow by more, the difference is noise: run the cell again.
+# reorder move real rows. So the count of passes predicts that the time grows by a smaller fraction than the slots. If
+# your times grow by more, the difference is noise: run the cell again.
 #
 # Look at `direct` too. It sends no padding, but it makes up to two copies per sequence and peer, each with an alpha of
 # its own. For many short sequences, these copies can cost more than the padding (here they do not: `direct` is still
@@ -885,12 +891,12 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # %% stops-text [markdown]
 # The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
 # every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of its
-# ring with the size, so the ring's time is not one line, although that of the symmetric kernels nearly is (section 2).
-# The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows the peak:
-# 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
+# ring with the size, so no single line fits the ring's time. One line nearly fits that of the symmetric kernels
+# (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
+# the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
-# Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.88 times as fast at 0.26 MB, 1.45
-# times at 4.2 MB, 1.01 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, NCCL keeps its
+# Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.88 at
+# 0.26 MB, 1.45 at 4.2 MB, 1.01 at 67 MB and 0.93 at 268 MB. With only the receive buffer registered, NCCL keeps its
 # ring, and still gains 1.24 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-26-gpu.json`, commit
 # 9d290d7bab56). Multicast plays no part in this, because its kernels need more than two ranks. NCCL changes the
 # protocol of its ring with the size, so do not fit one alpha and one beta to it.
@@ -899,9 +905,9 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # %% e7-task [markdown]
 # ### Exercise 7 · Where a gain ends
 #
-# **Goal** Two algorithms are described by lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`: the size
-# above which `slow` takes no more than `gain` times as long as `fast`. Return `math.inf` if there is no such size, because
-# the ratio is above `gain` for all large sizes. Return 0 if it never exceeds `gain`.
+# **Goal** Two algorithms are described by lines (alpha in µs, beta in µs per byte). Write `break_even_bytes`, which
+# returns the size above which `slow` takes at most `gain` times as long as `fast`. If the ratio is above `gain` for all
+# large sizes, there is no such size: return `math.inf`. If it never exceeds `gain`, return 0.
 #
 # **Example** `slow` takes 20 µs + 3·10⁻⁶ µs per byte, and `fast` takes 10 µs + 3·10⁻⁶ µs per byte.
 # `break_even_bytes((20, 3e-6), (10, 3e-6), 1.25)` is 10⁷ bytes: at that size, the times are 50 and 40 µs.
@@ -954,8 +960,8 @@ def break_even_bytes(slow, fast, gain):
 # g·a₂ decides between 0 and `math.inf`. Otherwise the answer is `max(0.0, …)`.
 #
 # ---
-# **Why** A gain in alpha fades as 1/S, and a gain in beta remains. Ask which of the two a speedup is. Also ask whether
-# both times are lines at all: those of NCCL's ring above are not.
+# **Why** A gain in alpha fades as 1/S, and a gain in beta remains. For every speedup, ask whether it comes from
+# alpha or from beta. Also ask whether both times are lines at all: those of NCCL's ring above are not.
 #
 # **Another way** Bisect over the size with the ratio of the two times. This needs no algebra, and it works for curves
 # too.
@@ -989,9 +995,10 @@ figures.show(gpu_clocks.two_clocks(record, 2_091_008, compared))
 lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 
 # %% clocks-after [markdown]
-# The two clocks rank the variants in different orders. Call time mostly compares the amount of Python. `seed` is four
-# lines of torch, and `padded_symm` also agrees with its peers on the call, and allocates in the pool. On the device the
-# order of these two is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the ring for `seed`.
+# The two clocks rank the variants in different orders. Call time mostly reflects how much Python each variant runs.
+# `seed` is four lines of torch. In `padded_symm`, the ranks also check that their calls match, and allocate in the
+# pool. On the device the order of these two is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the
+# ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
 # the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (`padded` on a GPU
@@ -1001,8 +1008,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # ### Beside other work
 #
 # Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
-# Both need multiprocessors and memory. The same record contains each gather of 67 MB beside a matrix product. `NCCL
-# only` is the collective without pad, strip and reorder.
+# Both need multiprocessors and memory. The same record also has the times of each gather of 67 MB while a matrix
+# product runs. `NCCL only` is the collective without pad, strip and reorder.
 #
 # {glossary: copy engine; low-contention}
 
@@ -1012,10 +1019,10 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
 # `plan` takes 104 µs alone, but delays the product by more than that, because its thread blocks occupy multiprocessors
-# while they wait for the link. The copy engine uses no multiprocessors for its transfer. But the strip and reorder of
-# this pipeline do need them, and wait for the product. So the pipeline takes three times as long as it does alone. Of
-# these six variants, `seed` delays the product most, and it also moves the most bytes. So measure both sides: the delay
-# of the product is not the time of the gather.
+# while they wait for the link. The pipeline `copy engine` uses no multiprocessors for its transfer. But its strip and
+# reorder do need them, and wait for the product. So it takes three times as long as it does alone. Of these six
+# variants, `seed` delays the product most, and it also moves the most bytes. So measure both sides: the delay of the
+# product is not the time of the gather.
 
 # %% kernels-text [markdown]
 # ### What NCCL really did
@@ -1026,8 +1033,8 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 # gather, and returns what NCCL selected.
 #
 # With one GPU per rank, the cell after the question observes your own NCCL. Otherwise it shows a record of four H100s
-# with NCCL 2.28.9: five sizes, and for each of them no registered buffer (`padded`), only the receive buffer
-# (`padded_symm_recv`), or both (`padded_symm`).
+# with NCCL 2.28.9: five sizes, each with no registered buffer (`padded`), with only the receive buffer registered
+# (`padded_symm_recv`), and with both (`padded_symm`).
 
 # %% kernels-predict
 lesson.predict("kernels", ...)
@@ -1054,8 +1061,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
-# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. It changes from LL to SIMPLE as the size grows, so
-#   its time is not one line.
+# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. The ring changes from LL to SIMPLE as the size
+#   grows, so no single line fits its time.
 # - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In this record the
 #   symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the GPU to
 #   other kernels.
@@ -1194,7 +1201,8 @@ for recording in recordings.newest(known, cp):
 # ## 13. A report that others can repeat
 #
 # Could a stranger reproduce your number? Give them the machine, the versions, the commit, the date, the method, the
-# samples, the spread and the code. The report below is one page that needs no network, and the same data as JSON.
+# samples, the spread and the code. The next cell writes the report: one page that needs no network, and a JSON file
+# with the same data.
 
 # %% repeat
 repeat = f"""import cpkit
@@ -1236,10 +1244,10 @@ lesson.progress()
 # - Put a barrier before the clock, warm up, take the slowest rank and the median, and measure variants in turn. Leave
 #   one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
-#   buffers registered, the gain is largest near 4 MB, absent at 67 MB, and a loss at 0.26 and 268 MB. `plan` is 1.9 to
-#   2.8 times as fast there as SGLang's pipeline. The passes alone make that pipeline take 1.2 to 1.9 times as long as
-#   its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
-# - Call time compares Python, and device time compares algorithms.
+#   buffers registered, the gain is largest near 4 MB and absent at 67 MB. At 0.26 and 268 MB, symmetric memory is
+#   slower. `plan` is 1.9 to 2.8 times as fast there as SGLang's pipeline. The passes alone make that pipeline take 1.2
+#   to 1.9 times as long as its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# - Compare algorithms by device time. Call time mostly reflects how much Python runs.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.
 #

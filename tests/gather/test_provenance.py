@@ -55,11 +55,15 @@ def rows_of(**stamp: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("where", "damage", "words"),
     [
-        ([3, 4], lambda x: x[[4, 3]], ["slot 3 ", "token 4", "wanted", "token 3", "2 of 34 rows"]),
-        ([5], lambda x: rows_of(round=6)[[5]], ["slot 5 ", "holds round 6", "wanted round 7"]),
+        (
+            [3, 4],
+            lambda x: x[[4, 3]],
+            ["slot 3 ", "token 4", "expected", "token 3", "2 of 34 rows"],
+        ),
+        ([5], lambda x: rows_of(round=6)[[5]], ["slot 5 ", "holds round 6", "expected round 7"]),
         ([33], torch.zeros_like, ["slot 33 ", "zeros (padding?)", "sequence 2, token 7"]),
         ([2], provenance.poison_, ["slot 2 ", "poison (never written)"]),
-        ([8], lambda x: x[[8]].roll(1, 1), ["slot 8 ", "lane 3", "wanted", "lane 0"]),
+        ([8], lambda x: x[[8]].roll(1, 1), ["slot 8 ", "lane 3", "expected", "lane 0"]),
         ([20], lambda x: x[[20]] ^ torch.tensor([0, 0, 0, 1]), ["slot 20 ", "lane 3", "tensor 1;"]),
         (range(34), lambda x: x[METADATA.rank_order], ["slot 2 ", "sequence 1"]),
         ([1], lambda x: rows_of(tensor=1)[[1]], ["tensor 1;", "tensor 0 ("]),
@@ -90,7 +94,7 @@ def test_rows_too_short_to_decode_still_differ(dtype: torch.dtype) -> None:
 
 def test_a_wrong_shape_is_named() -> None:
     said = provenance.explain_mismatch(torch.zeros(3, 4), METADATA, round=1)
-    assert said == "the result has shape [3, 4]; wanted [34, 4]"
+    assert said == "the result has shape [3, 4]; expected [34, 4]"
 
 
 def test_decode_rows_reads_back_the_stamp() -> None:

@@ -175,7 +175,7 @@ def test_a_wrong_tile_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = prepare_context_parallel_metadata([16], 2)
     outputs = gathered_by_kernel(metadata, shards_of(metadata, [(torch.float64, (4,))], 1), 16)
     got = outputs[0][0].view(torch.float64).view(-1, 4)
-    with pytest.raises(provenance.ProvenanceError, match="wanted round 1"):
+    with pytest.raises(provenance.ProvenanceError, match="expected round 1"):
         provenance.check(got, metadata, round=1)
 
 

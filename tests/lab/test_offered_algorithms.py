@@ -150,7 +150,7 @@ def test_a_slow_algorithm_is_verified_for_longer_than_one_deadline(
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (WRONG_ON_RANK_1, "mine.py: mine (cp_size 2, zigzag, .*on rank 1: slot 2 .* wanted round"),
+        (WRONG_ON_RANK_1, "mine.py: mine (cp_size 2, zigzag, .*on rank 1: slot 2 .* expected"),
         pytest.param(
             RAISES_ON_RANK_1,
             "on rank 1: KeyError: 'no such rank', at line 6 of mine: raise KeyError",

@@ -78,7 +78,7 @@ def lesson(monkeypatch: pytest.MonkeyPatch) -> Lesson:
 
 def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Lesson) -> None:
     assert shown(lesson.predict, "share") == (
-        "○ How much? Replace `...` by a number, and run this cell."
+        "○ How much? Replace `...` with a number, and run this cell."
     )
     assert "an order of ['b', 'a']" in shown(lesson.predict, "order", ...)
     text = shown(lesson.reveal, "share", 0.25)
@@ -106,7 +106,7 @@ def test_a_verdict_says_how_far_a_guess_is_off() -> None:
     guesses = {2.005: "exact", 2.1: "close enough, 5% off", 3.0: "1.5 times too high"}
     guesses |= {0.5: "4 times too low", -1.0: "off by 3"}
     assert {guess: time.verdict(guess, 2.0) for guess in guesses} == guesses
-    assert "Replace `...` by a number in ms, and run" in time.invitation()
+    assert "Replace `...` with a number in ms, and run" in time.invitation()
 
 
 def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
@@ -146,7 +146,7 @@ def exercise(lesson: Lesson):
     def check(double) -> Score:
         for number in range(3):
             if double(number) != 2 * number:
-                raise WrongAnswer(f"double({number}) is {double(number)}; wanted {2 * number}")
+                raise WrongAnswer(f"double({number}) is {double(number)}; expected {2 * number}")
         return Score(3, {"kernels": (2, 1)})
 
     return check
@@ -154,7 +154,7 @@ def exercise(lesson: Lesson):
 
 def test_a_check_shows_its_score_or_the_first_fault(lesson: Lesson) -> None:
     check = exercise(lesson)
-    assert shown(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; wanted 2")
+    assert shown(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; expected 2")
     assert "✗" in shown(lesson.progress)
     assert shown(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
     assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in shown(lesson.progress)
@@ -170,7 +170,7 @@ def test_a_solved_exercise_stays_solved(lesson: Lesson) -> None:
 
 def test_a_number_outside_its_range_is_refused_with_the_range(lesson: Lesson) -> None:
     lesson.ask("padding", "Which part?", answer=0.5, unit="of all", between=(0, 1), why="So.")
-    assert "Replace `...` by a number from 0 to 1, and" in shown(lesson.predict, "padding")
+    assert "Replace `...` with a number from 0 to 1, and" in shown(lesson.predict, "padding")
     for guess in (1.5, -0.1):
         assert f"{guess} is not possible: write a number from 0 to 1" in (
             shown(lesson.predict, "padding", guess)

@@ -34,7 +34,7 @@ def check_a_wrong_gather_is_not_timed() -> None:
         return real(backend, peers, kept[-1], *args)
 
     with planted(PosixBackend, "_copies", shifted):  # used by direct and by the plan
-        assert "wanted round 1" in raised(ProvenanceError, measured)
+        assert "expected round 1" in raised(ProvenanceError, measured)
 
 
 def check_a_slow_gather_is_detected() -> None:

@@ -73,7 +73,7 @@ def check_rows_stored_one_place_off() -> None:
         return real(backend, peers, [x.roll(1, 0) for x in rows], *args)
 
     with planted(PosixBackend, "push", shifted):
-        expect("direct", "wanted round 1, rank")
+        expect("direct", "expected round 1, rank")
 
 
 def check_no_barrier_after_the_wire() -> None:
@@ -111,7 +111,7 @@ def check_the_wrong_end_stripped() -> None:
         return torch.cat([c[len(c) - n :] for c, n in zip(chunks, rows, strict=True)])
 
     with planted(gather, "strip_padding", tail):
-        expect("padded", "token 1, lane 0, tensor 0; wanted round 1, rank 0, sequence 0, token 0")
+        expect("padded", "token 1, lane 0, tensor 0; expected round 1, rank 0, sequence 0, token 0")
 
 
 def check_a_result_of_the_previous_round() -> None:

@@ -62,7 +62,7 @@ def change_the_input(tensors, metadata, memory) -> Gathered:
 
 
 FAULTY: dict[str, tuple[Gather, str]] = {
-    "swaps rows": (after(swap_rows), "slot 0 .* holds round 1, .* token .*; wanted round 1"),
+    "swaps rows": (after(swap_rows), "slot 0 .* holds round 1, .* token .*; expected round 1"),
     "leaves out a row": (after(leave_out_a_row), r"0xffffffffffffffff \(no stamp\)"),
     "leaves out a row in the pool": (leave_out_a_row_in_the_pool, r"poison \(never written\)"),
     "converts": (after(lambda xs: [x.view(torch.int8) for x in xs]), "torch.int8.*must be .*uint8"),

@@ -87,7 +87,7 @@ def check_one_output_without_an_entry_barrier_is_detected() -> None:
 
     with planted(SymmetricPool, "prepare", shared):
         said = wrong_rows(keep=1)
-    assert any("wanted round" in each for each in said), said
+    assert any("expected round" in each for each in said), said
 
 
 def check_keep_extends_the_life_of_results() -> None:

@@ -48,7 +48,7 @@ def test_a_right_gather_passes_and_one_wrong_bit_fails(dtype: str) -> None:
 
 
 def test_rows_of_an_earlier_round_are_detected() -> None:
-    with pytest.raises(provenance.ProvenanceError, match=r"holds round 2.*wanted round 3"):
+    with pytest.raises(provenance.ProvenanceError, match=r"holds round 2.*expected round 3"):
         gathered("bfloat16", round_number=2).verified_gather()
 
 

@@ -30,40 +30,41 @@ class Capabilities:
     limitations: tuple[Limitation, ...]
 
     def __str__(self) -> str:
-        lines = [f"- {it.what}: {it.why}. Instead: {it.instead}." for it in self.limitations]
+        lines = [f"- {it.what}: {it.why}. {it.instead}." for it in self.limitations]
         return "\n".join([self.title, *(["Not available here:"] if lines else []), *lines])
 
 
 _NO_LINKS = Limitation(
     "NVLink bandwidth",
     "the ranks have no links between them",
-    "recordings of GPUs with NVLink, labelled as such",
+    "The notebooks show recordings of GPUs with NVLink, and label them",
 )
 CPU = Capabilities(
     "cpu",
-    "CPU ranks that share POSIX memory: all results are real, but the times measure this memory",
+    "The ranks are CPU processes that share memory. All results are real, but the times are those "
+    "of this memory, not of links between GPUs.",
     (
         _NO_LINKS,
         Limitation(
             "kernels and streams",
             "nothing runs on a GPU",
-            "CPU copies that read and write the data as often as the kernels would",
+            "CPU copies read and write the data as often as the kernels would",
         ),
     ),
 )
 ONE_GPU = Capabilities(
     "one_gpu",
-    "ranks share a GPU: real kernels and barriers, but their bytes stay in one memory",
+    "The ranks share a GPU. Kernels and barriers are real, but all bytes stay in one memory.",
     (
         _NO_LINKS,
         Limitation(
             "multicast",
             "it is off where ranks share a device (pytorch#140127)",
-            "recordings from other machines, labelled as such",
+            "The notebooks show recordings from other machines, and label them",
         ),
     ),
 )
-GPU_PER_RANK = Capabilities("gpus", "one GPU per rank: everything runs live", ())
+GPU_PER_RANK = Capabilities("gpus", "Each rank has its own GPU, so everything runs live.", ())
 
 
 def capabilities_of(status: StatusResult) -> Capabilities:

@@ -98,8 +98,8 @@ def ring_factor(total_bytes: int) -> float:
 
 
 _START = (
-    "start and NVLink rate: what NCCL reaches, least squares of NVIDIA/Megatron-LM#5596 (8 H100, 2 "
-    "to 128 MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
+    "start and NVLink rate: a least-squares fit to NCCL's times in NVIDIA/Megatron-LM#5596 (8 "
+    "H100, 2 to 128 MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
 )
 _GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
 _ASSUMED = "start and gain of symmetric memory: as on 8 H100, assumed"
@@ -129,7 +129,7 @@ PRESETS = {
             3_000,
             (
                 _NVLINK,
-                "network: one 400 Gb/s adapter per GPU (DGX H100 data sheet), 0.9 of it",
+                "network: 0.9 of the rate of one 400 Gb/s adapter per GPU (DGX H100 data sheet)",
                 "start over the network: 30 µs, assumed",
             ),
             node_size=8,

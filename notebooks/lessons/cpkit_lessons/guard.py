@@ -70,7 +70,7 @@ def _timed(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def equals(got: object, wanted: object) -> bool:
-    """Whether a returned value equals the wanted one; False for what cannot be compared."""
+    """Return True if a returned value equals the expected one; False if they cannot be compared."""
     try:
         return bool(got == wanted)
     except Exception:  # noqa: BLE001 - several numbers, as in a tensor, are not one answer
@@ -81,7 +81,7 @@ def truth(call: str, got: object) -> bool:
     """Return a verdict as a bool. Raises WrongAnswer for what is neither true nor false."""
     verdict = equals(got, True)
     if not verdict and not equals(got, False):
-        raise WrongAnswer(f"{call} returned {_short(got)}; wanted True or False")
+        raise WrongAnswer(f"{call} returned {_short(got)}; expected True or False")
     return verdict
 
 

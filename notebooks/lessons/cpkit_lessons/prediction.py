@@ -74,7 +74,7 @@ class Prediction:
 
     def invitation(self) -> str:
         """Return the question and the form of its answer."""
-        return f"{self.question} Replace `...` by {self._form()}, and run this cell."
+        return f"{self.question} Replace `...` with {self._form()}, and run this cell."
 
     def _form(self) -> str:
         """Return what a learner may write."""

@@ -91,11 +91,11 @@ def check_rows(call: str, got: object, want: torch.Tensor, layout: ContextParall
     where = f"{call}, {describe_layout(layout)}"
     if not isinstance(got, torch.Tensor):
         raise WrongAnswer(
-            f"{where} returned {type(got).__name__}; wanted a tensor {list(want.shape)}"
+            f"{where} returned {type(got).__name__}; expected a tensor {list(want.shape)}"
         )
     if got.dtype != want.dtype or got.shape[1:] != want.shape[1:]:
         raise WrongAnswer(
-            f"{where} returned rows {got.dtype}, {list(got.shape[1:])}; wanted rows "
+            f"{where} returned rows {got.dtype}, {list(got.shape[1:])}; expected rows "
             f"{want.dtype}, {list(want.shape[1:])}, as they were passed in"
         )
     held, wanted = decode_rows(got), decode_rows(want)
@@ -105,9 +105,9 @@ def check_rows(call: str, got: object, want: torch.Tensor, layout: ContextParall
         found, expected = (
             describe_row(rows[slot]) if slot < len(rows) else "nothing" for rows in (held, wanted)
         )
-        count = f" ({len(got)} rows, wanted {len(want)})" if len(got) != len(want) else ""
+        count = f" (expected {len(want)} rows, got {len(got)})" if len(got) != len(want) else ""
         age = _age(held, wanted, slot)
-        raise WrongAnswer(f"{where}: slot {slot} holds {found}; wanted {expected}{age}{count}")
+        raise WrongAnswer(f"{where}: slot {slot} holds {found}; expected {expected}{age}{count}")
 
 
 def _age(held: torch.Tensor, wanted: torch.Tensor, slot: int) -> str:

@@ -135,8 +135,8 @@ class Event:
     @property
     def mismatch(self) -> str:
         """What a wrong read expects and returns."""
-        found = f"round {self.found}" if self.found != NEVER_WRITTEN else "nothing"
-        return f"expects round {self.step.round} of rank {self.step.peer} and reads {found}"
+        found = f"round {self.found}" if self.found != NEVER_WRITTEN else "an empty slot"
+        return f"expects round {self.step.round} of rank {self.step.peer} and finds {found}"
 
 
 class Run:

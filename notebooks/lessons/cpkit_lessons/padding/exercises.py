@@ -206,7 +206,7 @@ def _check_output(
     if not isinstance(got, torch.Tensor) or got.shape != want.shape:
         shape = list(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
         raise WrongAnswer(
-            f"{where}: the output is {shape}; wanted [heads, rows, dim] = {list(want.shape)}"
+            f"{where}: the output is {shape}; expected [heads, rows, dim] = {list(want.shape)}"
         )
     errors = torch.nan_to_num(got - want, nan=torch.inf).abs().amax((0, 2))
     wrong = (errors > TOLERANCE).nonzero().flatten()
@@ -236,11 +236,11 @@ def check_accepts(accepts: Accepts) -> Score:
             owners, lengths = layout.owners().tolist(), list(layout.lengths)
             accepted = accepts([tuple(row) for row in got.tolist()], lengths, owners, round_)
             if guard.truth("accepts", accepted) != (name == "right"):
-                where = f"lengths {lengths}, cp_size {layout.cp_size}, round {round_}"
+                where = f"(lengths {lengths}, cp_size {layout.cp_size}, round {round_})"
                 if name == "right":
-                    raise WrongAnswer(f"your check rejects a right gather: {where}")
+                    raise WrongAnswer(f"your check rejects a right gather {where}")
                 fault = _first_fault(got, layout, round_)
-                raise WrongAnswer(f"`{name}` survives: {where}. {fault}, and your check accepts it")
+                raise WrongAnswer(f"your check accepts `{name}` {where}. {fault}")
             cases, rejected = cases + 1, rejected + (name != "right")
     return Score(cases, {"mutants killed": (rejected, rejected)})
 
@@ -301,7 +301,7 @@ def _first_fault(got: Rows, layout: ContextParallelMetadata, round_: int) -> str
         if slot < len(got):
             held = rows.describe_row(torch.from_numpy(got[slot]))
         if held != rows.describe_row(row):
-            return f"Slot {slot} holds {held}; wanted {rows.describe_row(row)}"
+            return f"Slot {slot} holds {held}; expected {rows.describe_row(row)}"
     held = rows.describe_row(torch.from_numpy(got[len(want)]))
     return f"Slot {len(want)} is after the end of the batch and holds {held}"
 
@@ -345,15 +345,14 @@ def check_bill(bill: Bill) -> Score:
             got = bill(*arguments)
             if not isinstance(got, Mapping) or set(got) != set(measured):
                 raise WrongAnswer(
-                    f"bill returned {reprlib.repr(got)}; wanted a dict of {', '.join(measured)}"
+                    f"bill returned {reprlib.repr(got)}; expected a dict of {', '.join(measured)}"
                 )
             for stage, wanted in measured.items():
                 if not guard.equals(got[stage], wanted):
-                    names = "rows, max_rank_len, total, cp_size, row_bytes"
+                    call = f"bill({', '.join(map(str, arguments))})"
                     raise WrongAnswer(
-                        f"bill({names} = {', '.join(map(str, arguments))}): {stage} is "
-                        f"{reprlib.repr(got[stage])}; torch wrote {wanted} bytes on rank {rank} of "
-                        f"{cp_size}, lengths {lengths}"
+                        f"{call}[{stage!r}] is {reprlib.repr(got[stage])}; expected {wanted}, the "
+                        f"bytes that torch wrote on rank {rank} of {cp_size} for lengths {lengths}"
                     )
             cases, padded = cases + 1, padded + sum(measured.values())
             direct += layout.total_tokens * ROW_BYTES

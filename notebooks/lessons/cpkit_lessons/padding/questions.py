@@ -41,9 +41,9 @@ def work(world: World) -> Prediction:
     cp = world.cp_size
     first, last = 21, 6 * 6 * cp - 15  # 1 + … + 6, and the last six of 1 … 6·cp
     return Prediction(
-        f"The contiguous strategy splits {6 * cp} tokens over {cp} ranks. Add up the keys that "
-        f"each token attends to: how many times as large is the sum of rank {cp - 1} as that of "
-        "rank 0?",
+        f"The contiguous strategy splits {6 * cp} tokens over {cp} ranks. For each rank, add up "
+        f"the keys that its tokens attend to. What is the ratio of the sum of rank {cp - 1} to "
+        "that of rank 0?",
         answer=last / first,
         unit="times",
         tolerance=0.08,
@@ -113,7 +113,7 @@ def cut(world: World) -> Prediction:
 
 LESSON.ask(
     "passes",
-    "Suppose that a rank has to pad its shard for the algorithm `padded`. How many times is each "
+    "Suppose that a rank has to pad its shard in the `padded` algorithm. How many times is each "
     "of its rows written before another rank's attention reads it?",
     answer=4,
     unit="times",

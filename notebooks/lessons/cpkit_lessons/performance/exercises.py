@@ -33,13 +33,13 @@ BreakEven = Callable[[Line, Line, float], float]
 
 def _number(call: str, got: object) -> float:
     if isinstance(got, bool) or not isinstance(got, int | float | np.number):
-        raise WrongAnswer(f"{call} returned {got!r:.60}; wanted a number")
+        raise WrongAnswer(f"{call} returned {got!r:.60}; expected a number")
     return float(got)
 
 
 def _pair(call: str, got: object, names: str) -> tuple[float, float]:
     if not isinstance(got, tuple | list | np.ndarray) or len(got) != 2:
-        raise WrongAnswer(f"{call} returned {got!r:.60}; wanted {names}")
+        raise WrongAnswer(f"{call} returned {got!r:.60}; expected {names}")
     return _number(call, got[0]), _number(call, got[1])
 
 
@@ -63,7 +63,7 @@ def check_bandwidths(bandwidths: Bandwidths) -> Score:
         for name, found in zip(wanted, got, strict=True):
             if not math.isclose(found, wanted[name], rel_tol=1e-9, abs_tol=1e-12):
                 raise WrongAnswer(
-                    f"{call}: {name} is {found:.6g} GB/s; wanted {wanted[name]:.6g}. The whole "
+                    f"{call}: {name} is {found:.6g} GB/s; expected {wanted[name]:.6g}. The whole "
                     f"result has {total:,} bytes; 1 GB is 10⁹ bytes"
                 )
         cases += 1
@@ -86,9 +86,9 @@ def check_light(light_us: Light) -> Score:
         got = _number("light_us", light_us(total, cp_size, alpha_us, gbps))
         if not math.isclose(got, wanted, rel_tol=1e-9):
             raise WrongAnswer(
-                f"light_us({total}, {cp_size}, {alpha_us:.4g}, {gbps:.4g}) is {got:.6g} µs; wanted "
-                f"{wanted:.6g}: alpha {alpha_us:.4g} µs, then the bytes of the other ranks at "
-                f"{gbps:.4g} · 10³ bytes per µs"
+                f"light_us({total}, {cp_size}, {alpha_us:.4g}, {gbps:.4g}) is {got:.6g} µs; "
+                f"expected {wanted:.6g}: alpha {alpha_us:.4g} µs, then the bytes of the other "
+                f"ranks at {gbps:.4g} · 10³ bytes per µs"
             )
         cases += 1
     errors = [
@@ -118,7 +118,7 @@ def check_gather_us(gather_us: GatherTime) -> Score:
         if not math.isclose(got, wanted, rel_tol=1e-9):
             raise WrongAnswer(
                 f"{warmup} warm-up and {iterations} further iterations on {ranks} ranks: you "
-                f"report {got:.1f} µs; wanted {wanted:.1f} µs. {_mistake(times, warmup, got)}"
+                f"report {got:.1f} µs; expected {wanted:.1f} µs. {_mistake(times, warmup, got)}"
             )
         cases += 1
     return Score(cases)
@@ -220,7 +220,7 @@ def check_price(lab: Lab, price_us: Price) -> Score:
                 raise WrongAnswer(
                     f"{algorithm}, lengths {lengths}: rank 0 wrote {written} for {total} rows; "
                     f"copy {prices[0]}, wire {prices[1]}, barrier {prices[2]} µs: you say "
-                    f"{got:.2f} µs, wanted {wanted:.2f}"
+                    f"{got:.2f} µs, expected {wanted:.2f}"
                 )
             cases += 1
     return Score(cases)
@@ -296,7 +296,7 @@ def _checked_plan(
     """Return the plan if every copy is inside the shard and inside the result."""
     if not isinstance(plan, list | tuple) or not all(map(_is_copy, plan)):
         raise WrongAnswer(
-            f"copies({tokens}) returned {plan!r:.60}; wanted a list of (row, token, length)"
+            f"copies({tokens}) returned {plan!r:.60}; expected a list of (row, token, length)"
         )
     for row, token, length in plan:
         inside = 0 <= row <= row + length <= len(tokens)
@@ -330,7 +330,7 @@ def check_break_even(break_even_bytes: BreakEven) -> Score:
         got = _number(call, break_even_bytes(slow, fast, gain))
         wanted, why = _break_even(slow, fast, gain)
         if not math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-6):
-            raise WrongAnswer(f"{call} is {got:.6g} bytes; wanted {wanted:.6g}: {why}")
+            raise WrongAnswer(f"{call} is {got:.6g} bytes; expected {wanted:.6g}: {why}")
         cases += 1
     return Score(cases)
 

@@ -62,17 +62,17 @@ def late(world: World) -> Prediction:
 
 LESSON.ask(
     "damage",
-    "Three mistakes each report a wrong time. What is their order by reported time / right time, "
-    "the smallest ratio first?",
-    choices=("no barrier", "fastest rank", "not waited for"),
-    answer=("not waited for", "fastest rank", "no barrier"),
+    "Three mistakes each report a wrong time. What is their order by the ratio of the reported "
+    "time to the right time, the smallest ratio first?",
+    choices=("no barrier", "fastest rank", "no wait"),
+    answer=("no wait", "fastest rank", "no barrier"),
     wrong={
-        ("fastest rank", "not waited for", "no barrier"): "The fastest rank still moved its bytes. "
-        "A call that is not waited for may have moved nothing yet.",
-        ("no barrier", "fastest rank", "not waited for"): "Without a barrier the early ranks wait "
+        ("fastest rank", "no wait", "no barrier"): "The fastest rank still moved its bytes. "
+        "A call whose end is not waited for may have moved nothing yet.",
+        ("no barrier", "fastest rank", "no wait"): "Without a barrier the early ranks wait "
         "while their clocks run, so the time grows.",
     },
-    why="A call that is not waited for costs only its launch. The fastest rank leaves before the "
+    why="Without a wait, the clock shows only the launch. The fastest rank leaves before the "
     "others are done. Without a barrier the work before the gather is counted too.",
 )
 
@@ -101,7 +101,8 @@ def alpha(world: World) -> Prediction:
     """Ask for the fraction of alpha at the smallest size."""
     size = f"{world.sizes()[0] >> 10} KiB"
     return Prediction(
-        f"direct gathers {size}. By the fitted line, what fraction of the time is alpha, the part "
+        f"direct gathers {size}. According to the fitted line, what fraction of the time is "
+        "alpha, the part "
         "that does not depend on the number of bytes?",
         answer=0.9,
         unit="of the time",
@@ -127,8 +128,8 @@ def passes(world: World) -> Prediction:
     if world.on_gpu:
         answer, limit = 2.5, " On a GPU, the host's work takes a large part of both call times."
     return Prediction(
-        "padded_symm makes two more copies of the result than direct. By call time, how many times "
-        f"as long as direct does it take at {16 / world.shrink:g} MiB?",
+        "padded_symm makes two more copies of the result than direct. What is the ratio of its "
+        f"call time to that of direct at {16 / world.shrink:g} MiB?",
         answer=answer,
         unit="times",
         tolerance=0.4,
@@ -169,8 +170,8 @@ def padding(world: World) -> Prediction:
 
 LESSON.ask(
     "stops",
-    "On 8 × H100, symmetric memory makes a gather of 2 MiB 1.86 times as fast as without it. By "
-    "what factor does it speed up a gather of 128 MiB?",
+    "On 8 × H100, a gather of 2 MiB is 1.86 times as fast with symmetric memory as without it. By "
+    "what factor does symmetric memory speed up a gather of 128 MiB?",
     answer=1.06,
     unit="times",
     tolerance=0.04,
@@ -218,8 +219,8 @@ LESSON.ask(
 LESSON.ask(
     "nodes",
     "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
-    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). By the model, "
-    "how many times as long do the two nodes take?",
+    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). According to "
+    "the model, what is the ratio of the time of the two nodes to that of the NVL72?",
     answer=2.06,
     unit="times",
     tolerance=0.12,

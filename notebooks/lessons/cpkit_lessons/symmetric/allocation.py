@@ -48,7 +48,7 @@ def check_peer_pointer(peer_pointer: Pointer) -> Score:
             if got != bases[peer] + offset:
                 raise WrongAnswer(
                     f"peer_pointer({pointer:#x}, me={me}, peer={peer}, {size} bases) is {got:#x}, "
-                    f"{_locate(got, bases)}; wanted offset {offset} of rank {peer}, "
+                    f"{_locate(got, bases)}; expected offset {offset} of rank {peer}, "
                     f"{bases[peer] + offset:#x}"
                 )
             cases += 1
@@ -141,7 +141,7 @@ def _check_unused(
     number: int,
 ) -> None:
     if not isinstance(free, set):
-        raise WrongAnswer(f"may_free returned {free!r:.60}; wanted a set of blocks")
+        raise WrongAnswer(f"may_free returned {free!r:.60}; expected a set of blocks")
     if unknown := free - blocks.keys():
         raise WrongAnswer(
             f"exchange {number}: rank {rank} frees {sorted(unknown)}; no such block is allocated"
@@ -199,7 +199,7 @@ def check_fast_path(fast_path: FastPath) -> Score:
             )
         wanted, reason = wanted_path(version, send, recv)
         if got != wanted:
-            raise WrongAnswer(f"{where}: you say {got!r}; wanted {wanted!r} ({reason})")
+            raise WrongAnswer(f"{where}: you say {got!r}; expected {wanted!r} ({reason})")
         cases += 1
     return Score(cases)
 

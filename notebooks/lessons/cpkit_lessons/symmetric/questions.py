@@ -88,7 +88,7 @@ LESSON.ask(
     answer=1,
     tolerance=0.01,
     wrong={
-        2: "The write is of round 2. The read that it breaks still expects round 1.",
+        2: "The write belongs to round 2. The read that it breaks still expects round 1.",
         0: "Rounds are numbered from 1. And with a barrier before the reads, no read is stale.",
     },
     why="The reader is still in round 1. The writer continues with round 2, and overwrites a slot "

@@ -98,10 +98,10 @@ def check_order(order: Sequence[int]) -> Score:
     if failure is None:
         run = simulate.replay(one_barrier, 2, 2, order)
         at = ", ".join(
-            f"rank {r} before `{s}`" if s else f"rank {r} at its end"
+            f"rank {r} is before `{s}`" if s else f"rank {r} is at its end"
             for r, s in enumerate(run.next)
         )
-        raise WrongAnswer(f"no read is wrong in these {len(order)} steps; they end with {at}")
+        raise WrongAnswer(f"no read is wrong in these {len(order)} steps; after them, {at}")
     smallest = simulate.smallest_failure(one_barrier, 2, 2).failure
     assert smallest is not None
     steps = {"steps": (len(failure.events), len(smallest.events))}
