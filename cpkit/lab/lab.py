@@ -427,4 +427,4 @@ class Lab:
 
 
 def _log_wait(ahead: int) -> None:
-    _log.warning("the workers are busy: %d request(s) ahead of this one", ahead)
+    _log.warning("waiting for the workers: %d request(s) are ahead of this one", ahead)

@@ -148,6 +148,13 @@ class Comparison(NamedTuple):
     of_a: Summary
     ratio: Ratio | None
 
+    @property
+    def medians_us(self) -> tuple[float, float]:
+        """The medians of B and A that the ratio compares; without a ratio, those of the window."""
+        if self.ratio is None:
+            return self.of_b.median_us, self.of_a.median_us
+        return statistics.median(self.of_b.block_us), statistics.median(self.of_a.block_us)
+
 
 def compare(baseline: Measured, present: Sequence[Summary]) -> list[Comparison]:
     """Compare each algorithm with the same one of the baseline, or else with its first one.

@@ -71,9 +71,10 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
     """Return one row per algorithm: B, which is measured now, against the pinned A."""
     columns = ["B (now)", "A (pinned)", "B µs", "A µs", "difference µs", "B / A"]
     rows = []
-    for of_b, of_a, ratio in comparisons:
-        difference = f"{of_b.median_us - of_a.median_us:+,.0f}"
-        times = [f"{of_b.median_us:,.0f}", f"{of_a.median_us:,.0f}", difference]
+    for comparison in comparisons:
+        of_b, of_a, ratio = comparison
+        b_us, a_us = comparison.medians_us
+        times = [f"{b_us:,.0f}", f"{a_us:,.0f}", f"{b_us - a_us:+,.0f}"]
         shown = str(ratio) if ratio else _few_blocks(of_b, of_a)
         rows.append([of_b.algorithm, of_a.algorithm, *times, shown, verdict(ratio)])
     caption = f"A: {described}. A and B are measured at different times, so load may differ."
@@ -124,10 +125,11 @@ def _few(intervals: int) -> str:
 
 
 def _few_blocks(of_b: Summary, of_a: Summary) -> str:
-    seconds = {"B": len(of_b.block_us) * BLOCK_S, "A": len(of_a.block_us) * BLOCK_S}
+    seconds = {"B": len(of_b.block_us) * BLOCK_S, "the pinned A": len(of_a.block_us) * BLOCK_S}
     most_s = FEWEST_VALUES * BLOCK_S
     short = [f"{name} has {s:g} s" for name, s in seconds.items() if s < most_s]
-    return f"needs {most_s:g} s of each; {' and '.join(short)}"
+    remedy = ": unpin it, wait, and pin again" if len(of_a.block_us) < FEWEST_VALUES else ""
+    return f"needs {most_s:g} s of each; {' and '.join(short)}{remedy}"
 
 
 def _table(name: str, caption: str, columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

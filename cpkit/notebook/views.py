@@ -122,7 +122,7 @@ def bandwidth(
         bound = algbw_gbps(total, floor)
         line = {"color": style.INK, "dash": "dash", "width": 1.5}
         where = {"x": [bound] * len(names), "y": names, "mode": "lines+markers"}
-        name = f"floor: {bound:.2f} GB/s, {floor:,.0f} µs"
+        name = f"at most {bound:.2f} GB/s (floor {floor:,.0f} µs)"
         look = {"line": line, "marker": {"symbol": "line-ns-open"}}
         data.append({"type": "scatter", "name": name, **where, **look})
         words.append(name)
@@ -141,7 +141,7 @@ def bandwidth(
         "margin": {"l": 130, "r": 16, "t": 66, "b": 84},
     }
     kind = "memory alone" if newest.clock == DEVICE_TIME else "one barrier and memory alone"
-    bound_words = f"floor: {kind}" if isinstance(floor, float) else f"floor: {floor or 'not yet'}"
+    bound_words = f"floor: {kind if isinstance(floor, float) else floor or 'not yet'}"
     return style.finish(
         {"data": data, "layout": layout},
         title=f"Bandwidth: {byte_words(total)} ({total:,} bytes) gathered, {newest.clock}",
@@ -195,7 +195,9 @@ def pool(stats: pd.DataFrame | None) -> style.PlainFigure:
         f"Symmetric pool: {byte_words(most['used_bytes'])} used, peak "
         f"{byte_words(most['peak_bytes'])}, of an arena of {byte_words(most['arena_bytes'])}"
     )
-    spilled = f"{spills} spills ({stats['spill_ms'].max():,.0f} ms of registering)"
+    spilled = (
+        f"{spills} spill{'s' * (spills != 1)} ({stats['spill_ms'].max():,.0f} ms of registering)"
+    )
     said = spilled if spills else "no spill: every allocation fitted the arena"
     return style.finish(
         figure, title=title, subtitle=said, alt=f"{title}; {said}.", height=200 + 44 * len(ranks)
@@ -212,8 +214,8 @@ def sweep_lengths(lengths: Sequence[int], cp_size: int) -> list[list[int]]:
 def sweep(table: pd.DataFrame | str | None, view: str) -> style.PlainFigure:
     """Draw a table of `lab.sweep`: time against bytes or cp_size. A text says why there is none."""
     if view == "sizes":
-        title, column = "The batch at 1/16, 1/4, 1 and 4 times its lengths", "size_bytes"
-        x = style.axis("gathered bytes", type="log")
+        title = "The batch at 1/16, 1/4, 1 and 4 times its lengths (at least 2·cp_size each)"
+        column, x = "size_bytes", style.axis("gathered bytes", type="log")
     else:
         title, column = "The same batch in each cp_size of these workers", "cp_size"
         x = style.axis("cp_size", type="category")
@@ -223,6 +225,9 @@ def sweep(table: pd.DataFrame | str | None, view: str) -> style.PlainFigure:
         figure["layout"] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
         return style.finish(figure, title=title, subtitle=reason, alt=reason, height=300)
     figure["layout"]["yaxis"] = style.axis("time (µs)", type="log")
+    if view == "sizes":
+        sizes = sorted(set(table[column].tolist()))
+        x |= {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes]}
     said = []
     for algorithm, rows in table.groupby("algorithm", sort=False):
         color, dash, symbol = style.algorithm_line(str(algorithm))

@@ -133,7 +133,7 @@ def _file_system_limit() -> Limit | None:
         f"{_machine()}/file system {device}",
         free,
         f"{directory} is full: it has {size(free)} free",
-        "Make it larger (docker run --shm-size=2g), gather less, or set CPKIT_SHM_DIR to a larger "
+        "Make it larger (docker run --shm-size), gather less, or set CPKIT_SHM_DIR to a larger "
         "tmpfs",
     )
 

@@ -24,8 +24,9 @@
 #
 # Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To see a question, run
 # its `lesson.predict` cell unchanged. Then put your number in place of `...`, and run it again. A wrong guess costs
-# nothing, and makes the explanation easier to remember. Exercises are checked immediately, and their hints are folded
-# below them.
+# nothing, and makes the explanation easier to remember. A guess that is close counts as right; how close depends on the
+# noise of the measurement. Exercises are checked immediately, and their hints are folded below them. The saved outputs
+# contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
@@ -987,8 +988,8 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # ### A plan in two lines
 #
 # A serving engine gathers with the same lengths in every layer of a batch. Must the ranks check their arguments, and
-# agree that they match, each time? No. A *plan* does this once, and each call then moves every row straight to its
-# final place (the algorithm `direct`):
+# agree that they match, each time? A *plan* does this once, and each call then moves every row straight to its final
+# place (the algorithm `direct`):
 #
 # ```python
 # plan = plan_gather_kv([k], layout, group)  # once per batch
@@ -1034,10 +1035,10 @@ print("steps of a call:", " → ".join(steps))
 lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
-# How can a rank store its rows without checking that the output is free? The plan has two outputs and uses them in
-# turn. A rank leaves the barrier at the end of a call only after all ranks have started that call, and a rank that has
-# started a call no longer needs the output of the previous one. The price: a result is valid only until the next call.
-# MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
+# How can a rank store its rows without checking that the output is free? The plan has two outputs, A and B, and uses
+# them in turn. Call n + 1 overwrites the output of call n − 1. A rank begins it only after the barrier at the end of
+# call n, and every rank that has arrived there no longer needs the output of call n − 1. The price: a result is valid
+# only until the next call. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it

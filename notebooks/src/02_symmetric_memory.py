@@ -142,12 +142,12 @@ figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 # %% get-text [markdown]
 # A *put* writes into the memory of a peer, and a *get* reads from it. They differ in what each rank waits for:
 #
-# | | data moves | the rank that owns the memory waits until | the other rank waits until |
+# | | data moves | before it reads | before it writes the same memory again |
 # |---|---|---|---|
-# | put (push) | from me to the peer | the data has arrived | it may write *again* |
-# | get (pull) | from the peer to me | it may write *again* | the data is there |
+# | put (push) | from me to the peer | the peer waits until my data has arrived | I wait until the peer has read it |
+# | get (pull) | from the peer to me | I wait until the peer has written its data | the peer waits until I have read it |
 #
-# Both directions need two waits: one before the data is read, and one before the memory is used again.
+# Both directions need both waits.
 
 # %% s3 [markdown]
 # ## 3. Remove the barriers
@@ -181,8 +181,11 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **stale** (read after write): the reader was early. It read before the writer had written.
 # - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
-# Now imagine a test that gathers the same values in every round. After the first round, it would have accepted every
-# one of these wrong reads.
+# (The ranks of this loop meet every 500 rounds. If one rank finishes its 500 rounds before another one starts, the
+# other reads round 500.)
+#
+# Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
+# memory that was never written.
 
 # %% s4 [markdown]
 # ## 4. Every possible order
@@ -553,8 +556,8 @@ def exchange_signals(me):
 #
 # The simulator has searched the orders of a few ranks over a few rounds. What does such a program look like on real
 # ranks? `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle.
-# There is one word per pair of ranks and direction. In this program the word means `full` and `free` in turn, instead
-# of the channels above.
+# They have no channels: each rank has one word at each peer. That is enough here. The first signal of a round means
+# that the number has arrived, and the second that it has been read.
 #
 # Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
 # pipeline, or to fetch the KV cache of a request from the rank that computed it.
@@ -572,9 +575,9 @@ def hand_over(group):
     at_peer = symmetric_pool(group).peer_view(inbox, peer)
     for number in range(1, 1001):
         at_peer[0] = number
-        put_signal(group, peer), wait_signal(group, peer)  # full: the numbers have arrived
+        put_signal(group, peer), wait_signal(group, peer)  # both numbers have arrived
         found.append(int(inbox[0]))
-        put_signal(group, peer), wait_signal(group, peer)  # free: both have read them
+        put_signal(group, peer), wait_signal(group, peer)  # both numbers have been read
     return found
 
 
@@ -627,8 +630,8 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # ### Warm up
 #
 # How do you prevent spills? Tell the pool before the first request how many tokens a batch can have. `warm_up` then
-# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm, because blocks return
-# to the pool only at the next call.
+# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm: the blocks of a call
+# return to the pool only in the next call, so the blocks of two calls exist at the same time.
 
 # %% warm
 largest = world.of(8192)  # tokens, or fewer where memory is short
@@ -654,7 +657,7 @@ from cpkit_lessons.divergence import simulate_push
 early = [("alloc", "old", 8), ("alloc", "kv", 4), ("free", "old", 0)]
 late = [("alloc", "old", 8), ("alloc", "kv", 4)]
 same = simulate_push([early, early], shard_rows=3, arena_rows=18)
-print(same.explain())
+print("equal free lists:", same.explain())
 found = simulate_push([early, late], shard_rows=3, arena_rows=18)
 figures.show(figures.memory_map(found))
 
@@ -748,7 +751,7 @@ def may_free(dropped, me):
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
 # | it is registered with *this group* | silent fallback | sglang#19329 |
-# | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error | pytorch#178138 |
+# | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error: it must not be used | pytorch#178138 |
 # | all GPUs of the group reach each other over *NVLink* | silent fallback | `ncclSymkAvailable` in NCCL's `sym_kernels.cc` |
 #
 # {glossary: window; symmetric kernel; fallback}
@@ -766,10 +769,10 @@ lesson.predict("recv", ...)
 lesson.version_table()
 
 # %% versions-text [markdown]
-# The table comes from `cpkit.memory.path`, which follows NCCL's sources at the tags 2.27.7, 2.28.9, 2.29.2 and 2.30.7
-# (`symmetric_sched.cc`, `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2)
-# only the receive buffer counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch
-# 2.11, and out of date for torch 2.12.1.
+# The table comes from `cpkit.memory.path`, which follows NCCL's sources of 2.27 to 2.30 (`symmetric_sched.cc`,
+# `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2) only the receive buffer
+# counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and out of date for
+# torch 2.12.1.
 #
 # A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
 # For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
@@ -1202,7 +1205,7 @@ def cause(ranks):
 # token order, filled with *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of rank r, in the order in
 # which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)`
 # returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. The next round uses the
-# same buffers. As few ranks as possible should load from the same peer at the same time.
+# same buffers. No two ranks may load from the same rank at the same time, if all of them are equally fast.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.

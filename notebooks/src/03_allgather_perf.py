@@ -143,8 +143,7 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # GB/s.
 #
 # **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the record
-# of the two H100s, NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered
-# (section 9).
+# of the two H100s, NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered.
 #
 # **About** 3 minutes, ★☆☆
 
@@ -209,8 +208,9 @@ assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
 # %% light-after [markdown]
-# This line is drawn *before* any gather has run, and it does not change. If a measured time lies below it, either the
-# measurement or the bound is wrong.
+# This line is drawn *before* any gather has run, and no gather changes it. (If you run the cell again, noise can move
+# it: on a busy machine the barrier takes longer.) If a measured time lies below it, either the measurement or the bound
+# is wrong.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -247,8 +247,9 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# In the stages `agree` and `exit`, ranks wait for each other. `reports/direct_trace.json` contains the same data for
-# https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
+# In the stages `agree` and `exit`, ranks wait for each other. `padded` has no `exit`: its ranks wait inside the
+# collective, in `wire`. `reports/direct_trace.json` contains the same data for https://ui.perfetto.dev. But this is a
+# *single* gather. Is it typical?
 
 # %% s4 [markdown]
 # ## 4. How to measure a wrong time
@@ -278,7 +279,7 @@ assert unfair.median_us("direct") > (cp - 1) * 5000 * 0.84, "rank 0 waits while 
 lesson.reveal("late", unfair.median_us("direct") / 1000)
 
 # %% wrong-text [markdown]
-# ### Nine mistakes
+# ### Eight mistakes, and a ninth on GPUs
 #
 # The figure below shows eight mistakes, the missing barrier among them: each wrong time is beside the right one. Some
 # of the names need an explanation. *No wait*: the clock stops before the call has ended. *Fastest rank*: the time of
@@ -317,16 +318,15 @@ with noisy_neighbour():  # other threads use the machine for the first half of t
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
-print(f"one after the other: {after_another[0] / after_another[1]:.2f}")
+print(f"A of the first run / A of the second: {after_another[0] / after_another[1]:.2f}")
 
 # %% mistakes-2-spread tags=["nbval-ignore-output"]
 pairs = np.concatenate(
     [run.slowest_us("direct") / run.slowest_us("direct#2") for run in (disturbed, quiet)]
 )
 low, high = np.percentile(pairs, [25, 75])
-print(
-    f"in turn: {np.median(pairs):.2f}; middle half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
-)
+spread = f"middle half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
+print(f"each A / the B that follows it: {np.median(pairs):.2f}; {spread}")
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
 # %% mistakes-2-text [markdown]
@@ -381,8 +381,8 @@ for name, factor in factors.items():
 lesson.reveal("damage", lesson.order_of(factors))
 
 # %% mistakes-text [markdown]
-# Left of the line the gather seems faster than it is, and right of it slower. "No wait" is often *below the speed of
-# light*. So the bound reveals this mistake even if you do not know the code. "Rates averaged" also happens in
+# Left of the line the gather seems faster than it is, and right of it slower. "No wait" can even be *below the speed of
+# light*. Then the bound reveals the mistake even if you do not know the code. "Rates averaged" also happens in
 # well-known tools: `all_reduce_bench.py` in the repository stas00/ml-engineering averages rates.
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
@@ -542,8 +542,9 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 # %% e4-task [markdown]
 # ### Exercise 4 · Fit alpha and beta
 #
-# **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. The check compares
-# your line with the true one at other sizes, including small ones.
+# **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample has 5 %
+# noise, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line with the
+# true one at other sizes, including small ones.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -578,6 +579,12 @@ def fit(sizes_bytes, times_us):
     return alpha_us, us_per_byte
 
 
+# %% e4-mutant-two-ends
+def fit(sizes_bytes, times_us):
+    us_per_byte = (times_us[-1] - times_us[0]) / (sizes_bytes[-1] - sizes_bytes[0])
+    return times_us[0] - us_per_byte * sizes_bytes[0], us_per_byte
+
+
 # %% e4-help [markdown]
 # Run the check on the starter. At which size is it wrong, and how large is the time there?
 #
@@ -591,8 +598,9 @@ def fit(sizes_bytes, times_us):
 # **Why** Least squares minimizes errors in µs, but you care about errors in per cent. With w = 1/t, each residual
 # is a relative error.
 #
-# **Another way** Take alpha from the smallest size, and beta from the two largest. This is quick, but it depends on
-# very few samples.
+# **Another way** Minimize the error of log(time), for example with `scipy.optimize`. A factor then counts the same in
+# both directions. (A line through the first and the last sample is quick to compute, but one slow sample at an end
+# makes it wrong, and the check rejects it.)
 
 # %% e4-after [markdown]
 # Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm,
@@ -604,9 +612,9 @@ def fit(sizes_bytes, times_us):
 #
 # Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
 # shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
-# has a price of its own. The price of a stage is then the number of rows that it writes, divided by the number of
-# gathered rows, times the price of a pass. (For the wire of `padded`, take the price of the collective.) The price of a
-# gather is the sum over its stages, plus two barriers.
+# has a price of its own. If a stage writes n of the N gathered rows, it costs n / N · the price of a pass. (For the
+# wire of `padded`, take the price of the collective.) The price of a gather is the sum over its stages, plus two
+# barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -839,26 +847,30 @@ lesson.predict("padding", ...)
 # %% padding tags=["nbval-ignore-output"]
 odd, even = [2 * cp + 1] * 64, [2 * cp] * (64 + 32 // cp)
 row = {"heads": max(1, world.of(32)), "tensors": 1}
-carried = []
+carried, times_us = [], []
 for lengths in (odd, even):
     gathered = lab.gather(lengths, cp, algorithm="padded_symm", **row)
     carried.append(len(gathered.stage("wire", 0)))
     timed = lab.clock(["padded_symm", "direct"], lengths, cp, iterations=10, **row)
-    costs = "  ".join(f"{call} {timed.median_us(call):,.0f} µs" for call in timed.calls)
+    times_us.append({call: timed.slowest_us(call) for call in timed.calls})
     name = f"{len(lengths)} × {lengths[0]}"
-    print(f"{name}: {sum(lengths)} tokens, {carried[-1]} slots on the wire; {costs}")
+    print(f"{name}: {sum(lengths)} tokens, {carried[-1]} slots on the wire")
+for call in timed.calls:
+    first_us, second_us = (each[call] for each in times_us)
+    medians = f"{np.median(first_us):,.0f} and {np.median(second_us):,.0f} µs"
+    print(f"{call}: {medians}, {Ratio.of_separate(first_us, second_us)}")
 
 # %% padding-reveal
 lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
 # The slots are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
-# reorder move real rows. So the count of passes predicts that the time grows by a smaller fraction than the slots. If
-# your times grow by more, the difference is noise: run the cell again.
+# reorder move real rows. So the count of passes predicts that the time of `padded_symm` grows by a smaller fraction
+# than the slots. The two batches run one after the other, so load on the machine does not cancel (section 4). The ratio
+# of the times has a 99 % interval: if it contains 1, you have measured no difference at all.
 #
 # Look at `direct` too. It sends no padding, but it makes up to two copies per sequence and peer, each with an alpha of
-# its own. For many short sequences, these copies can cost more than the padding (here they do not: `direct` is still
-# faster). Count both.
+# its own. For many short sequences, these copies can cost more than the padding. Count both.
 
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
@@ -898,8 +910,7 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.88 at
 # 0.26 MB, 1.45 at 4.2 MB, 1.01 at 67 MB and 0.93 at 268 MB. With only the receive buffer registered, NCCL keeps its
 # ring, and still gains 1.24 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-26-gpu.json`, commit
-# 9d290d7bab56). Multicast plays no part in this, because its kernels need more than two ranks. NCCL changes the
-# protocol of its ring with the size, so do not fit one alpha and one beta to it.
+# 9d290d7bab56). Multicast plays no part in this, because its kernels need more than two ranks.
 
 
 # %% e7-task [markdown]
@@ -919,7 +930,7 @@ import math
 
 
 def break_even_bytes(slow, fast, gain):
-    """Return the size at which slow takes `gain` times as long as fast."""
+    """Return the size above which slow takes at most `gain` times as long as fast."""
     # >>> your code
     #: return math.inf
     saved_us = slow[0] - gain * fast[0]  # gained by the smaller alpha
@@ -939,6 +950,17 @@ import math
 
 def break_even_bytes(slow, fast, gain):
     return (slow[0] - gain * fast[0]) / (gain * fast[1] - slow[1])
+
+
+# %% e7-mutant-parallel-lines
+import math
+
+
+def break_even_bytes(slow, fast, gain):
+    lost_us_per_byte = gain * fast[1] - slow[1]
+    if lost_us_per_byte <= 0:
+        return math.inf
+    return max(0.0, (slow[0] - gain * fast[0]) / lost_us_per_byte)
 
 
 # %% e7-mutant-only-alpha
@@ -1057,7 +1079,8 @@ observed_path = choices.table["observed"].str.split(":").str[0]
 assert (observed_path == choices.table["predicted"]).all(), "the rule of notebook 2 holds"
 
 # %% kernels-after [markdown]
-# Every prediction is right. Read the names of the kernels too:
+# Every prediction is right. (In the recorded log, the smallest size has 65,536 bytes per rank: 125 tokens, padded to 32
+# rows on each of 4 ranks.) Read the names of the kernels too:
 #
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
@@ -1120,7 +1143,8 @@ panel.stop()
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
 # such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
 # Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
-# inside the node. The slower of the two transfers counts.
+# inside the node. The slower of the two transfers counts. The rate of NVLink is what NCCL has reached (8 H100: 328
+# GB/s, section 2) or what NCCL's own cost model assumes (the others: 360 GB/s per Hopper GPU).
 #
 # **All numbers of this section are modelled. None was measured here.** The cell after the question prints each of them
 # with its source, or with the word "assumed".
@@ -1163,7 +1187,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
 # Ask which *term* of the model dominates. At 1 MB it is alpha, the fixed cost of the network. At 256 MB it is the
-# bytes, and NVLink is the slower transfer: the network alone would need half of that time. From cp_size 8 on, the
+# bytes, and NVLink is the slower transfer: the network alone would need 356 µs instead of 622. From cp_size 8 on, the
 # number of ranks hardly matters, because (cp−1)/cp of S is almost S. At 256 MB, the time grows by three quarters from 2
 # to 8 ranks.
 #
@@ -1189,9 +1213,9 @@ for recording in recordings.newest(known, cp):
 # Compare shapes, not heights: where does each machine leave the flat part, and what is the order of the algorithms?
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
-# was measured, and it is not a bound: on four GPUs, `direct` is faster at every size except 1 MB. In a record with one
-# GPU, all ranks share it. No byte crosses a link, and the thin black line is the time that the memory of that GPU
-# needs.
+# was measured, and it is not a bound: in the record of four GPUs, which is drawn for 4 ranks, `direct` is faster at
+# every size except 1 MB. A record with a single GPU is drawn only if there is no other. No byte crosses a link there,
+# and the thin black line is the time that the memory of that GPU needs.
 #
 # On GPUs, the flat part of the *call time* also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a

@@ -147,7 +147,7 @@ def test_two_nodes_are_bound_by_the_network_without_a_gain_from_symmetric_memory
     size = 1 << 27
     assert nodes.wire_us(size, 8) == pytest.approx(size * 7 / 8 / 360e3)
     foreign_us = size / 2 / 8 / 45e3
-    assert nodes.wire_us(size, 16) == pytest.approx(max(foreign_us, size * 15 / 16 / 360e3))
+    assert nodes.wire_us(size, 16) == pytest.approx(max(foreign_us, size * 14 / 16 / 360e3))
     assert nodes.symmetric_gain(size, 16) == 1.0
     slow = Preset("slow network", 16, 30, 328, 2900, ("an example",), 8, 10.0)
     assert slow.wire_us(size, 16) == pytest.approx(size / 2 / 8 / 10e3)

@@ -80,7 +80,7 @@ def test_an_open_prediction_says_what_to_write_and_hides_the_answer(lesson: Less
     assert shown(lesson.predict, "share") == (
         "○ How much? Replace `...` with a number, and run this cell."
     )
-    assert "an order of ['b', 'a']" in shown(lesson.predict, "order", ...)
+    assert "a list of these names in order: 'b', 'a'" in shown(lesson.predict, "order", ...)
     text = shown(lesson.reveal, "share", 0.25)
     assert text.startswith("○ No prediction yet")
     assert "0.25" not in text
@@ -93,19 +93,22 @@ def test_a_prediction_is_recorded_and_revealed(lesson: Lesson) -> None:
         "Twice.",
         "So.",
     ]
-    shown(lesson.predict, "order", ["a", "b"])
-    assert shown(lesson.reveal, "order", ["a", "b"]).startswith(
-        "✓ You said a < b, it is a < b: exact.\n"
-    )
+    for order in (["a", "b"], "a < b"):
+        shown(lesson.predict, "order", order)
+        assert shown(lesson.reveal, "order", ["a", "b"]).startswith(
+            "✓ You said a < b, it is a < b: exact.\n"
+        )
 
 
 def test_a_verdict_says_how_far_a_guess_is_off() -> None:
     rank = Prediction("Which rank?", answer=2, why="So.")
     assert [rank.verdict(guess, 2.0) for guess in (2.0, 3.0)] == ["exact", ""]
-    time = replace(rank, unit="ms")
+    time = replace(rank, answer=2.0, unit="ms")
     guesses = {2.005: "exact", 2.1: "close enough, 5% off", 3.0: "1.5 times too high"}
-    guesses |= {0.5: "4 times too low", -1.0: "off by 3"}
+    guesses |= {0.5: "4 times too low", 2.6: "30% too high", 1.5: "25% too low"}
     assert {guess: time.verdict(guess, 2.0) for guess in guesses} == guesses
+    count = replace(rank, unit="rows")
+    assert [count.verdict(guess, 2.0) for guess in (3.0, 0.0)] == ["1 too high", "2 too low"]
     assert "Replace `...` with a number in ms, and run" in time.invitation()
 
 
@@ -119,7 +122,7 @@ def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
 @pytest.mark.parametrize("guess", ["a lot", True, ["a"], float("nan")])
 def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
     assert "is not a number: write a number" in shown(lesson.predict, "share", guess)
-    refused = "is not possible: write an order of ['b', 'a']"
+    refused = "is not possible: write a list of these names in order"
     assert refused in shown(lesson.predict, "order", guess)
 
 
@@ -176,6 +179,10 @@ def test_a_number_outside_its_range_is_refused_with_the_range(lesson: Lesson) ->
             shown(lesson.predict, "padding", guess)
         )
     assert lesson.records["padding"].guess is None
+    lesson.ask("rank", "Which rank?", answer=1, why="So.")
+    lesson.ask("rate", "How fast?", answer=1.5, unit="GB/s", why="So.")
+    for name, guess, form in (("rank", 2.5, "a whole number"), ("rate", -5, "a number in GB/s")):
+        assert f"{guess} is not possible: write {form}" in shown(lesson.predict, name, guess)
     shown(lesson.predict, "padding", 1)
     assert "it is 1.5" in shown(lesson.reveal, "padding", 1.5), "a measured value may be odd"
 

@@ -220,16 +220,16 @@ def test_the_views_show_tokens_bandwidth_and_pool(panel: Explorer) -> None:
     assert tokens["padding"].hovertext[0].endswith("padding: no token")
     assert "from rank 1, sequence 0, token" in tokens["rank 1"].hovertext[0]
 
-    bandwidth = shown("bandwidth", "floor: ")
+    bandwidth = shown("bandwidth", "at most")
     total_bytes = panel.controls.workloads()[0].total_bytes
     assert f"({total_bytes:,} bytes)" in panel.panel.still().layout.title.text
     assert "no cost model is fitted" in panel.panel.still().layout.title.subtitle.text
-    floor = next(trace for name, trace in bandwidth.items() if name.startswith("floor"))
+    floor = next(trace for name, trace in bandwidth.items() if name.startswith("at most"))
     assert floor.x[0] > max(bandwidth["achieved (median)"].x)
     panel.stop()
     until(lambda: "stopped" in panel.status_html)
     medians_us = [summary.median_us for summary in panel.panel.summaries]
-    achieved = shown("bandwidth", "floor: ")["achieved (median)"].x
+    achieved = shown("bandwidth", "at most")["achieved (median)"].x
     assert list(achieved) == pytest.approx([total_bytes / us / 1e3 for us in medians_us])
     panel.model = HostModel(Host(4, 1 << 25), {"plan": (100, 0, 0, 0, 0)})
     predicted = shown("bandwidth", "predicted plan")["the model's prediction"]

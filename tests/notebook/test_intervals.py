@@ -92,6 +92,19 @@ def test_b_is_compared_with_the_same_algorithm_of_a_or_with_its_first() -> None:
     assert ">+50</td>" in table
     few = compare(baseline, [measured("direct", 100, 100)])
     assert "needs 8 s of each; B has 1 s<" in comparison_table(few, "")
+    early = compare(Measured("", (measured("direct", 100, 100),)), [direct])
+    assert "the pinned A has 1 s: unpin it, wait, and pin again<" in comparison_table(early, "")
+
+
+def test_the_times_beside_a_ratio_are_those_that_it_compares() -> None:
+    a = measured("direct", *[100.0] * 20)
+    b = measured("direct", *[300.0] * 20, *[100.0] * 15)  # slow before the last ten intervals
+    (compared,) = compare(Measured("", (a,)), [b])
+    assert b.median_us == 100
+    assert compared.medians_us == (300, 100)
+    assert compared.ratio
+    assert compared.ratio.value == 3
+    assert ">+200</td>" in comparison_table([compared], "")
 
 
 def test_busy_moments_that_outlast_an_interval_are_no_difference_between_b_and_a() -> None:
@@ -118,6 +131,8 @@ def test_a_path_badge_has_a_word_a_symbol_and_what_would_make_it_symmetric() -> 
     assert "○ fallback" in path_badge(fallback)
     assert "a &lt; b" in path_badge(fallback)
     assert "padded uses ordinary buffers by design; select padded_symm" in to_symmetric(fallback)
+    both = Workload(4, (13, 9), algorithm="padded", symmetric=False)
+    assert "by design" in to_symmetric(msgspec.structs.replace(fallback, workload=both))
     ordinary = Workload(4, (13, 9), algorithm="direct", symmetric=False)
     assert "tick" in to_symmetric(msgspec.structs.replace(fallback, workload=ordinary))
 

@@ -1,7 +1,7 @@
 """Modelled machines, with the source of every number.
 
     time   = start + wire + copies
-    wire   = S · (cp-1)/cp / wire rate           the bytes that each GPU receives
+    wire   = S · (cp-1)/cp / wire rate           the bytes that each GPU receives (see wire_us)
     copies = 2 · S · passes after the wire / memory rate
 
 This is the time with symmetric memory. Without it the collective takes longer by `ring_factor`,
@@ -45,14 +45,15 @@ class Preset:
         """Return the time of the transfer without the start.
 
         Over several machines the slower of two transfers counts: each adapter receives its part of
-        the other machines' rows, while NVLink distributes the rows inside the machine.
+        the other machines' rows, while NVLink carries all other rows to each GPU.
         """
         self._check(total_bytes, cp_size)
-        inside_us = total_bytes * (cp_size - 1) / cp_size / self.wire_gbps / 1e3
+        received_bytes = total_bytes * (cp_size - 1) / cp_size
         if not self.spans(cp_size):
-            return inside_us
-        foreign_bytes = total_bytes * (cp_size - self.node_size) / cp_size
-        return max(inside_us, foreign_bytes / self.node_size / self.network_gbps / 1e3)
+            return received_bytes / self.wire_gbps / 1e3
+        adapter_bytes = total_bytes * (cp_size - self.node_size) / cp_size / self.node_size
+        inside_us = (received_bytes - adapter_bytes) / self.wire_gbps / 1e3
+        return max(inside_us, adapter_bytes / self.network_gbps / 1e3)
 
     def spans(self, cp_size: int) -> bool:
         """Whether a group spans several machines; the model has no symmetric kernels there."""

@@ -1,4 +1,4 @@
-"""Name the section that a cell needs, in place of the traceback of a NameError.
+"""Name the cells that a cell needs, in place of the traceback of a NameError.
 
 One failed cell would otherwise give a NameError in each later cell that uses its variables.
 """
@@ -56,17 +56,20 @@ def words(name: str, section: str) -> str:
 
 
 def sections_of(notebook: dict[str, Any]) -> dict[str, str]:
-    """Return the section of the first cell that defines each name: `section 4`."""
-    section, found = "the first cells", dict[str, str]()
+    """Return where each name is defined first: `section 4`, or `the cell of exercise 2`."""
+    section, exercise, found = "the first cells", "", dict[str, str]()
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             heading = re.search(r"^## (?:(\d+)\. )?(.*)", text, re.MULTILINE)
             if heading:
                 section = f"section {heading[1]}" if heading[1] else f"the section {heading[2]!r}"
+            number = re.search(r"^### Exercise (\d+)", text, re.MULTILINE)
+            exercise = f"the cell of exercise {number[1]}" if number else ""
             continue
         for name in _names(ast.parse(text)):
-            found.setdefault(name, section)
+            found.setdefault(name, exercise or section)
+        exercise = ""  # only the first cell below the heading is the learner's
     return found
 
 

@@ -13,6 +13,7 @@ from cpkit_lessons.measured import Order
 Answer = float | str | tuple[str, ...]
 Measured = Answer | Ratio | Order  # the last two say how large the noise was
 _EXACT = 0.005  # the relative error of a guess that was rounded to three digits
+_PERCENT_BELOW = 1.5  # "1.2 times too high" is harder to read than "20% too high"
 _PHYSICAL = ("GB/s", "ms")  # units that a learner has to know before writing a number
 
 
@@ -39,7 +40,7 @@ class Prediction:
     def parse(self, guess: object) -> Answer:
         """Convert a learner's guess. Raises ValueError that lists the allowed answers."""
         if self.choices and isinstance(self.answer, tuple):
-            names = tuple(guess) if isinstance(guess, list | tuple) else ()
+            names = _names_in_order(guess)
             if sorted(names) != sorted(self.choices):
                 raise ValueError(f"{guess!r:.60} is not possible: write {self._form()}")
             return names
@@ -53,9 +54,9 @@ class Prediction:
 
     def check_range(self, guess: Answer) -> None:
         """Raise ValueError for a number that is impossible; a measured value is not checked."""
-        if self.between and isinstance(guess, float):
-            least, most = self.between
-            if not least <= guess <= most:
+        if isinstance(guess, float):
+            least, most = self.between or (0, math.inf)
+            if not least <= guess <= most or (self._is_whole() and not guess.is_integer()):
                 raise ValueError(f"{guess:g} is not possible: write {self._form()}")
 
     def is_close(self, guess: Answer, reference: Measured) -> bool:
@@ -79,11 +80,16 @@ class Prediction:
     def _form(self) -> str:
         """Return what a learner may write."""
         if isinstance(self.answer, tuple):
-            return f"an order of [{', '.join(map(repr, self.choices))}]"
+            return f"a list of these names in order: {', '.join(map(repr, self.choices))}"
         if self.choices:
             return f"one of {', '.join(map(repr, self.choices))}"
-        limits = f" from {self.between[0]:g} to {self.between[1]:g}" if self.between else ""
-        return f"a number{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
+        number = "a whole number" if self._is_whole() else "a number"
+        limits = " from {:g} to {:g}".format(*self.between) if self.between else ""
+        return f"{number}{limits}{f' in {self.unit}' if self.unit in _PHYSICAL else ''}"
+
+    def _is_whole(self) -> bool:
+        """Whether the answer is a rank, a slot or a count, of which there is no fraction."""
+        return isinstance(self.answer, int) and self.unit != "times"
 
     def format(self, answer: Measured) -> str:
         """Return an answer with its unit, and a ratio with its noise."""
@@ -110,11 +116,16 @@ class Prediction:
         if self.is_close(guess, measured):
             off = abs(guess / measured - 1)
             return "exact" if off < _EXACT else f"close enough, {off:.0%} off"
-        if guess * measured <= 0:
-            return f"off by {abs(guess - measured):,.4g}"
-        high = guess > measured
-        times = guess / measured if high else measured / guess
-        return f"{times:,.2g} times too {'high' if high else 'low'}"
+        return f"{self._distance(guess, measured)} too {'high' if guess > measured else 'low'}"
+
+    def _distance(self, guess: float, measured: float) -> str:
+        """Return how far a wrong guess is off: a difference of counts, percent, or a factor."""
+        if self._is_whole() or guess * measured <= 0:
+            return f"{abs(guess - measured):,.4g}"
+        times = max(guess / measured, measured / guess)
+        if times < _PERCENT_BELOW:
+            return f"{abs(guess / measured - 1):.0%}"
+        return f"{times:,.2g} times"
 
     def _verdict_within_noise(self, guess: Answer, measured: Order | Ratio) -> str:
         if isinstance(measured, Order):
@@ -125,6 +136,13 @@ class Prediction:
         if self.is_close(guess, measured):
             return f"close enough, {abs(guess / measured.value - 1):.0%} off"
         return self.verdict(guess, measured.value)
+
+
+def _names_in_order(guess: object) -> tuple[str, ...]:
+    """Return the names of a list, or of a text such as "a < b < c", as reveals write an order."""
+    if isinstance(guess, str):
+        return tuple(name.strip() for name in guess.split("<"))
+    return tuple(guess) if isinstance(guess, list | tuple) else ()
 
 
 def _nearest(guess: float, measured: Ratio) -> float:

@@ -238,7 +238,11 @@ def check_accepts(accepts: Accepts) -> Score:
             if guard.truth("accepts", accepted) != (name == "right"):
                 where = f"(lengths {lengths}, cp_size {layout.cp_size}, round {round_})"
                 if name == "right":
-                    raise WrongAnswer(f"your check rejects a right gather {where}")
+                    starts = ", ".join(map(str, layout.starts))
+                    raise WrongAnswer(
+                        f"your check rejects a right gather {where}. Its sequences begin at slots "
+                        f"{starts}"
+                    )
                 fault = _first_fault(got, layout, round_)
                 raise WrongAnswer(f"your check accepts `{name}` {where}. {fault}")
             cases, rejected = cases + 1, rejected + (name != "right")
@@ -262,7 +266,7 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
         "two ranks exchanged",
         "rank order: reorder forgotten",
         "stale: one rank's last round",
-        "padding in the place of a row",
+        "padding in place of a row",
         "a row twice",
         "two neighbours exchanged",
         "written by a rank that is not the owner",
@@ -274,7 +278,7 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
     made["two ranks exchanged"] = _exchanged(right, one, other)
     made["rank order: reorder forgotten"] = right[layout.rank_order.numpy()]
     made["stale: one rank's last round"][owner == one, 0] = round_ - 1
-    made["padding in the place of a row"][at] = -1
+    made["padding in place of a row"][at] = -1
     made["a row twice"][at + 1] = right[at]
     made["two neighbours exchanged"][[at, at + 1]] = right[[at + 1, at]]
     made["written by a rank that is not the owner"][owner == one, 1] = other

@@ -105,9 +105,9 @@ def cut(world: World) -> Prediction:
             f"{16 // cp} more. Rank 0 needs room for 16 more.",
         },
         why="Each sequence has one extra token, and zigzag adds it to the first block: rank 0 "
-        f"holds {rows[0]} rows, the others {rows[1]}. The formula gives {formula}. SGLang up to "
-        "0.5.12 used it, which was right there, because it allowed only one sequence; from 0.5.13 "
-        "on it takes the maximum over ranks.",
+        f"holds {rows[0]} rows, every other rank {rows[1]}. The formula gives {formula}. SGLang up "
+        "to 0.5.12 used it, which was right there, because it allowed only one sequence; from "
+        "0.5.13 on it takes the maximum over ranks.",
     )
 
 
@@ -187,14 +187,14 @@ def order(world: World) -> Prediction:
 
 LESSON.ask(
     "survivors",
-    "How many of the 10 broken gathers pass a check that only counts the rows?",
+    "How many of the 10 broken gathers pass a check that only counts the slots?",
     answer=8,
     unit="of 10",
     between=(0, 10),
     tolerance=0.01,
     wrong={
         0: "Most of the faults move rows, which does not change their number.",
-        4: "More gathers pass: only a fault that loses or adds a row changes the count.",
+        4: "More gathers pass: only a fault that loses or adds a slot changes the count.",
         9: "One of the ten loses a row, and one has slots after the end. The check detects both.",
         10: "One of the ten loses a row, and one has slots after the end. The check detects both.",
     },

@@ -128,8 +128,8 @@ def passes(world: World) -> Prediction:
     if world.on_gpu:
         answer, limit = 2.5, " On a GPU, the host's work takes a large part of both call times."
     return Prediction(
-        "padded_symm makes two more copies of the result than direct. What is the ratio of its "
-        f"call time to that of direct at {16 / world.shrink:g} MiB?",
+        "padded_symm makes two more copies of the result than direct, and one of its shard. What "
+        f"is the ratio of its call time to that of direct at {16 / world.shrink:g} MiB?",
         answer=answer,
         unit="times",
         tolerance=0.4,
@@ -221,17 +221,18 @@ LESSON.ask(
     "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
     "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). According to "
     "the model, what is the ratio of the time of the two nodes to that of the NVL72?",
-    answer=2.06,
+    answer=1.93,
     unit="times",
     tolerance=0.12,
     wrong={
         16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
         "and 8 network adapters share it.",
-        3.1: "That adds the times of network and NVLink. They work at the same time, so the slower "
+        3.0: "That adds the times of network and NVLink. They work at the same time, so the slower "
         "one counts.",
-        1.0: "Every GPU still has to receive 240 MB, over an NVLink of half the rate.",
+        1.0: "Every GPU still has to receive 224 MB over an NVLink of half the rate.",
     },
-    why="The other node's 128 MB enter through 8 adapters, 16 MB each: 356 µs. Meanwhile every GPU "
-    "receives 240 MB over NVLink: 667 µs, against 333 µs in the NVL72. With their starts, 30 and "
-    "5.3 µs, these are 697 and 339 µs. NVLink, not the network, limits large gathers.",
+    why="Every GPU receives 240 MB. The other node's 128 MB enter through 8 adapters, 16 MB each: "
+    "356 µs. Meanwhile the remaining 224 MB arrive over NVLink: 622 µs, against 333 µs for all 240 "
+    "in the NVL72. With their starts, 30 and 5.3 µs, these are 652 and 339 µs. NVLink, not the "
+    "network, limits large gathers.",
 )

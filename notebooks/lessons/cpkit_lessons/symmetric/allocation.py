@@ -246,10 +246,12 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
         raise WrongAnswer(f"run the labs above first; {', '.join(missing)} has no post-mortem yet")
     cases = 0
     for case, card in cards.items():
-        for ranks in (list(card.ranks), list(reversed(card.ranks))):
-            got = cause(ranks)
+        for ranks in (card.ranks, card.ranks[::-1]):
+            got = cause(list(ranks))
             if not guard.equals(got, case):
-                shown = str(dataclasses.replace(card, case="Its post-mortem")).replace("\n", "\n  ")
+                shown = str(dataclasses.replace(card, case="Its post-mortem", ranks=ranks)).replace(
+                    "\n", "\n  "
+                )
                 raise WrongAnswer(f"you say {got!r:.60}; the cause was {case!r}. {shown}")
             cases += 1
     return Score(cases)
