@@ -15,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 import cpkit
+from cpkit.control import launcher
 from tools.source import BUDGET_S, Cell
 
 CELL_TIMEOUT_S = 120
@@ -68,8 +69,7 @@ def execute(
 
     Raises nbclient's CellExecutionError if a cell fails, unless `allow_errors`.
     """
-    with tempfile.TemporaryDirectory(prefix="cpkit-build-") as runtime:
-        private = {"JUPYTER_RUNTIME_DIR": runtime, **environment}
+    with _runtime_dir() as own:
         NotebookClient(
             notebook,
             timeout=CELL_TIMEOUT_S,
@@ -78,7 +78,22 @@ def execute(
             record_timing=True,
             allow_errors=allow_errors,
             resources={"metadata": {"path": str(folder)}},
-        ).execute(env=os.environ | private)
+        ).execute(env={**os.environ, **own, **environment})
+
+
+@contextmanager
+def _runtime_dir() -> Iterator[dict[str, str]]:
+    """Yield an environment with a new runtime directory. Remove it after its workers have ended.
+
+    Workers that a notebook started end with its kernel, but later than the kernel.
+    """
+    with tempfile.TemporaryDirectory(prefix="cpkit-build-") as runtime:
+        own = {"JUPYTER_RUNTIME_DIR": runtime, "CPKIT_NAME": "default"}
+        try:
+            yield own
+        finally:
+            with patch.dict(os.environ, own):
+                launcher.stop("default")
 
 
 def seconds(cell: Any) -> float:

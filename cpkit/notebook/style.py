@@ -228,15 +228,18 @@ def finish(
     return figure
 
 
-def recorded(figure: go.Figure, *, machine: str, date: str, source: str) -> go.Figure:
+def recorded(
+    figure: go.Figure, *, machine: str, date: str, source: str, note: str = "not measured here"
+) -> go.Figure:
     """Label a finished figure as recorded elsewhere: in its title, subtitle and text alternative.
 
-    `machine` and `date` say where and when; `source` is the file in benchmarks/results. Raises
-    ValueError if one is missing, because a recorded figure must not look like a measured one.
+    `machine` and `date` say where and when; `source` is the file in benchmarks/results. `note` says
+    which marks were recorded, if not all. Raises ValueError if one of the first three is missing,
+    because a recorded figure must not look like a measured one.
     """
     if not (machine and date and source):
         raise ValueError(f"pass machine, date and source; got {machine!r}, {date!r}, {source!r}")
-    words = f"Recorded on {machine}, {date} ({source}); not measured here."
+    words = f"Recorded on {machine}, {date} ({source}); {note}."
     title = figure.layout.title
     title.text = f"Recorded: {title.text}"
     title.subtitle.text = " ".join([words, title.subtitle.text or ""]).strip()

@@ -411,7 +411,7 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #
 # These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1). (The module-level functions of
 # the same names also move data, and exist for the NCCL backend only.) A second argument of `me.signal` and `me.wait`,
-# the *channel*, selects one of several words.
+# the *channel* (default: `"full"`), selects one of several words.
 
 # %% held-predict
 lesson.predict("held", ...)

@@ -296,7 +296,7 @@ tokens = world.of(4096)
 lab.pool.configure(world.of(1 << 20), cp)  # a small arena, so the first gather makes a new segment
 cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
 lab.pool.configure(cp_size=cp)  # the default arena again
-calls = ["direct", "copy", "copy_fresh", "collective", "launch"]
+calls = ["direct", "launch", "collective", "copy", "copy_fresh"]
 warm = lab.clock(calls, tokens, cp, iterations=12, **one)
 times = warm.times_us("direct")  # [iterations, ranks]
 slowest = times.max(axis=1)
@@ -603,9 +603,11 @@ def fit(sizes_bytes, times_us):
 # makes it wrong, and the check rejects it.)
 
 # %% e4-after [markdown]
-# Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm,
-# distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks it at sizes
-# and values of cp to which it was not fitted.
+# Look at the errors that your fit of the sweep printed. Each point is the median of five gathers, so on a busy machine
+# the line can be off by half at some size. In that case alpha and beta are only estimates.  Two numbers are a first
+# model. `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm, distinguishes cache, memory
+# and first touch, and distributes the ranks over the cores. `make bench` checks it at sizes and values of cp to which
+# it was not fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
@@ -998,7 +1000,16 @@ def break_even_bytes(slow, fast, gain):
 #
 # {glossary: call time; host time; device time}
 #
-# The record of two H100s from section 7 contains both clocks.
+# The record of two H100s from section 7 contains both clocks, for these variants:
+#
+# | variant | what each rank does | registered buffers |
+# |---|---|---|
+# | `NCCL`, `NCCL both` | the collective alone | none; send and receive |
+# | `seed`, `seed both` | SGLang's pipeline in plain torch: pad, the collective, strip, reorder | none; send and receive |
+# | `padded`, `padded_symm` | the same pipeline in cpkit, with its checks | none; send and receive |
+# | `copy engine` | the same, but copy engines move the shards into the peers' buffers | receive |
+# | `direct` | stores every row at its final position | receive |
+# | `plan` | `direct`, prepared once | receive |
 
 # %% clocks-predict
 lesson.predict("clocks", ...)

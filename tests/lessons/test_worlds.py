@@ -26,7 +26,7 @@ from tools.source import read
 
 LESSONS = [padding.LESSON, symmetric.LESSON, performance.LESSON]
 WORLDS = [World(cp_size, shrink) for cp_size in CP_SIZES for shrink in (1, 8, 64)]
-WORLDS += [World(cp_size, on_gpu=True) for cp_size in CP_SIZES]
+WORLDS += [World(cp, on_gpu=True, shares_gpu=shared) for cp in CP_SIZES for shared in (True, False)]
 FIRST, _, THIRD = sorted(SOURCES.glob("*.py"))
 # The second would run its failure lab, which needs no workers, and takes half a minute.
 FAILING = [pytest.param(FIRST, marks=pytest.mark.slow("the third shows the same")), THIRD]
@@ -136,9 +136,10 @@ def test_the_same_world_again_keeps_the_answers() -> None:
 # --------------------------------------------------------------------------- ranks and memory
 
 
-def status(*cp_sizes: int):
+def status(*cp_sizes: int, device: str = "cuda", gpus: int = 1):
+    workers = [SimpleNamespace(host="h", device=str(rank % gpus)) for rank in range(max(cp_sizes))]
     return SimpleNamespace(
-        name="w", world_size=max(cp_sizes), cp_sizes=cp_sizes, device="cuda",
+        name="w", world_size=max(cp_sizes), cp_sizes=cp_sizes, device=device, workers=workers,
         memory_limit_bytes=1 << 40,
     )  # fmt: skip
 
@@ -148,7 +149,12 @@ def status(*cp_sizes: int):
                          ((1, 2, 4, 8, 16), 8)]
 )  # fmt: skip
 def test_cp_is_the_largest_of_2_4_and_8_that_the_workers_can_form(cp_sizes, cp: int) -> None:
-    assert world_of(status(*cp_sizes)) == World(cp, on_gpu=True)
+    assert world_of(status(*cp_sizes)) == World(cp, on_gpu=True, shares_gpu=True)
+
+
+def test_a_world_says_what_the_ranks_run_on() -> None:
+    assert world_of(status(1, 2, gpus=2)) == World(2, on_gpu=True)
+    assert world_of(status(1, 2, device="cpu")).on_gpu is False
 
 
 @pytest.mark.parametrize("cp_sizes", [(1,), (1, 3)])

@@ -127,7 +127,13 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
         height=500,
     )
     date = str(recording.environment.get("date", "")) or "no date"
-    return style.recorded(figure, machine=recording.machine, date=date, source=recording.name)
+    return style.recorded(
+        figure,
+        machine=recording.machine,
+        date=date,
+        source=recording.name,
+        note="open marks, and filled marks are yours",
+    )
 
 
 def _apart(sizes: list[int]) -> list[int]:

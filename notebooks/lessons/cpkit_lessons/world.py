@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cpkit.control.results import StatusResult
 from cpkit.sync.free_memory import segment_limits
+from cpkit_lessons.capabilities import CPU, ONE_GPU, capabilities_of
 
 CP_SIZES = (2, 4, 8)
 # What the largest cells need of each rank: in shared memory, and by the limit of one request.
@@ -20,6 +21,7 @@ class World:
     cp_size: int = 4
     shrink: int = 1
     on_gpu: bool = False
+    shares_gpu: bool = False
 
     def of(self, usual: int) -> int:
         """Return the size that this world uses in place of a usual one."""
@@ -63,10 +65,10 @@ def world_of(status: StatusResult) -> World:
             f"`./launch_workers.sh stop --name {status.name}`, and start others with "
             f"`./launch_workers.sh --name {status.name} --nproc 4`"
         )
-    cp_size, on_gpu = fitting[-1], status.device != "cpu"
-    limits = [] if on_gpu else [limit.free_bytes for limit in segment_limits()]
+    cp_size, machine = fitting[-1], capabilities_of(status)
+    limits = [limit.free_bytes for limit in segment_limits()] if machine is CPU else []
     shrink = shrink_to(cp_size, min(limits, default=None), status.memory_limit_bytes)
-    return World(cp_size, shrink, on_gpu)
+    return World(cp_size, shrink, machine is not CPU, machine is ONE_GPU)
 
 
 def shrink_to(cp_size: int, shared_bytes: int | None, request_bytes: int) -> int:
