@@ -65,7 +65,7 @@ def damage(found: Mapping[str, Mistake]) -> go.Figure:
     return style.finish(
         figure,
         title="Reported time with each timing mistake",
-        subtitle="the line is the right time: median over iterations of the slowest rank",
+        subtitle="the line is the time without the mistake, on the slowest rank",
         alt=words + ".",
         height=170 + 46 * len(names),
     )

@@ -132,7 +132,7 @@ def beside(table: pd.DataFrame, recording: Recording, cp_size: int) -> go.Figure
         machine=recording.machine,
         date=date,
         source=recording.name,
-        note="open marks, and filled marks are yours",
+        note="drawn with open marks; filled marks are yours",
     )
 
 
