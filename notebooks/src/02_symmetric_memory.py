@@ -338,8 +338,8 @@ def exchange(me):
 #
 # ---
 # **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
-# write. Every call of `direct` contains both, as an agreement at its start and a barrier at its end. PyTorch's
-# `_low_contention_all_gather` has them too.
+# write. Every call of `all_gather_kv` with `direct` contains both, as an agreement at its start and a barrier at its
+# end. PyTorch's `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
 # round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
@@ -670,8 +670,8 @@ assert not same.diverged
 # %% diverge-text [markdown]
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
 # not *equal*. The sender stored at the offset that it had computed for itself. So the two ranks miss three rows each,
-# and three rows of a block in use are overwritten: nine wrong rows in total. This is pytorch#178138. With a captured
-# CUDA graph it is sglang#34230: garbage output, and no error.
+# and three rows of a block in use are overwritten: nine wrong rows in total. (Each line above names only the first of
+# its three.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage output, and no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
@@ -751,7 +751,7 @@ def may_free(dropped, me):
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
 # | it is registered with *this group* | silent fallback | sglang#19329 |
-# | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error: it must not be used | pytorch#178138 |
+# | the *receive* buffer is at the *same offset* on all ranks | wrong rows, no error: the fast path must not be used | pytorch#178138 |
 # | all GPUs of the group reach each other over *NVLink* | silent fallback | `ncclSymkAvailable` in NCCL's `sym_kernels.cc` |
 #
 # {glossary: window; symmetric kernel; fallback}

@@ -362,9 +362,10 @@ found |= {
 figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
-# You predicted an order. Are the measured differences larger than the noise? The next cell prints each ratio, reported
-# time / right time, with its 99 % interval. The reveal then writes the order: `<` where two intervals do not overlap,
-# `≈` where they do. A prediction is right if it does not reverse a clear difference.
+# You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
+# reported time / right time, again from pairs of samples, so it can differ a little from the figure. It prints the
+# ratio with its 99 % interval. The reveal then writes the order: `<` where two intervals do not overlap, `≈` where they
+# do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -603,11 +604,11 @@ def fit(sizes_bytes, times_us):
 # makes it wrong, and the check rejects it.)
 
 # %% e4-after [markdown]
-# Look at the errors that your fit of the sweep printed. Each point is the median of five gathers, so on a busy machine
-# the line can be off by half at some size. In that case alpha and beta are only estimates.  Two numbers are a first
-# model. `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm, distinguishes cache, memory
-# and first touch, and distributes the ranks over the cores. `make bench` checks it at sizes and values of cp to which
-# it was not fitted.
+# Look at the errors of the fitted sweep, which the cell above exercise 4 printed. Each point is the median of five
+# gathers, so on a busy machine the line can be off by half at some size. In that case alpha and beta are only
+# estimates.  Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
+# algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
+# it at sizes and values of cp to which it was not fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
@@ -903,9 +904,9 @@ figures.show(
 lesson.reveal("stops", SYMMETRIC.speedups[-1])
 
 # %% stops-text [markdown]
-# The saved time first grows with the size, and then stays constant. A lower fixed cost would save the same time at
-# every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of its
-# ring with the size, so no single line fits the ring's time. One line nearly fits that of the symmetric kernels
+# The saved time first grows with the size, and then stays about the same. A lower fixed cost would save the same time
+# at every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of
+# its ring with the size, so no single line fits the ring's time. One line nearly fits that of the symmetric kernels
 # (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
 # the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
@@ -1280,8 +1281,9 @@ lesson.progress()
 #   one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
 #   buffers registered, the gain is largest near 4 MB and absent at 67 MB. At 0.26 and 268 MB, symmetric memory is
-#   slower. `plan` is 1.9 to 2.8 times as fast there as SGLang's pipeline. The passes alone make that pipeline take 1.2
-#   to 1.9 times as long as its collective (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+#   slower. On the same two H100s, `plan` is 1.9 to 2.8 times as fast as SGLang's pipeline, depending on the size. The
+#   passes alone make that pipeline take 1.2 to 1.9 times as long as its collective
+#   (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
 # - Compare algorithms by device time. Call time mostly reflects how much Python runs.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.

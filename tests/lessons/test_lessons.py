@@ -119,7 +119,7 @@ def test_a_guess_after_the_reveal_is_marked(lesson: Lesson) -> None:
     assert "0.25 of it (changed after the reveal)" in shown(lesson.progress)
 
 
-@pytest.mark.parametrize("guess", ["a lot", True, ["a"], float("nan")])
+@pytest.mark.parametrize("guess", ["a lot", True, ["a"], [1, "a"], float("nan")])
 def test_a_guess_of_the_wrong_kind_is_refused_politely(lesson: Lesson, guess: object) -> None:
     assert "is not a number: write a number" in shown(lesson.predict, "share", guess)
     refused = "is not possible: write a list of these names in order"

@@ -142,7 +142,7 @@ def _names_in_order(guess: object) -> tuple[str, ...]:
     """Return the names of a list, or of a text such as "a < b < c", as reveals write an order."""
     if isinstance(guess, str):
         return tuple(name.strip() for name in guess.split("<"))
-    return tuple(guess) if isinstance(guess, list | tuple) else ()
+    return tuple(map(str, guess)) if isinstance(guess, list | tuple) else ()
 
 
 def _nearest(guess: float, measured: Ratio) -> float:

@@ -115,9 +115,8 @@ def alpha(world: World) -> Prediction:
     """Ask for the fraction of alpha at the smallest size."""
     size = f"{world.sizes()[0] >> 10} KiB"
     return Prediction(
-        f"direct gathers {size}. According to the fitted line, what fraction of the time is "
-        "alpha, the part "
-        "that does not depend on the number of bytes?",
+        f"direct gathers {size}. According to the fitted line, what fraction of the time is alpha, "
+        "the part that does not depend on the number of bytes?",
         answer=0.9,
         unit="of the time",
         between=(0, 1),
