@@ -102,7 +102,7 @@ def check_no_barrier_after_the_wire() -> None:
 
 def check_no_reorder() -> None:
     with planted(gather, "reorder_tokens", lambda real, rank_order, metadata: rank_order):
-        expect("padded", "wanted")
+        expect("padded", "expected")
 
 
 def check_the_wrong_end_stripped() -> None:
