@@ -249,9 +249,8 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
         for ranks in (card.ranks, card.ranks[::-1]):
             got = cause(list(ranks))
             if not guard.equals(got, case):
-                shown = str(dataclasses.replace(card, case="Its post-mortem", ranks=ranks)).replace(
-                    "\n", "\n  "
-                )
+                report = dataclasses.replace(card, case="Its post-mortem", ranks=ranks)
+                shown = str(report).replace("\n", "\n  ")
                 raise WrongAnswer(f"you say {got!r:.60}; the cause was {case!r}. {shown}")
             cases += 1
     return Score(cases)
