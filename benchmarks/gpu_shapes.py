@@ -13,14 +13,13 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from benchmarks.gpu_ranks import elapsed_us
-from cpkit.kernels import launch as cuda_launch
+from cpkit.devices import raw_stream
 from cpkit.kernels.gather_kernel import PAGE_WORDS
-from cpkit.kernels.launch import Shape
+from cpkit.kernels.launch import Compiled, PreparedLaunch, Shape, TileTable, compiled, launch
 from cpkit.kernels.tiles import tile_table
 from cpkit.layout import prepare_context_parallel_metadata
 from cpkit.processes import run_command
@@ -55,13 +54,14 @@ class Words:
     page: int
     pages: torch.Tensor
     report: torch.Tensor
-    kernels: dict[object, Any] = field(default_factory=dict)
+    kernels: dict[object, Compiled] = field(default_factory=dict)
 
     def enter(self) -> None:
         """Return at once: there is no peer."""
 
-    def in_order(self) -> None:
-        """Return at once: there is only one stream."""
+    def in_order(self) -> int:
+        """Return the only stream."""
+        return raw_stream()
 
 
 def main() -> int:
@@ -73,7 +73,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu_shapes needs a CUDA device")
         return 2
-    cuda_launch.SYNC = False
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.mib} MiB")
     for cp_size in map(int, options.cp_sizes.split(",")):
         compare(cp_size, options.mib << 20)
@@ -109,9 +108,13 @@ def launcher(source: torch.Tensor, outputs: list[torch.Tensor], shape: Shape) ->
     pages = torch.full((len(outputs),), page.data_ptr(), dtype=torch.int64, device="cuda")
     words = Words(OneProcess(len(outputs)), source.device, page.data_ptr(), pages, page)
 
+    addresses = (source.data_ptr(),), (outputs[0].data_ptr(),), (bases.data_ptr(),)
+    without_signals = (False, False, False)
+    kernel = compiled(words, tiles, addresses, None, 0, shape, without_signals)  # type: ignore[arg-type]
+    prepared = PreparedLaunch(kernel, TileTable(tiles))
+
     def call() -> None:
-        launch = ([source.data_ptr()], [outputs[0].data_ptr()], [bases.data_ptr()])
-        cuda_launch.launch_gather(words, tiles, *launch, shape=shape)  # type: ignore[arg-type]
+        launch(words, prepared, addresses)  # type: ignore[arg-type]
 
     return call
 

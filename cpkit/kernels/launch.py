@@ -10,7 +10,6 @@ in a launch of its own, and the blocks that copy start when the outputs are free
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from cpkit.devices import is_capturing, keep_for_replays, raw_stream
+from cpkit.devices import is_capturing, keep_for_replays
 from cpkit.group import CPGroup
 from cpkit.kernels.gather_kernel import gather_kernel
 from cpkit.kernels.tiles import WIDE_BYTES, tile_table, unit_bytes
@@ -45,8 +44,9 @@ _SMALL, _LARGE = Shape(1024, 4, 4), Shape(4096, 16, 2)
 _LARGE_FROM_BYTES = 16 << 20
 _REGISTERS = 65536  # per multiprocessor, compute capability 7.0 to 12.x
 NARROW = {1: "int8", 4: "int32"}
-_Addresses = tuple[int, ...]
-_NO_ADDRESSES: tuple[_Addresses, _Addresses, _Addresses] = ((0,), (0,), (0,))
+Addresses = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # sources, targets, bases
+Flags = tuple[bool, bool, bool]  # SLOTS, ENTRY, EXIT
+_NO_ADDRESSES: Addresses = ((0,), (0,), (0,))
 
 
 class Signals(Protocol):
@@ -57,60 +57,67 @@ class Signals(Protocol):
     page: int
     pages: torch.Tensor
     report: torch.Tensor
-    kernels: dict[object, _Compiled]  # by what Triton specializes on
+    kernels: dict[object, Compiled]  # by what Triton specializes on
 
     def enter(self) -> None:
         """Run `launch_entry` on the stream."""
 
-    def in_order(self) -> None:
-        """Make the current stream wait for this rank's launches on other streams."""
-
-
-def launch_gather(
-    signals: Signals,
-    tiles: torch.Tensor,
-    sources: Sequence[int],
-    targets: Sequence[int],
-    bases: Sequence[int],
-    slots: torch.Tensor | None = None,
-    narrow_bytes: int = 0,
-    *,
-    tag: int = 0,
-    shape: Shape = _SMALL,
-    entry: bool = True,
-) -> None:
-    """Launch `gather_kernel` on the current stream; see its docstring for the arguments."""
-    if entry and SYNC and (signals.group.shares_gpu or signals.group.overlaps):
-        signals.enter()
-        entry = False
-    addresses = tuple(sources), tuple(targets), tuple(bases)
-    _launch(signals, tiles, addresses, slots, narrow_bytes, shape, tag=tag, entry=entry)
+    def in_order(self) -> int:
+        """Make the current stream wait for this rank's launches on other streams; return it."""
 
 
 def launch_entry(signals: Signals) -> None:
     """Wait on the current stream until all ranks' streams arrive. `launch_exit` must follow."""
-    _launch(signals, signals.pages[:0], _NO_ADDRESSES, leave=False)
+    _launch_without_tiles(signals, (False, SYNC, False))
 
 
 def launch_exit(signals: Signals) -> None:
     """Wait on the current stream until all ranks' streams arrive."""
-    _launch(signals, signals.pages[:0], _NO_ADDRESSES, entry=False)
+    _launch_without_tiles(signals, (False, False, SYNC))
 
 
-def _launch(
+def _launch_without_tiles(signals: Signals, flags: Flags) -> None:
+    tiles = signals.pages[:0]
+    kernel = compiled(signals, tiles, _NO_ADDRESSES, None, 0, _SMALL, flags)
+    launch(signals, PreparedLaunch(kernel, TileTable(tiles)), _NO_ADDRESSES)
+
+
+def enter_alone(signals: Signals) -> bool:
+    """Launch the entry by itself where blocks must not wait for a peer; return True if so."""
+    if SYNC and (signals.group.shares_gpu or signals.group.overlaps):
+        signals.enter()
+        return True
+    return False
+
+
+def launch(
+    signals: Signals,
+    prepared: PreparedLaunch,
+    addresses: Addresses,
+    slots: torch.Tensor | None = None,
+    tag: int = 0,
+) -> None:
+    """Launch a variant of the kernel over its tiles on the current stream."""
+    kernel, table = prepared
+    stream = signals.in_order()
+    table.keep_for(stream)
+    kernel.run(
+        *(min(table.n_tiles, kernel.most_blocks) or 1, 1, 1, stream, *kernel.options),
+        *(*addresses, kernel.words[1] if slots is None else slots, table.address, table.n_tiles),
+        *(*kernel.words, int(deadline_s() * 1e9), signals.group.rank, tag, *kernel.constants),
+    )
+
+
+def compiled(
     signals: Signals,
     tiles: torch.Tensor,
-    addresses: tuple[_Addresses, _Addresses, _Addresses],
-    slots: torch.Tensor | None = None,
-    narrow_bytes: int = 0,
-    shape: Shape = _SMALL,
-    *,
-    tag: int = 0,
-    entry: bool = True,
-    leave: bool = True,
-) -> None:
-    signals.in_order()
-    flags = slots is not None, SYNC and entry, SYNC and leave
+    addresses: Addresses,
+    slots: torch.Tensor | None,
+    narrow_bytes: int,
+    shape: Shape,
+    flags: Flags,
+) -> Compiled:
+    """Return the variant of the kernel for these arguments, compiled at the first call."""
     # Triton's launch finds out at each call which variant of the kernel its arguments need, which
     # takes three times as long as the launch. What it looks at is the key here.
     aligned = tuple([a & 15 if a else None for each in addresses for a in each])
@@ -119,15 +126,10 @@ def _launch(
     if kernel is None:
         kernel = _compile(signals, tiles, addresses, slots, narrow_bytes, shape, flags)
         signals.kernels[key] = kernel
-    n_tiles = tiles.shape[0]
-    kernel.run(
-        *(min(n_tiles, kernel.most_blocks) or 1, 1, 1, raw_stream(), *kernel.options),
-        *(*addresses, kernel.words[1] if slots is None else slots, tiles.data_ptr(), n_tiles),
-        *(*kernel.words, int(deadline_s() * 1e9), signals.group.rank, tag, *kernel.constants),
-    )
+    return kernel
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
     """A variant of the kernel: its launch by Triton, and what is equal in all its launches."""
 
     run: Callable[..., object]
@@ -140,12 +142,12 @@ class _Compiled(NamedTuple):
 def _compile(
     signals: Signals,
     tiles: torch.Tensor,
-    addresses: tuple[_Addresses, _Addresses, _Addresses],
+    addresses: Addresses,
     slots: torch.Tensor | None,
     narrow_bytes: int,
     shape: Shape,
-    flags: tuple[bool, bool, bool],
-) -> _Compiled:
+    flags: Flags,
+) -> Compiled:
     """Compile the variant of the kernel for these arguments."""
     constants = (
         *(len(addresses[0]), signals.group.size, shape.tile, _narrow(narrow_bytes)),
@@ -161,7 +163,7 @@ def _compile(
     run, no_hooks = kernel.run, (None, None, None)  # the kernel is on the GPU from here on
     words = signals.page, signals.pages.data_ptr(), signals.report.data_ptr()
     options = kernel.function, kernel.packed_metadata, *no_hooks
-    return _Compiled(run, options, _most_blocks(signals, shape), words, constants)
+    return Compiled(run, options, _most_blocks(signals, shape), words, constants)
 
 
 @cache
@@ -242,7 +244,27 @@ def _cut(
     )
 
 
-_Key = tuple[ContextParallelMetadata, Cut]
+class TileTable:
+    """One tile table on the GPU, its key in the cache, the streams that may still read it."""
+
+    def __init__(self, tiles: torch.Tensor, key: object = None) -> None:
+        self.tiles, self.key = tiles, key
+        self.address, self.n_tiles = tiles.data_ptr(), tiles.shape[0]
+        self.readers: set[int] = set()
+        self.last_use = 0
+
+    def keep_for(self, stream: int) -> None:
+        """Keep the memory until the current stream, `stream`, has read it."""
+        if stream not in self.readers and not is_capturing("cuda"):
+            self.tiles.record_stream(torch.cuda.current_stream())
+            self.readers.add(stream)
+
+
+class PreparedLaunch(NamedTuple):
+    """What a launch needs besides addresses: the compiled kernel and the tiles."""
+
+    kernel: Compiled
+    table: TileTable
 
 
 class TileTables:
@@ -255,34 +277,64 @@ class TileTables:
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank, self._device = rank, device
-        self._tables: OrderedDict[_Key, torch.Tensor] = OrderedDict()
-        self._readers: dict[_Key, set[int]] = {}  # the streams that may still read a table
-        self._captured = WeakValueDictionary[_Key, torch.Tensor]()
+        self._tables: dict[object, TileTable] = {}
+        self._captured = WeakValueDictionary[object, TileTable]()
+        self._uses = 0
+        self._prepared: dict[object, PreparedLaunch] = {}
 
     def has(self, metadata: ContextParallelMetadata, cut: Cut) -> bool:
         """Return True when the table of this gather is already on the GPU."""
         key = metadata, cut
         return key in self._tables or key in self._captured
 
-    def get(self, metadata: ContextParallelMetadata, cut: Cut) -> torch.Tensor:
-        """Return the table, made at the first call."""
+    def prepare(
+        self,
+        signals: Signals,
+        metadata: ContextParallelMetadata,
+        addresses: Addresses,
+        row_bytes: Sequence[int],
+        pitch_bytes: Sequence[int],
+        slots: torch.Tensor | None,
+        *,
+        entry: bool,
+    ) -> PreparedLaunch:
+        """Return the compiled kernel and the tiles of a gather; a similar one finds them at once.
+
+        Both depend on addresses modulo WIDE_BYTES only.
+        """
+        flags = slots is not None, SYNC and entry, SYNC
+        low_bits = [a % WIDE_BYTES if a else None for each in addresses for a in each]
+        key = metadata, flags, *low_bits, *row_bytes, *pitch_bytes
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            pairs = list(zip(addresses[0], addresses[1], strict=True))
+            cut = Cut.of(metadata.max_rank_len[0], row_bytes, pairs, pitch_bytes)
+            table = self._get(metadata, cut)
+            kernel = compiled(signals, table.tiles, addresses, slots, cut.narrow, cut.shape, flags)
+            prepared = self._prepared[key] = PreparedLaunch(kernel, table)
+        self._use(prepared.table)
+        return prepared
+
+    def _get(self, metadata: ContextParallelMetadata, cut: Cut) -> TileTable:
+        """Return the table, made at the first call; drop the one whose last use is oldest."""
         key = metadata, cut
-        table = self._tables.pop(key, self._captured.get(key))
+        table = self._tables.get(key) or self._captured.get(key)
         if table is None:
             runs, narrow = metadata.runs(self._rank), cut.narrow or 1
             made = tile_table(
                 runs, cut.row_bytes, cut.wide, narrow, cut.shape.tile, cut.pitch_bytes
             )
-            table = made.to(self._device)
+            table = TileTable(made.to(self._device), key)
+        if key not in self._tables and len(self._tables) >= self.MAX_TABLES:
+            oldest = min(self._tables.values(), key=lambda each: each.last_use)
+            del self._tables[oldest.key]
+            self._prepared = {k: v for k, v in self._prepared.items() if v.table is not oldest}
         self._tables[key] = table
-        while len(self._tables) > self.MAX_TABLES:
-            dropped, _ = self._tables.popitem(last=False)
-            del self._readers[dropped]
-        readers = self._readers.setdefault(key, set())
+        return table
+
+    def _use(self, table: TileTable) -> None:
+        """Keep a table longer than those that were used before, and for replays if captured."""
+        self._uses = table.last_use = self._uses + 1
         if is_capturing("cuda"):
             keep_for_replays("cuda", table)
-            self._captured[key] = table
-        elif raw_stream() not in readers:
-            table.record_stream(torch.cuda.current_stream())
-            readers.add(raw_stream())
-        return table
+            self._captured[table.key] = table

@@ -45,13 +45,15 @@ class FreeList:
     def free(self, offset: int, nbytes: int) -> None:
         """Free a block and join it with its free neighbours."""
         self.used_bytes -= nbytes
-        index = bisect(self.free_ranges, (offset, nbytes))
-        self.free_ranges.insert(index, (offset, nbytes))
-        for left in (index, index - 1):
-            if 0 <= left < len(self.free_ranges) - 1:
-                (a, a_size), (b, b_size) = self.free_ranges[left : left + 2]
-                if a + a_size == b:
-                    self.free_ranges[left : left + 2] = [(a, a_size + b_size)]
+        ranges = self.free_ranges
+        index = bisect(ranges, (offset, nbytes))
+        if index < len(ranges) and ranges[index][0] == offset + nbytes:
+            nbytes += ranges.pop(index)[1]
+        if index and sum(ranges[index - 1]) == offset:
+            index -= 1
+            offset, before = ranges.pop(index)
+            nbytes += before
+        ranges.insert(index, (offset, nbytes))
 
 
 class Block(NamedTuple):
@@ -118,13 +120,16 @@ class BlockAllocator:
 
     def free(self, released_everywhere: int) -> None:
         """Free the blocks that all ranks have dropped (the AND of all ranks' bits)."""
-        for bit in sorted(self.blocks):
-            if released_everywhere >> bit & 1:
-                block = self.blocks.pop(bit)
-                self.free_lists[block.segment].free(block.offset, block.nbytes)
-                heapq.heappush(self._free_bits, bit)
-                self.used_bytes -= block.nbytes
-                self.digest = zlib.crc32(b"free %d" % bit, self.digest)
+        bits = released_everywhere
+        while bits:
+            lowest = bits & -bits
+            bits ^= lowest
+            bit = lowest.bit_length() - 1
+            block = self.blocks.pop(bit)
+            self.free_lists[block.segment].free(block.offset, block.nbytes)
+            heapq.heappush(self._free_bits, bit)
+            self.used_bytes -= block.nbytes
+            self.digest = zlib.crc32(b"free %d" % bit, self.digest)
         self._released &= ~released_everywhere
 
     def largest_free(self) -> int:

@@ -98,8 +98,8 @@ class Pool(Protocol):
     def peer_addresses(self, tensor: torch.Tensor) -> list[int]:
         """Return the address of the same tensor of each rank, by rank."""
 
-    def segment_of(self, tensor: torch.Tensor) -> Segment:
-        """Return the segment that a tensor of the pool is in."""
+    def segment_at(self, address: int) -> Segment | None:
+        """Return the segment of an address in this rank's part of the pool; None for others."""
 
 
 class Backend(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -22,7 +22,7 @@ from cpkit.devices import Replay, is_capturing, keep_for_replays, raw_stream
 from cpkit.group import CPGroup
 from cpkit.kernels import launch
 from cpkit.kernels.gather_kernel import DIFFERS, MAX_RANKS, PAGE_WORDS, TAG_BITS
-from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit, launch_gather
+from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import (
     SHARDS_MOVED,
@@ -58,10 +58,12 @@ class _BlockMemory:
     It keeps the segment, even after its pool is replaced, and calls `release` when it is dropped.
     """
 
+    __slots__ = "__cuda_array_interface__", "_release", "_segment"
+
     def __init__(
-        self, segment: CudaSegment, array: Mapping[str, object], release: Callable[[], object]
+        self, segment: CudaSegment, array: dict[str, object], release: Callable[[], object]
     ) -> None:
-        self.__cuda_array_interface__ = {**array, "version": 3}
+        self.__cuda_array_interface__ = array
         self._segment, self._release = segment, release
 
     def __del__(self) -> None:
@@ -101,7 +103,8 @@ class CudaSegment:
     ) -> torch.Tensor:
         """Return own memory; `release` is called when the last tensor over it is dropped."""
         data = self._address + offset, False  # not read-only
-        array = {"shape": shape, "typestr": _INTEGER_OF[dtype.itemsize], "data": data}
+        typestr = _INTEGER_OF[dtype.itemsize]
+        array = {"shape": shape, "typestr": typestr, "data": data, "version": 3}
         memory = _BlockMemory(self, array, release)
         return torch.as_tensor(memory, device=self._device).view(dtype)
 
@@ -133,7 +136,7 @@ class CudaBackend:
         group.exchange(b"")  # so that no rank signals into a page before it is zeroed
         self.page, self.pages = self._page.addresses[group.rank], self._page.peers
         self.tables = TileTables(group.rank, self.device)
-        self.kernels: dict[object, Any] = {}
+        self.kernels: dict[object, launch.Compiled] = {}
         self._stream, self._raw_stream = torch.cuda.current_stream(), raw_stream()
         self._replays: dict[tuple[_Launch, float], Replay[None]] = {}
         launch_entry(self)  # compiles both now, not while a peer waits or a graph is captured
@@ -219,17 +222,16 @@ class CudaBackend:
         if not present:
             self.leave()
             return
-        sizes = [bytes_per_row(x) for x, _ in present]
-        pairs = [(x.data_ptr(), y.data_ptr()) for x, y in present]
+        sources = tuple([x.data_ptr() for x, _ in present])
+        targets = tuple([y.data_ptr() for _, y in present])
+        addresses = sources, targets, tuple([_segment_table(pool, y) for y in targets])
+        row_bytes = [bytes_per_row(x) for x, _ in present]
         pitches = () if slots is None else [y.stride(0) * y.element_size() for _, y in present]
-        cut = Cut.of(metadata.max_rank_len[0], sizes, pairs, pitches)
-        sources, targets = zip(*pairs, strict=True)
-        bases = [_segment_table(pool, y) for _, y in present]
-        tiles, shape = self.tables.get(metadata, cut), cut.shape
-        launch_gather(
-            self, tiles, sources, targets, bases, slots, cut.narrow,
-            tag=tag, shape=shape, entry=entry,
-        )  # fmt: skip
+        entry = entry and not launch.enter_alone(self)
+        prepared = self.tables.prepare(
+            self, metadata, addresses, row_bytes, pitches, slots, entry=entry
+        )
+        launch.launch(self, prepared, addresses, slots, tag)
 
     def prepare(
         self,
@@ -334,17 +336,18 @@ class CudaBackend:
         """Wait on the stream until the earlier stores of all ranks have arrived."""
         self._replay(launch_exit)
 
-    def in_order(self) -> None:
-        """Make the current stream wait for this rank's launches on other streams.
+    def in_order(self) -> int:
+        """Make the current stream wait for this rank's launches on other streams; return it.
 
         A rank has one page of counters, so its launches must not overlap. Replays of a graph that a
         caller captured are ordered by the caller.
         """
-        if raw_stream() == self._raw_stream or is_capturing("cuda"):
-            return
-        before, self._stream = self._stream, torch.cuda.current_stream()
-        self._stream.wait_stream(before)
-        self._raw_stream = raw_stream()
+        stream = raw_stream()
+        if stream != self._raw_stream and not is_capturing("cuda"):
+            before, self._stream = self._stream, torch.cuda.current_stream()
+            self._stream.wait_stream(before)
+            self._raw_stream = stream
+        return stream
 
     def _replay(self, run: _Launch) -> None:
         """Replay a graph of one kernel, which costs the host a tenth of a launch by Triton."""
@@ -438,8 +441,8 @@ class _PreparedPush:
             pass  # inside the kernel
 
 
-def _segment_table(pool: Pool, output: torch.Tensor) -> int:
-    """Return the address of the table of the ranks' segments that this output is in."""
-    segment = pool.segment_of(output)
+def _segment_table(pool: Pool, address: int) -> int:
+    """Return the address of the table of the ranks' segments that an output is in."""
+    segment = pool.segment_at(address)
     assert isinstance(segment, CudaSegment)
     return segment.table

@@ -148,10 +148,9 @@ class SymmetricPool:
 
     def locate(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """Return (segment, byte offset) of a tensor's first element; None outside this pool."""
-        address = tensor.data_ptr()
+        address, rank = tensor.data_ptr(), self.group.rank
         for number, segment in self._segments.items():
-            offset = address - segment.addresses[self.group.rank]
-            if 0 <= offset < segment.nbytes:
+            if 0 <= (offset := address - segment.addresses[rank]) < segment.nbytes:
                 return number, offset
         return None
 
@@ -165,9 +164,10 @@ class SymmetricPool:
             raise not_in_pool(tensor)
         return found
 
-    def segment_of(self, tensor: torch.Tensor) -> Segment:
-        """Return the segment of a tensor of this pool. Raises ValueError for others."""
-        return self._segments[self.offset_of(tensor)[0]]
+    def segment_at(self, address: int) -> Segment | None:
+        """Return the segment of an address in this rank's part of the pool; None for others."""
+        rank, segments = self.group.rank, self._segments.values()
+        return next((s for s in segments if 0 <= address - s.addresses[rank] < s.nbytes), None)
 
     def push_shard(self, output: torch.Tensor, shard: torch.Tensor) -> None:
         """Store this rank's shard into every peer's symmetric output. Not synchronized."""

@@ -107,7 +107,8 @@ class Agreement:
             if self._failure:
                 raise self._failure
             return
-        self.states = [answer[_HEAD_BYTES:] for answer in answers]
+        states = [mine[_HEAD_BYTES:]] * len(answers)
+        self.states = states if all_equal else [answer[_HEAD_BYTES:] for answer in answers]
         if self._on_agreed:
             self._on_agreed(self.states)
 

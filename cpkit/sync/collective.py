@@ -207,9 +207,11 @@ def _flat_bytes(x: torch.Tensor) -> torch.Tensor:
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 
+# torch 2.13 renamed the collective and deprecates the old name.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 def _all_gather_single(
     output: torch.Tensor, input: torch.Tensor, process_group: dist.ProcessGroup
 ) -> None:
-    # torch 2.13 renamed the collective and deprecates the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, input, group=process_group)
+    _GATHER(output, input, group=process_group)
