@@ -629,7 +629,8 @@ def gather_index(rank_rows, max_rank_len):
 #
 # **Another way** Scatter instead of sorting: `index = torch.empty(total, dtype=torch.int64); index[tokens] = slots`.
 # The index is the same. Here `tokens` gives the *destination* of each slot. The sort above computes the *source* of
-# each token. The algorithm `direct` of section 8 does the same across ranks.
+# each token. The algorithm `direct` of section 8 also scatters: each rank stores its rows at their destinations in the
+# memory of every peer.
 
 # %% s6 [markdown]
 # ## 6. Does the order matter?
@@ -677,8 +678,8 @@ lesson.reveal("order", int(right.sum()))
 # %% order-text [markdown]
 # Nothing crashed, and every shape was right. That is the danger of a wrong order: no error reports it. Without a mask,
 # for example when a single token is decoded, the order does not matter. With a causal mask or a sliding window it does.
-# Rank order usually leaves the positions of the tokens right: the rotary embedding (RoPE) is applied before the keys
-# are cached, so each key already contains its position.
+# Rank order usually does not disturb the position encoding: the rotary embedding (RoPE) is applied before the keys are
+# cached, so each key already contains its position.
 
 # %% e6-task [markdown]
 # ### Exercise 6 · Context-parallel attention

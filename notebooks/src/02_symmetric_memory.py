@@ -181,8 +181,8 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **stale** (read after write): the reader was early. It read before the writer had written.
 # - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
-# (The ranks of this loop meet every 500 rounds. If one rank finishes its 500 rounds before another one starts, the
-# other reads round 500.)
+# (The ranks of this loop synchronize every 500 rounds only. If one rank finishes its 500 rounds before another rank
+# starts them, the late rank finds round 500 in every slot of the fast rank that it reads.)
 #
 # Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
 # memory that was never written.
@@ -597,9 +597,9 @@ print("each of 2 ranks read 1000 numbers, all of them right")
 # {glossary: arena, pool; spill}
 #
 # In the review of sglang#24040, the change that moved the receive buffer into symmetric memory, a reviewer noted that
-# token counts vary. Is memory allocated at run time, then, when a buffer is larger than the pool? The author confirmed
-# that this can happen, and that 4 GB is reserved at startup to make it rare. The reviewer also asked whether the engine
-# should warm up with the largest request.
+# token counts vary. The reviewer asked whether memory is therefore allocated at run time when a buffer is larger than
+# the pool. The author confirmed that this can happen, and that 4 GB is reserved at startup to make it rare. The
+# reviewer also asked whether the engine should warm up with the largest request.
 
 # %% spills-predict
 lesson.predict("spills", ...)
@@ -737,8 +737,8 @@ def may_free(dropped, me):
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
 # does that. Sorting the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
-# different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address,
-# and #190977 (wrong rows after reuse) is still open.
+# different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address;
+# the issue about wrong rows after reuse, #190977, is still open.
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
@@ -778,7 +778,8 @@ lesson.version_table()
 # For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
 # NCCL may still select its symmetric kernel for small messages (LL), because that kernel copies through NCCL's own
 # memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6 leaves these exceptions out. The ranks of this notebook push
-# rows themselves. They need a symmetric receive buffer. A symmetric send buffer only saves the copy in the `pad` stage.
+# their rows without NCCL. They need a symmetric receive buffer. A symmetric send buffer only saves the copy in the
+# `pad` stage.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
@@ -945,8 +946,8 @@ def fast_path(version, group, send, recv):
 # **Why** NCCL does *not* compare the offsets of the ranks. On two H100s with NCCL 2.28.9, and a receive buffer at a
 # different offset on each rank, shards of 64 KiB were right, because the kernel for small messages uses a staging
 # buffer. Shards of 2 MiB were wrong on every rank, without an error. So cpkit's ranks exchange the locations of their
-# buffers before every gather (`locate.py`, `path.py`). If the receive offsets differ, they give NCCL an ordinary copy
-# of the buffer, and the path is `fallback`, with the reason.
+# buffers before every gather (`locate.py`, `path.py`). If the receive offsets differ, the ranks pass ordinary buffers
+# to NCCL instead, and report the path `fallback` with the reason.
 #
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
 # version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
@@ -1017,8 +1018,8 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # ### Receive-only registration
 #
 # This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The cell
-# below prints one path for each of three *transports* (what moves the rows). The ranks used `posix`. For the other
-# transports, two versions of NCCL, the path is computed from the same buffers by the rule of section 8.
+# below prints one path for each of three *transports* (what moves the rows). The ranks use `posix`. The other two
+# transports are versions of NCCL: their path is computed from the same buffers by the rule of section 8.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)

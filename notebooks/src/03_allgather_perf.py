@@ -363,9 +363,9 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, again from pairs of samples, so it can differ a little from the figure. It prints the
-# ratio with its 99 % interval. The reveal then writes the order: `<` where two intervals do not overlap, `≈` where they
-# do. A prediction is right if it does not reverse a clear difference.
+# reported time / right time, from the single samples instead of their medians, so it can differ a little from the
+# figure. It prints the ratio with its 99 % interval. The reveal then writes the order: `<` where two intervals do not
+# overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -382,9 +382,10 @@ for name, factor in factors.items():
 lesson.reveal("damage", lesson.order_of(factors))
 
 # %% mistakes-text [markdown]
-# Left of the line the gather seems faster than it is, and right of it slower. "No wait" can even be *below the speed of
-# light*. Then the bound reveals the mistake even if you do not know the code. "Rates averaged" also happens in
-# well-known tools: `all_reduce_bench.py` in the repository stas00/ml-engineering averages rates.
+# In the figure of the mistakes, a mark left of the line means that the gather seems faster than it is, and a mark right
+# of the line that it seems slower. "No wait" can even be *below the speed of light*. Then the bound reveals the mistake
+# even if you do not know the code. "Rates averaged" also happens in well-known tools: `all_reduce_bench.py` in the
+# repository stas00/ml-engineering averages rates.
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
 # from Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time
@@ -606,7 +607,7 @@ def fit(sizes_bytes, times_us):
 # %% e4-after [markdown]
 # Look at the errors of the fitted sweep, which the cell above exercise 4 printed. Each point is the median of five
 # gathers, so on a busy machine the line can be off by half at some size. In that case alpha and beta are only
-# estimates.  Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
+# estimates. Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
 # algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
 # it at sizes and values of cp to which it was not fitted.
 
@@ -615,9 +616,9 @@ def fit(sizes_bytes, times_us):
 #
 # Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
 # shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
-# has a price of its own. If a stage writes n of the N gathered rows, it costs n / N · the price of a pass. (For the
-# wire of `padded`, take the price of the collective.) The price of a gather is the sum over its stages, plus two
-# barriers.
+# has a price of its own. If the gather has N rows and a stage writes n rows, the stage costs n / N · the price of a
+# pass (n can exceed N, because of padding). (For the wire of `padded`, take the price of the collective.) The price of
+# a gather is the sum over its stages, plus two barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -690,9 +691,10 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # than it writes.
 
 # %% passes-text [markdown]
-# The table before exercise 5 counts the stages of rank 0. `padded` copies nothing in `pad` where rank 0 already holds
-# the longest shard, and `padded_symm` always copies its shard into symmetric memory. The cells below predict and
-# measure the times of the three algorithms at a quarter of the largest size. First predict one ratio yourself.
+# The table before exercise 5 counts the rows that rank 0 writes in each stage. `padded` copies nothing in `pad` where
+# rank 0 already holds the longest shard, and `padded_symm` always copies its shard into symmetric memory. The cells
+# below predict and measure the times of the three algorithms at a quarter of the largest size. First predict one ratio
+# yourself.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -712,9 +714,9 @@ figures.show(figures.steps(predicted, measured))
 lesson.reveal("passes", lesson.call_ratio(run, "padded_symm", "direct"))
 
 # %% priced-text [markdown]
-# There are two steps, with two causes. From `padded` to `padded_symm`, a push into the memory of the peers replaces the
-# collective. From `padded_symm` to `direct`, two copies of the result (strip and reorder) disappear. So does the small
-# copy into the symmetric shard. Only the push remains.
+# The time falls in two steps, each with its own cause. From `padded` to `padded_symm`, a push into the memory of the
+# peers replaces the collective. From `padded_symm` to `direct`, two copies of the result (strip and reorder) disappear.
+# So does the small copy into the symmetric shard. Only the push remains.
 #
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
@@ -868,9 +870,10 @@ lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
 # The slots are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
-# reorder move real rows. So the count of passes predicts that the time of `padded_symm` grows by a smaller fraction
-# than the slots. The two batches run one after the other, so load on the machine does not cancel (section 4). The ratio
-# of the times has a 99 % interval: if it contains 1, you have measured no difference at all.
+# reorder move real rows. The first batch has more slots than the second. The count of passes predicts that it takes
+# longer with `padded_symm`, but by a smaller factor than that of the slots. The two batches run one after the other, so
+# load on the machine does not cancel (section 4). The ratio of the times has a 99 % interval: if it contains 1, you
+# have measured no difference at all.
 #
 # Look at `direct` too. It sends no padding, but it makes up to two copies per sequence and peer, each with an alpha of
 # its own. For many short sequences, these copies can cost more than the padding. Count both.
@@ -1035,8 +1038,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
-# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (`padded` on a GPU
-# that ranks share), there is only call time. On CPUs there is only one clock, because the host is the device.
+# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory,
+# ranks that share a GPU), there is only call time. On CPUs there is only one clock, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work

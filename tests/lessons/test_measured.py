@@ -87,7 +87,10 @@ def lesson() -> Lesson:
     [
         ("abc", "✓ You said a < b < c, it is a ≈ b < c: consistent with all clear differences."),
         ("bac", "✓ You said b < a < c, it is a ≈ b < c: consistent with all clear differences."),
-        ("acb", "≠ You said a < c < b, it is a ≈ b < c: b < c is clear."),
+        (
+            "acb",
+            "≠ You said a < c < b, it is a ≈ b < c: your order reverses a clear difference, b < c.",
+        ),
     ],
 )
 def test_a_reveal_of_an_order_says_what_was_clear(lesson: Lesson, guess: str, head: str) -> None:

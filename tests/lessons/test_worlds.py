@@ -219,12 +219,12 @@ def test_one_failed_cell_gives_one_traceback(path: Path) -> None:
     assert cells, "other cells need the lab"
     for cell, error in cells.items():
         assert error.ename == "NameError", cell
-        assert "is not there yet: run " in error.evalue, cell
+        assert "is not defined yet: run " in error.evalue, cell
         assert error.traceback == [f"NameError: {error.evalue}"], cell
 
 
 def test_the_message_names_the_section() -> None:
     assert words("wire", "section 4") == (
-        "'wire' is not there yet: run section 4 first. If a cell of it failed, its own message "
+        "'wire' is not defined yet: run section 4 first. If a cell there failed, its message "
         "says why"
     )

@@ -30,7 +30,7 @@ class Order:
     def verdict(self, guess: tuple[str, ...]) -> str:
         """Compare a guess with this order: what it contradicts, or that it agrees."""
         if wrong := self._contradicted(guess):
-            return f"{wrong[0][0]} < {wrong[0][1]} is clear"
+            return f"your order reverses a clear difference, {wrong[0][0]} < {wrong[0][1]}"
         is_exact = guess == self.names and self.clear.issuperset(pairwise(guess))
         return "exact" if is_exact else "consistent with all clear differences"
 

@@ -50,7 +50,7 @@ def explain(notebook: str) -> None:
 def words(name: str, section: str) -> str:
     """Return what to do for a name of a section that has not run."""
     return (
-        f"{name!r} is not there yet: run {section} first. If a cell of it failed, its own message "
+        f"{name!r} is not defined yet: run {section} first. If a cell there failed, its message "
         f"says why"
     )
 

@@ -27,7 +27,8 @@ from cpkit.os_errors import describe
 from cpkit_lessons import machine
 
 METHOD = (
-    "Every gather was compared bit by bit before it was timed. The algorithms alternated at each "
+    "Each algorithm's result was compared bit by bit with the expected rows before it was timed. "
+    "The algorithms alternated at each "
     "size. Every sample began at a barrier. time_us is the largest of the ranks' medians; min_us "
     "and p95_us are the largest of the ranks' minima and 95th percentiles."
 )

@@ -322,7 +322,7 @@ def smallest_failure(program: Program, size: int, rounds: int, max_states: int =
                 seen.add(state)
                 queue.append((*order, rank))
         if len(seen) > max_states:
-            raise ValueError(f"more than {max_states} states: use fewer ranks or rounds")
+            raise ValueError(f"more than {max_states} states")
     return Search(len(seen), None)
 
 

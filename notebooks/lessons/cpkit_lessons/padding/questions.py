@@ -105,9 +105,9 @@ def cut(world: World) -> Prediction:
             f"{16 // cp} more. Rank 0 needs room for 16 more.",
         },
         why="Each sequence has one extra token, and zigzag adds it to the first block: rank 0 "
-        f"holds {rows[0]} rows, every other rank {rows[1]}. The formula gives {formula}. SGLang up "
-        "to 0.5.12 used it, which was right there, because it allowed only one sequence; from "
-        "0.5.13 on it takes the maximum over ranks.",
+        f"holds {rows[0]} rows, every other rank {rows[1]}. The formula gives {formula}. SGLang "
+        "used this formula up to 0.5.12, which was correct because only one sequence was allowed; "
+        "since 0.5.13 it takes the maximum over ranks.",
     )
 
 
@@ -121,8 +121,8 @@ LESSON.ask(
     wrong={
         1: "That counts only the exchange between the ranks. Count the copies before and after it "
         "too.",
-        2: "Count the copies after the exchange again: strip and reorder are two. And the pad "
-        "copies the row before it.",
+        2: "Count the copies after the exchange again: strip and reorder are two. Before the "
+        "exchange, the pad copies the row as well.",
         3: "That is right for a rank that holds the most rows, because it does not pad. The others "
         "copy their rows once more.",
     },

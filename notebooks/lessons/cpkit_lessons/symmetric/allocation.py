@@ -243,7 +243,10 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
     """Check the post-mortems of the learner's own runs, in both orders of their ranks."""
     missing = [case for case in CASES if case not in cards]
     if missing:
-        raise WrongAnswer(f"run the labs above first; {', '.join(missing)} has no post-mortem yet")
+        raise WrongAnswer(
+            f"run the failure lab (section 9) first; there is no post-mortem yet for "
+            f"{', '.join(missing)}"
+        )
     cases = 0
     for case, card in cards.items():
         for ranks in (card.ranks, card.ranks[::-1]):

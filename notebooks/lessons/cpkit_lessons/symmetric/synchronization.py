@@ -98,7 +98,7 @@ def check_order(order: Sequence[int]) -> Score:
     if failure is None:
         run = simulate.replay(one_barrier, 2, 2, order)
         at = ", ".join(
-            f"rank {r} is before `{s}`" if s else f"rank {r} is at its end"
+            f"the next step of rank {r} is `{s}`" if s else f"rank {r} has finished"
             for r, s in enumerate(run.next)
         )
         raise WrongAnswer(f"no read is wrong in these {len(order)} steps; after them, {at}")
@@ -137,7 +137,10 @@ def _check_orders(program: Program, *, with_itself: bool) -> int:
     except InvalidProgram as fault:
         raise WrongAnswer(str(fault)) from None
     except ValueError as problem:
-        raise WrongAnswer(f"too many steps to search all orders ({problem})") from None
+        raise WrongAnswer(
+            f"the program has too many steps to search all orders ({problem}): use fewer steps per "
+            f"round"
+        ) from None
     return cases
 
 
@@ -151,14 +154,15 @@ def _check_reads_all(program: Program, *, with_itself: bool) -> None:
     run = _finished(program, 3, 2)
     for rank in run.ranks:
         wanted = set(rank.all_ranks if with_itself else rank.peers)
-        for kind in ("put", "read"):
+        each = "rank" if with_itself else "peer"
+        for kind, preposition in (("put", "to"), ("read", "from")):
             for number in rank.rounds:
                 mine = [e.step for e in run.events if e.rank == rank.rank and e.step.kind == kind]
                 got = {step.peer for step in mine if step.round == number}
                 if missing := sorted(wanted - got):
                     raise WrongAnswer(
-                        f"rank {rank.rank} of 3 must {kind} for all ranks in every round; in round "
-                        f"{number} it omits rank(s) {', '.join(map(str, missing))}"
+                        f"rank {rank.rank} of 3 must {kind} {preposition} every {each} in every round; "
+                        f"in round {number} it omits rank(s) {', '.join(map(str, missing))}"
                     )
 
 
