@@ -41,9 +41,9 @@ world = lesson.begin(lab)
 # are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that the
 # notebook started stop when its kernel stops.
 #
-# `cp` below is the number of ranks in each gather. It equals the number of workers. To use 2 or 8 ranks, stop the
-# workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run all cells again. The
-# outputs that are saved in this file come from 4 ranks.
+# `cp` below is the number of ranks in each gather: 2, 4 or 8, whichever is the largest group that the workers can form.
+# To use 2 or 8 ranks, stop the workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`),
+# and run all cells again. The outputs that are saved in this file come from 4 ranks.
 
 # %% setup
 import torch
@@ -260,7 +260,7 @@ def keys_seen(tokens, lengths):
 # **Why** `right=True` matters: a token whose index equals an end is the *first* token of the next sequence.
 #
 # **Another way** `torch.cat([torch.arange(1, n + 1) for n in lengths])[tokens].sum()` lists the number of keys of every
-# token, selects the tokens of the rank, and adds up. It is shorter, but it needs memory for the whole batch.
+# token, selects those of the rank's tokens, and adds them up. It is shorter, but it needs memory for the whole batch.
 
 # %% s3 [markdown]
 # ## 3. Why pad?

@@ -182,7 +182,7 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **ahead** (write after read): the writer was early. It had already begun a later round.
 #
 # (The ranks of this loop synchronize every 500 rounds only. If one rank finishes its 500 rounds before another rank
-# starts them, the late rank finds round 500 in every slot of the fast rank that it reads.)
+# starts them, every read of the fast rank's slot by the late rank finds round 500.)
 #
 # Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
 # memory that was never written.
@@ -669,9 +669,10 @@ assert not same.diverged
 
 # %% diverge-text [markdown]
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
-# not *equal*. The sender stored at the offset that it had computed for itself. So the two ranks miss three rows each,
-# and three rows of a block in use are overwritten: nine wrong rows in total. (Each line above names only the first of
-# its three.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage output, and no error.
+# not *equal*. The sender stored at the offset that it had computed for itself. So each of the two ranks is missing
+# three rows, and three rows of a block in use are overwritten: nine wrong rows in total. (Each line above names only
+# the first of its three.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage output, and no
+# error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
@@ -1292,8 +1293,8 @@ def pull_gather(me, shard, out, tokens):
 # reorder are needed.
 #
 # ---
-# `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. The score shows
-# what the rotation gains.
+# `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. Without the
+# rotation, the check reports how many ranks load from the same rank at the same time.
 #
 # ---
 # **Why** If all ranks read from rank 0 first, its memory serves all of them while the memories of the other ranks

@@ -13,7 +13,7 @@
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
 # 2. recognize nine mistakes that make a measured time wrong;
 # 3. split a sweep into alpha and beta, and say which of them a change affects;
-# 4. predict the gain of removing a pass from the number of passes, and verify the prediction;
+# 4. use the number of passes to predict the gain of removing one, and verify the prediction;
 # 5. predict which kernel NCCL selects, and verify it in NCCL's own log.
 #
 # {glossary: algbw; busbw; speed of light; slowest rank; alpha, beta; pass; barrier; warm-up; first touch; skew; modelled}
@@ -363,7 +363,7 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, from the single samples instead of their medians, so it can differ a little from the
+# reported time / right time, from the individual samples instead of their medians, so it can differ a little from the
 # figure. It prints the ratio with its 99 % interval. The reveal then writes the order: `<` where two intervals do not
 # overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
@@ -457,9 +457,9 @@ def gather_us(times_us, warmup):
 # `times_us[warmup:]`, then `.max(axis=1)`, then `np.median`.
 #
 # ---
-# **Why** In the other order the result is a different number. The slowest rank changes from one gather to the next,
-# and the largest of the ranks' medians does not show that. `lab.sweep` reports that number as `time_us`, because it
-# needs one time per rank. It is never larger than yours. The live panel uses your order.
+# **Why** In the other order the result is a different number. The slowest rank changes from one gather to the next, and
+# the largest of the ranks' medians does not show that. `lab.sweep` reports that number as `time_us`, because it keeps
+# one median per rank, and not the samples. It is never larger than yours. The live panel uses your order.
 #
 # **Another way** `fair.begin_us("direct")` returns when each rank started. Add `times_us` to get each end, and take the
 # last end minus the first start. This also includes the skew that the barrier itself leaves.
@@ -1122,7 +1122,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # A slider moves with the arrow keys, and the space bar switches an algorithm on or off. The tables show the plotted
 # values. *Copy code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel
-# measures, other cells compete for the same cores, so the last cell of this section stops it (**Start** continues).
+# measures, other cells compete for the same cores, so the last cell of this section stops it (press **Start** to
+# resume).
 
 # %% panel
 from cpkit.notebook.explorer import Explorer
@@ -1159,7 +1160,8 @@ panel.stop()
 # such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
 # Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
 # inside the node. The slower of the two transfers counts. The rate of NVLink is what NCCL has reached (8 H100: 328
-# GB/s, section 2) or what NCCL's own cost model assumes (the others: 360 GB/s per Hopper GPU).
+# GB/s, section 2) or what NCCL's own cost model assumes (the others: 360 GB/s per Hopper GPU, 720 GB/s per Blackwell
+# GPU).
 #
 # **All numbers of this section are modelled. None was measured here.** The cell after the question prints each of them
 # with its source, or with the word "assumed".

@@ -177,7 +177,7 @@ def test_an_endless_loop_is_a_wrong_answer_that_names_the_case(
     text = shown(check, attempt)
     assert f"{attempt.__name__}(" in text
     assert "has not ended after 0.15 s (line " in text
-    assert "Does a loop never end?" in text
+    assert "Is there an endless loop?" in text
     assert signal.getsignal(signal.SIGALRM) == before
 
 

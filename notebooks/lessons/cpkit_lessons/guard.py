@@ -141,7 +141,7 @@ def _as_wrong_answer(attempt: Callable[..., Any], text: str, problem: BaseExcept
     call, where = f"{_name(attempt)}({text})", _location(problem.__traceback__)
     if isinstance(problem, TakesTooLong):
         return WrongAnswer(
-            f"{call} has not ended after {LIMIT_S:g} s{where}. Does a loop never end?"
+            f"{call} has not ended after {LIMIT_S:g} s{where}. Is there an endless loop?"
         )
     return WrongAnswer(f"{call} raised {type(problem).__name__}: {problem}{where}")
 

@@ -101,8 +101,8 @@ def ranking(world: World) -> Prediction:
         choices=("padded", "padded_symm", "direct"),
         answer=answer,
         wrong={
-            ("padded_symm", "direct", "padded"): "They push the same bytes. But padded_symm copies "
-            "the result twice afterwards.",
+            ("padded_symm", "direct", "padded"): "padded_symm and direct push the same rows. But "
+            "padded_symm copies the result twice afterwards.",
             ("padded", "padded_symm", "direct"): "This order starts with the algorithm that does "
             "the most work. The fastest does the least.",
         },
@@ -148,8 +148,8 @@ def passes(world: World) -> Prediction:
         tolerance=0.4,
         wrong={
             1.0: "A copy of all bytes costs about as much as the push. Count the passes.",
-            20.0: "At this size, even padded, whose collective is slow too, takes less than 20 "
-            "times as long as direct.",
+            20.0: "At this size, even padded, which also pays for a slow collective, takes less "
+            "than 20 times as long as direct.",
         },
         why=f"By count, that is 3 + 1/{world.cp_size} passes against 1: padded_symm fills its "
         "symmetric shard, pushes, strips and reorders, and direct only pushes. The measured ratio "
@@ -223,7 +223,7 @@ LESSON.ask(
     tolerance=0.01,
     wrong={
         0: "Registration has an effect: with both buffers registered, NCCL does select one.",
-        2: "That is right since 2.29, which requires the receive buffer only.",
+        2: "That is right for 2.29 and later, which require the receive buffer only.",
         3: "Without a registered buffer, a kernel has no window of its peers to store into.",
     },
     why="2.28.9 requires both buffers. With the receive buffer alone it keeps its ring, and "

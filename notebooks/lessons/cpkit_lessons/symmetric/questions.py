@@ -147,7 +147,8 @@ LESSON.ask(
     choices=("symmetric", "fallback", "an error"),
     answer="fallback",
     wrong={
-        "symmetric": "That is right since 2.29, but 2.28.9 requires windows for both buffers.",
+        "symmetric": "That is right for 2.29 and later, but 2.28.9 requires windows for both "
+        "buffers.",
         "an error": "NCCL selects another kernel without a message.",
     },
     why="Up to 2.28, an all-gather needs both buffers in symmetric windows. Since 2.29, the "

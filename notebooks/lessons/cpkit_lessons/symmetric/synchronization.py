@@ -161,8 +161,9 @@ def _check_reads_all(program: Program, *, with_itself: bool) -> None:
                 got = {step.peer for step in mine if step.round == number}
                 if missing := sorted(wanted - got):
                     raise WrongAnswer(
-                        f"rank {rank.rank} of 3 must {kind} {preposition} every {each} in every round; "
-                        f"in round {number} it omits rank(s) {', '.join(map(str, missing))}"
+                        f"rank {rank.rank} of 3 must {kind} {preposition} every {each} in every "
+                        f"round; in round {number} it omits rank(s) "
+                        f"{', '.join(map(str, missing))}"
                     )
 
 
