@@ -38,7 +38,8 @@ def to_symmetric(sample: Sample) -> str:
         return ""
     if work.algorithm in _ORDINARY:
         others = ", ".join(name for name in TABLE if name not in _ORDINARY)
-        return f"{work.algorithm} uses ordinary buffers by design; select {others} or plan"
+        tick = "" if work.symmetric else "tick “symmetric memory”, and "
+        return f"{work.algorithm} uses ordinary buffers by design; {tick}select {others} or plan"
     if not work.symmetric:
         return "tick “symmetric memory”"
     return "remove the cause named here; Lab.explain shows the buffers of each rank"

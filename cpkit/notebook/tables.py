@@ -125,10 +125,10 @@ def _few(intervals: int) -> str:
 
 
 def _few_blocks(of_b: Summary, of_a: Summary) -> str:
-    seconds = {"B": len(of_b.block_us) * BLOCK_S, "the pinned A": len(of_a.block_us) * BLOCK_S}
+    seconds = {"B": len(of_b.block_us) * BLOCK_S, "A": len(of_a.block_us) * BLOCK_S}
     most_s = FEWEST_VALUES * BLOCK_S
     short = [f"{name} has {s:g} s" for name, s in seconds.items() if s < most_s]
-    remedy = ": unpin it, wait, and pin again" if len(of_a.block_us) < FEWEST_VALUES else ""
+    remedy = ": unpin, wait, pin again" if len(of_a.block_us) < FEWEST_VALUES else ""
     return f"needs {most_s:g} s of each; {' and '.join(short)}{remedy}"
 
 

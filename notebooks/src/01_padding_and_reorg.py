@@ -38,8 +38,8 @@ world = lesson.begin(lab)
 
 # %% connect-text [markdown]
 # The cell above connected to worker processes that were already running, or started four with `torchrun`. These workers
-# are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. Workers that the
-# notebook started stop when its kernel stops.
+# are the ranks. The notebook itself is not a rank: it sends requests to the workers over a socket. If the notebook
+# started the workers, they stop when its kernel stops.
 #
 # `cp` below is the number of ranks in each gather: 2, 4 or 8, whichever is the largest group that the workers can form.
 # To use 2 or 8 ranks, stop the workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`),
@@ -82,8 +82,8 @@ lesson.reveal("owner", int(layouts["zigzag"].owners()[asked]))
 # which the rank stores them. The lists of all ranks together are a permutation of the tokens.
 
 # %% bijection
-for name, layout in layouts.items():
-    held = [layout.rank_rows(rank).tolist() for rank in range(cp)]
+for name, each in layouts.items():
+    held = [each.rank_rows(rank).tolist() for rank in range(cp)]
     print(f"{name:10}  rank 0 holds {held[0]}")
     owned = [token for row in held for token in row]
     assert sorted(owned) == list(range(length)), "every token exactly once"
@@ -788,7 +788,7 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 #
 # **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, one per slot, as decoded from the rows
 # (padding is all -1). `lengths` are the numbers of tokens in each sequence, `owners[i]` is the rank that owns token i
-# of the flattened batch, and `round_` is the current round. Return True for a right gather, and False for every broken
+# of the flattened batch, and `round_` is the current round. Return True for a correct gather, and False for every broken
 # one.
 #
 # **Example** For `lengths` [2], `owners` [0, 1] and round 5, only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
@@ -1116,6 +1116,6 @@ lesson.progress()
 #
 # In vllm#49517, #52863 and #57115 (all open), every rank stores its rows straight into the *paged* cache of each peer:
 # a KV cache in pages that are assigned to requests. What is the permutation then, and which ranks must agree before a
-# page is reused? Notebook 2 shows the first half of an answer.
+# page is reused? Section 11 of notebook 2 answers both questions for one request.
 #
 # Next: `02_symmetric_memory.ipynb`.

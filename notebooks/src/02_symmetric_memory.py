@@ -178,11 +178,11 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # %% names-text [markdown]
 # The round in the stamp distinguishes two failures:
 #
-# - **stale** (read after write): the reader was early. It read before the writer had written.
-# - **ahead** (write after read): the writer was early. It had already begun a later round.
+# - **stale** (a read-after-write fault): the reader was early. It read before the writer had written.
+# - **ahead** (a write-after-read fault): the writer was early. It had already begun a later round.
 #
-# (The ranks of this loop synchronize every 500 rounds only. If one rank finishes its 500 rounds before another rank
-# starts them, every read of the fast rank's slot by the late rank finds round 500.)
+# (Even without the barrier, the ranks wait for each other once every 500 rounds. So a wrong read is at most 500
+# rounds off.)
 #
 # Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
 # memory that was never written.
@@ -584,8 +584,8 @@ def hand_over(group):
 # %% handover-run
 from cpkit_lessons.own_ranks import in_ranks
 
-found = in_ranks(hand_over, 2)
-assert found == [list(range(1, 1001))] * 2, "every number was read once, and none is stale"
+numbers = in_ranks(hand_over, 2)
+assert numbers == [list(range(1, 1001))] * 2, "every number was read once, and none is stale"
 print("each of 2 ranks read 1000 numbers, all of them right")
 
 # %% s6 [markdown]
@@ -721,6 +721,12 @@ def may_free(dropped, me):
     return set()
 
 
+# %% e5-mutant-changes-its-argument
+def may_free(dropped, me):
+    dropped[me].intersection_update(*dropped)
+    return dropped[me]
+
+
 # %% e5-help [markdown]
 # Two conditions must hold: all ranks free the same blocks, and no rank frees a block that another rank still uses.
 #
@@ -775,12 +781,13 @@ lesson.version_table()
 # counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and out of date for
 # torch 2.12.1.
 #
-# A registered receive buffer alone has two limits. Over several nodes, it rules out the kernels that cross nodes (GIN).
-# For small messages, NCCL may fall back all the same. The reverse also happens: with only the *send* buffer registered,
-# NCCL may still select its symmetric kernel for small messages (LL), because that kernel copies through NCCL's own
-# memory (seen with 2.30.7 at 64 KiB per rank). Exercise 6 leaves these exceptions out. The ranks of this notebook push
-# their rows without NCCL. They need a symmetric receive buffer. A symmetric send buffer only saves the copy in the
-# `pad` stage.
+# The rule "receive only" has three exceptions, which exercise 6 leaves out. Over several nodes, the kernels that cross
+# nodes (GIN) need both buffers. For small messages, NCCL may take the fallback although the receive buffer is
+# registered. Or it may select a symmetric kernel although only the *send* buffer is registered, because its kernel for
+# small messages (LL) copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank).
+#
+# The ranks of this notebook push their rows without NCCL. They need a symmetric receive buffer. A symmetric send buffer
+# only saves the copy in the `pad` stage.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
@@ -970,8 +977,8 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: every rank that is still running raises an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but the gather takes the fallback path on these two ranks,
-#   or would take it with the same buffers under NCCL 2.28.9 or 2.29.7;
+# - `fast path missed`: no error, and every row is right, but at least one of three transports takes the fallback path
+#   with these buffers: `posix`, which moves the rows of these two ranks, NCCL 2.28.9 or NCCL 2.29.7;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -1161,6 +1168,18 @@ def cause(ranks):
         if rank.error == "SymmetricMemoryError":
             return "sizes_differ"
     return "receive_only"
+
+
+# %% e7-mutant-number-of-the-barrier
+def cause(ranks):
+    said = " ".join(rank.message + rank.reason for rank in ranks)
+    if any(rank.error == "BarrierTimeout" for rank in ranks):
+        return "a_rank_dies" if "barrier 2" in said else "skips_the_rendezvous"
+    if any(rank.error for rank in ranks):
+        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+    if any(rank.wrong for rank in ranks):
+        return "divergent_free_lists"
+    return "wrong_group" if "another group" in said else "receive_only"
 
 
 # %% e7-mutant-a-timeout-is-a-death

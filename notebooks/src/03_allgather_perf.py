@@ -131,9 +131,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # Take B from the data sheet of the link, or, with two GPUs, from a plain copy to the other GPU. Between two H100s such
 # a copy reaches 384 GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
-# Do not take B from the library that you want to judge. For example, alpha = 5.3 µs and B = 328 GB/s reproduce the four
-# measured times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what NCCL *reaches*. It
-# is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
+# Do not take B from the library that you want to judge. A bad choice would be alpha = 5.3 µs and B = 328 GB/s, which
+# reproduce the four measured times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what
+# NCCL *reaches*. It is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
 
 
 # %% e2-task [markdown]
@@ -247,9 +247,9 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# In the stages `agree` and `exit`, ranks wait for each other. `padded` has no `exit`: its ranks wait inside the
-# collective, in `wire`. `reports/direct_trace.json` contains the same data for https://ui.perfetto.dev. But this is a
-# *single* gather. Is it typical?
+# In the stages `agree` and `exit`, ranks wait for each other. A white gap after a stage is Python code, or a rank that
+# waits for a core. `padded` has no `exit`: its ranks wait inside the collective, in `wire`. `reports/direct_trace.json`
+# contains the same data for https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
 
 # %% s4 [markdown]
 # ## 4. How to measure a wrong time
@@ -310,8 +310,8 @@ print(warm)
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
-# …). The samples are then compared in two ways: the A samples of the first run with those of the second, and each A
-# with the B that follows it.
+# …). The samples are then compared in two ways. The mistake, called *one after the other*, compares the A samples of
+# the first run with those of the second. The right way compares each A with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -363,9 +363,10 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, from the individual samples instead of their medians, so it can differ a little from the
-# figure. It prints the ratio with its 99 % interval. The reveal then writes the order: `<` where two intervals do not
-# overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
+# reported time / right time, from the individual samples instead of their medians, so it can differ from the figure,
+# and much if the samples scatter. It prints the ratio with its 99 % interval. The reveal then writes the order: `<`
+# where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
+# difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -400,7 +401,7 @@ lesson.reveal("damage", lesson.order_of(factors))
 #
 # **Goal** Write `gather_us`, which returns the typical time of a gather, given `times_us`, an array `[iterations,
 # ranks]`. The first `warmup` iterations do not count. A gather ends when its slowest rank ends. One extreme iteration
-# must not change the result much.
+# must not change the result much, so "typical" means a median.
 #
 # **Example** Let `times_us` be `[[90, 80], [10, 12], [30, 11], [9, 13]]`, with `warmup=1`. The gathers took 12, 30 and
 # 13 µs, so the answer is 13.
@@ -461,8 +462,8 @@ def gather_us(times_us, warmup):
 # the largest of the ranks' medians does not show that. `lab.sweep` reports that number as `time_us`, because it keeps
 # one median per rank, and not the samples. It is never larger than yours. The live panel uses your order.
 #
-# **Another way** `fair.begin_us("direct")` returns when each rank started. Add `times_us` to get each end, and take the
-# last end minus the first start. This also includes the skew that the barrier itself leaves.
+# **Another way** `fair.begin_us("direct")` returns the time at which each rank started. Add `times_us` to get each end,
+# and take the last end minus the first start. This also includes the skew that the barrier itself leaves.
 
 # %% s5 [markdown]
 # ## 5. A sweep
@@ -487,8 +488,10 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 
 # %% ranking-text [markdown]
 # Five gathers per row are too few to tell a small difference from noise. So the next cell times more gathers at a
-# quarter of the largest size, and in each iteration it divides the times of two algorithms. `<` means that the first
-# is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1.
+# quarter of the largest size, and in each iteration it divides the times of two algorithms. (`time_us` in the table
+# above is the largest of the ranks' medians, because the sweep keeps no single gathers. It is never above the result of
+# exercise 3.) `<` means that the first is faster: the 99 % interval of the median ratio is below 1.
+# `≈` means that it contains 1.
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
@@ -512,8 +515,8 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 # from 32 MB on, the C library requests new pages from the operating system for every call, and every call pays for the
 # first touch. `direct` writes into the pool, whose pages stay mapped.
 #
-# The gap between the flat part and the speed of light is the time in which ranks wait and agree. It grows when there
-# are more ranks than cores.
+# The gap at the left end, where the time hardly grows with the size, is the time in which ranks wait and agree. It
+# grows when there are more ranks than cores.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -546,7 +549,7 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 #
 # **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample has 5 %
 # noise, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line with the
-# true one at other sizes, including small ones.
+# true one at other sizes, including small ones, and allows 25 % of error.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -606,7 +609,7 @@ def fit(sizes_bytes, times_us):
 
 # %% e4-after [markdown]
 # Look at the errors of the fitted sweep, which the cell above exercise 4 printed. Each point is the median of five
-# gathers, so on a busy machine the line can be off by half at some size. In that case alpha and beta are only
+# gathers, so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
 # estimates. Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
 # algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
 # it at sizes and values of cp to which it was not fitted.
@@ -616,9 +619,9 @@ def fit(sizes_bytes, times_us):
 #
 # Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
 # shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
-# has a price of its own. If the gather has N rows and a stage writes n rows, the stage costs n / N · the price of a
-# pass (n can exceed N, because of padding). (For the wire of `padded`, take the price of the collective.) The price of
-# a gather is the sum over its stages, plus two barriers.
+# has a price of its own. A stage that writes n rows in a gather of N rows costs n / N passes. Padding can make n larger
+# than N. There is one exception: the wire of `padded` costs n / N times the collective. The price of a gather is the
+# sum over its stages, plus two barriers.
 
 # %% passes
 batch = lesson.ragged(cp)
@@ -759,9 +762,9 @@ figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
 # `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
-# `strip` and `reorder` sometimes also pay for new memory, and `allocate` takes the outputs from the pool. Of all this,
-# the prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains
-# correctly.
+# `strip` and `reorder` often pay for new memory too, and `allocate` takes the outputs from the pool. Of all this, the
+# prediction contains only two bare barriers. So the measured times are usually above the prediction. It is good enough for a
+# decision as long as it ranks the gains correctly, which it may not do where ranks wait for cores.
 
 
 # %% e6-task [markdown]
@@ -895,8 +898,8 @@ lesson.predict("stops", ...)
 # %% stops
 from cpkit_lessons.published import SYMMETRIC
 
-times = zip(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
-for size, ring_us, symmetric_us in times:
+published = zip(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
+for size, ring_us, symmetric_us in published:
     print(f"{size >> 20:3} MiB: {ring_us} - {symmetric_us} = {ring_us - symmetric_us:.1f} µs saved")
 figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.speedups)
 figures.show(
@@ -1032,10 +1035,11 @@ figures.show(gpu_clocks.two_clocks(record, 2_091_008, compared))
 lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 
 # %% clocks-after [markdown]
-# The two clocks rank the variants in different orders. Call time mostly reflects how much Python each variant runs.
-# `seed` is four lines of torch. In `padded_symm`, the ranks also check that their calls match, and allocate in the
-# pool. On the device the order of these two is reversed: NCCL selects its symmetric kernel for `padded_symm`, and the
-# ring for `seed`.
+# The two clocks rank the variants in different orders. Call time mostly reflects how much the host does for each
+# variant. `seed` is four lines of torch, and the host launches a kernel for each. `padded_symm` launches as many; in
+# addition its ranks check that their calls match, and allocate in the pool. `direct` has these checks too, but launches
+# a single kernel. On the device the order of these two is reversed: NCCL selects its symmetric kernel for
+# `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
 # the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory,
@@ -1118,7 +1122,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #    the first one. Which of them differ, and where does the panel say "no difference seen"?
 # 3. Untick **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
 # 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
-# 5. Press **Pin as A**, change one setting, and read the verdict on B.
+# 5. Let the panel measure for 10 s, and press **Pin as A**. Change one setting, wait for 10 s again, and read the
+#    verdict on B.
 #
 # A slider moves with the arrow keys, and the space bar switches an algorithm on or off. The tables show the plotted
 # values. *Copy code* copies the settings as Python code, and *CSV* and *JSON* save the samples. While the panel
@@ -1147,7 +1152,7 @@ panel.controls.cp_size.value = cp
 # The panel needs a running Jupyter kernel. This picture shows what it displays:
 
 # %% still tags=["nbval-ignore-output"]
-panel.wait(samples=8)
+panel.wait(samples=10)
 figures.show(panel.panel.still())
 for sample in panel.samples[-2:]:
     print(sample)
@@ -1227,7 +1232,8 @@ for recording in recordings.newest(known, cp):
     figures.show(recordings.beside(table, recording, cp))
 
 # %% recorded-text [markdown]
-# Compare shapes, not heights: where does each machine leave the flat part, and what is the order of the algorithms?
+# Compare shapes, not heights: where does each machine leave the part where the time hardly grows, and what is the order
+# of the algorithms?
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
 # was measured, and it is not a bound: in the record of four GPUs, which is drawn for 4 ranks, `direct` is faster at

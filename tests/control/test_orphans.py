@@ -67,10 +67,16 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         process.kill()
 
 
+_REPEATS = pytest.mark.slow("the same for other processes that an owner starts")
+
+
 @pytest.mark.parametrize(
     ("code", "popens"),
-    [(FAILURE_LAB, 2), (CONNECT, 1), (LAB, 1)],
-    ids=["failure lab", "agent and ranks", "JupyterLab"],
+    [
+        pytest.param(FAILURE_LAB, 2, id="failure lab", marks=_REPEATS),
+        pytest.param(CONNECT, 1, id="agent and ranks"),
+        pytest.param(LAB, 1, id="JupyterLab", marks=_REPEATS),
+    ],
 )
 def test_a_killed_owner_leaves_no_process(
     runtime_dir: object, mark: str, code: str, popens: int

@@ -73,6 +73,7 @@ def test_the_workers_of_a_killed_agent_end(runtime_dir: Path) -> None:
     lab.close()
 
 
+@pytest.mark.slow("two more starts of workers; test_orphans.py has the killed owner")
 def test_workers_end_with_a_killed_owner_and_the_next_owner_gets_new_ones(
     runtime_dir: Path,
 ) -> None:

@@ -7,7 +7,9 @@ tests/tools/test_rehearsal.py runs the solutions and the mutants.
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import nbformat
@@ -101,6 +103,37 @@ def test_its_cells_are_short(path: Path) -> None:
     assert sum("assert " in cell.source for cell in cells) >= 6
     panels = sum(cell.source.count(name) for cell in cells for name in PANELS)
     assert panels <= 1, "one live panel per notebook: two would compete for the workers"
+
+
+@each_notebook
+def test_a_cell_can_run_again_after_later_sections(path: Path) -> None:
+    """No section gives a new value to a name that another section's cells pass on."""
+    bound, passed_on, section = defaultdict[str, set[str]](set), set[str](), ""
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            section = cell.source.split("\n")[0]
+        elif cell.cell_type == "code":
+            names = _names(cell.source)
+            passed_on |= {name for name, is_bound in names.items() if not is_bound}
+            for name in (name for name, is_bound in names.items() if is_bound):
+                bound[name].add(section)
+    shared = {name for name, sections in bound.items() if len(sections) > 1}
+    assert shared & passed_on == set()
+
+
+def _names(source: str) -> dict[str, bool]:
+    """Return the names in a cell, and whether the cell first binds them; not those of scopes."""
+    scopes = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp)
+    pending, first = list[ast.AST]([ast.parse(source)]), dict[str, bool]()
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, ast.Name):
+            first.setdefault(node.id, isinstance(node.ctx, ast.Store))
+        inner = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.For):  # the value is read first
+            inner.sort(key=lambda child: isinstance(getattr(child, "ctx", None), ast.Store))
+        pending[:0] = [] if isinstance(node, (*scopes, ast.GeneratorExp)) else inner
+    return first
 
 
 @pytest.mark.workers

@@ -108,7 +108,7 @@ def gain(sizes_bytes: Sequence[int], ratios: Sequence[float]) -> go.Figure:
     pairs = zip(sizes_bytes, ratios, strict=True)
     words = ", ".join(f"{ratio:.2f} × at {byte_words(size)}" for size, ratio in pairs)
     return style.finish(
-        figure, title="Speedup by symmetric memory", alt=f"Gain: {words}.", height=360
+        figure, title="Speedup from symmetric memory", alt=f"Gain: {words}.", height=360
     )
 
 

@@ -62,11 +62,11 @@ def check_keys_seen(keys_seen: KeysSeen) -> Score:
             starts = torch.tensor(layout.starts)[layout.sequence_of(tokens)]
             wanted = int((tokens - starts + 1).sum())
             got = keys_seen(tokens.clone(), list(lengths))
-            if not guard.equals(got, wanted):
+            if isinstance(got, torch.Tensor) or not guard.equals(got, wanted):
                 raise WrongAnswer(
                     f"keys_seen(tokens={tokens.tolist()}, lengths={lengths}) is "
                     f"{reprlib.repr(got)}; each token attends to itself and the earlier tokens of "
-                    f"its own sequence: {wanted} keys"
+                    f"its own sequence: {wanted} keys, as an int"
                 )
             cases += 1
     ratios = (f"{strategy} {_imbalance(keys_seen, strategy):.2f}" for strategy in STRATEGIES)
@@ -110,7 +110,7 @@ def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Seque
     if not isinstance(got, int):
         return f"{call}, and a length is an int"
     if got > max(held):
-        return f"{call}: {max(held)} slots are enough; more are padding on all ranks"
+        return f"{call}: {max(held)} slots are enough; any others would be padding on all ranks"
     rank = held.index(max(held))
     return f"{call}: {max(held) - got} row(s) of rank {rank} would be cut off"
 
@@ -240,8 +240,8 @@ def check_accepts(accepts: Accepts) -> Score:
                 if name == "right":
                     starts = ", ".join(map(str, layout.starts))
                     raise WrongAnswer(
-                        f"your check rejects a right gather {where}. Its sequences begin at slots "
-                        f"{starts}"
+                        f"your check rejects a correct gather {where}. Its sequences begin at "
+                        f"slots {starts}"
                     )
                 fault = _first_fault(got, layout, round_)
                 raise WrongAnswer(f"your check accepts `{name}` {where}. {fault}")

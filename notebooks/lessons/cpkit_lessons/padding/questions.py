@@ -126,7 +126,7 @@ LESSON.ask(
         3: "That is right for a rank that holds the most rows, because it does not pad. The others "
         "copy their rows once more.",
     },
-    why="Pad, wire (the exchange), strip and reorder each write every row once. On two H100s, "
+    why="Pad, wire (the exchange), strip and reorder each write this row once. On two H100s, "
     "pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
     "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
 )
@@ -208,8 +208,8 @@ def bill(world: World) -> Prediction:
     """Ask for the bytes that padded writes, in units of those that direct writes."""
     cp = world.cp_size
     return Prediction(
-        f"One prompt has 32767 tokens, over {cp} ranks. On a rank that pads, what is the ratio of "
-        "the bytes that `padded` writes to those that `direct` writes?",
+        f"One prompt of 32767 tokens is spread over {cp} ranks. On a rank that pads, what is the "
+        "ratio of the bytes that `padded` writes to those that `direct` writes?",
         answer=3 + 1 / cp,
         unit="times",
         tolerance=0.02,

@@ -32,8 +32,8 @@ def busbw(world: World) -> Prediction:
             answer * 1e9 / 2**30: "You divided by 2³⁰. In nccl-tests a GB is 10⁹ bytes.",
         },
         why=f"S = {total:.1f} MB, algbw = S / t = {algbw:.2f} GB/s, busbw = {algbw:.2f} · "
-        f"{n - 1}/{n}. The documentation of nccl-tests once described one formula while its code "
-        "computed the other (nccl-tests#45).",
+        f"{n - 1}/{n}. The code of nccl-tests once reported S / t · (cp−1)/cp as algbw, although "
+        "its documentation said S / t (nccl-tests#45).",
     )
 
 
@@ -56,7 +56,8 @@ def late(world: World) -> Prediction:
             "do not add up.",
         },
         why=f"Rank 0 waits {steps} · 5 ms while its clock runs. The gather is not slow: the "
-        "measured time contains the delay of earlier work. A barrier before the clock removes it.",
+        "measured time contains the delay of earlier work. A barrier before the clock removes it. "
+        "On a busy machine the gather itself adds milliseconds.",
     )
 
 
@@ -190,7 +191,7 @@ LESSON.ask(
     tolerance=0.04,
     wrong={
         1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need almost 360 µs.",
-        1.0: "That is close: a gain of 6 % remains.",
+        1.0: "A gain of 6 % remains.",
         1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
