@@ -977,8 +977,8 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: every rank that is still running raises an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but at least one of three transports takes the fallback path
-#   with these buffers: `posix`, which moves the rows of these two ranks, NCCL 2.28.9 or NCCL 2.29.7;
+# - `fast path missed`: no error, and every row is right, but with these buffers at least one of three ways to move the
+#   rows takes the fallback path: NCCL 2.28.9, NCCL 2.29.7, or `posix` (the one that these two ranks use);
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab

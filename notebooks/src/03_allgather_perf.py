@@ -364,7 +364,7 @@ figures.show(figures.damage(found))
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
 # reported time / right time, from the individual samples instead of their medians, so it can differ from the figure,
-# and much if the samples scatter. It prints the ratio with its 99 % interval. The reveal then writes the order: `<`
+# and by a lot if the samples scatter. It prints the ratio with its 99 % interval. The reveal then writes the order: `<`
 # where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
 # difference.
 
@@ -489,9 +489,9 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 # %% ranking-text [markdown]
 # Five gathers per row are too few to tell a small difference from noise. So the next cell times more gathers at a
 # quarter of the largest size, and in each iteration it divides the times of two algorithms. (`time_us` in the table
-# above is the largest of the ranks' medians, because the sweep keeps no single gathers. It is never above the result of
-# exercise 3.) `<` means that the first is faster: the 99 % interval of the median ratio is below 1.
-# `≈` means that it contains 1.
+# above is the largest of the ranks' medians, because the sweep does not keep the times of individual gathers. It is
+# never above the result of exercise 3.) `<` means that the first is faster: the 99 % interval of the median ratio is
+# below 1. `≈` means that it contains 1.
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
@@ -515,8 +515,8 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 # from 32 MB on, the C library requests new pages from the operating system for every call, and every call pays for the
 # first touch. `direct` writes into the pool, whose pages stay mapped.
 #
-# The gap at the left end, where the time hardly grows with the size, is the time in which ranks wait and agree. It
-# grows when there are more ranks than cores.
+# At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
+# in which ranks wait and agree. It grows when there are more ranks than cores.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -549,7 +549,7 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 #
 # **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample has 5 %
 # noise, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line with the
-# true one at other sizes, including small ones, and allows 25 % of error.
+# true one at other sizes, including small ones, and allows an error of 25 %.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -1038,8 +1038,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # The two clocks rank the variants in different orders. Call time mostly reflects how much the host does for each
 # variant. `seed` is four lines of torch, and the host launches a kernel for each. `padded_symm` launches as many; in
 # addition its ranks check that their calls match, and allocate in the pool. `direct` has these checks too, but launches
-# a single kernel. On the device the order of these two is reversed: NCCL selects its symmetric kernel for
-# `padded_symm`, and the ring for `seed`.
+# a single kernel. On the device the order of `seed` and `padded_symm` is reversed: NCCL selects its symmetric kernel
+# for `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
 # the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory,

@@ -255,7 +255,7 @@ def _location(buffer: Registered) -> BufferLocation:
 def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
     """Check the post-mortems of the learner's own runs, in both orders of their ranks.
 
-    The third variant has the values that another run could have: other times, another barrier.
+    Each is also checked with values that another run could have: another time and barrier number.
     """
     missing = [case for case in CASES if case not in cards]
     if missing:
@@ -278,6 +278,6 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
 
 
 def _in_another_run(rank: RankReport) -> RankReport:
-    """Return the report with another time and another number of the barrier."""
+    """Return the report with a different waiting time and a different barrier number."""
     message = re.sub(r"at barrier \d+", "at barrier 7", rank.message)
     return msgspec.structs.replace(rank, waited_s=0.5, message=message)

@@ -208,7 +208,7 @@ def check_pull_gather(pull_gather: PullGather) -> Score:
     if (loads := yours[_AT_ONCE]) > reference[_AT_ONCE]:
         raise WrongAnswer(
             f"every row is right, but {loads} of 4 ranks load from the same rank at the same time "
-            f"when all of them are equally fast; choose an order in which only 1 does"
+            f"when all of them are equally fast; choose an order in which no two ranks do"
         )
     return Score(RANDOM_ORDERS, {unit: (yours[unit], reference[unit]) for unit in reference})
 
