@@ -153,6 +153,29 @@ def test_a_verdict_of_another_kind_is_not_taken_for_true_or_false(verdict: objec
     assert "accepts returned" in shown(padding.check_accepts, lambda *_: verdict)
 
 
+def test_a_step_without_yield_is_named_before_the_deadlock_that_it_causes() -> None:
+    def exchange(me):
+        for number in me.rounds:
+            for peer in me.peers:
+                yield me.put(peer, number)
+                me.signal(peer, "full")
+            for peer in me.peers:
+                yield me.wait(peer, "full")
+                yield me.read(peer, number)
+
+    def pull_gather(me, shard, out, tokens):
+        yield me.store(shard)
+        yield me.barrier()
+        for peer in me.all_ranks:
+            out[tokens[peer]] = me.load(peer, len(tokens[peer]))
+        yield me.barrier()
+
+    lost = "`me.signal(peer, 'full')` without `yield` has no effect"
+    assert lost in shown(symmetric.check_signals, exchange)
+    lost = "`me.load(peer, len(tokens[peer]))` without `yield` has no effect"
+    assert lost in shown(symmetric.check_pull_gather, pull_gather)
+
+
 @pytest.mark.timeout(20)
 @each_check
 def test_an_endless_loop_is_a_wrong_answer_that_names_the_case(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import linecache
 import math
 import reprlib
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -114,7 +116,12 @@ def guarded(attempt: object) -> object:
 
 
 def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, Any, None]]:
-    """Wrap a generator function in the same way; its exceptions appear while it is iterated."""
+    """Wrap a generator function in the same way; its exceptions appear while it is iterated.
+
+    Raises WrongAnswer for a step without `yield`, which would appear as a deadlock somewhere else.
+    """
+    if step := _step_without_yield(inspect.unwrap(attempt)):
+        raise WrongAnswer(f"`{step}` without `yield` has no effect")
 
     @functools.wraps(attempt)
     def steps(*arguments: Any) -> Generator[Any, Any, None]:
@@ -135,6 +142,22 @@ def guarded_steps(attempt: Callable[..., Any]) -> Callable[..., Generator[Any, A
             raise _as_wrong_answer(attempt, "…", problem) from None
 
     return steps
+
+
+def _step_without_yield(program: Callable[..., Any]) -> str:
+    """Return the first such step in a program's source; empty if it has none, or no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(program)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    me = next(iter(inspect.signature(program).parameters), "")
+    for node in ast.walk(tree):
+        stored = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript)
+        if stored or isinstance(node, ast.Expr):
+            call = getattr(node, "value", None)
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith(f"{me}."):
+                return ast.unparse(call)
+    return ""
 
 
 def _as_wrong_answer(attempt: Callable[..., Any], text: str, problem: BaseException) -> WrongAnswer:
