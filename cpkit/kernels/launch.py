@@ -83,7 +83,7 @@ def _launch_without_tiles(signals: Signals, flags: Flags) -> None:
 
 
 def enter_alone(signals: Signals) -> bool:
-    """Launch the entry by itself where blocks must not wait for a peer; return True if so."""
+    """Launch the entry alone where blocks must not wait for a peer; return True if so."""
     if SYNC and (signals.group.shares_gpu or signals.group.overlaps):
         signals.enter()
         return True
