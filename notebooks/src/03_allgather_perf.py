@@ -488,10 +488,10 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 
 # %% ranking-text [markdown]
 # Five gathers per row are too few to tell a small difference from noise. So the next cell times more gathers at a
-# quarter of the largest size, and in each iteration it divides the times of two algorithms. (`time_us` in the table
-# above is the largest of the ranks' medians, because the sweep does not keep the times of individual gathers. It is
-# never above the result of exercise 3.) `<` means that the first is faster: the 99 % interval of the median ratio is
-# below 1. `≈` means that it contains 1.
+# quarter of the largest size, and in each iteration it divides the times of two algorithms. `<` means that the first of
+# the two is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1. (`time_us` in the
+# table above is the largest of the ranks' medians, because the sweep does not keep the times of individual gathers. It
+# is never above the result of exercise 3.)
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
@@ -762,9 +762,9 @@ figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
 # `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
-# `strip` and `reorder` often pay for new memory too, and `allocate` takes the outputs from the pool. Of all this, the
-# prediction contains only two bare barriers. So the measured times are usually above the prediction. It is good enough for a
-# decision as long as it ranks the gains correctly, which it may not do where ranks wait for cores.
+# `strip` and `reorder` may also pay for new memory, and `allocate` takes the outputs from the pool. Of all this, the
+# prediction contains only two bare barriers. So the measured times are usually above the prediction. It is good enough
+# for a decision as long as it ranks the gains correctly, which it may not do where ranks wait for cores.
 
 
 # %% e6-task [markdown]
@@ -1240,7 +1240,7 @@ for recording in recordings.newest(known, cp):
 # every size except 1 MB. A record with a single GPU is drawn only if there is no other. No byte crosses a link there,
 # and the thin black line is the time that the memory of that GPU needs.
 #
-# On GPUs, the flat part of the *call time* also contains the launch of kernels. A record with a GPU per rank shows
+# On GPUs, the *call time* of small gathers also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a
 # GPU it replays a captured graph. So the two have the same device time, and differ only in call time.
 

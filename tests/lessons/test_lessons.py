@@ -15,8 +15,9 @@ from cpkit.control.launch_options import Launch
 from cpkit.control.runtime_dir import Worker
 from cpkit.processes import process_id
 from cpkit.worker.main import _status as rank_0_status
-from cpkit_lessons import capabilities
+from cpkit_lessons import capabilities, symmetric
 from cpkit_lessons.copy_counter import CopyCounter
+from cpkit_lessons.failure_lab import CASES, PostMortem, RankReport
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.lesson import KEY_VARIABLE, Lesson
 from cpkit_lessons.prediction import Prediction
@@ -276,3 +277,34 @@ def test_every_lesson_belongs_to_a_notebook() -> None:
     assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == list(LESSONS)
     for name, lesson in LESSONS.items():
         assert lesson.name == name
+
+
+@pytest.mark.parametrize(
+    ("case", "symptom", "report"),
+    [
+        (
+            "skips_the_rendezvous",
+            "error after the deadline",
+            RankReport(0, "BarrierTimeout", "waited 1.5 s at barrier 1", waited_s=1.5),
+        ),
+        (
+            "receive_only",
+            "fast path missed",
+            RankReport(0, waited_s=0.07, paths={"nccl 2.28.9": "fallback"}),
+        ),
+    ],
+)
+def test_a_rule_that_fits_one_run_only_is_refused(
+    case: str, symptom: str, report: RankReport
+) -> None:
+    """The other run of the check has the same symptom."""
+    seen = [report, RankReport(1)]
+    cards = {case: PostMortem(case, 1.5, tuple(seen))}
+    cards |= {other: PostMortem(other, 1.5, ()) for other in CASES if other != case}
+
+    def memorized(ranks: list[RankReport]) -> str:
+        return case if sorted(ranks, key=lambda rank: rank.rank) == seen else "another cause"
+
+    text = shown(symmetric.check_cause, memorized, cards)
+    assert f"In another run: {symptom}" in text
+    assert "at barrier 1" not in text

@@ -126,8 +126,8 @@ LESSON.ask(
         3: "That is right for a rank that holds the most rows, because it does not pad. The others "
         "copy their rows once more.",
     },
-    why="Pad, wire (the exchange), strip and reorder each write this row once. On two H100s, "
-    "pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
+    why="Pad, wire (the exchange), strip and reorder each write every row of this shard once. On "
+    "two H100s, pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
     "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
 )
 
