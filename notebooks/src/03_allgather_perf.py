@@ -763,8 +763,8 @@ figures.show(figures.stage_split(split))
 # %% look-back-after [markdown]
 # `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
 # `strip` and `reorder` may also pay for new memory, and `allocate` takes the outputs from the pool. Of all this, the
-# prediction contains only two bare barriers. So the measured times are usually above the prediction. It is good enough
-# for a decision as long as it ranks the gains correctly, which it may not do where ranks wait for cores.
+# prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains correctly,
+# which it may not do where ranks wait for cores.
 
 
 # %% e6-task [markdown]
