@@ -29,10 +29,11 @@ from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import as_dense, as_rows, from_rows
+from cpkit.memory.backend import STORED_IN_PLACE, as_dense, as_rows, from_rows
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
+from cpkit.repeat import find_repeated, keep_to_repeat
 from cpkit.stages import keep, stage
 from cpkit.symm import use_symmetric_memory
 from cpkit.validate import (
@@ -100,14 +101,35 @@ def all_gather_kv(
     """
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
+    arguments = tensors, metadata, group, algorithm, symmetric, stream, into, slots
+    is_plain = stream is None and into is None and slots is None
+    if not (is_plain and symmetric and algorithm == "direct" and _GATHERS["direct"] is direct):
+        return _check_and_gather(*arguments)
+    if repeated := find_repeated(tensors, metadata, group):
+        return remember_path(group, STORED_IN_PLACE, repeated(group, tensors))
+    results = _check_and_gather(*arguments)
+    keep_to_repeat(tensors, metadata, group)
+    return results
+
+
+def _check_and_gather(
+    tensors: Tensors,
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    symmetric: bool,
+    stream: torch.cuda.Stream | None,
+    into: Tensors | None,
+    slots: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Take every step of all_gather_kv."""
     with stage("agree"), group.agreement(tensors) as call:
         signature = check_call(tensors, metadata, group, algorithm, symmetric)
         call.must_match(signature)
         is_large = signature.nbytes > LARGE_BYTES
         if is_large:
             check_memory(signature.demand, tensors, group, into)
-        if stream is not None:
-            check_stream(stream)
+        check_stream(stream)
         if into is not None or slots is not None:
             for each in check_caches(tensors, metadata, group, algorithm, symmetric, into, slots):
                 call.must_match(each)
@@ -117,9 +139,8 @@ def all_gather_kv(
     gather = _GATHERS[algorithm] if symmetric or TABLE[algorithm].any_memory else padded
     if is_large and gather is padded:
         gather = padded_large
-    inputs = [*tensors, *(into or ()), *(() if slots is None else (slots,))]
     try:
-        with on_stream(stream, *inputs):
+        with on_stream(stream, *tensors, *(into or ()), *(() if slots is None else (slots,))):
             memory = memory_of(group, tensors[0].device, symmetric)
             if into is not None and slots is not None:
                 path = _gather_into(gather, tensors, metadata, memory, into, slots)

@@ -177,7 +177,7 @@ def plan_gather_kv(
                 [memory.empty((metadata.total_tokens, x.shape[1]), x.dtype) for x in rows]
                 for _ in range(keep + 1)
             ]
-        pushes, path = memory.prepare(rows, output_sets, metadata)
+        pushes, path = memory.backend.prepare(memory, rows, output_sets, metadata)
         if memory.device.type == "cpu":
             group.barrier()  # a rank that failed arrives here with its error
     except Exception as error:

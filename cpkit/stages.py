@@ -98,6 +98,11 @@ def record(keep_arrays: bool = False) -> Iterator[Recorder]:
         _recorder = previous
 
 
+def is_observed() -> bool:
+    """Return True while `record()` or a profiler is active."""
+    return _recorder is not None or bool(profiler._is_profiler_enabled)
+
+
 def stage(name: str) -> AbstractContextManager[None]:
     """Time a stage while `record()` is active; otherwise name it for a profiler that is active.
 

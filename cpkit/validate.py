@@ -64,7 +64,7 @@ def check_call(
     A model makes the same call in every layer, so a call with the same metadata, shapes, dtypes and
     devices as an earlier one is not checked again. Only calls with ordinary tensors are cached.
     """
-    key = _cache_key(tensors, metadata, algorithm, symmetric)
+    key = call_key(tensors, metadata, algorithm, symmetric)
     known = group.checked_calls.get(key) if key else None
     if known:
         return known  # type: ignore[no-any-return]
@@ -111,13 +111,13 @@ def check_memory(
         raise ValueError(f"this gather does not fit into memory: {problem}")
 
 
-def _cache_key(
+def call_key(
     tensors: Any, metadata: object, algorithm: object, symmetric: bool
 ) -> tuple[object, ...] | None:
     """Return all that the checks and the signature depend on; None if the call is not cached."""
     if type(tensors) not in (list, tuple) or type(metadata) is not ContextParallelMetadata:
         return None
-    if type(algorithm) is not str or forward_ad._current_level >= 0:
+    if not tensors or type(algorithm) is not str or forward_ad._current_level >= 0:
         return None
     key: list[object] = [metadata, algorithm, symmetric]
     for x in tensors:

@@ -287,6 +287,17 @@ class TileTables:
         key = metadata, cut
         return key in self._tables or key in self._captured
 
+    def prepared(self, key: object) -> PreparedLaunch | None:
+        """Return what was kept under this key, unless its table was dropped since."""
+        found = self._prepared.get(key)
+        if found:
+            self._use(found.table)
+        return found
+
+    def keep(self, key: object, prepared: PreparedLaunch) -> None:
+        """Keep a prepared launch under another key, as long as its table."""
+        self._prepared[key] = prepared
+
     def prepare(
         self,
         signals: Signals,

@@ -72,7 +72,7 @@ class BlockAllocator:
         self.free_lists: list[FreeList] = []
         self.blocks: dict[int, Block] = {}
         self._free_bits = list(range(MAX_BLOCKS))  # a heap
-        self._released = 0  # a bit per block that this rank has dropped, until it is free
+        self.released = 0  # a bit per block that this rank has dropped, until it is free
         # The bits of blocks dropped since. Finalizers append to it at any moment, in any thread.
         self.dropped: deque[int] = deque()
         self.total_bytes, self.used_bytes = 0, 0  # of all segments; in blocks that are not free
@@ -115,8 +115,8 @@ class BlockAllocator:
         The first MASK_BYTES are the bits, of blocks that are not free yet; 4 bytes follow.
         """
         while self.dropped:
-            self._released |= 1 << self.dropped.popleft()
-        return self._released.to_bytes(MASK_BYTES, "little") + self.digest.to_bytes(4, "little")
+            self.released |= 1 << self.dropped.popleft()
+        return self.released.to_bytes(MASK_BYTES, "little") + self.digest.to_bytes(4, "little")
 
     def free(self, released_everywhere: int) -> None:
         """Free the blocks that all ranks have dropped (the AND of all ranks' bits)."""
@@ -130,7 +130,7 @@ class BlockAllocator:
             heapq.heappush(self._free_bits, bit)
             self.used_bytes -= block.nbytes
             self.digest = zlib.crc32(b"free %d" % bit, self.digest)
-        self._released &= ~released_everywhere
+        self.released &= ~released_everywhere
 
     def largest_free(self) -> int:
         """Return the bytes of the largest block that fits into any segment."""

@@ -54,6 +54,9 @@ STORED_IN_PLACE = PathReport(
     "in the pool",
 )
 Prepared = Callable[[], None]  # one push, including its synchronization
+Place = tuple["Segment", int]  # where a block is: its segment, and its offset in bytes
+# One push, including its synchronization, from the addresses of the rows to these outputs.
+Repeated = Callable[[Sequence[int], Sequence[Place]], None]
 
 
 class Segment(Protocol):
@@ -149,6 +152,14 @@ class Backend(Protocol):
         metadata: ContextParallelMetadata,
     ) -> tuple[list[Prepared], PathReport]:
         """Return one prepared `push` per set of outputs, to be called many times. Collective."""
+
+    def repeat(
+        self, metadata: ContextParallelMetadata, row_bytes: Sequence[int]
+    ) -> Repeated | None:
+        """Return a `push` of contiguous rows of these sizes; None where it would not be faster.
+
+        Local.
+        """
 
     def can_capture(
         self,

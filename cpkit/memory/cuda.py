@@ -23,15 +23,19 @@ from cpkit.group import CPGroup
 from cpkit.kernels import launch
 from cpkit.kernels.gather_kernel import DIFFERS, MAX_RANKS, PAGE_WORDS, TAG_BITS
 from cpkit.kernels.launch import Cut, TileTables, launch_entry, launch_exit
+from cpkit.kernels.tiles import WIDE_BYTES
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import (
     SHARDS_MOVED,
     STORED_IN_PLACE,
+    Place,
     Pool,
     Prepared,
+    Repeated,
     bytes_per_row,
     row_stride,
 )
+from cpkit.memory.cuda_segment import CudaSegment
 from cpkit.memory.path import PathReport
 from cpkit.settings import deadline_s
 from cpkit.stages import stage
@@ -47,66 +51,6 @@ _STAGED = PathReport(
     "a copy in the pool",
     "ordinary memory",
 )
-
-
-_INTEGER_OF = {1: "|u1", 2: "<i2", 4: "<i4", 8: "<i8", 16: "<c16"}  # by bytes
-
-
-class _BlockMemory:
-    """Memory with the CUDA array interface; a tensor over it keeps this object alive.
-
-    It keeps the segment, even after its pool is replaced, and calls `release` when it is dropped.
-    """
-
-    __slots__ = "__cuda_array_interface__", "_release", "_segment"
-
-    def __init__(
-        self, segment: CudaSegment, array: dict[str, object], release: Callable[[], object]
-    ) -> None:
-        self.__cuda_array_interface__ = array
-        self._segment, self._release = segment, release
-
-    def __del__(self) -> None:
-        self._release()
-
-
-class CudaSegment:
-    """One allocation on every rank, mapped by all: a tensor in a memory pool of its own.
-
-    Memory that was dropped from its own pool returns to the GPU and is never reused. In a shared
-    pool, two ranks could reuse two free segments of one size in different orders, which would pair
-    the wrong segments (pytorch#178138).
-    """
-
-    def __init__(
-        self, buffer: torch.Tensor, pool: torch.cuda.MemPool, handle: Any, device: torch.device
-    ) -> None:
-        self._buffer, self.pool, self.handle, self._device = buffer, pool, handle, device
-        self.nbytes, self._address = buffer.numel(), buffer.data_ptr()
-        self._shift = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
-        self.addresses = [pointer + self._shift for pointer in handle.buffer_ptrs]
-        self.peers = torch.tensor(self.addresses, dtype=torch.int64, device="cpu").to(device)
-        self.table = self.peers.data_ptr()
-
-    def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Return bytes of a rank's memory: uint8 `[nbytes]`."""
-        start = self._shift + offset
-        view: torch.Tensor = self.handle.get_buffer(rank, [nbytes], torch.uint8, start)
-        return view
-
-    def block(
-        self,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        release: Callable[[], object],
-    ) -> torch.Tensor:
-        """Return own memory; `release` is called when the last tensor over it is dropped."""
-        data = self._address + offset, False  # not read-only
-        typestr = _INTEGER_OF[dtype.itemsize]
-        array = {"shape": shape, "typestr": typestr, "data": data, "version": 3}
-        memory = _BlockMemory(self, array, release)
-        return torch.as_tensor(memory, device=self._device).view(dtype)
 
 
 class CudaBackend:
@@ -232,6 +176,14 @@ class CudaBackend:
             self, metadata, addresses, row_bytes, pitches, slots, entry=entry
         )
         launch.launch(self, prepared, addresses, slots, tag)
+
+    def repeat(self, metadata: ContextParallelMetadata, row_bytes: Sequence[int]) -> Repeated:
+        """Return a launch that finds its kernel and tiles by the alignment of the rows."""
+        return _RepeatedPush(self, metadata, row_bytes)
+
+    def next_tag(self) -> int:
+        """Return the number of the next push, by which the kernels notice different calls."""
+        return next(self._tags)
 
     def prepare(
         self,
@@ -439,6 +391,33 @@ class _PreparedPush:
                 self._replay()
         with stage("exit"):
             pass  # inside the kernel
+
+
+class _RepeatedPush:
+    """`push` from addresses; see cpkit.repeat."""
+
+    def __init__(
+        self, backend: CudaBackend, metadata: ContextParallelMetadata, row_bytes: Sequence[int]
+    ) -> None:
+        self._backend, self._metadata, self._row_bytes = backend, metadata, row_bytes
+        self._rank, self._key = backend.group.rank, object()
+
+    def __call__(self, sources: Sequence[int], places: Sequence[Place]) -> None:
+        backend, targets, tables = self._backend, [], []
+        for segment, offset in places:
+            assert isinstance(segment, CudaSegment)
+            targets.append(segment.addresses[self._rank] + offset)
+            tables.append(segment.table)
+        addresses = tuple(sources), tuple(targets), tuple(tables)
+        entry = not launch.enter_alone(backend)
+        key = self._key, entry, launch.SYNC, *[a % WIDE_BYTES if a else None for a in sources]
+        prepared = backend.tables.prepared(key)
+        if prepared is None:
+            prepared = backend.tables.prepare(
+                backend, self._metadata, addresses, self._row_bytes, (), None, entry=entry
+            )
+            backend.tables.keep(key, prepared)
+        launch.launch(backend, prepared, addresses, None, backend.next_tag())
 
 
 def _segment_table(pool: Pool, address: int) -> int:

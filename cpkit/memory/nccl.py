@@ -15,7 +15,8 @@ import torch
 
 from cpkit.group import CPGroup
 from cpkit.memory.backend import ORDINARY_COLLECTIVE, Pool
-from cpkit.memory.cuda import CudaBackend, CudaSegment
+from cpkit.memory.cuda import CudaBackend
+from cpkit.memory.cuda_segment import CudaSegment
 from cpkit.memory.nccl_settings import window_problem
 from cpkit.memory.path import (
     ZERO_POLICY,

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import torch
@@ -33,13 +33,13 @@ from cpkit.memory.allocator import (
     explain_divergence,
     rounded,
 )
-from cpkit.memory.backend import Backend, Prepared, Segment
+from cpkit.memory.backend import Backend, Place, Segment
 from cpkit.memory.locate import check_plain_view, locate_pair, not_in_pool
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory
 from cpkit.memory.path import Decision, PathReport, decide_from
 from cpkit.memory.posix import PosixBackend
 from cpkit.memory.sizing import agree_on_prealloc, check_warm_up, warm_up_bytes
-from cpkit.memory.statistics import PoolSample, PoolStatistics
+from cpkit.memory.statistics import PoolHistory, PoolStatistics
 from cpkit.provenance import POISON_BYTE
 from cpkit.stages import stage
 from cpkit.sync.agreement import Agreement, Signature
@@ -55,7 +55,6 @@ from cpkit.sync.exchange import SymmetricMemoryError
 
 _SPILL_GRANULE_BYTES = 2 << 20
 _STATE_BYTES = MASK_BYTES + 4
-_MAX_SAMPLES = 4096
 
 
 class SymmetricPool:
@@ -94,10 +93,8 @@ class SymmetricPool:
         self._allocator = BlockAllocator()
         self._segments: dict[int, Segment] = {}  # by the number in the allocator
         self._spilled: set[int] = set()
-        self.samples: deque[PoolSample] = deque(maxlen=_MAX_SAMPLES)  # oldest first
-        self._start_s = time.monotonic()
-        self._spills, self._spill_ms = 0, 0.0
-        self._registrations, self._registering_ms = 0, 0.0
+        self.history = PoolHistory()
+        self.repeated: dict[object, Any] = {}  # see cpkit.repeat
         self._arena_bytes = agree_on_prealloc(self.backend, group, prealloc)
         self._grow(self._arena_bytes, "preallocate the symmetric pool")
         group.pools[self.device.type] = self
@@ -116,14 +113,21 @@ class SymmetricPool:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        block = self._allocator.place(nbytes) or self._place_after_freeing(nbytes)
-        if self.group.samples_pools:
-            self._sample()
-        release = partial(self._allocator.dropped.append, block.bit)
-        memory = self._segments[block.segment].block(block.offset, shape, dtype, release)
+        _, memory = self.take(nbytes, shape, dtype)
         if self.device.type == "cuda":
             keep_for_replays("cuda", memory)
         return memory
+
+    def take(
+        self, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> tuple[Place, torch.Tensor]:
+        """Return where a new block is, and a tensor over it; see `empty`."""
+        block = self._allocator.place(nbytes) or self._place_after_freeing(nbytes)
+        if self.group.samples_pools:
+            self.history.sample(self._allocator)
+        segment = self._segments[block.segment]
+        release = partial(self._allocator.dropped.append, block.bit)
+        return (segment, block.offset), segment.block(block.offset, shape, dtype, release)
 
     @eager_only
     def peer_view(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
@@ -199,9 +203,9 @@ class SymmetricPool:
             )
         while block is None:
             granules = -(-rounded(nbytes) // _SPILL_GRANULE_BYTES)
-            self._spill_ms += self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            took_ms = self._grow(granules * _SPILL_GRANULE_BYTES, "grow the symmetric pool")
+            self.history.add_spill(took_ms)
             self._spilled.add(max(self._segments))
-            self._spills += 1
             block = self._allocator.place(nbytes)
         return block
 
@@ -214,10 +218,9 @@ class SymmetricPool:
         self._segments[len(self._allocator.free_lists)] = segment
         self._allocator.add_segment(nbytes)
         took_ms = (time.perf_counter() - start) * 1e3
-        self._registrations += 1
-        self._registering_ms += took_ms
+        self.history.add_registration(took_ms)
         if self.group.samples_pools:
-            self._sample()
+            self.history.sample(self._allocator)
         return took_ms
 
     # ------------------------------------------------------------------ agreement
@@ -232,6 +235,21 @@ class SymmetricPool:
         return Agreement(
             self._exchange, self._allocator.record, self._free_agreed, self.backend.failure
         )
+
+    def agree_again(self, signature: Signature) -> None:
+        """Agree on a call that this rank has checked before: `agreement`, in one step."""
+        self.group.check_thread()
+        if self.backend.failure:
+            with self.agreement():
+                return  # the end of the block raises it
+        mine = signature.passed + self._allocator.record()
+        answers = self._exchange(mine)
+        if answers.count(mine) < len(answers):
+            call = self.agreement()
+            call.must_match(signature)
+            call.settle(mine, answers)
+        elif self._allocator.released:
+            self._free(self._allocator.released)
 
     def free_dropped(self, purpose: str) -> None:
         """Free the blocks that all ranks have dropped. Collective."""
@@ -256,9 +274,12 @@ class SymmetricPool:
             for state in states:
                 released_everywhere &= int.from_bytes(state[:MASK_BYTES], "little")
         if released_everywhere:
-            self._allocator.free(released_everywhere)
-            if self.group.samples_pools:
-                self._sample()
+            self._free(released_everywhere)
+
+    def _free(self, released_everywhere: int) -> None:
+        self._allocator.free(released_everywhere)
+        if self.group.samples_pools:
+            self.history.sample(self._allocator)
 
     def _raise_divergence(self) -> None:
         """Raise on every rank, with what each of them allocated last."""
@@ -290,15 +311,6 @@ class SymmetricPool:
     ) -> PathReport:
         """Store this rank's rows into every peer's outputs; see Backend.push. Collective."""
         return self.backend.push(self, rows, outputs, metadata, slots)
-
-    def prepare(
-        self,
-        rows: Sequence[torch.Tensor],
-        output_sets: Sequence[Sequence[torch.Tensor]],
-        metadata: ContextParallelMetadata,
-    ) -> tuple[list[Prepared], PathReport]:
-        """Prepare one push per set of outputs; see Backend.prepare. Collective."""
-        return self.backend.prepare(self, rows, output_sets, metadata)
 
     def all_gather_into_tensor(
         self,
@@ -404,26 +416,7 @@ class SymmetricPool:
 
     def stats(self) -> PoolStatistics:
         """Return sizes, counts and times of the pool up to now. Local."""
-        return PoolStatistics(
-            segments=len(self._segments),
-            arena_bytes=self._arena_bytes,
-            spill_bytes=self._allocator.total_bytes - self._arena_bytes,
-            used_bytes=self._allocator.used_bytes,
-            peak_bytes=self._allocator.peak_bytes,
-            largest_free_bytes=self._allocator.largest_free(),
-            live_blocks=len(self._allocator.blocks),
-            spills=self._spills,
-            spill_ms=self._spill_ms,
-            registrations=self._registrations,
-            registering_ms=self._registering_ms,
-        )
-
-    def _sample(self) -> None:
-        allocator, time_s = self._allocator, time.monotonic() - self._start_s
-        used_bytes, peak_bytes = allocator.used_bytes, allocator.peak_bytes
-        free_bytes, largest = allocator.total_bytes - used_bytes, allocator.largest_free()
-        sample = PoolSample(time_s, used_bytes, peak_bytes, free_bytes, largest, self._spills)
-        self.samples.append(sample)
+        return self.history.statistics(self._allocator, self._arena_bytes, len(self._segments))
 
     def poison_free(self) -> None:
         """Poison all free memory of this rank, so that tests detect unwritten rows. Local."""

@@ -27,8 +27,10 @@ from cpkit.memory.backend import (
     ORDINARY_COLLECTIVE,
     SHARDS_MOVED,
     STORED_IN_PLACE,
+    Place,
     Pool,
     Prepared,
+    Repeated,
     as_rows,
     bytes_per_row,
     same_lanes,
@@ -43,6 +45,7 @@ from cpkit.sync.signals import ShmSignals
 TILE_BYTES = 1 << 20
 _MAX_DEFAULT_BYTES = 64 << 20
 Copy = Callable[[], object]
+Tiles = list[tuple[int, int, int]]  # place in the output, place in the rows, length, in bytes
 
 
 class PosixBackend:
@@ -134,6 +137,17 @@ class PosixBackend:
                 for number, outputs in enumerate(output_sets)
             ]
         return list(pushes), STORED_IN_PLACE
+
+    def repeat(
+        self, metadata: ContextParallelMetadata, row_bytes: Sequence[int]
+    ) -> Repeated | None:
+        """Return the copies of dense tiles, from their addresses."""
+        dense = [dense_tiles(metadata, self.group.rank, nbytes) for nbytes in row_bytes]
+        known = [each for each in dense if each is not None]
+        if len(known) < len(dense):
+            return None
+        rank, size, barrier = self.group.rank, self.group.size, self._barrier
+        return partial(_push_dense, known, [(rank + step) % size for step in range(size)], barrier)
 
     def can_capture(
         self,
@@ -232,6 +246,21 @@ def _push_prepared(copies: Sequence[Copy], barrier: ShmBarrier, call: int) -> No
         barrier.barrier(call)
 
 
+def _push_dense(
+    dense: Sequence[Tiles],
+    peers: Sequence[int],
+    barrier: ShmBarrier,
+    sources: Sequence[int],
+    places: Sequence[Place],
+) -> None:
+    for tiles_of_one, source, (segment, offset) in zip(dense, sources, places, strict=True):
+        targets = [segment.addresses[peer] + offset for peer in peers]
+        for to, start, nbytes in tiles_of_one:
+            for target in targets:
+                ctypes.memmove(target + to, source + start, nbytes)
+    barrier.barrier()
+
+
 @lru_cache(maxsize=256)
 def tiles(
     metadata: ContextParallelMetadata, rank: int, row_bytes: int, tile_bytes: int = TILE_BYTES
@@ -245,9 +274,7 @@ def tiles(
 
 
 @lru_cache(maxsize=256)
-def dense_tiles(
-    metadata: ContextParallelMetadata, rank: int, row_bytes: int
-) -> list[tuple[int, int, int]] | None:
+def dense_tiles(metadata: ContextParallelMetadata, rank: int, row_bytes: int) -> Tiles | None:
     """Return the `tiles` of a rank as (place in the output, place in its rows, length) in bytes.
 
     None if the tokens of a tile are not adjacent (interleave).

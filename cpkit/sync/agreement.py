@@ -49,6 +49,11 @@ class Signature:
         """Digest of the text, to compare it between ranks and between processes."""
         return blake2b(self.text.encode(), digest_size=_DIGEST_BYTES).digest()
 
+    @cached_property
+    def passed(self) -> bytes:
+        """What a rank sends whose checks passed, if this is all that must be equal."""
+        return _PASSED + self.digest
+
 
 class Agreement:
     """The checks before one collective call; see the module's docstring.
@@ -99,7 +104,11 @@ class Agreement:
         error = self._failure or error
         head = _FAILED + bytes(_DIGEST_BYTES) if error else _PASSED + self._fingerprint
         mine = head + self._record() + self.state
-        answers = self._exchange(mine)
+        self.settle(mine, self._exchange(mine), error)
+
+    def settle(self, mine: bytes, answers: list[bytes], error: Exception | None = None) -> None:
+        """Continue or raise, after the exchange of what the ranks sent."""
+        head = mine[:_HEAD_BYTES]
         all_equal = answers.count(mine) == len(answers)  # as usual; then no head needs a look
         is_same = all_equal or all(answer[:_HEAD_BYTES] == head for answer in answers)
         if error is not None or not is_same:

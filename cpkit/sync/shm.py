@@ -20,6 +20,7 @@ that it can lock. A process id would not do: the ranks may be in containers, eac
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import math
@@ -28,9 +29,9 @@ import os
 import re
 import secrets
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,7 @@ class Segment:
     def __init__(self, maps: list[mmap.mmap], nbytes: int, rank: int) -> None:
         self.maps, self.nbytes, self._rank = maps, nbytes, rank
         self.addresses = [self.view(r, 0, nbytes).data_ptr() for r in range(len(maps))]
+        self._memory = _memory_type(nbytes)
 
     def view(self, rank: int, offset: int, nbytes: int) -> torch.Tensor:
         """Return bytes of a rank's memory: uint8 `[nbytes]`."""
@@ -74,11 +76,16 @@ class Segment:
         release: Callable[[], object],
     ) -> torch.Tensor:
         """Return own memory; `release` is called when the last tensor over it is dropped."""
-        # The tensor's storage keeps this view alive until the last tensor over it is dropped.
-        stop = offset + math.prod(shape) * dtype.itemsize
-        memory = memoryview(self.maps[self._rank])[offset:stop]
-        weakref.finalize(memory, release).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+        # The tensor's storage keeps this object alive until the last tensor over it is dropped.
+        memory = self._memory.from_buffer(self.maps[self._rank])
+        memory.release = release
+        items = math.prod(shape)
+        return torch.frombuffer(memory, dtype=dtype, count=items, offset=offset).view(shape)
+
+
+def _memory_type(nbytes: int) -> Any:
+    """Return a type of memory that calls its `release`, an attribute, when it is dropped."""
+    return type("Memory", (ctypes.c_char * nbytes,), {"__del__": lambda self: self.release()})
 
 
 def make_segment(exchange: StoreExchange, nbytes: int, purpose: str) -> Segment:

@@ -24,7 +24,7 @@ class PoolOperation(Operation[Pool]):
         note = self._act(symmetric_pool(group, worker_device()), state)
         pool = symmetric_pool(group, worker_device())
         pool.free_dropped("look at the pool")  # returns the blocks that all ranks have dropped
-        samples = list(pool.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
+        samples = list(pool.history.samples)[-_MAX_SAMPLES:] if group.rank == 0 else []
         return PoolResult(self.body.cp_size, (pool.stats(),), note, tuple(samples))
 
     def _act(self, pool: SymmetricPool, state: RankState) -> str:

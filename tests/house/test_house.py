@@ -32,7 +32,7 @@ LAYERS = (
     ("cpkit.group",),
     ("cpkit.kernels", "cpkit.memory"),
     ("cpkit.caches", "cpkit.validate"),
-    ("cpkit.symm",),
+    ("cpkit.symm", "cpkit.repeat"),
     ("cpkit.gather",),
     ("cpkit.plan", "cpkit.bench", "cpkit.reference"),
     ("cpkit.control",),

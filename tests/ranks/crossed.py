@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cpkit import gather, provenance
+from cpkit import gather, provenance, repeat
 from cpkit.gather import all_gather_kv, cp_all_gather_rerange_kv_cache
 from cpkit.group import CPGroup, forget_groups
 from cpkit.layout import ContextParallelMetadata, prepare_context_parallel_metadata, shard
@@ -32,13 +32,13 @@ def expect(call: Callable[[], object], *words: str) -> None:
     assert all(each in message for each in words), message
 
 
-def interrupt(call: Callable[[], object]) -> None:
-    """Interrupt a call before its rows are stored, as ■ Interrupt does."""
+def interrupt(owner: object, name: str, call: Callable[[], object]) -> None:
+    """Interrupt a call in a function, as ■ Interrupt does."""
 
     def raise_interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with planted(SymmetricPool, "push", raise_interrupt):
+    with planted(owner, name, raise_interrupt):
         raised(KeyboardInterrupt, call)
 
 
@@ -69,13 +69,18 @@ def check_a_barrier_and_a_gather() -> None:
 
 def check_after_an_interrupted_gather_all_ranks_raise_once() -> None:
     """Rank 0 starts its next call while its peers still wait at the end of the first one."""
+    forget_groups()
     group, metadata, rows = batch_of(97)
     gather = lambda: all_gather_kv([rows], metadata, group)  # noqa: E731
-    gather()
-    if group.rank == 0:
-        interrupt(gather)
-    expect(gather, "rank 0 at the agreement", "rank 1 at the end of a gather")
-    provenance.check(gather()[0], metadata, round=1)
+    pool = pool_of(group)
+    for is_repeated in (False, True):
+        repeated = list(pool.repeated.values())
+        assert bool(repeated) == is_repeated
+        if group.rank == 0:
+            owner, name = (repeated[0], "_push") if is_repeated else (SymmetricPool, "push")
+            interrupt(owner, name, gather)
+        expect(gather, "rank 0 at the agreement", "rank 1 at the end of a gather")
+        provenance.check(gather()[0], metadata, round=1)
 
 
 def check_after_an_interrupted_call_of_a_plan_all_ranks_raise() -> None:
@@ -143,18 +148,29 @@ Call = Callable[[CPGroup, ContextParallelMetadata, torch.Tensor], object]
 
 
 def fails(
-    kind: type[Exception], owner: object, name: str, call: Call, tokens: int = 97, **shape: Any
+    kind: type[Exception],
+    owner: object,
+    name: str,
+    call: Call,
+    tokens: int = 97,
+    *,
+    again: bool = False,
+    **shape: Any,
 ) -> None:
     """Check that the last rank's failure in a function reaches every rank, as `kind` on its peers.
 
-    The ranks are in step afterwards: they make new groups, whose gathers are right.
+    It fails in the first call of a new group, or in the second one with `again`. The ranks are in
+    step afterwards: they make new groups, whose gathers are right.
     """
 
     def refuse(*_: object, **__: object) -> None:
         raise MemoryError(WORDS)
 
+    forget_groups()
     group, metadata, rows = batch_of(tokens, **shape)
     pool_of(group)
+    if again:
+        call(group, metadata, rows)
     is_victim = group.rank == group.size - 1
     began = time.monotonic()
     with planted(owner, name, refuse) if is_victim else nullcontext():
@@ -182,6 +198,8 @@ def check_a_failure_before_the_exit_barrier_reaches_every_rank() -> None:
         ("padded_symm", SymmetricPool, "push_shard"),
     ):
         fails(RankFailed, owner, name, gather_by(algorithm))
+    for owner, name in ((repeat, "as_dense"), (SymmetricPool, "take"), (posix.ctypes, "memmove")):
+        fails(RankFailed, owner, name, gather_by("direct"), again=True)
 
 
 def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> None:

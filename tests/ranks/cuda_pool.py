@@ -235,7 +235,7 @@ def check_spills_are_timed_and_warm_up_keeps_one_arena() -> None:
     stats = pool.stats()
     assert (stats.spills, stats.segments) == (1, 2)
     assert stats.spill_ms > 0
-    assert pool.samples[-1].used_bytes >= large.numel()
+    assert pool.history.samples[-1].used_bytes >= large.numel()
     del large
     pool.warm_up(20000, (8, 16), torch.float32, tensors=2)
     assert pool.stats().segments == 1

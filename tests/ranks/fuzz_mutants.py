@@ -98,9 +98,9 @@ def check_fuzz_detects_a_block_that_is_freed_too_early() -> None:
 
 
 def check_fuzz_detects_a_plan_with_one_output() -> None:
-    def shared(real: Any, pool: Any, rows: Any, output_sets: list[Any], metadata: Any) -> Any:
-        output_sets[:] = output_sets[:1] * len(output_sets)
-        return real(pool, rows, output_sets, metadata)
+    def shared(real: Any, backend: Any, pool: Any, rows: Any, sets: list[Any], *layout: Any) -> Any:
+        sets[:] = sets[:1] * len(sets)
+        return real(backend, pool, rows, sets, *layout)
 
-    with planted(SymmetricPool, "prepare", shared):
+    with planted(PosixBackend, "prepare", shared):
         expect("of gather", call="plan", algorithm="direct", keep=2, symmetric=True)

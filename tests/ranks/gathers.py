@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -103,6 +105,52 @@ def check_every_algorithm_is_bit_exact() -> None:
                 provenance.check(got, metadata, round=round, tensor=i)
             del got
     torch.use_deterministic_algorithms(False)
+
+
+def check_repeated_calls_are_bit_exact() -> None:
+    """The second call of a gather skips its checks. Its rows, strides and callers may differ.
+
+    On some ranks the calls are recorded, so that they take every step. A view keeps its result.
+    """
+    for number, (group, metadata, rng) in enumerate(batches("repeated", 1)):
+        kinds = [(rng.choice(DTYPES), rng.choice(TRAILING)) for _ in range(rng.randint(1, 3))]
+        views: list[torch.Tensor] = []
+        for repetition in range(5):
+            round = 10 * number + repetition
+            shards = [
+                shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i)
+                for i, (dtype, shape) in enumerate(kinds)
+            ]
+            if rng.random() < 0.5:
+                shards[0] = strided(shards[0])
+            poison(group)
+            every_step = (repetition + group.rank) % 3 == 2
+            with stages.record() if every_step else nullcontext():
+                results = all_gather_kv(shards, metadata, group)
+            assert last_path(group) is path_of_result(results[-1])
+            for i, got in enumerate(results):
+                provenance.check(got, metadata, round=round, tensor=i)
+            views.append(results[0].view(torch.uint8) if results[0].ndim > 1 else results[0][:])
+            del got, results
+        for repetition, view in enumerate(views):
+            got = view.view(kinds[0][0])
+            provenance.check(got, metadata, round=10 * number + repetition, tensor=0)
+
+
+def check_ranks_that_repeat_different_calls_raise() -> None:
+    """Fingerprints differ, and the words are those of a first call; then the ranks go on."""
+    group, metadata, rows = batch_of(64)
+    _, other, other_rows = batch_of(72)
+    calls = [partial(all_gather_kv, [rows], metadata, group)]
+    calls.append(partial(all_gather_kv, [other_rows], other, group))
+    for call in (*calls, *calls):
+        call()
+    words = error_of(calls[group.rank == 0])
+    assert "different collectives" in words, words
+    assert "lengths=[64]" in words, words
+    assert "lengths=[72]" in words, words
+    for call, layout in zip(calls, (metadata, other), strict=True):
+        provenance.check(call()[0], layout, round=1)
 
 
 def check_many_rounds_back_to_back() -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from cpkit import gather, provenance
 from cpkit.gather import all_gather_kv
 from cpkit.layout import prepare_context_parallel_metadata
+from cpkit.memory import posix
 from cpkit.memory.posix import PosixBackend
 from cpkit.symm import symmetric_pool
 from cpkit.sync.barrier import PLAIN, ShmBarrier
@@ -66,6 +67,34 @@ def check_a_peer_that_is_skipped() -> None:
     pool_class = type(symmetric_pool(world_group()))
     with planted(pool_class, "peer_addresses", last_is_me):
         expect("direct", "poison (never written)")
+
+
+def check_a_peer_that_a_repeated_call_skips() -> None:
+    """The first call is right, and the second one stores to itself instead of its last peer."""
+
+    def last_is_me(real: Any, tiles: Any, peers: list[int], *args: Any) -> Any:
+        return real(tiles, [*peers[:-1], peers[0]], *args)
+
+    symmetric_pool(world_group()).repeated.clear()
+    with planted(posix, "_push_dense", last_is_me):
+        expect("direct", "expected round 2" if dist.get_world_size() > 1 else "")
+    symmetric_pool(world_group()).repeated.clear()
+
+
+def check_a_repeated_call_with_the_shape_of_another() -> None:
+    """It takes the outputs and the place of the rows of a gather with other lengths."""
+
+    def first(real: Any, tensors: Any, metadata: Any, group: Any) -> Any:
+        found = real(tensors, metadata, group)
+        return found and next(iter(group.pools["cpu"].repeated.values()))
+
+    group = world_group()
+    symmetric_pool(group).repeated.clear()
+    other = prepare_context_parallel_metadata([33, 40], group.size)
+    rows = provenance.shard_rows(other, group.rank, (8,), torch.float32, round=1)
+    all_gather_kv([rows], other, group)
+    with planted(gather, "find_repeated", first):
+        expect("direct", "expected round 2")
 
 
 def check_rows_stored_one_place_off() -> None:

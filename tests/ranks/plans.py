@@ -10,7 +10,6 @@ import torch
 from cpkit import provenance, stages
 from cpkit.gather import ALGORITHMS, last_path
 from cpkit.layout import STRATEGIES, ContextParallelMetadata, prepare_context_parallel_metadata
-from cpkit.memory.pool import SymmetricPool
 from cpkit.plan import GatherPlan, plan_gather_kv
 from tests.ranks.device import DEVICE, batch_of, pool_of, shard_rows, world_group
 from tests.ranks.errors import error_of
@@ -81,11 +80,12 @@ def check_a_result_stays_valid_until_the_next_call() -> None:
 def check_one_output_without_an_entry_barrier_is_detected() -> None:
     """Negative control: all calls of a plan share one output."""
 
-    def shared(real: Any, pool: Any, rows: Any, output_sets: list[Any], metadata: Any) -> Any:
-        output_sets[:] = output_sets[:1] * len(output_sets)
-        return real(pool, rows, output_sets, metadata)
+    def shared(real: Any, backend: Any, pool: Any, rows: Any, sets: list[Any], *layout: Any) -> Any:
+        sets[:] = sets[:1] * len(sets)
+        return real(backend, pool, rows, sets, *layout)
 
-    with planted(SymmetricPool, "prepare", shared):
+    backend = pool_of(world_group()).backend
+    with planted(type(backend), "prepare", shared):
         said = wrong_rows(keep=1)
     assert any("expected round" in each for each in said), said
 
