@@ -29,7 +29,7 @@ from cpkit.devices import check_stream, keep_for_replays, on_stream
 from cpkit.eager import eager_only
 from cpkit.group import CPGroup, get_attention_cp_group, is_allocation_symmetric
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import STORED_IN_PLACE, as_dense, as_rows, from_rows
+from cpkit.memory.backend import as_dense, as_rows, from_rows
 from cpkit.memory.ordinary import ASYMMETRIC_BATCH, OrdinaryMemory, spanning_machines
 from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
@@ -102,13 +102,13 @@ def all_gather_kv(
     check_group(group)
     symmetric = is_allocation_symmetric() and not group.spans_hosts
     arguments = tensors, metadata, group, algorithm, symmetric, stream, into, slots
-    is_plain = stream is None and into is None and slots is None
-    if not (is_plain and symmetric and algorithm == "direct" and _GATHERS["direct"] is direct):
+    if not (symmetric and stream is None and into is None and slots is None):
         return _check_and_gather(*arguments)
-    if repeated := find_repeated(tensors, metadata, group):
-        return remember_path(group, STORED_IN_PLACE, repeated(group, tensors))
-    results = _check_and_gather(*arguments)
-    keep_to_repeat(tensors, metadata, group)
+    repeated = find_repeated(tensors, metadata, group, algorithm)
+    if repeated and repeated.gather is _GATHERS[algorithm]:
+        return remember_path(group, *repeated(group, tensors))
+    results, gather = _check_and_gather(*arguments), _GATHERS[algorithm]
+    keep_to_repeat(tensors, metadata, group, algorithm, gather, pushes=gather is direct)
     return results
 
 
@@ -144,13 +144,13 @@ def _check_and_gather(
             memory = memory_of(group, tensors[0].device, symmetric)
             if into is not None and slots is not None:
                 path = _gather_into(gather, tensors, metadata, memory, into, slots)
-                return remember_path(group, path, list(into))
+                return remember_path(group, list(into), path)
             results, path = gather(tensors, metadata, memory)
     except Exception as error:
         if gather is not padded and not tensors[0].is_cuda:
             group.report_failure(error)
         raise
-    return remember_path(group, path, results)
+    return remember_path(group, results, path)
 
 
 def memory_of(group: CPGroup, device: torch.device, symmetric: bool) -> Memory:
@@ -346,7 +346,7 @@ def cp_all_gather_reorganized_into_tensor_kv_cache(
             group.report_failure(error)
         raise
     assert group.last_path is not None
-    return remember_path(group, group.last_path, [from_rows(rank_order, input_tensor)])[0]
+    return remember_path(group, [from_rows(rank_order, input_tensor)], group.last_path)[0]
 
 
 @eager_only
@@ -369,7 +369,7 @@ def cp_all_gather_rerange_kv_cache(
     keep("reorder", rows)
     group = get_attention_cp_group()
     assert group.last_path is not None
-    return remember_path(group, group.last_path, [from_rows(rows, input_tensor)])[0]
+    return remember_path(group, [from_rows(rows, input_tensor)], group.last_path)[0]
 
 
 # ----------------------------------------------------------------------- the passes
@@ -434,7 +434,7 @@ def path_of_result(result: torch.Tensor) -> PathReport | None:
 
 
 def remember_path(
-    group: CPGroup, path: PathReport, results: list[torch.Tensor]
+    group: CPGroup, results: list[torch.Tensor], path: PathReport
 ) -> list[torch.Tensor]:
     """Record the path of the group's latest gather and of its results; return the results."""
     group.last_path = path

@@ -190,7 +190,7 @@ def plan_gather_kv(
             for outputs in output_sets
         ]
     for results in result_sets:
-        remember_path(group, path, results)
+        remember_path(group, results, path)
     pairs = list(zip(pushes, result_sets, strict=True))
     return GatherPlan(tensors, metadata, group, algorithm, pairs, path, memory)
 

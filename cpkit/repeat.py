@@ -1,75 +1,107 @@
-"""A `direct` gather that the ranks have made before: what remains of a call without its checks.
+"""A gather that the ranks have made before: what remains of a call without its checks.
 
-A model makes the same call in every layer. The first call checks its arguments and finds what
-depends on their shapes; a later one consists of four steps:
+A model makes the same call in every layer. The first call checks its arguments; a later one only
+compares its fingerprint with those of the other ranks, and gathers. For `direct` that takes
 
     fingerprint ── one exchange ── a block per output ── one launch (on the CPU: the copies)
 
-They are those of cpkit.gather in a third of the Python functions, and what counts here is that
-number: a function that takes 0.1 us in a loop of its own takes about 1 us in a call, because its
-code has left the caches since the previous one.
+in a third of the Python functions that cpkit.gather needs for these steps. Their number counts: a
+function that takes 0.1 us in a loop of its own takes about 1 us in a call, because its code has
+left the caches since the previous one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
-from cpkit.memory.backend import Repeated, as_dense, bytes_per_row
+from cpkit.memory.backend import STORED_IN_PLACE, as_dense, bytes_per_row
+from cpkit.memory.path import PathReport
 from cpkit.memory.pool import SymmetricPool
 from cpkit.stages import is_observed
 from cpkit.sync.agreement import Signature
 from cpkit.validate import LARGE_BYTES, call_key
 
+Tensors = Sequence[torch.Tensor]
+Gathered = tuple[list[torch.Tensor], PathReport]
+Gather = Callable[[Tensors, ContextParallelMetadata, SymmetricPool], Gathered]
 _MAX_REPEATED = 256
 
 
 class RepeatedGather:
-    """The outputs and the push of a gather, and the signature that the ranks compare."""
+    """A gather whose checks have passed.
+
+    `gather` is the function that made it at first, and `repeat` does the same. With `reports`, a
+    failure in it reaches the peers, which wait at a barrier then.
+    """
 
     def __init__(
         self,
+        gather: Gather,
+        repeat: Gather,
         signature: Signature,
-        tensors: Sequence[torch.Tensor],
         metadata: ContextParallelMetadata,
-        push: Repeated,
+        *,
+        reports: bool,
     ) -> None:
-        self._signature, self._push = signature, push
+        self.gather, self._repeat, self._reports = gather, repeat, reports
+        self._signature, self._metadata = signature, metadata
+
+    def __call__(self, group: CPGroup, tensors: Tensors) -> Gathered:
+        """Gather; see all_gather_kv. Collective."""
+        pool = group.pools["cuda" if tensors[0].is_cuda else "cpu"]
+        assert isinstance(pool, SymmetricPool)
+        pool.agree_again(self._signature)
+        try:
+            return self._repeat(tensors, self._metadata, pool)
+        except Exception as error:
+            if self._reports:
+                group.report_failure(error)
+            raise
+
+
+class RepeatedPush:
+    """`direct` with everything prepared that depends on its layout and its shapes."""
+
+    def __init__(
+        self, tensors: Tensors, metadata: ContextParallelMetadata, pool: SymmetricPool
+    ) -> None:
+        self._push = pool.backend.repeat(metadata, [bytes_per_row(x) for x in tensors])
         shapes = [(metadata.total_tokens, *x.shape[1:]) for x in tensors]
         self._outputs = [
             (math.prod(shape) * x.dtype.itemsize, shape, x.dtype)
             for shape, x in zip(shapes, tensors, strict=True)
         ]
 
-    def __call__(self, group: CPGroup, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Gather; see all_gather_kv. Collective."""
-        pool = group.pools[tensors[0].device.type]
-        assert isinstance(pool, SymmetricPool)
-        pool.agree_again(self._signature)
-        try:
-            rows = [as_dense(x) for x in tensors]
-            blocks = [pool.take(*output) for output in self._outputs]
-            self._push([x.data_ptr() for x in rows], [place for place, _ in blocks])
-        except Exception as error:
-            if not tensors[0].is_cuda:
-                group.report_failure(error)
-            raise
-        return [output for _, output in blocks]
+    @property
+    def is_possible(self) -> bool:
+        """Whether the backend can repeat it, and no output is empty."""
+        return self._push is not None and all(nbytes for nbytes, *_ in self._outputs)
+
+    def __call__(
+        self, tensors: Tensors, metadata: ContextParallelMetadata, pool: SymmetricPool
+    ) -> Gathered:
+        """Gather as `direct` does."""
+        assert self._push
+        rows = [as_dense(x) for x in tensors]
+        blocks = [pool.take(*output) for output in self._outputs]
+        self._push([x.data_ptr() for x in rows], [place for place, _ in blocks])
+        return [output for _, output in blocks], STORED_IN_PLACE
 
 
 def find_repeated(
-    tensors: Sequence[torch.Tensor], metadata: ContextParallelMetadata, group: CPGroup
+    tensors: Tensors, metadata: ContextParallelMetadata, group: CPGroup, algorithm: str
 ) -> RepeatedGather | None:
     """Return what an earlier call like this one kept; None if this call needs every step. Local.
 
     A call whose stages are recorded needs them, and one that a CUDA graph captures.
     """
-    key = call_key(tensors, metadata, "direct", symmetric=True)
+    key = call_key(tensors, metadata, algorithm, symmetric=True)
     if key is None or is_observed():
         return None
     on_cuda = tensors[0].is_cuda
@@ -80,23 +112,29 @@ def find_repeated(
 
 
 def keep_to_repeat(
-    tensors: Sequence[torch.Tensor], metadata: ContextParallelMetadata, group: CPGroup
+    tensors: Tensors,
+    metadata: ContextParallelMetadata,
+    group: CPGroup,
+    algorithm: str,
+    gather: Gather,
+    *,
+    pushes: bool,
 ) -> None:
-    """Keep what a call that has succeeded needs when it is repeated. Local.
+    """Keep what is needed to repeat a call that has succeeded. Local.
 
-    A large gather on the CPU is not repeated: it looks for room in memory at every call.
+    `pushes` is true for `direct`. A large gather on the CPU is not repeated: it looks for room in
+    memory at every call.
     """
-    key = call_key(tensors, metadata, "direct", symmetric=True)
+    key = call_key(tensors, metadata, algorithm, symmetric=True)
     signature = group.checked_calls.get(key)
-    row_bytes = [bytes_per_row(x) for x in tensors]
-    if signature is None or signature.nbytes > LARGE_BYTES or not all(row_bytes):
+    pool = group.pools.get(tensors[0].device.type)
+    if signature is None or signature.nbytes > LARGE_BYTES or not isinstance(pool, SymmetricPool):
         return
-    pool = group.pools[tensors[0].device.type]
-    assert isinstance(pool, SymmetricPool)
     if key in pool.repeated:
         return
-    push = pool.backend.repeat(metadata, row_bytes)
-    if push and metadata.total_tokens:
-        if len(pool.repeated) >= _MAX_REPEATED:
-            pool.repeated.clear()
-        pool.repeated[key] = RepeatedGather(signature, tensors, metadata, push)
+    if len(pool.repeated) >= _MAX_REPEATED:
+        pool.repeated.clear()
+    repeat, reports = gather, algorithm != "padded" and not tensors[0].is_cuda
+    if pushes and (push := RepeatedPush(tensors, metadata, pool)).is_possible:
+        repeat = push
+    pool.repeated[key] = RepeatedGather(gather, repeat, signature, metadata, reports=reports)

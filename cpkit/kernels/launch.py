@@ -96,15 +96,20 @@ def launch(
     addresses: Addresses,
     slots: torch.Tensor | None = None,
     tag: int = 0,
+    deadline_ns: int = 0,
 ) -> None:
-    """Launch a variant of the kernel over its tiles on the current stream."""
+    """Launch a variant of the kernel over its tiles on the current stream.
+
+    `deadline_ns` is how long it may wait for a peer; 0: `settings.deadline_s()`.
+    """
     kernel, table = prepared
+    wait_ns = deadline_ns or int(deadline_s() * 1e9)
     stream = signals.in_order()
     table.keep_for(stream)
     kernel.run(
         *(min(table.n_tiles, kernel.most_blocks) or 1, 1, 1, stream, *kernel.options),
         *(*addresses, kernel.words[1] if slots is None else slots, table.address, table.n_tiles),
-        *(*kernel.words, int(deadline_s() * 1e9), signals.group.rank, tag, *kernel.constants),
+        *(*kernel.words, wait_ns, signals.group.rank, tag, *kernel.constants),
     )
 
 
@@ -288,10 +293,10 @@ class TileTables:
         return key in self._tables or key in self._captured
 
     def prepared(self, key: object) -> PreparedLaunch | None:
-        """Return what was kept under this key, unless its table was dropped since."""
+        """Return what was kept under this key, unless its table was dropped; not for capture."""
         found = self._prepared.get(key)
         if found:
-            self._use(found.table)
+            self._uses = found.table.last_use = self._uses + 1
         return found
 
     def keep(self, key: object, prepared: PreparedLaunch) -> None:

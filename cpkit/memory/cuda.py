@@ -401,6 +401,7 @@ class _RepeatedPush:
     ) -> None:
         self._backend, self._metadata, self._row_bytes = backend, metadata, row_bytes
         self._rank, self._key = backend.group.rank, object()
+        self._deadline_ns = int(deadline_s() * 1e9)
 
     def __call__(self, sources: Sequence[int], places: Sequence[Place]) -> None:
         backend, targets, tables = self._backend, [], []
@@ -417,7 +418,7 @@ class _RepeatedPush:
                 backend, self._metadata, addresses, self._row_bytes, (), None, entry=entry
             )
             backend.tables.keep(key, prepared)
-        launch.launch(backend, prepared, addresses, None, backend.next_tag())
+        launch.launch(backend, prepared, addresses, None, backend.next_tag(), self._deadline_ns)
 
 
 def _segment_table(pool: Pool, address: int) -> int:

@@ -52,7 +52,7 @@ def contention_badge(status: StatusResult, cp_size: int) -> str:
     load = f"load {status.load:.1f} on {_count(status.cores, 'core')}"
     where = f"{_count(ranks, 'rank')} on {_count(units, unit)}"
     if ranks > units:
-        why = f"ranks wait for a {unit}: compare ratios, and do not take times from here elsewhere"
+        why = f"ranks wait for a {unit}: compare ratios, and do not quote these times elsewhere"
         return f"{_badge('▲', 'crowded', WARNING)} {where}, {load}; {why}"
     if status.load > max(ranks, status.cores):
         why = "other programs use the cores: times are longer and noisier than on an idle machine"

@@ -1,14 +1,15 @@
 """Draw arrays: which rank owns which token, where the padding is, what each stage contains.
 
 A cell is a slot of a real array, or a run of slots of one rank. Each slot is a row of decoded
-provenance, `(round, rank, sequence, token)`; all four are -1 where no rank wrote a token.
+provenance, `(round, rank, sequence, token)`; all four are -1 where no rank wrote a token. The
+round is -1 where the rows come from a layout instead of a gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,17 @@ MAX_LEVEL = 32  # up to this many slots per line, labels are horizontal; beyond,
 MAX_LABELLED = 72  # up to this many slots per line, each slot has its own cell and label
 
 
+class Words(NamedTuple):
+    """What a hover text calls the last two columns of a slot, and a slot that no rank wrote."""
+
+    group: str
+    item: str
+    empty: str
+
+
+_IN_A_GATHER = Words("sequence", "token", "padding: no token")
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of cells. `wrong` marks slots with wrong contents."""
@@ -31,6 +43,7 @@ class Line:
     label: str
     slots: Ints  # [slots, 4]
     wrong: npt.NDArray[np.bool_] | None = None
+    words: Words = _IN_A_GATHER
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,12 @@ class Cell:
 
 
 def rows_of(metadata: ContextParallelMetadata, rank: int) -> Ints:
-    """Return the rows that `rank` holds, as decoded provenance of round 1: int64 `[rows, 4]`."""
+    """Return the rows that `rank` holds, as provenance without a round: int64 `[rows, 4]`."""
     return _describe(metadata, metadata.rank_rows(rank).numpy())
 
 
 def token_line(metadata: ContextParallelMetadata) -> Ints:
-    """Return all tokens in order, as decoded provenance of round 1: int64 `[total_tokens, 4]`."""
+    """Return all tokens in order, as provenance without a round: int64 `[total_tokens, 4]`."""
     return _describe(metadata, np.arange(metadata.total_tokens))
 
 
@@ -128,7 +141,8 @@ def draw_lines(
     longest = max(len(line.slots) for line in lines)
     is_level = longest <= MAX_LEVEL
     plot_height = (34 if is_level else 44) * len(lines) + 6
-    cells = [(line.label, cell) for line in lines for cell in _cells(line, longest)]
+    unit = axis_title.split(maxsplit=1)[0]
+    cells = [(line.label, cell) for line in lines for cell in _cells(line, longest, unit)]
     ranks = {cell.rank for _, cell in cells if not cell.wrong}
     for rank in sorted(ranks, key=lambda r: (r < 0, r)):  # padding last
         chosen = [(label, cell) for label, cell in cells if cell.rank == rank and not cell.wrong]
@@ -158,7 +172,7 @@ def _describe(metadata: ContextParallelMetadata, tokens: Ints) -> Ints:
     ends = np.cumsum(metadata.lengths)
     sequences = np.searchsorted(ends, tokens, side="right")
     starts = np.array(metadata.starts)[sequences]
-    columns = [np.ones_like(tokens), owners, sequences, tokens - starts]
+    columns = [np.full_like(tokens, -1), owners, sequences, tokens - starts]
     return np.stack(columns, axis=1).astype(np.int64)
 
 
@@ -191,7 +205,7 @@ def _runs(owners: Ints) -> list[tuple[int, int]]:
     return [(int(first), int(stop - first)) for first, stop in zip(firsts, stops, strict=True)]
 
 
-def _cells(line: Line, longest: int) -> Iterator[Cell]:
+def _cells(line: Line, longest: int, unit: str) -> Iterator[Cell]:
     """Yield one cell per slot if labels fit, otherwise one per run of slots with one owner."""
     wrong = np.zeros(len(line.slots), bool) if line.wrong is None else line.wrong
     single = longest <= MAX_LABELLED
@@ -203,15 +217,17 @@ def _cells(line: Line, longest: int) -> Iterator[Cell]:
         bad = bool(wrong[first])
         label = f"{sequence}:{token}" if several else str(token)
         text = ("✗" if bad else "") + (label if rank >= 0 else "") if single else ""
-        yield Cell(first, count, rank, bad, text, _hover(line, first, count))
+        yield Cell(first, count, rank, bad, text, _hover(line, first, count, unit))
 
 
-def _hover(line: Line, first: int, count: int) -> str:
+def _hover(line: Line, first: int, count: int, unit: str) -> str:
     round_, rank, sequence, token = (int(v) for v in line.slots[first])
-    place = f"{line.label}<br>slot {first}" + (f" to {first + count - 1}" if count > 1 else "")
+    words, last = line.words, f" to {first + count - 1}" if count > 1 else ""
+    place = f"{line.label}<br>{unit} {first}{last}"
     if rank < 0:
-        return place + "<br>padding: no token"
-    return f"{place}<br>from rank {rank}, sequence {sequence}, token {token}<br>round {round_}"
+        return f"{place}<br>{words.empty}"
+    gathered = f"<br>round {round_}" if round_ >= 0 else ""
+    return f"{place}<br>rank {rank}, {words.group} {sequence}, {words.item} {token}{gathered}"
 
 
 def _name(rank: int) -> str:

@@ -132,7 +132,7 @@ def _file_system_limit() -> Limit | None:
     return Limit(
         f"{_machine()}/file system {device}",
         free,
-        f"{directory} is full: it has {size(free)} free",
+        f"{directory} is too full: it has {size(free)} free",
         "Make it larger (docker run --shm-size), gather less, or set CPKIT_SHM_DIR to a larger "
         "tmpfs",
     )

@@ -277,7 +277,7 @@ def _explain(error: OSError, nbytes: int, ranks: int) -> str:
     if error.errno == errno.ENOSPC:
         needed_gib = ranks * nbytes // 2**30 + 1
         return (
-            f"{shm_dir()} is full: {ranks} rank(s) need {size(nbytes)} each. Make it larger "
+            f"{shm_dir()} is too full: {ranks} rank(s) need {size(nbytes)} each. Make it larger "
             f"(docker run --shm-size={needed_gib}g), gather less, or set CPKIT_SHM_DIR to a larger "
             f"tmpfs"
         )

@@ -142,7 +142,7 @@ figures.show(figures.who_wrote_where(put.stamps, rounds=1))
 # %% get-text [markdown]
 # A *put* writes into the memory of a peer, and a *get* reads from it. They differ in what each rank waits for:
 #
-# | | data moves | before it reads | before it writes the same memory again |
+# | | data moves | before the read | before the next write to the same memory |
 # |---|---|---|---|
 # | put (push) | from me to the peer | the peer waits until my data has arrived | I wait until the peer has read it |
 # | get (pull) | from the peer to me | I wait until the peer has written its data | the peer waits until I have read it |
@@ -647,9 +647,9 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # ## 7. When is a block free?
 #
 # A pool places each new *block* (here: the memory of one buffer) at the lowest free offset. That offset is equal on all
-# ranks, as long as all ranks have freed the same blocks. But Python releases a tensor when its last reference ends,
-# which happens at a different time on each rank. In this example, rank 1 still holds `old` when the next buffers are
-# allocated.
+# ranks, as long as all ranks have freed the same blocks. But Python frees a tensor when the last reference to it goes
+# away, which happens at a different time on each rank. In this example, rank 1 still holds `old` when the next buffers
+# are allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -670,9 +670,9 @@ assert not same.diverged
 # %% diverge-text [markdown]
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
 # not *equal*. The sender stored at the offset that it had computed for itself. So each of the two ranks is missing
-# three rows, and three rows of a block in use are overwritten: nine wrong rows in total. (Each line above names only
-# the first of its three.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230: garbage output, and no
-# error.
+# three rows, and three rows of a block in use are overwritten: nine wrong rows in total. (Each of the last three lines
+# above names only the first of its three rows.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230:
+# garbage output, and no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
@@ -1134,7 +1134,7 @@ def cause(ranks):
         killed = any(rank.exit_code < 0 for rank in ranks)
         return "a_rank_dies" if killed else "skips_the_rendezvous"
     if any(rank.error for rank in ranks):
-        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+        return "shared_memory_is_full" if "too full" in said else "sizes_differ"
     if any(rank.wrong for rank in ranks):
         return "divergent_free_lists"
     return "wrong_group" if "another group" in said else "receive_only"
@@ -1152,7 +1152,7 @@ def cause(ranks):
     if ranks[0].error == "BarrierTimeout":
         return "skips_the_rendezvous"
     if ranks[0].error:
-        return "shared_memory_is_full" if "is full" in ranks[0].message else "sizes_differ"
+        return "shared_memory_is_full" if "too full" in ranks[0].message else "sizes_differ"
     if ranks[0].wrong:
         return "divergent_free_lists"
     return "wrong_group" if "another group" in ranks[0].reason else "receive_only"
@@ -1163,7 +1163,7 @@ def cause(ranks):
     for rank in ranks:
         if rank.exit_code < 0:
             return "a_rank_dies"
-        if "is full" in rank.message:
+        if "too full" in rank.message:
             return "shared_memory_is_full"
         if rank.error == "SymmetricMemoryError":
             return "sizes_differ"
@@ -1176,7 +1176,7 @@ def cause(ranks):
     if any(rank.error == "BarrierTimeout" for rank in ranks):
         return "a_rank_dies" if "barrier 2" in said else "skips_the_rendezvous"
     if any(rank.error for rank in ranks):
-        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+        return "shared_memory_is_full" if "too full" in said else "sizes_differ"
     if any(rank.wrong for rank in ranks):
         return "divergent_free_lists"
     return "wrong_group" if "another group" in said else "receive_only"
@@ -1188,7 +1188,7 @@ def cause(ranks):
     if any(rank.error == "BarrierTimeout" for rank in ranks):
         return "a_rank_dies"
     if any(rank.error for rank in ranks):
-        return "shared_memory_is_full" if "is full" in said else "sizes_differ"
+        return "shared_memory_is_full" if "too full" in said else "sizes_differ"
     if any(rank.wrong for rank in ranks):
         return "divergent_free_lists"
     return "wrong_group" if "another group" in said else "receive_only"
@@ -1203,7 +1203,7 @@ def cause(ranks):
 # path tells the other two apart.
 #
 # ---
-# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `any("is full" in r.message …)`;
+# `any(r.error == "BarrierTimeout" …)`, then `any(r.exit_code < 0 …)`; `any("too full" in r.message …)`;
 # `any(r.wrong …)`; `any("another group" in r.reason …)`.
 #
 # ---

@@ -1014,7 +1014,7 @@ def break_even_bytes(slow, fast, gain):
 # | `NCCL`, `NCCL both` | the collective alone | none; send and receive |
 # | `seed`, `seed both` | SGLang's pipeline in plain torch: pad, the collective, strip, reorder | none; send and receive |
 # | `padded`, `padded_symm` | the same pipeline in cpkit, with its checks | none; send and receive |
-# | `copy engine` | the same, but copy engines move the shards into the peers' buffers | receive |
+# | `copy engine` | copy engines move the shards into the peers' buffers, without a pad; then strip, reorder | receive |
 # | `direct` | stores every row at its final position | receive |
 # | `plan` | `direct`, prepared once | receive |
 
@@ -1042,8 +1042,8 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # for `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
-# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory,
-# ranks that share a GPU), there is only call time. On CPUs there is only one clock, because the host is the device.
+# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory on
+# a GPU that ranks share), there is only call time. On CPUs there is only one clock, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work

@@ -31,7 +31,9 @@ def test_a_late_free_loses_rows_and_overwrites_others() -> None:
     assert [rows.tolist() for rows in found.lost] == [[3, 4, 5], [0, 1, 2]]
     assert [rows.tolist() for rows in found.overwritten] == [[], [0, 1, 2]]
     assert found.memory[1][0].tolist() == [GATHER, 0, 0, 0], "rank 0's row over rank 1's block"
-    assert "rank 1: row 0 was in use, and now holds round 2 of rank 0" in found.explain()
+    assert (
+        "rank 1: row 0 of its arena was in use, and now holds round 2 of rank 0" in found.explain()
+    )
     assert "rank 0: row 3 of recv was never written" in found.explain()
 
 

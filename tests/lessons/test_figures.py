@@ -114,6 +114,18 @@ def test_ownership_strip_shows_the_owner_of_every_token(strategy: str) -> None:
     assert drawn == {token: f"rank {owner}" for token, owner in enumerate(owners)}
 
 
+def test_hover_texts_name_what_a_cell_is() -> None:
+    """Tokens, slots or rows of an arena; a round only where a gather has written it."""
+    owned = _hovers(figures.ownership_strip(LAYOUT))
+    assert all("<br>token " in each and "round" not in each for each in owned)
+    padded = _hovers(figures.padding_grid(LAYOUT))
+    assert all("<br>slot " in each and "round" not in each for each in padded)
+    assert any("padding: no token" in each for each in padded)
+    arena = _hovers(figures.memory_map(simulate_push([LATE, EARLY], 3, 18)))
+    assert any("<br>row 8<br>rank 0, block 2, row 0<br>round 1" in each for each in arena)
+    assert any(each.endswith("never written") for each in arena)
+
+
 def test_padding_grid_hatches_exactly_the_padding() -> None:
     figure = figures.padding_grid(LAYOUT)
     padding = next(trace for trace in figure.data if trace.name == "padding")
@@ -178,6 +190,10 @@ def test_a_wrong_slot_is_red_and_marked() -> None:
     figure = figures.draw_lines([line], title="t", alt="a", axis_title="slot")
     wrong = next(trace for trace in figure.data if trace.marker.color == style.WRONG)
     assert list(wrong.text) == ["✗0:5"]
+
+
+def _hovers(figure: go.Figure) -> list[str]:
+    return [text for trace in figure.data for text in trace.hovertext]
 
 
 def _cells(figure: go.Figure) -> list[tuple[int, str]]:

@@ -161,7 +161,7 @@ def test_a_check_shows_its_score_or_the_first_fault(lesson: Lesson) -> None:
     assert shown(check, lambda n: n).endswith("not solved yet\ndouble(1) is 1; expected 2")
     assert "✗" in shown(lesson.progress)
     assert shown(check, lambda n: n + n).startswith("✓ Exercise 1, double it: solved\n3 cases; ker")
-    assert "✓ | Exercise 1, double it | 3 cases; kernels 2 (reference 1)" in shown(lesson.progress)
+    assert "✓ | Exercise 1, double it | 3 cases; kernels: 2 (reference 1)" in shown(lesson.progress)
 
 
 def test_a_solved_exercise_stays_solved(lesson: Lesson) -> None:

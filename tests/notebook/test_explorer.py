@@ -218,7 +218,7 @@ def test_the_views_show_tokens_bandwidth_and_pool(panel: Explorer) -> None:
     panel.controls.lengths.value = "13, 9"
     tokens = shown("tokens", "2 of 24 slots are padding")
     assert tokens["padding"].hovertext[0].endswith("padding: no token")
-    assert "from rank 1, sequence 0, token" in tokens["rank 1"].hovertext[0]
+    assert "rank 1, sequence 0, token" in tokens["rank 1"].hovertext[0]
 
     bandwidth = shown("bandwidth", "at most")
     total_bytes = panel.controls.workloads()[0].total_bytes

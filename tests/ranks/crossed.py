@@ -77,7 +77,7 @@ def check_after_an_interrupted_gather_all_ranks_raise_once() -> None:
         repeated = list(pool.repeated.values())
         assert bool(repeated) == is_repeated
         if group.rank == 0:
-            owner, name = (repeated[0], "_push") if is_repeated else (SymmetricPool, "push")
+            owner, name = (repeated[0]._repeat, "_push") if is_repeated else (SymmetricPool, "push")
             interrupt(owner, name, gather)
         expect(gather, "rank 0 at the agreement", "rank 1 at the end of a gather")
         provenance.check(gather()[0], metadata, round=1)
@@ -200,6 +200,7 @@ def check_a_failure_before_the_exit_barrier_reaches_every_rank() -> None:
         fails(RankFailed, owner, name, gather_by(algorithm))
     for owner, name in ((repeat, "as_dense"), (SymmetricPool, "take"), (posix.ctypes, "memmove")):
         fails(RankFailed, owner, name, gather_by("direct"), again=True)
+    fails(RankFailed, SymmetricPool, "push_shard", gather_by("padded_symm"), again=True)
 
 
 def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> None:

@@ -84,8 +84,8 @@ def check_a_peer_that_a_repeated_call_skips() -> None:
 def check_a_repeated_call_with_the_shape_of_another() -> None:
     """It takes the outputs and the place of the rows of a gather with other lengths."""
 
-    def first(real: Any, tensors: Any, metadata: Any, group: Any) -> Any:
-        found = real(tensors, metadata, group)
+    def first(real: Any, *arguments: Any) -> Any:
+        found = real(*arguments)
         return found and next(iter(group.pools["cpu"].repeated.values()))
 
     group = world_group()

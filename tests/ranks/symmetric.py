@@ -207,7 +207,7 @@ def check_full_shared_memory_is_a_clear_error_on_every_rank() -> None:
     symmetric_pool(group)
     too_much = free_bytes() * 2
     said = raised(SymmetricMemoryError, symmetric_pool(group).configure, too_much)
-    assert "is full" in said
+    assert "too full" in said
     assert str(too_much) in said
     assert "--shm-size" in said
     group.barrier()
@@ -233,7 +233,7 @@ def check_memory_that_the_system_refuses_has_its_own_words() -> None:
         said = raised(SymmetricMemoryError, pool.configure, MIB)
     assert "rank 1: cannot create a segment" in said
     assert "the system refused the memory" in said
-    assert "is full" not in said
+    assert "too full" not in said
     gather_works()
 
 

@@ -57,8 +57,8 @@ class Divergence:
             if len(rows):
                 round_, writer = self.memory[rank][rows[0]][:2]
                 parts.append(
-                    f"rank {rank}: row {rows[0]} was in use, and now holds round {round_} of "
-                    f"rank {writer}"
+                    f"rank {rank}: row {rows[0]} of its arena was in use, and now holds "
+                    f"round {round_} of rank {writer}"
                 )
         return "; ".join(parts)
 

@@ -33,7 +33,9 @@ class Score:
     note: str = ""
 
     def __str__(self) -> str:
-        costs = [f"{unit} {mine:,} (reference {ref:,})" for unit, (mine, ref) in self.costs.items()]
+        costs = [
+            f"{unit}: {mine:,} (reference {ref:,})" for unit, (mine, ref) in self.costs.items()
+        ]
         cases = f"{self.cases:,} case{'s' * (self.cases != 1)}"
         return "; ".join([cases, *costs, *([self.note] if self.note else [])])
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from cpkit.layout import can_cp_split, prepare_context_parallel_metadata
 from cpkit.notebook import style
-from cpkit.notebook.grids import Line, draw_lines
+from cpkit.notebook.grids import Line, Words, draw_lines
 from cpkit_lessons.divergence import Divergence
 
 
@@ -66,7 +66,8 @@ def memory_map(found: Divergence) -> go.Figure:
         wrong = np.zeros(len(rows), dtype=np.bool_)
         wrong[found.overwritten[rank]] = True
         wrong[found.recv[rank] + found.lost[rank]] = True
-        lines.append(Line(f"rank {rank}, recv at {found.recv[rank]}", rows, wrong))
+        words = Words("block", "row", "never written")
+        lines.append(Line(f"rank {rank}, recv at {found.recv[rank]}", rows, wrong, words))
     bad = sum(map(len, found.lost)) + sum(map(len, found.overwritten))
     figure = draw_lines(
         lines,

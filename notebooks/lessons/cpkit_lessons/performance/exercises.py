@@ -192,7 +192,7 @@ def check_fit(fit: Fit) -> Score:
         cases += 1
     published = fit(SYMMETRIC.sizes_bytes, list(SYMMETRIC.symmetric_us))
     alpha = _pair("fit", published, "(alpha_us, us_per_byte)")[0]
-    costs = {"% off at worst": (round(100 * yours), round(100 * reference))}
+    costs = {"largest error in %": (round(100 * yours), round(100 * reference))}
     return Score(
         cases, costs, note=f"alpha of the symmetric kernels of {SYMMETRIC.source}: {alpha:.1f} µs"
     )

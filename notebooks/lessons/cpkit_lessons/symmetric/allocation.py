@@ -79,7 +79,7 @@ def check_may_free(may_free: MayFree) -> Score:
             peak += _peak_bytes(may_free, size, seed)
             reference += _peak_bytes(_released_by_all, size, seed)
             cases += 1
-    return Score(cases, {"peak KiB, sum": (peak >> 10, reference >> 10)})
+    return Score(cases, {"sum of the peaks in KiB": (peak >> 10, reference >> 10)})
 
 
 def _released_by_all(released: list[set[int]], _me: int) -> set[int]:

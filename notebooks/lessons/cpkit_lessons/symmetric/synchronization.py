@@ -116,7 +116,9 @@ def check_signals(exchange_signals: Program) -> Score:
     if _count(program, "barrier"):
         raise WrongAnswer("the program still has a barrier; use me.signal and me.wait")
     yours, reference = (_count(each, "signal") for each in (program, with_signals))
-    return Score(cases, {"signals per round, 4 ranks": (_per_round(yours), _per_round(reference))})
+    return Score(
+        cases, {"signals per round of 4 ranks": (_per_round(yours), _per_round(reference))}
+    )
 
 
 def _check_orders(program: Program, *, with_itself: bool) -> int:
@@ -248,7 +250,7 @@ def _run_gather(gather: PullGather, layout: ContextParallelMetadata, seed: int) 
     except InvalidProgram as fault:
         raise WrongAnswer(str(fault)) from None
     if failure := simulate.deadlock(run):
-        raise WrongAnswer(f"order {seed} of {layout.cp_size} ranks: {failure}")
+        raise WrongAnswer(f"random order {seed}, with {layout.cp_size} ranks: {failure}")
 
 
 def _costs(gather: PullGather, layout: ContextParallelMetadata) -> dict[str, int]:
