@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cpkit.devices import is_capturing
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
 from cpkit.memory.backend import STORED_IN_PLACE, as_dense, bytes_per_row
@@ -99,14 +98,18 @@ def find_repeated(
 ) -> RepeatedGather | None:
     """Return what an earlier call like this one kept; None if this call needs every step. Local.
 
-    A call whose stages are recorded needs them, and one that a CUDA graph captures.
+    A call whose stages are recorded needs them, and one that a CUDA graph captures. Raises
+    RuntimeError in another thread than the group's.
     """
+    group.check_thread()  # first: a forked child must not call CUDA
     key = call_key(tensors, metadata, algorithm, symmetric=True)
     if key is None or is_observed():
         return None
     on_cuda = tensors[0].is_cuda
     pool = group.pools.get("cuda" if on_cuda else "cpu")
-    if not isinstance(pool, SymmetricPool) or (on_cuda and is_capturing("cuda")):
+    if not isinstance(pool, SymmetricPool):
+        return None
+    if on_cuda and torch._C._cuda_isCurrentStreamCapturing():  # `is_capturing` takes longer
         return None
     return pool.repeated.get(key)
 

@@ -73,7 +73,7 @@ class CudaBackend:
         self.report = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self._report = self.report.numpy()  # read at every call: a tensor's item takes microseconds
         # All ranks push in the same order, so equal numbers mean the same call (0 is for barriers).
-        self._tags = cycle(range(1, 1 << TAG_BITS))
+        self.tags = cycle(range(1, 1 << TAG_BITS))
         self._page = self.make_segment(PAGE_WORDS * 8, "make the signal pages")
         self._page.view(group.rank, 0, PAGE_WORDS * 8).zero_()
         torch.cuda.synchronize()
@@ -147,7 +147,7 @@ class CudaBackend:
         Source of the idea: vLLM #49517 (each rank stores final rows into every peer's cache).
         """
         with stage("wire"):
-            self._launch_push(next(self._tags), pool, rows, outputs, metadata, slots)
+            self._launch_push(next(self.tags), pool, rows, outputs, metadata, slots)
         return STORED_IN_PLACE
 
     def _launch_push(
@@ -181,10 +181,6 @@ class CudaBackend:
         """Return a launch that finds its kernel and tiles by the alignment of the rows."""
         return _RepeatedPush(self, metadata, row_bytes)
 
-    def next_tag(self) -> int:
-        """Return the number of the next push, by which the kernels notice different calls."""
-        return next(self._tags)
-
     def prepare(
         self,
         pool: Pool,
@@ -196,7 +192,7 @@ class CudaBackend:
         capture = _Capture()
         pushes: list[Prepared] = []
         for outputs in output_sets:
-            run = partial(self._launch_push, next(self._tags), pool, rows, outputs, metadata)
+            run = partial(self._launch_push, next(self.tags), pool, rows, outputs, metadata)
             pushes.append(_PreparedPush(self, run, capture))
         return pushes, STORED_IN_PLACE
 
@@ -418,7 +414,7 @@ class _RepeatedPush:
                 backend, self._metadata, addresses, self._row_bytes, (), None, entry=entry
             )
             backend.tables.keep(key, prepared)
-        launch.launch(backend, prepared, addresses, None, backend.next_tag(), self._deadline_ns)
+        launch.launch(backend, prepared, addresses, None, next(backend.tags), self._deadline_ns)
 
 
 def _segment_table(pool: Pool, address: int) -> int:

@@ -238,7 +238,6 @@ class SymmetricPool:
 
     def agree_again(self, signature: Signature) -> None:
         """Agree on a call that this rank has checked before: `agreement`, in one step."""
-        self.group.check_thread()
         if self.backend.failure:
             with self.agreement():
                 return  # the end of the block raises it
