@@ -108,7 +108,7 @@ def all_gather_kv(
     if repeated and repeated.gather is _GATHERS[algorithm]:
         return remember_path(group, *repeated(group, tensors))
     results, gather = _check_and_gather(*arguments), _GATHERS[algorithm]
-    keep_to_repeat(tensors, metadata, group, algorithm, gather, pushes=gather is direct)
+    keep_to_repeat(tensors, metadata, group, algorithm, gather, gather is direct, gather is padded)
     return results
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
+from torch import _C
 
 from cpkit.group import CPGroup
 from cpkit.layout import ContextParallelMetadata
@@ -98,20 +100,26 @@ def find_repeated(
 ) -> RepeatedGather | None:
     """Return what an earlier call like this one kept; None if this call needs every step. Local.
 
-    A call whose stages are recorded needs them, and one that a CUDA graph captures. Raises
-    RuntimeError in another thread than the group's.
+    A call needs them whose stages are recorded, which is traced or captured in a CUDA graph, or in
+    which a dispatch mode changes what operations return. A failure of the search becomes one of the
+    checks, which reach all ranks. Raises RuntimeError in another thread than the group's.
     """
     group.check_thread()  # first: a forked child must not call CUDA
-    key = call_key(tensors, metadata, algorithm, symmetric=True)
-    if key is None or is_observed():
+    try:
+        key = call_key(tensors, metadata, algorithm, symmetric=True)
+        if key is None or is_observed() or _C._len_torch_dispatch_stack():
+            return None
+        if _C._get_tracing_state() is not None:
+            return None
+        on_cuda = tensors[0].is_cuda
+        pool = group.pools.get("cuda" if on_cuda else "cpu")
+        if not isinstance(pool, SymmetricPool):
+            return None
+        if on_cuda and _C._cuda_isCurrentStreamCapturing():  # `is_capturing` takes longer
+            return None
+        return pool.repeated.get(key)
+    except Exception:  # noqa: BLE001 - the checks of the call report it
         return None
-    on_cuda = tensors[0].is_cuda
-    pool = group.pools.get("cuda" if on_cuda else "cpu")
-    if not isinstance(pool, SymmetricPool):
-        return None
-    if on_cuda and torch._C._cuda_isCurrentStreamCapturing():  # `is_capturing` takes longer
-        return None
-    return pool.repeated.get(key)
 
 
 def keep_to_repeat(
@@ -120,24 +128,29 @@ def keep_to_repeat(
     group: CPGroup,
     algorithm: str,
     gather: Gather,
-    *,
-    pushes: bool,
+    is_direct: bool,
+    is_padded: bool,
 ) -> None:
     """Keep what is needed to repeat a call that has succeeded. Local.
 
-    `pushes` is true for `direct`. A large gather on the CPU is not repeated: it looks for room in
-    memory at every call.
+    A large gather on the CPU is not repeated: it looks for room in memory at every call. Nothing is
+    kept if that fails, because this rank has its result like its peers.
     """
-    key = call_key(tensors, metadata, algorithm, symmetric=True)
-    signature = group.checked_calls.get(key)
-    pool = group.pools.get(tensors[0].device.type)
-    if signature is None or signature.nbytes > LARGE_BYTES or not isinstance(pool, SymmetricPool):
-        return
-    if key in pool.repeated:
-        return
-    if len(pool.repeated) >= _MAX_REPEATED:
-        pool.repeated.clear()
-    repeat, reports = gather, algorithm != "padded" and not tensors[0].is_cuda
-    if pushes and (push := RepeatedPush(tensors, metadata, pool)).is_possible:
-        repeat = push
-    pool.repeated[key] = RepeatedGather(gather, repeat, signature, metadata, reports=reports)
+    with suppress(Exception):
+        key = call_key(tensors, metadata, algorithm, symmetric=True)
+        signature = group.checked_calls.get(key)
+        if signature is None or signature.nbytes > LARGE_BYTES:
+            return
+        on_cuda = tensors[0].is_cuda
+        pool = group.pools.get("cuda" if on_cuda else "cpu")
+        if not isinstance(pool, SymmetricPool):
+            return
+        if key in pool.repeated and pool.repeated[key].gather is gather:
+            return
+        if len(pool.repeated) >= _MAX_REPEATED:
+            pool.repeated.clear()
+        repeat = gather
+        if is_direct and (push := RepeatedPush(tensors, metadata, pool)).is_possible:
+            repeat = push
+        reports = not (is_padded or on_cuda)
+        pool.repeated[key] = RepeatedGather(gather, repeat, signature, metadata, reports=reports)

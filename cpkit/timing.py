@@ -145,9 +145,10 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         noise = max(self.value - self.low, self.high - self.value)
-        shown = f"{self.value:.2f} × ± {noise:.2f}"
+        digits = 2 if self.value >= 0.1 else 1 - math.floor(math.log10(self.value))
+        shown = f"{self.value:.{digits}f} × ± {noise:.{digits}f}"
         if noise > self.value / 4:  # an interval this wide is lopsided
-            shown = f"{self.value:.2f} × ({self.low:.2f} to {self.high:.2f})"
+            shown = f"{self.value:.{digits}f} × ({self.low:.{digits}f} to {self.high:.{digits}f})"
         return shown if self.differs else f"no difference seen: {shown}"
 
 

@@ -96,14 +96,10 @@ def launch(
     addresses: Addresses,
     slots: torch.Tensor | None = None,
     tag: int = 0,
-    deadline_ns: int = 0,
 ) -> None:
-    """Launch a variant of the kernel over its tiles on the current stream.
-
-    `deadline_ns` is how long it may wait for a peer; 0: `settings.deadline_s()`.
-    """
+    """Launch a variant of the kernel over its tiles on the current stream."""
     kernel, table = prepared
-    wait_ns = deadline_ns or int(deadline_s() * 1e9)
+    wait_ns = int(deadline_s() * 1e9)
     stream = signals.in_order()
     table.keep_for(stream)
     kernel.run(
@@ -295,7 +291,7 @@ class TileTables:
     def prepared(self, key: object) -> PreparedLaunch | None:
         """Return what was kept under this key, unless its table was dropped; not for capture."""
         found = self._prepared.get(key)
-        if found:
+        if found is not None:
             self._uses = found.table.last_use = self._uses + 1
         return found
 

@@ -395,26 +395,27 @@ class _RepeatedPush:
     def __init__(
         self, backend: CudaBackend, metadata: ContextParallelMetadata, row_bytes: Sequence[int]
     ) -> None:
-        self._backend, self._metadata, self._row_bytes = backend, metadata, row_bytes
-        self._rank, self._key = backend.group.rank, object()
-        self._deadline_ns = int(deadline_s() * 1e9)
+        self._backend, self._rank = backend, backend.group.rank
+        self._metadata, self._row_bytes = metadata, tuple(row_bytes)
 
     def __call__(self, sources: Sequence[int], places: Sequence[Place]) -> None:
         backend, targets, tables = self._backend, [], []
+        tag = next(backend.tags)  # first, as in every push
         for segment, offset in places:
             assert isinstance(segment, CudaSegment)
             targets.append(segment.addresses[self._rank] + offset)
             tables.append(segment.table)
         addresses = tuple(sources), tuple(targets), tuple(tables)
         entry = not launch.enter_alone(backend)
-        key = self._key, entry, launch.SYNC, *[a % WIDE_BYTES if a else None for a in sources]
+        low_bits = [a % WIDE_BYTES if a else None for a in sources]
+        key = "repeated", self._metadata, self._row_bytes, entry, launch.SYNC, *low_bits
         prepared = backend.tables.prepared(key)
         if prepared is None:
             prepared = backend.tables.prepare(
                 backend, self._metadata, addresses, self._row_bytes, (), None, entry=entry
             )
             backend.tables.keep(key, prepared)
-        launch.launch(backend, prepared, addresses, None, next(backend.tags), self._deadline_ns)
+        launch.launch(backend, prepared, addresses, None, tag)
 
 
 def _segment_table(pool: Pool, address: int) -> int:

@@ -123,7 +123,10 @@ def decide(
         path, reason = _by_nccl(version, policy_is_zero, registered, recv_fault)
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
-            reason += "; NCCL receives ordinary copies: it would store at this rank's own offset"
+            reason += (
+                "; NCCL gets ordinary copies of these buffers, because its symmetric kernel would "
+                "store at this rank's own offset on every peer"
+            )
         has_windows = has_windows and not (policy_is_zero and copy_engine_fails(version))
         if has_windows and recv_fault and not send_fault and nccl_rule(version) == "recv":
             reason += "; for small messages this NCCL may select its staging kernel AllGather_LL"

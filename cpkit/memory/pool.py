@@ -109,7 +109,7 @@ class SymmetricPool:
         all ranks have dropped the tensor. Collective only when the pool has no room.
         """
         self.group.check_thread()
-        shape = tuple(shape)
+        shape = tuple(map(int, shape))  # torch.jit.trace has tensors in shapes
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype, device=self.device)

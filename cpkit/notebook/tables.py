@@ -77,7 +77,10 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
         times = [f"{b_us:,.0f}", f"{a_us:,.0f}", f"{b_us - a_us:+,.0f}"]
         shown = str(ratio) if ratio else _few_blocks(of_b, of_a)
         rows.append([of_b.algorithm, of_a.algorithm, *times, shown, verdict(ratio)])
-    caption = f"A: {described}. A and B are measured at different times, so load may differ."
+    caption = (
+        f"A: {described}. Medians of one-second intervals, over up to 72 s of A and of B, which "
+        f"are measured at different times: load may differ."
+    )
     return _table("cpkit-baseline", caption, [*columns, "verdict"], rows)
 
 
@@ -111,8 +114,8 @@ def _times(summary: Summary, *, is_first: bool) -> list[str]:
         f"<b>{summary.median_us:,.0f}</b>",
         "–" if summary.p95_us is None else f"{summary.p95_us:,.0f}",
         ratio,
-        f"{algbw_gbps(sample.total_bytes, summary.median_us):.2f}",
-        f"{busbw_gbps(sample.total_bytes, summary.median_us, sample.cp_size):.2f}",
+        _gbps(algbw_gbps(sample.total_bytes, summary.median_us)),
+        _gbps(busbw_gbps(sample.total_bytes, summary.median_us, sample.cp_size)),
         f"rank {summary.per_rank_us.index(max(summary.per_rank_us))}, +{skew(summary):.0%}",
     ]
     if sample.clock == DEVICE_TIME:
@@ -141,3 +144,7 @@ def _table(name: str, caption: str, columns: Iterable[str], rows: Iterable[Seque
         lines.append(f"<tr>{''.join(cells)}</tr>")
     caption = f'<caption style="text-align: left">{html.escape(caption)}</caption>'
     return f'<table class="{name}" style="font-size: 13px">{caption}{"".join(lines)}</table>'
+
+
+def _gbps(rate: float) -> str:
+    return f"{rate:.2f}" if rate >= 0.1 else f"{rate:.2g}"

@@ -975,7 +975,7 @@ lesson.reveal("recv", path)
 # starts two ranks of its own, makes one mistake on one or both of them, and ends both. The ranks wait at most 1.5 s for
 # each other, and your workers above are not involved. Before each run, predict: **what will the ranks observe?**
 #
-# - `error at once`: every rank that is still running raises an error immediately;
+# - `error at once`: the ranks raise an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
 # - `fast path missed`: no error, and every row is right, but with these buffers at least one of three ways to move the
 #   rows takes the fallback path: NCCL 2.28.9, NCCL 2.29.7, or `posix` (the one that these two ranks use);

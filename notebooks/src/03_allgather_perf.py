@@ -311,7 +311,8 @@ print(warm)
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
 # …). The samples are then compared in two ways. The mistake, called *one after the other*, compares the A samples of
-# the first run with those of the second. The right way compares each A with the B that follows it.
+# the first run with those of the second. The right way compares each A with the B that follows it. (On a machine that
+# is busy anyway, the disturbed run can even be the faster one. It is the same mistake.)
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -506,6 +507,8 @@ figures.show(figures.roof(light, table))
 largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_us"]
 factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
+below = table["time_us"] < table["size_bytes"].map(light)
+print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
 # At the left end, the times grow much more slowly than the bytes: most of the time is *synchronization*. At the right
@@ -517,6 +520,9 @@ print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as 
 #
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
+#
+# Is a time *below* the speed of light? Then the bound is wrong here: it was measured in an earlier run, and other
+# programs slowed its copies down. Run its cell in section 2 again, and then the figure.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -764,7 +770,8 @@ figures.show(figures.stage_split(split))
 # `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
 # `strip` and `reorder` may also pay for new memory, and `allocate` takes the outputs from the pool. Of all this, the
 # prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains correctly,
-# which it may not do where ranks wait for cores.
+# which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
+# of its stages.
 
 
 # %% e6-task [markdown]

@@ -84,7 +84,7 @@ def test_nccl_never_gets_buffers_that_it_would_store_to_wrongly(
     if unsafe[1]:
         report = decide(places, 0, "nccl 2.30.7")
         assert report.path == "fallback"
-        assert "NCCL receives ordinary copies" in report.reason
+        assert "NCCL gets ordinary copies" in report.reason
 
 
 def test_nccl_accepts_any_offset_of_the_send_buffer() -> None:

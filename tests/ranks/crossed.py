@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpkit import gather, provenance, repeat
 from cpkit.gather import all_gather_kv, cp_all_gather_rerange_kv_cache
@@ -230,3 +234,57 @@ def check_a_failure_in_sglangs_functions_and_in_plans_reaches_every_rank() -> No
 def check_a_failure_before_the_collective_of_a_large_batch_reaches_every_rank() -> None:
     for name in ("pad_rows", "as_rows"):
         fails(ValueError, gather, name, gather_by("padded"), tokens=1024, trailing=(4096,))
+
+
+# ----------------------------------------------------------------------- repeated calls
+
+
+def check_a_repeated_call_takes_every_step_where_it_has_to() -> None:
+    """Inside a dispatch mode, whose copies have no memory, and inside a trace."""
+    group, metadata, rows = batch_of(97, 64)
+    wide = rows.repeat_interleave(2, dim=-1)
+    call = lambda: all_gather_kv([wide[..., ::2]], metadata, group)  # noqa: E731
+    call()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert "without memory" in error_of(call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a trace
+        plus_0 = lambda x: all_gather_kv([x], metadata, group)[0] + 0  # noqa: E731
+        torch.jit.trace(plus_0, (rows,), check_trace=False)
+    for _ in range(3):
+        provenance.check(call()[0], metadata, round=1)
+
+
+def check_a_call_that_cannot_be_looked_up_is_everybodys_error() -> None:
+    group, metadata, rows = batch_of(97)
+    all_gather_kv([rows], metadata, group)
+    if group.rank == 0:
+        metadata = copy.copy(metadata)
+        object.__setattr__(metadata, "lengths", [97])  # unhashable
+    raised(TypeError if group.rank == 0 else ValueError, all_gather_kv, [rows], metadata, group)
+
+
+def check_an_algorithm_that_is_replaced_is_repeated_as_itself() -> None:
+    """Under the name `padded` too, whose own failures are not reported."""
+    forget_groups()
+    group, metadata, rows = batch_of(97)
+    known, is_broken = (gather._GATHERS["padded"], gather.TABLE["padded"]), False
+
+    def mine(*arguments: Any) -> Any:
+        if is_broken and group.rank == 0:
+            raise MemoryError(WORDS)
+        return gather.padded_symm_recv(*arguments)
+
+    call = partial(all_gather_kv, [rows], metadata, group, algorithm="padded")
+    call()
+    try:
+        gather.add_gather("padded", mine)
+        for _ in range(3):
+            provenance.check(call()[0], metadata, round=1)
+        (repeated,) = pool_of(group).repeated.values()
+        assert repeated.gather is mine
+        is_broken = True
+        assert WORDS in raised(MemoryError if group.rank == 0 else RankFailed, call)
+    finally:
+        gather._GATHERS["padded"], gather.TABLE["padded"] = known
+    forget_groups()

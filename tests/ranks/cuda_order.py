@@ -110,7 +110,7 @@ def check_plans_called_in_another_order_raise_on_every_rank() -> None:
 
 def check_without_tags_another_order_is_not_noticed() -> None:
     group = world_group()
-    pool_of(group).backend._tags = repeat(0)
+    pool_of(group).backend.tags = repeat(0)
     in_another_order(group, two_plans(group))
     group.check()
 

@@ -119,7 +119,6 @@ def check_repeated_calls_are_bit_exact() -> None:
 
     On some ranks the calls are recorded, so that they take every step. A view keeps its result.
     """
-    forms = (torch.clone, strided, shifted)
     for number, (group, metadata, rng) in enumerate(
         batches("repeated", 3 if DEVICE == "cpu" else 1)
     ):
@@ -132,7 +131,7 @@ def check_repeated_calls_are_bit_exact() -> None:
                 shard_rows(metadata, group.rank, shape, dtype, round=round, tensor=i)
                 for i, (dtype, shape) in enumerate(kinds)
             ]
-            shards[0] = rng.choice(forms)(shards[0])
+            shards[0] = rng.choice((torch.clone, strided, shifted))(shards[0])
             poison(group)
             every_step = (repetition + group.rank) % 3 == 2
             with stages.record() if every_step else nullcontext():
@@ -145,6 +144,16 @@ def check_repeated_calls_are_bit_exact() -> None:
         for repetition, view in enumerate(views):
             got = view.view(kinds[0][0])
             provenance.check(got, metadata, round=10 * number + repetition, tensor=0)
+
+
+def check_a_repeated_call_reads_rows_at_any_address() -> None:
+    """The first call has aligned rows; the kernel for these must not read others."""
+    group, metadata, _ = batch_of(64)
+    forms = (torch.clone, torch.clone, shifted, strided, shifted, torch.clone)
+    for round, form in enumerate(forms):
+        rows = shard_rows(metadata, group.rank, (8, 16), torch.bfloat16, round=round)
+        (got,) = all_gather_kv([form(rows)], metadata, group)
+        provenance.check(got, metadata, round=round)
 
 
 def check_ranks_that_repeat_different_calls_raise() -> None:

@@ -22,7 +22,7 @@ from cpkit.memory.allocator import ALIGNMENT_BYTES, FreeList
 
 Ints = npt.NDArray[np.int64]
 Action = tuple[str, str, int]  # ("alloc", block, rows) or ("free", block, 0)
-Blocks = dict[str, tuple[int, int]]  # name to (first row, rows)
+Blocks = dict[str, tuple[int, int, int]]  # name to (which allocation, first row, rows)
 ROW_BYTES = ALIGNMENT_BYTES
 BEFORE, GATHER = 1, 2  # rounds: the contents before the push, and the pushed rows
 
@@ -31,7 +31,8 @@ BEFORE, GATHER = 1, 2  # rounds: the contents before the push, and the pushed ro
 class Divergence:
     """The memory of every rank after the push, as decoded provenance, and its wrong rows.
 
-    `memory[rank]` is int64 `[rows, 4]` of (round, rank, block or 0, row), -1 where never written.
+    `memory[rank]` is int64 `[rows, 4]` of (round, rank, block, row), -1 where never written. Blocks
+    are counted from 1 by their allocation; 0 is the gather.
     """
 
     memory: tuple[Ints, ...]
@@ -91,7 +92,7 @@ def simulate_push(
         got = memory[rank][recv[rank] :][: size * shard_rows]
         lost.append(np.flatnonzero((got != shards.reshape(-1, 4)).any(1)))
         in_use = np.zeros(arena_rows, dtype=bool)
-        for first, count in blocks[rank].values():
+        for _, first, count in blocks[rank].values():
             in_use[first : first + count] = True
         overwritten.append(np.flatnonzero(in_use & (memory[rank] != before[rank]).any(1)))
     return Divergence(tuple(memory), tuple(recv), tuple(lost), tuple(overwritten))
@@ -99,12 +100,13 @@ def simulate_push(
 
 def _execute(trace: Sequence[Action], arena_rows: int) -> tuple[FreeList, Blocks]:
     """Return the arena after a trace, and the blocks that are still in use."""
-    arena, blocks = FreeList(arena_rows * ROW_BYTES), Blocks()
+    arena, blocks, number = FreeList(arena_rows * ROW_BYTES), Blocks(), 0
     for action, block, rows in trace:
         if action == "alloc":
-            blocks[block] = _allocate(arena, block, rows), rows
+            number += 1
+            blocks[block] = number, _allocate(arena, block, rows), rows
         else:
-            first, count = blocks.pop(block)
+            _, first, count = blocks.pop(block)
             arena.free(first * ROW_BYTES, count * ROW_BYTES)
     return arena, blocks
 
@@ -119,6 +121,6 @@ def _allocate(arena: FreeList, block: str, rows: int) -> int:
 def _stamped(blocks: Blocks, rank: int, arena_rows: int) -> Ints:
     """Return a rank's memory `[arena_rows, 4]` with its blocks written in round BEFORE."""
     memory = np.full((arena_rows, 4), -1, dtype=np.int64)
-    for number, (first, rows) in enumerate(blocks.values(), start=1):
+    for number, first, rows in blocks.values():
         memory[first : first + rows] = [(BEFORE, rank, number, row) for row in range(rows)]
     return memory

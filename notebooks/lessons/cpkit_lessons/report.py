@@ -116,7 +116,8 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[st
     columns = (
         "size_bytes cp_size algorithm time_us min_us p95_us iterations algbw_gbps busbw_gbps path"
     )
-    shown = table[[name for name in columns.split() if name in table]].round(2)
+    shown = table[[name for name in columns.split() if name in table]]
+    shown = shown.round(2).assign(**table.filter(like="_gbps").round(4))
     raw = json.dumps(content, indent=1)
     parts = [
         "<h1>Padded all-gather: measurements</h1>",

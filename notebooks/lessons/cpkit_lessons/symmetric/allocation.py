@@ -173,6 +173,7 @@ _TORCH = {(2, 27, 5): "2.10", (2, 28, 9): "2.11", (2, 29, 7): "2.12.1, 2.13", (2
 _VERSIONS: tuple[Version, ...] = (
     (2, 26, 5),
     (2, 27, 3),
+    (2, 28, 0),
     (2, 28, 9),
     (2, 29, 2),
     (2, 29, 7),
@@ -199,7 +200,7 @@ def version_table() -> pd.DataFrame:
 
 @LESSON.exercise("e6", "the rule of the fast path")
 def check_fast_path(fast_path: FastPath) -> Score:
-    """Compare with cpkit.memory.path for every pair of buffers and seven versions of NCCL."""
+    """Compare with cpkit.memory.path for every pair of buffers and eight versions of NCCL."""
     cases = 0
     for version, (send_name, send), (recv_name, recv) in itertools.product(
         _VERSIONS, _buffers(), _buffers()
