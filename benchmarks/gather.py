@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(config: Config, group: CPGroup) -> dict[str, Any]:
-    """Return the samples of every variant in µs, by rank, and the slowest rank's stages."""
+    """Return the samples of every variant in µs, by rank."""
     metadata = prepare_context_parallel_metadata([config.tokens], group.size, config.strategy)
     timed = {
         name: time_block(call, config.block_s, group)
@@ -120,13 +120,11 @@ def time_block(
     call: Callable[[], object], block_s: float, group: CPGroup, at_most: int = 200
 ) -> dict[str, Any]:
     """Return the samples of one variant by rank: as many as fit into `block_s`, at least 3."""
-    trial = bench.time_calls({"": call}, group, iterations=1, warmup=1)[""]  # the warm-up
+    trial = bench.time_calls({"": call}, group, 1, warmup=1, with_stages=False)[""]
     trial_us = max(max(each.call_us) for each in bench.all_ranks(trial, group))
     iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
-    timing = bench.time_calls({"": call}, group, iterations, warmup=0)[""]
-    timings = bench.all_ranks(timing, group)
-    stages = max(timings, key=lambda each: each.median_us).stage_medians_us()
-    return {"samples_us": [each.call_us for each in timings], "stage_us": stages}
+    timing = bench.time_calls({"": call}, group, iterations, warmup=0, with_stages=False)[""]
+    return {"samples_us": [each.call_us for each in bench.all_ranks(timing, group)]}
 
 
 def barrier_samples_us(group: CPGroup, block_s: float, at_most: int) -> list[list[float]]:

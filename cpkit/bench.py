@@ -45,16 +45,19 @@ def time_calls(
     iterations: int,
     warmup: int = 2,
     timings: dict[str, Timing] | None = None,
+    *,
+    with_stages: bool = True,
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    Workers on a GPU also measure as many samples of device time. Appends the samples to `timings`
-    if it is passed.
+    On the CPU the stages of each call are recorded, unless `with_stages` is false: a recorded call
+    takes every step, also when it is repeated (cpkit.repeat). Workers on a GPU record none, and
+    measure as many samples of device time. Appends the samples to `timings` if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
     on_gpu = worker_device() == "cuda"
     gave_up = any(each.call_us and not each.device_us for each in timings.values())
-    once = _time_on_gpu if on_gpu else _time_with_stages
+    once = _time_without_stages if on_gpu or not with_stages else _time_with_stages
     for iteration in range(warmup + iterations):
         for name, call in calls.items():
             time_us, stages_us = once(call, group)
@@ -124,8 +127,8 @@ def _time_with_stages(call: Call, group: CPGroup) -> tuple[float, dict[str, floa
     return time_us, recorder.total_us()
 
 
-def _time_on_gpu(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
-    """Time a call without its stages: their events would take the host longer than the call."""
+def _time_without_stages(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
+    """Time a call alone. On a GPU, the events of stages would take the host longer than it."""
     return _call_us(call, group), {}
 
 
