@@ -179,6 +179,7 @@ def checked_variants(size: Size) -> tuple[dict[str, Call], dict[str, str]]:
     for name in [*calls]:
         try:
             check(calls[name], size)
+            check(calls[name], size)  # a repeated call takes another way
         except RuntimeError as error:  # torch has it in some versions only
             missing[name] = str(error)[:200]
             del calls[name]

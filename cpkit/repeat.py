@@ -1,12 +1,13 @@
-"""A gather that the ranks have made before: what remains of a call without its checks.
+"""A gather that the ranks have made before: what remains when its preparation is kept.
 
-A model makes the same call in every layer. The first call checks its arguments; a later one only
-compares its fingerprint with those of the other ranks, and gathers. For `direct` that takes
+A model makes the same call in every layer. The first call checks its arguments and prepares the
+gather. A later one (except a large one on the CPU) only compares its fingerprint with those of the
+other ranks, and gathers. For `direct`, these steps remain:
 
     fingerprint ── one exchange ── a block per output ── one launch (on the CPU: the copies)
 
-in a third of the Python functions that cpkit.gather needs for these steps. Their number counts: a
-function that takes 0.1 us in a loop of its own takes about 1 us in a call, because its code has
+They take a third of the Python functions that cpkit.gather needs for them. The number of functions
+counts: one that takes 0.1 us in a loop of its own takes about 1 us in a call, because its code has
 left the caches since the previous one.
 """
 
@@ -38,7 +39,7 @@ class RepeatedGather:
     """A gather whose checks have passed.
 
     `gather` is the function that made it at first, and `repeat` does the same. With `reports`, a
-    failure in it reaches the peers, which wait at a barrier then.
+    failure in `repeat` is reported to the peers, which are then waiting at a barrier.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ def find_repeated(
 ) -> RepeatedGather | None:
     """Return what an earlier call like this one kept; None if this call needs every step. Local.
 
-    A call needs them whose stages are recorded, which is traced or captured in a CUDA graph, or in
-    which a dispatch mode changes what operations return. A failure of the search becomes one of the
-    checks, which reach all ranks. Raises RuntimeError in another thread than the group's.
+    Every step is needed if the stages of the call are recorded, if it is traced or captured in a
+    CUDA graph, or if a dispatch mode changes what operations return. If the search fails, the
+    checks of the call report the fault to all ranks. Raises RuntimeError in a thread other than the
+    group's.
     """
     group.check_thread()  # first: a forked child must not call CUDA
     try:
@@ -133,8 +135,8 @@ def keep_to_repeat(
 ) -> None:
     """Keep what is needed to repeat a call that has succeeded. Local.
 
-    A large gather on the CPU is not repeated: it looks for room in memory at every call. Nothing is
-    kept if that fails, because this rank has its result like its peers.
+    A large gather on the CPU is not repeated: it looks for room in memory at every call. An error
+    here is ignored, because this rank already has its result, like its peers.
     """
     with suppress(Exception):
         key = call_key(tensors, metadata, algorithm, symmetric=True)

@@ -141,7 +141,7 @@ def draw_lines(
     longest = max(len(line.slots) for line in lines)
     is_level = longest <= MAX_LEVEL
     plot_height = (34 if is_level else 44) * len(lines) + 6
-    unit = axis_title.split(maxsplit=1)[0]
+    unit = axis_title.split(maxsplit=1)[0].replace("token", "position")
     cells = [(line.label, cell) for line in lines for cell in _cells(line, longest, unit)]
     ranks = {cell.rank for _, cell in cells if not cell.wrong}
     for rank in sorted(ranks, key=lambda r: (r < 0, r)):  # padding last

@@ -32,7 +32,7 @@ class Probes:
         self._floors = 0  # measured for this setting
 
     def measure(self, workloads: Sequence[Workload]) -> None:
-        """Measure floor and sweep once per setting, and read the pool periodically."""
+        """Measure the floor, and a sweep once per setting; read the pool periodically."""
         view = self._panel.view
         if view == "bandwidth":
             self._measure_floor(workloads[0])
@@ -43,7 +43,10 @@ class Probes:
             self._panel.pool = self._lab.pool.stats(workloads[0].cp_size)
 
     def _measure_floor(self, work: Workload) -> None:
-        """Measure the floor; again while gathers are faster, because other programs delayed it."""
+        """Measure the floor; again, a few times, while a gather is faster than the floor.
+
+        Other programs had slowed the measurement down then.
+        """
         before = self._panel.floor_us
         if before is None:
             self._floors = 0

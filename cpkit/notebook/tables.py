@@ -78,8 +78,8 @@ def comparison_table(comparisons: Sequence[Comparison], described: str) -> str:
         shown = str(ratio) if ratio else _few_blocks(of_b, of_a)
         rows.append([of_b.algorithm, of_a.algorithm, *times, shown, verdict(ratio)])
     caption = (
-        f"A: {described}. Medians of one-second intervals, over up to 72 s of A and of B, which "
-        f"are measured at different times: load may differ."
+        f"A: {described}. With a ratio, times are medians over all blocks of one second that are "
+        f"kept. A and B are measured at different times, so load may differ."
     )
     return _table("cpkit-baseline", caption, [*columns, "verdict"], rows)
 

@@ -51,7 +51,7 @@ class Signature:
 
     @cached_property
     def passed(self) -> bytes:
-        """What a rank sends whose checks passed, if this is all that must be equal."""
+        """What a rank sends when its checks have passed and this signature is the only one."""
         return _PASSED + self.digest
 
 

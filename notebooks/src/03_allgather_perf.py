@@ -312,7 +312,7 @@ print(warm)
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
 # …). The samples are then compared in two ways. The mistake, called *one after the other*, compares the A samples of
 # the first run with those of the second. The right way compares each A with the B that follows it. (On a machine that
-# is busy anyway, the disturbed run can even be the faster one. It is the same mistake.)
+# is busy anyway, the disturbed run can even be the faster one. The comparison is then just as wrong.)
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -521,8 +521,8 @@ print(f"below the speed of light: {below.sum()} of {len(table)} times")
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
 #
-# Is a time *below* the speed of light? Then the bound is wrong here: it was measured in an earlier run, and other
-# programs slowed its copies down. Run its cell in section 2 again, and then the figure.
+# Is a time *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2, while other
+# programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta

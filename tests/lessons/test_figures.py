@@ -115,9 +115,9 @@ def test_ownership_strip_shows_the_owner_of_every_token(strategy: str) -> None:
 
 
 def test_hover_texts_name_what_a_cell_is() -> None:
-    """Tokens, slots or rows of an arena; a round only where a gather has written it."""
+    """Positions, slots or rows of an arena; a round only where a gather has written it."""
     owned = _hovers(figures.ownership_strip(LAYOUT))
-    assert all("<br>token " in each and "round" not in each for each in owned)
+    assert all("<br>position " in each and "round" not in each for each in owned)
     padded = _hovers(figures.padding_grid(LAYOUT))
     assert all("<br>slot " in each and "round" not in each for each in padded)
     assert any("padding: no token" in each for each in padded)

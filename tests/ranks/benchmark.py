@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from benchmarks.gather import Config, measure
 from benchmarks.rows import summarize
+from cpkit.memory import posix
 from cpkit.memory.posix import PosixBackend
 from cpkit.provenance import ProvenanceError
+from cpkit.symm import symmetric_pool
 from tests.ranks.device import world_group
 from tests.ranks.errors import raised
 from tests.ranks.mutants import planted
@@ -37,6 +39,16 @@ def check_a_wrong_gather_is_not_timed() -> None:
         assert "expected round 1" in raised(ProvenanceError, measured)
 
 
+def check_a_wrong_repeated_gather_is_not_timed() -> None:
+    def nothing(real: Any, tiles: Any, peers: Any, barrier: Any, *args: Any) -> None:
+        barrier.barrier()
+
+    symmetric_pool(world_group()).repeated.clear()
+    with planted(posix, "_push_dense", nothing):
+        assert "expected round 1" in raised(ProvenanceError, measured)
+    symmetric_pool(world_group()).repeated.clear()
+
+
 def check_a_slow_gather_is_detected() -> None:
     """Only the last rank is slow, because the time is that of the slowest rank."""
 
@@ -46,8 +58,15 @@ def check_a_slow_gather_is_detected() -> None:
             copies.append(lambda: time.sleep(SLOW_S))
         return copies
 
-    with planted(PosixBackend, "_copies", slow):
+    def slow_push(real: Any, *args: Any) -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            time.sleep(SLOW_S)
+        real(*args)
+
+    symmetric_pool(world_group()).repeated.clear()
+    with planted(PosixBackend, "_copies", slow), planted(posix, "_push_dense", slow_push):
         slowed = measured()
+    symmetric_pool(world_group()).repeated.clear()
     assert slowed["direct"] > SLOW_S * 1e6
     assert slowed["plan"] > SLOW_S * 1e6
     assert slowed["memcpy"] < SLOW_S * 1e6
