@@ -508,7 +508,8 @@ largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_u
 factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 below = table["time_us"] < table["size_bytes"].map(light)
-print(f"below the speed of light: {below.sum()} of {len(table)} times")
+if not world.on_gpu:  # there the line is call time, and the table is device time
+    print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
 # At the left end, the times grow much more slowly than the bytes: most of the time is *synchronization*. At the right
@@ -521,8 +522,9 @@ print(f"below the speed of light: {below.sum()} of {len(table)} times")
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
 #
-# Is a time *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2, while other
-# programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
+# Is a time of CPU ranks *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2,
+# while other programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
+# (On a GPU, small gathers are below the line: it contains the host's part of a call, and the table does not.)
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
