@@ -120,10 +120,10 @@ def time_block(
     call: Callable[[], object], block_s: float, group: CPGroup, at_most: int = 200
 ) -> dict[str, Any]:
     """Return the samples of one variant by rank: as many as fit into `block_s`, at least 3."""
-    trial = bench.time_calls({"": call}, group, 1, warmup=1, with_stages=False)[""]
+    trial = bench.time_calls({"": call}, group, 1, warmup=1)[""]
     trial_us = max(max(each.call_us) for each in bench.all_ranks(trial, group))
     iterations = max(3, min(at_most, int(block_s * 1e6 / max(trial_us, 1.0))))
-    timing = bench.time_calls({"": call}, group, iterations, warmup=0, with_stages=False)[""]
+    timing = bench.time_calls({"": call}, group, iterations, warmup=0)[""]
     return {"samples_us": [each.call_us for each in bench.all_ranks(timing, group)]}
 
 

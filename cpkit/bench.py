@@ -37,6 +37,7 @@ _VALUES_PER_EXCHANGE = 512
 _BLOCK_S = 0.02  # of call time that is queued behind one pause
 _PAUSES = (2, 4, 8)  # first to last pause, in multiples of the time that the host should need
 _CYCLES_PER_S = 2e9  # at least the clock rate of any GPU, so a pause is never too short
+_STAGE_CALLS = 3  # at most so many more calls per batch of samples record their stages
 
 
 def time_calls(
@@ -45,27 +46,26 @@ def time_calls(
     iterations: int,
     warmup: int = 2,
     timings: dict[str, Timing] | None = None,
-    *,
-    with_stages: bool = True,
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    On the CPU the stages of each call are recorded, unless `with_stages` is false: a recorded call
-    takes every step, also when it is repeated (cpkit.repeat). Workers on a GPU record none, and
-    measure as many samples of device time. Appends the samples to `timings` if it is passed.
+    The stages come from a few more calls, which are not timed: a recorded call takes every step,
+    also when it is repeated (cpkit.repeat). Workers on a GPU measure as many samples of device
+    time. Appends the samples to `timings` if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
     on_gpu = worker_device() == "cuda"
     gave_up = any(each.call_us and not each.device_us for each in timings.values())
-    once = _time_without_stages if on_gpu or not with_stages else _time_with_stages
     for iteration in range(warmup + iterations):
         for name, call in calls.items():
-            time_us, stages_us = once(call, group)
+            time_us = _call_us(call, group)
             if iteration >= warmup:
                 timings[name].call_us.append(time_us)
-                timings[name].add_stages(stages_us)
     if on_gpu and iterations and not gave_up:
         add_device_times(calls, group, iterations, timings)
+    if not on_gpu:
+        for _ in range(min(iterations, _STAGE_CALLS)):
+            _add_stages(calls, group, timings)
     return timings
 
 
@@ -121,15 +121,12 @@ def all_ranks(timing: Timing, group: CPGroup) -> list[Timing]:
 # ----------------------------------------------------------------------------- call time
 
 
-def _time_with_stages(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
-    with stages.record() as recorder:
-        time_us = _call_us(call, group)
-    return time_us, recorder.total_us()
-
-
-def _time_without_stages(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
-    """Time a call alone. On a GPU, the events of stages would take the host longer than it."""
-    return _call_us(call, group), {}
+def _add_stages(calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]) -> None:
+    """Append one sample of the stages of each call, as the host sees them."""
+    for name, call in calls.items():
+        with stages.record() as recorder:
+            _call_us(call, group)
+        timings[name].add_stages(recorder.total_us())
 
 
 def _call_us(call: Call, group: CPGroup) -> float:
@@ -162,8 +159,7 @@ def add_device_times(
         queue = [call for _ in range(rounds) for call in calls.values()]
         queued = _queue(queue, group, rounds * round_s)
         if queued is None:
-            for name, call in calls.items():
-                timings[name].add_stages(_time_with_stages(call, group)[1])
+            _add_stages(calls, group, timings)
             return
         for name, device_us in zip([*calls] * rounds, queued[0], strict=True):
             timings[name].device_us.append(device_us)

@@ -193,17 +193,17 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
 # and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured here, not looked up. When
 # every rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an
-# average.
+# average. (On a GPU all times are device time, and the barrier, which is the host's, is left out.)
 #
 # (With one GPU per rank, the links set a tighter bound, the formula above. The line below shows only the bound of each
 # GPU's memory.)
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
+from cpkit.notebook.views import floor_us
+
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
-least = (cp + 1) / (2 * cp)  # bytes of a gather / bytes that the copies move
-barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
-light = {n: barrier_us + least * probe.slowest_us("copy").min() for n, probe in probes.items()}
+light = {n: floor_us(probe) for n, probe in probes.items()}  # barrier + (cp+1)/(2·cp) · copy
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
@@ -508,8 +508,7 @@ largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_u
 factor = largest["padded"] / largest["direct"]
 print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
 below = table["time_us"] < table["size_bytes"].map(light)
-if not world.on_gpu:  # there the line is call time, and the table is device time
-    print(f"below the speed of light: {below.sum()} of {len(table)} times")
+print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
 # At the left end, the times grow much more slowly than the bytes: most of the time is *synchronization*. At the right
@@ -522,9 +521,8 @@ if not world.on_gpu:  # there the line is call time, and the table is device tim
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
 #
-# Is a time of CPU ranks *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2,
-# while other programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
-# (On a GPU, small gathers are below the line: it contains the host's part of a call, and the table does not.)
+# Is a time *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2, while other
+# programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -774,6 +772,9 @@ figures.show(figures.stage_split(split))
 # prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains correctly,
 # which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
 # of its stages.
+#
+# Stages are recorded in extra gathers, which take every step. A call of `direct` that repeats an earlier one skips part
+# of `agree` and `allocate`, so its stages can add up to more than its time in the table of section 5.
 
 
 # %% e6-task [markdown]

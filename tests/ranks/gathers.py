@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
-from cpkit import provenance, stages
+from cpkit import bench, provenance, stages
 from cpkit.gather import (
     ALGORITHMS,
     all_gather_kv,
@@ -262,6 +262,22 @@ def check_stages_are_recorded() -> None:
     starts = torch.tensor(metadata.starts)[in_rank_order[:, 2]]
     assert torch.equal(starts + in_rank_order[:, 3], metadata.rank_order)
     provenance.check(recorder.arrays["reorder"].view(torch.float32), metadata, round=4)
+
+
+def check_timed_gathers_are_not_recorded() -> None:
+    """Stages come from other gathers, since a recorded one takes every step."""
+    group, metadata, rows = batch_of(1021)
+    observed: list[bool] = []
+
+    def call() -> None:
+        observed.append(stages.is_observed())
+        all_gather_kv([rows], metadata, group)
+
+    timing = bench.time_calls({"": call}, group, 4, warmup=1)[""]
+    assert not any(observed[:5])
+    assert any(observed[5:])
+    assert len(timing.call_us) == 4
+    assert {"agree", "wire"} <= set(timing.stages_us)
 
 
 def check_stages_are_ranges_in_a_profile() -> None:
