@@ -37,7 +37,6 @@ _VALUES_PER_EXCHANGE = 512
 _BLOCK_S = 0.02  # of call time that is queued behind one pause
 _PAUSES = (2, 4, 8)  # first to last pause, in multiples of the time that the host should need
 _CYCLES_PER_S = 2e9  # at least the clock rate of any GPU, so a pause is never too short
-_STAGE_CALLS = 3  # at most so many more calls per batch of samples record their stages
 
 
 def time_calls(
@@ -49,9 +48,8 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    The stages come from a few more calls, which are not timed: a recorded call takes every step,
-    also when it is repeated (cpkit.repeat). Workers on a GPU measure as many samples of device
-    time. Appends the samples to `timings` if it is passed.
+    Workers on a GPU measure as many samples of device time, and the stages. Appends the samples to
+    `timings` if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
     on_gpu = worker_device() == "cuda"
@@ -63,9 +61,6 @@ def time_calls(
                 timings[name].call_us.append(time_us)
     if on_gpu and iterations and not gave_up:
         add_device_times(calls, group, iterations, timings)
-    if not on_gpu:
-        for _ in range(min(iterations, _STAGE_CALLS)):
-            _add_stages(calls, group, timings)
     return timings
 
 
@@ -89,6 +84,28 @@ def time_for(
         if longest_s(time.monotonic() - start_s, group) > budget_s / 2:
             break  # the next batch would take as long as all batches so far
     return timings
+
+
+def time_once(calls: Mapping[str, Call], group: CPGroup) -> dict[str, Timing]:
+    """Time each call once, with its stages: for calls that take much longer than the recording."""
+    if worker_device() == "cuda":
+        return time_calls(calls, group, 1, warmup=0)
+    timings = {name: Timing() for name in calls}
+    for name, call in calls.items():
+        time_us, stages_us = _recorded(call, group)
+        timings[name].call_us.append(time_us)
+        timings[name].add_stages(stages_us)
+    return timings
+
+
+def add_stages(calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]) -> None:
+    """Append one sample of the stages of each call, as the host sees them. Collective.
+
+    It comes from another call than the times: a recorded call takes every step, also when it is
+    repeated (cpkit.repeat).
+    """
+    for name, call in calls.items():
+        timings[name].add_stages(_recorded(call, group)[1])
 
 
 def longest_s(elapsed_s: float, group: CPGroup) -> float:
@@ -121,12 +138,10 @@ def all_ranks(timing: Timing, group: CPGroup) -> list[Timing]:
 # ----------------------------------------------------------------------------- call time
 
 
-def _add_stages(calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]) -> None:
-    """Append one sample of the stages of each call, as the host sees them."""
-    for name, call in calls.items():
-        with stages.record() as recorder:
-            _call_us(call, group)
-        timings[name].add_stages(recorder.total_us())
+def _recorded(call: Call, group: CPGroup) -> tuple[float, dict[str, float]]:
+    with stages.record() as recorder:
+        time_us = _call_us(call, group)
+    return time_us, recorder.total_us()
 
 
 def _call_us(call: Call, group: CPGroup) -> float:
@@ -159,7 +174,7 @@ def add_device_times(
         queue = [call for _ in range(rounds) for call in calls.values()]
         queued = _queue(queue, group, rounds * round_s)
         if queued is None:
-            _add_stages(calls, group, timings)
+            add_stages(calls, group, timings)
             return
         for name, device_us in zip([*calls] * rounds, queued[0], strict=True):
             timings[name].device_us.append(device_us)

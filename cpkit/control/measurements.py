@@ -43,7 +43,7 @@ class Sample(WorkloadResult, frozen=True, tag="sample", tag_field="is"):
     per_rank_min_us: tuple[float, ...]
     per_rank_p95_us: tuple[float, ...]
     per_rank_call_us: tuple[float, ...]  # medians
-    stage_us: dict[str, tuple[float, ...]]  # medians per rank, of other gathers than the times
+    stage_us: dict[str, tuple[float, ...]]  # medians per rank, of gathers that took every step
     path: PathName
     path_reason: str
     gathers_us: tuple[float, ...] = ()  # each gather on its slowest rank; () in a sweep

@@ -82,19 +82,19 @@ def _padding_alone(tokens: int, metadata: ContextParallelMetadata) -> float:
     return 1 - tokens / sum(alone.max_rank_len)
 
 
-def floor_us(probe: ClockResult) -> float:
+def floor_us(probe: ClockResult, barrier_us: float | None = None) -> float:
     """Return the least time of a gather, from `Lab.clock(["barrier", "copy"])` of its bytes.
 
     It meets once, reads every byte once and writes it once per rank. When all ranks copy the bytes,
-    2·cp·S bytes move; a gather moves at least (cp+1)·S. The quickest samples count. Device time has
-    no barrier.
+    2·cp·S bytes move; a gather moves at least (cp+1)·S. The quickest samples count. `barrier_us`
+    replaces the barrier of this probe. Device time has no barrier.
     """
     least = (probe.cp_size + 1) / (2 * probe.cp_size)
     on_device = probe.device_us("copy")
     if on_device.size:
         return float(least * on_device.max(axis=1).min())
     meet_us, copy_us = (probe.slowest_us(call).min() for call in ("barrier", "copy"))
-    return float(meet_us + least * copy_us)
+    return float((meet_us if barrier_us is None else barrier_us) + least * copy_us)
 
 
 def bandwidth(

@@ -9,7 +9,7 @@ from itertools import count, groupby
 
 import msgspec
 
-from cpkit.bench import Call, longest_s, time_calls, time_for
+from cpkit.bench import Call, add_stages, longest_s, time_calls, time_for, time_once
 from cpkit.control.messages import (
     Body,
     Done,
@@ -30,7 +30,7 @@ from cpkit.worker.workload import Run, prepare
 _FIRST_ITERATIONS = 3
 _BUSY = 0.25  # of a stream's interval: the ranks leave the cores to the page that draws
 _DRAWN_S = 0.15  # in which a page draws the first sample of a setting
-_MAX_ITERATIONS = 1000
+_MAX_ITERATIONS, _MAX_STAGE_SAMPLES = 1000, 30
 
 
 class MeasureOperation(Operation[Measure]):
@@ -52,8 +52,10 @@ class MeasureOperation(Operation[Measure]):
         calls = _calls(runs)
         timings = yield from _once_each(calls, group)
         is_quick = _round_s(timings, group) * _FIRST_ITERATIONS < CHUNK_S
-        if self.body.samples is not None and is_quick:
-            timings = time_calls(calls, group, _FIRST_ITERATIONS, warmup=0)
+        if is_quick:
+            iterations = 1 if self.body.samples is None else _FIRST_ITERATIONS
+            timings = time_calls(calls, group, iterations, warmup=0)
+            _add_missing_stages(calls, group, timings)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
@@ -64,6 +66,7 @@ class MeasureOperation(Operation[Measure]):
             if self.body.samples is None:
                 budget_s = min(budget_s, self.body.interval_s * _BUSY)
             timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
+            _add_missing_stages(calls, group, timings)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
     def interval_s(self, report: ReplyBody) -> float:
@@ -168,7 +171,7 @@ def _once_each(
     timings: dict[str, Timing] = {}
     start_s = time.monotonic()
     for name, call in calls.items():
-        timings |= time_calls({name: call}, group, 1, warmup=0)
+        timings |= time_once({name: call}, group)
         if len(timings) < len(calls) and longest_s(time.monotonic() - start_s, group) > CHUNK_S:
             yield Progress(len(timings), len(calls), "timed in this round")
             start_s = time.monotonic()
@@ -176,6 +179,19 @@ def _once_each(
         for timing in timings.values():  # all are compared by the same clock
             timing.device_us.clear()
     return timings
+
+
+def _add_missing_stages(
+    calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]
+) -> None:
+    """Append samples of the stages to timings without any: on a GPU they have them already.
+
+    The first recorded calls after others are slow, so there are half as many as times, at most 30.
+    """
+    missing = {name: call for name, call in calls.items() if not timings[name].stages_us}
+    times = min((len(timing.call_us) for timing in timings.values()), default=0)
+    for _ in range(min(_MAX_STAGE_SAMPLES, (times + 1) // 2)):
+        add_stages(missing, group, timings)
 
 
 def _round_s(timings: Mapping[str, Timing], group: CPGroup) -> float:

@@ -130,10 +130,10 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # synchronization, and B the bandwidth of the link. We call this bound the *speed of light*.
 #
 # Take B from the data sheet of the link, or, with two GPUs, from a plain copy to the other GPU. Between two H100s such
-# a copy reaches 384 GB/s: half of 268 MB took 349 µs (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+# a copy reaches 383 GB/s: half of 268 MB took 350 µs (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
 # Do not take B from the library that you want to judge. A bad choice would be alpha = 5.3 µs and B = 328 GB/s, which
 # reproduce the four measured times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what
-# NCCL *reaches*. It is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 377 µs.
+# NCCL *reaches*. It is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 378 µs.
 
 
 # %% e2-task [markdown]
@@ -142,8 +142,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # **Goal** Write `light_us`, which returns the least time in µs, given alpha in µs and the bandwidth of a rank's link in
 # GB/s.
 #
-# **Example** For 268 MB on 2 ranks, no alpha and 384 GB/s, `light_us(268429312, 2, 0.0, 384)` is 349.5. In the record
-# of the two H100s, NCCL's all-gather took 554 µs with ordinary buffers, and 450 µs with the receive buffer registered.
+# **Example** For 268 MB on 2 ranks, no alpha and 383 GB/s, `light_us(268429312, 2, 0.0, 383)` is 350.4. In the record
+# of the two H100s, NCCL's all-gather took 556 µs with ordinary buffers, and 451 µs with the receive buffer registered.
 #
 # **About** 3 minutes, ★☆☆
 
@@ -203,7 +203,9 @@ from cpkit.notebook.views import floor_us
 
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
-light = {n: floor_us(probe) for n, probe in probes.items()}  # barrier + (cp+1)/(2·cp) · copy
+barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
+# The bound is barrier + (cp+1)/(2·cp) · copy, each at its quickest.
+light = {n: floor_us(probe, barrier_us) for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
@@ -390,9 +392,9 @@ lesson.reveal("damage", lesson.order_of(factors))
 # repository stas00/ml-engineering averages rates.
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
-# from Python. On two H100s, SGLang's pipeline took 212 µs per call from Python at 0.26 MB, but only 13.6 µs of GPU time
-# in a CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-26-gpu.json`, commit
-# 9d290d7bab56). Section 9 returns to these two clocks.
+# from Python. On two H100s, SGLang's pipeline took 242 µs per call from Python at 0.26 MB, but only 13.9 µs of GPU time
+# in a CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-28-gpu.json`, commit
+# 6b142c512aef). Section 9 returns to these two clocks.
 #
 # {glossary: eager; CUDA graph}
 
@@ -693,7 +695,7 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 #
 # ---
 # **Why** In one shared memory, all stages except the collective move bytes at about the same rate, so their number
-# decides the time: count passes before you tune. Over links there are two rates: 384 GB/s from one H100 to another
+# decides the time: count passes before you tune. Over links there are two rates: 383 GB/s from one H100 to another
 # (section 2), and up to 3.35 TB/s within its own memory (data sheet).
 #
 # **Another way** Use two prices per stage, one for reading and one for writing. You need this where a stage reads more
@@ -735,7 +737,7 @@ lesson.reveal("passes", lesson.call_ratio(run, "padded_symm", "direct"))
 # %% passes-recorded
 from cpkit_lessons import recordings
 
-record = next(each for each in recordings.read() if each.name == "2026-11-26-gpu.json")
+record = next(each for each in recordings.read() if each.name == "2026-11-28-gpu.json")
 on_gpus = record.table.pivot_table(index="size_bytes", columns="variant", values="time_us")
 on_gpus = on_gpus[["NCCL", "seed", "plan"]]
 on_gpus["pad, strip, reorder"] = on_gpus["seed"] - on_gpus["NCCL"]
@@ -773,8 +775,8 @@ figures.show(figures.stage_split(split))
 # which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
 # of its stages.
 #
-# Stages are recorded in extra gathers, which take every step. A call of `direct` that repeats an earlier one skips part
-# of `agree` and `allocate`, so its stages can add up to more than its time in the table of section 5.
+# A gather whose stages are recorded takes every step. A call of `direct` that repeats an earlier one skips part of
+# `agree` and `allocate`, so the stages can add up to more than its time in the table of section 5.
 
 
 # %% e6-task [markdown]
@@ -926,10 +928,10 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
 # the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
-# Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.88 at
-# 0.26 MB, 1.45 at 4.2 MB, 1.01 at 67 MB and 0.93 at 268 MB. With only the receive buffer registered, NCCL keeps its
-# ring, and still gains 1.24 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-26-gpu.json`, commit
-# 9d290d7bab56). Multicast plays no part in this, because its kernels need more than two ranks.
+# Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.92 at
+# 0.26 MB, 1.48 at 4.2 MB, 1.03 at 67 MB and 0.93 at 268 MB. With only the receive buffer registered, NCCL keeps its
+# ring, and still gains 1.26 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-28-gpu.json`, commit
+# 6b142c512aef). Multicast plays no part in this, because its kernels need more than two ranks.
 
 
 # %% e7-task [markdown]
@@ -1069,9 +1071,9 @@ neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# `plan` takes 104 µs alone, but delays the product by more than that, because its thread blocks occupy multiprocessors
-# while they wait for the link. The pipeline `copy engine` uses no multiprocessors for its transfer. But its strip and
-# reorder do need them, and wait for the product. So it takes three times as long as it does alone. Of these six
+# `plan` takes 103 µs alone, and delays the product by as much, because its thread blocks occupy multiprocessors while
+# they wait for the link. The pipeline `copy engine` uses no multiprocessors for its transfer. But its strip and
+# reorder do need them, and wait for the product. So it takes almost three times as long as it does alone. Of these six
 # variants, `seed` delays the product most, and it also moves the most bytes. So measure both sides: the delay of the
 # product is not the time of the gather.
 
@@ -1301,10 +1303,10 @@ lesson.progress()
 # - Put a barrier before the clock, warm up, take the slowest rank and the median, and measure variants in turn. Leave
 #   one out, and the result is wrong.
 # - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
-#   buffers registered, the gain is largest near 4 MB and absent at 67 MB. At 0.26 and 268 MB, symmetric memory is
-#   slower. On the same two H100s, `plan` is 1.9 to 2.8 times as fast as SGLang's pipeline, depending on the size. The
-#   passes alone make that pipeline take 1.2 to 1.9 times as long as its collective
-#   (`benchmarks/results/2026-11-26-gpu.json`, commit 9d290d7bab56).
+#   buffers registered, the gain is largest near 4 MB and almost absent at 67 MB. At 0.26 and 268 MB, symmetric memory
+#   is slower. On the same two H100s, `plan` is 1.9 to 2.8 times as fast as SGLang's pipeline, depending on the size.
+#   The passes alone make that pipeline take 1.2 to 1.9 times as long as its collective
+#   (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
 # - Compare algorithms by device time. Call time mostly reflects how much Python runs.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.

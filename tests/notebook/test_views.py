@@ -21,6 +21,7 @@ def probe(device_us: float | None = None) -> ClockResult:
 
 def test_the_floor_is_one_barrier_and_what_a_gather_must_move() -> None:
     assert views.floor_us(probe()) == pytest.approx(10 + 3 / 4 * 80)
+    assert views.floor_us(probe(), barrier_us=4) == pytest.approx(4 + 3 / 4 * 80)
     assert views.floor_us(probe(device_us=40)) == pytest.approx(3 / 4 * 40)
 
 

@@ -127,8 +127,8 @@ LESSON.ask(
         "copy their rows once more.",
     },
     why="Pad, wire (the exchange), strip and reorder each write every row of this shard once. On "
-    "two H100s, pad, strip and reorder of 268 MB took 487 µs in total, and the exchange 554 µs "
-    "(benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
+    "two H100s, pad, strip and reorder of 268 MB took 511 µs in total, and the exchange 556 µs "
+    "(benchmarks/results/2026-11-28-gpu.json, commit 6b142c512aef).",
 )
 
 

@@ -198,8 +198,8 @@ _ask_symptom(
     why="No rank raises an error, every row is right, and only the path differs: NCCL 2.28.9 "
     "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
     "2.28.9, the fastest of NCCL's three variants at 268 MB was its ordinary kernel into a "
-    "registered receive buffer (450 µs; 596 µs with both buffers registered, 554 µs with none; "
-    "benchmarks/results/2026-11-26-gpu.json, commit 9d290d7bab56).",
+    "registered receive buffer (451 µs; 596 µs with both buffers registered, 556 µs with none; "
+    "benchmarks/results/2026-11-28-gpu.json, commit 6b142c512aef).",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },
