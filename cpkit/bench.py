@@ -48,8 +48,8 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time several calls, interleaved: A B C, A B C, … Collective over the group.
 
-    Workers on a GPU measure as many samples of device time, and the stages. Appends the samples to
-    `timings` if it is passed.
+    Workers on a GPU also measure device time, as many samples, and record the stages. On the CPU no
+    stages are recorded. Appends the samples to `timings` if it is passed.
     """
     timings = {name: Timing() for name in calls} if timings is None else timings
     on_gpu = worker_device() == "cuda"
@@ -87,7 +87,7 @@ def time_for(
 
 
 def time_once(calls: Mapping[str, Call], group: CPGroup) -> dict[str, Timing]:
-    """Time each call once, with its stages: for calls that take much longer than the recording."""
+    """Time each call once, with its stages: where the calls take much longer than the recording."""
     if worker_device() == "cuda":
         return time_calls(calls, group, 1, warmup=0)
     timings = {name: Timing() for name in calls}
@@ -101,8 +101,8 @@ def time_once(calls: Mapping[str, Call], group: CPGroup) -> dict[str, Timing]:
 def add_stages(calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]) -> None:
     """Append one sample of the stages of each call, as the host sees them. Collective.
 
-    It comes from another call than the times: a recorded call takes every step, also when it is
-    repeated (cpkit.repeat).
+    These calls are not timed, because a recorded call takes every step, even when it is repeated
+    (cpkit.repeat).
     """
     for name, call in calls.items():
         timings[name].add_stages(_recorded(call, group)[1])

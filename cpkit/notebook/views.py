@@ -85,9 +85,9 @@ def _padding_alone(tokens: int, metadata: ContextParallelMetadata) -> float:
 def floor_us(probe: ClockResult, barrier_us: float | None = None) -> float:
     """Return the least time of a gather, from `Lab.clock(["barrier", "copy"])` of its bytes.
 
-    It meets once, reads every byte once and writes it once per rank. When all ranks copy the bytes,
-    2·cp·S bytes move; a gather moves at least (cp+1)·S. The quickest samples count. `barrier_us`
-    replaces the barrier of this probe. Device time has no barrier.
+    A gather synchronizes once, reads every byte once and writes it once per rank. When all ranks
+    copy the bytes, 2·cp·S bytes move; a gather moves at least (cp+1)·S. The quickest samples count.
+    `barrier_us` is used instead of the probe's barrier. Device times have no barrier.
     """
     least = (probe.cp_size + 1) / (2 * probe.cp_size)
     on_device = probe.device_us("copy")

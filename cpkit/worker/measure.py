@@ -23,6 +23,7 @@ from cpkit.control.messages import (
 )
 from cpkit.group import CPGroup
 from cpkit.memory.path import PathReport
+from cpkit.settings import worker_device
 from cpkit.timing import Timing, percentile
 from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
@@ -31,6 +32,7 @@ _FIRST_ITERATIONS = 3
 _BUSY = 0.25  # of a stream's interval: the ranks leave the cores to the page that draws
 _DRAWN_S = 0.15  # in which a page draws the first sample of a setting
 _MAX_ITERATIONS, _MAX_STAGE_SAMPLES = 1000, 30
+_STAGES_EVERY = 4  # samples
 
 
 class MeasureOperation(Operation[Measure]):
@@ -55,7 +57,7 @@ class MeasureOperation(Operation[Measure]):
         if is_quick:
             iterations = 1 if self.body.samples is None else _FIRST_ITERATIONS
             timings = time_calls(calls, group, iterations, warmup=0)
-            _add_missing_stages(calls, group, timings)
+            _add_stages(calls, group, timings)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
@@ -65,8 +67,8 @@ class MeasureOperation(Operation[Measure]):
             paths = [_path(run) for run in runs]  # the first gather after a pause is slow
             if self.body.samples is None:
                 budget_s = min(budget_s, self.body.interval_s * _BUSY)
-            timings = time_for(budget_s, calls, group, _MAX_ITERATIONS)
-            _add_missing_stages(calls, group, timings)
+            last, timings = timings, time_for(budget_s, calls, group, _MAX_ITERATIONS)
+            _add_stages(calls, group, timings, last if sequence % _STAGES_EVERY else None)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
     def interval_s(self, report: ReplyBody) -> float:
@@ -181,17 +183,26 @@ def _once_each(
     return timings
 
 
-def _add_missing_stages(
-    calls: Mapping[str, Call], group: CPGroup, timings: Mapping[str, Timing]
+def _add_stages(
+    calls: Mapping[str, Call],
+    group: CPGroup,
+    timings: Mapping[str, Timing],
+    last: Mapping[str, Timing] | None = None,
 ) -> None:
-    """Append samples of the stages to timings without any: on a GPU they have them already.
+    """Record the stages of the calls, or take those of the `last` timings, which costs no time.
 
-    The first recorded calls after others are slow, so there are half as many as times, at most 30.
+    A quarter as many samples as times, at most 30: enough that the slow first recorded calls do not
+    determine the median. On a GPU the timings have stages already.
     """
-    missing = {name: call for name, call in calls.items() if not timings[name].stages_us}
-    times = min((len(timing.call_us) for timing in timings.values()), default=0)
-    for _ in range(min(_MAX_STAGE_SAMPLES, (times + 1) // 2)):
-        add_stages(missing, group, timings)
+    if worker_device() == "cuda":
+        return
+    if last:
+        for name, timing in timings.items():
+            timing.stages_us = last[name].stages_us
+        return
+    times = min(len(timing.call_us) for timing in timings.values())
+    for _ in range(min(_MAX_STAGE_SAMPLES, (times + 3) // 4)):
+        add_stages(calls, group, timings)
 
 
 def _round_s(timings: Mapping[str, Timing], group: CPGroup) -> float:

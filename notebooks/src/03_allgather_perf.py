@@ -193,7 +193,8 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
 # and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured here, not looked up. When
 # every rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an
-# average. (On a GPU all times are device time, and the barrier, which is the host's, is left out.)
+# average. On a GPU, this bound and the sweep in section 5 are device times. The bound then has no barrier, because the
+# barrier runs on the host.
 #
 # (With one GPU per rank, the links set a tighter bound, the formula above. The line below shows only the bound of each
 # GPU's memory.)
@@ -204,7 +205,7 @@ from cpkit.notebook.views import floor_us
 sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
 barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
-# The bound is barrier + (cp+1)/(2·cp) · copy, each at its quickest.
+# barrier (the fastest of all probes; none on a GPU) + (cp+1)/(2·cp) · copy
 light = {n: floor_us(probe, barrier_us) for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
@@ -523,8 +524,8 @@ print(f"below the speed of light: {below.sum()} of {len(table)} times")
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
 #
-# Is a time *below* the speed of light? Then the bound is wrong here: it was measured earlier, in section 2, while other
-# programs slowed its copies down. Run its cell there again, and then the cell that draws the figure above.
+# Is a time *below* the speed of light? Then the bound is probably wrong: other programs may have slowed its copies down
+# in section 2. Run that cell again, and then the cell that draws the figure above.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -775,8 +776,8 @@ figures.show(figures.stage_split(split))
 # which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
 # of its stages.
 #
-# A gather whose stages are recorded takes every step. A call of `direct` that repeats an earlier one skips part of
-# `agree` and `allocate`, so the stages can add up to more than its time in the table of section 5.
+# A gather whose stages are recorded takes every step. A repeated call of `direct` skips part of `agree` and `allocate`,
+# except for a large gather on the CPU. So the stages can add up to more than the time of a repeated call.
 
 
 # %% e6-task [markdown]
@@ -1071,11 +1072,12 @@ neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# `plan` takes 103 µs alone, and delays the product by as much, because its thread blocks occupy multiprocessors while
-# they wait for the link. The pipeline `copy engine` uses no multiprocessors for its transfer. But its strip and
-# reorder do need them, and wait for the product. So it takes almost three times as long as it does alone. Of these six
-# variants, `seed` delays the product most, and it also moves the most bytes. So measure both sides: the delay of the
-# product is not the time of the gather.
+# `plan` takes 103 µs alone. In this record it delays the product by about the same time, because its thread blocks
+# occupy multiprocessors while they wait for the link. `copy engine` takes 234 µs alone, and delays the product by only
+# 126 µs, because its transfer uses no multiprocessors. But its strip and reorder do need them, and wait for the
+# product. So the whole pipeline takes 2.7 times as long beside the product as alone. Of these six variants, `seed`
+# delays the product most, and it also moves the most bytes. So measure both sides: in general, the delay of the product
+# is not the time of the gather.
 
 # %% kernels-text [markdown]
 # ### What NCCL really did

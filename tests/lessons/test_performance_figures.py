@@ -192,6 +192,8 @@ def test_numbers_of_two_h100s_in_the_text_are_those_of_the_record() -> None:
     device_us, call_us = at_2_mb["time_us"].round(1), at_2_mb["call_us"]
     found = device_us[["seed", "padded_symm", "NCCL", "NCCL both"]].tolist()
     assert found == [25.2, 21.1, 20.5, 16.7]
+    answer = performance.LESSON.predictions["clocks"].answer
+    assert round(device_us["padded_symm"] / device_us["seed"], 2) == answer
     beside = {each["variant"]: each for each in record.beside.to_dict("records")}
     assert round(call_us["padded_symm"] / call_us["seed"], 1) == 2.1
     assert round(beside["plan"]["time_us"]) == 103

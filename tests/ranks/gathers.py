@@ -265,7 +265,7 @@ def check_stages_are_recorded() -> None:
 
 
 def check_timed_gathers_are_not_recorded() -> None:
-    """Stages come from other gathers, since a recorded one takes every step."""
+    """A recorded gather takes every step, so `time_calls` records none."""
     group, metadata, rows = batch_of(1021)
     observed: list[bool] = []
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from cpkit import provenance
+from cpkit import provenance, stages
 from cpkit.control.messages import Measure, Progress, SweepResult, Workload
 from cpkit.worker import measure
 from cpkit.worker.operation import CHUNK_S, RankState
@@ -117,3 +117,30 @@ def test_a_step_of_long_gathers_is_one_gather(monkeypatch: pytest.MonkeyPatch) -
         expected = "a sample" if number % 3 == 0 else "timed in this round"
         assert next(steps).text == expected
         assert calls[0] == number
+
+
+def test_a_stream_records_stages_in_a_few_gathers_of_every_fourth_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Recorded gathers take longer, and delay the page and other clients."""
+    recorded: list[bool] = []
+
+    def gather(_: FixedRun) -> None:
+        recorded.append(stages.is_observed())
+        with stages.stage("wire"):
+            time.sleep(1e-4)
+
+    monkeypatch.setattr(measure, "_variants", lambda *_: [gathered("bfloat16")])
+    monkeypatch.setattr(measure, "_verified", lambda *_: iter([]))
+    monkeypatch.setattr(measure, "_streamed", lambda *args: args[2])
+    monkeypatch.setattr(measure, "_path", lambda *_: None)
+    monkeypatch.setattr(FixedRun, "gather", gather)
+    steps = measure.MeasureOperation(Measure((WORKLOAD,))).steps(GroupOfOne(), RankState())  # type: ignore[arg-type]
+    counts = []
+    for _ in range(9):
+        timing = next(steps)["0"]  # type: ignore[index]
+        assert timing.stages_us["wire"], "every sample has stages"
+        counts.append((sum(recorded), len(recorded) - sum(recorded)))
+        recorded.clear()
+    assert [bool(n) for n, _ in counts] == [True] * 2 + [False] * 3 + [True] + [False] * 3
+    assert all(n <= times / 3 for n, times in counts[1:])
