@@ -761,11 +761,8 @@ on_gpus.round(1)
 
 
 # %% stages tags=["nbval-ignore-output"]
-def one_sample(algorithm):
-    return next(lab.measure(medium, cp, algorithm=algorithm, samples=1, **one))
-
-
-split = [one_sample(name) for name in algorithms]
+split = list(lab.measure(medium, cp, algorithms=algorithms, samples=1, **one))
+assert [each.workload.algorithm for each in split] == algorithms
 assert not {"pad", "strip", "reorder"} & set(split[-1].stage_us), "direct has none of them"
 figures.show(figures.stage_split(split))
 
