@@ -129,11 +129,17 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # the ranks must synchronize. So the least time is alpha + S · (cp−1)/cp / B, where alpha is the cost of
 # synchronization, and B the bandwidth of the link. We call this bound the *speed of light*.
 #
-# Take B from the data sheet of the link, or, with two GPUs, from a plain copy to the other GPU. Between two H100s such
-# a copy reaches 383 GB/s: half of 268 MB took 350 µs (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
-# Do not take B from the library that you want to judge. A bad choice would be alpha = 5.3 µs and B = 328 GB/s, which
-# reproduce the four measured times of NCCL's symmetric kernels on 8 × H100 within 1 % (Megatron-LM#5596). That is what
-# NCCL *reaches*. It is not a bound: for the 268 MB on two GPUs this line gives 414 µs, and cpkit's `plan` took 378 µs.
+# Which B belongs into this formula? Take what the link can do, not what an all-gather has reached: the all-gather is
+# what you want to judge. One source is the data sheet: the NVLink of an H100 has 900 GB/s, half of it in each
+# direction, so a GPU can receive 450 GB/s. Another is a plain copy between two GPUs. Between two H100s it reaches 383
+# GB/s: half of 268 MB took 350 µs. (This time, and all others that this notebook cites from
+# `benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef, are *device times*: those of the work on the GPU,
+# without Python.)
+#
+# Here is what goes wrong otherwise. NCCL's symmetric kernels on 8 × H100 take almost exactly 5.3 µs + received bytes /
+# (328 GB/s): this line is within 1 % of four published times (Megatron-LM#5596). Use it as a bound for the 268 MB on
+# two GPUs, and no gather can take less than 414 µs. But cpkit's `plan` took 378 µs. The 328 GB/s are what NCCL
+# *reaches*, and no limit of the link.
 
 
 # %% e2-task [markdown]
@@ -143,7 +149,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # GB/s.
 #
 # **Example** For 268 MB on 2 ranks, no alpha and 383 GB/s, `light_us(268429312, 2, 0.0, 383)` is 350.4. In the record
-# of the two H100s, NCCL's all-gather took 556 µs with ordinary buffers, and 451 µs with the receive buffer registered.
+# of the two H100s, NCCL's all-gather took 556 µs of device time with ordinary buffers, and 451 µs with the receive
+# buffer registered.
 #
 # **About** 3 minutes, ★☆☆
 
@@ -190,30 +197,35 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # %% light-text [markdown]
 # ### And on this machine?
 #
-# Your ranks share one memory, so there are no links. A gather must at least synchronize *once*, *read* every byte once,
-# and *write* every byte once for each rank: (cp+1) · S bytes in total. The rate is measured here, not looked up. When
-# every rank copies S bytes, 2 · cp · S bytes move. The fastest of all samples counts, because a bound is not an
-# average. On a GPU, this bound and the sweep in section 5 are device times. The bound then has no barrier, because the
-# barrier runs on the host.
+# Your ranks share one memory, so the memory sets the bound, not a link. A gather must at least synchronize once, *read*
+# each of the S bytes once, and *write* each of them once for every rank. So (cp+1) · S bytes move. How long that takes
+# is measured here, not looked up: every rank copies S bytes at the same time. Each copy reads S bytes and writes S
+# bytes, so 2 · cp · S bytes move. The bound is therefore (cp+1) / (2 · cp) of the time of these copies, plus one
+# barrier. The fastest of all samples counts, because a bound is not an average.
 #
-# (With one GPU per rank, the links set a tighter bound, the formula above. The line below shows only the bound of each
-# GPU's memory.)
+# On a GPU, this bound and the sweep in section 5 are device times. They contain no barrier, because the host runs it.
+# With one GPU per rank, the links set a higher bound, by the formula above. The line below is then only the bound of
+# each GPU's own memory.
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 from cpkit.notebook.views import floor_us
 
-sizes = world.sizes()  # bytes: 16 KiB to 64 MiB, or less where memory is short
+sizes = world.sizes()  # bytes: 16 kB to 67 MB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
 barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
-# barrier (the fastest of all probes; none on a GPU) + (cp+1)/(2·cp) · copy
+# barrier (the fastest of all probes; none on a GPU) + (cp+1) / (2 · cp) · copy
 light = {n: floor_us(probe, barrier_us) for n, probe in probes.items()}
 assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
 # %% light-after [markdown]
 # This line is drawn *before* any gather has run, and no gather changes it. (If you run the cell again, noise can move
-# it: on a busy machine the barrier takes longer.) If a measured time lies below it, either the measurement or the bound
-# is wrong.
+# it: on a busy machine the copies take longer.) If a measured time lies below it, either the measurement or the bound is
+# wrong.
+#
+# On a CPU, caches can make the bound wrong. A gather whose rows are still in a cache can take less time than a copy that
+# reads them from memory. So the next sections measure the algorithms in turn: each finds the caches as another left
+# them.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -308,8 +320,8 @@ print(warm)
 
 # %% mistakes-1-text [markdown]
 # `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
-# before, so the operating system first has to find and clear each page. `launch` starts the collective (on a GPU,
-# `direct`) and does not wait for its end.
+# before, so the operating system first has to find and clear each page. `launch` only starts the collective, and its
+# clock stops before the collective has ended. (On a GPU, it starts `direct` instead of the collective.)
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
@@ -493,9 +505,11 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 # %% ranking-text [markdown]
 # Five gathers per row are too few to tell a small difference from noise. So the next cell times more gathers at a
 # quarter of the largest size, and in each iteration it divides the times of two algorithms. `<` means that the first of
-# the two is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1. (`time_us` in the
-# table above is the largest of the ranks' medians, because the sweep does not keep the times of individual gathers. It
-# is never above the result of exercise 3.)
+# the two is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1.
+#
+# (Why is `time_us` in the table above not computed as in exercise 3? The sweep keeps one median per rank, and no single
+# gathers. So it reports the largest of these medians, which can be smaller than the result of exercise 3, never
+# larger.)
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
@@ -509,7 +523,7 @@ lesson.reveal("ranking", order_seen)
 figures.show(figures.roof(light, table))
 largest = table[table["size_bytes"] == sizes[-1]].set_index("algorithm")["time_us"]
 factor = largest["padded"] / largest["direct"]
-print(f"at {sizes[-1] / 2**20:g} MiB padded takes {factor:.1f} times as long as direct")
+print(f"at {sizes[-1] / MB:.3g} MB padded takes {factor:.1f} times as long as direct")
 below = table["time_us"] < table["size_bytes"].map(light)
 print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
@@ -524,8 +538,9 @@ print(f"below the speed of light: {below.sum()} of {len(table)} times")
 # At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
 # in which ranks wait and agree. It grows when there are more ranks than cores.
 #
-# Is a time *below* the speed of light? Then the bound is probably wrong: other programs may have slowed its copies down
-# in section 2. Run that cell again, and then the cell that draws the figure above.
+# Is a time *below* the speed of light? Then the bound is probably wrong: in section 2, other programs may have slowed
+# its copies down, or here the rows were in a cache. Run the cell in section 2 again, and then the cell that draws the
+# figure above.
 
 # %% s6 [markdown]
 # ## 6. Alpha and beta
@@ -619,25 +634,40 @@ def fit(sizes_bytes, times_us):
 # %% e4-after [markdown]
 # Look at the errors of the fitted sweep, which the cell above exercise 4 printed. Each point is the median of five
 # gathers, so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
-# estimates. Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
-# algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
-# it at sizes and values of cp to which it was not fitted.
+# estimates. (The line can even enter the grey area at a medium size. No gather was that fast: the line is wrong there,
+# because a cache makes gathers of that size faster than the line's one rate.) Two numbers are a first model.
+# `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm, distinguishes cache, memory and first
+# touch, and distributes the ranks over the cores. `make bench` checks it at sizes and values of cp to which it was not
+# fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
 #
-# Can you price a gather before you run it? A *pass* reads and writes all gathered rows once (`pad` moves only one
-# shard). You can measure the price of a pass on its own: it is the time of `copy`. The collective of torch.distributed
-# has a price of its own. A stage that writes n rows in a gather of N rows costs n / N passes. Padding can make n larger
-# than N. There is one exception: the wire of `padded` costs n / N times the collective. The price of a gather is the
-# sum over its stages, plus two barriers.
+# Can you price a gather before you run it? A *pass* reads and writes all gathered rows once. Every step of a gather is
+# one pass, or a part of one. So first count the passes, and then ask what a pass costs. Begin with `padded_symm`, whose
+# steps are in the table of section 3.
+
+# %% passes-predict
+lesson.predict("passes", ...)
 
 # %% passes
-batch = lesson.ragged(cp)
+batch = [4 * cp, 2 * cp]  # zigzag spreads them evenly, so there is no padding
 rows = {name: lesson.rows_written(lab.gather(batch, cp, algorithm=name)) for name in algorithms}
 passes = pd.DataFrame(rows).T.fillna(0).astype(int)
-passes["passes"] = (passes.sum(axis=1) / sum(batch)).round(2)
+passes["passes"] = passes.sum(axis=1) / sum(batch)
 passes
+
+# %% passes-reveal
+lesson.reveal("passes", passes.loc["padded_symm", "passes"])
+
+# %% passes-text [markdown]
+# The table counts the rows that rank 0 writes in each stage. `padded` copies nothing in `pad`, because there is no
+# padding. `padded_symm` always copies its shard into symmetric memory.
+#
+# What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` is the
+# collective of torch.distributed, which has a price of its own. Of a gather with N rows, a stage that writes n rows
+# costs n / N of its price. (n can be larger than N: with padding, the wire carries more rows than there are tokens.) The
+# price of a gather is the sum over its stages, plus two barriers.
 
 
 # %% e5-task [markdown]
@@ -685,7 +715,8 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 
 
 # %% e5-help [markdown]
-# The table above has one row per algorithm. Which of its numbers differ from the number of tokens?
+# The table above has one row per algorithm. Which of its numbers differ from the number of tokens? And which others
+# differ if the lengths need padding?
 #
 # ---
 # The price of a stage is (rows that it wrote / total) · price of a pass. The wire also carries padding, so it writes
@@ -702,14 +733,9 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # **Another way** Use two prices per stage, one for reading and one for writing. You need this where a stage reads more
 # than it writes.
 
-# %% passes-text [markdown]
-# The table before exercise 5 counts the rows that rank 0 writes in each stage. `padded` copies nothing in `pad` where
-# rank 0 already holds the longest shard, and `padded_symm` always copies its shard into symmetric memory. The cells
-# below predict and measure the times of the three algorithms at a quarter of the largest size. First predict one ratio
-# yourself.
-
-# %% passes-predict
-lesson.predict("passes", ...)
+# %% price-text [markdown]
+# Is a price by count worth anything? The next cell predicts the times of the three algorithms at a quarter of the
+# largest size, and measures them. On a GPU, these are call times.
 
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
@@ -720,15 +746,17 @@ predicted = {
     for name, wire in zip(algorithms, ("collective", "copy", "copy"))
 }
 measured = {name: costs[name] for name in algorithms}
+print(f"padded_symm / direct: {lesson.call_ratio(run, 'padded_symm', 'direct')}")
 figures.show(figures.steps(predicted, measured))
-
-# %% passes-reveal
-lesson.reveal("passes", lesson.call_ratio(run, "padded_symm", "direct"))
 
 # %% priced-text [markdown]
 # The time falls in two steps, each with its own cause. From `padded` to `padded_symm`, a push into the memory of the
 # peers replaces the collective. From `padded_symm` to `direct`, two copies of the result (strip and reorder) disappear.
 # So does the small copy into the symmetric shard. Only the push remains.
+#
+# By count, `padded_symm` takes 3 + 1/cp times as long as `direct`. The measured ratio is near this only while the
+# memory's bandwidth is the limit. It is smaller where both times contain much else: barriers in a small gather, the
+# host's work on a GPU. It is larger where strip and reorder also pay for new pages of memory.
 #
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
@@ -773,8 +801,9 @@ figures.show(figures.stage_split(split))
 # which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
 # of its stages.
 #
-# A gather whose stages are recorded takes every step. A repeated call of `direct` skips part of `agree` and `allocate`,
-# except for a large gather on the CPU. So the stages can add up to more than the time of a repeated call.
+# The stages of `direct` can add up to more than its time in the figure of the prices. There, each call repeats the one
+# before, and a repeated call of `direct` skips a part of `agree` and `allocate`. A call whose stages are recorded skips
+# nothing.
 
 
 # %% e6-task [markdown]
@@ -910,7 +939,8 @@ from cpkit_lessons.published import SYMMETRIC
 
 published = zip(SYMMETRIC.sizes_bytes, SYMMETRIC.ring_us, SYMMETRIC.symmetric_us)
 for size, ring_us, symmetric_us in published:
-    print(f"{size >> 20:3} MiB: {ring_us} - {symmetric_us} = {ring_us - symmetric_us:.1f} µs saved")
+    saved = f"{ring_us} - {symmetric_us} = {ring_us - symmetric_us:.1f} µs saved"
+    print(f"{size >> 20:3} MiB ({size / MB:5.1f} MB): {saved}")
 figure = figures.gain(SYMMETRIC.sizes_bytes, SYMMETRIC.speedups)
 figures.show(
     figures.recorded(figure, machine=SYMMETRIC.machine, date="2026-07-01", source=SYMMETRIC.source)
@@ -926,9 +956,9 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
 # the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
-# Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.92 at
-# 0.26 MB, 1.48 at 4.2 MB, 1.03 at 67 MB and 0.93 at 268 MB. With only the receive buffer registered, NCCL keeps its
-# ring, and still gains 1.26 and 1.23 × at the last two sizes (`benchmarks/results/2026-11-28-gpu.json`, commit
+# Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.92 times as fast as without at 0.26
+# MB, 1.48 times at 4.2 MB, 1.03 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, it is
+# 1.26 and 1.23 times as fast at the last two sizes (device times of `benchmarks/results/2026-11-28-gpu.json`, commit
 # 6b142c512aef). Multicast plays no part in this, because its kernels need more than two ranks.
 
 
@@ -1069,12 +1099,15 @@ neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# `plan` takes 103 µs alone. In this record it delays the product by about the same time, because its thread blocks
-# occupy multiprocessors while they wait for the link. `copy engine` takes 234 µs alone, and delays the product by only
-# 126 µs, because its transfer uses no multiprocessors. But its strip and reorder do need them, and wait for the
-# product. So the whole pipeline takes 2.7 times as long beside the product as alone. Of these six variants, `seed`
-# delays the product most, and it also moves the most bytes. So measure both sides: in general, the delay of the product
-# is not the time of the gather.
+# Alone, `plan` takes 103 µs and `copy engine` 234 µs. Beside the product, both take about two and a half times as long:
+# 262 and 639 µs. But they lose that time in different places. The kernel of `plan` shares the multiprocessors with the
+# product. The transfer of `copy engine` uses none of them: in the same record, copies to the other GPU alone take 92 µs
+# without the product and 93 µs beside it. Only its strip and reorder wait.
+#
+# And what does the product lose? 102 µs beside `plan`, although the gather alone takes no longer than that: its thread
+# blocks occupy multiprocessors while they wait for the link. Beside `copy engine` the product loses 126 µs, about half
+# of the time of that gather alone. Beside `seed` it loses most, 243 µs. So measure both sides: in general, the delay of
+# the product is not the time of the gather.
 
 # %% kernels-text [markdown]
 # ### What NCCL really did
@@ -1115,7 +1148,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
 # - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. The ring changes from LL to SIMPLE as the size
-#   grows, so no single line fits its time.
+#   grows, so no single line fits its time. With only the receive buffer registered, NCCL 2.28.9 keeps the ring, so the
+#   gain that section 9 showed for it at large sizes is one of the ring.
 # - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In this record the
 #   symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the GPU to
 #   other kernels.
@@ -1128,7 +1162,8 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 # Would you trust these conclusions on another workload? Now change it yourself. Every change starts a new measurement
 # on the same workers. Things to try:
 #
-# 1. Move **cp_size**. The total number of bytes stays the same. Does the time?
+# 1. Move **cp_size**. The total number of bytes stays the same. Does the time? (cp_size can be at most the number of
+#    your workers. `make lab NPROC=8` starts 8 of them.)
 # 2. Switch on more **algorithms**. They are measured in turn, so load on the machine largely cancels in the ratio to
 #    the first one. Which of them differ, and where does the panel say "no difference seen"?
 # 3. Untick **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
@@ -1175,9 +1210,9 @@ panel.stop()
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
 # such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
 # Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
-# inside the node. The slower of the two transfers counts. The rate of NVLink is what NCCL has reached (8 H100: 328
-# GB/s, section 2) or what NCCL's own cost model assumes (the others: 360 GB/s per Hopper GPU, 720 GB/s per Blackwell
-# GPU).
+# inside the node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s that
+# NCCL reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its NVLink
+# twice the rate of Hopper's.
 #
 # **All numbers of this section are modelled. None was measured here.** The cell after the question prints each of them
 # with its source, or with the word "assumed".
@@ -1220,7 +1255,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
 # Ask which *term* of the model dominates. At 1 MB it is alpha, the fixed cost of the network. At 256 MB it is the
-# bytes, and NVLink is the slower transfer: the network alone would need 356 µs instead of 622. From cp_size 8 on, the
+# bytes, and NVLink is the slower transfer: the network alone would need 356 µs instead of 683. From cp_size 8 on, the
 # number of ranks hardly matters, because (cp−1)/cp of S is almost S. At 256 MB, the time grows by three quarters from 2
 # to 8 ranks.
 #

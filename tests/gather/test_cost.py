@@ -145,10 +145,11 @@ def test_four_copies_after_the_gather_cost_as_much_as_the_wire(cp_size: int, rat
 def test_two_nodes_are_bound_by_the_network_without_a_gain_from_symmetric_memory() -> None:
     nodes = PRESETS["2 nodes of 8 H100"]
     size = 1 << 27
-    assert nodes.wire_us(size, 8) == pytest.approx(size * 7 / 8 / 360e3)
+    assert nodes.wire_us(size, 8) == pytest.approx(size * 7 / 8 / 328e3)
     foreign_us = size / 2 / 8 / 45e3
-    assert nodes.wire_us(size, 16) == pytest.approx(max(foreign_us, size * 14 / 16 / 360e3))
+    assert nodes.wire_us(size, 16) == pytest.approx(max(foreign_us, size * 14 / 16 / 328e3))
     assert nodes.symmetric_gain(size, 16) == 1.0
+    assert H100.predict_us("direct", size, 8) < nodes.predict_us("direct", size, 16)
     slow = Preset("slow network", 16, 30, 328, 2900, ("an example",), 8, 10.0)
     assert slow.wire_us(size, 16) == pytest.approx(size / 2 / 8 / 10e3)
 

@@ -78,7 +78,6 @@ def test_fewer_than_8_iterations_are_refused() -> None:
 def lesson() -> Lesson:
     made = Lesson("test")
     made.ask("order", "Which first?", answer=("a", "b", "c"), choices=("c", "a", "b"), why="So.")
-    made.ask("factor", "By what factor?", answer=2.0, unit="times", tolerance=0.5, why="So.")
     return made
 
 
@@ -105,23 +104,3 @@ def test_an_order_that_is_clear_throughout_is_exact(lesson: Lesson) -> None:
     measured = Order(("a", "b", "c"), frozenset({("a", "b"), ("a", "c"), ("b", "c")}))
     assert shown(lesson.reveal, "order", measured).startswith("✓ You said a < b < c, it is a < b")
     assert ": exact." in shown(lesson.reveal, "order", measured)
-
-
-@pytest.mark.parametrize(
-    ("guess", "verdict"),
-    [
-        (2.0, "✓ within the noise"),
-        (4.0, "✓ close enough, 60% off"),
-        (20.0, "≠ 8 times too high"),
-        (0.5, "≠ 5 times too low"),
-    ],
-)
-def test_a_guess_within_the_noise_of_a_ratio_is_right(
-    lesson: Lesson, guess: float, verdict: str
-) -> None:
-    shown(lesson.predict, "factor", guess)
-    text = shown(lesson.reveal, "factor", Ratio(2.5, 1.5, 3.0))
-    mark, words = verdict.split(" ", 1)
-    assert text.split("\n")[0] == (
-        f"{mark} You said {guess:g} times, it is 2.5 times (99 % interval: 1.5 to 3): {words}."
-    )

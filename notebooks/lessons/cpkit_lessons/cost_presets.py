@@ -103,9 +103,10 @@ _START = (
     "H100, 2 to 128 MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
 )
 _GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
-_ASSUMED = "start and gain of symmetric memory: as on 8 H100, assumed"
-_NVLINK = (
-    "NVLink bus bandwidth that NCCL's cost model assumes: NCCL 2.30.7, sym_kernels.cc, nvlinkBws"
+_NVLINK = "NVLink rate: as on 8 H100"
+_TWICE = (
+    f"{_NVLINK}, times 2: NCCL's cost model gives Blackwell's NVLink twice the rate of Hopper's "
+    "(NCCL 2.30.7, sym_kernels.cc, nvlinkBws)"
 )
 _SHEET = "memory rate, read plus written: 0.9 of the data sheet's {}, assumed"
 
@@ -114,19 +115,22 @@ PRESETS = {
     for preset in (
         Preset("8 H100, NVLink", 8, 5.3, 328, 3_000, (_START, _GAIN, _SHEET.format("3.35 TB/s"))),
         Preset(
-            "8 H200, NVLink",
-            8,
+            "NVL72 GB200",
+            72,
             5.3,
-            360,
-            4_300,
-            (_ASSUMED, _NVLINK, "memory rate: a copy on one H200, measured"),
+            2 * 328,
+            7_200,
+            (
+                _TWICE,
+                "start and gain of symmetric memory: as on 8 H100, assumed",
+                _SHEET.format("8 TB/s"),
+            ),
         ),
-        Preset("NVL72 GB200", 72, 5.3, 720, 7_200, (_ASSUMED, _NVLINK, _SHEET.format("8 TB/s"))),
         Preset(
             "2 nodes of 8 H100",
             16,
             30.0,
-            360,
+            328,
             3_000,
             (
                 _NVLINK,

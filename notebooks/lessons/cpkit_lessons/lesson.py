@@ -20,7 +20,6 @@ from types import EllipsisType
 from typing import Any
 
 from cpkit.lab import Lab
-from cpkit.timing import Ratio
 from cpkit_lessons import capabilities, feedback, guard, missing_names
 from cpkit_lessons.feedback import Score, WrongAnswer
 from cpkit_lessons.measured import Order
@@ -123,8 +122,7 @@ class Lesson:
                 "then this one."
             )
             return
-        is_noisy = isinstance(measured, Ratio | Order)
-        record.measured = measured if is_noisy else asked.parse(measured)
+        record.measured = measured if isinstance(measured, Order) else asked.parse(measured)
         record.passed = asked.is_close(record.guess, record.measured)
         feedback.show_reveal(asked, record.guess, record.measured, passed=record.passed)
 

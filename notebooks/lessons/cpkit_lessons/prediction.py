@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
-from cpkit.timing import Ratio
 from cpkit_lessons.measured import Order
 
 Answer = float | str | tuple[str, ...]
-Measured = Answer | Ratio | Order  # the last two say how large the noise was
+Measured = Answer | Order  # an order says which of its differences are clear
 _EXACT = 0.005  # the relative error of a guess that was rounded to three digits
 _PERCENT_BELOW = 1.5  # "1.2 times too high" is harder to read than "20% too high"
 _PHYSICAL = ("GB/s", "ms")  # units that a learner has to know before writing a number
@@ -60,11 +59,9 @@ class Prediction:
                 raise ValueError(f"{guess:g} is not possible: write {self._form()}")
 
     def is_close(self, guess: Answer, reference: Measured) -> bool:
-        """Whether a guess equals the reference, within the noise and the tolerance for numbers."""
+        """Whether a guess equals the reference, or a number within the tolerance."""
         if isinstance(reference, Order):
             return isinstance(guess, tuple) and reference.allows(guess)
-        if isinstance(reference, Ratio):
-            return isinstance(guess, float) and self.is_close(guess, _nearest(guess, reference))
         if isinstance(guess, float) and isinstance(reference, float | int):
             return abs(guess - reference) <= self.tolerance * abs(reference)
         return guess == reference
@@ -92,10 +89,7 @@ class Prediction:
         return isinstance(self.answer, int) and self.unit != "times"
 
     def format(self, answer: Measured) -> str:
-        """Return an answer with its unit, and a ratio with its noise."""
-        if isinstance(answer, Ratio):
-            value = self.format(float(f"{answer.value:.3g}"))
-            return f"{value} (99 % interval: {answer.low:,.3g} to {answer.high:,.3g})"
+        """Return an answer with its unit."""
         if isinstance(answer, str | Order):
             return str(answer)
         if isinstance(answer, float | int):
@@ -107,8 +101,8 @@ class Prediction:
 
         Empty for a wrong answer that has no size: a name, an order, or a number without a unit.
         """
-        if isinstance(measured, Order | Ratio):
-            return self._verdict_within_noise(guess, measured)
+        if isinstance(measured, Order):
+            return measured.verdict(guess) if isinstance(guess, tuple) else ""
         if guess == measured:
             return "exact"
         if not (self.unit and isinstance(guess, float) and isinstance(measured, float)):
@@ -127,24 +121,9 @@ class Prediction:
             return f"{abs(guess / measured - 1):.0%}"
         return f"{times:,.2g} times"
 
-    def _verdict_within_noise(self, guess: Answer, measured: Order | Ratio) -> str:
-        if isinstance(measured, Order):
-            return measured.verdict(guess) if isinstance(guess, tuple) else ""
-        assert isinstance(guess, float)
-        if _nearest(guess, measured) == guess:
-            return "within the noise"
-        if self.is_close(guess, measured):
-            return f"close enough, {abs(guess / measured.value - 1):.0%} off"
-        return self.verdict(guess, measured.value)
-
 
 def _names_in_order(guess: object) -> tuple[str, ...]:
     """Return the names of a list, or of a text such as "a < b < c", as reveals write an order."""
     if isinstance(guess, str):
         return tuple(name.strip() for name in guess.split("<"))
     return tuple(map(str, guess)) if isinstance(guess, list | tuple) else ()
-
-
-def _nearest(guess: float, measured: Ratio) -> float:
-    """Return the value within the noise that is nearest to a guess."""
-    return min(max(guess, measured.low), measured.high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpkit.notebook.style import byte_words
 from cpkit_lessons.lesson import Lesson
 from cpkit_lessons.prediction import Prediction
 from cpkit_lessons.world import World
@@ -73,8 +74,9 @@ LESSON.ask(
         ("no barrier", "fastest rank", "no wait"): "Without a barrier the early ranks wait "
         "while their clocks run, so the time grows.",
     },
-    why="Without a wait, the clock shows only the launch. The fastest rank leaves before the "
-    "others are done. Without a barrier the work before the gather is counted too.",
+    why="Without a wait, the clock shows only the launch. The fastest rank ends a little before "
+    "the slowest, or at the same time, so its ratio is just below 1 or equal to it. Without a "
+    "barrier, the clock of an early rank also counts how late the others are.",
 )
 
 
@@ -97,8 +99,8 @@ def ranking(world: World) -> Prediction:
             "strip and reorder, and `direct` does neither."
         )
     return Prediction(
-        f"{world.cp_size} ranks gather {16 / world.shrink:g} MiB. What is the order of the three "
-        "algorithms, the fastest first?",
+        f"{world.cp_size} ranks gather {byte_words((16 << 20) / world.shrink)}. What is the order "
+        "of the three algorithms, the fastest first?",
         choices=("padded", "padded_symm", "direct"),
         answer=answer,
         wrong={
@@ -114,7 +116,7 @@ def ranking(world: World) -> Prediction:
 @LESSON.asks
 def alpha(world: World) -> Prediction:
     """Ask for the fraction of alpha at the smallest size."""
-    size = f"{world.sizes()[0] >> 10} KiB"
+    size = byte_words(world.sizes()[0])
     return Prediction(
         f"direct gathers {size}. According to the fitted line, what fraction of the time is alpha, "
         "the part that does not depend on the number of bytes?",
@@ -123,38 +125,34 @@ def alpha(world: World) -> Prediction:
         between=(0, 1),
         tolerance=0.45,
         wrong={
-            0.1: f"Bytes are cheap: at several GB/s, {size} take a few µs. Barriers cost more.",
+            0.1: f"Bytes are cheap: at several GB/s, {size} take a few µs. The rest costs more.",
             0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
         },
-        why="A small gather mostly waits at barriers: fewer barriers help, and bandwidth does not.",
+        why="A small gather hardly moves bytes. Its time is Python code and barriers: fewer steps "
+        "and fewer barriers help, and bandwidth does not.",
     )
 
 
 @LESSON.asks
 def passes(world: World) -> Prediction:
-    """Ask how much faster direct is than padded_symm at a medium size.
-
-    The factor is smaller where something else takes a part of both times.
-    """
-    answer, limit = 4.0, ""
-    if world.shrink > 2:
-        answer, limit = 2.0, " At this size, barriers take a large part of both times."
-    if world.on_gpu:
-        answer, limit = 2.0, " On a GPU, the host's work takes a large part of both call times."
+    """Ask how many rows one rank writes in padded_symm, by count."""
+    cp = world.cp_size
     return Prediction(
-        "padded_symm makes two more copies of the result than direct, and one of its shard. What "
-        f"is the ratio of its call time to that of direct at {16 / world.shrink:g} MiB?",
-        answer=answer,
-        unit="times",
-        tolerance=0.4,
+        f"{cp} ranks gather N rows, N/{cp} from each, without padding. How many rows does one rank "
+        "write in all steps of padded_symm together, as a multiple of N?",
+        answer=3 + 1 / cp,
+        unit="N",
+        tolerance=0.01,
         wrong={
-            1.0: "A copy of all bytes costs about as much as the push. Count the passes.",
-            20.0: "At this size, even padded, which also pays for a slow collective, takes less "
-            "than 20 times as long as direct.",
+            1.0: "That is the push alone, all that direct does. padded_symm also copies its shard "
+            "before, and the whole result after it.",
+            2.0: "That is strip and reorder. The push writes rows too.",
+            2 + 2 / cp: f"A rank pushes its shard to {cp} ranks, itself included: that is N rows.",
+            3.0: "Before the push, the rank copies its shard into symmetric memory.",
+            4.0: f"The copy into symmetric memory has only the rank's own shard, N/{cp} rows.",
         },
-        why=f"By count, that is 3 + 1/{world.cp_size} passes against 1: padded_symm fills its "
-        "symmetric shard, pushes, strips and reorders, and direct only pushes. The measured ratio "
-        f"is near this only while memory bandwidth is the limit.{limit}",
+        why=f"The rank copies its shard into symmetric memory (N/{cp}), pushes it to {cp} ranks, "
+        "itself included (N), strips (N) and reorders (N). direct only pushes.",
     )
 
 
@@ -232,21 +230,21 @@ LESSON.ask(
 )
 LESSON.ask(
     "nodes",
-    "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 360 GB/s, network 45 GB/s "
-    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (720 GB/s). According to "
+    "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 328 GB/s, network 45 GB/s "
+    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (656 GB/s). According to "
     "the model, what is the ratio of the time of the two nodes to that of the NVL72?",
-    answer=1.93,
+    answer=1.92,
     unit="times",
     tolerance=0.12,
     wrong={
-        16: "That is 720 / 45. But only the other node's half crosses the network, once per node, "
-        "and 8 network adapters share it.",
-        3.0: "That adds the times of network and NVLink. They work at the same time, so the slower "
+        14.6: "That is 656 / 45. But only the other node's half crosses the network, once per "
+        "node, and 8 network adapters share it.",
+        2.9: "That adds the times of network and NVLink. They work at the same time, so the slower "
         "one counts.",
         1.0: "Every GPU still has to receive 224 MB over an NVLink of half the rate.",
     },
     why="Every GPU receives 240 MB. The other node's 128 MB enter through 8 adapters, 16 MB each: "
-    "356 µs. Meanwhile the remaining 224 MB arrive over NVLink: 622 µs, against 333 µs for all 240 "
-    "in the NVL72. With their starts, 30 and 5.3 µs, these are 652 and 339 µs. NVLink, not the "
+    "356 µs. Meanwhile the remaining 224 MB arrive over NVLink: 683 µs, against 366 µs for all 240 "
+    "in the NVL72. With their starts, 30 and 5.3 µs, these are 713 and 371 µs. NVLink, not the "
     "network, limits large gathers.",
 )
