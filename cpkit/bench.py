@@ -87,7 +87,7 @@ def time_for(
 
 
 def time_once(calls: Mapping[str, Call], group: CPGroup) -> dict[str, Timing]:
-    """Time each call once, with its stages: where the calls take much longer than the recording."""
+    """Time and record each call once: for calls that take too long to be made twice. Collective."""
     if worker_device() == "cuda":
         return time_calls(calls, group, 1, warmup=0)
     timings = {name: Timing() for name in calls}

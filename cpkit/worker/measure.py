@@ -57,7 +57,7 @@ class MeasureOperation(Operation[Measure]):
         if is_quick:
             iterations = 1 if self.body.samples is None else _FIRST_ITERATIONS
             timings = time_calls(calls, group, iterations, warmup=0)
-            _add_stages(calls, group, timings)
+            _update_stages(calls, group, timings)
         for sequence in count() if self.body.samples is None else range(self.body.samples - 1):
             yield _streamed(runs, sequence, timings, paths)
             budget_s = min(CHUNK_S, self.body.interval_s)
@@ -68,7 +68,7 @@ class MeasureOperation(Operation[Measure]):
             if self.body.samples is None:
                 budget_s = min(budget_s, self.body.interval_s * _BUSY)
             last, timings = timings, time_for(budget_s, calls, group, _MAX_ITERATIONS)
-            _add_stages(calls, group, timings, last if sequence % _STAGES_EVERY else None)
+            _update_stages(calls, group, timings, last if sequence % _STAGES_EVERY else None)
         return _streamed(runs, (self.body.samples or 1) - 1, timings, paths)
 
     def interval_s(self, report: ReplyBody) -> float:
@@ -183,7 +183,7 @@ def _once_each(
     return timings
 
 
-def _add_stages(
+def _update_stages(
     calls: Mapping[str, Call],
     group: CPGroup,
     timings: Mapping[str, Timing],

@@ -321,6 +321,7 @@ def test_the_code_and_the_samples_can_be_taken_away(live: NotebookPage, tmp_path
     )
 
 
+@pytest.mark.slow("waits for deadlines and a start; test_worker_hangs.py has the same faults")
 def test_workers_that_hang_or_die_are_named_and_can_be_restarted(live: NotebookPage) -> None:
     live.run("scratch", "panel.stop()")
     live.run("mortal", MORTAL)
