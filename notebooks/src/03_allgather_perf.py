@@ -129,12 +129,11 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # the ranks must synchronize. So the least time is alpha + S · (cp−1)/cp / B, where alpha is the cost of
 # synchronization, and B the bandwidth of the link. We call this bound the *speed of light*.
 #
-# Which B belongs into this formula? Take what the link can do, not what an all-gather has reached: the all-gather is
+# Which B belongs in this formula? Take what the link can do, not what an all-gather has reached: the all-gather is
 # what you want to judge. One source is the data sheet: the NVLink of an H100 has 900 GB/s, half of it in each
 # direction, so a GPU can receive 450 GB/s. Another is a plain copy between two GPUs. Between two H100s it reaches 383
-# GB/s: half of 268 MB took 350 µs. (This time, and all others that this notebook cites from
-# `benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef, are *device times*: those of the work on the GPU,
-# without Python.)
+# GB/s: half of 268 MB took 350 µs of *device time*, which is the time of the work on the GPU, without Python
+# (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
 #
 # Here is what goes wrong otherwise. NCCL's symmetric kernels on 8 × H100 take almost exactly 5.3 µs + received bytes /
 # (328 GB/s): this line is within 1 % of four published times (Megatron-LM#5596). Use it as a bound for the 268 MB on
