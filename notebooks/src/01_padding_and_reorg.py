@@ -32,7 +32,7 @@
 import cpkit
 from cpkit_lessons import padding as lesson
 
-lesson.explain_missing_names()  # an undefined name then says which cell to run first
+lesson.explain_missing_names()  # the error for an undefined name then says what to run first
 lab = cpkit.connect()
 world = lesson.begin(lab)
 

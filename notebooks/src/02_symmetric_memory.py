@@ -7,12 +7,12 @@
 #
 # Run a cell with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
-# **Time** 90 minutes. **Needs** Linux on x86-64, and no GPU: the ranks use POSIX shared memory. **Prerequisites**
-# notebook 1.
+# **Time** 90 minutes. **Needs** Linux on x86-64, and no GPU: without one, the ranks use POSIX shared memory. The cells
+# of sections 5, 9 and 11 that start two ranks of their own start them on the CPU. **Prerequisites** notebook 1.
 #
 # After this notebook you can
 # 1. say what is symmetric about symmetric memory, and compute the pointer of a peer;
-# 2. place barriers or signals so that a loop is right in every order of events, and prove it;
+# 2. place barriers or signals so that a loop is right in every order of events, and search all orders of a few ranks;
 # 3. store rows straight in the paged cache of a peer;
 # 4. size a pool so that it never has to grow while an engine serves requests;
 # 5. decide, from four facts and a version number, whether a gather takes the fast path, and whether that path is safe;
@@ -24,7 +24,7 @@
 import cpkit
 from cpkit_lessons import symmetric as lesson
 
-lesson.explain_missing_names()  # an undefined name then says which cell to run first
+lesson.explain_missing_names()  # the error for an undefined name then says what to run first
 lab = cpkit.connect()
 world = lesson.begin(lab)
 
@@ -39,10 +39,10 @@ pd.set_option("display.max_colwidth", None)
 # %% s1 [markdown]
 # ## 1. What is symmetric?
 #
-# A kernel that writes into a peer's memory needs an address. Which address? Every rank allocates the same buffer: here,
-# each rank creates one file in shared memory. Every rank then maps *all* of these files. So cp ranks hold cp² mappings
-# (4 ranks hold 16), and each of them can be written like ordinary memory. The *offset* of a buffer is its distance in
-# bytes from the start of its file.
+# A kernel that writes into a peer's memory needs an address. Which address? Every rank allocates the same buffer in a
+# *segment* of its own: on the CPU a file in shared memory, on a GPU an allocation. Every rank then maps *all* segments.
+# So cp ranks hold cp² mappings (4 ranks hold 16), and each of them can be written like ordinary memory. The *offset* of
+# a buffer is its distance in bytes from the start of its segment.
 
 # %% same-predict
 lesson.predict("same", ...)
@@ -65,7 +65,7 @@ assert same_offset, "otherwise the memory is not symmetric"
 # an accident. So never send a pointer to a peer. Send an offset: the peer adds it to the address at which *it* has
 # mapped the segment.
 #
-# In PyTorch the ranks exchange their buffers in a *rendezvous*. Each rank receives a *handle* with the list
+# In PyTorch, the ranks map each other's buffers in a *rendezvous*. Each rank receives a *handle* with the list
 # `buffer_ptrs`: for every rank, the address at which *this process* has mapped that rank's buffer. After that the
 # buffer is *registered*: every rank can compute the address of each peer's buffer.
 
@@ -111,7 +111,7 @@ def peer_pointer(pointer, me, peer, bases):
 
 
 # %% e1-help [markdown]
-# What do my buffer and the peer's buffer have in common? Not the address.
+# What do my buffer and the peer's buffer have in common? It is not the address.
 #
 # ---
 # Address minus base is the offset, and base plus offset is an address.
@@ -120,8 +120,8 @@ def peer_pointer(pointer, me, peer, bases):
 # One line is enough: the base of the peer, plus my pointer, minus my base.
 #
 # ---
-# **Why** This line is the core of symmetric memory. Every kernel that stores to a peer does this calculation once
-# per peer, often from a table of bases that was made in the rendezvous.
+# **Why** This line is the core of symmetric memory. A kernel that stores to a peer does this calculation, or an
+# equivalent one, once per peer, often from a table of bases that was made in the rendezvous.
 #
 # **Another way** Store one difference per peer, `bases[peer] - bases[me]`, and add it. The device code of NVSHMEM loads
 # the base of the peer from a table, as you did. NCCL maps the segments of all ranks at a fixed distance from each other
@@ -130,9 +130,9 @@ def peer_pointer(pointer, me, peer, bases):
 # %% s2 [markdown]
 # ## 2. Put and get
 #
-# Now that a rank can address its peers, it can move rows in two directions. Which of them should an engine use, and
-# what must each rank wait for? In section 1, `lab.put(cp, rounds=1)` ran one round: each rank *put* a stamp into its
-# own slot of every peer's memory, and then read its own memory. A stamp contains the rank that wrote it, and the round.
+# Now that a rank can address its peers, it can move rows in two directions. What must each rank wait for? In section 1,
+# `lab.put(cp, rounds=1)` ran one round: each rank *put* a stamp into its own slot of the memory of every rank, itself
+# included, and then read its own memory. A stamp contains the rank that wrote it, and the round.
 
 # %% who
 assert (put.writers == range(cp)).all(), "slot w of every rank was written by rank w"
@@ -244,8 +244,9 @@ lesson.reveal("round", again.failure.events[-1].step.round)
 # %% e2-task [markdown]
 # ### Exercise 2 · Two barriers
 #
-# **Goal** Complete `exchange`, so that every interleaving of the ranks reads correct data. Use `yield me.barrier()`; a
-# step without `yield` has no effect. The check searches *all* orders of 2 and 3 ranks, and random orders of 5 ranks.
+# **Goal** Complete `exchange`, so that the ranks read correct data in every order. Use `yield me.barrier()`; a step
+# without `yield` has no effect. The check searches *all* orders of 2 and of 3 ranks over a few rounds, and random
+# orders of 5 ranks.
 #
 # **Example** For one round of 2 ranks, `put 0, put 1, barrier, read 0, read 1` passes. For two rounds it fails, as the
 # figure above shows.
@@ -338,8 +339,8 @@ def exchange(me):
 #
 # ---
 # **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
-# write. Every call of `all_gather_kv` with `direct` contains both, as an agreement at its start and a barrier at its
-# end. PyTorch's `_low_contention_all_gather` has them too.
+# write. Every call of `all_gather_kv` with `direct` contains both: on the CPU an agreement at its start and a barrier
+# at its end, on GPUs two barriers in the order of the stream. PyTorch's `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
 # round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
@@ -409,9 +410,9 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 #   cleared it.
 # - `yield me.wait(peer)` waits until the word of that peer is set here, and clears it.
 #
-# These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1). (The module-level functions of
-# the same names also move data, and exist for the NCCL backend only.) A second argument of `me.signal` and `me.wait`,
-# the *channel* (default: `"full"`), selects one of several words.
+# These are the rules of `put_signal` and `wait_signal` on PyTorch's handle (section 1). (PyTorch also has module-level
+# functions of these names. They work with the NCCL backend only, and `put_signal` then moves data too.) A second
+# argument of `me.signal` and `me.wait`, the *channel* (default: `"full"`), selects one of several words.
 
 # %% held-predict
 lesson.predict("held", ...)
@@ -428,7 +429,7 @@ def ring(me):
 
 
 held = lesson.blocked_by(ring, size=8, slow=3)
-print("with signals: ", held, "of 7 other ranks cannot finish before rank 3")
+print("with signals: ", held, "of 7 other ranks cannot finish round 1 without rank 3")
 print("with barriers:", lesson.blocked_by(lesson.one_barrier, size=8, slow=3), "of 7")
 
 # %% held-reveal
@@ -532,7 +533,8 @@ def exchange_signals(me):
 
 
 # %% e4-help [markdown]
-# Two things must happen in order: a write before its read, and a read before the next write. Use one channel for each.
+# Two orders must hold: each write comes before its read, and each read comes before the next write. Use one channel for
+# each.
 #
 # ---
 # After the put, signal `full`. Before the read, wait for `full`. After the read, signal `free`. Before the put, wait
@@ -543,21 +545,24 @@ def exchange_signals(me):
 # for `full`, read, signal `free`.
 #
 # ---
-# **Why** Each rank waits only for the peers whose data it reads and whose memory it overwrites. On a GPU, the
-# signal must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system
-# scope*, because the other rank runs on another GPU.
+# **Why** Each rank waits only for the peers whose data it reads and whose memory it overwrites. On a GPU, the signal
+# must also make the data visible: it is set with *release* and read with *acquire* semantics, both at *system scope*,
+# because the other rank may run on another GPU. (Release: whoever sees the signal also sees all earlier stores.
+# Acquire: no later read happens before it. System scope: this holds for all GPUs and the CPU.)
 #
 # **Another way** Use a counter instead of a flag: a signal writes the round, and a wait looks for "at least this
-# round". No word has to be cleared, so a signal never waits for the peer. DeepEP and NCCL's symmetric kernels count in
-# this way.
+# round". No word has to be cleared, so a signal never waits for the peer. DeepEP, DeepSeek's library for expert
+# parallelism, and NCCL's symmetric kernels count in this way.
 
 # %% handover-text [markdown]
 # ### The same signals on real ranks
 #
 # The simulator has searched the orders of a few ranks over a few rounds. What does such a program look like on real
 # ranks? `cpkit.symm` has `put_signal(group, peer)` and `wait_signal(group, peer)`, with the rules of PyTorch's handle.
-# They have no channels: each rank has one word at each peer. That is enough here. The first signal of a round means
-# that the number has arrived, and the second that it has been read.
+# They have no channels: each rank has one word at each peer. That is enough here. The program below also uses two
+# functions of section 6's pool: tensors made inside `use_symmetric_memory(group)` are in the group's symmetric memory,
+# and `peer_view(tensor, peer)` is the same tensor in the memory of a peer. The first signal of a round means that the
+# number has arrived, and the second that it has been read.
 #
 # Signals fit wherever one rank needs the data of one other rank: for example to pass activations to the next stage of a
 # pipeline, or to fetch the KV cache of a request from the rank that computed it.
@@ -621,17 +626,17 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 
 # %% live-text [markdown]
 # Move the slider. For every size of the arena, the real ranks serve the same nine requests again. With the largest
-# arena, no request spills. With the smallest, almost every new size spills.
+# arena, no request spills. With the smallest, the most requests spill.
 #
-# Here a spill creates a file, its pages and its mappings. On GPUs it is an `ncclMemAlloc` and a registration on all
-# ranks.
+# On the CPU, a spill creates a file, its pages and its mappings on every rank. On GPUs, every rank allocates memory (in
+# SGLang with `ncclMemAlloc`), and all ranks register it.
 
 # %% warm-text [markdown]
 # ### Warm up
 #
 # How do you prevent spills? Tell the pool before the first request how many tokens a batch can have. `warm_up` then
-# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm: the blocks of a call
-# return to the pool only in the next call, so the blocks of two calls exist at the same time.
+# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm: the buffers of a call
+# return to the pool only in the next call, so the buffers of two calls exist at the same time.
 
 # %% warm
 largest = world.of(8192)  # tokens, or fewer where memory is short
@@ -646,10 +651,10 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # %% s7 [markdown]
 # ## 7. When is a block free?
 #
-# A pool places each new *block* (here: the memory of one buffer) at the lowest free offset. That offset is equal on all
-# ranks, as long as all ranks have freed the same blocks. But Python frees a tensor when the last reference to it goes
-# away, which happens at a different time on each rank. In this example, rank 1 still holds `old` when the next buffers
-# are allocated.
+# A pool places each new *block* (the memory of one buffer, not a block of zigzag) at the lowest free offset of its
+# *free list*, which is the list of its unused ranges. That offset is equal on all ranks, as long as all ranks have
+# freed the same blocks. But Python frees a tensor when the last reference to it goes away, which can happen at a
+# different time on each rank. In this example, rank 1 still holds `old` when the receive buffer `recv` is allocated.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -671,16 +676,16 @@ assert not same.diverged
 # No rank has made a mistake that it could detect. Each free list is consistent, but the lists of rank 0 and rank 1 are
 # not *equal*. The sender stored at the offset that it had computed for itself. So each of the two ranks is missing
 # three rows, and three rows of a block in use are overwritten: nine wrong rows in total. (Each of the last three lines
-# above names only the first of its three rows.) This is pytorch#178138. With a captured CUDA graph it is sglang#34230:
-# garbage output, and no error.
+# above names only the first of its three rows.) This is pytorch#178138. With a captured CUDA graph (kernels that were
+# recorded once and are replayed at fixed addresses) it is sglang#34230: garbage output, and no error.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · When is a block free?
 #
-# **Goal** In every exchange, the ranks report which blocks they have released: `dropped[r]` is the set of blocks that
-# rank r has released. Each rank then calls `may_free(dropped, me)`, and frees the blocks that it returns. Offsets must
-# always be equal on all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer than
-# necessary.
+# **Goal** Before every gather, the ranks exchange which blocks they have released: `released[r]` is the set of blocks
+# that rank r has released. Each rank then calls `may_free(released, me)`, and frees the blocks that it returns. Offsets
+# must always be equal on all ranks, no rank may lose a block that it still uses, and no block may stay allocated longer
+# than necessary.
 #
 # **Example** Rank 0 has released {1, 2}, and rank 1 has released {2, 3}. Only block 2 is free: `may_free([{1, 2}, {2,
 # 3}], 0)` is {2}, and rank 1 gets the same answer.
@@ -689,11 +694,11 @@ assert not same.diverged
 
 
 # %% e5
-def may_free(dropped, me):
+def may_free(released, me):
     """Return the set of blocks that rank `me` frees in this exchange."""
     # >>> your code
-    #: return dropped[me]
-    return set.intersection(*dropped)
+    #: return released[me]
+    return set.intersection(*released)
     # <<<
 
 
@@ -702,29 +707,29 @@ lesson.check_may_free(may_free)
 
 
 # %% e5-mutant-any-rank
-def may_free(dropped, me):
-    return set.union(*dropped)
+def may_free(released, me):
+    return set.union(*released)
 
 
 # %% e5-mutant-rank-0-decides
-def may_free(dropped, me):
-    return dropped[0]
+def may_free(released, me):
+    return released[0]
 
 
 # %% e5-mutant-majority
-def may_free(dropped, me):
-    return {b for b in set.union(*dropped) if 2 * sum(b in d for d in dropped) > len(dropped)}
+def may_free(released, me):
+    return {b for b in set.union(*released) if 2 * sum(b in d for d in released) > len(released)}
 
 
 # %% e5-mutant-never
-def may_free(dropped, me):
+def may_free(released, me):
     return set()
 
 
 # %% e5-mutant-changes-its-argument
-def may_free(dropped, me):
-    dropped[me].intersection_update(*dropped)
-    return dropped[me]
+def may_free(released, me):
+    released[me].intersection_update(*released)
+    return released[me]
 
 
 # %% e5-help [markdown]
@@ -735,26 +740,26 @@ def may_free(dropped, me):
 # them.
 #
 # ---
-# `set.intersection(*dropped)`.
+# `set.intersection(*released)`.
 #
 # ---
 # **Why** A rank that keeps a tensor longer costs memory, but not correctness. cpkit's pool (`memory/pool.py`) sends one
-# bit per block in the exchange that every gather needs anyway, together with a digest of its history. A mismatch raises
-# an error that lists each rank's allocations.
+# bit per block in the exchange that every call of `all_gather_kv` needs anyway, together with a digest of its history.
+# A mismatch raises an error that lists each rank's latest allocations.
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
 # does that. Sorting the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
 # different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address;
-# the issue about wrong rows after reuse, #190977, is still open.
+# the issue about wrong rows after reuse, #190977, is still open (November 2026).
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
 #
 # You have allocated a symmetric buffer. Does NCCL take its *fast path*, a gather with a symmetric kernel that stores
-# straight into the memory of the peers (`symmetric` in results)? Whether it does, and whether the rows are then right,
-# depends on four facts, which must hold **on all ranks**:
+# straight into the memory of the peers? Results show this path as `symmetric`. Whether NCCL takes it, and whether the
+# rows are then right, depends on four facts, which must hold **on all ranks**:
 #
-# | fact | if it does not hold | reported in |
+# | fact | if it does not hold | source |
 # |---|---|---|
 # | the *buffer* is in symmetric memory | silent fallback | sglang#37337 |
 # | it is registered with *this group* | silent fallback | sglang#19329 |
@@ -786,8 +791,9 @@ lesson.version_table()
 # registered. Or it may select a symmetric kernel although only the *send* buffer is registered, because its kernel for
 # small messages (LL) copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank).
 #
-# The ranks of this notebook push their rows without NCCL. They need a symmetric receive buffer. A symmetric send buffer
-# only saves the copy in the `pad` stage.
+# On the CPU and on a shared GPU, cpkit's ranks push rows without NCCL. That needs a symmetric receive buffer, and a
+# symmetric send buffer gains nothing. With one GPU per rank, only `direct` pushes rows. The other algorithms call NCCL,
+# and the table above applies to them.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
@@ -795,8 +801,9 @@ lesson.version_table()
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
 # *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. What does each algorithm do on your
-# ranks? `padded_symm_recv` is `padded` with the receive buffer in symmetric memory, and `padded_symm` with both buffers
-# there.
+# ranks? (A third path, `staged`, occurs where ranks share a GPU: each rank loads the rows of its peers from their
+# symmetric send buffers.) `padded_symm_recv` is `padded` with the receive buffer in symmetric memory, and `padded_symm`
+# with both buffers there.
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -953,9 +960,10 @@ def fast_path(version, group, send, recv):
 # ---
 # **Why** NCCL does *not* compare the offsets of the ranks. On two H100s with NCCL 2.28.9, and a receive buffer at a
 # different offset on each rank, shards of 64 KiB were right, because the kernel for small messages uses a staging
-# buffer. Shards of 2 MiB were wrong on every rank, without an error. So cpkit's ranks exchange the locations of their
-# buffers before every gather (`locate.py`, `path.py`). If the receive offsets differ, the ranks pass ordinary buffers
-# to NCCL instead, and report the path `fallback` with the reason.
+# buffer. Shards of 2 MiB were wrong on every rank, without an error. So if a caller passes its own buffers, cpkit's
+# ranks exchange their locations before every gather (`cp_all_gather_into_tensor_async`; `locate.py`, `path.py`). If the
+# receive offsets differ, the ranks pass ordinary buffers to NCCL instead, and report the path `fallback` with the
+# reason.
 #
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
 # version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
@@ -977,8 +985,9 @@ lesson.reveal("recv", path)
 #
 # - `error at once`: the ranks raise an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
-# - `fast path missed`: no error, and every row is right, but with these buffers at least one of three ways to move the
-#   rows takes the fallback path: NCCL 2.28.9, NCCL 2.29.7, or `posix` (the one that these two ranks use);
+# - `fast path missed`: no error, and every row is right, but at least one of three *transports* (what moves the rows)
+#   takes the fallback path with these buffers. The transports are `posix`, which these two ranks use, and NCCL 2.28.9
+#   and 2.29.7, whose paths are computed;
 # - `silently wrong`: no error, and some rows are wrong.
 
 # %% lab
@@ -1115,8 +1124,9 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # **Goal** Write `cause`, which returns the name of the mistake (one of `CASES`, the names in the table above), given
 # what the ranks observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`,
 # `exit_code` (the negative signal number if a Unix signal killed the process), `error` (the name of the exception's
-# type, or ""), `message`, `waited_s`, `paths` (from transport to path), `reason` (why this path was taken), and `wrong`
-# (a description of the first wrong row, or ""). The reports are in any order. To see one, run
+# type, or ""), `message` (the text of the exception, or a note), `waited_s` (the seconds from the start of the case to
+# the report), `paths` (from transport to path), `reason` (one line per transport that says why), and `wrong` (a
+# description of the first wrong row, or ""). The reports are in any order. To see one, run
 # `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
@@ -1216,17 +1226,18 @@ def cause(ranks):
 # %% s10 [markdown]
 # ## 10. Your own pull gather
 #
-# Can you write the whole operation now? It gathers uneven shards straight into token order, and it stays right under
-# any schedule. Each rank stores its shard in its symmetric buffer, and *loads* from its peers.
+# Can you write the whole operation now? It gathers uneven shards straight into token order, and it stays right in any
+# order of events. Each rank stores its shard in its symmetric buffer, and *loads* from its peers.
 
 # %% e8-task [markdown]
 # ### Exercise 8 · A pull gather
 #
-# **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` is the whole result in
-# token order, filled with *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of rank r, in the order in
-# which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer, count)`
-# returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. The next round uses the
-# same buffers. No two ranks may load from the same rank at the same time, if all of them are equally fast.
+# **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` has room for the whole
+# result in token order. At first it contains only *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of
+# rank r, in the order in which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield
+# me.load(peer, count)` returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. The
+# next round uses the same buffers. No two ranks may load from the same rank at the same time, if all of them are
+# equally fast.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.
@@ -1304,12 +1315,12 @@ def pull_gather(me, shard, out, tokens):
 
 
 # %% e8-help [markdown]
-# Again, two things must happen in order: a store before its loads, and a load before the next store. Then ask: where in
-# `out` does row i of a peer belong?
+# Again, two orders must hold: each store comes before its loads, and each load comes before the next store. Then ask:
+# where in `out` does row i of a peer belong?
 #
 # ---
-# Store, barrier, loads, barrier. `out[tokens[peer]] = rows` puts each row at its token. No padding, no strip and no
-# reorder are needed.
+# Store, wait at a barrier, load from all ranks, and wait at a second barrier. `out[tokens[peer]] = rows` puts each row
+# at its token. No padding, no strip and no reorder are needed.
 #
 # ---
 # `for step in range(me.size): peer = (me.rank + step) % me.size`, then load `len(tokens[peer])` rows. Without the
@@ -1326,15 +1337,15 @@ def pull_gather(me, shard, out, tokens):
 # notebook 3 measures.
 
 # %% real-text [markdown]
-# Now your workers run a real gather twice: `direct`, the variant that pushes, with symmetric memory and without it.
-# Every byte is checked.
+# Now your workers run a real gather twice: `direct` with symmetric memory, and the same call without it, which cpkit
+# then runs as `padded`. Every byte is checked.
 
 # %% real
 tokens = world.of(4096) + 1
 on = lab.gather(tokens, cp_size=cp, algorithm="direct", show=False)
 off = lab.gather(tokens, cp_size=cp, algorithm="direct", symmetric=False, show=False)
 assert on.verified
-assert off.verified, "both are right; only the path differs"
+assert off.verified, "both are right; the second one ran as padded"
 assert (on.path, off.path) == ("symmetric", "fallback")
 print("symmetric memory on: ", on.path)
 print("symmetric memory off:", off.path, "|", off.path_reason)
@@ -1389,14 +1400,14 @@ lesson.reveal("slot", caches[0].index(6))
 # Each row was written once, straight to its final slot on both ranks. There is no padding, no strip, no reorder and no
 # insertion.
 #
-# vLLM calls this *direct publication*, and has three open pull requests for it. #49517 introduces it for one model,
-# with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric memory. #57115 uses
-# vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final rows in the cache of
-# every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
+# vLLM calls this *direct publication*, and has three open pull requests for it (November 2026). #49517 introduces it
+# for one model, with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric
+# memory. #57115 uses vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final
+# rows in the cache of every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
 #
-# Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page.
-# `all_gather_kv` starts with an agreement for this reason. With one signal per peer instead, a rank would wait only for
-# the peers that are still reading the page.
+# Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page. This is one
+# reason why `all_gather_kv` synchronizes all ranks before it stores any row. With one signal per peer instead, a rank
+# would wait only for the peers that are still reading the page.
 
 # %% progress
 lesson.progress()
@@ -1407,12 +1418,14 @@ lesson.progress()
 # - Symmetric means: the same offset on every rank. Pointers may differ.
 # - There are two waits: before a rank reads what its peers wrote, and before any rank writes there again. A test of one
 #   round never detects a missing second wait.
-# - With signals, a rank waits for one peer. At a barrier, it waits for all ranks.
+# - With signals, a rank waits only for the peers whose data it reads or whose memory it overwrites. At a barrier, it
+#   waits for all ranks.
 # - A spill is a collective at run time. Warm up with the largest batch that you expect.
 # - A block is free when *all* ranks have released it. Unless the ranks compare their free lists, a difference gives
 #   wrong rows, not errors.
-# - Within a node, the fast path requires the right buffer, group and offset, and NVLink between all GPUs. Which buffers
-#   count depends on the version of NCCL, and some versions have a race. So always look at the path and at the version.
+# - Within a node, NCCL takes its fast path if the right buffers are registered with the right group and NVLink joins
+#   all GPUs. The rows are right only if the receive buffer has the same offset on all ranks. Which buffers count
+#   depends on the version of NCCL, and some versions have a race. So always look at the path and at the version.
 # - The rank that reports an error is often not the one that caused it.
 #
 # **You can now read**
@@ -1426,6 +1439,6 @@ lesson.progress()
 #
 # **An open problem** The memory of the simulator is sequentially consistent: all ranks see each step at the same time.
 # The memory of a GPU is not. Extend `simulate.py` with a store buffer for each rank, and find the smallest program that
-# passes here and fails there.
+# passes without store buffers and fails with them.
 #
 # Next: `03_allgather_perf.ipynb`.

@@ -108,7 +108,7 @@ class PostMortem:
 
     def _repr_html_(self) -> str:
         rows = [(f"rank {r.rank}", r.ended, f"{r.waited_s:.2f}", r.observed) for r in self.ranks]
-        table = html_table(["", "ended", "waited (s)", "observed"], rows)
+        table = html_table(["", "ended", "time (s)", "observed"], rows)
         return f"<p><b>{escape(self.title)}</b></p>{table}"
 
     def __repr__(self) -> str:

@@ -81,7 +81,7 @@ def describe_layout(layout: ContextParallelMetadata) -> str:
 def describe_row(row: torch.Tensor) -> str:
     """Return a decoded row as text: `round 7, rank 1, sequence 0, token 3`, or padding."""
     if int(row[1]) < 0:
-        return "padding (a slot that no rank wrote)"
+        return "padding or poison (no rank wrote this slot)"
     names = ("round", "rank", "sequence", "token")
     return ", ".join(f"{name} {int(value)}" for name, value in zip(names, row, strict=True))
 

@@ -58,9 +58,10 @@ def check_peer_pointer(peer_pointer: Pointer) -> Score:
 
 
 def _locate(pointer: int, bases: Sequence[int]) -> str:
-    owner = next((r for r, base in enumerate(bases) if 0 <= pointer - base < 1 << 20), None)
-    if owner is None:
-        return "which no rank has mapped"
+    below = [rank for rank, base in enumerate(bases) if 0 <= pointer - base < 1 << 20]
+    if not below:
+        return "which is in no segment"
+    owner = max(below, key=lambda rank: bases[rank])
     return f"offset {pointer - bases[owner]} of rank {owner}"
 
 
@@ -79,7 +80,7 @@ def check_may_free(may_free: MayFree) -> Score:
             peak += _peak_bytes(may_free, size, seed)
             reference += _peak_bytes(_released_by_all, size, seed)
             cases += 1
-    return Score(cases, {"sum of the peaks in KiB": (peak >> 10, reference >> 10)})
+    return Score(cases, {"peak memory in KiB, all cases added": (peak >> 10, reference >> 10)})
 
 
 def _released_by_all(released: list[set[int]], _me: int) -> set[int]:
@@ -112,7 +113,7 @@ def _peak_bytes(may_free: MayFree, size: int, seed: int) -> int:
         if kept:
             raise WrongAnswer(
                 f"exchange {number}: all ranks have released block {kept[0]}, but it was not "
-                f"freed: the arena would fill up and spill"
+                f"freed: the arena would fill up, and later blocks would spill"
             )
         freed_by_any = set().union(*freed)
         released = [each - freed_by_any for each in released]
@@ -237,7 +238,7 @@ def _buffers() -> Iterator[tuple[str, list[Registered]]]:
     yield "of group tp", [("tp", 4096)] * 3
     yield "of group tp on rank 1", [good[0], ("tp", 4096), good[2]]
     yield "at another offset on rank 2", [*good[:2], ("attn_cp", 8192)]
-    yield "at recv + rank · shard (in place)", [("attn_cp", 4096 + 1024 * r) for r in range(3)]
+    yield "at a different offset on each rank", [("attn_cp", 4096 + 1024 * r) for r in range(3)]
 
 
 def _location(buffer: Registered) -> BufferLocation:
@@ -270,7 +271,7 @@ def check_cause(cause: Cause, cards: Mapping[str, PostMortem]) -> Score:
         for ranks in (card.ranks, card.ranks[::-1], elsewhere):
             got = cause(list(ranks))
             if not guard.equals(got, case):
-                title = "In another run" if ranks is elsewhere else "Its post-mortem"
+                title = "With another barrier and time" if ranks is elsewhere else "Its post-mortem"
                 report = dataclasses.replace(card, case=title, ranks=ranks)
                 shown = str(report).replace("\n", "\n  ")
                 raise WrongAnswer(f"you say {got!r:.60}; the cause was {case!r}. {shown}")

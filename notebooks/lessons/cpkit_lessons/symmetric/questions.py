@@ -23,10 +23,11 @@ def same(world: World) -> Prediction:
         wrong={
             "address": "Each process has its own address space, and maps a segment where there is "
             "room. The addresses need not be equal.",
-            "both": "Addresses may happen to be equal, but no allocator guarantees it.",
+            "both": "Addresses may happen to be equal, but nothing guarantees it.",
         },
-        why="Symmetric means: the same offset in every rank's segment. The ranks compare it when "
-        "they allocate the memory. A pointer is valid only in its own process.",
+        why="Symmetric means: the same offset in every rank's segment. All ranks allocate the "
+        "same sizes in the same order, so they compute the same offset. cpkit's ranks compare "
+        "their allocations at the next agreement. A pointer is valid only in its own process.",
     )
 
 
@@ -40,13 +41,13 @@ def stale(world: World) -> Prediction:
         choices=("under 1 %", "1 to 10 %", "over 10 %"),
         answer="over 10 %",
         wrong={
-            "under 1 %": "That would need ranks in lockstep. Without a barrier, one rank runs "
-            "while another sleeps, and gets whole rounds ahead.",
+            "under 1 %": "That would need ranks in lockstep. Without a barrier, nothing keeps them "
+            "together, so one rank can get whole rounds ahead.",
             "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
         },
         why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
-        "reads can be wrong. Without a barrier, wrong reads are not rare. But a test with the "
-        "same data in every round cannot detect them after the first round.",
+        "reads can be wrong, and nothing limits how many of them are. But a test with the same "
+        "data in every round cannot detect them after the first round.",
     )
 
 
@@ -62,12 +63,12 @@ LESSON.ask(
         40320: "8! would also reorder the steps of one rank; these stay in program order.",
     },
     why="Choose the 4 positions of rank 0 among 8: 8!/(4!·4!) = 70. With 3 ranks there are 34,650. "
-    "Random runs can miss an order that fails. A search finds every one, and it is fast, because "
-    "many orders lead to the same state.",
+    "Random runs can miss an order that fails. A search of all orders misses none, and it is fast, "
+    "because many orders lead to the same state.",
 )
 LESSON.ask(
     "smallest",
-    "Two ranks run without a barrier. How many steps does the shortest schedule with a wrong read "
+    "Two ranks run without a barrier. How many steps does the shortest order with a wrong read "
     "have?",
     answer=3,
     between=(1, 8),
@@ -84,7 +85,7 @@ LESSON.ask(
 LESSON.ask(
     "round",
     "Now each round has one barrier, between the puts and the reads, and rounds are numbered from "
-    "1. In the shortest schedule that fails, which round does the first wrong read expect?",
+    "1. In the shortest order that fails, which round does the first wrong read expect?",
     answer=1,
     tolerance=0.01,
     wrong={
@@ -109,8 +110,8 @@ LESSON.ask(
         2: "Rank 2 writes to rank 3, and waits for nothing from it in round 1.",
         0: "Rank 4 needs the row that rank 3 has not written.",
     },
-    why="With signals, a rank waits only for the rank whose data it needs. At a barrier it waits "
-    "for all ranks, so the cost grows with their number.",
+    why="With signals, a rank of this ring waits in round 1 only for the rank whose data it needs. "
+    "At a barrier it waits for all ranks, so the cost grows with their number.",
 )
 
 
@@ -129,7 +130,7 @@ def spills(world: World) -> Prediction:
         tolerance=0.01,
         wrong={
             5: "Five are larger than the arena. But a spilled segment stays in the pool, and "
-            "serves the second request of its size.",
+            "serves later requests of that size.",
             3: f"The first requests of {large} and of {largest} MB spill. The other three large "
             "requests fit a segment that an earlier one registered.",
             0: f"A request of {large} MB does not fit an arena of {arena} MB.",
@@ -149,11 +150,11 @@ LESSON.ask(
     wrong={
         "symmetric": "That is right for 2.29 and later, but 2.28.9 requires windows for both "
         "buffers.",
-        "an error": "NCCL selects another kernel without a message.",
+        "an error": "NCCL selects another kernel without an error. Only its log shows that.",
     },
     why="Up to 2.28, an all-gather needs both buffers in symmetric windows. Since 2.29, the "
-    "receive buffer is enough. sglang#37337 counted 0 calls of symmetric kernels and 499 of "
-    "ordinary ones.",
+    "receive buffer is enough. With only the receive buffer registered, sglang#37337 counted 0 "
+    "calls of symmetric kernels and 499 of ordinary ones; its version of NCCL is not known here.",
 )
 
 
@@ -172,9 +173,9 @@ _ask_symptom(
     "skips_the_rendezvous",
     "Rank 1 does not call the rendezvous for symmetric memory",
     answer="error after the deadline",
-    why="Allocating symmetric memory is a collective, and the other ranks wait for the missing "
-    "one. The deadline turns a hang into an error that names the rank. NCCL's registration has no "
-    "deadline: in sglang#36943, the server hung while /health returned 200.",
+    why="Creating a segment is a collective, and rank 0 waits for rank 1. The deadline turns a "
+    "hang into an error that names the rank. NCCL's registration has no deadline: in "
+    "sglang#36943, the server hung while /health returned 200.",
     wrong={
         "error at once": "A rank that is late and a rank that never arrives look the same until "
         "the deadline.",
@@ -197,9 +198,9 @@ _ask_symptom(
     answer="fast path missed",
     why="No rank raises an error, every row is right, and only the path differs: NCCL 2.28.9 "
     "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
-    "2.28.9, the fastest of NCCL's three variants at 268 MB was its ordinary kernel into a "
-    "registered receive buffer (451 µs; 596 µs with both buffers registered, 556 µs with none; "
-    "benchmarks/results/2026-11-28-gpu.json, commit 6b142c512aef).",
+    "2.28.9, NCCL gathered 268 MB in 451 µs with only the receive buffer registered, in 556 µs "
+    "with none, and in 596 µs with both. (Source: benchmarks/results/2026-11-28-gpu.json, commit "
+    "6b142c512aef.)",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },
@@ -229,8 +230,9 @@ _ask_symptom(
     "shared_memory_is_full",
     "The arena does not fit into the free shared memory",
     answer="error at once",
-    why="The pages are reserved before they are used, so the failure is an error message on all "
-    "ranks. Without the reservation it would be a bus error at the first access, much later.",
+    why="Before any page is used, the ranks compare the size with the free space, and then reserve "
+    "the pages. So the failure is an error message on all ranks. Without that it would be a bus "
+    "error at the first access, much later.",
     wrong={
         "error after the deadline": "The rank without room reports it in the exchange, so no rank "
         "waits for the deadline.",
@@ -241,8 +243,8 @@ _ask_symptom(
     "Rank 1 is killed before the gather",
     answer="error after the deadline",
     why="The other rank can only report that rank 1 did not arrive; the exit code of rank 1 says "
-    "why. Look at all ranks before you blame the one that reports the error. torchrun, in "
-    "contrast, ends the remaining ranks at once.",
+    "that it was killed. Look at all ranks before you blame the one that reports the error. Under "
+    "torchrun, the launcher sees the dead rank and ends the others.",
     wrong={
         "error at once": "The mapping of a peer's memory stays valid when its process dies, so "
         "nothing shows that it is dead.",
