@@ -65,7 +65,7 @@ WORDS: dict[str, str] = {
     "CUDA graph": "kernels that were recorded once and are then launched together",
     "call time": "from the start of a call to the end of its kernels, measured in a Python loop",
     "host time": "from the start of a call to its return; its kernels may still run",
-    "device time": "the time of the kernels alone, measured in a CUDA graph",
+    "device time": "the time of the work on the GPU alone, without Python",
 }
 _LINE = re.compile(r"(?m)^\{glossary: (.+)\}$")
 

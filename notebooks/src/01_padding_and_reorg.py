@@ -2,16 +2,17 @@
 # # 1 · Padding and reorganization
 #
 # A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
-# over several GPUs. Each GPU has one process, called a *rank*. But attention on every rank needs the keys and values of
-# **all** tokens. So the ranks gather the KV cache in every layer: they pad their parts to the same number of rows,
-# exchange them, strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of each
-# long request. In this notebook real processes run it, and you write each step.
+# over several GPUs. Each GPU has one process, called a *rank*. But the tokens of each rank attend to keys and values
+# that **other** ranks hold. So the ranks gather the KV cache in every layer: they pad their parts to the same number of
+# rows, exchange them, strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of
+# each long request. In this notebook real processes run it, and you write each step.
 #
-# **Time** 70 minutes. **Needs** Linux on x86-64, and no GPU: the ranks are CPU processes. **Prerequisites** tensors,
-# and what a KV cache is.
+# **Time** 70 minutes. **Needs** Linux on x86-64, and no GPU: without one, the ranks are CPU processes.
+# **Prerequisites** tensors, and what a KV cache is.
 #
 # After this notebook you can
-# 1. say which rank owns token *t*, and what the choice of strategy costs in causal attention;
+# 1. say which rank owns token *t*, and what the choice of strategy (the rule that assigns tokens to ranks) costs in
+#    causal attention;
 # 2. compute how many slots are padding, and name the formula that gets the padded length wrong;
 # 3. write strip and reorder as one index;
 # 4. show when attention needs token order;
@@ -24,8 +25,8 @@
 #
 # Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To see a question, run
 # its `lesson.predict` cell unchanged. Then put your number in place of `...`, and run it again. A wrong guess costs
-# nothing, and makes the explanation easier to remember. A guess that is close counts as right; how close depends on the
-# noise of the measurement. Exercises are checked immediately, and their hints are folded below them. The saved outputs
+# nothing, and can make the explanation easier to remember. A guess that is close counts as right; how close depends on
+# the question. The cell below each exercise checks your solution, and hints are folded below it. The saved outputs
 # contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
@@ -164,7 +165,8 @@ def owner(token, length, cp_size):
 # rank.
 #
 # **Another way** Build a table of owners: repeat each entry of `[0, 1, …, cp−1, cp−1, …, 1, 0]` once per token of its
-# block. Then look the token up in the table. Real systems do this: SGLang stores the block sizes as `split_list`.
+# block. Then look the token up in the table. Real systems do something similar: SGLang, a serving engine, stores the
+# block sizes as `split_list`.
 
 # %% s2 [markdown]
 # ## 2. Why zigzag?
@@ -246,7 +248,7 @@ def keys_seen(tokens, lengths):
 
 
 # %% e2-help [markdown]
-# The starter is right for a batch of one sequence. At which index does the counting begin in the second sequence?
+# The code given in the cell is right for a batch of one sequence. At which index does the second sequence start?
 #
 # ---
 # The position of a token in its sequence is its index minus the start of the sequence. The token attends to that many
@@ -270,9 +272,10 @@ def keys_seen(tokens, lengths):
 # shards of different sizes?
 #
 # Such gathers exist. MPI has `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different lengths.
-# But NCCL's all-gather takes one size for all ranks. For an uneven list torch therefore runs one broadcast per rank
-# (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use the fast kernels for symmetric memory, which notebook 2
-# introduces. So the usual solution is to pad: every rank extends its shard to the length of the longest one.
+# But the all-gather of NCCL, NVIDIA's library of collectives, takes one size for all ranks. For an uneven list torch
+# therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use the fast kernels for
+# symmetric memory, which notebook 2 introduces. So the usual solution is to pad: every rank extends its shard to the
+# length of the longest one.
 
 # %% waste-predict
 lesson.predict("waste", ...)
@@ -290,8 +293,9 @@ slots = sum(layout.max_rank_len)
 lesson.reveal("waste", (slots - sum(batch)) / slots)
 
 # %% waste-text [markdown]
-# The wasted fraction depends on the batch. A few long sequences waste almost nothing, and many short ones waste a lot.
-# Zigzag cannot split a sequence of fewer than 2·cp tokens. SGLang does not split a batch that contains such a sequence.
+# The wasted fraction depends on the batch. A few long sequences waste almost nothing, and many short ones can waste a
+# lot. Zigzag cannot split a sequence of fewer than 2·cp tokens. SGLang does not split a batch that contains such a
+# sequence.
 
 # %% waste
 batches = [[32768], [4097], [4097, 812, 95], [17] * 8, [9] * 4]
@@ -391,9 +395,9 @@ def padded_len(lengths, cp_size):
 # %% s4 [markdown]
 # ## 4. The real gather, stage by stage
 #
-# What does a serving engine actually do with these shards in each layer? In the next cell, the workers run such a
-# gather. `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of the
-# gather), rank, sequence and token. The workers compare every byte of the result with the stamp that belongs there.
+# What does a serving engine actually do with these shards in each layer? In the cell after the question, the workers
+# run such a gather. `algorithm="padded"` is the classic pipeline. Every row carries a *stamp*: its round (the number of
+# the gather), rank, sequence and token. The workers compare every byte of the result with the stamp that belongs there.
 # They also return what each buffer holds along the way, beginning with the shards.
 
 # %% passes-predict
@@ -421,8 +425,7 @@ figures.show(figures.stage_grid(gathered, ["shard"]))
 # %% pad-text [markdown]
 # ### Stage 1: pad
 #
-# Each rank copies its rows into a buffer of `max_rank_len` rows. A rank that already holds that many rows does not need
-# to copy.
+# Each rank that holds fewer than `max_rank_len` rows copies them into a buffer of that length.
 
 # %% pad
 figures.show(figures.stage_grid(gathered, ["pad"]))
@@ -535,8 +538,8 @@ def strip(wire, per_rank_actual_token, max_rank_len, kept={}):
 # `torch.cat`.
 #
 # ---
-# **Why** Views cost nothing, so all the slicing is free, and the single `cat` is one kernel and one pass over the data.
-# A loop that copies rank by rank writes the same bytes with cp kernels.
+# **Why** Views copy no data, so all the slicing moves no bytes, and the single `cat` is one kernel and one pass over
+# the data. A loop that copies rank by rank writes the same bytes with cp kernels.
 #
 # **Another way** Use `wire[mask]`, where `mask[r * max_rank_len + i]` is `i < per_rank_actual_token[r]`. It moves the
 # same bytes. But a boolean index makes the CPU wait for the GPU, because the size of the result is unknown until the
@@ -558,15 +561,16 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 
 # %% permutation-text [markdown]
 # SGLang keeps several lists for this purpose (`split_list`, `cp_reverse_index`, `reverse_split_len`). All of them
-# follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So one test
-# covers all three strategies: the lists `rank_rows` of all ranks, joined, must be a permutation.
+# follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So the same
+# test applies to all three strategies: joined, the lists that `rank_rows` returns for all ranks must be a permutation
+# of the tokens.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · One index for strip and reorder
 #
-# **Goal** Write `gather_index`, so that `wire[gather_index(...)]` removes the padding and returns token order in one
-# step. `rank_rows` is a list of tensors, one per rank: the tokens that the rank holds, in the order in which it stores
-# them.
+# **Goal** Write `gather_index`, so that `wire[gather_index(...)]` removes the padding and returns the rows in token
+# order in one step. `rank_rows` is a list of tensors, one per rank: the tokens that the rank holds, in the order in
+# which it stores them.
 #
 # **Example** Rank 0 holds tokens 0 and 3, rank 1 holds tokens 1, 2 and 4, and both are padded to 3 rows. The slots of
 # the wire then hold tokens 0 3 · 1 2 4. Token 0 is in slot 0, token 1 in slot 3, token 2 in slot 4, token 3 in slot 1,
@@ -743,9 +747,10 @@ def cp_attention(q, k, v, tokens):
 # `torch.arange(total) <= tokens[:, None]` is the mask, `[rows, total]`.
 #
 # ---
-# **Why** The gathered K and V equal those of a single device, so each output does too. Only the mask has to account
-# for the fact that the rank's rows are not the first rows of the sequence. A kernel without a general mask is called
-# twice instead, once per block of the rank. SGLang's zigzag does this with `kv_len_prev` and `kv_len_next`.
+# **Why** The gathered K and V equal those of a single device. So with the right mask, each output equals that of a
+# single device too. The mask must use token numbers, because row i of a rank is not always token i. A kernel without a
+# general mask is called twice instead, once per block of the rank. SGLang's zigzag does this with `kv_len_prev` and
+# `kv_len_next`.
 #
 # **Another way** Leave K and V in rank order, and permute the *mask*: `order <= tokens[:, None]`. PyTorch's
 # FlexAttention path does this: it rewrites the indices of the mask and moves no rows. It requires a kernel that accepts
@@ -786,10 +791,10 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 # %% e7-task [markdown]
 # ### Exercise 7 · Write the check that rejects all mutants
 #
-# **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, one per slot, as decoded from the rows
-# (padding is all -1). `lengths` are the numbers of tokens in each sequence, `owners[i]` is the rank that owns token i
-# of the flattened batch, and `round_` is the current round. Return True for a correct gather, and False for every broken
-# one.
+# **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, where `token` is the position within
+# its sequence, one per slot, as decoded from the rows (padding is all -1). `lengths` are the numbers of tokens in each
+# sequence, `owners[i]` is the rank that owns token i of the flattened batch, and `round_` is the current round. Return
+# True for a correct gather, and False for every broken one.
 #
 # **Example** For `lengths` [2], `owners` [0, 1] and round 5, only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
 #
@@ -869,9 +874,9 @@ def accepts(got, lengths, owners, round_):
 # Build the list `wanted` of `(round_, owner, sequence, token)` in token order, and return `got == wanted`.
 #
 # ---
-# **Why** A check that lists faults detects only the faults on its list. A check that describes the right result detects
-# all others too, including faults that you did not think of. It requires data that identify themselves: a stamp in
-# every row, and a known pattern (*poison*) wherever no rank should write.
+# **Why** A check that lists faults detects only the faults on its list. A check that describes the right result also
+# detects faults that you did not think of. It needs rows that identify themselves: a stamp in every row, and a known
+# pattern (*poison*) wherever no rank should write.
 #
 # **Another way** Compare the raw bytes: `torch.equal(rows, formula(round_, rank, token))`, as `cpkit.provenance` does.
 # This also detects wrong bytes in the middle of a row. Never compare with another collective, because both may be wrong
@@ -907,7 +912,7 @@ figures.show(figures.stage_grid(direct))
 
 # %% e8
 def bill(rows, max_rank_len, total, cp_size, row_bytes):
-    """Return the bytes that one rank writes: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
+    """Return the bytes written into one rank's buffers: {"pad": …, "wire": …, "strip": …, "reorder": …}."""
     # >>> your code
     #: return {"pad": 0, "wire": total * row_bytes, "strip": 0, "reorder": 0}
     padded = max_rank_len if rows < max_rank_len else 0
@@ -954,10 +959,10 @@ def bill(rows, max_rank_len, total, cp_size, row_bytes):
 #
 # ---
 # **Why** After the wire, two more passes each read and write all rows. `direct` writes `total` rows once. So count
-# before you tune: a faster kernel for a pass that is not needed gains nothing.
+# before you tune: removing a pass that is not needed gains more than a faster kernel for it.
 #
 # **Another way** Count what is *read* too. Each stage reads about as many bytes as it writes, so the traffic is about
-# twice as large. The reads of the wire happen partly in the memory of other ranks.
+# twice as large. In the wire stage, a part of what is read is in the memory of other ranks.
 
 # %% models-text [markdown]
 # How much is that for a real model? Take three models, and one prompt of 32767 tokens over your ranks. The next cell
@@ -981,9 +986,10 @@ written = figures.bill(long_prompt, row_bytes=1)
 lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 
 # %% models-text-after [markdown]
-# MLA, the attention of DeepSeek, gathers one latent vector of 576 elements instead of K and V. Its total is smaller,
-# but the proportions are the same. Notebook 3 measures how long it takes to move these bytes. To write into the memory
-# of a peer, a rank needs *symmetric memory*. That is the subject of notebook 2.
+# With MLA, the attention of DeepSeek, the gather moves one vector of 576 elements per token instead of K and V: a
+# latent of 512 elements and a key part of 64. Its total is smaller, but the proportions are the same. Notebook 3
+# measures how long it takes to move these bytes. To write into the memory of a peer, a rank needs *symmetric memory*.
+# That is the subject of notebook 2.
 
 # %% plan-text [markdown]
 # ### A plan in two lines
@@ -999,10 +1005,10 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # {glossary: plan}
 #
-# `lab.gather` makes each rank call `all_gather_kv`, which synchronizes twice: the ranks agree before any row is stored,
-# and they wait at a barrier until all rows have arrived. The next cells start two other ranks, make a plan there, and
-# list the *steps* of one call. Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the
-# agreement, and `exit` is the barrier at the end.
+# `lab.gather` makes each rank call `all_gather_kv`. With `direct`, it synchronizes twice: the ranks agree before any
+# row is stored, and they wait at a barrier until all rows have arrived. The next cells start two other ranks, make a
+# plan there, and list the *steps* of one call. Some steps fill a buffer, such as `wire`. The others synchronize:
+# `agree` is the agreement, and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1037,15 +1043,15 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
 # How can a rank store its rows without checking that the output is free? The plan has two outputs, A and B, and uses
-# them in turn. Call n + 1 overwrites the output of call n − 1. A rank begins it only after the barrier at the end of
-# call n, and every rank that has arrived there no longer needs the output of call n − 1. The price: a result is valid
-# only until the next call. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
+# them in turn. Call n + 1 overwrites the output of call n − 1. A rank begins call n + 1 only after the barrier at the
+# end of call n. A rank that has arrived at that barrier no longer needs the output of call n − 1. In return, a result
+# is valid only until this rank's next call. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it
 #
-# How do these stages change with the number of ranks? Move the slider, or focus it and press the arrow keys. Each
-# change runs a new gather on the workers, checks every byte, and redraws the figure.
+# How do the stages of a gather change with the number of ranks? Move the slider, or focus it and press the arrow keys.
+# Each change runs a new gather on the workers, checks every byte, and redraws the figure.
 
 # %% stepper
 from cpkit_lessons.stepper import Stepper
@@ -1068,9 +1074,10 @@ lesson.progress()
 # %% end [markdown]
 # ## What to remember
 #
-# - The layout is a permutation, and everything else follows from it.
+# - A layout is one list of tokens per rank, and together the lists are a permutation. Padding, strip and reorder follow
+#   from these lists.
 # - The padded length is the *maximum over ranks*. `ceil(total / cp)` is too small for some batches.
-# - Pad, wire, strip and reorder move the rows four times: three passes over all rows, and a copy of one shard (pad).
+# - Pad, wire, strip and reorder move the rows: three of them are passes over all rows, and pad copies one shard.
 #   `direct` needs one pass.
 # - A wrong order has the right shape. Check positions, not counts.
 #

@@ -998,6 +998,7 @@ cards = {}
 
 def run(case):
     """Run one case, store its post-mortem, and show it."""
+    print("starting two ranks …")
     cards[case] = inject_fault(case)
     return cards[case]
 

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 from cpkit_lessons import figures
 
-cp = world.cp_size  # and world.of(n) is n, or less where memory is short
+cp = world.cp_size  # world.of(n) returns n, or less where memory is short
 pd.set_option("display.max_colwidth", None)
 MB = 1_000_000
 one = {"tensors": 1}  # one tensor of 8 heads · 128 · bfloat16: 2048 bytes per token
@@ -136,9 +136,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
 #
 # Here is what goes wrong otherwise. NCCL's symmetric kernels on 8 × H100 take almost exactly 5.3 µs + received bytes /
-# (328 GB/s): this line is within 1 % of four published times (Megatron-LM#5596). Use it as a bound for the 268 MB on
-# two GPUs, and no gather can take less than 414 µs. But cpkit's `plan` took 378 µs. The 328 GB/s are what NCCL
-# *reaches*, and no limit of the link.
+# (328 GB/s): this line is within 1.1 % of four published times (Megatron-LM#5596). If it were a bound, no gather of 268
+# MB on two GPUs could take less than 414 µs. But cpkit's `plan` took 378 µs. The 328 GB/s are what NCCL *reaches*, and
+# no limit of the link.
 
 
 # %% e2-task [markdown]
@@ -196,20 +196,21 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # %% light-text [markdown]
 # ### And on this machine?
 #
-# Your ranks share one memory, so the memory sets the bound, not a link. A gather must at least synchronize once, *read*
-# each of the S bytes once, and *write* each of them once for every rank. So (cp+1) · S bytes move. How long that takes
-# is measured here, not looked up: every rank copies S bytes at the same time. Each copy reads S bytes and writes S
-# bytes, so 2 · cp · S bytes move. The bound is therefore (cp+1) / (2 · cp) of the time of these copies, plus one
-# barrier. The fastest of all samples counts, because a bound is not an average.
+# On a CPU, and on a GPU that all ranks share, the memory sets the bound, not a link. A gather must at least synchronize
+# once, *read* each of the S bytes once, and *write* each of them once for every rank. So (cp+1) · S bytes move. How
+# long that takes is measured here, not looked up: every rank copies S bytes at the same time. Each copy reads S bytes
+# and writes S bytes, so 2 · cp · S bytes move. The bound is therefore (cp+1) / (2 · cp) of the time of these copies,
+# plus one barrier. The fastest of all samples counts, because a bound is not an average.
 #
-# On a GPU, this bound and the sweep in section 5 are device times. They contain no barrier, because the host runs it.
+# On a GPU, this bound and the sweep in section 5 are device times. The bound then contains no barrier, because that
+# barrier runs on the *host*, the CPU that runs Python. The gathers of the sweep still wait for each other on the GPU.
 # With one GPU per rank, the links set a higher bound, by the formula above. The line below is then only the bound of
 # each GPU's own memory.
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 from cpkit.notebook.views import floor_us
 
-sizes = world.sizes()  # bytes: 16 kB to 67 MB, or less where memory is short
+sizes = world.sizes()  # bytes: up to 67 MB, or less where memory is short
 probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
 barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
 # barrier (the fastest of all probes; none on a GPU) + (cp+1) / (2 · cp) · copy
@@ -222,9 +223,9 @@ figures.show(figures.roof(light))
 # it: on a busy machine the copies take longer.) If a measured time lies below it, either the measurement or the bound is
 # wrong.
 #
-# On a CPU, caches can make the bound wrong. A gather whose rows are still in a cache can take less time than a copy that
-# reads them from memory. So the next sections measure the algorithms in turn: each finds the caches as another left
-# them.
+# On a CPU, caches can make the bound wrong. A gather whose rows are still in a cache can take less time than a copy
+# that reads them from memory. So the next sections measure the algorithms in turn. This does not repair the bound, but
+# no algorithm profits from its own rows in a cache.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -233,7 +234,7 @@ figures.show(figures.roof(light))
 #
 # | algorithm | what each rank does |
 # |---|---|
-# | `padded` | pads, calls the collective of torch.distributed, strips, reorders |
+# | `padded` | pads, calls the collective of torch.distributed (where ranks share a GPU, pulls from its peers), strips, reorders |
 # | `padded_symm` | copies into symmetric memory, pushes to all peers (with one GPU per rank, NCCL does this), strips, reorders |
 # | `direct` | pushes every row to its final position in all peers |
 #
@@ -261,9 +262,10 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# In the stages `agree` and `exit`, ranks wait for each other. A white gap after a stage is Python code, or a rank that
-# waits for a core. `padded` has no `exit`: its ranks wait inside the collective, in `wire`. `reports/direct_trace.json`
-# contains the same data for https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
+# In the stages `agree` and `exit`, ranks wait for each other. (On a GPU, `direct` waits inside its kernel, in `wire`.)
+# A white gap after a stage is Python code, or a rank that waits for a core. Unless ranks share a GPU, `padded` has no
+# `exit`: its ranks wait inside the collective, in `wire`. `reports/direct_trace.json` contains the same data for
+# https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
 
 # %% s4 [markdown]
 # ## 4. How to measure a wrong time
@@ -278,7 +280,7 @@ lesson.predict("late", ...)
 
 # %% late tags=["nbval-ignore-output"]
 small = 512
-late = {"late_us": 5000, "iterations": 8, **one}
+late = {"late_us": 5000, "iterations": 16, **one}
 fair = lab.clock(["direct"], small, cp, **late)
 unfair = lab.clock(["direct"], small, cp, barrier=False, **late)
 print(
@@ -319,8 +321,10 @@ print(warm)
 
 # %% mistakes-1-text [markdown]
 # `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
-# before, so the operating system first has to find and clear each page. `launch` only starts the collective, and its
-# clock stops before the collective has ended. (On a GPU, it starts `direct` instead of the collective.)
+# before: on the CPU, the operating system first has to find and clear each page. (On a GPU, the effect can be absent,
+# because torch may reuse memory.) `p95_us` is the time that 95 % of the samples do not exceed. `launch` only starts the
+# collective, and its clock stops before the collective has ended. (On a GPU, it starts `direct` instead of the
+# collective.)
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
@@ -351,7 +355,9 @@ print("the pairs show", "no difference" if low <= 1 <= high else "a difference t
 # contains 1.
 #
 # With two *different* variants, such a result would not show whether its cause is noise or a real difference. So
-# measure one variant against itself first, and trust only differences that are larger than that spread.
+# measure one variant against itself first, and trust only differences that are larger than that spread. The middle half
+# is a quick look at the noise. From here on, a difference counts if the *99 % interval* of the ratio does not contain
+# 1. This interval contains the true median ratio with a probability of 99 %.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
@@ -378,9 +384,9 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, from the individual samples instead of their medians, so it can differ from the figure,
-# and by a lot if the samples scatter. It prints the ratio with its 99 % interval. The reveal then writes the order: `<`
-# where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
+# reported time / right time, with its 99 % interval. It takes the first two ratios from pairs of samples, so they can
+# differ from the figure. The third compares two runs, so it is the ratio of their medians. The reveal then writes the
+# order: `<` where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
 # difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
@@ -405,8 +411,8 @@ lesson.reveal("damage", lesson.order_of(factors))
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
 # from Python. On two H100s, SGLang's pipeline took 242 µs per call from Python at 0.26 MB, but only 13.9 µs of GPU time
-# in a CUDA graph, which is how a serving engine runs it (`benchmarks/results/2026-11-28-gpu.json`, commit
-# 6b142c512aef). Section 9 returns to these two clocks.
+# in a CUDA graph, which is how a serving engine runs it where it captures the model
+# (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef). Section 9 returns to these two clocks.
 #
 # {glossary: eager; CUDA graph}
 
@@ -475,7 +481,7 @@ def gather_us(times_us, warmup):
 # ---
 # **Why** In the other order the result is a different number. The slowest rank changes from one gather to the next, and
 # the largest of the ranks' medians does not show that. `lab.sweep` reports that number as `time_us`, because it keeps
-# one median per rank, and not the samples. It is never larger than yours. The live panel uses your order.
+# one median per rank, and not the samples. It is never larger than yours. The live panel of section 10 uses your order.
 #
 # **Another way** `fair.begin_us("direct")` returns the time at which each rank started. Add `times_us` to get each end,
 # and take the last end minus the first start. This also includes the skew that the barrier itself leaves.
@@ -483,8 +489,8 @@ def gather_us(times_us, warmup):
 # %% s5 [markdown]
 # ## 5. A sweep
 #
-# A production batch can be small or large. Does the same algorithm win at every size? Here are five sizes. At each
-# size, the three algorithms alternate, so that noise affects all three alike.
+# A production batch can be small or large. Does the same algorithm win at every size? A *sweep* times the same gathers
+# at several sizes, here at five. At each size, the three algorithms alternate, so that noise affects all three alike.
 
 # %% ranking-predict
 lesson.predict("ranking", ...)
@@ -527,15 +533,17 @@ below = table["time_us"] < table["size_bytes"].map(light)
 print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
-# At the left end, the times grow much more slowly than the bytes: most of the time is *synchronization*. At the right
-# end, on an otherwise idle machine, `direct` approaches the speed of light: most of the time is spent on *bytes*. On
-# CPU ranks, `padded` and `padded_symm` cost more than 8 times as much at 67 MB as at 8 MB, for two reasons. The rows no
-# longer fit into the cache, so the bound rises by more than 8 times too. Also, their results are in ordinary memory:
-# from 32 MB on, the C library requests new pages from the operating system for every call, and every call pays for the
-# first touch. `direct` writes into the pool, whose pages stay mapped.
+# At the left end, the times grow much more slowly than the bytes: most of the time is a *fixed cost*: on the CPU Python
+# code and barriers, on a GPU the start of kernels and their signals. At the right end, on an otherwise idle machine,
+# `direct` approaches the speed of light: most of the time is spent on *bytes*. (With one GPU per rank, it stays above
+# this line, which is the bound of a GPU's own memory.) On CPU ranks, `padded` and `padded_symm` often cost more than 8
+# times as much at 67 MB as at 8 MB, for two likely reasons. The rows may no longer fit into the cache; then the bound
+# rises by more than 8 times too. Also, their results are in ordinary memory: from 32 MiB (33.6 MB) on, the C library
+# requests new pages from the operating system for every call, and every call pays for the first touch. `direct` writes
+# into the pool, whose pages stay mapped.
 #
-# At the left end, where the time hardly grows with the size, the gap between a curve and the speed of light is the time
-# in which ranks wait and agree. It grows when there are more ranks than cores.
+# On the CPU, the gap at the left end between a curve and the speed of light is mostly Python code and waiting. It grows
+# when there are more ranks than cores.
 #
 # Is a time *below* the speed of light? Then the bound is probably wrong: in section 2, other programs may have slowed
 # its copies down, or here the rows were in a cache. Run the cell in section 2 again, and then the cell that draws the
@@ -546,8 +554,8 @@ print(f"below the speed of light: {below.sum()} of {len(table)} times")
 #
 # How can you summarize a whole table of times? Fit a line: t = alpha + beta · S. The two numbers also tell you which
 # change can help: fewer synchronizations reduce alpha, and fewer bytes or passes reduce beta. Here the line is fitted
-# to `direct`. The sizes span a factor of 1000 or more, so the fit must minimize the *relative* error, not the absolute
-# one.
+# to `direct`. The largest size is up to 4096 times the smallest, so the fit must minimize the *relative* error, not the
+# absolute one.
 
 # %% alpha-predict
 lesson.predict("alpha", ...)
@@ -555,7 +563,7 @@ lesson.predict("alpha", ...)
 # %% fit tags=["nbval-ignore-output"]
 mine = table[table["algorithm"] == "direct"]
 alpha_us, us_per_byte = lesson.fit_line(mine["size_bytes"], mine["time_us"])
-if us_per_byte <= 0:  # on a GPU, the launch can take longer than moving these bytes
+if us_per_byte <= 0:  # on a GPU, a kernel's fixed time can hide that of moving these bytes
     print("the times do not grow with the size, so beta is that of the bound")
     us_per_byte = (light[sizes[-1]] - light[sizes[0]]) / (sizes[-1] - sizes[0])
 print(f"direct: alpha {alpha_us:.0f} µs, 1/beta {1e-3 / us_per_byte:.2f} GB/s")
@@ -570,9 +578,9 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 # %% e4-task [markdown]
 # ### Exercise 4 · Fit alpha and beta
 #
-# **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample has 5 %
-# noise, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line with the
-# true one at other sizes, including small ones, and allows an error of 25 %.
+# **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample is off
+# by up to 5 %, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line
+# with the true one at other sizes, including small ones, and allows an error of 25 %.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -617,7 +625,7 @@ def fit(sizes_bytes, times_us):
 # Run the check on the starter. At which size is it wrong, and how large is the time there?
 #
 # ---
-# An error of 5 % at 64 MB is larger than all of alpha. Give every point the weight 1 / time.
+# At 64 MiB, an error of 5 % can be larger than all of alpha. Give every point the weight 1 / time.
 #
 # ---
 # `np.polyfit` has an argument `w`. It multiplies the residuals, not their squares.
@@ -631,20 +639,19 @@ def fit(sizes_bytes, times_us):
 # makes it wrong, and the check rejects it.)
 
 # %% e4-after [markdown]
-# Look at the errors of the fitted sweep, which the cell above exercise 4 printed. Each point is the median of five
-# gathers, so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
-# estimates. (The line can even enter the grey area at a medium size. No gather was that fast: the line is wrong there,
-# because a cache makes gathers of that size faster than the line's one rate.) Two numbers are a first model.
-# `cpkit.cost` contains a more complete one: it counts the bytes of each algorithm, distinguishes cache, memory and first
-# touch, and distributes the ranks over the cores. `make bench` checks it at sizes and values of cp to which it was not
-# fitted.
+# Look at the errors of the fitted sweep, which the cell with the fit printed. Each point is the median of five gathers,
+# so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
+# estimates. (At a medium size, the line can even enter the grey area. That is an error of the fit: caches make the rate
+# depend on the size, and a line has only one rate.) Two numbers are a first model. `cpkit.cost` contains a more
+# complete one: it counts the bytes of each algorithm, distinguishes cache, memory and first touch, and distributes the
+# ranks over the cores. `make bench` checks it at sizes and values of cp to which it was not fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
 #
-# Can you price a gather before you run it? A *pass* reads and writes all gathered rows once. Every step of a gather is
-# one pass, or a part of one. So first count the passes, and then ask what a pass costs. Begin with `padded_symm`, whose
-# steps are in the table of section 3.
+# Can you price a gather before you run it? A *pass* reads and writes all gathered rows once. Every step that moves rows
+# is one pass, or a part of one. So first count the passes, and then ask what a pass costs. Begin with `padded_symm`,
+# whose steps are in the table of section 3.
 
 # %% passes-predict
 lesson.predict("passes", ...)
@@ -660,13 +667,14 @@ passes
 lesson.reveal("passes", passes.loc["padded_symm", "passes"])
 
 # %% passes-text [markdown]
-# The table counts the rows that rank 0 writes in each stage. `padded` copies nothing in `pad`, because there is no
-# padding. `padded_symm` always copies its shard into symmetric memory.
+# The table counts the rows that are written into the buffers of rank 0 in each stage. `padded` copies nothing in `pad`,
+# because there is no padding. `padded_symm` always copies its shard into symmetric memory.
 #
 # What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` is the
-# collective of torch.distributed, which has a price of its own. Of a gather with N rows, a stage that writes n rows
-# costs n / N of its price. (n can be larger than N: with padding, the wire carries more rows than there are tokens.) The
-# price of a gather is the sum over its stages, plus two barriers.
+# collective of torch.distributed, which has a price of its own. (Where ranks share a GPU, it is cpkit's own pull.) In a
+# gather of N rows, a stage that writes n rows costs n / N of a whole pass: for the wire of `padded` n / N of the
+# collective, otherwise n / N of `copy`. (n can be larger than N: with padding, the wire carries more rows than there
+# are tokens.) The price of a gather is the sum over its stages, plus two barriers.
 
 
 # %% e5-task [markdown]
@@ -734,7 +742,8 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 
 # %% price-text [markdown]
 # Is a price by count worth anything? The next cell predicts the times of the three algorithms at a quarter of the
-# largest size, and measures them. On a GPU, these are call times.
+# largest size, and measures them. On a GPU, these are *call times*: they include the Python code that starts the
+# kernels.
 
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
@@ -749,9 +758,11 @@ print(f"padded_symm / direct: {lesson.call_ratio(run, 'padded_symm', 'direct')}"
 figures.show(figures.steps(predicted, measured))
 
 # %% priced-text [markdown]
-# The time falls in two steps, each with its own cause. From `padded` to `padded_symm`, a push into the memory of the
-# peers replaces the collective. From `padded_symm` to `direct`, two copies of the result (strip and reorder) disappear.
-# So does the small copy into the symmetric shard. Only the push remains.
+# On CPU ranks, the time falls in two steps, each with its own cause. From `padded` to `padded_symm`, a push into the
+# memory of the peers replaces the collective. From `padded_symm` to `direct`, two copies of the result (strip and
+# reorder) disappear. So does the small copy into the symmetric shard. Only the push remains. (With one GPU per rank,
+# `padded` and `padded_symm` both call NCCL, and `padded_symm` can have the longer call time. On a shared GPU, the first
+# step is small.)
 #
 # By count, `padded_symm` takes 3 + 1/cp times as long as `direct`. The measured ratio is near this only while the
 # memory's bandwidth is the limit. It is smaller where both times contain much else: barriers in a small gather, the
@@ -794,15 +805,15 @@ assert not {"pad", "strip", "reorder"} & set(split[-1].stage_us), "direct has no
 figures.show(figures.stage_split(split))
 
 # %% look-back-after [markdown]
-# `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait for a core.
-# `strip` and `reorder` may also pay for new memory, and `allocate` takes the outputs from the pool. Of all this, the
-# prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains correctly,
-# which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you trust one
-# of its stages.
+# On the CPU, `agree` and `exit` are synchronization: they include the time of Python code, and the time that ranks wait
+# for a core. `strip` and `reorder` may also pay for new memory, and `allocate` takes the outputs from the pool. Of all
+# this, the prediction contains only two bare barriers. It is good enough for a decision as long as it ranks the gains
+# correctly, which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you
+# trust one of its stages.
 #
-# The stages of `direct` can add up to more than its time in the figure of the prices. There, each call repeats the one
-# before, and a repeated call of `direct` skips a part of `agree` and `allocate`. A call whose stages are recorded skips
-# nothing.
+# The stages of `direct` can add up to more than its time in the figure of the prices. There, each call of `direct`
+# repeats an earlier one, and a repeated call skips a part of `agree` and `allocate` (on the CPU only if the gather is
+# not large). A call whose stages are recorded skips nothing.
 
 
 # %% e6-task [markdown]
@@ -914,10 +925,11 @@ lesson.reveal("padding", carried[0] / sum(odd))
 # reorder move real rows. The first batch has more slots than the second. The count of passes predicts that it takes
 # longer with `padded_symm`, but by a smaller factor than that of the slots. The two batches run one after the other, so
 # load on the machine does not cancel (section 4). The ratio of the times has a 99 % interval: if it contains 1, you
-# have measured no difference at all.
+# have measured no difference at all. (On a GPU, these are call times, which contain the host's work.)
 #
-# Look at `direct` too. It sends no padding, but it makes up to two copies per sequence and peer, each with an alpha of
-# its own. For many short sequences, these copies can cost more than the padding. Count both.
+# Look at `direct` too. It sends no padding. But on the CPU it makes up to two copies per sequence and peer, each with
+# an alpha of its own. For many short sequences, these copies can cost more than the padding. Count both. (On a GPU, one
+# kernel makes all copies.)
 
 # %% s9 [markdown]
 # ## 9. When symmetric memory stops paying
@@ -955,10 +967,12 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
 # the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
 #
-# Two H100s behave similarly. With both buffers registered, NCCL's collective is 0.92 times as fast as without at 0.26
-# MB, 1.48 times at 4.2 MB, 1.03 times at 67 MB and 0.93 times at 268 MB. With only the receive buffer registered, it is
-# 1.26 and 1.23 times as fast at the last two sizes (device times of `benchmarks/results/2026-11-28-gpu.json`, commit
-# 6b142c512aef). Multicast plays no part in this, because its kernels need more than two ranks.
+# Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.92
+# (slower) at 0.26 MB, 1.48 at 4.2 MB, 1.03 at 67 MB and 0.93 (slower) at 268 MB. With only the receive buffer
+# registered, the factors at the last two sizes are 1.26 and 1.23 (device times of
+# `benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef). This is NCCL 2.28.9, whose symmetric kernels do not
+# wait for the kernel before them (notebook 2), which can make their times too short. Multicast plays no part in this,
+# because its kernels need more than two ranks.
 
 
 # %% e7-task [markdown]
@@ -1044,7 +1058,7 @@ def break_even_bytes(slow, fast, gain):
 # Python loop that waits after each call measures both. A serving engine captures the kernels in a CUDA graph once, and
 # replays the graph, so it pays only for the device.
 #
-# {glossary: call time; host time; device time}
+# {glossary: call time; device time}
 #
 # The record of two H100s from section 7 contains both clocks, for these variants:
 #
@@ -1074,37 +1088,39 @@ figures.show(gpu_clocks.two_clocks(record, 2_091_008, compared))
 lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 
 # %% clocks-after [markdown]
-# The two clocks rank the variants in different orders. Call time mostly reflects how much the host does for each
-# variant. `seed` is four lines of torch, and the host launches a kernel for each. `padded_symm` launches as many; in
-# addition its ranks check that their calls match, and allocate in the pool. `direct` has these checks too, but launches
-# a single kernel. On the device the order of `seed` and `padded_symm` is reversed: NCCL selects its symmetric kernel
-# for `padded_symm`, and the ring for `seed`.
+# The two clocks rank the variants in different orders. At this size, call time mostly reflects how much the host does
+# for each variant. `seed` is four lines of torch, and the host launches a kernel for each. `padded_symm` launches as
+# many; in addition its ranks check that their calls match, and allocate in the pool. `direct` has these checks too, but
+# launches a single kernel. On the device the order of `seed` and `padded_symm` is reversed: NCCL selects its symmetric
+# kernel for `padded_symm`, and the ring for `seed`.
 #
-# So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep,
-# the panel and `lab.clock` compare by device time, and show both. Where rows go through the host (ordinary memory on
-# a GPU that ranks share), there is only call time. On CPUs there is only one clock, because the host is the device.
+# So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep and
+# the panel compare by device time, and show both. `lab.clock` returns both; its `times_us` are call times. Where rows
+# go through the host (ordinary memory on a GPU that ranks share), there is only call time. On CPUs there is only one
+# clock, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work
 #
-# Does a fast gather slow down the model? A gather rarely runs alone: on another stream, the model multiplies matrices.
-# Both need multiprocessors and memory. The same record also has the times of each gather of 67 MB while a matrix
-# product runs. `NCCL only` is the collective without pad, strip and reorder.
+# Does a fast gather slow down the model? A gather rarely runs alone: on another *stream* (a second queue of kernels on
+# the same GPU), the model multiplies matrices. Both need *multiprocessors* (the cores of a GPU) and memory. The same
+# record also has the times of each gather of 67 MB while a matrix product runs. `NCCL only` is the collective without
+# pad, strip and reorder.
 #
-# {glossary: copy engine; low-contention}
+# {glossary: copy engine}
 
 # %% beside
 neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
 figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
-# Alone, `plan` takes 103 µs and `copy engine` 234 µs. Beside the product, both take about two and a half times as long:
-# 262 and 639 µs. But they lose that time in different places. The kernel of `plan` shares the multiprocessors with the
+# Alone, `plan` takes 103 µs and `copy engine` 234 µs. Beside the product, they take 262 and 639 µs, 2.5 and 2.7 times
+# as long. But they lose that time in different places. The kernel of `plan` shares the multiprocessors with the
 # product. The transfer of `copy engine` uses none of them: in the same record, copies to the other GPU alone take 92 µs
-# without the product and 93 µs beside it. Only its strip and reorder wait.
+# without the product and 93 µs beside it. So most of the delay must be in its kernels, above all strip and reorder.
 #
-# And what does the product lose? 102 µs beside `plan`, although the gather alone takes no longer than that: its thread
-# blocks occupy multiprocessors while they wait for the link. Beside `copy engine` the product loses 126 µs, about half
+# And what does the product lose? It loses 102 µs beside `plan`, about as long as that gather takes alone: the kernel of
+# `plan` occupies multiprocessors while it waits for the link. Beside `copy engine` the product loses 126 µs, about half
 # of the time of that gather alone. Beside `seed` it loses most, 243 µs. So measure both sides: in general, the delay of
 # the product is not the time of the gather.
 
@@ -1147,11 +1163,11 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
 # - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. The ring changes from LL to SIMPLE as the size
-#   grows, so no single line fits its time. With only the receive buffer registered, NCCL 2.28.9 keeps the ring, so the
-#   gain that section 9 showed for it at large sizes is one of the ring.
-# - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In this record the
-#   symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the GPU to
-#   other kernels.
+#   grows, so no single line fits its time. With only the receive buffer registered, NCCL 2.28.9 keeps the ring. So the
+#   factors 1.26 and 1.23 above, with the receive buffer only, are gains of the ring and not of a symmetric kernel.
+# - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In the record of four
+#   H100s, the symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the
+#   GPU to other kernels.
 #
 # To see a kernel in a profile, search for `ncclSymkDevKernel_…` (symmetric) or `ncclDevKernel_…` (ring).
 
@@ -1208,13 +1224,13 @@ panel.stop()
 #
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
 # such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
-# Between nodes, the network card of every GPU receives a part of the other node's rows, while NVLink distributes them
-# inside the node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s that
-# NCCL reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its NVLink
-# twice the rate of Hopper's.
+# Between nodes, the network adapter of every GPU receives a part of the other node's rows, while NVLink distributes
+# them inside the node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s
+# that NCCL reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its
+# NVLink twice the rate of Hopper's.
 #
-# **All numbers of this section are modelled. None was measured here.** The cell after the question prints each of them
-# with its source, or with the word "assumed".
+# **All numbers of this section are modelled. None was measured here.** The cell after the question prints the constants
+# of the models, with their sources or the word "assumed".
 
 # %% nodes-predict
 lesson.predict("nodes", ...)
@@ -1253,10 +1269,10 @@ curves = [
 figures.show(figures.scale_out(pd.DataFrame(curves)))
 
 # %% nodes-text [markdown]
-# Ask which *term* of the model dominates. At 1 MB it is alpha, the fixed cost of the network. At 256 MB it is the
-# bytes, and NVLink is the slower transfer: the network alone would need 356 µs instead of 683. From cp_size 8 on, the
-# number of ranks hardly matters, because (cp−1)/cp of S is almost S. At 256 MB, the time grows by three quarters from 2
-# to 8 ranks.
+# Ask which *term* of the model dominates. Over the two nodes, it is alpha at 1 MB, the fixed cost of the network. At
+# 256 MB it is the bytes, and NVLink is the slower transfer: the network alone would need 356 µs instead of 683. Within
+# one NVLink, the number of ranks hardly matters from cp_size 8 on, because (cp−1)/cp of S is almost S. At 256 MB, the
+# time grows by three quarters from 2 to 8 ranks.
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
 # curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL has had them for all-gathers
@@ -1287,7 +1303,7 @@ for recording in recordings.newest(known, cp):
 #
 # On GPUs, the *call time* of small gathers also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a
-# GPU it replays a captured graph. So the two have the same device time, and differ only in call time.
+# GPU it replays a captured graph. So their device times differ little, and their call times much.
 
 # %% s13 [markdown]
 # ## 13. A report that others can repeat
@@ -1334,13 +1350,13 @@ lesson.progress()
 #
 # - Compute the speed of light first. A time below it means that the clock or the bound is wrong.
 # - Put a barrier before the clock, warm up, take the slowest rank and the median, and measure variants in turn. Leave
-#   one out, and the result is wrong.
-# - alpha is synchronization, and beta is bytes. What symmetric memory gains depends on the size. On two H100s with both
-#   buffers registered, the gain is largest near 4 MB and almost absent at 67 MB. At 0.26 and 268 MB, symmetric memory
-#   is slower. On the same two H100s, `plan` is 1.9 to 2.8 times as fast as SGLang's pipeline, depending on the size.
-#   The passes alone make that pipeline take 1.2 to 1.9 times as long as its collective
-#   (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
-# - Compare algorithms by device time. Call time mostly reflects how much Python runs.
+#   one out, and the result can be wrong, even by a factor of 10 or more.
+# - alpha is a fixed cost, mostly synchronization and, on a CPU, Python; beta is bytes. What symmetric memory gains
+#   depends on the size. On two H100s with both buffers registered, the gain is largest near 4 MB and almost absent at
+#   67 MB. At 0.26 and 268 MB, symmetric memory is slower. On the same two H100s, `plan` is 1.9 to 2.8 times as fast as
+#   SGLang's pipeline, depending on the size. The passes alone make that pipeline take 1.2 to 1.9 times as long as its
+#   collective (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
+# - Compare algorithms by device time. For small gathers, call time mostly reflects how much Python runs.
 # - The result of a gather does not show which kernel NCCL selected. NCCL's log does.
 # - Count passes before you write a kernel.
 #
@@ -1353,7 +1369,7 @@ lesson.progress()
 #
 # <details><summary>Answers</summary>
 #
-# 1. Did the clock wait for the end? busbw is 788 GB/s, which is above the speed of light.
+# 1. Did the clock wait for the end? busbw would be 788 GB/s, more than the links can carry.
 # 2. Unknown. Measure both in turn, with more iterations, and compare pair by pair.
 # 3. Users with small messages notice. In large messages, the bytes hide alpha.
 # 4. Many short copies: each of them has an alpha.

@@ -100,7 +100,7 @@ def ring_factor(total_bytes: int) -> float:
 
 _START = (
     "start and NVLink rate: a least-squares fit to NCCL's times in NVIDIA/Megatron-LM#5596 (8 "
-    "H100, 2 to 128 MiB, symmetric, the fastest rank's kernel time), residual below 1 %"
+    "H100, 2 to 128 MiB, symmetric, the fastest rank's kernel time), residual at most 1.1 %"
 )
 _GAIN = "gain of symmetric memory (ring time / symmetric time): the same table, measured there"
 _NVLINK = "NVLink rate: as on 8 H100"
@@ -134,7 +134,7 @@ PRESETS = {
             3_000,
             (
                 _NVLINK,
-                "network: 0.9 of the rate of one 400 Gb/s adapter per GPU (DGX H100 data sheet)",
+                "network: 0.9 (assumed) of one 400 Gb/s adapter per GPU (DGX H100 data sheet)",
                 "start over the network: 30 µs, assumed",
             ),
             node_size=8,

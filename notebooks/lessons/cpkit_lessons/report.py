@@ -28,9 +28,9 @@ from cpkit_lessons import machine
 
 METHOD = (
     "Each algorithm's result was compared bit by bit with the expected rows before it was timed. "
-    "The algorithms alternated at each "
-    "size. Every sample began at a barrier. time_us is the largest of the ranks' medians; min_us "
-    "and p95_us are the largest of the ranks' minima and 95th percentiles."
+    "The algorithms alternated at each size. On the CPU every sample began at a barrier; on a GPU "
+    "the times are device times of queued calls. time_us is the largest of the ranks' medians; "
+    "min_us and p95_us are the largest of the ranks' minima and 95th percentiles."
 )
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -120,7 +120,7 @@ def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[st
     shown = shown.round(2).assign(**table.filter(like="_gbps").round(4))
     raw = json.dumps(content, indent=1)
     parts = [
-        "<h1>Padded all-gather: measurements</h1>",
+        "<h1>All-gather: measurements</h1>",
         f"<p>{escape(content['method'])}</p>",
         "<h2>Environment</h2>",
         _pairs(content["environment"]),

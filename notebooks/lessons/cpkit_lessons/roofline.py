@@ -44,7 +44,7 @@ def roof(
     return style.finish(
         figure,
         title="Speed of light" + (" and measured times" if table is not None else ""),
-        subtitle="a barrier, each byte read once and written once per rank; grey: below the bound",
+        subtitle="each byte read once and written once per rank (CPU: a barrier too); grey: below",
         alt=". ".join(words) + ".",
         height=460,
     )

@@ -193,7 +193,7 @@ LESSON.ask(
     between=(0, 10),
     tolerance=0.01,
     wrong={
-        0: "Most of the faults move rows, which does not change their number.",
+        0: "Most of the faults move or change rows, which does not change their number.",
         4: "More gathers pass: only a fault that loses or adds a slot changes the count.",
         9: "One of the ten loses a row, and one has slots after the end. The check detects both.",
         10: "One of the ten loses a row, and one has slots after the end. The check detects both.",
@@ -231,7 +231,7 @@ LESSON.ask(
     between=(0, 2),
     tolerance=0.01,
     wrong={
-        0: "Without any barrier, a rank could not detect that the rows of its peers have arrived.",
+        0: "Without any synchronization, a rank could not detect that its peers' rows have arrived.",
         2: "The first of the two is the agreement, and the ranks already agreed when they made "
         "the plan.",
     },

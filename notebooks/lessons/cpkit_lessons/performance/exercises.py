@@ -230,7 +230,8 @@ def check_price(lab: Lab, price_us: Price) -> Score:
             got = _number("price_us", price_us(dict(written), total, *prices))
             if not math.isclose(got, wanted, rel_tol=1e-9):
                 raise WrongAnswer(
-                    f"{algorithm}, lengths {lengths}: rank 0 wrote {written} for {total} rows; "
+                    f"{algorithm}, lengths {lengths}: the buffers of rank 0 received {written} for "
+                    f"{total} rows; "
                     f"copy {prices[0]}, wire {prices[1]}, barrier {prices[2]} µs: you say "
                     f"{got:.2f} µs, expected {wanted:.2f}"
                 )

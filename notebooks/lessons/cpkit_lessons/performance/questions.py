@@ -128,8 +128,9 @@ def alpha(world: World) -> Prediction:
             0.1: f"Bytes are cheap: at several GB/s, {size} take a few µs. The rest costs more.",
             0.3: "Look at the left end of the sweep: doubling the bytes hardly changes the time.",
         },
-        why="A small gather hardly moves bytes. Its time is Python code and barriers: fewer steps "
-        "and fewer barriers help, and bandwidth does not.",
+        why="A small gather hardly moves bytes. Its time is a fixed cost: on the CPU Python code "
+        "and barriers, on a GPU the start of a kernel and signals. Fewer steps help, and "
+        "bandwidth does not.",
     )
 
 
@@ -193,8 +194,8 @@ LESSON.ask(
         1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
-    why="Measured in Megatron-LM#5596 (times rounded here), as the minimum over the ranks of the "
-    "kernel's time: 20.2 → 10.9 µs, and 385.3 → 363.2 µs. The saved time grows from 9.3 to about "
+    why="Megatron-LM#5596 measured 20.2 → 10.9 µs and 385.3 → 363.2 µs (rounded here), as the "
+    "minimum over the ranks of the kernel's time. The saved time grows from 9.3 to about "
     "22 µs, and the total time grows far more.",
 )
 LESSON.ask(
@@ -210,8 +211,8 @@ LESSON.ask(
         1.0: "Both pad, gather, strip and reorder. But NCCL gathers with another kernel here.",
         0.4: "The symmetric kernel saves only a fifth of the collective, and the passes remain.",
     },
-    why="25.2 µs of device time for `seed`, 21.1 for `padded_symm`: the ring takes 20.5, the "
-    "symmetric kernel 16.7, and pad, strip and reorder 4 to 5 in both.",
+    why="The device time is 25.2 µs for `seed` and 21.1 µs for `padded_symm`. The ring takes 20.5 "
+    "µs, the symmetric kernel 16.7 µs, and pad, strip and reorder 4 to 5 µs in both.",
 )
 LESSON.ask(
     "kernels",
