@@ -47,7 +47,6 @@ WORDS: dict[str, str] = {
     "(small messages: into a staging buffer)",
     "multicast": "one store that the NVLink switch copies to all GPUs; more than 2 ranks needed",
     "copy engine": "the hardware of a GPU that copies memory without its multiprocessors",
-    "low-contention": "PyTorch's gather that uses copy engines, so that other kernels keep running",
     "paged cache": "a KV cache in pages that are assigned to requests; a token's slot can be in "
     "any page",
     "algbw": "S / t: all gathered bytes divided by the time",
@@ -64,7 +63,6 @@ WORDS: dict[str, str] = {
     "eager": "called from Python one operation after the other, without a CUDA graph",
     "CUDA graph": "kernels that were recorded once and are then launched together",
     "call time": "from the start of a call to the end of its kernels, measured in a Python loop",
-    "host time": "from the start of a call to its return; its kernels may still run",
     "device time": "the time of the work on the GPU alone, without Python",
 }
 _LINE = re.compile(r"(?m)^\{glossary: (.+)\}$")

@@ -306,5 +306,5 @@ def test_a_rule_that_fits_one_run_only_is_refused(
         return case if sorted(ranks, key=lambda rank: rank.rank) == seen else "another cause"
 
     text = shown(symmetric.check_cause, memorized, cards)
-    assert f"In another run: {symptom}" in text
+    assert f"With another barrier and time: {symptom}" in text
     assert "at barrier 1" not in text

@@ -231,7 +231,7 @@ LESSON.ask(
     between=(0, 2),
     tolerance=0.01,
     wrong={
-        0: "Without any synchronization, a rank could not detect that its peers' rows have arrived.",
+        0: "Without any synchronization, a rank could not detect that its peers' rows are there.",
         2: "The first of the two is the agreement, and the ranks already agreed when they made "
         "the plan.",
     },

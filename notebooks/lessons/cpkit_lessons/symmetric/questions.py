@@ -199,8 +199,8 @@ _ask_symptom(
     why="No rank raises an error, every row is right, and only the path differs: NCCL 2.28.9 "
     "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
     "2.28.9, NCCL gathered 268 MB in 451 µs with only the receive buffer registered, in 556 µs "
-    "with none, and in 596 µs with both. (Source: benchmarks/results/2026-11-28-gpu.json, commit "
-    "6b142c512aef.)",
+    "with none, and in 596 µs with both (benchmarks/results/2026-11-28-gpu.json, commit "
+    "6b142c512aef).",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },
