@@ -4,8 +4,8 @@
 # A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
 # over several GPUs. Each GPU has one process, called a *rank*. But the tokens of each rank attend to keys and values
 # that **other** ranks hold. So the ranks gather the KV cache in every layer: they pad their parts to the same number of
-# rows, exchange them, strip the padding, and reorder the rows. A serving engine pays for this gather in each layer of
-# each long request. In this notebook real processes run it, and you write each step.
+# rows (one row per token), exchange them, strip the padding, and reorder the rows. A serving engine pays for this
+# gather in each layer of each long request. In this notebook real processes run it, and you write each step.
 #
 # **Time** 70 minutes. **Needs** Linux on x86-64, and no GPU: without one, the ranks are CPU processes.
 # **Prerequisites** tensors, and what a KV cache is.
@@ -43,8 +43,8 @@ world = lesson.begin(lab)
 # started the workers, they stop when its kernel stops.
 #
 # `cp` below is the number of ranks in each gather: 2, 4 or 8, whichever is the largest group that the workers can form.
-# To use 2 or 8 ranks, stop the workers (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`),
-# and run all cells again. The outputs that are saved in this file come from 4 ranks.
+# To use 2 or 8 ranks, in a terminal in the repository, stop the workers (`./launch_workers.sh stop`), start others
+# (`./launch_workers.sh --nproc 2`), and run all cells again. The outputs that are saved in this file come from 4 ranks.
 
 # %% setup
 import torch
@@ -61,7 +61,7 @@ cp = world.cp_size
 #
 # Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
 #
-# - **zigzag** cuts the sequence into 2·cp blocks. Rank r owns blocks r and 2·cp−1−r.
+# - **zigzag** cuts the sequence into 2·cp blocks. Rank r owns block r and its mirror image, block 2·cp−1−r.
 # - **interleave** assigns token t to rank t mod cp.
 # - **contiguous** cuts the sequence into cp runs of consecutive tokens, and assigns one run to each rank.
 
@@ -171,9 +171,9 @@ def owner(token, length, cp_size):
 # %% s2 [markdown]
 # ## 2. Why zigzag?
 #
-# Why would an engine choose such a complicated order? Because attention is causal: token t attends to t + 1 keys, so
-# late tokens cost more than early ones. Ranks with equally many tokens can have very different amounts of work, and the
-# slowest rank sets the time.
+# Why would an engine choose such a complicated order? The reason is that attention is causal. Token t attends to t + 1
+# keys, so late tokens cost more than early ones. Ranks with equally many tokens can have very different amounts of
+# work, and the slowest rank sets the time.
 
 # %% work-predict
 lesson.predict("work", ...)
@@ -197,14 +197,14 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # sequence (the last rank holds one, because its two blocks are adjacent). So two copies move them, and two attention
 # calls read them. With interleave, each token is a run of its own. PyTorch's context parallelism calls the same idea
 # the head-tail balancer, and requires a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one
-# rank, at the price of unbalanced work (sglang#34059 discusses it and is still open).
+# rank, at the price of unbalanced work (sglang#34059 discusses it, and was open in November 2026).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
 #
-# **Goal** Write `keys_seen` for a batch. `tokens` are the rows of one rank, as indices into the flattened batch.
-# `lengths[i]` is the number of tokens in sequence i. Each token attends to itself and to all earlier tokens **of its
-# own sequence**.
+# **Goal** Write `keys_seen` for a batch. `tokens` holds the tokens of one rank, numbered through the flattened batch:
+# all sequences, one after the other. `lengths[i]` is the number of tokens in sequence i. Each token attends to itself
+# and to all earlier tokens **of its own sequence**.
 #
 # **Example** With `lengths` [3, 2], tokens 0, 1, 2 are one sequence, and tokens 3, 4 another. A rank that holds tokens
 # 1 and 3 attends to 2 keys (0 and 1) plus 1 key (3 alone), so `keys_seen(tensor([1, 3]), [3, 2])` is 3.
@@ -273,9 +273,9 @@ def keys_seen(tokens, lengths):
 #
 # Such gathers exist. MPI has `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different lengths.
 # But the all-gather of NCCL, NVIDIA's library of collectives, takes one size for all ranks. For an uneven list torch
-# therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use the fast kernels for
-# symmetric memory, which notebook 2 introduces. So the usual solution is to pad: every rank extends its shard to the
-# length of the longest one.
+# therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use NCCL's fast kernels (GPU
+# programs) for symmetric memory. Notebook 2 introduces symmetric memory. So the usual solution is to pad: every rank
+# extends its shard to the length of the longest one.
 
 # %% waste-predict
 lesson.predict("waste", ...)
@@ -753,19 +753,19 @@ def cp_attention(q, k, v, tokens):
 # `kv_len_next`.
 #
 # **Another way** Leave K and V in rank order, and permute the *mask*: `order <= tokens[:, None]`. PyTorch's
-# FlexAttention path does this: it rewrites the indices of the mask and moves no rows. It requires a kernel that accepts
-# any mask.
+# FlexAttention (attention with a programmable mask) does this: it rewrites the indices of the mask, and does not
+# reorder the rows. It requires a kernel that accepts any mask.
 
 # %% s7 [markdown]
 # ## 7. Bug hunt: a check that detects every fault
 #
 # How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
 # worse. So the test has to find them. Here are ten broken gathers, or *mutants*:
-# - two ranks are exchanged, or two neighbouring rows;
+# - the rows of two ranks are exchanged, or two neighbouring rows;
 # - the reorder is forgotten;
 # - the rows of one rank are left over from the previous round;
 # - padding stands in place of a row, or a copy of its neighbour does;
-# - a row was written by a rank that is not its owner, or has a wrong sequence number;
+# - all rows of one rank were written by another rank, or all rows of the last sequence have a wrong sequence number;
 # - the last row is lost, or extra slots follow the end of the batch.
 #
 # The table below applies four common checks to each of them: `✓ killed` means that the check rejects the mutant, and
@@ -1087,26 +1087,27 @@ lesson.progress()
 #
 # <details><summary>1. Which rank has the most work under contiguous, and why do all ranks have about the same under zigzag?</summary>
 #
-# The last rank, because late tokens attend to more keys. Zigzag assigns one early and one late block to each rank.
+# The last rank has the most work, because late tokens attend to more keys. Zigzag assigns one early and one late block
+# to each rank.
 # </details>
 # <details><summary>2. When is ceil(total / cp) right?</summary>
 #
-# Always for one sequence, but only sometimes for several. Several sequences may assign their extra tokens to the same
-# rank.
+# It is always right for one sequence, and sometimes right for several: the extra tokens of several sequences can belong
+# to the same rank.
 # </details>
 # <details><summary>3. Why may a gather leave the padding uninitialized, and where must the padding be masked?</summary>
 #
-# A gather only copies it and drops it later. Where padded rows enter a sum, a softmax or the dispatch to experts, they
-# must be masked.
+# A gather only copies it and drops it later. Padding must be masked where it would enter a sum, a softmax, or the
+# routing of tokens to experts.
 # </details>
 # <details><summary>4. How many passes over the rows does x[a][b] need, and how many does x[a[b]]?</summary>
 #
-# Two, and one.
+# `x[a][b]` needs two passes, and `x[a[b]]` needs one.
 # </details>
 # <details><summary>5. A test compares a new gather with NCCL's on the data torch.arange(n) + rank. Which faults does it miss?</summary>
 #
-# A stale round, because the data are the same every time. It also misses an exchange of rows that have the same value
-# on two ranks. It misses every fault that both gathers share.
+# It misses a stale round, because the data are the same every time. It also misses an exchange of rows that have the
+# same value on two ranks. It misses every fault that both gathers share.
 # </details>
 #
 # ### You can now read
@@ -1121,8 +1122,8 @@ lesson.progress()
 #
 # ### An open problem
 #
-# In vllm#49517, #52863 and #57115 (all open), every rank stores its rows straight into the *paged* cache of each peer:
-# a KV cache in pages that are assigned to requests. What is the permutation then, and which ranks must agree before a
-# page is reused? Section 11 of notebook 2 answers both questions for one request.
+# In vllm#49517, #52863 and #57115 (all open in November 2026), every rank stores its rows straight into each peer's
+# *paged cache*, which is a KV cache in pages that are assigned to requests. What is the permutation then, and which
+# ranks must agree before a page is reused? Section 11 of notebook 2 answers both questions for one request.
 #
 # Next: `02_symmetric_memory.ipynb`.

@@ -44,7 +44,8 @@ def roof(
     return style.finish(
         figure,
         title="Speed of light" + (" and measured times" if table is not None else ""),
-        subtitle="each byte read once and written once per rank (CPU: a barrier too); grey: below",
+        subtitle="each byte read once and written once per rank, on a CPU after a barrier; "
+        "grey: below the bound",
         alt=". ".join(words) + ".",
         height=460,
     )

@@ -106,13 +106,13 @@ def _batches() -> Iterator[tuple[Sequence[int], int]]:
 
 def _length_fault(got: object, lengths: Sequence[int], cp_size: int, held: Sequence[int]) -> str:
     shown = f"[{lengths[0]}] * {len(lengths)}" if len(lengths) > 8 else str(list(lengths))
-    call = f"padded_len({shown}, {cp_size}) is {got!r:.60}; the ranks hold {list(held)} rows"
+    call = f"padded_len({shown}, {cp_size}) is {got!r:.60}. The ranks hold {list(held)} rows"
     if not isinstance(got, int):
-        return f"{call}, and a length is an int"
+        return f"{call}. A length is an int"
     if got > max(held):
-        return f"{call}: {max(held)} slots are enough; any others would be padding on all ranks"
+        return f"{call}, so {max(held)} slots per rank are enough"
     rank = held.index(max(held))
-    return f"{call}: {max(held) - got} row(s) of rank {rank} would be cut off"
+    return f"{call}, so {max(held) - got} row(s) of rank {rank} would be cut off"
 
 
 # --------------------------------------------------------------- 4 and 5: strip and reorder
@@ -265,7 +265,7 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
     names = (
         "two ranks exchanged",
         "rank order: reorder forgotten",
-        "stale: one rank's last round",
+        "stale: one rank's previous round",
         "padding in place of a row",
         "a row twice",
         "two neighbours exchanged",
@@ -277,7 +277,7 @@ def _gathers(layout: ContextParallelMetadata, round_: int) -> dict[str, Rows]:
     made = {name: right.copy() for name in ("right", *names)}
     made["two ranks exchanged"] = _exchanged(right, one, other)
     made["rank order: reorder forgotten"] = right[layout.rank_order.numpy()]
-    made["stale: one rank's last round"][owner == one, 0] = round_ - 1
+    made["stale: one rank's previous round"][owner == one, 0] = round_ - 1
     made["padding in place of a row"][at] = -1
     made["a row twice"][at + 1] = right[at]
     made["two neighbours exchanged"][[at, at + 1]] = right[[at + 1, at]]
@@ -356,7 +356,7 @@ def check_bill(bill: Bill) -> Score:
                     call = f"bill({', '.join(map(str, arguments))})"
                     raise WrongAnswer(
                         f"{call}[{stage!r}] is {reprlib.repr(got[stage])}; expected {wanted}, the "
-                        f"bytes that torch wrote on rank {rank} of {cp_size} for lengths {lengths}"
+                        f"bytes that torch writes for rank {rank} of {cp_size}, lengths {lengths}"
                     )
             cases, padded = cases + 1, padded + sum(measured.values())
             direct += layout.total_tokens * ROW_BYTES
