@@ -22,10 +22,10 @@ WORDS: dict[str, str] = {
     "token order": "token 0, 1, 2, …, sequence by sequence: the order that attention needs",
     "provenance": "the origin of a row, stored in the row as a *stamp*: round (the number of the "
     "gather), rank, sequence and token",
+    "layout": "where each row is, computed from the lengths, cp_size and the strategy",
     "mutant": "a deliberately wrong solution or result; a good check rejects all of them",
     "pass": "reading and writing all gathered data once",
     "plan": "a gather that is prepared once and then called many times (`plan_gather_kv`)",
-    "seed": "SGLang's pipeline in plain torch: pad, NCCL's all-gather, strip, reorder",
     "symmetric memory": "buffers that all ranks allocate with the same sizes in the same order, "
     "and that all peers can address",
     "segment": "memory that one rank creates and all ranks map",
@@ -41,7 +41,7 @@ WORDS: dict[str, str] = {
     "ahead (write after read)": "the writer was early, and overwrote rows that had not been read "
     "yet",
     "fallback": "the ordinary collective instead of symmetric kernels: its result is correct, but "
-    "it is usually slower",
+    "it can be slower",
     "ring": "NCCL's ordinary all-gather: each rank passes rows on to its neighbour",
     "symmetric kernel": "a kernel of NCCL that stores straight into the windows of all peers "
     "(small messages: into a staging buffer)",

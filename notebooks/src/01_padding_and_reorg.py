@@ -1,6 +1,8 @@
 # %% title [markdown]
 # # 1 · Padding and reorganization
 #
+# (The saved outputs contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.)
+#
 # A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
 # over several GPUs. Each GPU has one process, called a *rank*. But the tokens of each rank attend to keys and values
 # that **other** ranks hold. So the ranks gather the KV cache in every layer: they pad their parts to the same number of
@@ -18,7 +20,7 @@
 # 4. show when attention needs token order;
 # 5. write a check that rejects every broken gather.
 #
-# {glossary: rank, collective; token, row; shard; slot; cp_size, cp_rank; block; per_rank_actual_token; max_rank_len; rank order; token order; provenance; mutant}
+# {glossary: rank, collective; token, row; shard; slot; cp_size, cp_rank; block; per_rank_actual_token; max_rank_len; rank order; token order; provenance; layout; mutant; pass}
 #
 # In figures of rows and ranks, **a colour is a rank**, **hatching is padding**, and **red is wrong**. Other figures
 # have a legend.
@@ -26,8 +28,7 @@
 # Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To see a question, run
 # its `lesson.predict` cell unchanged. Then put your number in place of `...`, and run it again. A wrong guess costs
 # nothing, and can make the explanation easier to remember. A guess that is close counts as right; how close depends on
-# the question. The cell below each exercise checks your solution, and hints are folded below it. The saved outputs
-# contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.
+# the question. The cell below each exercise checks your solution, and hints are folded below it.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
@@ -59,7 +60,8 @@ cp = world.cp_size
 # For a gather, every rank must be able to compute where each row is. The scheduler of a serving engine selects the
 # sequences of each batch, and every rank derives the place of each row from their lengths alone, without communication.
 #
-# Take one sequence with 6 tokens per rank: 24 tokens over 4 ranks. A *strategy* assigns each token to a rank:
+# Take one sequence with 6 tokens per rank, for example 24 tokens over 4 ranks. A *strategy* assigns each token to a
+# rank:
 #
 # - **zigzag** cuts the sequence into 2·cp blocks. Rank r owns block r and its mirror image, block 2·cp−1−r.
 # - **interleave** assigns token t to rank t mod cp.
@@ -193,11 +195,11 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # All ranks wait for the slowest one. Zigzag pairs each early block with a late one, so all ranks finish at almost the
 # same time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
 #
-# Zigzag is the usual default because each rank's rows form long contiguous runs. A rank holds at most two runs per
-# sequence (the last rank holds one, because its two blocks are adjacent). So two copies move them, and two attention
-# calls read them. With interleave, each token is a run of its own. PyTorch's context parallelism calls the same idea
-# the head-tail balancer, and requires a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one
-# rank, at the price of unbalanced work (sglang#34059 discusses it, and was open in November 2026).
+# Zigzag is the usual default because a rank holds at most two runs of consecutive tokens per sequence, however long the
+# sequence is. So two copies per sequence move them, and two attention calls read them. With interleave, each token is a
+# run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer, and requires a length that
+# is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced work
+# (sglang#34059 discusses it, and was open in November 2026).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
@@ -425,7 +427,9 @@ figures.show(figures.stage_grid(gathered, ["shard"]))
 # %% pad-text [markdown]
 # ### Stage 1: pad
 #
-# Each rank that holds fewer than `max_rank_len` rows copies them into a buffer of that length.
+# Each rank that holds fewer than `max_rank_len` rows copies them into a buffer of that length, and fills the rest with
+# zeros. A rank without padding sends its shard as it is: the figure shows it for comparison, but no row is copied
+# there.
 
 # %% pad
 figures.show(figures.stage_grid(gathered, ["pad"]))
@@ -760,16 +764,20 @@ def cp_attention(q, k, v, tokens):
 # ## 7. Bug hunt: a check that detects every fault
 #
 # How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
-# worse. So the test has to find them. Here are ten broken gathers, or *mutants*:
-# - the rows of two ranks are exchanged, or two neighbouring rows;
-# - the reorder is forgotten;
-# - the rows of one rank are left over from the previous round;
-# - padding stands in place of a row, or a copy of its neighbour does;
-# - all rows of one rank were written by another rank, or all rows of the last sequence have a wrong sequence number;
-# - the last row is lost, or extra slots follow the end of the batch.
+# worse. So the test has to find them. Here are ten broken gathers, or *mutants*, by the names in the table below:
+# - `two ranks exchanged`, `two neighbours exchanged`: rows are at each other's place;
+# - `rank order`: the reorder is forgotten;
+# - `stale`: the rows of one rank are left over from the previous round;
+# - `padding in place of a row`, `a row twice`: one row is missing, and padding or a copy of its neighbour stands in its
+#   place;
+# - `written by a rank that is not the owner`, `wrong sequence number`: all rows of a rank, or of the last sequence,
+#   have a wrong stamp;
+# - `the last row lost`, `slots after the end`: the result is too short or too long.
 #
-# The table below applies four common checks to each of them: `✓ killed` means that the check rejects the mutant, and
-# `alive` that it accepts it.
+# The table applies four common checks to each of them. `lengths only` counts the slots. `one constant per rank`
+# compares the rank in each slot. `the same set of tokens` compares sequences and tokens, but not their order, and
+# `tokens in order` compares their order too. `✓ killed` means that the check rejects the mutant, and `alive` that it
+# accepts it.
 
 # %% survivors-predict
 lesson.predict("survivors", ...)
@@ -784,9 +792,9 @@ table
 lesson.reveal("survivors", int(alive["lengths only"]))
 
 # %% survivors-text [markdown]
-# NCCL's own example of symmetric memory, and several tests in PyTorch, use `one constant per rank`: every row holds
-# only the number of its rank. This check does not detect a stale round, or two exchanged rows of one rank. Read each
-# column of the table: every check accepts some of the faults.
+# NCCL's own example of symmetric memory, and several tests in PyTorch, use `one constant per rank`: their rows hold
+# nothing but the number of their rank. This check does not detect a stale round, or two exchanged rows of one rank.
+# Read each column of the table: every check accepts some of the faults.
 
 # %% e7-task [markdown]
 # ### Exercise 7 · Write the check that rejects all mutants
@@ -1006,9 +1014,10 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # {glossary: plan}
 #
 # `lab.gather` makes each rank call `all_gather_kv`. With `direct`, it synchronizes twice: the ranks agree before any
-# row is stored, and they wait at a barrier until all rows have arrived. The next cells start two other ranks, make a
-# plan there, and list the *steps* of one call. Some steps fill a buffer, such as `wire`. The others synchronize:
-# `agree` is the agreement, and `exit` is the barrier at the end.
+# row is stored, and they wait at a barrier until all rows have arrived. The next cells run the function `layers` on two
+# other ranks. `group` is the group of these ranks: it has their number, `group.size`, and the number of this rank,
+# `group.rank`. The function makes a plan, and `stages.record()` records the *steps* of one call. Some steps fill a
+# buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1051,7 +1060,8 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 # ## 9. Try it
 #
 # How do the stages of a gather change with the number of ranks? Move the slider, or focus it and press the arrow keys.
-# Each change runs a new gather on the workers, checks every byte, and redraws the figure.
+# Each change runs a new gather on the workers, checks every byte, and redraws the figure. The cell below the panel
+# moves the slider once to cp / 2 and back, as you would.
 
 # %% stepper
 from cpkit_lessons.stepper import Stepper
@@ -1063,6 +1073,8 @@ stepper
 stepper.wait(done=1)
 stepper.cp_size.value = cp // 2  # as if you had moved the slider
 stepper.wait(done=2)
+stepper.cp_size.value = cp
+stepper.wait(done=3)
 assert len(stepper.figure.data[0].y) > 0
 
 # %% s10 [markdown]

@@ -1,6 +1,8 @@
 # %% title [markdown]
 # # 2 · Symmetric memory
 #
+# (The saved outputs contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.)
+#
 # A collective such as all-gather hides how bytes travel. With *symmetric memory*, a rank writes into the memory of a
 # peer as if that memory were its own. That is fast, and serving engines use it for that reason. But the safety of the
 # collective is gone: no rank waits unless you tell it to, and no error reports a missing wait.
@@ -181,9 +183,6 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # - **stale** (a read-after-write fault): the reader was early. It read before the writer had written.
 # - **ahead** (a write-after-read fault): the writer was early. It had already begun a later round.
 #
-# (Even without the barrier, the ranks wait for each other once every 500 rounds. So a wrong read is at most 500
-# rounds off.)
-#
 # Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
 # memory that was never written.
 
@@ -197,7 +196,7 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # ```python
 # def no_barrier(me):
 #     for number in me.rounds:
-#         for peer in me.all_ranks:
+#         for peer in me.all_ranks:           # rank 0 first; I am one of them
 #             yield me.put(peer, number)      # write my stamp of this round into my slot there
 #         for writer in me.all_ranks:
 #             yield me.read(writer, number)   # must find the stamp of this round
@@ -349,10 +348,11 @@ def exchange(me):
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
 #
-# **Goal** Break `one_barrier` by hand. Write the order in which two ranks take their steps, over two rounds, so that a
-# read is *ahead*. In each round, a rank takes 5 steps: put to 0, put to 1, barrier, read 0, read 1.
+# **Goal** Break `one_barrier` by hand. In the figure before exercise 2, a read of rank 1 is *ahead*. Write an order of
+# steps in which a read of **rank 0** is ahead. Each rank takes 5 steps per round: put to 0, put to 1, barrier, read 0,
+# read 1. The order may end with the wrong read.
 #
-# **Example** In `[1, 1, 1, 0, 0, 0]`, rank 1 puts twice and arrives at the barrier, and then rank 0 does the same. From
+# **Example** In `[0, 0, 0, 1, 1, 1]`, rank 0 puts twice and arrives at the barrier, and then rank 1 does the same. From
 # here on all reads can still be right.
 #
 # **About** 5 minutes, ★★☆
@@ -360,8 +360,8 @@ def exchange(me):
 # %% e3
 # The rank that takes each step: 0 or 1.
 # >>> your code
-#: order = [1, 1, 1, 0, 0, 0]
-order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+#: order = [0, 0, 0, 1, 1, 1]
+order = [0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
 # <<<
 
 # %% e3-check
@@ -374,16 +374,20 @@ order = [0, 1] * 10
 order = [0] * 10
 
 # %% e3-mutant-one-read-too-few
-order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
+order = [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
+
+# %% e3-mutant-the-figure
+order = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1]
 
 # %% e3-help [markdown]
 # After the first six steps, both ranks have passed the barrier. Which rank must be slow now, and which one fast?
 #
 # ---
-# Let rank 0 read both slots, and continue with round 2. Its put to rank 1 then overwrites what rank 1 has not read yet.
+# Let rank 1 read both slots, and continue with round 2. Its put to rank 0 then overwrites what rank 0 has not read yet.
 #
 # ---
-# `[1, 1, 1, 0, 0, 0]`, then rank 0 four times (two reads and two puts), then rank 1 once.
+# `[0, 0, 0, 1, 1, 1]`, then rank 1 three times (two reads and its put to rank 0), then rank 0 twice. Its first read is
+# of its own slot, which is right.
 #
 # ---
 # **Why** You have just played the role of a scheduler, a slow core or a page fault. In GPU kernels the same happens
@@ -395,8 +399,8 @@ order = [1, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 # request at a time from CUDA graphs (kernels that are recorded once and then launched together), the race reduced the
 # fraction of right answers from 0.575 to 0.100 (sglang#37768).
 #
-# **Another way** Let rank 1 be the fast one: `[0, 0, 0, 1, 1, 1]`, then rank 1 three times (two reads and its put to
-# rank 0), then rank 0 twice. Its first read is of its own slot, which is right.
+# **Another way** Let rank 1 also put to itself before rank 0 reads. The order has one step more, and fails in the same
+# way.
 
 # %% s5 [markdown]
 # ## 5. Signals instead of barriers
@@ -655,6 +659,8 @@ assert (now["spills"] == warm["spills"]).all(), "no gather made the pool grow"
 # *free list*, which is the list of its unused ranges. That offset is equal on all ranks, as long as all ranks have
 # freed the same blocks. But Python frees a tensor when the last reference to it goes away, which can happen at a
 # different time on each rank. In this example, rank 1 still holds `old` when the receive buffer `recv` is allocated.
+# `simulate_push` executes these steps, allocates `recv`, and then lets each rank push a shard of three rows into `recv`
+# on both ranks. Round 1 is what the blocks held before, and round 2 is the push.
 
 # %% diverge
 from cpkit_lessons.divergence import simulate_push
@@ -780,11 +786,19 @@ lesson.predict("recv", ...)
 # %% versions
 lesson.version_table()
 
+# %% recv-reveal
+from cpkit.memory.path import BufferLocation, BufferPair, decide
+
+send = BufferLocation(other="ordinary memory", fault="unregistered")
+places = [BufferPair(send, BufferLocation(0, 4096))] * 2
+path = decide(places, 0, "nccl 2.28.9").path
+lesson.reveal("recv", path)
+
 # %% versions-text [markdown]
 # The table comes from `cpkit.memory.path`, which follows NCCL's sources of 2.27 to 2.30 (`symmetric_sched.cc`,
-# `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. Since 2.29 (first tag: 2.29.2) only the receive buffer
-# counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and out of date for
-# torch 2.12.1.
+# `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. From 2.29.2 on, the first release of 2.29, only the
+# receive buffer counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and
+# out of date for torch 2.12.1.
 #
 # The rule "receive only" has three exceptions, which exercise 6 leaves out. Over several nodes, the kernels that cross
 # nodes (GIN) need both buffers. For small messages, NCCL may take the fallback although the receive buffer is
@@ -968,20 +982,13 @@ def fast_path(version, group, send, recv):
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
 # version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
 
-# %% recv-reveal
-from cpkit.memory.path import BufferLocation, BufferPair, decide
-
-send = BufferLocation(other="ordinary memory", fault="unregistered")
-places = [BufferPair(send, BufferLocation(0, 4096))] * 2
-path = decide(places, 0, "nccl 2.28.9").path
-lesson.reveal("recv", path)
-
 # %% s9 [markdown]
 # ## 9. Failure lab
 #
 # What do these mistakes look like when they happen at night, in production? Now you cause them on purpose. Each case
 # starts two ranks of its own, makes one mistake on one or both of them, and ends both. The ranks wait at most 1.5 s for
-# each other, and your workers above are not involved. Before each run, predict: **what will the ranks observe?**
+# each other, and your workers above are not involved. In the messages, `cp2.0.0` is the name of the group of these two
+# ranks, and `tensor 0` is the first of the gathered tensors. Before each run, predict: **what will the ranks observe?**
 #
 # - `error at once`: the ranks raise an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
@@ -1234,11 +1241,11 @@ def cause(ranks):
 # ### Exercise 8 · A pull gather
 #
 # **Goal** Write one round of `pull_gather`. `shard` contains the rows of this rank, and `out` has room for the whole
-# result in token order. At first it contains only *poison*: bytes that no rank writes. `tokens[r]` lists the tokens of
-# rank r, in the order in which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield
-# me.load(peer, count)` returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. The
-# next round uses the same buffers. No two ranks may load from the same rank at the same time, if all of them are
-# equally fast.
+# result in token order. At first it contains only poison (section 9). `tokens[r]` lists the tokens of rank r, in the
+# order in which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer,
+# count)` returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. `me.rank` is the
+# number of this rank, and `me.size` that of all ranks. The next round uses the same buffers. No two ranks may load from
+# the same rank at the same time, if all of them are equally fast.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.
@@ -1328,10 +1335,11 @@ def pull_gather(me, shard, out, tokens):
 # rotation, the check reports how many ranks load from the same rank at the same time.
 #
 # ---
-# **Why** If all ranks read from rank 0 first, its memory serves all of them while the memories of the other ranks
-# are idle. With the rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`.
-# PyTorch's `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware
-# for copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
+# **Why** If all ranks read from rank 0 first, its memory serves all of them while the memories of the other ranks are
+# idle. With the rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. A rank's
+# own rows need no load: with `out[tokens[me.rank]] = shard`, you load fewer rows than the reference. PyTorch's
+# `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware for
+# copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #
 # **Another way** Push: `put` your rows at their tokens in the *output* of every peer. Then `out`, not the shard, must
 # be in symmetric memory, and `out` is complete after the barrier at the end. That is `algorithm="direct"`, which

@@ -1,13 +1,15 @@
 # %% title [markdown]
 # # 3 · All-gather performance
 #
+# (The saved outputs contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.)
+#
 # Several algorithms gather the same bytes. Which one is the fastest, by how much, and why? A serving engine gathers in
 # every layer, so a wrong answer costs time in each of them. In this notebook you compute what the hardware allows,
 # measure what happens, and explain the difference. The loop is the same as before: predict, run, compare. Run a cell
 # with `lesson.predict` to see its question, then put your answer in place of `...` and run it again.
 #
 # **Time** 75 minutes. **Needs** Linux on x86-64, and no GPU: the times are those of *this* machine. **Prerequisites**
-# notebooks 1 and 2.
+# notebooks 1 and 2. A paragraph that begins with **On GPUs** says what differs there: with CPU ranks, skip it.
 #
 # After this notebook you can
 # 1. convert a time into algbw and busbw, and compare it with the speed of light;
@@ -202,16 +204,18 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # and writes S bytes, so 2 · cp · S bytes move. The bound is therefore (cp+1) / (2 · cp) of the time of these copies,
 # plus one barrier. The fastest of all samples counts, because a bound is not an average.
 #
-# On a GPU, this bound and the sweep in section 5 are device times. The bound then contains no barrier, because that
-# barrier runs on the *host*, the CPU that runs Python. The gathers of the sweep still wait for each other on the GPU.
-# With one GPU per rank, the links set a higher bound, by the formula above. The line below is then only the bound of
-# each GPU's own memory.
+# **On GPUs**, this bound and the sweep in section 5 are device times. The bound contains no barrier, because that
+# barrier runs on the *host*, the CPU that runs Python. With one GPU per rank, the line below is the bound of each GPU's
+# own memory, and the formula above gives a higher one.
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 from cpkit.notebook.views import floor_us
 
 sizes = world.sizes()  # bytes: up to 67 MB, or less where memory is short
-probes = {n: lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one) for n in sizes}
+probes = {}
+for n in sizes:
+    print(f"copying {n / MB:.3g} MB on each rank …")
+    probes[n] = lab.clock(["barrier", "copy"], n // 2048, cp, iterations=8, **one)
 barrier_us = min(probe.slowest_us("barrier").min() for probe in probes.values())
 # barrier (the fastest of all probes; none on a GPU) + (cp+1) / (2 · cp) · copy
 light = {n: floor_us(probe, barrier_us) for n, probe in probes.items()}
@@ -219,13 +223,12 @@ assert light[sizes[-1]] > light[sizes[0]] > 0
 figures.show(figures.roof(light))
 
 # %% light-after [markdown]
-# This line is drawn *before* any gather has run, and no gather changes it. (If you run the cell again, noise can move
-# it: on a busy machine the copies take longer.) If a measured time lies below it, either the measurement or the bound is
-# wrong.
+# This line is drawn *before* any gather has run, and no gather changes it. If a measured time lies below it, either the
+# measurement or the bound is wrong.
 #
-# On a CPU, caches can make the bound wrong. A gather whose rows are still in a cache can take less time than a copy
-# that reads them from memory. So the next sections measure the algorithms in turn. This does not repair the bound, but
-# no algorithm profits from its own rows in a cache.
+# The bound can be wrong for two reasons. On a busy machine the copies take longer; then run the cell again. And on a
+# CPU, a gather whose rows are still in a cache can be faster than a copy that reads them from memory. So the next
+# sections measure the algorithms in turn: then no algorithm finds its own rows in a cache.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -234,8 +237,8 @@ figures.show(figures.roof(light))
 #
 # | algorithm | what each rank does |
 # |---|---|
-# | `padded` | pads, calls the collective of torch.distributed (where ranks share a GPU, pulls from its peers), strips, reorders |
-# | `padded_symm` | copies into symmetric memory, pushes to all peers (with one GPU per rank, NCCL does this), strips, reorders |
+# | `padded` | pads, calls the collective of torch.distributed, strips, reorders |
+# | `padded_symm` | copies into symmetric memory, pushes to all peers, strips, reorders |
 # | `direct` | pushes every row to its final position in all peers |
 #
 # All ranks read the same clock, so you can compare their stages in one figure: `agree` (all ranks check that they make
@@ -244,7 +247,7 @@ figures.show(figures.roof(light))
 
 # %% trace-padded tags=["nbval-ignore-output"]
 traced = world.of(4096)  # tokens
-padded = lab.trace(traced, cp, algorithm="padded")
+padded = lab.trace(traced, cp, algorithm="padded", **one)
 assert set(padded.table["rank"]) == set(range(cp))
 figures.show(figures.timeline(padded.table, "padded"))
 
@@ -252,7 +255,7 @@ figures.show(figures.timeline(padded.table, "padded"))
 # Now `direct`: every rank writes each row once, at its final position. Note that the time axis has a different scale.
 
 # %% trace-direct tags=["nbval-ignore-output"]
-direct = lab.trace(traced, cp, algorithm="direct")
+direct = lab.trace(traced, cp, algorithm="direct", **one)
 assert not {"pad", "strip", "reorder"} & set(direct.table["stage"]), (
     "direct does not need these passes"
 )
@@ -262,10 +265,14 @@ reports.mkdir(exist_ok=True)
 direct.save_chrome_trace(reports / "direct_trace.json")
 
 # %% trace-after [markdown]
-# In the stages `agree` and `exit`, ranks wait for each other. (On a GPU, `direct` waits inside its kernel, in `wire`.)
-# A white gap after a stage is Python code, or a rank that waits for a core. Unless ranks share a GPU, `padded` has no
-# `exit`: its ranks wait inside the collective, in `wire`. `reports/direct_trace.json` contains the same data for
-# https://ui.perfetto.dev. But this is a *single* gather. Is it typical?
+# In the stages `agree` and `exit`, ranks wait for each other. `padded` has no `exit`: its ranks wait inside the
+# collective, in `wire`. A white gap after a stage is Python code, or a rank that waits for a core.
+# `reports/direct_trace.json` contains the same data for https://ui.perfetto.dev. But this is a *single* gather. Is it
+# typical?
+#
+# **On GPUs**, `direct` waits inside its kernel, in `wire`. With one GPU per rank, NCCL does the push of `padded_symm`.
+# Where ranks share a GPU, `padded` pulls the rows from its peers and has an `exit`, because NCCL does not support two
+# ranks on one GPU.
 
 # %% s4 [markdown]
 # ## 4. How to measure a wrong time
@@ -321,16 +328,16 @@ print(warm)
 
 # %% mistakes-1-text [markdown]
 # `cold` started without warm-up, in a pool without free space. `copy_fresh` copies into memory that was never written
-# before: on the CPU, the operating system first has to find and clear each page. (On a GPU, the effect can be absent,
-# because torch may reuse memory.) `p95_us` is the time that 95 % of the samples do not exceed. `launch` only starts the
-# collective, and its clock stops before the collective has ended. (On a GPU, it starts `direct` instead of the
-# collective.)
+# before: the operating system first has to find and clear each page. `p95_us` is the time that 95 % of the samples do
+# not exceed. `launch` only starts the collective, and its clock stops before the collective has ended.
+#
+# **On GPUs**, `launch` starts `direct` instead of the collective. `copy_fresh` can be as fast as `copy`, because torch
+# may reuse memory.
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
 # …). The samples are then compared in two ways. The mistake, called *one after the other*, compares the A samples of
-# the first run with those of the second. The right way compares each A with the B that follows it. (On a machine that
-# is busy anyway, the disturbed run can even be the faster one. The comparison is then just as wrong.)
+# the first run with those of the second. The right way compares each A with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -384,10 +391,10 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, with its 99 % interval. It takes the first two ratios from pairs of samples, so they can
-# differ from the figure. The third compares two runs, so it is the ratio of their medians. The reveal then writes the
-# order: `<` where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
-# difference.
+# reported time / right time, with its 99 % interval. For *no wait*, the right time is that of the call that `launch`
+# starts. The first two ratios come from pairs of samples, so they can differ from the figure. The third compares two
+# runs, so it is the ratio of their medians. The reveal then writes the order: `<` where two intervals do not overlap,
+# `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -497,7 +504,12 @@ lesson.predict("ranking", ...)
 
 # %% sweep tags=["nbval-ignore-output"] budget_s=90
 algorithms = ["padded", "padded_symm", "direct"]
-table = lab.sweep(sizes_bytes=sizes, cp_sizes=[cp], algorithms=algorithms, iterations=5, **one)
+what = {"cp_sizes": [cp], "algorithms": algorithms, "iterations": 5, **one}
+tables = []
+for size in sizes:
+    print(f"timing three algorithms at {size / MB:.3g} MB …")
+    tables.append(lab.sweep(sizes_bytes=[size], **what))
+table = pd.concat(tables, ignore_index=True)
 assert len(table) == len(sizes) * len(algorithms)
 names = "size_bytes count type algorithm time_us algbw_gbps busbw_gbps path"
 table[names.split()].round(3)
@@ -518,6 +530,7 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
+print(f"timing each algorithm 15 times at {medium * 2048 / MB:.3g} MB …")
 order_seen = lesson.order(lab.clock(algorithms, medium, cp, iterations=15, **one), algorithms)
 print(order_seen)
 
@@ -533,17 +546,17 @@ below = table["time_us"] < table["size_bytes"].map(light)
 print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
-# At the left end, the times grow much more slowly than the bytes: most of the time is a *fixed cost*: on the CPU Python
-# code and barriers, on a GPU the start of kernels and their signals. At the right end, on an otherwise idle machine,
-# `direct` approaches the speed of light: most of the time is spent on *bytes*. (With one GPU per rank, it stays above
-# this line, which is the bound of a GPU's own memory.) On CPU ranks, `padded` and `padded_symm` often cost more than 8
-# times as much at 67 MB as at 8 MB, for two likely reasons. The rows may no longer fit into the cache; then the bound
-# rises by more than 8 times too. Also, their results are in ordinary memory: from 32 MiB (33.6 MB) on, the C library
-# requests new pages from the operating system for every call, and every call pays for the first touch. `direct` writes
-# into the pool, whose pages stay mapped.
+# At the left end, the times grow much more slowly than the bytes: most of the time is a *fixed cost*. On the CPU this
+# is Python code and waiting, and it grows when there are more ranks than cores. At the right end, most of the time is
+# spent on *bytes*.
 #
-# On the CPU, the gap at the left end between a curve and the speed of light is mostly Python code and waiting. It grows
-# when there are more ranks than cores.
+# `padded` and `padded_symm` can cost more than 8 times as much at 67 MB as at 8 MB, for two likely reasons. The rows
+# may no longer fit into the cache; then the bound rises by more than 8 times too. And their results are in ordinary
+# memory: from 33.6 MB (32 MiB) on, the C library requests new pages from the operating system for every call, and every
+# call pays for the first touch. `direct` writes into the pool, whose pages stay mapped.
+#
+# **On GPUs**, the fixed cost is the start of kernels and their signals. With one GPU per rank, `direct` stays above the
+# line, which is the bound of a GPU's own memory.
 #
 # Is a time *below* the speed of light? Then the bound is probably wrong: in section 2, other programs may have slowed
 # its copies down, or here the rows were in a cache. Run the cell in section 2 again, and then the cell that draws the
@@ -580,7 +593,8 @@ lesson.reveal("alpha", alpha_us / (alpha_us + us_per_byte * sizes[0]))
 #
 # **Goal** Write `fit`, which returns (alpha in µs, beta in µs per byte) for given sizes and times. Each sample is off
 # by up to 5 %, and one of them, at the smallest or the largest size, is 25 % too slow. The check compares your line
-# with the true one at other sizes, including small ones, and allows an error of 25 %.
+# with the true one at other sizes, including small ones. It allows an error of 25 %, so you need not detect the slow
+# sample.
 #
 # **Example** The times are exactly 10 µs + bytes / 1000. Then `fit([16384, 1048576], [26.384, 1058.576])` is `(10.0,
 # 0.001)`.
@@ -641,10 +655,9 @@ def fit(sizes_bytes, times_us):
 # %% e4-after [markdown]
 # Look at the errors of the fitted sweep, which the cell with the fit printed. Each point is the median of five gathers,
 # so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
-# estimates. (At a medium size, the line can even enter the grey area. That is an error of the fit: caches make the rate
-# depend on the size, and a line has only one rate.) Two numbers are a first model. `cpkit.cost` contains a more
-# complete one: it counts the bytes of each algorithm, distinguishes cache, memory and first touch, and distributes the
-# ranks over the cores. `make bench` checks it at sizes and values of cp to which it was not fitted.
+# estimates. Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
+# algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
+# it at sizes and values of cp to which it was not fitted.
 
 # %% s7 [markdown]
 # ## 7. Count passes, then remove them
@@ -670,11 +683,10 @@ lesson.reveal("passes", passes.loc["padded_symm", "passes"])
 # The table counts the rows that are written into the buffers of rank 0 in each stage. `padded` copies nothing in `pad`,
 # because there is no padding. `padded_symm` always copies its shard into symmetric memory.
 #
-# What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` is the
-# collective of torch.distributed, which has a price of its own. (Where ranks share a GPU, it is cpkit's own pull.) In a
-# gather of N rows, a stage that writes n rows costs n / N of a whole pass: for the wire of `padded` n / N of the
-# collective, otherwise n / N of `copy`. (n can be larger than N: with padding, the wire carries more rows than there
-# are tokens.) The price of a gather is the sum over its stages, plus two barriers.
+# What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` has a price of
+# its own, that of the collective. In a gather of N rows, a stage that writes n rows costs n / N of such a price. With
+# padding, the wire carries more rows than there are tokens, so n can be larger than N. The price of a gather is the sum
+# over its stages, plus two barriers.
 
 
 # %% e5-task [markdown]
@@ -742,11 +754,11 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 
 # %% price-text [markdown]
 # Is a price by count worth anything? The next cell predicts the times of the three algorithms at a quarter of the
-# largest size, and measures them. On a GPU, these are *call times*: they include the Python code that starts the
-# kernels.
+# largest size, and measures them.
 
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
+print(f"timing {len(calls)} calls at {medium * 2048 / MB:.3g} MB …")
 run = lab.clock(calls, medium, cp, iterations=9, **one)
 costs = {name: run.median_us(name) for name in calls}
 predicted = {
@@ -760,9 +772,11 @@ figures.show(figures.steps(predicted, measured))
 # %% priced-text [markdown]
 # On CPU ranks, the time falls in two steps, each with its own cause. From `padded` to `padded_symm`, a push into the
 # memory of the peers replaces the collective. From `padded_symm` to `direct`, two copies of the result (strip and
-# reorder) disappear. So does the small copy into the symmetric shard. Only the push remains. (With one GPU per rank,
-# `padded` and `padded_symm` both call NCCL, and `padded_symm` can have the longer call time. On a shared GPU, the first
-# step is small.)
+# reorder) disappear. So does the small copy into the symmetric shard. Only the push remains.
+#
+# **On GPUs**, these are *call times*: they include the Python code that starts the kernels. With one GPU per rank,
+# `padded` and `padded_symm` both call NCCL, and `padded_symm` can have the longer call time. On a shared GPU, both move
+# about as many bytes, so the first step is small.
 #
 # By count, `padded_symm` takes 3 + 1/cp times as long as `direct`. The measured ratio is near this only while the
 # memory's bandwidth is the limit. It is smaller where both times contain much else: barriers in a small gather, the
@@ -771,7 +785,6 @@ figures.show(figures.steps(predicted, measured))
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
 #
-# {glossary: device time; seed; plan}
 
 # %% passes-recorded
 from cpkit_lessons import recordings
@@ -921,18 +934,18 @@ for call in timed.calls:
 lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
-# The slots are exact and the times are noisy, so compare the slots first. Only the wire carries padding. Strip and
-# reorder move real rows. The first batch has more slots than the second. The count of passes predicts that it takes
-# longer with `padded_symm`, but by a smaller factor than that of the slots. The two batches run one after the other, so
-# load on the machine does not cancel (section 4). The ratio of the times has a 99 % interval: if it contains 1, you
-# have measured no difference at all. (On a GPU, these are call times, which contain the host's work.)
+# The slots are exact: the first batch has clearly more of them. But only the wire carries padding, and it is one of
+# about three passes of `padded_symm`. So by count, the first batch should take about a tenth longer. Does your
+# measurement show that? The two batches run one after the other, so load on the machine does not cancel (section 4).
+# If the 99 % interval of their ratio contains 1, the noise of this machine is larger than the price of this padding.
 #
 # Look at `direct` too. It sends no padding. But on the CPU it makes up to two copies per sequence and peer, each with
-# an alpha of its own. For many short sequences, these copies can cost more than the padding. Count both. (On a GPU, one
-# kernel makes all copies.)
+# an alpha of its own. For many short sequences, these copies can cost more than the padding. Count both.
+#
+# **On GPUs**, these are call times, and one kernel makes all copies of `direct`.
 
 # %% s9 [markdown]
-# ## 9. When symmetric memory stops paying
+# ## 9. What symmetric memory gains at each size
 #
 # Should you register buffers for large gathers too? The times below are from Megatron-LM#5596, for 8 × H100. They were
 # not measured on your machine. They compare NCCL's ordinary kernels (its *ring*) with its symmetric kernels on the same
@@ -1157,8 +1170,8 @@ observed_path = choices.table["observed"].str.split(":").str[0]
 assert (observed_path == choices.table["predicted"]).all(), "the rule of notebook 2 holds"
 
 # %% kernels-after [markdown]
-# Every prediction is right. (In the recorded log, the smallest size has 65,536 bytes per rank: 125 tokens, padded to 32
-# rows on each of 4 ranks.) Read the names of the kernels too:
+# In every row, `observed` agrees with `predicted`: the rule of notebook 2 holds. (In the recorded log, the smallest
+# size has 65,536 bytes per rank: 125 tokens, padded to 32 rows on each of 4 ranks.) Read the names of the kernels too:
 #
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
@@ -1223,11 +1236,11 @@ panel.stop()
 # ## 11. Beyond one machine, by the model
 #
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
-# such machines as models: time = alpha + bytes that each GPU receives / rate (the cell below prints alpha as *start*).
-# Between nodes, the network adapter of every GPU receives a part of the other node's rows, while NVLink distributes
-# them inside the node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s
-# that NCCL reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its
-# NVLink twice the rate of Hopper's.
+# such machines as models: time = start + bytes that each GPU receives / rate. The start is their alpha. Between nodes,
+# the network adapter of every GPU receives a part of the other node's rows, while NVLink distributes them inside the
+# node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s that NCCL
+# reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its NVLink twice
+# the rate of Hopper's.
 #
 # **All numbers of this section are modelled. None was measured here.** The cell after the question prints the constants
 # of the models, with their sources or the word "assumed".
@@ -1329,6 +1342,7 @@ results = {
     f"light_us_at_{sizes[-1]}_bytes": light[sizes[-1]],
 }
 roof = figures.roof(light, table)
+print("writing the report …")
 page, data = report.write(
     reports, lab.status(), table, repeat=repeat, results=results, figures=[roof]
 )

@@ -192,7 +192,7 @@ def test_progress_counts_exercises_in_their_order(lesson: Lesson) -> None:
     for name in ("e10", "e2", "e1"):
         lesson.exercise(name, f"title of {name}")(lambda: Score(1))
     lines = shown(lesson.progress).split("\n")
-    assert lines[0] == "0 of 2 predicted, 0 of 3 solved"
+    assert lines[0] == "0 of 2 predicted, 0 right; 0 of 3 solved"
     assert [line.split(",")[0] for line in lines[-3:]] == [
         "○ | Exercise 1", "○ | Exercise 2", "○ | Exercise 10"
     ]  # fmt: skip

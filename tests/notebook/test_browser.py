@@ -640,4 +640,4 @@ def test_a_learner_predicts_opens_hints_and_solves(notebook: NotebookPage) -> No
     notebook.run("e4-check")
     assert "Exercise 4, strip the padding: solved" in text["e4-check"].inner_text()
     notebook.run("progress")
-    assert "1 of 10 predicted, 1 of 8 solved" in text["progress"].inner_text()
+    assert "1 of 10 predicted, 0 right; 1 of 8 solved" in text["progress"].inner_text()

@@ -74,7 +74,7 @@ def show_progress(
     predictions: Sequence[tuple[str, str, str, bool | None]],
     exercises: Sequence[tuple[str, bool | None, str]],
 ) -> None:
-    """Show two tables: predictions (question, yours, measured) and exercises (title, score)."""
+    """Show two tables: predictions (question, yours, actual) and exercises (title, score)."""
     rows = [
         ["≠" if ok is False else _MARKS[ok], q, yours or "open", found or "open"]
         for q, yours, found, ok in predictions
@@ -84,10 +84,11 @@ def show_progress(
         for title, ok, score in exercises
     ]
     guessed = sum(bool(yours) for _, yours, _, _ in predictions)
+    right = sum(ok is True for *_, ok in predictions)
     solved = sum(ok is True for _, ok, _ in exercises)
-    head = f"{guessed} of {len(rows)} predicted, {solved} of {len(tasks)} solved"
+    head = f"{guessed} of {len(rows)} predicted, {right} right; {solved} of {len(tasks)} solved"
     text = "\n".join([head, *(" | ".join(row) for row in rows + tasks)])
-    page = f"<p><b>{head}</b></p>" + html_table(["", "prediction", "yours", "measured"], rows)
+    page = f"<p><b>{head}</b></p>" + html_table(["", "prediction", "yours", "actual"], rows)
     _display(text, page + html_table(["", "exercise", "score"], tasks))
 
 

@@ -72,8 +72,8 @@ def memory_map(found: Divergence) -> go.Figure:
     figure = draw_lines(
         lines,
         title="Different offsets misplace rows" if found.diverged else "Equal offsets",
-        subtitle="colour: the rank that wrote the row; a cell shows block:row (0 is the gather, "
-        "others by order of allocation); hatched: never written",
+        subtitle="colour: the rank that wrote the row; red: missing or overwritten; hatched: never "
+        "written; a cell shows block:row (0: the push, others by order of allocation)",
         alt=f"{found.explain()}. {bad} rows are wrong.",
         axis_title="row of the rank's arena",
     )

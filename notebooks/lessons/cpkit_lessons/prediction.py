@@ -115,7 +115,8 @@ class Prediction:
     def _distance(self, guess: float, measured: float) -> str:
         """Return how far a wrong guess is off: a difference of counts, percent, or a factor."""
         if self._is_whole() or guess * measured <= 0:
-            return f"{abs(guess - measured):,.4g}"
+            unit = f" {self.unit}" if self.unit in _PHYSICAL else ""
+            return f"{abs(guess - measured):,.4g}{unit}"
         times = max(guess / measured, measured / guess)
         if times < _PERCENT_BELOW:
             return f"{abs(guess / measured - 1):.0%}"

@@ -132,7 +132,7 @@ def check_strip(strip: Strip) -> Score:
         rows.check_rows("strip", got, wanted, layout)
         cases += 1
     costs = {
-        "kernels": (yours.kernels, reference.kernels),
+        "copies (each a kernel on a GPU)": (yours.kernels, reference.kernels),
         "bytes written": (yours.bytes_written, reference.bytes_written),
     }
     return Score(cases, costs)
@@ -360,7 +360,7 @@ def check_bill(bill: Bill) -> Score:
                     )
             cases, padded = cases + 1, padded + sum(measured.values())
             direct += layout.total_tokens * ROW_BYTES
-    return Score(cases, note=f"padded writes {padded / direct:.2f} times what direct writes")
+    return Score(cases, note=f"in these cases, padded writes {padded / direct:.2f} times as many bytes as direct")
 
 
 def written_bytes(layout: ContextParallelMetadata, rank: int) -> dict[str, int]:

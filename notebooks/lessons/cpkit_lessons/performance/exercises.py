@@ -71,7 +71,7 @@ def check_bandwidths(bandwidths: Bandwidths) -> Score:
     return Score(cases)
 
 
-# Alpha in µs and GB/s that reproduce the symmetric times of Megatron-LM#5596 within 1 %: what NCCL
+# Alpha in µs and GB/s that reproduce the symmetric times of Megatron-LM#5596 within 1.1 %: what NCCL
 # reaches, which is no bound.
 _FITTED = (5.3, 328.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cpkit.notebook.style import byte_words
+from cpkit_lessons.cost_presets import RING_AND_SYMMETRIC_US
 from cpkit_lessons.lesson import Lesson
 from cpkit_lessons.prediction import Prediction
 from cpkit_lessons.world import World
@@ -181,17 +182,22 @@ def padding(world: World) -> Prediction:
     )
 
 
+_SHORTENED = {
+    size >> 20: f"from {ring_us} to {symmetric_us} µs"
+    for size, (ring_us, symmetric_us) in RING_AND_SYMMETRIC_US.items()
+}
 LESSON.ask(
     "stops",
-    "On 8 × H100, a gather of 2 MiB is 1.86 times as fast with symmetric memory as without it. By "
-    "what factor does symmetric memory speed up a gather of 128 MiB?",
+    f"On 8 × H100, symmetric memory shortens a gather of 2 MiB {_SHORTENED[2]} (1.86 times as "
+    f"fast), and one of 32 MiB {_SHORTENED[32]} (1.25 times). By what factor does it speed up a "
+    "gather of 128 MiB, which takes 363.2 µs with it?",
     answer=1.06,
     unit="times",
     tolerance=0.04,
     wrong={
         1.86: "About 22 µs are saved, and at 128 MiB the bytes alone need almost 360 µs.",
+        1.25: "The saved time, about 23 µs, hardly changes from 32 to 128 MiB.",
         1.0: "A gain of 6 % remains.",
-        1.5: "The gain is smaller: about 22 µs of 385 µs are saved.",
         3.0: "The links are the same, and at 128 MiB they take most of the time.",
     },
     why="Megatron-LM#5596 measured 20.2 → 10.9 µs and 385.3 → 363.2 µs (rounded here), as the "
@@ -231,9 +237,10 @@ LESSON.ask(
 )
 LESSON.ask(
     "nodes",
-    "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (NVLink 328 GB/s, network 45 GB/s "
-    "per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (656 GB/s). According to "
-    "the model, what is the ratio of the time of the two nodes to that of the NVL72?",
+    "16 GPUs gather 256 MB. They are either two nodes of 8 H100 (start 30 µs, NVLink 328 GB/s, "
+    "network 45 GB/s per GPU), or a part of one NVL72, a rack of 72 GPUs on one NVLink (start 5.3 "
+    "µs, 656 GB/s). According to the model, what is the ratio of the time of the two nodes to that "
+    "of the NVL72?",
     answer=1.92,
     unit="times",
     tolerance=0.12,

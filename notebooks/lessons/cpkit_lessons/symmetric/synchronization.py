@@ -102,6 +102,10 @@ def check_order(order: Sequence[int]) -> Score:
             for r, s in enumerate(run.next)
         )
         raise WrongAnswer(f"no read is wrong in these {len(order)} steps; after them, {at}")
+    if failure.events[-1].rank == 1:
+        raise WrongAnswer(
+            "the first wrong read is one of rank 1, as in the figure; rank 0 must be the slow rank"
+        )
     smallest = simulate.smallest_failure(one_barrier, 2, 2).failure
     assert smallest is not None
     steps = {"steps": (len(failure.events), len(smallest.events))}
