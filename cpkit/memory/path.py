@@ -124,8 +124,8 @@ def decide(
         reason = f"NCCL {transport.removeprefix('nccl ')}: {reason}"
         if any(unsafe_for_nccl(pairs)):
             reason += (
-                "; NCCL gets ordinary copies of these buffers, because its symmetric kernel would "
-                "store at this rank's own offset on every peer"
+                "; NCCL gets ordinary copies of these buffers, because a symmetric kernel "
+                "would store at wrong offsets on the peers"
             )
         has_windows = has_windows and not (policy_is_zero and copy_engine_fails(version))
         if has_windows and recv_fault and not send_fault and nccl_rule(version) == "recv":

@@ -249,7 +249,7 @@ def _plots() -> list[style.Plot]:
 
     names = style.names_axis(automargin=False, ticklabeloverflow="allow")
     ago = axis("time before now (s)", ticklabeloverflow="hide past div")
-    history = "Time of a gather: rolling median, and p95 (dotted)"
+    history = "Time of a gather: rolling median (thick), p95 (thin)"
     return [
         style.Plot(left, upper, "Rows per rank", axis(), from_0("rows")),
         style.Plot(right, upper, "Time per rank", axis(), from_0("time (µs)")),
@@ -263,7 +263,7 @@ _LAYOUT: dict[str, Any] = {
     **style.several_plots(_plots()),
     "barmode": "stack",
     # Room for the names of the algorithms, the headings of the plots, and the legend.
-    "margin": {"l": 120, "r": 16, "t": 84, "b": 160},
+    "margin": {"l": 136, "r": 16, "t": 84, "b": 160},
     "shapes": [
         {
             "type": "line",

@@ -224,7 +224,7 @@ def sweep(table: pd.DataFrame | str | None, view: str) -> style.PlainFigure:
         reason = table or "measured once per setting, in some seconds, while the panel runs"
         figure["layout"] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
         return style.finish(figure, title=title, subtitle=reason, alt=reason, height=300)
-    figure["layout"]["yaxis"] = style.axis("time (µs)", type="log")
+    figure["layout"]["yaxis"] = style.axis("time (µs)", type="log", dtick="D2")
     if view == "sizes":
         sizes = sorted(set(table[column].tolist()))
         x |= {"tickvals": sizes, "ticktext": [byte_words(size) for size in sizes]}

@@ -44,8 +44,9 @@ world = lesson.begin(lab)
 # started the workers, they stop when its kernel stops.
 #
 # `cp` below is the number of ranks in each gather: 2, 4 or 8, whichever is the largest group that the workers can form.
-# To use 2 or 8 ranks, in a terminal in the repository, stop the workers (`./launch_workers.sh stop`), start others
-# (`./launch_workers.sh --nproc 2`), and run all cells again. The outputs that are saved in this file come from 4 ranks.
+# To use 2 or 8 ranks, start JupyterLab with `make lab NPROC=2` or `make lab NPROC=8`. If you started it in another way,
+# stop the workers in a terminal (`./launch_workers.sh stop`), start others (`./launch_workers.sh --nproc 2`), and run
+# all cells again. The outputs that are saved in this file come from 4 ranks.
 
 # %% setup
 import torch
@@ -196,10 +197,10 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # same time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
 #
 # Zigzag is the usual default because a rank holds at most two runs of consecutive tokens per sequence, however long the
-# sequence is. So two copies per sequence move them, and two attention calls read them. With interleave, each token is a
-# run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer, and requires a length that
-# is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of unbalanced work
-# (sglang#34059 discusses it, and was open in November 2026).
+# sequence is. So two copies per sequence are enough to move a rank's rows, and two attention calls to read them. With
+# interleave, each token is a run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer,
+# and requires a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of
+# unbalanced work (the serving engine SGLang discusses it in sglang#34059, which was open in November 2026).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
@@ -326,9 +327,9 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 # %% e3-task [markdown]
 # ### Exercise 3 · The padded length
 #
-# **Goal** Write `padded_len`, which returns the number of rows in each rank's padded shard, for zigzag. It must be
-# large enough for the rank with the most rows, and not larger. Every rank must compute the same answer, so the function
-# may use only what is available on all ranks: the lengths and `cp_size`.
+# **Goal** Write `padded_len`, which returns the number of rows in each rank's padded shard, for zigzag. Each sequence
+# has at least 2·cp_size tokens. It must be large enough for the rank with the most rows, and not larger. Every rank
+# must compute the same answer, so the function may use only what is available on all ranks: the lengths and `cp_size`.
 #
 # **Example** `padded_len([9], 2)` is 5. The blocks have 3, 2, 2 and 2 tokens, so rank 0 holds 3 + 2 rows, and rank 1
 # holds 2 + 2. `padded_len([4097] * 16, 4)` is 16400.
@@ -766,8 +767,8 @@ def cp_attention(q, k, v, tokens):
 # How would you notice a broken gather in production? Wrong rows raise no error: they just make the answers of the model
 # worse. So the test has to find them. Here are ten broken gathers, or *mutants*, by the names in the table below:
 # - `two ranks exchanged`, `two neighbours exchanged`: rows are at each other's place;
-# - `rank order`: the reorder is forgotten;
-# - `stale`: the rows of one rank are left over from the previous round;
+# - `rank order: reorder forgotten`: the rows are still in rank order;
+# - `stale: one rank's previous round`: the rows of one rank are left over from the previous round;
 # - `padding in place of a row`, `a row twice`: one row is missing, and padding or a copy of its neighbour stands in its
 #   place;
 # - `written by a rank that is not the owner`, `wrong sequence number`: all rows of a rank, or of the last sequence,
@@ -1013,11 +1014,12 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # {glossary: plan}
 #
-# `lab.gather` makes each rank call `all_gather_kv`. With `direct`, it synchronizes twice: the ranks agree before any
-# row is stored, and they wait at a barrier until all rows have arrived. The next cells run the function `layers` on two
-# other ranks. `group` is the group of these ranks: it has their number, `group.size`, and the number of this rank,
-# `group.rank`. The function makes a plan, and `stages.record()` records the *steps* of one call. Some steps fill a
-# buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier at the end.
+# `lab.gather` makes each rank call `all_gather_kv`, cpkit's gather. With `direct`, it synchronizes twice: the ranks
+# agree before any row is stored, and they wait at a barrier until all rows have arrived. The next cells run the
+# function `layers` on two other ranks. `group` is the group of these ranks: it has their number, `group.size`, and the
+# number of this rank, `group.rank`. The function makes a plan, and `stages.record()` records the *steps* of one call.
+# Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier
+# at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1051,17 +1053,18 @@ print("steps of a call:", " → ".join(steps))
 lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
-# How can a rank store its rows without checking that the output is free? The plan has two outputs, A and B, and uses
-# them in turn. Call n + 1 overwrites the output of call n − 1. A rank begins call n + 1 only after the barrier at the
-# end of call n. A rank that has arrived at that barrier no longer needs the output of call n − 1. In return, a result
-# is valid only until this rank's next call. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
+# How can a rank store its rows without checking that the output is free? The plan has two outputs and uses them in
+# turn, so call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A result is valid only until
+# this rank's next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins
+# call n + 1 before all ranks have arrived at the barrier at the end of call n. MPI calls the same idea a persistent
+# collective (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it
 #
 # How do the stages of a gather change with the number of ranks? Move the slider, or focus it and press the arrow keys.
 # Each change runs a new gather on the workers, checks every byte, and redraws the figure. The cell below the panel
-# moves the slider once to cp / 2 and back, as you would.
+# moves the slider once to cp / 2 and back, as you would. (Notebook 2 explains the algorithm `padded_symm_recv`.)
 
 # %% stepper
 from cpkit_lessons.stepper import Stepper

@@ -42,9 +42,9 @@ pd.set_option("display.max_colwidth", None)
 # ## 1. What is symmetric?
 #
 # A kernel that writes into a peer's memory needs an address. Which address? Every rank allocates the same buffer in a
-# *segment* of its own: on the CPU a file in shared memory, on a GPU an allocation. Every rank then maps *all* segments.
-# So cp ranks hold cp² mappings (4 ranks hold 16), and each of them can be written like ordinary memory. The *offset* of
-# a buffer is its distance in bytes from the start of its segment.
+# *segment* of its own: on the CPU a file in shared memory, on a GPU an allocation. Every rank then maps *all* segments,
+# and can write into each of them as into ordinary memory. So cp ranks hold cp² mappings (4 ranks hold 16). The *offset*
+# of a buffer is its distance in bytes from the start of its segment.
 
 # %% same-predict
 lesson.predict("same", ...)
@@ -639,8 +639,9 @@ lesson.reveal("spills", sum(bool(request.spill_ms) for request in served))
 # ### Warm up
 #
 # How do you prevent spills? Tell the pool before the first request how many tokens a batch can have. `warm_up` then
-# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm: the buffers of a call
-# return to the pool only in the next call, so the buffers of two calls exist at the same time.
+# makes room for them once. It reserves twice the peak allocation of the most demanding algorithm: the result of a call
+# is often still in use when the next call allocates its buffers, so the buffers of two calls can exist at the same
+# time.
 
 # %% warm
 largest = world.of(8192)  # tokens, or fewer where memory is short
@@ -797,27 +798,26 @@ lesson.reveal("recv", path)
 # %% versions-text [markdown]
 # The table comes from `cpkit.memory.path`, which follows NCCL's sources of 2.27 to 2.30 (`symmetric_sched.cc`,
 # `sym_kernels.cc`). Before 2.27 there are no symmetric kernels. From 2.29.2 on, the first release of 2.29, only the
-# receive buffer counts. So the statement "both buffers must be registered" (sglang#37337) is right for torch 2.11, and
-# out of date for torch 2.12.1.
+# receive buffer counts. So the statement "both buffers must be registered" (sglang#37337) is right up to torch 2.11,
+# and out of date from torch 2.12.1 on.
 #
 # The rule "receive only" has three exceptions, which exercise 6 leaves out. Over several nodes, the kernels that cross
 # nodes (GIN) need both buffers. For small messages, NCCL may take the fallback although the receive buffer is
 # registered. Or it may select a symmetric kernel although only the *send* buffer is registered, because its kernel for
 # small messages (LL) copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank).
 #
-# On the CPU and on a shared GPU, cpkit's ranks push rows without NCCL. That needs a symmetric receive buffer, and a
-# symmetric send buffer gains nothing. With one GPU per rank, only `direct` pushes rows. The other algorithms call NCCL,
-# and the table above applies to them.
+# On the CPU and on a shared GPU, cpkit's ranks push rows without NCCL. That needs a symmetric receive buffer only. With
+# one GPU per rank, only `direct` pushes rows. The other algorithms call NCCL, and the table above applies to them.
 #
 # The last column says whether a symmetric kernel waits for the previous kernel on the same GPU. From 2.28.0 up to and
 # including 2.30.4 it does not (sglang#37768), so it may read rows that the preceding kernel is still writing: a stale
 # read (section 3). Other kernels of NCCL do wait. `python -m cpkit doctor` warns about the same versions.
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
-# *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. What does each algorithm do on your
-# ranks? (A third path, `staged`, occurs where ranks share a GPU: each rank loads the rows of its peers from their
-# symmetric send buffers.) `padded_symm_recv` is `padded` with the receive buffer in symmetric memory, and `padded_symm`
-# with both buffers there.
+# *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. `padded_symm_recv` is `padded` with
+# the receive buffer in symmetric memory, and `padded_symm` with both buffers there. (A third path, `staged`, occurs
+# where ranks share a GPU and the receive buffer is in ordinary memory: then each rank loads the rows of its peers from
+# their symmetric send buffers.) What does each algorithm do on your ranks?
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -1043,8 +1043,8 @@ lesson.reveal("sizes_differ", cards["sizes_differ"].symptom)
 # ### Receive-only registration
 #
 # This is sglang#24040 as it was merged: the output is in symmetric memory, and the shard in ordinary memory. The cell
-# below prints one path for each of three *transports* (what moves the rows). The ranks use `posix`. The other two
-# transports are versions of NCCL: their path is computed from the same buffers by the rule of section 8.
+# below prints one path per transport. The paths of the two versions of NCCL are computed from the same buffers by the
+# rule of section 8.
 
 # %% receive-predict
 lesson.predict("receive_only", ...)

@@ -149,9 +149,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # **Goal** Write `light_us`, which returns the least time in µs, given alpha in µs and the bandwidth of a rank's link in
 # GB/s.
 #
-# **Example** For 268 MB on 2 ranks, no alpha and 383 GB/s, `light_us(268429312, 2, 0.0, 383)` is 350.4. In the record
-# of the two H100s, NCCL's all-gather took 556 µs of device time with ordinary buffers, and 451 µs with the receive
-# buffer registered.
+# **Example** For 268 MB on 2 ranks, no alpha and 383 GB/s, `light_us(268429312, 2, 0.0, 383)` is 350.4. (For
+# comparison: in the record of the two H100s, NCCL's all-gather of these bytes took 556 µs with ordinary buffers, and
+# 451 µs with the receive buffer registered.)
 #
 # **About** 3 minutes, ★☆☆
 
@@ -206,7 +206,7 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 #
 # **On GPUs**, this bound and the sweep in section 5 are device times. The bound contains no barrier, because that
 # barrier runs on the *host*, the CPU that runs Python. With one GPU per rank, the line below is the bound of each GPU's
-# own memory, and the formula above gives a higher one.
+# own memory. The bound of the link (`light_us` in exercise 2) is then a longer time.
 
 # %% light tags=["nbval-ignore-output"] budget_s=60
 from cpkit.notebook.views import floor_us
@@ -228,7 +228,7 @@ figures.show(figures.roof(light))
 #
 # The bound can be wrong for two reasons. On a busy machine the copies take longer; then run the cell again. And on a
 # CPU, a gather whose rows are still in a cache can be faster than a copy that reads them from memory. So the next
-# sections measure the algorithms in turn: then no algorithm finds its own rows in a cache.
+# sections measure the algorithms in turn: then a large gather does not find its own rows in a cache.
 
 # %% s3 [markdown]
 # ## 3. One gather on a clock
@@ -392,9 +392,9 @@ figures.show(figures.damage(found))
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
 # reported time / right time, with its 99 % interval. For *no wait*, the right time is that of the call that `launch`
-# starts. The first two ratios come from pairs of samples, so they can differ from the figure. The third compares two
-# runs, so it is the ratio of their medians. The reveal then writes the order: `<` where two intervals do not overlap,
-# `≈` where they do. A prediction is right if it does not reverse a clear difference.
+# starts. The first two ratios come from pairs of samples, so they can differ a little from the figure. The third
+# compares two runs, so it is the ratio of their medians. The reveal then writes the order: `<` where two intervals do
+# not overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -418,8 +418,8 @@ lesson.reveal("damage", lesson.order_of(factors))
 #
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
 # from Python. On two H100s, SGLang's pipeline took 242 µs per call from Python at 0.26 MB, but only 13.9 µs of GPU time
-# in a CUDA graph, which is how a serving engine runs it where it captures the model
-# (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef). Section 9 returns to these two clocks.
+# in a CUDA graph (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef). A serving engine that captures its
+# model in a CUDA graph pays only the second time. Section 9 returns to these two clocks.
 #
 # {glossary: eager; CUDA graph}
 
@@ -824,9 +824,9 @@ figures.show(figures.stage_split(split))
 # correctly, which it may not do where ranks wait for cores. Each bar is a single sample: run the cell again before you
 # trust one of its stages.
 #
-# The stages of `direct` can add up to more than its time in the figure of the prices. There, each call of `direct`
-# repeats an earlier one, and a repeated call skips a part of `agree` and `allocate` (on the CPU only if the gather is
-# not large). A call whose stages are recorded skips nothing.
+# The stages of `direct` can add up to more than its measured time in the figure *Passes removed: predicted and
+# measured*. There, each call of `direct` repeats an earlier one, and a repeated call skips a part of `agree` and
+# `allocate` (on the CPU only if the gather is not large). A call whose stages are recorded skips nothing.
 
 
 # %% e6-task [markdown]
@@ -975,7 +975,7 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 
 # %% stops-text [markdown]
 # The saved time first grows with the size, and then stays about the same. A lower fixed cost would save the same time
-# at every size. A higher rate would save more and more time. Neither explains the data. NCCL changes the protocol of
+# at every size, and a higher rate would save more and more time. The data show neither. NCCL changes the protocol of
 # its ring with the size, so no single line fits the ring's time. One line nearly fits that of the symmetric kernels
 # (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
 # the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
@@ -1108,9 +1108,9 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # kernel for `padded_symm`, and the ring for `seed`.
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep and
-# the panel compare by device time, and show both. `lab.clock` returns both; its `times_us` are call times. Where rows
-# go through the host (ordinary memory on a GPU that ranks share), there is only call time. On CPUs there is only one
-# clock, because the host is the device.
+# the panel compare by device time, and show both. `lab.clock` returns both; its `times_us` are call times. Where ranks
+# share a GPU and gather without symmetric memory, the rows go through the host, and there is only call time. On CPUs
+# there is only one clock, because the host is the device.
 
 # %% beside-text [markdown]
 # ### Beside other work
@@ -1128,9 +1128,10 @@ figures.show(gpu_clocks.beside_product(record, neighbours))
 
 # %% beside-after [markdown]
 # Alone, `plan` takes 103 µs and `copy engine` 234 µs. Beside the product, they take 262 and 639 µs, 2.5 and 2.7 times
-# as long. But they lose that time in different places. The kernel of `plan` shares the multiprocessors with the
-# product. The transfer of `copy engine` uses none of them: in the same record, copies to the other GPU alone take 92 µs
-# without the product and 93 µs beside it. So most of the delay must be in its kernels, above all strip and reorder.
+# as long. But `plan` and `copy engine` lose that time in different places. The kernel of `plan` shares the
+# multiprocessors with the product. The transfer of `copy engine` uses none of them: in the same record, copies to the
+# other GPU, without strip and reorder, take 92 µs when no product runs, and 93 µs beside it. So most of the delay must
+# be in its kernels, above all strip and reorder.
 #
 # And what does the product lose? It loses 102 µs beside `plan`, about as long as that gather takes alone: the kernel of
 # `plan` occupies multiprocessors while it waits for the link. Beside `copy engine` the product loses 126 µs, about half
@@ -1193,7 +1194,7 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 # 1. Move **cp_size**. The total number of bytes stays the same. Does the time? (cp_size can be at most the number of
 #    your workers. `make lab NPROC=8` starts 8 of them.)
 # 2. Switch on more **algorithms**. They are measured in turn, so load on the machine largely cancels in the ratio to
-#    the first one. Which of them differ, and where does the panel say "no difference seen"?
+#    the first one. Which of them are clearly faster than `padded`?
 # 3. Untick **symmetric memory**. Which paths does the panel show now, and what would make them symmetric?
 # 4. Select the preset `small: 64 tokens`. Which algorithm wins when S is tiny?
 # 5. Let the panel measure for 10 s, and press **Pin as A**. Change one setting, wait for 10 s again, and read the
@@ -1295,9 +1296,9 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 # ## 12. Recorded elsewhere, beside yours
 #
 # Is your machine typical? `make bench` records its measurements together with the machine, the date and the commit.
-# Here are those records. Two of them are drawn beside your sweep: the newest CPU record, and a GPU record, if possible
-# with one GPU per rank. Open marks are recorded, and filled marks are yours. The subtitle of each figure names its
-# record.
+# Here are those records. Two of them are drawn beside your sweep: the newest CPU record, and a GPU record, both of as
+# many ranks as yours. The GPU record has one GPU per rank, if there is such a record. Open marks are recorded, and
+# filled marks are yours. The subtitle of each figure names its record.
 
 # %% recorded tags=["nbval-ignore-output"]
 known = recordings.read()
@@ -1306,8 +1307,8 @@ for recording in recordings.newest(known, cp):
     figures.show(recordings.beside(table, recording, cp))
 
 # %% recorded-text [markdown]
-# Compare shapes, not heights: where does each machine leave the part where the time hardly grows, and what is the order
-# of the algorithms?
+# Compare shapes, not heights: up to which size does the time hardly grow on each machine, and what is the order of the
+# algorithms?
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
 # was measured, and it is not a bound: in the record of four GPUs, which is drawn for 4 ranks, `direct` is faster at

@@ -72,8 +72,8 @@ def memory_map(found: Divergence) -> go.Figure:
     figure = draw_lines(
         lines,
         title="Different offsets misplace rows" if found.diverged else "Equal offsets",
-        subtitle="colour: the rank that wrote the row; red: missing or overwritten; hatched: never "
-        "written; a cell shows block:row (0: the push, others by order of allocation)",
+        subtitle="colour: the rank that wrote the row; red: missing or overwritten; a cell shows "
+        "block:row (0: the push)",
         alt=f"{found.explain()}. {bad} rows are wrong.",
         axis_title="row of the rank's arena",
     )

@@ -127,7 +127,7 @@ def scale_out(table: pd.DataFrame) -> go.Figure:
             name=machine,
             legendgroup=machine,
             showlegend=size == float(table["size_bytes"].min()),
-            mode="lines+markers+text",
+            mode="lines+markers+text" if len(rows) > 1 else "markers",
             x=rows["cp_size"].tolist(),
             y=rows["time_us"].tolist(),
             text=[f" {byte_words(size)}" if n == widest else "" for n in rows["cp_size"]],

@@ -360,7 +360,10 @@ def check_bill(bill: Bill) -> Score:
                     )
             cases, padded = cases + 1, padded + sum(measured.values())
             direct += layout.total_tokens * ROW_BYTES
-    return Score(cases, note=f"in these cases, padded writes {padded / direct:.2f} times as many bytes as direct")
+    return Score(
+        cases,
+        note=f"in these cases, padded writes {padded / direct:.2f} times as many bytes as direct",
+    )
 
 
 def written_bytes(layout: ContextParallelMetadata, rank: int) -> dict[str, int]:

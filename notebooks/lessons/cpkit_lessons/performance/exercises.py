@@ -71,8 +71,8 @@ def check_bandwidths(bandwidths: Bandwidths) -> Score:
     return Score(cases)
 
 
-# Alpha in µs and GB/s that reproduce the symmetric times of Megatron-LM#5596 within 1.1 %: what NCCL
-# reaches, which is no bound.
+# Alpha in µs and GB/s that reproduce the symmetric times of Megatron-LM#5596 within 1.1 %. This is
+# what NCCL reaches, which is no bound.
 _FITTED = (5.3, 328.0)
 
 

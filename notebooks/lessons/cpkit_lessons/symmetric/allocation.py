@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import msgspec
 import pandas as pd
@@ -148,13 +149,13 @@ def _check_offsets(offsets: list[int | None], number: int) -> None:
 
 
 def _check_unused(
-    free: set[int],
+    free: AbstractSet[int],
     rank: int,
     blocks: dict[int, tuple[int, int]],
     released: list[set[int]],
     number: int,
 ) -> None:
-    if not isinstance(free, set):
+    if not isinstance(free, AbstractSet):
         raise WrongAnswer(f"may_free returned {free!r:.60}; expected a set of blocks")
     if unknown := free - blocks.keys():
         raise WrongAnswer(

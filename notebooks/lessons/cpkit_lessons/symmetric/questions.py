@@ -47,7 +47,7 @@ def stale(world: World) -> Prediction:
         },
         why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
         "reads can be wrong, and nothing limits how many of them are. But a test with the same "
-        "data in every round cannot detect them after the first round.",
+        "data in every round detects none of them, except in memory that was never written.",
     )
 
 
@@ -111,7 +111,7 @@ LESSON.ask(
         0: "Rank 4 needs the row that rank 3 has not written.",
     },
     why="With signals, a rank of this ring waits in round 1 only for the rank whose data it needs. "
-    "At a barrier it waits for all ranks, so the cost grows with their number.",
+    "At a barrier it waits for all ranks, so one late rank delays all of them.",
 )
 
 
@@ -200,7 +200,8 @@ _ask_symptom(
     "falls back, and 2.29.7 does not. Missed does not always mean slower: on two H100s with "
     "2.28.9, NCCL gathered 268 MB in 451 µs with only the receive buffer registered, in 556 µs "
     "with none, and in 596 µs with both (benchmarks/results/2026-11-28-gpu.json, commit "
-    "6b142c512aef).",
+    "6b142c512aef). The first two are both NCCL's ring; the record does not say why it is faster "
+    "with a registered receive buffer.",
     wrong={
         "error at once": "The result is right. The ordinary collective takes any buffer.",
     },
