@@ -12,7 +12,7 @@ from cpkit.stages import stage
 from cpkit.sync.collective import torch_all_gather
 
 ASYMMETRIC_BATCH = (
-    "is_allocation_symmetric() is false: symmetric memory was switched off for this batch"
+    "symmetric memory was switched off for this batch (is_allocation_symmetric() is false)"
 )
 
 

@@ -28,7 +28,8 @@
 # Most sections follow the same loop: **predict** a number, **run** the cell, and **compare**. To see a question, run
 # its `lesson.predict` cell unchanged. Then put your number in place of `...`, and run it again. A wrong guess costs
 # nothing, and can make the explanation easier to remember. A guess that is close counts as right; how close depends on
-# the question. The cell below each exercise checks your solution, and hints are folded below it.
+# the question. The cell below each exercise checks your solution, and hints are folded below it. Your results are kept
+# until the kernel restarts.
 
 # %% connect tags=["nbval-ignore-output"] budget_s=60
 import cpkit
@@ -896,7 +897,8 @@ def accepts(got, lengths, owners, round_):
 #
 # The padded gather writes each row several times. Does it have to? Every rank can compute the permutation *before* any
 # row moves. So it can store each of its rows directly at its final position in the output of every peer. That needs no
-# padding, no strip and no reorder. The algorithm is called `direct`.
+# padding, no strip and no reorder. The algorithm is called `direct`. Its only stage is the wire, and the buffer `wire`
+# is already the result.
 
 # %% direct
 direct = lab.gather(batch, cp_size=cp, algorithm="direct", round=7)

@@ -802,9 +802,9 @@ lesson.reveal("recv", path)
 # and out of date from torch 2.12.1 on.
 #
 # The rule "receive only" has three exceptions, which exercise 6 leaves out. Over several nodes, the kernels that cross
-# nodes (GIN) need both buffers. For small messages, NCCL may take the fallback although the receive buffer is
-# registered. Or it may select a symmetric kernel although only the *send* buffer is registered, because its kernel for
-# small messages (LL) copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank).
+# nodes need both buffers. For small messages, NCCL may take the fallback although the receive buffer is registered. Or
+# it may select a symmetric kernel although only the *send* buffer is registered, because its kernel for small messages
+# (LL) copies through NCCL's own memory (seen with 2.30.7 at 64 KiB per rank).
 #
 # On the CPU and on a shared GPU, cpkit's ranks push rows without NCCL. That needs a symmetric receive buffer only. With
 # one GPU per rank, only `direct` pushes rows. The other algorithms call NCCL, and the table above applies to them.
@@ -1244,8 +1244,8 @@ def cause(ranks):
 # result in token order. At first it contains only poison (section 9). `tokens[r]` lists the tokens of rank r, in the
 # order in which it stores them. `yield me.store(shard)` copies rows into my symmetric buffer, and `yield me.load(peer,
 # count)` returns the first `count` rows of a peer's buffer. `yield me.barrier()` waits for all ranks. `me.rank` is the
-# number of this rank, and `me.size` that of all ranks. The next round uses the same buffers. No two ranks may load from
-# the same rank at the same time, if all of them are equally fast.
+# number of this rank, and `me.size` that of all ranks. The next round uses the same buffers. Order the loads so that no
+# two ranks load from the same rank at the same time, if all ranks are equally fast.
 #
 # **Example** With 2 ranks and `tokens` = [[0, 3], [1, 2]], `out[[0, 3]]` becomes the two rows of rank 0 on both ranks,
 # and `out[[1, 2]]` those of rank 1.

@@ -201,8 +201,8 @@ def light_us(total_bytes, cp_size, alpha_us, link_gbps):
 # On a CPU, and on a GPU that all ranks share, the memory sets the bound, not a link. A gather must at least synchronize
 # once, *read* each of the S bytes once, and *write* each of them once for every rank. So (cp+1) · S bytes move. How
 # long that takes is measured here, not looked up: every rank copies S bytes at the same time. Each copy reads S bytes
-# and writes S bytes, so 2 · cp · S bytes move. The bound is therefore (cp+1) / (2 · cp) of the time of these copies,
-# plus one barrier. The fastest of all samples counts, because a bound is not an average.
+# and writes S bytes, so 2 · cp · S bytes move. So the bound is the time of these copies times (cp+1) / (2 · cp), plus
+# one barrier. The fastest of all samples counts, because a bound is not an average.
 #
 # **On GPUs**, this bound and the sweep in section 5 are device times. The bound contains no barrier, because that
 # barrier runs on the *host*, the CPU that runs Python. With one GPU per rank, the line below is the bound of each GPU's
@@ -336,8 +336,8 @@ print(warm)
 #
 # The next cell measures `direct` against *itself*, so the true ratio is 1. It makes two runs, the first while other
 # threads disturb the machine, the second without them. In each run, two copies of `direct`, A and B, alternate (A B A B
-# …). The samples are then compared in two ways. The mistake, called *one after the other*, compares the A samples of
-# the first run with those of the second. The right way compares each A with the B that follows it.
+# …). The samples are then compared in two ways. The mistake (*one after the other* in the figure) compares the A
+# samples of the first run with those of the second. The right way compares each A with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
 with noisy_neighbour():  # other threads use the machine for the first half of the time
@@ -363,8 +363,8 @@ print("the pairs show", "no difference" if low <= 1 <= high else "a difference t
 #
 # With two *different* variants, such a result would not show whether its cause is noise or a real difference. So
 # measure one variant against itself first, and trust only differences that are larger than that spread. The middle half
-# is a quick look at the noise. From here on, a difference counts if the *99 % interval* of the ratio does not contain
-# 1. This interval contains the true median ratio with a probability of 99 %.
+# is a quick look at the noise. From here on, a difference counts if 1 is outside the *99 % interval* of the ratio. This
+# interval contains the true median ratio with a probability of 99 %.
 
 # %% mistakes-flatter tags=["nbval-ignore-output"]
 samples = {name: warm.slowest_us(name) for name in warm.calls}
@@ -1238,8 +1238,8 @@ panel.stop()
 #
 # What changes with 72 GPUs, or with two nodes? You probably do not have them, so `cpkit_lessons.cost_presets` contains
 # such machines as models: time = start + bytes that each GPU receives / rate. The start is their alpha. Between nodes,
-# the network adapter of every GPU receives a part of the other node's rows, while NVLink distributes them inside the
-# node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s that NCCL
+# the network adapter of every GPU receives one eighth of the other node's rows, while NVLink distributes them inside
+# the node. The slower of the two transfers counts. All rates of NVLink follow from one number, the 328 GB/s that NCCL
 # reached on 8 H100 (section 2). A Blackwell GPU gets twice that, because NCCL's own cost model gives its NVLink twice
 # the rate of Hopper's.
 #
@@ -1290,7 +1290,7 @@ figures.show(figures.scale_out(pd.DataFrame(curves)))
 #
 # The model lets NVLink and the network overlap completely, and it contains no contention. So trust the shape of the
 # curves, not their third digit. It also assumes no symmetric kernels between nodes. NCCL has had them for all-gathers
-# since 2.29.2 (GIN), and a second kind, RailRing, since 2.29.7 (`sym_kernels.cc`).
+# since 2.29.2, and a second kind since 2.29.7 (`sym_kernels.cc`).
 
 # %% s12 [markdown]
 # ## 12. Recorded elsewhere, beside yours

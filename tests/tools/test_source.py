@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,17 @@ def test_no_cell_reassigns_the_names_of_an_earlier_reveal(path: Path) -> None:
         for later in cells[place + 1 :]:
             reused = read & names_of(later.text, ast.Store)
             assert not reused, f"{cell.id} reads {reused}, and {later.id} assigns it again"
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.glob("*.py")), ids=lambda path: path.stem[:2])
+def test_no_paragraph_becomes_a_list(path: Path) -> None:
+    """A sentence that goes on with `1. ` at the start of a line is shown as a list of one item."""
+    for cell in source.read(path).cells:
+        numbers = re.findall(r"(?m)^(\d+)\. ", cell.text) if cell.kind == "markdown" else []
+        starts = [place for place, number in enumerate(numbers) if number == "1"]
+        for start, end in itertools.pairwise([*starts, len(numbers)]):
+            assert end - start > 1, f"{cell.id} has a list of one item; wrap its text differently"
+        assert bool(starts) == bool(numbers), f"{cell.id} has a list that does not begin with 1"
 
 
 def names_of(code: str, context: type[ast.expr_context]) -> set[str]:

@@ -66,7 +66,7 @@ class PoolLive(StepPanel[float]):
             if self.plot.is_due() or len(self.served) == len(self._requests_mb):
                 self._draw(pool_requests(self.served, len(self._requests_mb)))
         spills = sum(bool(request.spill_ms) for request in self.served)
-        return f"{len(self.served)} requests, {spills} spills"
+        return f"{len(self.served)} requests, {spills} of them spilled"
 
 
 def serve(

@@ -207,8 +207,9 @@ LESSON.ask(
 LESSON.ask(
     "clocks",
     "Two H100s gather 2.1 MB (2091008 bytes in the table of section 7). In a Python loop, a call "
-    "of `padded_symm` takes 2.1 times as long as a call of `seed`, the same pipeline in plain torch "
-    "over NCCL's ring. How many times as long does the device work on `padded_symm` as on `seed`?",
+    "of `padded_symm` takes 2.1 times as long as a call of `seed`, the same pipeline in plain "
+    "torch over NCCL's ring. How many times as long does the device work on `padded_symm` as on "
+    "`seed`?",
     answer=0.84,
     unit="times",
     tolerance=0.08,
