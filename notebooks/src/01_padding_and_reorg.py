@@ -328,9 +328,10 @@ lesson.reveal("cut", max(many.per_rank_actual_token) - formula)
 # %% e3-task [markdown]
 # ### Exercise 3 · The padded length
 #
-# **Goal** Write `padded_len`, which returns the number of rows in each rank's padded shard, for zigzag. Each sequence
-# has at least 2·cp_size tokens. It must be large enough for the rank with the most rows, and not larger. Every rank
-# must compute the same answer, so the function may use only what is available on all ranks: the lengths and `cp_size`.
+# **Goal** Write `padded_len`, which returns the number of rows in each rank's padded shard, for zigzag. This number
+# must be large enough for the rank with the most rows, and not larger. Each sequence has at least 2·cp_size tokens.
+# Every rank must compute the same answer, so the function may use only what is available on all ranks: the lengths and
+# `cp_size`.
 #
 # **Example** `padded_len([9], 2)` is 5. The blocks have 3, 2, 2 and 2 tokens, so rank 0 holds 3 + 2 rows, and rank 1
 # holds 2 + 2. `padded_len([4097] * 16, 4)` is 16400.
@@ -897,8 +898,8 @@ def accepts(got, lengths, owners, round_):
 #
 # The padded gather writes each row several times. Does it have to? Every rank can compute the permutation *before* any
 # row moves. So it can store each of its rows directly at its final position in the output of every peer. That needs no
-# padding, no strip and no reorder. The algorithm is called `direct`. Its only stage is the wire, and the buffer `wire`
-# is already the result.
+# padding, no strip and no reorder. The algorithm is called `direct`. Its only pass is the wire, so the buffer `wire` is
+# already the result.
 
 # %% direct
 direct = lab.gather(batch, cp_size=cp, algorithm="direct", round=7)
@@ -1018,10 +1019,9 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # `lab.gather` makes each rank call `all_gather_kv`, cpkit's gather. With `direct`, it synchronizes twice: the ranks
 # agree before any row is stored, and they wait at a barrier until all rows have arrived. The next cells run the
-# function `layers` on two other ranks. `group` is the group of these ranks: it has their number, `group.size`, and the
-# number of this rank, `group.rank`. The function makes a plan, and `stages.record()` records the *steps* of one call.
-# Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier
-# at the end.
+# function `layers` on two other ranks. `group.size` is the number of these ranks, and `group.rank` is the number of
+# this one. The function makes a plan, and `stages.record()` records the *steps* of one call. Some steps fill a buffer,
+# such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)

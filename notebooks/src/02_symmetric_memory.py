@@ -338,8 +338,10 @@ def exchange(me):
 #
 # ---
 # **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
-# write. Every call of `all_gather_kv` with `direct` contains both: on the CPU an agreement at its start and a barrier
-# at its end, on GPUs two barriers in the order of the stream. PyTorch's `_low_contention_all_gather` has them too.
+# write. Every call of `all_gather_kv` with `direct` contains both waits: one at its start, before any row is stored,
+# and one at its end, before any row is read. On the CPU, the first is an agreement and the second is a barrier. On
+# GPUs, both are barriers that run on the stream, like kernels, and the agreement comes before them. PyTorch's
+# `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
 # round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
@@ -751,7 +753,7 @@ def may_free(released, me):
 #
 # ---
 # **Why** A rank that keeps a tensor longer costs memory, but not correctness. cpkit's pool (`memory/pool.py`) sends one
-# bit per block in the exchange that every call of `all_gather_kv` needs anyway, together with a digest of its history.
+# bit per block, together with a digest of its history, in the agreement at the start of every call of `all_gather_kv`.
 # A mismatch raises an error that lists each rank's latest allocations.
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
@@ -763,8 +765,8 @@ def may_free(released, me):
 # ## 8. Registered: buffer, group, offset
 #
 # You have allocated a symmetric buffer. Does NCCL take its *fast path*, a gather with a symmetric kernel that stores
-# straight into the memory of the peers? Results show this path as `symmetric`. Whether NCCL takes it, and whether the
-# rows are then right, depends on four facts, which must hold **on all ranks**:
+# straight into the memory of the peers? cpkit's reports call the path of such a gather `symmetric`. Whether NCCL takes
+# it, and whether the rows are then right, depends on four facts, which must hold **on all ranks**:
 #
 # | fact | if it does not hold | source |
 # |---|---|---|
@@ -1027,8 +1029,8 @@ lesson.reveal("skips_the_rendezvous", cards["skips_the_rendezvous"].symptom)
 # %% sizes-text [markdown]
 # ### Sizes differ
 #
-# Each rank sizes a scratch buffer by its own number of rows, and rank 1 has one row more. Then all ranks gather, with
-# equal shapes.
+# Each rank sizes a scratch buffer by its own number of rows, so the scratch buffer of rank 1 is one row larger. The
+# gather that follows does not use it: its tensors have equal shapes on both ranks.
 
 # %% sizes-predict
 lesson.predict("sizes_differ", ...)
@@ -1133,8 +1135,8 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # what the ranks observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`,
 # `exit_code` (the negative signal number if a Unix signal killed the process), `error` (the name of the exception's
 # type, or ""), `message` (the text of the exception, or a note), `waited_s` (the seconds from the start of the case to
-# the report), `paths` (from transport to path), `reason` (one line per transport that says why), and `wrong` (a
-# description of the first wrong row, or ""). The reports are in any order. To see one, run
+# the report), `paths` (from transport to path), `reason` (for each transport, one line that says why it takes its
+# path), and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one, run
 # `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
@@ -1411,8 +1413,8 @@ lesson.reveal("slot", caches[0].index(6))
 #
 # vLLM calls this *direct publication*, and has three open pull requests for it (November 2026). #49517 introduces it
 # for one model, with an FP8 cache, four GPUs and no CUDA graphs. #52863 allocates the cache in PyTorch's symmetric
-# memory. #57115 uses vLLM's own extensible cache, and maps it on all peers. In each of them, a rank stores its final
-# rows in the cache of every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
+# memory. #57115 keeps vLLM's own cache, and maps it on all peers. In each of them, a rank stores its final rows in the
+# cache of every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
 #
 # Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page. This is one
 # reason why `all_gather_kv` synchronizes all ranks before it stores any row. With one signal per peer instead, a rank

@@ -524,9 +524,9 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 # quarter of the largest size, and in each iteration it divides the times of two algorithms. `<` means that the first of
 # the two is faster: the 99 % interval of the median ratio is below 1. `≈` means that it contains 1.
 #
-# (Why is `time_us` in the table above not computed as in exercise 3? The sweep keeps one median per rank, and no single
-# gathers. So it reports the largest of these medians, which can be smaller than the result of exercise 3, never
-# larger.)
+# (Why is `time_us` in the table above not computed as in exercise 3? The sweep keeps one median per rank, and not the
+# times of single gathers. So it reports the largest of these medians, which can be smaller than the result of exercise
+# 3, never larger.)
 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
@@ -653,7 +653,7 @@ def fit(sizes_bytes, times_us):
 # makes it wrong, and the check rejects it.)
 
 # %% e4-after [markdown]
-# Look at the errors of the fitted sweep, which the cell with the fit printed. Each point is the median of five gathers,
+# Look at the errors of the fitted sweep, which the cell with the fit printed. Each point comes from only five gathers,
 # so on a busy machine the line can be off by half, or more, at some size. In that case alpha and beta are only
 # estimates. Two numbers are a first model. `cpkit.cost` contains a more complete one: it counts the bytes of each
 # algorithm, distinguishes cache, memory and first touch, and distributes the ranks over the cores. `make bench` checks
@@ -780,7 +780,8 @@ figures.show(figures.steps(predicted, measured))
 #
 # By count, `padded_symm` takes 3 + 1/cp times as long as `direct`. The measured ratio is near this only while the
 # memory's bandwidth is the limit. It is smaller where both times contain much else: barriers in a small gather, the
-# host's work on a GPU. It is larger where strip and reorder also pay for new pages of memory.
+# host's work on a GPU. It is larger where strip and reorder cost more than the push, for example because they pay for
+# new pages of memory.
 #
 # Does the same hold on GPUs with NVLink? The next cell prints a record of two H100s. It contains device times, from
 # CUDA graphs.
@@ -826,7 +827,7 @@ figures.show(figures.stage_split(split))
 #
 # The stages of `direct` can add up to more than its measured time in the figure *Passes removed: predicted and
 # measured*. There, each call of `direct` repeats an earlier one, and a repeated call skips a part of `agree` and
-# `allocate` (on the CPU only if the gather is not large). A call whose stages are recorded skips nothing.
+# `allocate` (on the CPU, a large gather does not). A call whose stages are recorded skips nothing.
 
 
 # %% e6-task [markdown]
@@ -977,8 +978,9 @@ lesson.reveal("stops", SYMMETRIC.speedups[-1])
 # The saved time first grows with the size, and then stays about the same. A lower fixed cost would save the same time
 # at every size, and a higher rate would save more and more time. The data show neither. NCCL changes the protocol of
 # its ring with the size, so no single line fits the ring's time. One line nearly fits that of the symmetric kernels
-# (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too, and shows
-# the peak: 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and no gain at 256 MiB.
+# (section 2). The speedup falls from each of these sizes to the next. Megatron-LM#5655 has smaller sizes too. There the
+# speedup first rises and then falls: it is 1.3 to 2.1 × between 1 and 16 MiB, highest near 4 MiB, and there is no gain
+# at 256 MiB.
 #
 # Two H100s behave similarly. Registering both buffers changes the speed of NCCL's collective by a factor of 0.92
 # (slower) at 0.26 MB, 1.48 at 4.2 MB, 1.03 at 67 MB and 0.93 (slower) at 268 MB. With only the receive buffer
@@ -1109,7 +1111,7 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 #
 # So compare algorithms by device time. Use call time only to say how long an eager caller waits. On GPUs, the sweep and
 # the panel compare by device time, and show both. `lab.clock` returns both; its `times_us` are call times. Where ranks
-# share a GPU and gather without symmetric memory, the rows go through the host, and there is only call time. On CPUs
+# share a GPU and symmetric memory is switched off, the rows go through the host, and there is only call time. On CPUs
 # there is only one clock, because the host is the device.
 
 # %% beside-text [markdown]

@@ -45,7 +45,7 @@ def stale(world: World) -> Prediction:
             "together, so one rank can get whole rounds ahead.",
             "1 to 10 %": "Ranks drift apart by whole rounds, not by instructions, and stay apart.",
         },
-        why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Nearly all other "
+        why=f"A rank's read of its own slot is always right: 1/{cp} of all reads. Any of the other "
         "reads can be wrong, and nothing limits how many of them are. But a test with the same "
         "data in every round detects none of them, except in memory that was never written.",
     )
