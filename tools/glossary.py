@@ -16,8 +16,8 @@ WORDS: dict[str, str] = {
     "block": "one of the 2·cp_size parts into which the zigzag strategy (section 1) cuts a "
     "sequence; rank r owns blocks r and 2·cp_size−1−r",
     "per_rank_actual_token": "the number of rows that each rank holds, without padding",
-    "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks (a "
-    "layout stores it once per rank)",
+    "max_rank_len": "the number of rows of each rank after padding: the maximum over ranks "
+    "(`layout.max_rank_len` is a list that repeats it for every rank)",
     "rank order": "all rows of rank 0, then all rows of rank 1, …, without padding",
     "token order": "token 0, 1, 2, …, sequence by sequence: the order that attention needs",
     "provenance": "the origin of a row, stored in the row as a *stamp*: round (the number of the "

@@ -198,10 +198,11 @@ lesson.reveal("work", work["contiguous"][-1] / work["contiguous"][0])
 # same time. Interleave is nearly balanced too, and the balance improves with the length of the sequence.
 #
 # Zigzag is the usual default because a rank holds at most two runs of consecutive tokens per sequence, however long the
-# sequence is. So two copies per sequence are enough to move a rank's rows, and two attention calls to read them. With
-# interleave, each token is a run of its own. PyTorch's context parallelism calls the same idea the head-tail balancer,
-# and requires a length that is divisible by 2·cp. `contiguous` keeps neighbouring tokens on one rank, at the price of
-# unbalanced work (the serving engine SGLang discusses it in sglang#34059, which was open in November 2026).
+# sequence is. So two copies per sequence are enough to move a rank's rows, and two attention calls per sequence are
+# enough for its queries: one for each run. With interleave, each token is a run of its own. PyTorch's context
+# parallelism calls the same idea the head-tail balancer, and requires a length that is divisible by 2·cp. `contiguous`
+# keeps neighbouring tokens on one rank, at the price of unbalanced work (the serving engine SGLang discusses it in
+# sglang#34059, which was open in November 2026).
 
 # %% e2-task [markdown]
 # ### Exercise 2 · Count the keys
@@ -278,8 +279,8 @@ def keys_seen(tokens, lengths):
 # Such gathers exist. MPI has `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different lengths.
 # But the all-gather of NCCL, NVIDIA's library of collectives, takes one size for all ranks. For an uneven list torch
 # therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use NCCL's fast kernels (GPU
-# programs) for symmetric memory. Notebook 2 introduces symmetric memory. So the usual solution is to pad: every rank
-# extends its shard to the length of the longest one.
+# programs) for *symmetric memory*: buffers that every rank allocates alike, so that its peers can access them directly
+# (notebook 2). So the usual solution is to pad: every rank extends its shard to the length of the longest one.
 
 # %% waste-predict
 lesson.predict("waste", ...)
@@ -488,6 +489,7 @@ assert (reorder[:, 0] == 7).all(), "all rows belong to round 7"
 # `[cp · max_rank_len, heads, head_dim]`. The rows of rank r begin at `r · max_rank_len`, and only the first
 # `per_rank_actual_token[r]` of them are real. Assume that the padding contains arbitrary bytes, so that you cannot
 # recognize it by its contents: `padded` fills it with zeros, but `padded_symm` (notebook 2) leaves it uninitialized.
+# The check fills it with *poison*, a pattern that no row contains.
 #
 # **Example** Let `wire` hold the rows a b · c d e, where · is padding. With `per_rank_actual_token` [2, 3] and
 # `max_rank_len` 3, the result is a b c d e.
@@ -802,10 +804,10 @@ lesson.reveal("survivors", int(alive["lengths only"]))
 # %% e7-task [markdown]
 # ### Exercise 7 · Write the check that rejects all mutants
 #
-# **Goal** Write `accepts`. `got` is a list of `(round, rank, sequence, token)`, where `token` is the position within
-# its sequence, one per slot, as decoded from the rows (padding is all -1). `lengths` are the numbers of tokens in each
-# sequence, `owners[i]` is the rank that owns token i of the flattened batch, and `round_` is the current round. Return
-# True for a correct gather, and False for every broken one.
+# **Goal** Write `accepts`. `got` is a list with one tuple `(round, rank, sequence, token)` per slot, decoded from the
+# rows (for padding, all four are -1). `token` is the position within its sequence. `lengths` are the numbers of tokens
+# in each sequence, `owners[i]` is the rank that owns token i of the flattened batch, and `round_` is the current round.
+# Return True for a correct gather, and False for every broken one.
 #
 # **Example** For `lengths` [2], `owners` [0, 1] and round 5, only `[(5, 0, 0, 0), (5, 1, 0, 1)]` is right.
 #
@@ -916,8 +918,8 @@ figures.show(figures.stage_grid(direct))
 # tokens. A rank that needs no padding does not copy in the `pad` stage.
 #
 # **Example** Rank 0 holds 2 rows, rank 1 holds 3, and a row has 10 bytes. Rank 0 pads (3 rows, 30 bytes), receives 2 ·
-# 3 slots (60 bytes), and strips and reorders 5 rows (50 bytes each). So `bill(2, 3, 5, 2, 10)` is `{"pad": 30, "wire":
-# 60, "strip": 50, "reorder": 50}`.
+# 3 slots (60 bytes), strips (5 rows, 50 bytes), and reorders (5 rows, 50 bytes). So `bill(2, 3, 5, 2, 10)` is `{"pad":
+# 30, "wire": 60, "strip": 50, "reorder": 50}`.
 #
 # **About** 4 minutes, ★★☆
 
@@ -1055,11 +1057,11 @@ print("steps of a call:", " → ".join(steps))
 lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
-# How can a rank store its rows without checking that the output is free? The plan has two outputs and uses them in
-# turn, so call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A result is valid only until
-# this rank's next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins
-# call n + 1 before all ranks have arrived at the barrier at the end of call n. MPI calls the same idea a persistent
-# collective (`MPI_Allgatherv_init`).
+# The agreement in each call also makes sure that no rank still reads the output that is overwritten. How can a plan do
+# without it? The plan has two outputs and uses them in turn, so call n + 1 overwrites the output of call n − 1. That is
+# safe for two reasons. A result is valid only until this rank's next call, so a rank that has begun call n no longer
+# needs the result of call n − 1. And no rank begins call n + 1 before all ranks have arrived at the barrier at the end
+# of call n. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it
@@ -1109,8 +1111,8 @@ lesson.progress()
 # </details>
 # <details><summary>2. When is ceil(total / cp) right?</summary>
 #
-# It is always right for one sequence, and sometimes right for several: the extra tokens of several sequences can belong
-# to the same rank.
+# It is always right for one sequence. For several it can be too small, because their extra tokens can belong to the
+# same rank.
 # </details>
 # <details><summary>3. Why may a gather leave the padding uninitialized, and where must the padding be masked?</summary>
 #

@@ -233,5 +233,12 @@ def test_an_order_of_other_things_is_a_wrong_answer(order: object) -> None:
     assert shown(symmetric.check_order, order).startswith("✗")
 
 
+def test_any_kind_of_set_says_which_blocks_are_free() -> None:
+    def frozen(released: list[set[int]], _me: int) -> frozenset[int]:
+        return frozenset(released[0]).intersection(*released)
+
+    assert shown(symmetric.check_may_free, frozen).startswith("✓")
+
+
 def test_rank_1_may_be_the_fast_one_as_the_help_says() -> None:
     assert shown(symmetric.check_order, (0, 0, 0, 1, 1, 1, *[1] * 4, 0, 0)).startswith("✓")

@@ -106,7 +106,12 @@ def test_a_verdict_says_how_far_a_guess_is_off() -> None:
     assert [rank.verdict(guess, 2.0) for guess in (2.0, 3.0)] == ["exact", ""]
     time = replace(rank, answer=2.0, unit="ms")
     guesses = {2.005: "exact", 2.1: "close enough, 5% off", 3.0: "1.5 times too high"}
-    guesses |= {0.5: "4 times too low", 2.6: "30% too high", 1.5: "25% too low"}
+    guesses |= {
+        0.5: "4 times too low",
+        2.6: "30% too high",
+        1.5: "25% too low",
+        0.0: "2 ms too low",
+    }
     assert {guess: time.verdict(guess, 2.0) for guess in guesses} == guesses
     count = replace(rank, unit="rows")
     assert [count.verdict(guess, 2.0) for guess in (3.0, 0.0)] == ["1 too high", "2 too low"]
