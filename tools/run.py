@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +20,7 @@ from cpkit.control import launcher
 from tools.source import BUDGET_S, Cell
 
 CELL_TIMEOUT_S = 120
+SILENCE_S = 5.0  # a cell that shows something every 2 s may take longer on a busy machine
 
 
 def notebook_of(cells: list[Cell]) -> Any:
@@ -70,7 +72,7 @@ def execute(
     Raises nbclient's CellExecutionError if a cell fails, unless `allow_errors`.
     """
     with _runtime_dir() as own:
-        NotebookClient(
+        _Client(
             notebook,
             timeout=CELL_TIMEOUT_S,
             kernel_name="python3",
@@ -79,6 +81,19 @@ def execute(
             allow_errors=allow_errors,
             resources={"metadata": {"path": str(folder)}},
         ).execute(env={**os.environ, **own, **environment})
+
+
+class _Client(NotebookClient):
+    """A client that stores the longest time without output of each cell, `silent_s`."""
+
+    def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
+        """Handle a message of the running cell. The first says that the kernel is busy."""
+        now_s = time.monotonic()
+        if msg["content"].get("execution_state") != "busy":
+            silent_s = now_s - self._output_s
+            cell.metadata["silent_s"] = max(silent_s, cell.metadata.get("silent_s", 0.0))
+        self._output_s = now_s
+        return super().process_message(msg, cell, cell_index)
 
 
 @contextmanager
@@ -106,10 +121,12 @@ def seconds(cell: Any) -> float:
 
 
 def over_budget(notebook: Any) -> list[str]:
-    """Return a message for each cell that ran longer than its budget."""
+    """Return a message for each cell that ran longer than its budget, or was silent for long."""
     found = []
     for cell in notebook.cells:
         budget_s, took_s = cell.metadata.get("budget_s", BUDGET_S), seconds(cell)
         if took_s > budget_s:
             found.append(f"cell {cell.id} took {took_s:.1f} s; its budget is {budget_s:g} s")
+        if (silent_s := cell.metadata.get("silent_s", 0.0)) > SILENCE_S:
+            found.append(f"cell {cell.id} shows nothing for {silent_s:.1f} s; print its progress")
     return found

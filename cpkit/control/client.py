@@ -67,6 +67,7 @@ _RANK_0_MARGIN_S = 3.0  # the other ranks end the workers, with a better error, 
 _POLL_MS, _PAUSED_S = 100, 5.0
 _WANTED_MS = 10  # how soon a stream ends that is not wanted any more
 _SHORT_WAIT_S = 0.5  # shorter waits are not reported to `on_wait`
+_PROGRESS_S = 1.0  # the least time between two calls of `on_progress`
 _CONNECTED, _DISCONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
 _KEY_REJECTED = zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _NO_HANDSHAKE = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -112,14 +113,27 @@ class Client:
         self._closed = True
         self._close_idle_sockets()
 
-    def call(self, body: Body, kind: type[R], deadline_s: float | None = None) -> R:
-        """Send a request and return its result, of type `kind`. Raises the errors of `stream`."""
+    def call(
+        self,
+        body: Body,
+        kind: type[R],
+        deadline_s: float | None = None,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> R:
+        """Send a request and return its result, of type `kind`. Raises the errors of `stream`.
+
+        `on_progress` is called about once per second; if it raises, the request is cancelled.
+        """
+        reported_s = time.monotonic()
         with contextlib.closing(self.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, kind):
                     return reply
                 if not isinstance(reply, Progress):
                     raise NoAnswer(f"the workers answered {body!r} with {type(reply).__name__}")
+                if on_progress and time.monotonic() - reported_s >= _PROGRESS_S:
+                    on_progress(reply)
+                    reported_s = time.monotonic()
         raise NoAnswer(f"the workers ended {body!r} without a result")
 
     def stream(

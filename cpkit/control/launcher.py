@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,7 +43,7 @@ from cpkit.settings import check_all
 
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
-_PERIOD_S = 0.05
+_PERIOD_S, _PROGRESS_S = 0.05, 1.0
 _log = logging.getLogger("cpkit")
 
 
@@ -93,16 +94,25 @@ def start(launch: Launch) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_until_ready(agent: subprocess.Popen[bytes], launch: Launch) -> None:
+def wait_until_ready(
+    agent: subprocess.Popen[bytes],
+    launch: Launch,
+    on_progress: Callable[[str], object] = lambda _: None,
+) -> None:
     """Wait until the workers accept requests; on a node without rank 0, until the agent runs.
 
+    Calls `on_progress` about once per second with the elapsed time and the ranks' startup phases.
     Raises AlreadyRunning, or ControlError with the cause. On any exception, an interrupt included,
     the agent and its ranks are ended first.
     """
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
     deadline = StartDeadline(runtime_dir)
+    started_s = reported_s = time.monotonic()
     try:
         while not deadline.has_passed():
+            if time.monotonic() - reported_s >= _PROGRESS_S:
+                reported_s = time.monotonic()
+                on_progress(f"{reported_s - started_s:.0f} s, {deadline.phases()}")
             code = agent.poll()
             if code is not None:
                 raise _start_error(code, runtime_dir)

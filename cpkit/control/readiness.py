@@ -136,6 +136,12 @@ class StartDeadline:
             self._phases, self._since_s = phases, time.monotonic()
         return time.monotonic() - self._since_s > (READY_S if limit_s is None else limit_s)
 
+    def phases(self) -> str:
+        """Return the phases of the ranks, each once; before there are ranks, the agent's."""
+        phases = self._phases or {"agent": "starting Python"}
+        ranks = [phase for process, phase in phases.items() if process != "agent"]
+        return ", ".join(dict.fromkeys(ranks or phases.values()))
+
     def describe(self) -> str:
         """Return the last phase of each process and the log files, for an error message."""
         phases = ", ".join(f"{process}: {phase}" for process, phase in (self._phases or {}).items())

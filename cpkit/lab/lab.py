@@ -23,6 +23,7 @@ from cpkit.control.messages import (
     Gather,
     GatherResult,
     Measure,
+    Progress,
     Put,
     PutResult,
     Sample,
@@ -233,12 +234,13 @@ class Lab:
         dtype: "str | torch.dtype" = "bfloat16",
         tensors: int = 2,
         iterations: int = 20,
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> "pd.DataFrame":
         """Return a table with nccl-tests' columns: one row per size, cp_size and algorithm.
 
         Pass either `sizes_bytes`, the gathered bytes of one sequence (rounded up to whole tokens,
         and to the 2·cp tokens that zigzag needs), or `lengths`, a list of batches. The algorithms
-        of one size are measured interleaved.
+        of one size are measured interleaved. `on_progress=print` prints about a line per second.
         """
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
@@ -261,7 +263,7 @@ class Lab:
                 batches, sizes, several(algorithms or ALGORITHMS, "algorithms")
             )
         )
-        return self._client.call(Sweep(workloads, iterations), SweepResult).table
+        return self._client.call(Sweep(workloads, iterations), SweepResult, None, on_progress).table
 
     def clock(
         self,
@@ -279,6 +281,7 @@ class Lab:
         warmup: int = 2,
         barrier: bool = True,
         late_us: float = 0.0,
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> ClockResult:
         """Time the calls interleaved (A B C, A B C, …), and return every sample of every rank.
 
@@ -286,12 +289,13 @@ class Lab:
         gathered bytes once; `copy_fresh`, the same into memory that was never written;
         `collective`, torch.distributed alone; `launch`, started but not waited for. `warmup=0` and
         `barrier=False` show timing mistakes. Rank r starts each call `r · late_us` late.
+        `on_progress=print` prints about a line per second.
         """
         workload = self.workload(
             lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors
         )
         body = Clock(workload, several(calls, "calls"), iterations, warmup, barrier, late_us)
-        return self._client.call(body, ClockResult)
+        return self._client.call(body, ClockResult, None, on_progress)
 
     def trace(
         self,

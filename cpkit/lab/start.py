@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from msgspec import structs
@@ -65,12 +67,19 @@ def _launch(settings: Launch) -> None:
     began = time.monotonic()
     with contextlib.suppress(AlreadyRunning):
         agent = launcher.start(settings)
-        _show_progress(f"starting {settings.nproc} workers {settings.name!r} …")
-        launcher.wait_until_ready(agent, settings)
-        _show_progress(f"ready after {time.monotonic() - began:.1f} s")
+        show, workers = _shown_line(), f"{settings.nproc} workers {settings.name!r}"
+        show(f"starting {workers} …")
+        launcher.wait_until_ready(agent, settings, lambda text: show(f"starting {workers}: {text}"))
+        show(f"{workers} are ready after {time.monotonic() - began:.1f} s")
 
 
-def _show_progress(text: str) -> None:
-    """Print to stderr, except in a notebook, whose stored outputs must not change."""
+def _shown_line() -> Callable[[str], object]:
+    """Return a function that shows a line: on stderr, or in a notebook in place of the last one."""
     if "ipykernel" not in sys.modules:
-        sys.stderr.write(f"{text}\n")
+        return lambda text: sys.stderr.write(f"{text}\n")
+    if threading.current_thread() is not threading.main_thread():  # no cell is running it
+        return lambda _: None
+    from IPython.display import display
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    return lambda text: handle.update({"text/plain": text}, raw=True)

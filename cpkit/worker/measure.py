@@ -31,6 +31,7 @@ from cpkit.worker.workload import Run, prepare
 _FIRST_ITERATIONS = 3
 _BUSY = 0.25  # of a stream's interval: the ranks leave the cores to the page that draws
 _DRAWN_S = 0.15  # in which a page draws the first sample of a setting
+_SHORT_S = 0.25  # for one gather of each workload: a pause does not change longer ones much
 _MAX_ITERATIONS, _MAX_STAGE_SAMPLES = 1000, 30
 _STAGES_EVERY = 4  # samples
 
@@ -107,7 +108,7 @@ class SweepOperation(Operation[Sweep]):
         ]
 
     def steps(self, group: CPGroup, state: RankState) -> Steps:
-        """Run as many iterations per step as fit in CHUNK_S."""
+        """Run as many iterations per step as fit in CHUNK_S, at least one."""
         workloads, iterations = self.body.workloads, self.body.iterations
         runs = _variants(workloads, group, state)
         paths = []
@@ -116,11 +117,14 @@ class SweepOperation(Operation[Sweep]):
             paths.append(run.path())
             yield Progress(0, iterations)
         calls = _calls(runs)
-        timings = time_calls(calls, group, 1)
+        timings = time_calls(calls, group, 1, warmup=0)
+        is_short = _round_s(timings, group) < _SHORT_S
+        if is_short:
+            timings = time_calls(calls, group, 1)
         while (done := len(timings["0"].call_us)) < iterations:
             yield Progress(done, iterations)
-            for run in runs:
-                run.gather()  # the first gather after a step of another request is slow
+            for run in runs if is_short else ():
+                run.gather()  # the first gather after a pause is slow
             time_for(CHUNK_S, calls, group, iterations - done, timings)
         samples = zip(workloads, timings.values(), paths, strict=True)
         return SweepResult(tuple(_sample(w, 0, timing, path) for w, timing, path in samples))
@@ -137,8 +141,11 @@ class SweepOperation(Operation[Sweep]):
             yield SweepResult(tuple(self._rows))
             return
         done, total = len(self._rows), len(self.body.workloads)
-        workload = self.body.workloads[min(done, total - 1)]
-        yield Progress(done, total, f"{workload.total_bytes} bytes, cp_size {workload.cp_size}")
+        workload, first = self.body.workloads[min(done, total - 1)], reports[0]
+        unit = f"rows; next: {workload.total_bytes} bytes on {workload.cp_size} ranks"
+        if isinstance(first, Progress):
+            unit = f"{unit}, {first} iterations"
+        yield Progress(done, total, unit)
 
 
 def _variants(workloads: Sequence[Workload], group: CPGroup, state: RankState) -> list[Run]:

@@ -775,8 +775,8 @@ def cp_attention(q, k, v, tokens):
 # - `stale: one rank's previous round`: the rows of one rank are left over from the previous round;
 # - `padding in place of a row`, `a row twice`: one row is missing, and padding or a copy of its neighbour stands in its
 #   place;
-# - `written by a rank that is not the owner`, `wrong sequence number`: all rows of a rank, or of the last sequence,
-#   have a wrong stamp;
+# - `written by a rank that is not the owner`: the stamps of one rank's rows name another rank;
+# - `wrong sequence number`: the stamps of the last sequence contain a number that no sequence has;
 # - `the last row lost`, `slots after the end`: the result is too short or too long.
 #
 # The table applies four common checks to each of them. `lengths only` counts the slots. `one constant per rank`
@@ -1057,11 +1057,12 @@ print("steps of a call:", " → ".join(steps))
 lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 
 # %% plan-after [markdown]
-# The agreement in each call also makes sure that no rank still reads the output that is overwritten. How can a plan do
-# without it? The plan has two outputs and uses them in turn, so call n + 1 overwrites the output of call n − 1. That is
-# safe for two reasons. A result is valid only until this rank's next call, so a rank that has begun call n no longer
-# needs the result of call n − 1. And no rank begins call n + 1 before all ranks have arrived at the barrier at the end
-# of call n. MPI calls the same idea a persistent collective (`MPI_Allgatherv_init`).
+# Without a plan, every call of `all_gather_kv` begins with an agreement. It also makes sure that no rank still reads
+# the output that the call overwrites. How can a plan do without it? The plan has two outputs and uses them in turn, so
+# call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A result is valid only until this rank's
+# next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins call n + 1
+# before all ranks have arrived at the barrier at the end of call n. MPI calls the same idea a persistent collective
+# (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it

@@ -345,7 +345,8 @@ def exchange(me):
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
 # round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
-# cpkit's plans do this with two outputs, and its barrier (`sync/barrier.py`) with two message slots.
+# A *plan* of cpkit (section 8 of notebook 1) does this with two outputs, and cpkit's barrier (`sync/barrier.py`) with
+# two message slots.
 
 # %% e3-task [markdown]
 # ### Exercise 3 · Make it fail
@@ -982,7 +983,7 @@ def fast_path(version, group, send, recv):
 # reason.
 #
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
-# version, and the copy that pads is gone as well. This is the remedy of sglang#37337 for `interleave`.
+# version, and the copy that pads is gone as well. sglang#37337 does the same for SGLang's `interleave` split.
 
 # %% s9 [markdown]
 # ## 9. Failure lab
@@ -1007,7 +1008,6 @@ cards = {}
 
 def run(case):
     """Run one case, store its post-mortem, and show it."""
-    print("starting two ranks …")
     cards[case] = inject_fault(case)
     return cards[case]
 
@@ -1339,7 +1339,7 @@ def pull_gather(me, shard, out, tokens):
 # ---
 # **Why** If all ranks read from rank 0 first, its memory serves all of them while the memories of the other ranks are
 # idle. With the rotation, each rank reads from a different peer in every step, as in cpkit's `pull_shards`. A rank's
-# own rows need no load: with `out[tokens[me.rank]] = shard`, you load fewer rows than the reference. PyTorch's
+# own rows need no load: with `out[tokens[me.rank]] = shard`, you load fewer rows than the solution above. PyTorch's
 # `_low_contention_all_gather` avoids a different kind of contention. It uses copy engines, the GPU's hardware for
 # copies, so that it takes no multiprocessors from *computation* that runs at the same time (pytorch#130583).
 #

@@ -139,8 +139,8 @@ def bandwidths(rank_bytes, time_us, cp_size):
 #
 # Here is what goes wrong otherwise. NCCL's symmetric kernels on 8 × H100 take almost exactly 5.3 µs + received bytes /
 # (328 GB/s): this line is within 1.1 % of four published times (Megatron-LM#5596). If it were a bound, no gather of 268
-# MB on two GPUs could take less than 414 µs. But cpkit's `plan` took 378 µs. The 328 GB/s are what NCCL *reaches*, and
-# no limit of the link.
+# MB on two GPUs could take less than 414 µs. But cpkit's `plan` (`direct`, prepared once) took 378 µs. The 328 GB/s are
+# what NCCL *reaches*, and no limit of the link.
 
 
 # %% e2-task [markdown]
@@ -320,7 +320,7 @@ lab.pool.configure(world.of(1 << 20), cp)  # a small arena, so the first gather 
 cold = lab.clock(["direct"], tokens, cp, iterations=4, warmup=0, **one)
 lab.pool.configure(cp_size=cp)  # the default arena again
 calls = ["direct", "launch", "collective", "copy", "copy_fresh"]
-warm = lab.clock(calls, tokens, cp, iterations=12, **one)
+warm = lab.clock(calls, tokens, cp, iterations=12, on_progress=print, **one)
 times = warm.times_us("direct")  # [iterations, ranks]
 slowest = times.max(axis=1)
 right = np.median(slowest)
@@ -340,7 +340,7 @@ print(warm)
 # samples of the first run with those of the second. The right way compares each A with the B that follows it.
 
 # %% mistakes-2 tags=["nbval-ignore-output"]
-with noisy_neighbour():  # other threads use the machine for the first half of the time
+with noisy_neighbour():  # other threads use the machine during this run, not during the next
     disturbed = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 quiet = lab.clock(["direct", "direct"], tokens, cp, iterations=10, **one)
 after_another = disturbed.median_us("direct"), quiet.median_us("direct")
@@ -504,12 +504,9 @@ lesson.predict("ranking", ...)
 
 # %% sweep tags=["nbval-ignore-output"] budget_s=90
 algorithms = ["padded", "padded_symm", "direct"]
-what = {"cp_sizes": [cp], "algorithms": algorithms, "iterations": 5, **one}
-tables = []
-for size in sizes:
-    print(f"timing three algorithms at {size / MB:.3g} MB …")
-    tables.append(lab.sweep(sizes_bytes=[size], **what))
-table = pd.concat(tables, ignore_index=True)
+print(f"timing {len(algorithms)} algorithms at {len(sizes)} sizes …")
+what = {"sizes_bytes": sizes, "cp_sizes": [cp], "algorithms": algorithms, **one}
+table = lab.sweep(**what, iterations=5, on_progress=print)
 assert len(table) == len(sizes) * len(algorithms)
 names = "size_bytes count type algorithm time_us algbw_gbps busbw_gbps path"
 table[names.split()].round(3)
@@ -531,7 +528,8 @@ assert abs(row["busbw_gbps"] - expected) < 1e-6 * expected, "the table uses the 
 # %% ranking tags=["nbval-ignore-output"] budget_s=60
 medium = sizes[-1] // 4 // 2048  # tokens
 print(f"timing each algorithm 15 times at {medium * 2048 / MB:.3g} MB …")
-order_seen = lesson.order(lab.clock(algorithms, medium, cp, iterations=15, **one), algorithms)
+run = lab.clock(algorithms, medium, cp, iterations=15, on_progress=print, **one)
+order_seen = lesson.order(run, algorithms)
 print(order_seen)
 
 # %% ranking-reveal
@@ -680,8 +678,9 @@ passes
 lesson.reveal("passes", passes.loc["padded_symm", "passes"])
 
 # %% passes-text [markdown]
-# The table counts the rows that are written into the buffers of rank 0 in each stage. `padded` copies nothing in `pad`,
-# because there is no padding. `padded_symm` always copies its shard into symmetric memory.
+# For each stage, the table counts the rows that are written into the buffers of rank 0. In a push they come from all
+# ranks; here, every rank also writes as many as it receives. `padded` copies nothing in `pad`, because there is no
+# padding. `padded_symm` always copies its shard into symmetric memory.
 #
 # What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` has a price of
 # its own, that of the collective. In a gather of N rows, a stage that writes n rows costs n / N of such a price. With
@@ -759,7 +758,7 @@ def price_us(rows, total, copy_us, wire_us, barrier_us):
 # %% priced tags=["nbval-ignore-output"] budget_s=60
 calls = ["barrier", "copy", "collective", *algorithms]
 print(f"timing {len(calls)} calls at {medium * 2048 / MB:.3g} MB …")
-run = lab.clock(calls, medium, cp, iterations=9, **one)
+run = lab.clock(calls, medium, cp, iterations=9, on_progress=print, **one)
 costs = {name: run.median_us(name) for name in calls}
 predicted = {
     name: lesson.price(rows[name], sum(batch), costs["copy"], costs[wire], costs["barrier"])
@@ -827,7 +826,7 @@ figures.show(figures.stage_split(split))
 #
 # The stages of `direct` can add up to more than its measured time in the figure *Passes removed: predicted and
 # measured*. There, each call of `direct` repeats an earlier one, and a repeated call skips a part of `agree` and
-# `allocate` (on the CPU, a large gather does not). A call whose stages are recorded skips nothing.
+# `allocate`. Two kinds of calls skip nothing: those whose stages are recorded, and large gathers on the CPU.
 
 
 # %% e6-task [markdown]
@@ -1082,7 +1081,7 @@ def break_even_bytes(slow, fast, gain):
 # | `NCCL`, `NCCL both` | the collective alone | none; send and receive |
 # | `seed`, `seed both` | SGLang's pipeline in plain torch: pad, the collective, strip, reorder | none; send and receive |
 # | `padded`, `padded_symm` | the same pipeline in cpkit, with its checks | none; send and receive |
-# | `copy engine` | copy engines move the shards into the peers' buffers, without a pad; then strip, reorder | receive |
+# | `copy engine` | copy engines move each shard to max_rank_len free rows in each peer's buffer, which needs no pad; then strip, reorder | receive |
 # | `direct` | stores every row at its final position | receive |
 # | `plan` | `direct`, prepared once | receive |
 

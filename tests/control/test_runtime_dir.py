@@ -350,3 +350,18 @@ def test_each_startup_phase_renews_the_deadline(
         time.sleep(0.3)
     until(deadline.has_passed)
     assert "within 0.2 s (rank 0: joining the process group)" in deadline.describe()
+
+
+def test_the_phases_of_a_start_are_shown_once_and_those_of_the_ranks_only(here: RuntimeDir) -> None:
+    deadline, shown = readiness.StartDeadline(here), []
+    for process, phase in (
+        ("agent", "running torchrun"),
+        ("rank 0", "importing torch"),
+        ("rank 1", "importing torch"),
+        ("rank 0", "joining the process group"),
+    ):
+        shown.append(deadline.phases())
+        here.set_startup_phase(process, phase)
+        assert not deadline.has_passed()
+    assert shown == ["starting Python", "running torchrun", *["importing torch"] * 2]
+    assert deadline.phases() == "joining the process group, importing torch"

@@ -25,7 +25,7 @@ import pytest
 from cpkit.notebook.show import PLOTLY_MIME
 from tests.helpers.notebook_gates import figure_faults, region_faults, rerun_faults
 from tests.lessons import test_notebooks as conditions
-from tools import source
+from tools import run, source
 from tools.build import MAX_BYTES, NOTEBOOKS, SOURCES, build, canonical, check, problems
 from tools.rehearse import main, rehearse
 
@@ -282,6 +282,19 @@ def test_a_cell_over_its_budget_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"09_planted.py: cell late took .*; its budget is 0.001 s"
     ):
+        build(path)
+
+
+@SLOW
+@pytest.mark.notebook
+def test_a_cell_that_shows_nothing_for_long_is_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SILENCE_S", 0.6)
+    path = tmp_path / "09_planted.py"
+    steps = "import time\nfor step in range(5):\n    time.sleep(0.2)\n"
+    path.write_text(f"# %% shows\n{steps}    print(step)\n# %% silent\n{steps}")
+    with pytest.raises(ValueError, match=r"py: cell silent shows nothing for 1\.\d s; print"):
         build(path)
 
 

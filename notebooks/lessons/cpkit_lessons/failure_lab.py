@@ -7,6 +7,9 @@ limit, and no process is left when `inject_fault` returns. They run `cpkit_lesso
 from __future__ import annotations
 
 import signal
+import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -134,10 +137,27 @@ def inject_fault(
     with TemporaryDirectory(prefix="cpkit-lab-") as directory:
         folder = Path(directory)
         command = ["cpkit_lessons.faults", case, str(victim), str(deadline_s), str(folder)]
+        print(f"starting {size} ranks …")  # noqa: T201 - it takes seconds
         with processes(command, size, folder) as started:
+            _wait_until_ready(started, folder)
+            print(f"the ranks run; each waits at most {deadline_s:g} s for the other …")  # noqa: T201
             codes = wait(started, _TIMEOUT_S)
         reports = [_report(folder, rank, code) for rank, code in enumerate(codes)]
     return PostMortem(case, deadline_s, tuple(reports))
+
+
+def ready_file(folder: Path, rank: int) -> Path:
+    """Return the file that a rank makes when it begins its case."""
+    return folder / f"{rank}.ready"
+
+
+def _wait_until_ready(started: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Return when every rank has begun its case, or a rank has ended, or it takes too long."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline and all(process.poll() is None for process in started):
+        if all(ready_file(folder, rank).exists() for rank in range(len(started))):
+            return
+        time.sleep(0.02)
 
 
 def _report(folder: Path, rank: int, code: int | None) -> RankReport:

@@ -27,7 +27,7 @@ from cpkit.provenance import explain_mismatch, poison_, shard_rows
 from cpkit.settings import shm_dir
 from cpkit.symm import SymmetricPool, explain_path, symmetric_pool, use_symmetric_memory
 from cpkit.sync.shm import make_segment
-from cpkit_lessons.failure_lab import RankReport
+from cpkit_lessons.failure_lab import RankReport, ready_file
 from cpkit_lessons.one_rank import group_of_all
 
 ROWS, SHAPE, DTYPE = 4, (8, 16), torch.bfloat16  # rows per rank, of 256 bytes each
@@ -159,6 +159,7 @@ def main(case: str, victim: int, deadline_s: str, directory: Path) -> None:
     signal.alarm(_LIFE_S)
     group = group_of_all(directory)
     rank = group.rank
+    ready_file(directory, rank).touch()
     os.environ["CPKIT_DEADLINE_S"] = deadline_s  # not earlier, because startup may take longer
     start = time.monotonic()
     try:

@@ -7,12 +7,14 @@ draw them. The page also contains the JSON, so one file is enough.
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import json
 import os
 import platform
 import sys
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def _pictures(figures: Sequence[go.Figure]) -> list[str]:
     for figure in figures:
         text = escape(text_alternative(figure))
         try:
-            data = b64encode(png(figure)).decode()
+            data = b64encode(_drawn(figure)).decode()
             parts.append(f'<p><img alt="{text}" src="data:image/png;base64,{data}"></p>')
         except NoPicture as problem:
             reason = f"The report has no pictures: {problem}."
@@ -110,6 +112,17 @@ def _pictures(figures: Sequence[go.Figure]) -> list[str]:
     if reason:
         sys.stdout.write(f"{reason}\n")
     return parts
+
+
+def _drawn(figure: go.Figure) -> bytes:
+    """Return the figure as PNG. Prints each second, because a browser takes seconds to start."""
+    with ThreadPoolExecutor(1) as thread:
+        drawing = thread.submit(png, figure)
+        for elapsed_s in itertools.count(1):
+            if wait([drawing], 1.0).done:
+                break
+            sys.stdout.write(f"a browser draws the figure, {elapsed_s} s …\n")
+    return drawing.result()
 
 
 def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[str]) -> str:

@@ -234,7 +234,8 @@ LESSON.ask(
         3: "Without a registered buffer, a kernel has no window of its peers to store into.",
     },
     why="2.28.9 requires both buffers. With the receive buffer alone it keeps its ring, and "
-    "reports nothing: this was the state of sglang#24040 when it was merged.",
+    "gives no warning; you have to read its log. sglang#24040, as it was merged, registered only "
+    "the receive buffer.",
 )
 LESSON.ask(
     "nodes",
@@ -248,8 +249,8 @@ LESSON.ask(
     wrong={
         14.6: "That is 656 / 45. But only the other node's half crosses the network, once per "
         "node, and 8 network adapters share it.",
-        2.9: "That adds the times of network and NVLink. They work at the same time, so the slower "
-        "one counts.",
+        2.9: "That adds the times of network and NVLink. They work at the same time, so the one "
+        "that takes longer counts.",
         1.0: "Every GPU still has to receive 224 MB over an NVLink of half the rate.",
     },
     why="Every GPU receives 240 MB. The other node's 128 MB enter through 8 adapters, 16 MB each: "

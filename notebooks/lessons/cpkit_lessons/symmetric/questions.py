@@ -27,7 +27,8 @@ def same(world: World) -> Prediction:
         },
         why="Symmetric means: the same offset in every rank's segment. All ranks allocate the "
         "same sizes in the same order, so they compute the same offset. cpkit's ranks compare "
-        "their allocations at the next agreement. A pointer is valid only in its own process.",
+        "their allocations at the next agreement, the exchange of small messages with which "
+        "every gather begins. A pointer is valid only in its own process.",
     )
 
 
