@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import sys
 import threading
@@ -79,7 +80,6 @@ def _shown_line() -> Callable[[str], object]:
         return lambda text: sys.stderr.write(f"{text}\n")
     if threading.current_thread() is not threading.main_thread():  # no cell is running it
         return lambda _: None
-    from IPython.display import display
-
-    handle = display({"text/plain": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    display = importlib.import_module("IPython.display").display  # there is one in every kernel
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
     return lambda text: handle.update({"text/plain": text}, raw=True)
