@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import sys
 import threading
@@ -80,6 +79,6 @@ def _shown_line() -> Callable[[str], object]:
         return lambda text: sys.stderr.write(f"{text}\n")
     if threading.current_thread() is not threading.main_thread():  # no cell is running it
         return lambda _: None
-    display = importlib.import_module("IPython.display").display  # there is one in every kernel
+    display = sys.modules["IPython"].display.display  # a kernel has it; the library needs none
     handle = display({"text/plain": ""}, raw=True, display_id=True)
     return lambda text: handle.update({"text/plain": text}, raw=True)
