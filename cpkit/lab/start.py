@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import structs
 
@@ -75,10 +75,10 @@ def _launch(settings: Launch) -> None:
 
 def _shown_line() -> Callable[[str], object]:
     """Return a function that shows a line: on stderr, or in a notebook in place of the last one."""
-    if "ipykernel" not in sys.modules:
+    ipython: Any = sys.modules.get("IPython")  # a kernel has it; the library does not need it
+    if ipython is None or not hasattr(ipython.get_ipython(), "kernel"):
         return lambda text: sys.stderr.write(f"{text}\n")
     if threading.current_thread() is not threading.main_thread():  # no cell is running it
         return lambda _: None
-    display = sys.modules["IPython"].display.display  # a kernel has it; the library needs none
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
     return lambda text: handle.update({"text/plain": text}, raw=True)
