@@ -212,7 +212,12 @@ def _lab_environment(name: str) -> dict[str, str]:
 def _start(settings: Launch) -> str:
     """Start workers, wait until they are ready, and return a message for the user."""
     began = time.monotonic()
-    launcher.wait_until_ready(launcher.start(settings), settings)
+
+    def show(progress: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"starting the workers {settings.name!r}: {progress}\n")
+
+    launcher.wait_until_ready(launcher.start(settings), settings, show)
     took_s = time.monotonic() - began
     if settings.node_rank > 0:
         return (

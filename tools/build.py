@@ -39,7 +39,7 @@ def build(path: Path) -> Any:
     run.execute(notebook, NOTEBOOKS, {"CPKIT_STATIC": "1"})
     late = run.over_budget(notebook)
     if late:
-        raise ValueError(f"{path.name}: {'; '.join(late)}; make it faster, or set budget_s")
+        raise ValueError(f"{path.name}: {'; '.join(late)}")
     return notebook
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -86,6 +87,8 @@ def execute(
 class _Client(NotebookClient):
     """A client that stores the longest time without output of each cell, `silent_s`."""
 
+    _output_s = math.inf
+
     def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
         """Handle a message of the running cell. The first says that the kernel is busy."""
         now_s = time.monotonic()
@@ -126,7 +129,8 @@ def over_budget(notebook: Any) -> list[str]:
     for cell in notebook.cells:
         budget_s, took_s = cell.metadata.get("budget_s", BUDGET_S), seconds(cell)
         if took_s > budget_s:
-            found.append(f"cell {cell.id} took {took_s:.1f} s; its budget is {budget_s:g} s")
+            advice = f"its budget is {budget_s:g} s: make it faster, or set budget_s"
+            found.append(f"cell {cell.id} took {took_s:.1f} s; {advice}")
         if (silent_s := cell.metadata.get("silent_s", 0.0)) > SILENCE_S:
             found.append(f"cell {cell.id} shows nothing for {silent_s:.1f} s; print its progress")
     return found

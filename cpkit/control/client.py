@@ -122,17 +122,21 @@ class Client:
     ) -> R:
         """Send a request and return its result, of type `kind`. Raises the errors of `stream`.
 
-        `on_progress` is called about once per second; if it raises, the request is cancelled.
+        While the ranks work, `on_progress` is called in this thread about once per second. It must
+        not wait for these workers. If it raises, the request is cancelled.
         """
-        reported_s = time.monotonic()
+        if not (on_progress is None or callable(on_progress)):
+            raise BadRequest(f"on_progress is {on_progress!r}; pass a function, such as print")
+        reported_s, latest = time.monotonic(), None
         with contextlib.closing(self.stream(body, deadline_s)) as replies:
             for reply in replies:
                 if isinstance(reply, kind):
                     return reply
                 if not isinstance(reply, Progress):
                     raise NoAnswer(f"the workers answered {body!r} with {type(reply).__name__}")
-                if on_progress and time.monotonic() - reported_s >= _PROGRESS_S:
-                    on_progress(reply)
+                latest = reply if reply.total else latest  # a keep-alive has no total
+                if on_progress and latest and time.monotonic() - reported_s >= _PROGRESS_S:
+                    on_progress(latest)
                     reported_s = time.monotonic()
         raise NoAnswer(f"the workers ended {body!r} without a result")
 

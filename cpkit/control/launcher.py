@@ -43,19 +43,25 @@ from cpkit.settings import check_all
 
 _STOP_TIMEOUT_S = 20.0  # torchrun needs up to 5 s to end its ranks, 30 s before torch 2.12
 _EXIT_TIMEOUT_S = 5.0
-_PERIOD_S, _PROGRESS_S = 0.05, 1.0
+_PERIOD_S = 0.05
 _log = logging.getLogger("cpkit")
 
 
 def attach(
-    name: str, nproc: int | None = None, device: str = "auto", algorithms: str = ""
+    name: str,
+    nproc: int | None = None,
+    device: str = "auto",
+    algorithms: str = "",
+    on_progress: Callable[[str], object] = lambda _: None,
 ) -> Client | None:
     """Return a client of the running workers of this name, or None. Waits until they answer.
+
+    While they start or end, `on_progress` is called as by `StartDeadline`.
 
     Raises OtherWorkers when the workers have another `nproc`, `device` or content of the file
     `algorithms` than requested, and RankHangs when one of their ranks does not respond.
     """
-    connection = running(name)
+    connection = running(name, on_progress)
     if connection is None:
         return None
     client = Client(connection)
@@ -101,18 +107,13 @@ def wait_until_ready(
 ) -> None:
     """Wait until the workers accept requests; on a node without rank 0, until the agent runs.
 
-    Calls `on_progress` about once per second with the elapsed time and the ranks' startup phases.
-    Raises AlreadyRunning, or ControlError with the cause. On any exception, an interrupt included,
-    the agent and its ranks are ended first.
+    See `StartDeadline` for `on_progress`. Raises AlreadyRunning, or ControlError with the cause. On
+    any exception, an interrupt included, the agent and its ranks are ended first.
     """
     runtime_dir = RuntimeDir(launch.runtime_dir_name)
-    deadline = StartDeadline(runtime_dir)
-    started_s = reported_s = time.monotonic()
+    deadline = StartDeadline(runtime_dir, on_progress)
     try:
         while not deadline.has_passed():
-            if time.monotonic() - reported_s >= _PROGRESS_S:
-                reported_s = time.monotonic()
-                on_progress(f"{reported_s - started_s:.0f} s, {deadline.phases()}")
             code = agent.poll()
             if code is not None:
                 raise _start_error(code, runtime_dir)

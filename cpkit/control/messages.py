@@ -50,14 +50,17 @@ class Queued(Message, frozen=True, tag="queued", tag_field="is"):
 
 
 class Progress(Message, frozen=True, tag="progress", tag_field="is"):
-    """`done` of `total` units of work are complete; `text` names the unit. `str` is one line."""
+    """`done` of `total` units of work are complete; `text` begins with the name of the unit.
+
+    A `total` of 0 is a keep-alive: the ranks still work.
+    """
 
     done: int
     total: int
     text: str = ""
 
     def __str__(self) -> str:
-        return f"{self.done} of {self.total} {self.text}".rstrip() if self.total else self.text
+        return f"{self.done} of {self.total} {self.text}".rstrip()
 
 
 class Done(Message, frozen=True, tag="done", tag_field="is"):

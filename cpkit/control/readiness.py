@@ -18,19 +18,19 @@ from cpkit.processes import command
 READY_S = 90.0  # longest time between two startup phases
 END_S = 35.0  # longest time to end: before torch 2.12, torchrun waits 30 s for a rank that hangs
 UNREACHABLE_S = 5.0  # for workers that run without a socket or with a foreign file
-_PERIOD_S = 0.05
+_PERIOD_S, _PROGRESS_S = 0.05, 1.0
 _log = logging.getLogger("cpkit")
 
 
-def running(name: str) -> Connection | None:
+def running(name: str, on_progress: Callable[[str], object] = lambda _: None) -> Connection | None:
     """Return the connection of the running workers of this name, or None.
 
-    Waits while workers start or end. Removes the files of dead workers and logs a warning. Raises
-    ControlError when the connection file is not safe to use, and NoAnswer when starting or ending
-    takes too long.
+    Waits while workers start or end; see `StartDeadline` for `on_progress`. Removes the files of
+    dead workers and logs a warning. Raises ControlError when the connection file is not safe to
+    use, and NoAnswer when starting or ending takes too long.
     """
     runtime_dir = RuntimeDir(name)
-    deadline = StartDeadline(runtime_dir)
+    deadline = StartDeadline(runtime_dir, on_progress)
     while True:
         is_held = runtime_dir.is_locked()
         try:
@@ -122,10 +122,17 @@ def _check_reachable(connection: Connection) -> None:
 
 
 class StartDeadline:
-    """A deadline that each startup phase renews, so that a slow start does not time out."""
+    """A deadline that each startup phase renews, so that a slow start does not time out.
 
-    def __init__(self, runtime_dir: RuntimeDir) -> None:
+    About once per second, `on_progress` gets the elapsed time and the phases of the ranks.
+    """
+
+    def __init__(
+        self, runtime_dir: RuntimeDir, on_progress: Callable[[str], object] = lambda _: None
+    ) -> None:
         self._runtime_dir = runtime_dir
+        self._on_progress = on_progress
+        self._began_s = self._reported_s = time.monotonic()
         self._phases: dict[str, str] | None = None
         self._since_s = 0.0
 
@@ -134,12 +141,16 @@ class StartDeadline:
         phases = self._runtime_dir.startup_phases()
         if phases != self._phases:
             self._phases, self._since_s = phases, time.monotonic()
-        return time.monotonic() - self._since_s > (READY_S if limit_s is None else limit_s)
+        now_s = time.monotonic()
+        if now_s - self._reported_s >= _PROGRESS_S:
+            self._reported_s = now_s
+            self._on_progress(f"{now_s - self._began_s:.0f} s, {self._phases_of_ranks()}")
+        return now_s - self._since_s > (READY_S if limit_s is None else limit_s)
 
-    def phases(self) -> str:
+    def _phases_of_ranks(self) -> str:
         """Return the phases of the ranks, each once; before there are ranks, the agent's."""
         phases = self._phases or {"agent": "starting Python"}
-        ranks = [phase for process, phase in phases.items() if process != "agent"]
+        ranks = [phase for process, phase in phases.items() if phase and process != "agent"]
         return ", ".join(dict.fromkeys(ranks or phases.values()))
 
     def describe(self) -> str:

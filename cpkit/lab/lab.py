@@ -240,7 +240,8 @@ class Lab:
 
         Pass either `sizes_bytes`, the gathered bytes of one sequence (rounded up to whole tokens,
         and to the 2·cp tokens that zigzag needs), or `lengths`, a list of batches. The algorithms
-        of one size are measured interleaved. `on_progress=print` prints about a line per second.
+        of one size are measured interleaved. While the ranks work,
+        `on_progress=print` prints about a line per second; it must not use this `Lab`.
         """
         if (sizes_bytes is None) == (lengths is None):
             raise BadRequest("pass either sizes_bytes or lengths, to say which sizes to measure")
@@ -289,7 +290,8 @@ class Lab:
         gathered bytes once; `copy_fresh`, the same into memory that was never written;
         `collective`, torch.distributed alone; `launch`, started but not waited for. `warmup=0` and
         `barrier=False` show timing mistakes. Rank r starts each call `r · late_us` late.
-        `on_progress=print` prints about a line per second.
+        While the ranks work,
+        `on_progress=print` prints about a line per second; it must not use this `Lab`.
         """
         workload = self.workload(
             lengths, cp_size, strategy, "direct", symmetric, heads, head_dim, dtype, tensors

@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 
 from msgspec import structs
@@ -43,9 +42,15 @@ def attach_or_start(
         name=name, nproc=ranks, device=device, owner=process_id(), algorithms=algorithms
     )
     settings.check()
+    line = _Line()
     for _ in range(_ATTEMPTS if launch else 0):
         try:
-            client = launcher.attach(name, nproc, device)
+            client = launcher.attach(
+                name,
+                nproc,
+                device,
+                on_progress=lambda text: line.show(f"waiting for the workers {name!r}: {text}"),
+            )
         except RankHangs as error:
             _log.warning("ending the workers %r, because they hang: %s", name, error)
             if old := readiness.running(name):
@@ -57,28 +62,54 @@ def attach_or_start(
             _log.warning("the workers %r have just ended: %s", name, error)
             continue
         if client is not None:
+            if line.is_open:
+                line.end(f"attached to the workers {name!r}")
             return client
-        _launch(settings)
+        _launch(settings, line)
     return launcher.require(name, nproc, device)
 
 
-def _launch(settings: Launch) -> None:
+def _launch(settings: Launch, line: _Line) -> None:
     """Start workers and wait for them, or return when another process is starting them."""
-    began = time.monotonic()
-    with contextlib.suppress(AlreadyRunning):
+    began, workers = time.monotonic(), f"{settings.nproc} workers {settings.name!r}"
+    line.show(f"starting {workers} …")
+    try:
         agent = launcher.start(settings)
-        show, workers = _shown_line(), f"{settings.nproc} workers {settings.name!r}"
-        show(f"starting {workers} …")
-        launcher.wait_until_ready(agent, settings, lambda text: show(f"starting {workers}: {text}"))
-        show(f"{workers} are ready after {time.monotonic() - began:.1f} s")
+        launcher.wait_until_ready(
+            agent, settings, lambda text: line.show(f"starting {workers}: {text}")
+        )
+    except AlreadyRunning:
+        line.show(f"another process is starting the workers {settings.name!r} …")
+    except BaseException:
+        line.end(f"the workers {settings.name!r} did not start")
+        raise
+    else:
+        line.end(f"{workers} are ready after {time.monotonic() - began:.1f} s")
 
 
-def _shown_line() -> Callable[[str], object]:
-    """Return a function that shows a line: on stderr, or in a notebook in place of the last one."""
-    ipython: Any = sys.modules.get("IPython")  # a kernel has it; the library does not need it
-    if ipython is None or not hasattr(ipython.get_ipython(), "kernel"):
-        return lambda text: sys.stderr.write(f"{text}\n")
-    if threading.current_thread() is not threading.main_thread():  # no cell is running it
-        return lambda _: None
-    handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text: handle.update({"text/plain": text}, raw=True)
+class _Line:
+    """A line of progress: on stderr, or in a notebook in place of the previous one."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._handle: Any = None
+
+    def show(self, text: str) -> None:
+        """Show a text. Another thread than the main one shows none: no cell is its own."""
+        self.is_open = True
+        ipython: Any = sys.modules.get("IPython")  # a kernel has it; the library does not need it
+        if ipython is None or not hasattr(ipython.get_ipython(), "kernel"):
+            with contextlib.suppress(OSError, ValueError):  # stderr was closed
+                if sys.stderr:
+                    sys.stderr.write(f"{text}\n")
+        elif threading.current_thread() is threading.main_thread():
+            bundle = {"text/plain": text}
+            if self._handle is None:
+                self._handle = ipython.display.display(bundle, raw=True, display_id=True)
+            else:
+                self._handle.update(bundle, raw=True)
+
+    def end(self, text: str) -> None:
+        """Show the last text."""
+        self.show(text)
+        self.is_open = False

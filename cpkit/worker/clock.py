@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -30,7 +31,7 @@ from cpkit.group import CPGroup
 from cpkit.settings import worker_device
 from cpkit.sync.collective import torch_all_gather
 from cpkit.timing import Timing
-from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
+from cpkit.worker.operation import CHUNK_S, SHORT_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
 
 
@@ -43,9 +44,9 @@ class ClockOperation(Operation[Clock]):
         bench = _Bench(prepare(body.workload, group, state.round), group)
         calls = [bench.call(name) for name in body.calls]
         if body.warmup:
-            bench.verify(body.calls)
+            yield from bench.verify(body.calls)
         samples: list[list[tuple[float, float]]] = [[] for _ in calls]
-        start_s = time.monotonic()
+        start_s, rounds = time.monotonic(), 0
         for iteration in count(-body.warmup):
             for name, call, recorded in zip(body.calls, calls, samples, strict=True):
                 sample = _sample_us(name, call, group, body)
@@ -53,14 +54,17 @@ class ClockOperation(Operation[Clock]):
                     recorded.append(sample)
             if iteration + 1 == body.iterations:
                 break
-            if longest_s(time.monotonic() - start_s, group) > CHUNK_S:
+            rounds += 1
+            step_s = longest_s(time.monotonic() - start_s, group)
+            if step_s > CHUNK_S:
                 yield Progress(max(0, iteration + 1), body.iterations, "iterations")
-                start_s = time.monotonic()
-                if body.warmup:  # the first call after a pause is slow
+                is_short = step_s / rounds < SHORT_S
+                start_s, rounds = time.monotonic(), 0
+                if body.warmup and is_short:
                     for name, call in zip(body.calls, calls, strict=True):
                         _sample_us(name, call, group, body)
         if not body.warmup:
-            bench.verify(body.calls)
+            yield from bench.verify(body.calls)
         mine = np.array(samples, dtype=np.float64)[:, :, np.newaxis]
         return ClockResult(
             body.workload,
@@ -143,11 +147,12 @@ class _Bench:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return lambda: gather(whole, shard, group=self.group.process_group, async_op=True)
 
-    def verify(self, names: tuple[str, ...]) -> None:
-        """Compare every timed gather bit by bit. Raises ProvenanceError. Collective."""
-        for name in names:
-            if name in all_choices():
-                self._variant(name).verified_gather()
+    def verify(self, names: tuple[str, ...]) -> Iterator[Progress]:
+        """Compare every timed gather bit by bit, one per step. Raises ProvenanceError."""
+        algorithms = [name for name in dict.fromkeys(names) if name in all_choices()]
+        for number, name in enumerate(algorithms, 1):
+            self._variant(name).verified_gather()
+            yield Progress(number, len(algorithms), "algorithms verified")
 
     def _variant(self, algorithm: str) -> Run:
         workload = msgspec.structs.replace(self.run.workload, algorithm=algorithm)

@@ -25,13 +25,12 @@ from cpkit.group import CPGroup
 from cpkit.memory.path import PathReport
 from cpkit.settings import worker_device
 from cpkit.timing import Timing, percentile
-from cpkit.worker.operation import CHUNK_S, Operation, RankState, Steps
+from cpkit.worker.operation import CHUNK_S, SHORT_S, Operation, RankState, Steps
 from cpkit.worker.workload import Run, prepare
 
 _FIRST_ITERATIONS = 3
 _BUSY = 0.25  # of a stream's interval: the ranks leave the cores to the page that draws
 _DRAWN_S = 0.15  # in which a page draws the first sample of a setting
-_SHORT_S = 0.25  # for one gather of each workload: a pause does not change longer ones much
 _MAX_ITERATIONS, _MAX_STAGE_SAMPLES = 1000, 30
 _STAGES_EVERY = 4  # samples
 
@@ -111,20 +110,15 @@ class SweepOperation(Operation[Sweep]):
         """Run as many iterations per step as fit in CHUNK_S, at least one."""
         workloads, iterations = self.body.workloads, self.body.iterations
         runs = _variants(workloads, group, state)
-        paths = []
-        for run in runs:
-            run.verified_gather()
-            paths.append(run.path())
-            yield Progress(0, iterations)
+        paths = yield from _verified(runs, group)
         calls = _calls(runs)
-        timings = time_calls(calls, group, 1, warmup=0)
-        is_short = _round_s(timings, group) < _SHORT_S
-        if is_short:
-            timings = time_calls(calls, group, 1)
+        warmup = time_calls(calls, group, 1, warmup=0)
+        is_short = _round_s(warmup, group) < SHORT_S
+        timings = {name: Timing() for name in calls}
         while (done := len(timings["0"].call_us)) < iterations:
-            yield Progress(done, iterations)
+            yield Progress(done, iterations, "iterations")
             for run in runs if is_short else ():
-                run.gather()  # the first gather after a pause is slow
+                run.gather()
             time_for(CHUNK_S, calls, group, iterations - done, timings)
         samples = zip(workloads, timings.values(), paths, strict=True)
         return SweepResult(tuple(_sample(w, 0, timing, path) for w, timing, path in samples))
@@ -132,7 +126,7 @@ class SweepOperation(Operation[Sweep]):
     def collect(
         self, reports: list[Progress] | list[SweepResult], *, over: bool
     ) -> Iterator[ReplyBody]:
-        """Yield progress in workloads; after the last part, all rows."""
+        """Yield progress in rows; after the last part, all rows."""
         parts = [report for report in reports if isinstance(report, SweepResult)]
         if parts:
             for sample in SweepResult.of_all_ranks(parts).rows:
@@ -142,9 +136,9 @@ class SweepOperation(Operation[Sweep]):
             return
         done, total = len(self._rows), len(self.body.workloads)
         workload, first = self.body.workloads[min(done, total - 1)], reports[0]
-        unit = f"rows; next: {workload.total_bytes} bytes on {workload.cp_size} ranks"
+        unit = f"rows; now: {workload.total_bytes} bytes, cp_size {workload.cp_size}"
         if isinstance(first, Progress):
-            unit = f"{unit}, {first} iterations"
+            unit = f"{unit}, {first}"
         yield Progress(done, total, unit)
 
 
@@ -168,7 +162,7 @@ def _verified(runs: Sequence[Run], group: CPGroup) -> Generator[ReplyBody, None,
         run.verified_gather()
         paths.append(run.path())
         if number < len(runs) and longest_s(time.monotonic() - start_s, group) > CHUNK_S:
-            yield Progress(number, len(runs), f"{run.workload.algorithm} is verified")
+            yield Progress(number, len(runs), "algorithms verified")
             start_s = time.monotonic()
     return paths
 

@@ -1,7 +1,8 @@
 # %% title [markdown]
 # # 1 · Padding and reorganization
 #
-# (The saved outputs contain the answers: choose *Edit → Clear Outputs of All Cells* before you begin.)
+# (The saved outputs show the right answers to the questions, although the cells contain `...`: choose *Edit → Clear
+# Outputs of All Cells* before you begin.)
 #
 # A long prompt keeps one GPU busy for too long. *Context parallelism* (CP) therefore splits the tokens of each sequence
 # over several GPUs. Each GPU has one process, called a *rank*. But the tokens of each rank attend to keys and values
@@ -571,8 +572,8 @@ assert (layout.rank_order[layout.token_order] == torch.arange(sum(batch))).all()
 # %% permutation-text [markdown]
 # SGLang keeps several lists for this purpose (`split_list`, `cp_reverse_index`, `reverse_split_len`). All of them
 # follow from one function, `rank_rows`. Zigzag, interleave and contiguous differ only in that function. So the same
-# test applies to all three strategies: joined, the lists that `rank_rows` returns for all ranks must be a permutation
-# of the tokens.
+# test applies to all three strategies: the lists that `rank_rows` returns for all ranks, one after the other, must be a
+# permutation of the tokens.
 
 # %% e5-task [markdown]
 # ### Exercise 5 · One index for strip and reorder
@@ -1020,10 +1021,11 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 # {glossary: plan}
 #
 # `lab.gather` makes each rank call `all_gather_kv`, cpkit's gather. With `direct`, it synchronizes twice: the ranks
-# agree before any row is stored, and they wait at a barrier until all rows have arrived. The next cells run the
-# function `layers` on two other ranks. `group.size` is the number of these ranks, and `group.rank` is the number of
-# this one. The function makes a plan, and `stages.record()` records the *steps* of one call. Some steps fill a buffer,
-# such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the barrier at the end.
+# agree before any row is stored, and they wait at a barrier until all rows have arrived. The next cells start two new
+# ranks beside the workers, and run the function `layers` on them. `group.size` is the number of these ranks, and
+# `group.rank` is the number of this one. The function makes a plan, and `stages.record()` records the *steps* of one
+# call. Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the
+# barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1059,8 +1061,8 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 # %% plan-after [markdown]
 # Without a plan, every call of `all_gather_kv` begins with an agreement. It also makes sure that no rank still reads
 # the output that the call overwrites. How can a plan do without it? The plan has two outputs and uses them in turn, so
-# call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A result is valid only until this rank's
-# next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins call n + 1
+# call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A rank may use a result only until its
+# own next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins call n + 1
 # before all ranks have arrived at the barrier at the end of call n. MPI calls the same idea a persistent collective
 # (`MPI_Allgatherv_init`).
 

@@ -339,9 +339,9 @@ def exchange(me):
 # ---
 # **Why** The first barrier orders each write before its read. The second barrier orders each read before the next
 # write. Every call of `all_gather_kv` with `direct` contains both waits: one at its start, before any row is stored,
-# and one at its end, before any row is read. On the CPU, the first is an agreement and the second is a barrier. On
-# GPUs, both are barriers that run on the stream, like kernels, and the agreement comes before them. PyTorch's
-# `_low_contention_all_gather` has them too.
+# and one at its end, before any row is read. On the CPU, the wait at the start is an agreement, and the wait at the end
+# is a barrier. On GPUs, both are barriers that run on the stream, like kernels, and the agreement comes before them.
+# PyTorch's `_low_contention_all_gather` has them too.
 #
 # **Another way** Use two buffers in turn. Round n+2 overwrites the data of round n, and no rank passes the barrier of
 # round n+1 before all ranks have read that data. So one barrier per round is enough, at the price of twice the memory.
@@ -759,8 +759,8 @@ def may_free(released, me):
 #
 # **Another way** Never free: allocate all buffers once, by name, and reuse them. Code that is captured in a CUDA graph
 # does that. Sorting the free blocks by the same rule on all ranks is not enough, because the ranks still free them at
-# different times. pytorch#178362 (closed) orders the blocks by the time of their allocation instead of their address;
-# the issue about wrong rows after reuse, #190977, is still open (November 2026).
+# different times. PyTorch changed this rule for NCCL's pools, from the address of a block to the time of its allocation
+# (pytorch#178362, #182929). The issue about wrong rows after reuse, #190977, is still open (November 2026).
 
 # %% s8 [markdown]
 # ## 8. Registered: buffer, group, offset
@@ -818,9 +818,9 @@ lesson.reveal("recv", path)
 #
 # NCCL's log shows which kernel it selected; notebook 3 reads that log. The version that counts is the one of the
 # *loaded* library (`ncclGetVersion`), not the one with which torch was compiled. `padded_symm_recv` is `padded` with
-# the receive buffer in symmetric memory, and `padded_symm` with both buffers there. (A third path, `staged`, occurs
-# where ranks share a GPU and the receive buffer is in ordinary memory: then each rank loads the rows of its peers from
-# their symmetric send buffers.) What does each algorithm do on your ranks?
+# the receive buffer in symmetric memory, and `padded_symm` with both buffers there. (Beside `symmetric` and `fallback`,
+# there is a third path, `staged`. It occurs where ranks share a GPU and the receive buffer is in ordinary memory: then
+# each rank loads the rows of its peers from their symmetric send buffers.) What does each algorithm do on your ranks?
 
 # %% explain
 algorithms = ["padded", "padded_symm_recv", "padded_symm", "direct"]
@@ -983,7 +983,8 @@ def fast_path(version, group, send, recv):
 # reason.
 #
 # **Another way** Send from your own slice of the receive buffer. Then one registration covers both buffers on every
-# version, and the copy that pads is gone as well. sglang#37337 does the same for SGLang's `interleave` split.
+# version, and the copy that pads is gone as well. sglang#37337 does the same in SGLang, for the strategy that this
+# course calls `interleave`.
 
 # %% s9 [markdown]
 # ## 9. Failure lab
@@ -1418,7 +1419,7 @@ lesson.reveal("slot", caches[0].index(6))
 #
 # Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page. This is one
 # reason why `all_gather_kv` synchronizes all ranks before it stores any row. With one signal per peer instead, a rank
-# would wait only for the peers that are still reading the page.
+# could store at each peer as soon as the signal of that peer has arrived.
 
 # %% progress
 lesson.progress()

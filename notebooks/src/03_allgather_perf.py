@@ -351,7 +351,7 @@ pairs = np.concatenate(
     [run.slowest_us("direct") / run.slowest_us("direct#2") for run in (disturbed, quiet)]
 )
 low, high = np.percentile(pairs, [25, 75])
-spread = f"middle half of the {len(pairs)} pairs: {low:.2f} to {high:.2f}"
+spread = f"middle half of the {len(pairs)} pairs: {low:.3f} to {high:.3f}"
 print(f"each A / the B that follows it: {np.median(pairs):.2f}; {spread}")
 print("the pairs show", "no difference" if low <= 1 <= high else "a difference that does not exist")
 
@@ -419,7 +419,7 @@ lesson.reveal("damage", lesson.order_of(factors))
 # A ninth mistake occurs only on a GPU, where its effect is large: timing *eager* calls, which are launched one by one
 # from Python. On two H100s, SGLang's pipeline took 242 µs per call from Python at 0.26 MB, but only 13.9 µs of GPU time
 # in a CUDA graph (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef). A serving engine that captures its
-# model in a CUDA graph pays only the second time. Section 9 returns to these two clocks.
+# model in a CUDA graph pays only the 13.9 µs. Section 9 returns to these two clocks.
 #
 # {glossary: eager; CUDA graph}
 
@@ -826,7 +826,8 @@ figures.show(figures.stage_split(split))
 #
 # The stages of `direct` can add up to more than its measured time in the figure *Passes removed: predicted and
 # measured*. There, each call of `direct` repeats an earlier one, and a repeated call skips a part of `agree` and
-# `allocate`. Two kinds of calls skip nothing: those whose stages are recorded, and large gathers on the CPU.
+# `allocate`. A call whose stages are recorded skips nothing. (On the CPU, only gathers of up to 16.8 MB / cp skip
+# anything.)
 
 
 # %% e6-task [markdown]
@@ -1072,7 +1073,7 @@ def break_even_bytes(slow, fast, gain):
 # Python loop that waits after each call measures both. A serving engine captures the kernels in a CUDA graph once, and
 # replays the graph, so it pays only for the device.
 #
-# {glossary: call time; device time}
+# {glossary: call time; device time; copy engine}
 #
 # The record of two H100s from section 7 contains both clocks, for these variants:
 #
@@ -1081,7 +1082,7 @@ def break_even_bytes(slow, fast, gain):
 # | `NCCL`, `NCCL both` | the collective alone | none; send and receive |
 # | `seed`, `seed both` | SGLang's pipeline in plain torch: pad, the collective, strip, reorder | none; send and receive |
 # | `padded`, `padded_symm` | the same pipeline in cpkit, with its checks | none; send and receive |
-# | `copy engine` | copy engines move each shard to max_rank_len free rows in each peer's buffer, which needs no pad; then strip, reorder | receive |
+# | `copy engine` | copy engines copy each shard into each peer's buffer, where max_rank_len rows are reserved for it, so no `pad` is needed; then strip, reorder | receive |
 # | `direct` | stores every row at its final position | receive |
 # | `plan` | `direct`, prepared once | receive |
 
@@ -1120,8 +1121,6 @@ lesson.reveal("clocks", device_us["padded_symm"] / device_us["seed"])
 # the same GPU), the model multiplies matrices. Both need *multiprocessors* (the cores of a GPU) and memory. The same
 # record also has the times of each gather of 67 MB while a matrix product runs. `NCCL only` is the collective without
 # pad, strip and reorder.
-#
-# {glossary: copy engine}
 
 # %% beside
 neighbours = ["seed", "NCCL", "NCCL both", "copy engine", "direct", "plan"]
@@ -1313,8 +1312,9 @@ for recording in recordings.newest(known, cp):
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
 # was measured, and it is not a bound: in the record of four GPUs, which is drawn for 4 ranks, `direct` is faster at
-# every size except 1 MB. A record with a single GPU is drawn only if there is no other. No byte crosses a link there,
-# and the thin black line is the time that the memory of that GPU needs.
+# every size except 1 MB. `low-contention` is torch's `_low_contention_all_gather`, whose copies use no multiprocessors
+# either, followed by strip and reorder. A record with a single GPU is drawn only if there is no other. No byte crosses
+# a link there, and the thin black line is the time that the memory of that GPU needs.
 #
 # On GPUs, the *call time* of small gathers also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a

@@ -302,6 +302,47 @@ def test_a_client_that_reads_too_slowly_learns_that_its_request_was_cancelled(
     slow.close()
 
 
+def test_progress_is_reported_at_most_once_per_interval_and_not_lost_to_keep_alives(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpkit.control.client._PROGRESS_S", 0.3)
+    lines: list[Progress] = []
+    thread, outcome = in_background(
+        control_server.client().call, Put(2), Done, LIMIT_S, lines.append
+    )
+    job = control_server.server.jobs.take(LIMIT_S)
+    keep_alive, third = Progress(0, 0, "running"), Progress(3, 9, "rounds")
+    steps = (  # what is sent after so many seconds, and what has then been reported
+        (0.0, [Progress(1, 9, "rounds"), keep_alive], []),
+        (0.5, [third, *[Progress(4, 9, "rounds")] * 20], [third]),
+        (0.5, [keep_alive], [third, Progress(4, 9, "rounds")]),
+    )
+    for pause_s, replies, reported in steps:
+        time.sleep(pause_s)
+        for reply in replies:
+            control_server.server.reply(job, reply)
+        until(lambda: lines == reported, why=f"{reported} to be reported")  # noqa: B023
+    control_server.server.reply(job, Done("served"))
+    control_server.server.jobs.finish()
+    thread.join()
+    assert outcome == [Done("served")]
+    assert len(lines) == 2
+
+
+def test_a_request_whose_progress_raises_is_cancelled_at_once(
+    control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpkit.control.client._PROGRESS_S", 0.0)
+    thread, outcome = in_background(
+        control_server.client().call, Put(2), Done, LIMIT_S, {}.__getitem__
+    )
+    job = control_server.server.jobs.take(LIMIT_S)
+    control_server.server.reply(job, Progress(1, 9, "rounds"))
+    thread.join()
+    assert isinstance(outcome[0], (KeyError, TypeError))
+    until(lambda: job.cancelled, why="the request to be cancelled")
+
+
 def test_a_pause_of_this_process_is_not_the_workers_silence(
     control_server: ControlServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -352,16 +352,24 @@ def test_each_startup_phase_renews_the_deadline(
     assert "within 0.2 s (rank 0: joining the process group)" in deadline.describe()
 
 
-def test_the_phases_of_a_start_are_shown_once_and_those_of_the_ranks_only(here: RuntimeDir) -> None:
-    deadline, shown = readiness.StartDeadline(here), []
+def test_the_phases_of_the_ranks_are_shown_once_per_interval(
+    here: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "_PROGRESS_S", 0.0)
+    shown: list[str] = []
+    deadline = readiness.StartDeadline(here, shown.append)
     for process, phase in (
         ("agent", "running torchrun"),
         ("rank 0", "importing torch"),
         ("rank 1", "importing torch"),
         ("rank 0", "joining the process group"),
     ):
-        shown.append(deadline.phases())
-        here.set_startup_phase(process, phase)
         assert not deadline.has_passed()
-    assert shown == ["starting Python", "running torchrun", *["importing torch"] * 2]
-    assert deadline.phases() == "joining the process group, importing torch"
+        here.set_startup_phase(process, phase)
+    monkeypatch.setattr(readiness, "_PROGRESS_S", 60.0)
+    assert not deadline.has_passed()
+    phases = ["starting Python", "running torchrun", "importing torch", "importing torch"]
+    assert shown == [f"0 s, {phase}" for phase in phases]
+    monkeypatch.setattr(readiness, "_PROGRESS_S", 0.0)
+    assert not deadline.has_passed()
+    assert shown[-1] == "0 s, joining the process group, importing torch"

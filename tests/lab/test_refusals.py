@@ -15,6 +15,7 @@ from cpkit.lab import Lab
 pytestmark = [pytest.mark.workers, pytest.mark.usefixtures("the_workers_stay_usable")]
 
 BAD = [
+    (lambda lab: lab.clock(["copy"], [64], on_progress="yes"), "on_progress is 'yes'; pass a func"),
     (lambda lab: lab.gather([64], 3), r"cp_size is 3.*divide the 4 ranks.*1, 2, 4"),
     (lambda lab: lab.gather([64], 0), "cp_size is 0"),
     (lambda lab: lab.gather([64], -2), "cp_size is -2"),

@@ -93,11 +93,15 @@ def test_the_path_of_a_receive_buffer_alone_depends_on_the_version() -> None:
         assert "in the pool of another group" in rank.observed
 
 
-def test_a_rank_that_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure_lab, "_TIMEOUT_S", 3.0)
+def test_a_rank_that_hangs_is_ended_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(failure_lab, "_TIMEOUT_S", 5.0)
     card = inject_fault("skips_the_rendezvous", deadline_s=60.0)
     assert card.ranks[0].exit_code == -signal.SIGKILL
     assert "did not end in time" in card.ranks[0].message
+    shown = ["starting 2 ranks …", "they run; each waits at most 60 s for its peers …"]
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 @pytest.mark.slow("a second death; test_a_case_has_its_symptom has that of rank 1")

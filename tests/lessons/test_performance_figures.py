@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import threading
+import time
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,17 @@ def test_a_report_without_a_browser_names_what_to_install(
     assert "apt-get install chromium" in line
     assert page.read_text().count("apt-get install chromium") == 2
     assert unescape(page.read_text()).count(style.text_alternative(roofs[0])) == 2
+
+
+def test_a_report_shows_that_its_figure_is_being_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "png", lambda _: time.sleep(1.2) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(
+            tmp_path, STATUS, sweep(), repeat="", results={}, figures=[figures.roof(LIGHT)]
+        )
+    assert capfd.readouterr().out == "a browser draws the figure, 1 s …\n"
 
 
 def test_a_report_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import pytest
 import torch
 from msgspec.structs import replace
 
 from cpkit import provenance, stages
-from cpkit.control.messages import Measure, Progress, SweepResult, Workload
+from cpkit.control.messages import Measure, Progress, Sweep, SweepResult, Workload
+from cpkit.memory.path import PathReport
 from cpkit.worker import measure
-from cpkit.worker.operation import CHUNK_S, RankState
+from cpkit.worker.operation import CHUNK_S, SHORT_S, RankState
 from cpkit.worker.workload import DTYPES, Run
 from tests.helpers.drawn import sample
 
@@ -82,7 +84,7 @@ def test_a_measurement_verifies_every_algorithm_before_it_times_any(
     runs[2].tensors[1].view(torch.uint8)[-1] ^= 1
     operation = measure.MeasureOperation(Measure((WORKLOAD,) * 3))
     steps = operation.steps(GroupOfOne(), RankState())  # type: ignore[arg-type]
-    assert next(steps) == Progress(1, 3, "direct is verified")
+    assert next(steps) == Progress(1, 3, "algorithms verified")
     with pytest.raises(provenance.ProvenanceError, match="tensor 1"):
         next(steps)
 
@@ -96,7 +98,7 @@ def test_a_stream_waits_longer_after_its_first_sample() -> None:
     rare = measure.MeasureOperation(Measure((WORKLOAD,), interval_s=60.0))
     assert rare.interval_s(reports[0]) < 61, "a client waits 33 s longer than the interval"
     assert [lab.interval_s(each) for each in reports] == [0.1, 0.1]
-    assert stream.interval_s(Progress(1, 2, "direct is verified")) == 0
+    assert stream.interval_s(Progress(1, 2, "algorithms verified")) == 0
 
 
 def test_a_step_of_long_gathers_is_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +119,33 @@ def test_a_step_of_long_gathers_is_one_gather(monkeypatch: pytest.MonkeyPatch) -
         expected = "a sample" if number % 3 == 0 else "timed in this round"
         assert next(steps).text == expected
         assert calls[0] == number
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_sweep_times_no_cold_gather_and_repeats_short_ones_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch, *, is_short: bool
+) -> None:
+    def verified(*_: object) -> Generator[Progress, None, list[PathReport]]:
+        yield from ()
+        return [PathReport("symmetric", "", "", "")] * 2
+
+    def gather(_: FixedRun) -> None:
+        calls[0] += 1
+        time.sleep(took_s * (3 if calls[0] <= 2 else 1))
+
+    calls, took_s = [0], 0.6 * (CHUNK_S if is_short else SHORT_S)
+    runs = [gathered("bfloat16") for _ in range(2)]
+    monkeypatch.setattr(measure, "_variants", lambda *_: runs)
+    monkeypatch.setattr(measure, "_verified", verified)
+    monkeypatch.setattr(FixedRun, "gather", gather)
+    steps = measure.SweepOperation(Sweep((WORKLOAD,) * 2, 2)).steps(GroupOfOne(), RankState())  # type: ignore[arg-type]
+    assert [next(steps), next(steps)] == [Progress(n, 2, "iterations") for n in range(2)]
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    for row in end.value.value.rows:
+        assert row.iterations == 2
+        assert row.per_rank_p95_us[0] < 2e6 * took_s
+    assert calls[0] == 2 * (1 + 2 + 2 * is_short), "cold, timed, and after each of two pauses"
 
 
 def test_a_stream_records_stages_in_a_few_gathers_of_every_fourth_sample(

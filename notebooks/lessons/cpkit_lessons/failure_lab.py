@@ -139,9 +139,10 @@ def inject_fault(
         command = ["cpkit_lessons.faults", case, str(victim), str(deadline_s), str(folder)]
         print(f"starting {size} ranks …")  # noqa: T201 - it takes seconds
         with processes(command, size, folder) as started:
-            _wait_until_ready(started, folder)
-            print(f"the ranks run; each waits at most {deadline_s:g} s for the other …")  # noqa: T201
-            codes = wait(started, _TIMEOUT_S)
+            end_s = time.monotonic() + _TIMEOUT_S
+            if _all_begin(started, folder, end_s):
+                print(f"they run; each waits at most {deadline_s:g} s for its peers …")  # noqa: T201
+            codes = wait(started, end_s - time.monotonic())
         reports = [_report(folder, rank, code) for rank, code in enumerate(codes)]
     return PostMortem(case, deadline_s, tuple(reports))
 
@@ -151,13 +152,17 @@ def ready_file(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.ready"
 
 
-def _wait_until_ready(started: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Return when every rank has begun its case, or a rank has ended, or it takes too long."""
-    deadline = time.monotonic() + _TIMEOUT_S
-    while time.monotonic() < deadline and all(process.poll() is None for process in started):
-        if all(ready_file(folder, rank).exists() for rank in range(len(started))):
-            return
+def _all_begin(started: Sequence[subprocess.Popen[bytes]], folder: Path, end_s: float) -> bool:
+    """Wait until every rank has begun its case; return False if one ends before, or at `end_s`."""
+    while time.monotonic() < end_s:
+        over = [process.poll() is not None for process in started]  # before the next line
+        begun = [ready_file(folder, rank).exists() for rank in range(len(started))]
+        if all(begun):
+            return True
+        if any(is_over and not has_begun for is_over, has_begun in zip(over, begun, strict=True)):
+            return False
         time.sleep(0.02)
+    return False
 
 
 def _report(folder: Path, rank: int, code: int | None) -> RankReport:

@@ -6,17 +6,19 @@ draw them. The page also contains the JSON, so one file is enough.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import json
 import os
 import platform
 import sys
+import threading
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from html import escape
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pandas as pd
@@ -116,13 +118,23 @@ def _pictures(figures: Sequence[go.Figure]) -> list[str]:
 
 def _drawn(figure: go.Figure) -> bytes:
     """Return the figure as PNG. Prints each second, because a browser takes seconds to start."""
-    with ThreadPoolExecutor(1) as thread:
-        drawing = thread.submit(png, figure)
-        for elapsed_s in itertools.count(1):
-            if wait([drawing], 1.0).done:
-                break
-            sys.stdout.write(f"a browser draws the figure, {elapsed_s} s …\n")
-    return drawing.result()
+    drawn: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+    def draw() -> None:
+        try:
+            drawn.put(png(figure))
+        except Exception as problem:  # noqa: BLE001 - raised below
+            drawn.put(problem)
+
+    threading.Thread(target=draw, daemon=True).start()  # so that an interrupt need not wait
+    for elapsed_s in itertools.count(1):
+        with contextlib.suppress(Empty):
+            picture = drawn.get(timeout=1.0)
+            break
+        sys.stdout.write(f"a browser draws the figure, {elapsed_s} s …\n")
+    if isinstance(picture, Exception):
+        raise picture
+    return picture
 
 
 def _page(content: Mapping[str, Any], table: pd.DataFrame, pictures: Sequence[str]) -> str:

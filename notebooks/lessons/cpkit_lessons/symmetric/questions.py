@@ -63,9 +63,9 @@ LESSON.ask(
         256: "2^8 also counts orders in which one rank takes more than four steps.",
         40320: "8! would also reorder the steps of one rank; these stay in program order.",
     },
-    why="Choose the 4 positions of rank 0 among 8: 8!/(4!·4!) = 70. With 3 ranks there are 34,650. "
-    "Random runs can miss an order that fails. A search of all orders misses none, and it is fast, "
-    "because many orders lead to the same state.",
+    why="Choose the 4 positions of rank 0 among 8: 8!/(4!·4!) = 70. With 3 ranks of four steps "
+    "each, there are 34,650. Random runs can miss an order that fails. A search of all orders "
+    "misses none, and it is fast, because many orders lead to the same state.",
 )
 LESSON.ask(
     "smallest",
