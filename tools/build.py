@@ -33,7 +33,7 @@ _METADATA = {
 def build(path: Path) -> Any:
     """Return the notebook of a source file, executed with the starters.
 
-    Raises ValueError if a cell took longer than its budget, or was silent for too long.
+    Raises ValueError if a cell took longer than its budget.
     """
     notebook = run.notebook_of(list(source.read(path).rendered()))
     run.execute(notebook, NOTEBOOKS, {"CPKIT_STATIC": "1"})

@@ -53,7 +53,7 @@ class CellResult:
 
 
 def rehearse(path: Path, nproc: int | None = None) -> tuple[list[CellResult], list[str]]:
-    """Run a source with all variants; return the result of each code cell, and late cells.
+    """Run a source with all variants; return each code cell's result, and late or silent cells.
 
     The notebook starts its workers, or finds `nproc` of them.
     """
@@ -61,7 +61,7 @@ def rehearse(path: Path, nproc: int | None = None) -> tuple[list[CellResult], li
     with run.workers(nproc) as environment:
         run.execute(notebook, NOTEBOOKS, {KEY_VARIABLE: "1", **environment}, allow_errors=True)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [_result(cell) for cell in code], run.over_budget(notebook)
+    return [_result(cell) for cell in code], run.over_budget(notebook) + run.silent(notebook)
 
 
 def _cells(source: Source) -> Iterator[Cell]:

@@ -124,13 +124,20 @@ def seconds(cell: Any) -> float:
 
 
 def over_budget(notebook: Any) -> list[str]:
-    """Return a message for each cell that ran longer than its budget, or was silent for long."""
+    """Return a message for each cell that ran longer than its budget."""
     found = []
     for cell in notebook.cells:
         budget_s, took_s = cell.metadata.get("budget_s", BUDGET_S), seconds(cell)
         if took_s > budget_s:
             advice = f"its budget is {budget_s:g} s: make it faster, or set budget_s"
             found.append(f"cell {cell.id} took {took_s:.1f} s; {advice}")
-        if (silent_s := cell.metadata.get("silent_s", 0.0)) > SILENCE_S:
-            found.append(f"cell {cell.id} shows nothing for {silent_s:.1f} s; print its progress")
     return found
+
+
+def silent(notebook: Any) -> list[str]:
+    """Return a message for each cell that showed nothing for longer than SILENCE_S."""
+    return [
+        f"cell {cell.id} shows nothing for {silent_s:.1f} s; print its progress"
+        for cell in notebook.cells
+        if (silent_s := cell.metadata.get("silent_s", 0.0)) > SILENCE_S
+    ]

@@ -279,9 +279,9 @@ def keys_seen(tokens, lengths):
 #
 # Such gathers exist. MPI has `MPI_Allgatherv`, and torch's `all_gather` accepts a list of tensors of different lengths.
 # But the all-gather of NCCL, NVIDIA's library of collectives, takes one size for all ranks. For an uneven list torch
-# therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use NCCL's fast kernels (GPU
-# programs) for *symmetric memory*: buffers that every rank allocates alike, so that its peers can access them directly
-# (notebook 2). So the usual solution is to pad: every rank extends its shard to the length of the longest one.
+# therefore runs one broadcast per rank (`ProcessGroupNCCL.cpp`). Those broadcasts cannot use NCCL's fastest kernels
+# (GPU programs). These need *symmetric memory*, in which peers can access each other's buffers directly (notebook 2).
+# So the usual solution is to pad: every rank extends its shard to the length of the longest one.
 
 # %% waste-predict
 lesson.predict("waste", ...)

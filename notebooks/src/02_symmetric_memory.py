@@ -181,7 +181,8 @@ lesson.reveal("stale", max(classes, key=classes.get))
 # The round in the stamp distinguishes two failures:
 #
 # - **stale** (a read-after-write fault): the reader was early. It read before the writer had written.
-# - **ahead** (a write-after-read fault): the writer was early. It had already begun a later round.
+# - **ahead** (a write-after-read fault): the writer was early. It had already begun a later round. (The workers run the
+#   rounds in two halves of 500, and meet in between. So `read round 500` says that a writer had finished its half.)
 #
 # Now imagine a test that gathers the same values in every round. It would accept all wrong reads, except those of
 # memory that was never written.
@@ -833,8 +834,8 @@ pd.DataFrame(reports, index=algorithms)[["path", "reason"]]
 # **Goal** Write `fast_path`, which says whether this all-gather may take NCCL's fast path, and whether that path is
 # safe. It returns one of three words:
 #
-# - `"fallback"`: it must not take the fast path, because NCCL has no symmetric kernel for this call, or its symmetric
-#   kernel would store rows at a wrong offset.
+# - `"fallback"`: it must not take the fast path: either NCCL has no symmetric kernel for this call, or that kernel
+#   would store rows at a wrong offset.
 # - `"racy"`: it may take the fast path, but the symmetric kernel of this version does not wait for the previous kernel.
 # - `"sound"`: it may take the fast path, and the symmetric kernel of this version waits.
 #
@@ -992,7 +993,8 @@ def fast_path(version, group, send, recv):
 # What do these mistakes look like when they happen at night, in production? Now you cause them on purpose. Each case
 # starts two ranks of its own, makes one mistake on one or both of them, and ends both. The ranks wait at most 1.5 s for
 # each other, and your workers above are not involved. In the messages, `cp2.0.0` is the name of the group of these two
-# ranks, and `tensor 0` is the first of the gathered tensors. Before each run, predict: **what will the ranks observe?**
+# ranks, and `tensor 0` is the first of the gathered tensors. The 8 tokens are split in order: rank 0 owns tokens 0 to
+# 3, and rank 1 tokens 4 to 7. Before each run, predict: **what will the ranks observe?**
 #
 # - `error at once`: the ranks raise an error immediately;
 # - `error after the deadline`: a rank waits until the deadline, and then raises an error;
@@ -1373,8 +1375,8 @@ print("symmetric memory off:", off.path, "|", off.path_reason)
 #
 # It can, if the cache is in symmetric memory. Every rank has the list of the request's pages, so it can compute the
 # slot of each token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache],
-# slots=slots)` stores each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 0 and
-# 3.
+# slots=slots)` stores each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 2 and
+# 0.
 
 # %% slot-predict
 lesson.predict("slot", ...)
@@ -1387,7 +1389,7 @@ def publish(group):
     from cpkit.layout import prepare_context_parallel_metadata
     from cpkit.symm import use_symmetric_memory
 
-    pages = torch.tensor([5, 0, 3])  # the pages of this request, of 4 slots each
+    pages = torch.tensor([5, 2, 0])  # the pages of this request, of 4 slots each
     slots = (pages[:, None] * 4 + torch.arange(4)).flatten()[:11]
     with use_symmetric_memory(group):
         cache = torch.full((24, 1), -1)  # 6 pages
@@ -1403,7 +1405,7 @@ assert caches[0] == caches[1], "all ranks have the same cache"
 assert sorted(caches[0])[-11:] == list(range(11)), "every token is there, once"
 assert caches[0].count(-1) == 24 - 11, "no other slot was written"
 pages = pd.DataFrame([caches[0][4 * page : 4 * page + 4] for page in range(6)])
-pages.rename_axis("page").rename(columns="slot {}".format).replace(-1, "·")
+pages.rename_axis("page").rename(columns="+{}".format).replace(-1, "·")
 
 # %% slot-reveal
 lesson.reveal("slot", caches[0].index(6))

@@ -138,9 +138,9 @@ def bandwidths(rank_bytes, time_us, cp_size):
 # (`benchmarks/results/2026-11-28-gpu.json`, commit 6b142c512aef).
 #
 # Here is what goes wrong otherwise. NCCL's symmetric kernels on 8 × H100 take almost exactly 5.3 µs + received bytes /
-# (328 GB/s): this line is within 1.1 % of four published times (Megatron-LM#5596). If it were a bound, no gather of 268
-# MB on two GPUs could take less than 414 µs. But cpkit's `plan` (`direct`, prepared once) took 378 µs. The 328 GB/s are
-# what NCCL *reaches*, and no limit of the link.
+# (328 GB/s): this line is within about 1 % of four published times (Megatron-LM#5596). If it were a bound, no gather of
+# 268 MB on two GPUs could take less than 414 µs. But cpkit's `plan` (`direct`, prepared once) took 378 µs. The 328 GB/s
+# are what NCCL *reaches*, and no limit of the link.
 
 
 # %% e2-task [markdown]
@@ -392,9 +392,9 @@ figures.show(figures.damage(found))
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
 # reported time / right time, with its 99 % interval. For *no wait*, the right time is that of the call that `launch`
-# starts. The first two ratios come from pairs of samples, so they can differ a little from the figure. The third
-# compares two runs, so it is the ratio of their medians. The reveal then writes the order: `<` where two intervals do
-# not overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
+# starts. The first two ratios come from pairs of samples, so they can differ from the figure: on a busy machine by
+# much. The third compares two runs, so it is the ratio of their medians. The reveal then writes the order: `<` where
+# two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -544,9 +544,9 @@ below = table["time_us"] < table["size_bytes"].map(light)
 print(f"below the speed of light: {below.sum()} of {len(table)} times")
 
 # %% sweep-text [markdown]
-# At the left end, the times grow much more slowly than the bytes: most of the time is a *fixed cost*. On the CPU this
-# is Python code and waiting, and it grows when there are more ranks than cores. At the right end, most of the time is
-# spent on *bytes*.
+# At the left end, the times grow much more slowly than the bytes, or not at all: most of the time is a *fixed cost*. On
+# the CPU this is Python code and waiting, and it grows when there are more ranks than cores. At the right end, most of
+# the time is spent on *bytes*.
 #
 # `padded` and `padded_symm` can cost more than 8 times as much at 67 MB as at 8 MB, for two likely reasons. The rows
 # may no longer fit into the cache; then the bound rises by more than 8 times too. And their results are in ordinary
@@ -936,9 +936,10 @@ lesson.reveal("padding", carried[0] / sum(odd))
 
 # %% padding-text [markdown]
 # The slots are exact: the first batch has clearly more of them. But only the wire carries padding, and it is one of
-# about three passes of `padded_symm`. So by count, the first batch should take about a tenth longer. Does your
-# measurement show that? The two batches run one after the other, so load on the machine does not cancel (section 4).
-# If the 99 % interval of their ratio contains 1, the noise of this machine is larger than the price of this padding.
+# about three passes of `padded_symm`. So by count, if its wire carries 30 % more, the first batch should take about 10
+# % longer. Does your measurement show that? The two batches run one after the other, so load on the machine does not
+# cancel (section 4). If the 99 % interval of their ratio contains 1, the noise of this machine is larger than the price
+# of this padding.
 #
 # Look at `direct` too. It sends no padding. But on the CPU it makes up to two copies per sequence and peer, each with
 # an alpha of its own. For many short sequences, these copies can cost more than the padding. Count both.
@@ -1176,9 +1177,10 @@ assert (observed_path == choices.table["predicted"]).all(), "the rule of noteboo
 #
 # - `AllGather_ST` is a symmetric kernel that *stores* into the windows of its peers. (`AllGather_LL` is the one for
 #   small messages.)
-# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols. The ring changes from LL to SIMPLE as the size
-#   grows, so no single line fits its time. With only the receive buffer registered, NCCL 2.28.9 keeps the ring. So the
-#   factors 1.26 and 1.23 above, with the receive buffer only, are gains of the ring and not of a symmetric kernel.
+# - `RING LL` and `RING SIMPLE` are NCCL's ring with two protocols: LL has the lower latency, and SIMPLE the higher
+#   bandwidth. The ring changes from LL to SIMPLE as the size grows, so no single line fits its time. With only the
+#   receive buffer registered, NCCL 2.28.9 keeps the ring. So the factors 1.26 and 1.23 above, with the receive buffer
+#   only, are gains of the ring and not of a symmetric kernel.
 # - NCCL's *channels* are not those of notebook 2: each is one thread block on a multiprocessor. In the record of four
 #   H100s, the symmetric kernel needs 5 to 9 of them, and the ring 16 to 24. So the symmetric kernel leaves more of the
 #   GPU to other kernels.
@@ -1311,10 +1313,10 @@ for recording in recordings.newest(known, cp):
 # algorithms?
 #
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
-# was measured, and it is not a bound: in the record of four GPUs, which is drawn for 4 ranks, `direct` is faster at
-# every size except 1 MB. `low-contention` is torch's `_low_contention_all_gather`, whose copies use no multiprocessors
-# either, followed by strip and reorder. A record with a single GPU is drawn only if there is no other. No byte crosses
-# a link there, and the thin black line is the time that the memory of that GPU needs.
+# was measured, and it is not a bound: in the record of four GPUs (drawn only if you have 4 ranks), `direct` is faster
+# at every size except 1 MB. `low-contention` is torch's `_low_contention_all_gather`, whose copies use no
+# multiprocessors either, followed by strip and reorder. A record with a single GPU is drawn only if there is no other.
+# No byte crosses a link there, and the thin black line is the time that the memory of that GPU needs.
 #
 # On GPUs, the *call time* of small gathers also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a

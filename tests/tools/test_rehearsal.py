@@ -44,7 +44,7 @@ def rehearsed(path: Path) -> tuple[list[CellResult], list[str]]:
 def test_starters_and_mutants_fail_and_solutions_pass(path: Path) -> None:
     outcomes, late = rehearsed(path)
     assert [outcome.fault for outcome in outcomes if outcome.fault] == []
-    assert late == [], "every cell stays within its budget"
+    assert late == [], "every cell stays within its budget, and shows its progress"
 
 
 @each_source

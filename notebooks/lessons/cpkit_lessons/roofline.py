@@ -43,7 +43,9 @@ def roof(
     )
     return style.finish(
         figure,
-        title="Speed of light" + (" and measured times" if table is not None else ""),
+        title="Speed of light"
+        + (" and measured times" if table is not None else "")
+        + (", with a modelled line" if fit is not None else ""),
         subtitle="each byte read once and written once per rank, on a CPU after a barrier; "
         "grey: below the bound",
         alt=". ".join(words) + ".",

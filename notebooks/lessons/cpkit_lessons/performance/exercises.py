@@ -98,7 +98,7 @@ def check_light(light_us: Light) -> Score:
     ]
     note = (
         f"with the 5.3 µs and 328 GB/s that NCCL reaches, your function also reproduces the times "
-        f"of {SYMMETRIC.source} within {max(errors):.1%}"
+        f"of {SYMMETRIC.source} within {max(errors):.0%}"
     )
     return Score(cases, note=note)
 

@@ -245,8 +245,10 @@ LESSON.ask(
     "of the NVL72?",
     answer=1.92,
     unit="times",
-    tolerance=0.12,
+    tolerance=0.05,
     wrong={
+        2.05: "That lets all 240 MB arrive over NVLink. But 16 MB of them arrive through the GPU's "
+        "own network adapter.",
         14.6: "That is 656 / 45. But only the other node's half crosses the network, once per "
         "node, and 8 network adapters share it.",
         2.9: "That adds the times of network and NVLink. They work at the same time, so the one "

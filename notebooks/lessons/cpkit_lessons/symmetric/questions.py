@@ -255,9 +255,9 @@ _ask_symptom(
 
 LESSON.ask(
     "slot",
-    "Pages have 4 slots, and the request has the pages 5, 0 and 3, in this order. Which slot of "
+    "Pages have 4 slots, and the request has the pages 5, 2 and 0, in this order. Which slot of "
     "the cache holds token 6?",
-    answer=2,
+    answer=10,
     between=(0, 23),
     tolerance=0.01,
     wrong={
@@ -265,11 +265,11 @@ LESSON.ask(
         "pages.",
         22: "That is slot 2 of page 5, the first page of the request. Token 6 is in the second "
         "page.",
-        14: "That is slot 2 of page 3, the third page of the request. Token 6 is in the second "
+        2: "That is slot 2 of page 0, the third page of the request. Token 6 is in the second "
         "page.",
-        1: "Page 0 is right. But tokens and slots are numbered from 0: token 4 is in slot 0 of "
+        9: "Page 2 is right. But tokens and slots are numbered from 0: token 4 is in slot 0 of "
         "that page.",
     },
-    why="6 // 4 is 1, so token 6 is in the second page, which is page 0. 6 % 4 is 2, so it is in "
-    "slot 2 of that page: 0 · 4 + 2.",
+    why="6 // 4 is 1, so token 6 is in the second page, which is page 2. 6 % 4 is 2, so it is in "
+    "slot 2 of that page: 2 · 4 + 2.",
 )
