@@ -1138,9 +1138,9 @@ pd.DataFrame({"symptom": symptoms, "rank 0, rank 1": exits})
 # what the ranks observed. `ranks` is a list with one report per rank. Each report has the attributes `rank`,
 # `exit_code` (the negative signal number if a Unix signal killed the process), `error` (the name of the exception's
 # type, or ""), `message` (the text of the exception, or a note), `waited_s` (the seconds from the start of the case to
-# the report), `paths` (from transport to path), `reason` (for each transport, one line that says why it takes its
-# path), and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one, run
-# `cards["wrong_group"].ranks[0]`.
+# the report), `paths` (from transport to path), `reason` (one string, with a line for each transport that says why it
+# takes its path), and `wrong` (a description of the first wrong row, or ""). The reports are in any order. To see one,
+# run `cards["wrong_group"].ranks[0]`.
 #
 # **Example** One rank reports `BarrierTimeout`, and the other has exit code −9. The answer is `"a_rank_dies"`.
 #

@@ -198,7 +198,7 @@ def test_each_name_of_a_notebook_belongs_to_a_section() -> None:
     sections = sections_of(notebook)
     wanted = {"lab": "the first cells", "cp": "the first cells", "layouts": "section 1",
               "gathered": "section 4", "wire": "section 4", "delivered": "section 6",
-              "padded_len": "the cell of exercise 3"}  # fmt: skip
+              "layout": "section 3", "padded_len": "the cell of exercise 3"}  # fmt: skip
     assert {name: sections[name] for name in wanted} == wanted
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from IPython import get_ipython
 
 NOTEBOOKS = Path(__file__).parents[2]
+_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def explain(notebook: str) -> None:
@@ -74,11 +75,13 @@ def sections_of(notebook: dict[str, Any]) -> dict[str, str]:
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
-    """Yield the names that a cell assigns, imports or defines."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+    """Yield the names that a cell assigns, imports or defines, except those local to a part."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.alias):
             yield (node.asname or node.name).split(".")[0]
-        elif isinstance(node, ast.FunctionDef):
-            yield node.name
+        elif not isinstance(node, _SCOPES):
+            yield from _names(node)

@@ -48,12 +48,14 @@ def late(world: World) -> Prediction:
         "longest time, in ms, that any rank measures for a small gather?",
         answer=5.0 * steps + 1,
         unit="ms",
-        tolerance=0.5,
+        tolerance=0.2,
         wrong={
             0.5: "That is roughly the time of the gather alone. But rank 0 waits for others while "
             "its clock runs.",
             5.0: f"That is the delay of rank 1. Rank 0 waits for the last rank, which is {steps} · "
             "5 ms late.",
+            5.0
+            * (steps + 1): f"Ranks are numbered from 0, so the last rank is {steps} · 5 ms late.",
             2.5 * steps * (steps + 1): "Rank 0 waits for the latest rank; the delays of the ranks "
             "do not add up.",
         },
