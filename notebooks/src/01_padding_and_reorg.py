@@ -1022,10 +1022,10 @@ lesson.reveal("bill", sum(written.values()) / long_prompt.total_tokens)
 #
 # `lab.gather` makes each rank call `all_gather_kv`, cpkit's gather. With `direct`, it synchronizes twice: the ranks
 # agree before any row is stored, and they wait at a barrier until all rows have arrived. The next cells start two new
-# ranks beside the workers, and run the function `layers` on them. `group.size` is the number of these ranks, and
-# `group.rank` is the number of this one. The function makes a plan, and `stages.record()` records the *steps* of one
-# call. Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the agreement, and `exit` is the
-# barrier at the end.
+# ranks beside the workers, and run the function `layers` on them. `group.size` says how many ranks there are, and
+# `group.rank` (0 or 1) which of them is running the function. The function makes a plan, and `stages.record()` records
+# the *steps* of one call. Some steps fill a buffer, such as `wire`. The others synchronize: `agree` is the agreement,
+# and `exit` is the barrier at the end.
 
 # %% plan-predict
 lesson.predict("plan", ...)
@@ -1063,8 +1063,8 @@ lesson.reveal("plan", sum(step in ("agree", "exit") for step in steps))
 # the output that the call overwrites. How can a plan do without it? The plan has two outputs and uses them in turn, so
 # call n + 1 overwrites the output of call n − 1. That is safe for two reasons. A rank may use a result only until its
 # own next call, so a rank that has begun call n no longer needs the result of call n − 1. And no rank begins call n + 1
-# before all ranks have arrived at the barrier at the end of call n. MPI calls the same idea a persistent collective
-# (`MPI_Allgatherv_init`).
+# before all ranks have arrived at the barrier at the end of call n. MPI has such gathers too, prepared once and called
+# many times, and calls them persistent (`MPI_Allgatherv_init`).
 
 # %% s9 [markdown]
 # ## 9. Try it

@@ -1373,10 +1373,10 @@ print("symmetric memory off:", off.path, "|", off.path_reason)
 #
 # {glossary: paged cache}
 #
-# It can, if the cache is in symmetric memory. Every rank has the list of the request's pages, so it can compute the
-# slot of each token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots. `all_gather_kv(…, into=[cache],
-# slots=slots)` stores each row in that slot of every peer's cache. Here a request of 11 tokens has the pages 5, 2 and
-# 0.
+# A rank can store its rows there directly if the cache is in symmetric memory. Every rank has the list of the request's
+# pages, so it can compute the slot of each token: `slot = pages[t // 4] * 4 + t % 4` with pages of 4 slots.
+# `all_gather_kv(…, into=[cache], slots=slots)` stores each row in that slot of every peer's cache. Here a request of 11
+# tokens has the pages 5, 2 and 0.
 
 # %% slot-predict
 lesson.predict("slot", ...)
@@ -1420,8 +1420,8 @@ lesson.reveal("slot", caches[0].index(6))
 # cache of every peer, and a barrier then publishes them. In #52863, the gather remains as a fallback.
 #
 # Which ranks must agree before a page is reused? All of them, because a peer may still be reading the page. This is one
-# reason why `all_gather_kv` synchronizes all ranks before it stores any row. With one signal per peer instead, a rank
-# could store at each peer as soon as the signal of that peer has arrived.
+# reason why `all_gather_kv` synchronizes all ranks before it stores any row. One signal per peer would be safe too, and
+# finer: a rank then stores at each peer as soon as the signal of that peer has arrived, without waiting for the others.
 
 # %% progress
 lesson.progress()

@@ -391,10 +391,11 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, with its 99 % interval. For *no wait*, the right time is that of the call that `launch`
-# starts. The first two ratios come from pairs of samples, so they can differ from the figure: on a busy machine by
-# much. The third compares two runs, so it is the ratio of their medians. The reveal then writes the order: `<` where
-# two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear difference.
+# reported time / right time, with its 99 % interval. For *no wait*, the right time is how long the work that `launch`
+# starts takes to complete. The first two ratios come from pairs of samples, so they can differ from the figure: on a
+# busy machine by much. The third compares two runs, so it is the ratio of their medians. The reveal then writes the
+# order: `<` where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
+# difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio
@@ -678,9 +679,10 @@ passes
 lesson.reveal("passes", passes.loc["padded_symm", "passes"])
 
 # %% passes-text [markdown]
-# For each stage, the table counts the rows that are written into the buffers of rank 0. In a push they come from all
-# ranks; here, every rank also writes as many as it receives. `padded` copies nothing in `pad`, because there is no
-# padding. `padded_symm` always copies its shard into symmetric memory.
+# For each stage, the table counts the rows that are written into the buffers of rank 0. In a push, all ranks write
+# these rows. The shards are equally long here, so each rank writes as many rows into the buffers of all ranks as it
+# receives in its own. `padded` copies nothing in `pad`, because there is no padding. `padded_symm` always copies its
+# shard into symmetric memory.
 #
 # What does a pass cost? You can measure that on its own: it is the time of `copy`. The wire of `padded` has a price of
 # its own, that of the collective. In a gather of N rows, a stage that writes n rows costs n / N of such a price. With
@@ -1315,8 +1317,8 @@ for recording in recordings.newest(known, cp):
 # In a record with a GPU per rank, the thin black line is the time in which every rank copies its shard to each peer. It
 # was measured, and it is not a bound: in the record of four GPUs (drawn only if you have 4 ranks), `direct` is faster
 # at every size except 1 MB. `low-contention` is torch's `_low_contention_all_gather`, whose copies use no
-# multiprocessors either, followed by strip and reorder. A record with a single GPU is drawn only if there is no other.
-# No byte crosses a link there, and the thin black line is the time that the memory of that GPU needs.
+# multiprocessors, followed by strip and reorder. A record with a single GPU is drawn only if there is no other. No byte
+# crosses a link there, and the thin black line is the time that the memory of that GPU needs.
 #
 # On GPUs, the *call time* of small gathers also contains the launch of kernels. A record with a GPU per rank shows
 # device time, without the launch. `plan` is `direct`, prepared once and called many times (`plan_gather_kv`), and on a

@@ -28,7 +28,7 @@ def same(world: World) -> Prediction:
         why="Symmetric means: the same offset in every rank's segment. All ranks allocate the "
         "same sizes in the same order, so they compute the same offset. cpkit's ranks compare "
         "their allocations at the next agreement, the exchange of small messages with which "
-        "every gather begins. A pointer is valid only in its own process.",
+        "every call of all_gather_kv begins. A pointer is valid only in its own process.",
     )
 
 
