@@ -23,7 +23,7 @@ B = TypeVar("B", bound=Message)
 Steps = Generator[ReplyBody, None, ReplyBody]
 Held = Mapping[tuple[bytes, int], int]
 CHUNK_S = 0.05  # target duration of a step
-SHORT_S = 0.25  # after a pause, the first round of calls is slow: a shorter one is not timed
+SHORT_S = 0.25  # a round of calls that takes less runs once more after a pause, untimed
 _NO_CLIENT = b""
 
 
