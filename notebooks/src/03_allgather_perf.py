@@ -391,11 +391,11 @@ figures.show(figures.damage(found))
 
 # %% damage-text [markdown]
 # You predicted an order. Are the measured differences larger than the noise? The next cell computes each ratio,
-# reported time / right time, with its 99 % interval. For *no wait*, the right time is how long the work that `launch`
-# starts takes to complete. The first two ratios come from pairs of samples, so they can differ from the figure: on a
-# busy machine by much. The third compares two runs, so it is the ratio of their medians. The reveal then writes the
-# order: `<` where two intervals do not overlap, `≈` where they do. A prediction is right if it does not reverse a clear
-# difference.
+# reported time / right time, with its 99 % interval. For *no wait*, the right time is the time from the call of
+# `launch` until the work that it starts is complete. The first two ratios come from pairs of samples, so they can
+# differ from the figure: on a busy machine by much. The third compares two runs, so it is the ratio of their medians.
+# The reveal then writes the order: `<` where two intervals do not overlap, `≈` where they do. A prediction is right if
+# it does not reverse a clear difference.
 
 # %% damage-order tags=["nbval-ignore-output"]
 from cpkit.timing import Ratio

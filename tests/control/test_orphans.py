@@ -50,7 +50,7 @@ cpkit.connect(f"orphans-{delay_s}", nproc=2)
 """
 LAB = """
 from cpkit import __main__ as command
-command.launcher.running = lambda name: None  # for `attach`
+command.launcher.running = lambda *_: None  # for `attach`
 command.readiness.running = lambda name: None
 command._start = lambda settings: "JupyterLab is meant here; test_worker_faults.py has the workers"
 command.main(["lab", "--no-browser", "--port=0"])
